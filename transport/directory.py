@@ -1,0 +1,78 @@
+"""All block tables of a directory: the registry of a node."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from transport.errors import TableError
+from transport.table import SUFFIX, TableReader
+
+_logger = logging.getLogger(__name__)
+
+TABLES_MAX = 1024
+
+
+class TableDirectory:
+    """The live tables under `path`, re-read when the directory changes. Not thread safe.
+
+    `own` names a replica to leave out: the one that asks.
+    """
+
+    def __init__(self, path: Path, own: str = "") -> None:
+        self._path = path
+        self._own = own
+        self._seen = (-1, -1)
+        self._readers: dict[str, TableReader] = {}
+        self._broken: dict[str, int] = {}
+
+    def tables(self) -> Mapping[str, TableReader]:
+        """Return the readers of all live tables by replica name. A dead owner's table is closed and left out."""
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            found = None
+        seen = (found.st_ino, found.st_mtime_ns) if found else (-1, -1)
+        if seen != self._seen:
+            self._scan()
+            self._seen = seen
+        for name in [name for name, reader in self._readers.items() if not reader.alive()]:
+            self._readers.pop(name).close()
+        return self._readers
+
+    def _scan(self) -> None:
+        found: dict[str, int] = {}
+        try:
+            with os.scandir(self._path) as entries:
+                for entry in entries:
+                    if entry.name.endswith(SUFFIX) and len(found) < TABLES_MAX:
+                        found[entry.name.removesuffix(SUFFIX)] = entry.inode()
+        except OSError as error:
+            _logger.debug("no tables under %s: %s", self._path, error)
+        found.pop(self._own, None)
+        for name in [name for name, reader in self._readers.items() if found.get(name) != reader.inode]:
+            self._readers.pop(name).close()
+        for name, inode in found.items():
+            if name not in self._readers and self._broken.get(name) != inode:
+                self._open(name, inode)
+
+    def _open(self, name: str, inode: int) -> None:
+        try:
+            reader = TableReader(self._path / (name + SUFFIX))
+        except TableError as error:
+            self._broken[name] = inode
+            _logger.warning("%s is left out: %s", name, error)
+            return
+        if reader.name != name:
+            self._broken[name] = inode
+            _logger.warning("%s is left out: its table says that it is %s", name, reader.name)
+            reader.close()
+            return
+        self._readers[name] = reader
+
+    def close(self) -> None:
+        """Close all readers."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+        self._seen = (-1, -1)

@@ -1,0 +1,100 @@
+"""Keys of KV blocks: a hash chain over the token ids of a sequence.
+
+    key[i] = hash(key[i-1] || tokens of block i as little-endian int32 || extra content of block i)
+
+`key[-1]` is the root, made of the fingerprint of everything that changes KV bytes, the tenant's salt and the LoRA adapter, so
+that equal keys mean equal KV. Only full blocks have keys. xxh3_128 is fast and not collision resistant: choose sha256 (cut to
+128 bits) where the registry is shared with people you do not trust.
+"""
+
+import hashlib
+import sys
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+KEY_BYTES = 16
+Keys = npt.NDArray[np.uint64]
+"""Keys as an array of shape (n, 2) and dtype uint64: row i is the 16 bytes of key i."""
+
+Hash = Callable[[bytes], bytes]
+
+
+def _xxh3_128(data: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(data)
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:KEY_BYTES]
+
+
+HASHES: Mapping[str, Hash] = {"xxh3_128": _xxh3_128, "sha256": _sha256}
+HASH_NAMES = tuple(HASHES)
+
+
+def root_key(fingerprint: bytes, salt: str = "", lora: str = "", hash_name: str = "xxh3_128") -> bytes:
+    """Return the 16 bytes that the chain of a sequence starts from.
+
+    `salt` separates tenants, `lora` names the adapter ("" for none). Raises KeyError for an unknown `hash_name`.
+    """
+    parts = [fingerprint, salt.encode("utf-8", "surrogatepass"), lora.encode("utf-8", "surrogatepass")]
+    data = b"peerkv-root" + b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    return HASHES[hash_name](data)
+
+
+class KeyChain:
+    """The keys of one token sequence, extended as it grows.
+
+    `block_size` is in tokens. Tokens that do not fill a block are kept until later ones do.
+    """
+
+    __slots__ = ("_block_size", "_data", "_hash", "_last", "_rest", "blocks")
+
+    def __init__(self, root: bytes, block_size: int, hash_name: str = "xxh3_128") -> None:
+        self._hash = HASHES[hash_name]
+        self._block_size = block_size
+        self._last = root
+        self._data = bytearray()
+        self._rest = b""
+        self.blocks = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens taken in so far, in full blocks and beyond."""
+        return self.blocks * self._block_size + len(self._rest) // 4
+
+    @property
+    def keys(self) -> Keys:
+        """The keys of all full blocks so far, shape (blocks, 2), dtype uint64: a copy."""
+        return np.frombuffer(bytes(self._data), dtype="<u8").reshape(-1, 2)
+
+    def extend(self, tokens: Sequence[int], extras: Mapping[int, bytes] | None = None) -> None:
+        """Take in further token ids; `extras` maps a block's index to what else its KV depends on (images, say).
+
+        Raises OverflowError for an id outside int32 and TypeError for one that is no integer.
+        """
+        ids = array("i", tokens)
+        if sys.byteorder == "big":
+            ids.byteswap()
+        raw = self._rest + ids.tobytes()
+        width = self._block_size * 4
+        full = len(raw) - len(raw) % width
+        hash_, last, data = self._hash, self._last, self._data
+        for start in range(0, full, width):
+            block = raw[start : start + width]
+            extra = extras.get(self.blocks) if extras else None
+            last = hash_(last + block + extra) if extra else hash_(last + block)
+            data += last
+            self.blocks += 1
+        self._last = last
+        self._rest = raw[full:]
+
+
+def chain_keys(root: bytes, tokens: Sequence[int], block_size: int, hash_name: str = "xxh3_128") -> Keys:
+    """Return the keys of all full blocks of `tokens`, shape (len(tokens) // block_size, 2), dtype uint64."""
+    chain = KeyChain(root, block_size, hash_name)
+    chain.extend(tokens)
+    return chain.keys

@@ -1,0 +1,26 @@
+"""Whether a table's owner lives, told by the kernel: a write lock that ends with the process, however it ends.
+
+An open-file-description lock (fcntl(2), F_OFD_SETLK) is held by the owner for as long as its descriptor is open. Readers ask with
+F_OFD_GETLK and never take it. Nothing has to be renewed, and a killed owner is seen as dead at once.
+"""
+
+import fcntl
+import os
+import struct
+
+_FLOCK = struct.Struct("hhxxxxqqixxxx")
+
+
+def claim(fd: int) -> bool:
+    """Lock the open file `fd` for this process's life; False if another process holds it. Forked children drop their copy."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def claimed(fd: int) -> bool:
+    """Tell whether some process holds the lock on the open file `fd`."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    return int(_FLOCK.unpack(answer)[0]) != fcntl.F_UNLCK
