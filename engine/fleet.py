@@ -1,0 +1,120 @@
+"""What the front door sees of the replicas: immutable snapshots, and two ways to get at them."""
+
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+FLEET_FILE = "fleet.json"
+
+
+class FleetError(Exception):
+    """Base of what goes wrong with the replicas as a whole; the message says what to do."""
+
+
+class ReplicaState(StrEnum):
+    """Where a replica is in its life; only READY takes new requests."""
+
+    STARTING = "starting"  # its process loads the model
+    READY = "ready"  # answered /health
+    DRAINING = "draining"  # finishes what it has, takes nothing new
+    BACKOFF = "backoff"  # ended unasked; its restart waits
+    FAILED = "failed"  # failed too often; waits for somebody to restart it
+    STOPPED = "stopped"  # ended because it was asked to
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One vLLM server: `socket` and `log` are paths, `device` is "cpu" or "cuda:<ids>"."""
+
+    name: str
+    state: ReplicaState
+    socket: str
+    pid: int | None
+    restarts: int
+    reason: str
+    device: str
+    log: str
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSnapshot:
+    """All replicas at one moment; `version` grows with every change."""
+
+    version: int
+    model: str
+    served_model_name: str
+    table_dir: str
+    replicas: tuple[Replica, ...]
+
+    def ready(self) -> tuple[Replica, ...]:
+        """The replicas that take new requests, in their order."""
+        return tuple(r for r in self.replicas if r.state is ReplicaState.READY)
+
+    def find(self, name: str) -> Replica | None:
+        """The replica of that name, or None."""
+        return next((r for r in self.replicas if r.name == name), None)
+
+
+class FleetView(Protocol):
+    """How the front door asks about replicas. Both calls are cheap enough for every request."""
+
+    def snapshot(self) -> FleetSnapshot:
+        """The newest known state."""
+        ...
+
+    def suspect(self, name: str) -> None:
+        """A connection to `name` failed: look at it now. Unknown names are ignored."""
+        ...
+
+
+def encode_fleet(snapshot: FleetSnapshot) -> bytes:
+    """`snapshot` as the JSON of fleet.json."""
+    return msgspec.json.format(msgspec.json.encode(snapshot), indent=1)
+
+
+def decode_fleet(raw: bytes) -> FleetSnapshot:
+    """The inverse of `encode_fleet`. Raises FleetError when `raw` is anything else."""
+    try:
+        return msgspec.json.decode(raw, type=FleetSnapshot)
+    except msgspec.MsgspecError as error:
+        raise FleetError(f"{FLEET_FILE} is not a fleet of this version of peerkv: {error}") from error
+
+
+def write_fleet(run_dir: Path, snapshot: FleetSnapshot) -> None:
+    """Replace run_dir's fleet.json in one step: a reader sees the old one or the new one."""
+    fresh = run_dir / f"{FLEET_FILE}.new"
+    fresh.write_bytes(encode_fleet(snapshot))
+    fresh.replace(run_dir / FLEET_FILE)
+
+
+class FileFleet:
+    """The fleet of another process's supervisor, read from its run_dir.
+
+    When the file is gone, so are the replicas: the snapshot is then empty, and comes back with the file.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / FLEET_FILE
+        self._stamp: tuple[int, int, int] | None = None
+        self._snapshot = FleetSnapshot(0, "", "", "", ())
+
+    def snapshot(self) -> FleetSnapshot:
+        """The content of fleet.json, read again when the file was replaced. Raises FleetError."""
+        try:
+            status = os.stat(self._path)
+            stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
+            if stamp != self._stamp:
+                self._snapshot = decode_fleet(self._path.read_bytes())
+                self._stamp = stamp
+        except FileNotFoundError:
+            self._stamp = None
+            gone = self._snapshot
+            self._snapshot = FleetSnapshot(gone.version, gone.model, gone.served_model_name, gone.table_dir, ())
+        return self._snapshot
+
+    def suspect(self, name: str) -> None:
+        """Nothing to do from here: the supervisor that writes the file checks its replicas itself."""
