@@ -1,0 +1,214 @@
+"""All settings, in one model: flags > `PEERKV_*` environment > TOML file > defaults.
+
+A key that does not exist is an error that names it, wherever it stands. `load` is the one way in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shlex
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import SettingsError as PydanticSettingsError
+
+from gateway.errors import SettingsError
+from gateway.tenants import Tenant
+
+ENV_PREFIX = "PEERKV_"
+CONFIG_VARIABLE = "PEERKV_CONFIG"
+# Variables with our prefix that are not settings: read elsewhere, or set by an orchestrator for a service named peerkv.
+OTHER_VARIABLE_PREFIXES = (CONFIG_VARIABLE, "PEERKV_CACHE_DIR", "PEERKV_SERVICE_", "PEERKV_PORT_", "PEERKV_TEST_")
+# sun_path holds 108 bytes with the final zero; "/replica-999.sock" needs 17 of them.
+RUN_DIR_BYTES_MAX = 90
+REPLICAS_MAX = 256
+
+Words = Annotated[tuple[str, ...], NoDecode]
+
+
+def default_run_dir(port: int) -> Path:
+    """Sockets and fleet.json: `$XDG_RUNTIME_DIR/peerkv/<port>`, or `/tmp/peerkv-<uid>/<port>`."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = Path(runtime) / "peerkv" if runtime and os.path.isdir(runtime) else Path(f"/tmp/peerkv-{os.getuid()}")
+    return base / str(port)
+
+
+def default_table_dir(port: int) -> Path:
+    """Block tables: `/dev/shm/peerkv-<uid>/<port>`."""
+    return Path(f"/dev/shm/peerkv-{os.getuid()}") / str(port)
+
+
+def default_log_dir(port: int) -> Path:
+    """Replica logs: `$XDG_STATE_HOME/peerkv/logs/<port>`, usually under `~/.local/state`."""
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "peerkv" / "logs" / str(port)
+
+
+class Settings(BaseSettings):
+    """Every setting with its default; sizes in bytes, times in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    # What is served.
+    model: str = Field("", description="directory or hub id that vLLM loads; empty: the default model")
+    served_model_name: str = Field("", description="name that clients use; empty: the model as given")
+    replicas: int | Literal["auto"] = Field("auto", description="number of replicas; auto: one a GPU, or 2 on the CPU")
+    vllm_args: Words = Field((), description="further arguments for each vLLM server; they win over ours")
+    preload: bool | None = Field(None, description="import vLLM once and fork the replicas; unset: on the CPU only")
+    launcher: Words | None = Field(None, description="command started instead of a vLLM server")
+    namespace: str = Field("", max_length=128, description="replicas of different namespaces never exchange KV")
+    hash_name: Literal["xxh3_128", "sha256"] = Field("xxh3_128", description="hash of the block keys")
+
+    # The front door.
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=1, le=65535, description="port to listen on")
+    admin_key: SecretStr | None = Field(
+        None, min_length=8, description="guards /metrics, /kv/* and replica pinning; unset: loopback callers only"
+    )
+    tenants: tuple[Tenant, ...] = Field((), description="who may call, each with a key; none: open to everybody")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    access_log: bool = Field(False, description="log a line for each request")
+
+    # Where things are; created with mode 0700.
+    run_dir: Path = Field(
+        default_factory=lambda data: default_run_dir(data.get("port", 0)), description="sockets and fleet.json"
+    )
+    table_dir: Path = Field(default_factory=lambda data: default_table_dir(data.get("port", 0)), description="block tables")
+    log_dir: Path = Field(default_factory=lambda data: default_log_dir(data.get("port", 0)), description="logs of the replicas")
+
+    # Bounds of the front door.
+    body_bytes_max: int = Field(32 << 20, ge=1024, description="largest request body")
+    bodies_bytes_max: int = Field(1 << 30, ge=1024, description="all request bodies held at one time")
+    header_bytes_max: int = Field(64 << 10, ge=4096, description="largest request head")
+    answer_bytes_max: int = Field(
+        8 << 20, ge=1024, description="largest answer held back for a retry; a larger one is streamed"
+    )
+    requests_in_flight_max: int = Field(1024, ge=1, description="requests at one time; more get 429")
+    replica_requests_max: int = Field(8, ge=1, description="requests in flight from which on a replica is busy")
+    retry_attempts_max: int = Field(2, ge=0, le=16, description="further replicas tried when one dies under a request")
+    connect_seconds: float = Field(5.0, gt=0, description="to connect to a replica")
+    response_head_seconds_max: float | None = Field(
+        None, gt=0, description="until a replica begins its answer; unset: no bound, a long prompt may take minutes"
+    )
+    control_seconds: float = Field(10.0, gt=0, description="for a control call to a replica, such as /v1/models")
+    keep_alive_seconds: float = Field(75.0, gt=0, description="an idle client connection is kept")
+    upstream_idle_seconds: float = Field(30.0, gt=0, description="an idle connection to a replica is kept")
+    drain_seconds: float = Field(30.0, ge=0, description="running requests may finish after a stop signal")
+
+    # Steering and sight.
+    prefixes_tracked_max: int = Field(65536, ge=1, description="prefixes in /kv/prefixes' memory")
+    tokenize_inline_chars_max: int = Field(
+        16384, ge=0, description="longer prompts are tokenised in a thread, off the event loop"
+    )
+
+    # The supervisor.
+    startup_seconds_max: float = Field(600.0, gt=0, description="until a replica must be ready")
+    health_interval_seconds: float = Field(1.0, gt=0, description="between two health checks of a replica")
+    restart_seconds_min: float = Field(1.0, gt=0, description="before the first restart of a replica")
+    restart_seconds_max: float = Field(60.0, gt=0, description="longest pause between restarts")
+    restarts_max: int = Field(10, ge=0, description="restarts without a ready replica between them, then it failed")
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _check_replicas(cls, value: object) -> object:
+        if isinstance(value, str) and value.strip().isdecimal():
+            value = int(value)
+        if value == "auto" or (type(value) is int and 1 <= value <= REPLICAS_MAX):
+            return value
+        raise ValueError(f"must be 'auto' or a whole number from 1 to {REPLICAS_MAX}")
+
+    @field_validator("vllm_args", "launcher", mode="before")
+    @classmethod
+    def _split_words(cls, value: object) -> object:
+        """A string is split as a shell would; a JSON list is taken as one (both come from the environment)."""
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return tuple(json.loads(value))
+        return tuple(shlex.split(value))
+
+    @field_validator("run_dir", "table_dir", "log_dir")
+    @classmethod
+    def _make_absolute(cls, value: Path) -> Path:
+        return Path(os.path.abspath(value.expanduser()))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(os.fsencode(self.run_dir)) > RUN_DIR_BYTES_MAX:
+            raise ValueError(f"run_dir: longer than the {RUN_DIR_BYTES_MAX} bytes that a unix socket's path leaves")
+        for what in ("name", "api_key"):
+            seen = [getattr(tenant, what) for tenant in self.tenants]
+            if len(set(seen)) != len(seen):
+                raise ValueError(f"tenants: two have the same {what}")
+        return self
+
+
+def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
+    """The settings from `flags` (None values are left out), the environment, the TOML file and the defaults.
+
+    `config` defaults to `$PEERKV_CONFIG`. Raises SettingsError with one line that names the key.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    in_environment = _environment_names()
+    if config is None and os.environ.get(CONFIG_VARIABLE):
+        config = Path(os.environ[CONFIG_VARIABLE])
+    in_file = read_config(config) if config is not None else {}
+    # A constructor's values beat the environment, so of the file only what nobody else says is handed in.
+    rest = {name: value for name, value in in_file.items() if name not in given and name not in in_environment}
+    try:
+        return Settings(**given, **rest)
+    except ValidationError as error:
+        raise SettingsError(_in_words(error)) from None
+    except PydanticSettingsError as error:
+        raise SettingsError(f"{error}: {error.__cause__}") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The TOML file's top-level table. Raises SettingsError when it cannot be read or has an unknown key."""
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read the settings file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not a TOML file: {error}") from None
+    for name in values:
+        _must_be_known(name, f"in {path}")
+    return values
+
+
+def _environment_names() -> frozenset[str]:
+    """Settings that the environment sets. Raises SettingsError for an unknown `PEERKV_*` variable."""
+    names = set()
+    for variable in os.environ:
+        upper = variable.upper()
+        if not upper.startswith(ENV_PREFIX) or upper.startswith(OTHER_VARIABLE_PREFIXES):
+            continue
+        name = upper.removeprefix(ENV_PREFIX).lower()
+        _must_be_known(name, f"in the environment ({variable})")
+        names.add(name)
+    return frozenset(names)
+
+
+def _must_be_known(name: str, where: str) -> None:
+    if name not in Settings.model_fields:
+        near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise SettingsError(f"unknown setting '{name}' {where}{hint}")
+
+
+def _in_words(error: ValidationError) -> str:
+    """One line for all that is wrong. Values are left out: one may be a secret."""
+    parts = []
+    for detail in error.errors(include_input=False, include_url=False):
+        if detail["type"] == "default_factory_not_called":  # follows from another error in the list
+            continue
+        message = detail["msg"].removeprefix("Value error, ")
+        place = ".".join(str(part) for part in detail["loc"])
+        parts.append(f"{place}: {message}" if place else message)
+    return "; ".join(parts)

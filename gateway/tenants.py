@@ -1,0 +1,103 @@
+"""Who calls: an API key becomes a tenant with the salt of its prefix cache.
+
+Tenants never share KV blocks: their salts differ, and a salt comes from the authenticated key alone, never from
+a request. Without any tenant configured the gateway is open to one anonymous tenant without a salt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from gateway.errors import NotAuthenticated
+
+_SALT_CONTEXT = b"peerkv tenant salt v1"
+
+
+class Tenant(BaseModel):
+    """One configured tenant."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=128)
+    api_key: SecretStr = Field(min_length=8, max_length=512)
+    salt: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        max_length=512,
+        description="Isolates the tenant's prefix cache; by default a digest keyed with its API key.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TenantContext:
+    """What the rest of the gateway knows of a caller. `salt` is "" for the anonymous tenant."""
+
+    name: str
+    salt: str
+
+
+ANONYMOUS = TenantContext(name="anonymous", salt="")
+
+
+def default_salt(tenant: Tenant) -> str:
+    """HMAC-SHA256 of the name, keyed with the API key: 64 hex digits that the key's holders alone can derive."""
+    key = tenant.api_key.get_secret_value().encode()
+    return hmac.new(key, _SALT_CONTEXT + tenant.name.encode(), hashlib.sha256).hexdigest()
+
+
+def bearer_token(authorization: bytes | None) -> bytes | None:
+    """The token of an `Authorization: Bearer …` header, None when there is none."""
+    if authorization is None:
+        return None
+    scheme, _, token = authorization.partition(b" ")
+    return token.strip() or None if scheme.lower() == b"bearer" else None
+
+
+class Tenants:
+    """The configured tenants; `authenticate` is called once for each request."""
+
+    def __init__(self, tenants: Sequence[Tenant]) -> None:
+        self._entries = tuple(
+            (
+                _digest(tenant.api_key.get_secret_value().encode()),
+                TenantContext(
+                    name=tenant.name,
+                    salt=tenant.salt.get_secret_value() if tenant.salt else default_salt(tenant),
+                ),
+            )
+            for tenant in tenants
+        )
+
+    @property
+    def open(self) -> bool:
+        """True when no tenant is configured and nobody needs a key."""
+        return not self._entries
+
+    def authenticate(self, authorization: bytes | None) -> TenantContext:
+        """The tenant whose key the header carries.
+
+        Every key is compared, each in constant time, so the time taken says nothing about a key.
+        Raises NotAuthenticated.
+        """
+        if not self._entries:
+            return ANONYMOUS
+        token = bearer_token(authorization)
+        if token is None:
+            raise NotAuthenticated("No API key given. Send 'Authorization: Bearer <key>'.")
+        given = _digest(token)
+        found: TenantContext | None = None
+        for digest, context in self._entries:
+            if hmac.compare_digest(digest, given):
+                found = context
+        if found is None:
+            raise NotAuthenticated
+        return found
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
