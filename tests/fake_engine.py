@@ -1,0 +1,321 @@
+"""A stand-in for vLLM's OpenAI server, for tests: `python tests/fake_engine.py --uds PATH [vLLM arguments]`.
+
+It knows vLLM's endpoints and answers fixed words ("w0 w1 …"); a token is a byte of the prompt. Other vLLM
+arguments are accepted and ignored. What it saw is at `GET /fake/seen`. A request's body may carry a key `fake`:
+
+    on            only the replica of this name (stem of its socket) obeys the rest
+    delay         seconds before the answer's head
+    token_delay   seconds between tokens
+    die           "before" | "mid": the process exits before the head, or after `after` tokens
+    drop          "before" | "mid": the connection is closed instead, the process lives
+    after         tokens sent before "mid" (default 2)
+    status        answer this HTTP status with an error in vLLM's form
+    body_bytes    length of the answer's text
+
+Arguments of its own: `--fake-start-seconds S` before it listens, `--fake-exit-code N` ends it at start with a
+message on stderr (with `--fake-exit-on NAME` only that replica), `--fake-exit-once FILE` only when FILE did not
+exist yet, and `--fake-deaf` lets it ignore SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+Json = dict[str, Any]
+SSE_HEADERS = {"content-type": "text/event-stream; charset=utf-8"}
+
+
+def tokens_of(prompt: Any) -> list[int]:
+    """The token ids of a text, or of the ids that stand in its place."""
+    return list(prompt.encode()) if isinstance(prompt, str) else list(prompt)
+
+
+def prompts_of(prompt: Any) -> list[Any]:
+    """The prompts of a completion request: one, or a list of texts or of token ids."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        return prompt
+    return [prompt]
+
+
+def render(messages: list[Json]) -> str:
+    """The fake's chat template."""
+    return "".join(f"<{m['role']}>{m.get('content') or ''}</{m['role']}>" for m in messages) + "<assistant>"
+
+
+def failure(message: str, status: int, kind: str = "BadRequestError", param: str | None = None) -> web.Response:
+    """An error in the form that vLLM gives it: the code is the HTTP status."""
+    error = {"message": message, "type": kind, "param": param, "code": status}
+    return web.json_response({"error": error}, status=status)
+
+
+class FakeEngine:
+    """State and handlers of one fake server."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.name = Path(args.uds).stem
+        self.models = args.served_model_name or [args.model]
+        self.root = args.model
+        self.loras = [module.split("=")[0] for module in args.lora_modules]
+        self.context_tokens = args.max_model_len
+        self.seen: Json = {"requests": [], "aborted": [], "finished": 0, "running": 0, "resets": []}
+
+    def app(self) -> web.Application:
+        """The aiohttp application with vLLM's routes."""
+        app = web.Application(client_max_size=1 << 30)
+        app.add_routes(
+            [
+                web.get("/health", self.health),
+                web.get("/fake/seen", self.show_seen),
+                web.get("/v1/models", self.list_models),
+                web.post("/v1/completions", self.completions),
+                web.post("/v1/chat/completions", self.chat),
+                web.post("/v1/embeddings", self.embeddings),
+                web.post("/tokenize", self.tokenize),
+                web.post("/reset_prefix_cache", self.reset),
+            ]
+        )
+        return app
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def show_seen(self, request: web.Request) -> web.Response:
+        return web.json_response({"name": self.name, "pid": os.getpid(), **self.seen})
+
+    async def list_models(self, request: web.Request) -> web.Response:
+        base = self.models[0]
+        cards = [(name, None) for name in self.models] + [(name, base) for name in self.loras]
+        data = [
+            {
+                "id": name,
+                "object": "model",
+                "created": 1,
+                "owned_by": "vllm",
+                "root": self.root,
+                "parent": parent,
+                "max_model_len": self.context_tokens,
+            }
+            for name, parent in cards
+        ]
+        return web.json_response({"object": "list", "data": data})
+
+    async def reset(self, request: web.Request) -> web.Response:
+        self.seen["resets"].append(dict(request.query))
+        return web.Response()
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        tokens = tokens_of(body["prompt"] if "prompt" in body else render(body["messages"]))
+        return web.json_response(
+            {"count": len(tokens), "max_model_len": self.context_tokens, "tokens": tokens, "token_strs": None}
+        )
+
+    async def embeddings(self, request: web.Request) -> web.StreamResponse:
+        body = await self._record(request)
+        inputs = prompts_of(body["input"])
+        data = [{"index": i, "object": "embedding", "embedding": [0.5, -0.5]} for i in range(len(inputs))]
+        count = sum(len(tokens_of(one)) for one in inputs)
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return web.json_response({"id": "embd-0", "object": "list", "model": body.get("model"), "data": data, "usage": usage})
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        body = await self._record(request)
+        prompts = prompts_of(body.get("prompt"))
+        return await self._answer(request, body, prompts, chat=False)
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        body = await self._record(request)
+        return await self._answer(request, body, [render(body["messages"])], chat=True)
+
+    async def _record(self, request: web.Request) -> Json:
+        body: Json = await request.json()
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        self.seen["requests"].append({"path": request.path, "body": body, "headers": headers})
+        return body
+
+    async def _answer(self, request: web.Request, body: Json, prompts: list[Any], *, chat: bool) -> web.StreamResponse:
+        asked = body.get("fake") or {}
+        asked = asked if asked.get("on", self.name) == self.name else {}
+        self.seen["running"] += 1
+        try:
+            if asked.get("delay"):
+                await asyncio.sleep(asked["delay"])
+            if "status" in asked:
+                return failure("as you asked", asked["status"])
+            self._end_here(asked, "before", request)
+            counts = [len(tokens_of(prompt)) for prompt in prompts]
+            if max(counts) >= self.context_tokens:
+                return failure(
+                    f"This model's maximum context length is {self.context_tokens} tokens. However, your request "
+                    f"has {max(counts)} input tokens.",
+                    400,
+                )
+            answer = Answer(self, request, body, asked, prompts, sum(counts), chat=chat)
+            response = await (answer.stream() if body.get("stream") else answer.whole())
+            self.seen["finished"] += 1
+            return response
+        except asyncio.CancelledError:
+            self.seen["aborted"].append(request.headers.get("x-request-id", ""))
+            raise
+        finally:
+            self.seen["running"] -= 1
+
+    def _end_here(self, asked: Json, when: str, request: web.Request) -> None:
+        if asked.get("die") == when:
+            os._exit(9)
+        if asked.get("drop") == when:
+            assert request.transport is not None
+            request.transport.abort()
+
+
+class Answer:
+    """One generated answer, whole or streamed."""
+
+    def __init__(
+        self,
+        engine: FakeEngine,
+        request: web.Request,
+        body: Json,
+        asked: Json,
+        prompts: list[Any],
+        prompt_tokens: int,
+        *,
+        chat: bool,
+    ) -> None:
+        self.engine, self.request, self.body, self.asked, self.chat = engine, request, body, asked, chat
+        self.count = body.get("max_tokens") or body.get("max_completion_tokens") or 16
+        self.choices = len(prompts) * (body.get("n") or 1)
+        self.prompt_tokens = prompt_tokens
+        self.id = ("chatcmpl-" if chat else "cmpl-") + request.headers.get("x-request-id", "none")
+
+    def words(self) -> Iterator[str]:
+        """The words of a choice."""
+        if "body_bytes" in self.asked:
+            yield "x" * self.asked["body_bytes"]
+            return
+        for i in range(self.count):
+            yield f"w{i} "
+
+    def usage(self) -> Json:
+        """vLLM's usage, with `cached_tokens`."""
+        done = self.count * self.choices
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": done,
+            "total_tokens": self.prompt_tokens + done,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
+
+    def frame(self, choices: list[Json], *, chunk: bool) -> Json:
+        """The object around the choices."""
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.body.get("model") or self.engine.models[0],
+            "system_fingerprint": self.engine.name,
+            "choices": choices,
+        }
+
+    async def _pause(self, index: int) -> None:
+        if index >= self.asked.get("after", 2):
+            self.engine._end_here(self.asked, "mid", self.request)
+        # Also without a delay: a cancelled handler must get to know.
+        await asyncio.sleep(self.asked.get("token_delay", 0))
+
+    async def whole(self) -> web.Response:
+        """The answer as one JSON body."""
+        text = ""
+        for index, word in enumerate(self.words()):
+            await self._pause(index)
+            text += word
+        choices = []
+        for i in range(self.choices):
+            choice: Json = {"index": i, "finish_reason": "length", "logprobs": None}
+            choices.append(choice | ({"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}))
+        return web.json_response(self.frame(choices, chunk=False) | {"usage": self.usage()})
+
+    async def stream(self) -> web.StreamResponse:
+        """The answer as server-sent events, closed by [DONE]."""
+        response = web.StreamResponse(headers=SSE_HEADERS)
+        await response.prepare(self.request)
+
+        async def send(data: Json) -> None:
+            await response.write(b"data: " + json.dumps(data).encode() + b"\n\n")
+
+        for index, word in enumerate(self.words()):
+            await self._pause(index)
+            last = index == self.count - 1 or "body_bytes" in self.asked
+            for i in range(self.choices):
+                choice: Json = {"index": i, "finish_reason": "length" if last else None, "logprobs": None}
+                choice |= {"delta": {"role": "assistant", "content": word}} if self.chat else {"text": word}
+                await send(self.frame([choice], chunk=True))
+        if (self.body.get("stream_options") or {}).get("include_usage"):
+            await send(self.frame([], chunk=True) | {"usage": self.usage()})
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The arguments that the fake obeys; all others are vLLM's and ignored."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--uds", required=True)
+    parser.add_argument("--model", default="fake-model")
+    parser.add_argument("--served-model-name", nargs="+")
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--lora-modules", nargs="*", default=[])
+    parser.add_argument("--fake-start-seconds", type=float, default=0)
+    parser.add_argument("--fake-exit-code", type=int)
+    parser.add_argument("--fake-exit-on")
+    parser.add_argument("--fake-exit-once")
+    parser.add_argument("--fake-deaf", action="store_true")
+    return parser.parse_known_args(argv)[0]
+
+
+def exit_if_asked(args: argparse.Namespace) -> None:
+    """End the process when an argument says so."""
+    if args.fake_exit_code is None or args.fake_exit_on not in (None, Path(args.uds).stem):
+        return
+    if args.fake_exit_once is not None:
+        try:
+            Path(args.fake_exit_once).touch(exist_ok=False)
+        except FileExistsError:
+            return
+    print("fake engine: cannot start, as you asked", file=sys.stderr, flush=True)
+    raise SystemExit(args.fake_exit_code)
+
+
+async def serve(args: argparse.Namespace) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    await asyncio.sleep(args.fake_start_seconds)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, (lambda: None) if args.fake_deaf else stop.set)
+    runner = web.AppRunner(FakeEngine(args).app(), handler_cancellation=True, shutdown_timeout=1)
+    await runner.setup()
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(args.uds)
+    await web.UnixSite(runner, args.uds).start()
+    print(f"fake engine listens on {args.uds}", flush=True)
+    await stop.wait()
+    await runner.cleanup()
+
+
+if __name__ == "__main__":
+    parsed = arguments(sys.argv[1:])
+    exit_if_asked(parsed)
+    asyncio.run(serve(parsed))
