@@ -5,6 +5,7 @@ A key that does not exist is an error that names it, wherever it stands. `load` 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import os
@@ -18,6 +19,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
+from engine.launch import EngineSettings
 from gateway.errors import SettingsError
 from gateway.tenants import Tenant
 
@@ -28,6 +30,7 @@ OTHER_VARIABLE_PREFIXES = (CONFIG_VARIABLE, "PEERKV_CACHE_DIR", "PEERKV_SERVICE_
 # sun_path holds 108 bytes with the final zero; "/replica-999.sock" needs 17 of them.
 RUN_DIR_BYTES_MAX = 90
 REPLICAS_MAX = 256
+REPLICAS_ON_CPU = 2
 
 Words = Annotated[tuple[str, ...], NoDecode]
 
@@ -58,7 +61,9 @@ class Settings(BaseSettings):
     # What is served.
     model: str = Field("", description="directory or hub id that vLLM loads; empty: the default model")
     served_model_name: str = Field("", description="name that clients use; empty: the model as given")
-    replicas: int | Literal["auto"] = Field("auto", description="number of replicas; auto: one a GPU, or 2 on the CPU")
+    replicas: int | Literal["auto"] = Field(
+        "auto", description=f"number of replicas; auto: one a GPU, or {REPLICAS_ON_CPU} on the CPU"
+    )
     vllm_args: Words = Field((), description="further arguments for each vLLM server; they win over ours")
     preload: bool | None = Field(None, description="import vLLM once and fork the replicas; unset: on the CPU only")
     launcher: Words | None = Field(None, description="command started instead of a vLLM server")
@@ -108,11 +113,17 @@ class Settings(BaseSettings):
     )
 
     # The supervisor.
+    connector: bool = Field(True, description="load our connector; off: plain vLLM replicas that share nothing")
     startup_seconds_max: float = Field(600.0, gt=0, description="until a replica must be ready")
-    health_interval_seconds: float = Field(1.0, gt=0, description="between two health checks of a replica")
-    restart_seconds_min: float = Field(1.0, gt=0, description="before the first restart of a replica")
-    restart_seconds_max: float = Field(60.0, gt=0, description="longest pause between restarts")
-    restarts_max: int = Field(10, ge=0, description="restarts without a ready replica between them, then it failed")
+    health_interval_seconds: float = Field(2.0, gt=0, description="between two health checks of a replica")
+    health_timeout_seconds: float = Field(10.0, gt=0, description="for the answer to a health check")
+    health_failures_max: int = Field(3, ge=1, description="unanswered checks in a row, then a restart")
+    backoff_seconds_min: float = Field(0.5, gt=0, description="before the first restart of a replica")
+    backoff_seconds_max: float = Field(30.0, gt=0, description="longest pause before a restart")
+    healthy_seconds_reset: float = Field(60.0, gt=0, description="ready for so long: the pauses start anew")
+    start_failures_max: int = Field(3, ge=1, description="failed starts in a row, then the replica is given up")
+    terminate_seconds: float = Field(10.0, gt=0, description="from SIGTERM to SIGKILL of a replica")
+    log_bytes_max: int = Field(16 << 20, ge=4096, description="a longer replica log is rotated at a start")
 
     @field_validator("replicas", mode="before")
     @classmethod
@@ -167,6 +178,24 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
         raise SettingsError(_in_words(error)) from None
     except PydanticSettingsError as error:
         raise SettingsError(f"{error}: {error.__cause__}") from None
+
+
+def engine_settings(settings: Settings, *, model: str, devices: tuple[str, ...]) -> EngineSettings:
+    """What the supervisor gets: `model` is resolved, `devices` are the GPUs' ids (none: CPU).
+
+    `replicas="auto"` becomes one a device, or REPLICAS_ON_CPU.
+    """
+    automatic = len(devices) or REPLICAS_ON_CPU
+    same = {field.name for field in dataclasses.fields(EngineSettings)} & set(Settings.model_fields)
+    values: dict[str, Any] = {name: getattr(settings, name) for name in same}
+    values |= {
+        "model": model,
+        "devices": devices,
+        "replicas": automatic if settings.replicas == "auto" else settings.replicas,
+        "preload": not devices if settings.preload is None else settings.preload,
+        "served_model_name": settings.served_model_name or model,
+    }
+    return EngineSettings(**values)
 
 
 def read_config(path: Path) -> dict[str, Any]:
