@@ -1,0 +1,29 @@
+# Two commands do everything: `make serve` runs peerkv, `make test` passes its tests. Both install what is missing.
+.DEFAULT_GOAL := help
+.PHONY: help install serve test bench lint clean
+BIN := .venv/bin
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## make .venv and install (TARGET=cpu|gpu, PYTHON=…; quick when nothing changed)
+	@PYTHON='$(PYTHON)' TARGET='$(TARGET)' ./install.sh
+
+serve: install ## start the replicas and the gateway (MODEL=…, ARGS='--replicas 2 --port 8000')
+	@$(BIN)/peerkv serve $(MODEL) $(ARGS)
+
+test: install ## run every test, real vLLM replicas included (ARGS='-k steering' to choose)
+	@$(BIN)/python -m pytest tests/unit tests/real $(ARGS)
+
+bench: install ## measure time to first token cold, by import and by local hit
+	@$(BIN)/python -m tests.real.bench $(ARGS)
+
+lint: install ## format check, lint, types, import rules
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+clean: ## remove .venv and caches (not the model in the user's cache directory)
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

