@@ -103,7 +103,9 @@ class Settings(BaseSettings):
     )
     control_seconds: float = Field(10.0, gt=0, description="for a control call to a replica, such as /v1/models")
     keep_alive_seconds: float = Field(75.0, gt=0, description="an idle client connection is kept")
-    upstream_idle_seconds: float = Field(30.0, gt=0, description="an idle connection to a replica is kept")
+    upstream_idle_seconds: float = Field(
+        3.0, gt=0, description="an idle connection to a replica is kept; vLLM closes it after 5"
+    )
     drain_seconds: float = Field(30.0, ge=0, description="running requests may finish after a stop signal")
 
     # Steering and sight.
