@@ -1,0 +1,113 @@
+"""Directories that one running peerkv has for itself: claimed, locked, and removed with all they hold.
+
+A claimed directory carries a marker file under an exclusive lock. The lock is shared with the replica host by
+handing it the descriptor, so that nobody takes the directory over before the last of the two has cleaned up.
+"""
+
+import fcntl
+import os
+import shutil
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.fleet import FleetError
+
+MARKER = ".peerkv-owned"
+CLAIM_POLL_SECONDS = 0.05
+
+
+class DirectoryRefused(FleetError):
+    """The directory may not be used as asked; the message names it and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A directory that is ours as long as `lock_fd` is open, here or in a process that inherited it."""
+
+    path: Path
+    lock_fd: int
+
+
+def claim(path: Path, wait_seconds: float) -> Claim:
+    """Make `path` (mode 0700) ours and empty.
+
+    Waits at most `wait_seconds` (blocking) for a former owner to let go. Raises DirectoryRefused when it does
+    not, when the directory belongs to another user, or when it holds files that peerkv did not put there.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        _make_private(path)
+        lock_fd = _try_lock(path)
+        if lock_fd is not None:
+            _empty(path)
+            return Claim(path, lock_fd)
+        if time.monotonic() >= deadline:
+            raise DirectoryRefused(f"{path} is in use by another running peerkv: stop it, or choose another port")
+        time.sleep(CLAIM_POLL_SECONDS)
+
+
+def remove_claimed(path: Path) -> bool:
+    """Remove `path` and all in it, if it is a directory of ours with our marker. Says whether it did.
+
+    The caller holds the lock. Anything else is left as it is.
+    """
+    try:
+        status = os.lstat(path)
+        os.lstat(path / MARKER)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        return False
+    _empty(path)
+    (path / MARKER).unlink(missing_ok=True)
+    try:
+        path.rmdir()
+    except OSError:  # somebody put a file there this very moment: theirs to remove
+        return False
+    return True
+
+
+def _make_private(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = os.lstat(path)
+        above = os.stat(path.parent)
+    except OSError as error:
+        raise DirectoryRefused(f"cannot use {path}: {error.strerror}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise DirectoryRefused(f"{path} is not a directory of user {os.getuid()}: remove it or choose another")
+    if above.st_uid not in (0, os.getuid()) or (above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX):
+        raise DirectoryRefused(f"{path.parent} can be changed by other users: choose a directory of your own")
+    entries = set(os.listdir(path))
+    if entries and MARKER not in entries:
+        raise DirectoryRefused(f"{path} holds files of others, and peerkv removes it when it ends: choose an empty one")
+    path.chmod(0o700)
+
+
+def _try_lock(path: Path) -> int | None:
+    """The descriptor of the locked marker, or None when another holds it or removed it meanwhile."""
+    try:
+        lock_fd = os.open(path / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock_fd).st_ino == os.lstat(path / MARKER).st_ino:
+            return lock_fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(lock_fd)
+    return None
+
+
+def _empty(path: Path) -> None:
+    for entry in os.scandir(path):
+        if entry.name == MARKER:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            Path(entry.path).unlink(missing_ok=True)

@@ -1,0 +1,205 @@
+"""When a replica is started, given up, restarted: a pure state machine. Times are seconds of one monotonic clock.
+
+A method takes what happened and `now`, changes the state, and returns what the shell must do, if anything.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from engine.fleet import ReplicaState
+
+
+class Action(Enum):
+    """What the shell does to the replica's process. A replica that ends is reported by `exited`."""
+
+    SPAWN = auto()
+    TERMINATE = auto()
+    KILL = auto()
+
+
+class Goal(Enum):
+    """What follows when the process ends."""
+
+    RUN = auto()  # that was a failure
+    RESTART = auto()
+    STOP = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """Bounds of a life; EngineSettings says what each means."""
+
+    startup_seconds_max: float = 600.0
+    health_failures_max: int = 3
+    backoff_seconds_min: float = 0.5
+    backoff_seconds_max: float = 30.0
+    healthy_seconds_reset: float = 60.0
+    start_failures_max: int = 3
+    terminate_seconds: float = 10.0
+
+    def backoff_seconds(self, failures: int) -> float:
+        """The wait before the start that follows `failures` (at least 1) failures in a row: doubling, capped."""
+        return min(self.backoff_seconds_max, self.backoff_seconds_min * 2.0 ** min(failures - 1, 32))
+
+
+class Lifecycle:
+    """The life of one supervised process. `state`, `pid`, `restarts` and `reason` are for reading."""
+
+    def __init__(self, policy: RestartPolicy) -> None:
+        self.state = ReplicaState.STOPPED
+        self.pid: int | None = None
+        self.restarts = 0
+        self.reason = "not started yet"
+        self._policy = policy
+        self._goal = Goal.RUN
+        self._running = False
+        self._due: float | None = None  # when `tick` has something to do
+        self._failures = 0  # in a row, of any kind
+        self._start_failures = 0  # in a row, without getting ready
+        self._misses = 0  # health checks in a row
+        self._blame = ""  # why we killed it
+
+    @property
+    def due(self) -> float | None:
+        """When `tick` must be called next."""
+        return self._due
+
+    @property
+    def running(self) -> bool:
+        """Whether a process exists, or was asked for and has not been reported as ended."""
+        return self._running
+
+    def start(self, now: float) -> Action | None:
+        """First start, or a new one after STOPPED or FAILED; nothing when it runs."""
+        if self._running:
+            return None
+        self._failures = self._start_failures = 0
+        return self._spawn(now)
+
+    def spawned(self, pid: int) -> None:
+        """Its process has this id."""
+        self.pid = pid
+
+    def answered(self, now: float) -> None:
+        """A health check succeeded."""
+        if not self._running or self.state not in (ReplicaState.STARTING, ReplicaState.READY):
+            return
+        self._misses = 0
+        if self.state is ReplicaState.STARTING:
+            self._start_failures = 0
+            self._enter(ReplicaState.READY, "")
+            self._due = now + self._policy.healthy_seconds_reset
+        self.reason = ""
+
+    def missed(self, why: str, now: float, *, dead: bool = False) -> Action | None:
+        """A health check failed; `dead`: the replica itself says that it is beyond help."""
+        if not self._running or self.state not in (ReplicaState.READY, ReplicaState.DRAINING):
+            return None
+        self._misses += 1
+        self.reason = why
+        if not dead and self._misses < self._policy.health_failures_max:
+            return None
+        return self._kill(why)
+
+    def exited(self, how: str, now: float) -> Action | None:
+        """Its process ended; `how` in words."""
+        was_ready = self.state is not ReplicaState.STARTING
+        reason = f"{self._blame}; {how}" if self._blame else how
+        self._gone()
+        if self._goal is Goal.STOP:
+            self._enter(ReplicaState.STOPPED, "stopped")
+            return None
+        if self._goal is Goal.RESTART:
+            self.restarts += 1
+            return self._spawn(now)
+        self._failures += 1
+        self._start_failures = 0 if was_ready else self._start_failures + 1
+        if self._start_failures >= self._policy.start_failures_max:
+            self._enter(ReplicaState.FAILED, f"gave up after {self._start_failures} failed starts: {reason}")
+            return None
+        self._enter(ReplicaState.BACKOFF, reason)
+        self._due = now + self._policy.backoff_seconds(self._failures)
+        return None
+
+    def lost(self, why: str, now: float) -> None:
+        """Its process is gone through no fault of its own: it starts again at the next `tick`."""
+        if not self._running:
+            return
+        goal = self._goal
+        self._gone()
+        if goal is Goal.STOP:
+            self._enter(ReplicaState.STOPPED, "stopped")
+            return
+        self._enter(ReplicaState.BACKOFF, why)
+        self._due = now
+
+    def give_up(self, why: str) -> None:
+        """It cannot be started at all."""
+        self._gone()
+        self._enter(ReplicaState.FAILED, why)
+
+    def tick(self, now: float) -> Action | None:
+        """The time `due` has come (harmless before)."""
+        if self._due is None or now < self._due:
+            return None
+        self._due = None
+        if self._goal is not Goal.RUN:
+            return Action.KILL if self._running else None
+        if self.state is ReplicaState.STARTING:
+            return self._kill(f"not ready {self._policy.startup_seconds_max:g} s after its start")
+        if self.state is ReplicaState.BACKOFF:
+            self.restarts += 1
+            return self._spawn(now)
+        if self.state is ReplicaState.READY:
+            self._failures = 0
+        return None
+
+    def drain(self) -> None:
+        """No new requests from now on, until `restart` or `stop`; nothing unless it is READY."""
+        if self.state is ReplicaState.READY:
+            self._enter(ReplicaState.DRAINING, "draining")
+
+    def restart(self, now: float) -> Action | None:
+        """End it and start it anew; a FAILED, STOPPED or waiting one starts at once."""
+        if not self._running:
+            self.restarts += 1
+            return self.start(now)
+        return self._end(Goal.RESTART, "restarting", now, self._policy.terminate_seconds)
+
+    def stop(self, now: float, terminate_seconds: float) -> Action | None:
+        """End it for good: SIGTERM, and after `terminate_seconds` SIGKILL."""
+        if not self._running:
+            self._goal = Goal.STOP
+            self._enter(ReplicaState.STOPPED, "stopped")
+            return None
+        return self._end(Goal.STOP, "stopping", now, terminate_seconds)
+
+    def _spawn(self, now: float) -> Action:
+        self._goal = Goal.RUN
+        self._running = True
+        self._misses = 0
+        self._enter(ReplicaState.STARTING, "loading the model")
+        self._due = now + self._policy.startup_seconds_max
+        return Action.SPAWN
+
+    def _end(self, goal: Goal, reason: str, now: float, terminate_seconds: float) -> Action:
+        self._goal = goal
+        self._enter(ReplicaState.DRAINING, reason)
+        self._due = now + terminate_seconds
+        return Action.TERMINATE
+
+    def _kill(self, why: str) -> Action:
+        self._blame = self.reason = why
+        if self.state is not ReplicaState.STARTING:
+            self._enter(ReplicaState.BACKOFF, why)
+        return Action.KILL
+
+    def _gone(self) -> None:
+        self._running = False
+        self.pid = None
+        self._blame = ""
+
+    def _enter(self, state: ReplicaState, reason: str) -> None:
+        self.state = state
+        self.reason = reason
+        self._due = None
