@@ -90,6 +90,7 @@ class Settings(BaseSettings):
     # Bounds of the front door.
     body_bytes_max: int = Field(32 << 20, ge=1024, description="largest request body")
     bodies_bytes_max: int = Field(1 << 30, ge=1024, description="all request bodies held at one time")
+    body_seconds_max: float = Field(60.0, gt=0, description="for a request body to come in")
     header_bytes_max: int = Field(64 << 10, ge=4096, description="largest request head")
     answer_bytes_max: int = Field(
         8 << 20, ge=1024, description="largest answer held back for a retry; a larger one is streamed"

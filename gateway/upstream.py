@@ -6,7 +6,8 @@ aiohttp's errors end here: whatever a dead, dying or silent replica does becomes
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
@@ -120,6 +121,15 @@ class Upstream:
         self._sessions.clear()
         for session in sessions:
             await session.close()
+
+
+@contextmanager
+def broken(replica: Replica) -> Iterator[None]:
+    """Turn errors of reading a replica's answer into UpstreamLost."""
+    try:
+        yield
+    except _LOST as error:
+        raise _lost(replica, error) from error
 
 
 def _lost(replica: Replica, error: BaseException) -> UpstreamLost:

@@ -1,0 +1,169 @@
+"""One request being answered: its head, its body, its answer, and its end if the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from gateway.errors import ApiError, BodyTooLarge, InvalidRequest, error_body
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+RawHeaders = list[tuple[bytes, bytes]]
+
+_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_JSON = (b"content-type", b"application/json")
+
+
+class ClientLeft(Exception):
+    """The client closed the connection; nobody waits for an answer."""
+
+
+def sane_request_id(given: bytes | None) -> str:
+    """The client's request id if it is harmless, else a new one of 32 hex digits."""
+    if given is not None and _SANE_ID.fullmatch(given):
+        return given.decode("ascii")
+    return uuid.uuid4().hex
+
+
+class Exchange:
+    """One request and its answer over ASGI.
+
+    Belongs to the task that makes it. While it is watched, the client's leaving sets `left` and cancels that task;
+    `end` does the same with an error that the client shall get.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.send = send
+        self.authorization: bytes | None = None
+        self.content_type = b""
+        self.content_length: int | None = None
+        self.accept = b""
+        self.pinned: str | None = None
+        self.replica = b""
+        self.left = False
+        self.ending: ApiError | None = None
+        self.begun = False
+        self.is_event_stream = False
+        self.body_bytes = 0
+        self._receive = receive
+        self._task = asyncio.current_task()
+        self._watcher: asyncio.Task[None] | None = None
+        given_id: bytes | None = None
+        for name, value in scope["headers"]:
+            match name:
+                case b"authorization":
+                    self.authorization = value
+                case b"content-type":
+                    self.content_type = value
+                case b"content-length":
+                    self.content_length = int(value) if value.isdigit() else None
+                case b"accept":
+                    self.accept = value
+                case b"x-request-id":
+                    given_id = value
+                case b"x-peerkv-replica":
+                    self.pinned = value.decode("latin-1")
+        self.request_id = sane_request_id(given_id)
+
+    async def read_body(self, hold: Callable[[int], None], *, bytes_max: int, seconds_max: float) -> bytes:
+        """The whole body. `hold` is told of bytes about to be held and may raise.
+
+        Raises BodyTooLarge, InvalidRequest (408) when it does not come in time, ClientLeft.
+        """
+        if (self.content_length or 0) > bytes_max:
+            raise BodyTooLarge(bytes_max)
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            body: bytes = message.get("body", b"")
+            self._count(len(body), hold, bytes_max)
+            return body
+        try:
+            async with asyncio.timeout(seconds_max):
+                return await self._read_parts(message, hold, bytes_max)
+        except TimeoutError:
+            raise InvalidRequest(f"The body did not come within {seconds_max:g} s.", status=408) from None
+
+    async def _read_parts(self, message: MutableMapping[str, Any], hold: Callable[[int], None], bytes_max: int) -> bytes:
+        parts = bytearray()
+        while message["type"] == "http.request":
+            part = message.get("body", b"")
+            self._count(len(part), hold, bytes_max)
+            parts += part
+            if not message.get("more_body", False):
+                return bytes(parts)
+            message = await self._receive()
+        raise ClientLeft
+
+    def _count(self, size: int, hold: Callable[[int], None], bytes_max: int) -> None:
+        if self.body_bytes + size > bytes_max:
+            raise BodyTooLarge(bytes_max)
+        hold(size)
+        self.body_bytes += size
+
+    def watch(self) -> None:
+        """Cancel the task from now on when the client leaves. The body must have been read."""
+        self._watcher = asyncio.create_task(self._wait_for_leaving())
+
+    async def _wait_for_leaving(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if self._task is not None:
+            self.left = True
+            self._task.cancel()
+
+    def unwatch(self) -> None:
+        """Do not cancel the task any more; idempotent."""
+        self._task = None
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+
+    def end(self, error: ApiError) -> None:
+        """End the exchange with this error, unless its answer is complete already."""
+        if self._task is not None:
+            self.ending = error
+            self._task.cancel()
+
+    async def begin(self, status: int, headers: RawHeaders, *, is_event_stream: bool = False) -> None:
+        """Send the answer's head."""
+        self.begun = True
+        self.is_event_stream = is_event_stream
+        headers.append((b"x-request-id", self.request_id.encode()))
+        if self.replica:
+            headers.append((b"x-peerkv-replica", self.replica))
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def answer(self, status: int, headers: RawHeaders, body: bytes) -> None:
+        """Send a whole answer."""
+        self.unwatch()
+        headers.append((b"content-length", b"%d" % len(body)))
+        await self.begin(status, headers)
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def finish(self, last: bytes = b"") -> None:
+        """Send the end of a streamed answer."""
+        self.unwatch()
+        await self.send({"type": "http.response.body", "body": last})
+
+    async def fail(self, error: ApiError) -> None:
+        """Tell the client, in whatever way is still possible.
+
+        An event stream ends with an error event. Any other answer that has begun is left incomplete, and the
+        server closes the connection.
+        """
+        self.unwatch()
+        if not self.begun:
+            await self.answer(error.status, [_JSON, *_raw(error.headers.items())], error.body())
+        elif self.is_event_stream:
+            event = error_body(error.message, type=error.type, code=error.code, param=error.param)
+            await self.finish(b"data: " + event + b"\n\n")
+
+
+def _raw(headers: Iterable[tuple[str, str]]) -> RawHeaders:
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]

@@ -1,0 +1,247 @@
+"""The hot path: a request of `/v1/*` goes to a replica, its answer back, byte for byte.
+
+Raw ASGI towards the client, aiohttp towards the replica. As long as the client has got nothing, a replica that dies is
+replaced by another one; after that an event stream ends with an error event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic
+
+from engine.fleet import FleetView
+from gateway.access import AdminAccess
+from gateway.answer import Answer, pass_on
+from gateway.body import Endpoint, check_body, decode_body, encode_body
+from gateway.errors import (
+    ApiError,
+    InternalError,
+    InvalidRequest,
+    NoReplicaReady,
+    ReplicaLost,
+    TooManyRequests,
+    Unavailable,
+)
+from gateway.exchange import ClientLeft, Exchange, Receive, Scope, Send
+from gateway.planning import PlannerLike, PlanT
+from gateway.served_models import ModelsCache
+from gateway.settings import Settings
+from gateway.tenants import Tenants
+from gateway.upstream import Upstream, UpstreamLost, broken
+
+_logger = logging.getLogger(__name__)
+
+PATHS: dict[str, Endpoint] = {
+    "/v1/completions": "completions",
+    "/v1/chat/completions": "chat",
+    "/v1/embeddings": "embeddings",
+}
+# The replica is in trouble and another one may not be; every other answer is the client's.
+RETRIED_STATUSES = frozenset({500, 502, 503})
+
+
+@dataclass(slots=True)
+class RelayCounters:
+    """Events since the start."""
+
+    requests: int = 0
+    retries: int = 0
+    replicas_lost: int = 0
+    streams_broken: int = 0
+    clients_left: int = 0
+    refused: int = 0
+    internal_errors: int = 0
+
+
+@dataclass(slots=True)
+class Journey(Generic[PlanT]):
+    """A request on its way over one replica or more."""
+
+    exchange: Exchange
+    path: str
+    body: dict[str, Any]
+    plan: PlanT
+    excluded: set[str] = field(default_factory=set)
+
+
+class Relay(Generic[PlanT]):
+    """Serves the endpoints in PATHS."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        fleet: FleetView,
+        upstream: Upstream,
+        models: ModelsCache,
+        planner: PlannerLike[PlanT],
+        tenants: Tenants,
+        access: AdminAccess,
+    ) -> None:
+        self.counters = RelayCounters()
+        self.draining = False
+        self._settings = settings
+        self._fleet = fleet
+        self._upstream = upstream
+        self._models = models
+        self._planner = planner
+        self._tenants = tenants
+        self._access = access
+        self._exchanges: set[Exchange] = set()
+        self._held_bytes = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being served now."""
+        return len(self._exchanges)
+
+    async def __call__(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one POST request to `endpoint`."""
+        exchange = Exchange(scope, receive, send)
+        await self.guard(exchange, lambda: self._serve(endpoint, exchange))
+
+    async def guard(self, exchange: Exchange, serve: Callable[[], Any]) -> None:
+        """Run `serve`, count it, and turn whatever it raises into the right end of the exchange."""
+        self.counters.requests += 1
+        try:
+            self._enter(exchange)
+            await serve()
+        except ApiError as error:
+            self.counters.refused += error.status < 500
+            await exchange.fail(error)
+        except ClientLeft:
+            self.counters.clients_left += 1
+        except asyncio.CancelledError:
+            await self._cancelled(exchange)
+        except Exception:
+            self.counters.internal_errors += 1
+            _logger.exception("request %s failed", exchange.request_id)
+            await exchange.fail(InternalError(exchange.request_id))
+        finally:
+            exchange.unwatch()
+            self._leave(exchange)
+
+    def _enter(self, exchange: Exchange) -> None:
+        if self.draining:
+            raise Unavailable("The gateway is stopping.")
+        if len(self._exchanges) >= self._settings.requests_in_flight_max:
+            raise TooManyRequests(self._settings.requests_in_flight_max)
+        self._exchanges.add(exchange)
+        self._idle.clear()
+
+    def _leave(self, exchange: Exchange) -> None:
+        self._held_bytes -= exchange.body_bytes
+        self._exchanges.discard(exchange)
+        if not self._exchanges:
+            self._idle.set()
+
+    async def _cancelled(self, exchange: Exchange) -> None:
+        """Our own cancellation ends here; anybody else's goes on."""
+        task = asyncio.current_task()
+        if task is None or not (exchange.left or exchange.ending):
+            raise asyncio.CancelledError
+        task.uncancel()
+        if exchange.left:
+            self.counters.clients_left += 1
+        elif exchange.ending is not None:
+            await exchange.fail(exchange.ending)
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing new; wait until all requests are done, then end those that are not after `seconds`."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            _logger.warning("ending %d requests that did not finish in %g s", self.in_flight, seconds)
+            for exchange in tuple(self._exchanges):
+                exchange.end(Unavailable("The gateway stopped before the answer was complete."))
+
+    async def _serve(self, endpoint: Endpoint, exchange: Exchange) -> None:
+        tenant = self._tenants.authenticate(exchange.authorization)
+        if exchange.pinned is not None:
+            self._access.check(exchange.scope)
+        if exchange.content_type.partition(b";")[0].strip().lower() != b"application/json":
+            raise InvalidRequest("Send the header 'Content-Type: application/json'.", code="invalid_content_type")
+        settings = self._settings
+        raw = await exchange.read_body(self._hold, bytes_max=settings.body_bytes_max, seconds_max=settings.body_seconds_max)
+        exchange.watch()
+        body = decode_body(raw)
+        del raw
+        check_body(endpoint, body)
+        if body.get("model"):
+            await self._models.card(body["model"])
+        plan = await self._planner.plan(endpoint, body, tenant, pinned=exchange.pinned)
+        path: str = exchange.scope["path"]
+        await self._travel(Journey(exchange, path, body, plan))
+
+    def _hold(self, size: int) -> None:
+        if self._held_bytes + size > self._settings.bodies_bytes_max:
+            raise Unavailable("The gateway holds as many request bytes as it may.")
+        self._held_bytes += size
+
+    async def _travel(self, journey: Journey[PlanT]) -> None:
+        """Try replicas until one has answered."""
+        exchange = journey.exchange
+        for attempts_left in range(self._settings.retry_attempts_max, -1, -1):
+            replica = journey.plan.replica
+            answer: Answer | None = None
+            lost: ApiError = ReplicaLost()
+            self._planner.started(journey.plan)
+            try:
+                answer = await self._attempt(journey)
+                if exchange.begun:
+                    return
+            except UpstreamLost as error:
+                self.counters.replicas_lost += 1
+                _logger.warning("request %s lost its replica: %s", exchange.request_id, error)
+                self._fleet.suspect(replica.name)
+                if exchange.begun:
+                    self.counters.streams_broken += 1
+                    raise lost from error
+            finally:
+                self._planner.finished(journey.plan)
+            if answer is None or answer.status in RETRIED_STATUSES:
+                try:
+                    retried = attempts_left > 0 and exchange.pinned is None and self._replan(journey)
+                except NoReplicaReady as error:
+                    retried, lost = False, error
+                if retried:
+                    continue
+            if answer is None:
+                raise lost
+            await exchange.answer(answer.status, answer.headers, answer.body)
+            return
+
+    def _replan(self, journey: Journey[PlanT]) -> bool:
+        journey.excluded.add(journey.plan.replica.name)
+        journey.plan = self._planner.replan(journey.plan, exclude=journey.excluded)
+        self.counters.retries += 1
+        return True
+
+    async def _attempt(self, journey: Journey[PlanT]) -> Answer | None:
+        """The replica's answer, or None when it was streamed to the client. Raises UpstreamLost."""
+        exchange, plan = journey.exchange, journey.plan
+        changes = {
+            "prompt": plan.prompt,
+            "cache_salt": plan.cache_salt,
+            "kv_transfer_params": plan.kv_transfer_params,
+        }
+        body = journey.body | {name: value for name, value in changes.items() if value is not None}
+        headers = {"content-type": "application/json", "x-request-id": exchange.request_id}
+        if exchange.accept:
+            headers["accept"] = exchange.accept.decode("latin-1")
+        response = await self._upstream.post(plan.replica, journey.path, encode_body(body), headers)
+        exchange.replica = plan.replica.name.encode()
+        try:
+            with broken(plan.replica):
+                return await pass_on(exchange, response, bytes_max=self._settings.answer_bytes_max)
+        finally:
+            # A connection whose answer was read to its end is back in the pool; any other is closed, which is how
+            # vLLM learns that nobody waits.
+            response.close()
