@@ -19,18 +19,18 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
-from engine.launch import EngineSettings
+from engine.devices import CPU_REPLICAS_DEFAULT, resolve_replicas
+from engine.launch import EngineSettings, devices_each
 from gateway.errors import SettingsError
 from gateway.tenants import Tenant
 
 ENV_PREFIX = "PEERKV_"
 CONFIG_VARIABLE = "PEERKV_CONFIG"
 # Variables with our prefix that are not settings: read elsewhere, or set by an orchestrator for a service named peerkv.
-OTHER_VARIABLE_PREFIXES = (CONFIG_VARIABLE, "PEERKV_CACHE_DIR", "PEERKV_SERVICE_", "PEERKV_PORT_", "PEERKV_TEST_")
+OTHER_VARIABLE_PREFIXES = (CONFIG_VARIABLE, "PEERKV_CACHE", "PEERKV_SERVICE_", "PEERKV_PORT_", "PEERKV_TEST_")
 # sun_path holds 108 bytes with the final zero; "/replica-999.sock" needs 17 of them.
 RUN_DIR_BYTES_MAX = 90
 REPLICAS_MAX = 256
-REPLICAS_ON_CPU = 2
 
 Words = Annotated[tuple[str, ...], NoDecode]
 
@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     model: str = Field("", description="directory or hub id that vLLM loads; empty: the default model")
     served_model_name: str = Field("", description="name that clients use; empty: the model as given")
     replicas: int | Literal["auto"] = Field(
-        "auto", description=f"number of replicas; auto: one a GPU, or {REPLICAS_ON_CPU} on the CPU"
+        "auto", description=f"number of replicas; auto: one a GPU, or {CPU_REPLICAS_DEFAULT} on the CPU"
     )
     vllm_args: Words = Field((), description="further arguments for each vLLM server; they win over ours")
     preload: bool | None = Field(None, description="import vLLM once and fork the replicas; unset: on the CPU only")
@@ -126,6 +126,7 @@ class Settings(BaseSettings):
     healthy_seconds_reset: float = Field(60.0, gt=0, description="ready for so long: the pauses start anew")
     start_failures_max: int = Field(3, ge=1, description="failed starts in a row, then the replica is given up")
     terminate_seconds: float = Field(10.0, gt=0, description="from SIGTERM to SIGKILL of a replica")
+    claim_seconds_max: float = Field(15.0, gt=0, description="for a former peerkv to let go of run_dir and table_dir")
     log_bytes_max: int = Field(16 << 20, ge=4096, description="a longer replica log is rotated at a start")
 
     @field_validator("replicas", mode="before")
@@ -186,15 +187,14 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
 def engine_settings(settings: Settings, *, model: str, devices: tuple[str, ...]) -> EngineSettings:
     """What the supervisor gets: `model` is resolved, `devices` are the GPUs' ids (none: CPU).
 
-    `replicas="auto"` becomes one a device, or REPLICAS_ON_CPU.
+    `replicas="auto"` becomes as many as the GPUs allow, or CPU_REPLICAS_DEFAULT. Raises engine.fleet.FleetError.
     """
-    automatic = len(devices) or REPLICAS_ON_CPU
     same = {field.name for field in dataclasses.fields(EngineSettings)} & set(Settings.model_fields)
     values: dict[str, Any] = {name: getattr(settings, name) for name in same}
     values |= {
         "model": model,
         "devices": devices,
-        "replicas": automatic if settings.replicas == "auto" else settings.replicas,
+        "replicas": resolve_replicas(settings.replicas, devices, devices_each(settings.vllm_args)),
         "preload": not devices if settings.preload is None else settings.preload,
         "served_model_name": settings.served_model_name or model,
     }

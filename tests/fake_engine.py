@@ -14,7 +14,8 @@ arguments are accepted and ignored. What it saw is at `GET /fake/seen`. A reques
 
 Arguments of its own: `--fake-start-seconds S` before it listens, `--fake-exit-code N` ends it at start with a
 message on stderr (with `--fake-exit-on NAME` only that replica), `--fake-exit-once FILE` only when FILE did not
-exist yet, and `--fake-deaf` lets it ignore SIGTERM.
+exist yet, `--fake-reset-fails` has it answer
+so to /reset_prefix_cache, and `--fake-deaf` lets it ignore SIGTERM.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class FakeEngine:
         self.models = args.served_model_name or [args.model]
         self.root = args.model
         self.loras = [module.split("=")[0] for module in args.lora_modules]
+        self.reset_fails = args.fake_reset_fails
         self.context_tokens = args.max_model_len
         self.seen: Json = {"requests": [], "aborted": [], "finished": 0, "running": 0, "resets": []}
 
@@ -113,7 +115,7 @@ class FakeEngine:
 
     async def reset(self, request: web.Request) -> web.Response:
         self.seen["resets"].append(dict(request.query))
-        return web.Response()
+        return web.json_response({"success": not self.reset_fails})
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -281,6 +283,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fake-exit-code", type=int)
     parser.add_argument("--fake-exit-on")
     parser.add_argument("--fake-exit-once")
+    parser.add_argument("--fake-reset-fails", action="store_true")
     parser.add_argument("--fake-deaf", action="store_true")
     return parser.parse_known_args(argv)[0]
 
