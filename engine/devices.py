@@ -1,16 +1,19 @@
 """Which GPUs there are, and which replica gets which. No torch here: the gateway's process runs this too."""
 
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 from engine.fleet import FleetError
 
 CPU_REPLICAS_DEFAULT = 2
 NVIDIA_SMI_SECONDS = 20.0
+CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 
 
 class NotEnoughDevices(FleetError):
@@ -54,6 +57,16 @@ def parse_gpu_list(listing: str) -> tuple[str, ...]:
                 ids.pop()
             ids.append(mig[1])
     return tuple(ids)
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use: its affinity, and its control group's quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = CPU_QUOTA_FILE.read_text().split()
+        return min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control group, or "max": no quota
+        return cores
 
 
 def vllm_is_for_cpu() -> bool:

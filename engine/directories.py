@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,25 @@ def claim(path: Path, wait_seconds: float) -> Claim:
         if time.monotonic() >= deadline:
             raise DirectoryRefused(f"{path} is in use by another running peerkv: stop it, or choose another port")
         time.sleep(CLAIM_POLL_SECONDS)
+
+
+def claim_all(paths: Iterable[Path], wait_seconds: float) -> tuple[Claim, ...]:
+    """Claim every one of `paths`, or none. Raises DirectoryRefused."""
+    claims: list[Claim] = []
+    try:
+        for path in paths:
+            claims += [claim(path, wait_seconds)]
+    except DirectoryRefused:
+        release(claims)
+        raise
+    return tuple(claims)
+
+
+def release(claims: Iterable[Claim]) -> None:
+    """Remove claimed directories with all they hold, and let go of them."""
+    for held in claims:
+        remove_claimed(held.path)
+        os.close(held.lock_fd)
 
 
 def remove_claimed(path: Path) -> bool:

@@ -9,8 +9,10 @@ import argparse
 import logging
 import os
 import select
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ from engine.control import (
     encode_line,
 )
 from engine.directories import remove_claimed
+from engine.logs import rotate
 
 log = logging.getLogger("peerkv.host")
 
@@ -173,6 +176,7 @@ class Host:
 
         os.environ.clear()
         os.environ.update(spawn.env)
+        tempfile.tempdir = None  # the host may have looked it up in its own environment
         try:
             run_server(spawn.argv)
         except SystemExit as leave:
@@ -205,15 +209,6 @@ class Host:
             _kill_session(self._sweeps.pop(0)[1], spare_tracker=False)
 
 
-def rotate(path: Path, bytes_max: int) -> None:
-    """Move a log of more than `bytes_max` bytes to <log>.1, over the one there."""
-    try:
-        if path.stat().st_size > bytes_max:
-            path.replace(f"{path}.1")
-    except FileNotFoundError:
-        return
-
-
 def _kill_session(session: int, *, spare_tracker: bool) -> None:
     """Kill all processes of a session, those included that left the first one's group."""
     killed: set[int] = set()
@@ -226,11 +221,7 @@ def _kill_session(session: int, *, spare_tracker: bool) -> None:
 
 def _remove_traces(spawn: Spawn) -> None:
     Path(spawn.socket).unlink(missing_ok=True)
-    scratch = Path(spawn.scratch)
-    if scratch.is_dir():
-        for entry in scratch.iterdir():
-            entry.unlink(missing_ok=True)
-        scratch.rmdir()
+    shutil.rmtree(spawn.scratch, ignore_errors=True)  # a dying process may still write there; the next start retries
 
 
 def _redirect_output(path: str) -> None:

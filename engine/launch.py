@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,11 @@ class EngineSettings:
     log_bytes_max: int = 16 << 20  # a longer log is rotated when the replica starts
 
     @property
+    def preloads(self) -> bool:
+        """Whether replicas are forked from a host that imported vLLM."""
+        return self.preload and self.launcher is None
+
+    @property
     def policy(self) -> RestartPolicy:
         """The bounds of a replica's life."""
         return RestartPolicy(
@@ -110,7 +116,11 @@ def replica_env(settings: EngineSettings, environ: Mapping[str, str], cores: int
     the user's value stays.
     """
     env = {k: v for k, v in environ.items() if not k.startswith("PEERKV_") and k != "VLLM_API_KEY"}
-    tunables = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    tunables = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # the engine forks
+        "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",  # survives a restart
+    }
     if not settings.devices:
         tunables |= {
             "OMP_NUM_THREADS": str(max(1, cores // settings.replicas)),
@@ -166,18 +176,18 @@ def _plan_launch(settings: EngineSettings, index: int, devices: tuple[str, ...],
     env = dict(shared)
     if settings.launcher is None:
         _check_socket_path(scratch, len(os.fsencode(scratch)) + ENGINE_SOCKET_BYTES)
-        env["VLLM_RPC_BASE_PATH"] = scratch
+        env |= {"VLLM_RPC_BASE_PATH": scratch, "TMPDIR": scratch}  # a killed vLLM leaves files there
     if devices:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     args = server_args(settings, name, socket)
-    if not settings.preload:
+    if not settings.preloads:
         args = (*(settings.launcher or (sys.executable, "-m", VLLM_SERVER_MODULE)), *args)
     device = f"cuda:{','.join(devices)}" if devices else "cpu"
     return ReplicaLaunch(name, args, env, device, socket, scratch, str(settings.log_dir / f"{name}.log"))
 
 
 def _transfer_config(settings: EngineSettings, name: str) -> dict[str, object]:
-    extra = {"table_dir": str(settings.table_dir), "replica": name, "hash_name": settings.hash_name}
+    extra = {"table_dir": str(settings.table_dir), "replica": name, "hash": settings.hash_name}
     if settings.namespace:
         extra["namespace"] = settings.namespace
     return {

@@ -69,6 +69,17 @@ class Lifecycle:
         """Whether a process exists, or was asked for and has not been reported as ended."""
         return self._running
 
+    @property
+    def watched(self) -> bool:
+        """Whether health checks mean something now."""
+        states = (ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING)
+        return self._running and self._goal is Goal.RUN and self.state in states
+
+    @property
+    def missing(self) -> bool:
+        """Whether the last health check failed."""
+        return self._misses > 0
+
     def start(self, now: float) -> Action | None:
         """First start, or a new one after STOPPED or FAILED; nothing when it runs."""
         if self._running:
@@ -82,18 +93,19 @@ class Lifecycle:
 
     def answered(self, now: float) -> None:
         """A health check succeeded."""
-        if not self._running or self.state not in (ReplicaState.STARTING, ReplicaState.READY):
+        if not self.watched:
             return
-        self._misses = 0
+        if self._misses:
+            self._misses = 0
+            self.reason = "draining" if self.state is ReplicaState.DRAINING else ""
         if self.state is ReplicaState.STARTING:
             self._start_failures = 0
             self._enter(ReplicaState.READY, "")
             self._due = now + self._policy.healthy_seconds_reset
-        self.reason = ""
 
-    def missed(self, why: str, now: float, *, dead: bool = False) -> Action | None:
+    def missed(self, why: str, *, dead: bool = False) -> Action | None:
         """A health check failed; `dead`: the replica itself says that it is beyond help."""
-        if not self._running or self.state not in (ReplicaState.READY, ReplicaState.DRAINING):
+        if not self.watched or self.state is ReplicaState.STARTING:
             return None
         self._misses += 1
         self.reason = why

@@ -1,0 +1,50 @@
+"""Asking a replica whether it is well: GET /health on its socket."""
+
+from dataclasses import dataclass
+from http import HTTPStatus
+
+import aiohttp
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """One answer. `dead`: the server says itself that its engine is beyond help. `why` is "" when well."""
+
+    why: str
+    dead: bool = False
+
+    @property
+    def well(self) -> bool:
+        """Whether the replica can take requests."""
+        return not self.why
+
+
+class HealthProbe:
+    """Asks one replica. Each question is a connection of its own, so that a dead process cannot look alive."""
+
+    def __init__(self, socket: str, timeout_seconds: float) -> None:
+        self._socket = socket
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def ask(self) -> Health:
+        """The replica's health; never raises for what the replica does."""
+        if self._session is None:
+            connector = aiohttp.UnixConnector(path=self._socket, force_close=True)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
+        try:
+            async with self._session.get("http://replica/health") as answer:
+                if answer.status == HTTPStatus.OK:
+                    return Health("")
+                dead = answer.status == HTTPStatus.SERVICE_UNAVAILABLE
+                return Health(f"/health answers {answer.status}", dead)
+        except TimeoutError:
+            return Health(f"no answer to /health in {self._timeout.total:g} s")
+        except (aiohttp.ClientError, OSError) as error:
+            return Health(f"cannot ask /health: {error}")
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
