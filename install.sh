@@ -27,6 +27,12 @@ find_python() {
 On Debian or Ubuntu: apt-get install python3 python3-venv; or name one: make install PYTHON=/path/to/python3.12"
 }
 
+# What an install depends on: of pyproject.toml not the settings of linters and the like.
+what_is_installed() {
+    cat install.sh
+    "$1" -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(p["build-system"], p["project"], p["tool"]["setuptools"])'
+}
+
 check_venv_module() {
     "$1" -c 'import ensurepip, venv' 2>/dev/null && return
     local minor; minor=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -106,7 +112,7 @@ main() {
     python=$(find_python)
     # A tree that was moved, another Python or another target needs a new .venv; other files only an update of it.
     place="$PWD $(version_of "$python") $target"
-    key="$place $(cat pyproject.toml install.sh | sha256sum | cut -c1-64)"
+    key="$place $(what_is_installed "$python" | sha256sum | cut -c1-64)"
     [ "$(cat "$STAMP" 2>/dev/null)" = "$key" ] && [ -x "$VENV/bin/peerkv" ] && return
 
     exec 9<"$PWD"
