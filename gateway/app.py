@@ -115,7 +115,7 @@ def _add_open_routes(app: FastAPI, fleet: FleetView, draining: Callable[[], bool
 
 
 def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, sight: Sight, access: AdminAccess) -> None:
-    def admin(request: Request) -> None:
+    async def admin(request: Request) -> None:
         access.check(request.scope)
 
     guarded: dict[str, Any] = {"tags": ["admin"], "dependencies": [Depends(admin)]}
