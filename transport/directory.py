@@ -5,12 +5,40 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from transport import liveness
 from transport.errors import TableError
 from transport.table import SUFFIX, TableReader
 
 _logger = logging.getLogger(__name__)
 
 TABLES_MAX = 1024
+
+
+DRAFT_SECONDS_MAX = 60.0
+
+
+def sweep(path: Path, now: float) -> int:
+    """Remove the tables of owners that are gone, and drafts older than DRAFT_SECONDS_MAX; `now` in seconds since the epoch."""
+    removed = 0
+    try:
+        entries = list(os.scandir(path))
+    except FileNotFoundError:
+        return 0
+    for entry in entries:
+        draft = entry.name.startswith(".") and now - entry.stat(follow_symlinks=False).st_mtime > DRAFT_SECONDS_MAX
+        if not entry.is_file(follow_symlinks=False) or not (draft or entry.name.endswith(SUFFIX)):
+            continue
+        try:
+            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        try:
+            if not liveness.claimed(fd):
+                os.unlink(entry.path)
+                removed += 1
+        finally:
+            os.close(fd)
+    return removed
 
 
 class TableDirectory:

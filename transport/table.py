@@ -69,11 +69,11 @@ class TableWriter:
         draft = directory / f".{description.replica}.{os.getpid()}.{self.epoch}"
         self._fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            if not liveness.claim(self._fd):
+                raise TableError(f"{draft} is locked by another process")
             os.posix_fallocate(self._fd, 0, self.layout.total)
             self._map = mmap.mmap(self._fd, self.layout.total)
             self._fill(block_size, encoded)
-            if not liveness.claim(self._fd):
-                raise TableError(f"{draft} is locked by another process")
             os.rename(draft, self.path)
         except BaseException:
             os.close(self._fd)
@@ -220,7 +220,6 @@ class TableReader:
         if not bounded or self.block_size < 1 or layout.total != found.st_size:
             raise TableError(f"{path}: its sizes do not fit together")
         self.num_blocks: int = blocks
-        self._description_span = (PAGE_BYTES, length)
         self.description = msgspec.json.decode(self._map[PAGE_BYTES : PAGE_BYTES + length], type=Description)
         self.name = self.description.replica
         self._words = np.frombuffer(self._map, np.uint64, PAGE_BYTES // 8)
@@ -252,7 +251,7 @@ class TableReader:
 
     def alive(self) -> bool:
         """Tell whether the owner still runs, as the kernel knows."""
-        return liveness.claimed(self._fd)
+        return self._fd >= 0 and liveness.claimed(self._fd)
 
     def longest_run(self, keys: Keys) -> Run:
         """Return the longest run of blocks from the start of `keys`, shape (n, 2), that the table holds at this moment."""
@@ -302,14 +301,6 @@ class TableReader:
         """Return the owner's counters since its epoch began, by the names in COUNTERS."""
         start = COUNTERS_OFFSET // 8
         return dict(zip(COUNTERS, self._words[start : start + len(COUNTERS)].tolist(), strict=True))
-
-    def described(self) -> Description:
-        """Read the description anew. Raises TableError if it can not be read."""
-        start, length = self._description_span
-        try:
-            return msgspec.json.decode(self._map[start : start + length], type=Description)
-        except msgspec.MsgspecError as error:
-            raise TableError(f"the description of {self.name}: {error}") from error
 
     def close(self) -> None:
         """Close the descriptor; the mapping goes with the last array that refers to it."""

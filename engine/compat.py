@@ -1,0 +1,40 @@
+"""All that differs between the vLLM versions we run on, 0.26 to 0.33."""
+
+from typing import Any
+
+import vllm
+
+VERSIONS = "0.26 to 0.33"
+
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    PEER_HITS: Any = CacheHitSource.P2P
+except ImportError:  # before 0.32
+    PEER_HITS = None
+
+
+def vllm_version() -> str:
+    """Return the version that KV bytes depend on."""
+    return str(vllm.__version__)
+
+
+def attention_backend(vllm_config: Any, layer: str) -> str:
+    """Return the name of the attention backend of a layer, which decides how a block is laid out inside."""
+    module = vllm_config.compilation_config.static_forward_context.get(layer)
+    return str(module.get_attn_backend().get_name()) if module is not None else "unknown"
+
+
+def kv_scales(vllm_config: Any, layers: list[str]) -> str:
+    """Return the scales of a quantised KV cache, which vLLM keeps in the layers, not in the cache."""
+    if str(vllm_config.cache_config.cache_dtype) in ("auto", "bfloat16", "float16", "float32"):
+        return "none"
+    context = vllm_config.compilation_config.static_forward_context
+    modules = [context.get(layer) for layer in layers]
+    names = ("_k_scale_float", "_v_scale_float", "_q_scale_float", "_prob_scale_float")
+    return ";".join(",".join(str(getattr(module, name, "?")) for name in names) for module in modules)
+
+
+def model_identity(model_config: Any) -> tuple[str, str, str]:
+    """Return (model, revision, tokenizer): a path or a hub id each, "" where vLLM has none."""
+    return str(model_config.model), str(model_config.revision or ""), str(model_config.tokenizer or "")

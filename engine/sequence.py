@@ -1,0 +1,64 @@
+"""One request as the connector sees it: its keys, its blocks, and what became of its import."""
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from transport.keys import KeyChain, Keys
+
+
+@dataclass(slots=True)
+class Import:
+    """An import that is planned or under way: from table `source` in `epoch`, behind `local_blocks` that we hold ourselves."""
+
+    source: str
+    epoch: int
+    local_blocks: int
+    source_blocks: npt.NDArray[np.int32]
+    states: npt.NDArray[np.uint64]
+    target_blocks: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    ranks_done: int = 0
+
+
+@dataclass(slots=True)
+class Sequence:
+    """Blocks are ids in the order of the sequence; `published` counts leading blocks known to be on offer."""
+
+    request: Any
+    chain: KeyChain
+    extras: Mapping[int, bytes]
+    source: str | None
+    block_ids: list[int] = field(default_factory=list)
+    published: int = 0
+    planned: Import | None = None
+    tried: bool = False
+    counted: bool = False
+    local_blocks: int = 0
+    imported_blocks: int = 0
+
+    def keys(self, blocks: int) -> Keys:
+        """Return the keys of at most the first `blocks` full blocks, shape (n, 2); fewer if its tokens are not known yet."""
+        have = self.chain.tokens
+        tokens = self.request.all_token_ids
+        if self.chain.blocks < blocks and len(tokens) > have:
+            self.chain.extend(tokens[have : len(tokens)], self.extras)
+        return self.chain.keys[:blocks]
+
+
+def extra_content(request: Any, block_size: int) -> dict[int, bytes]:
+    """Return what each block depends on beside token ids: which multimodal item lies at which of its positions.
+
+    Source: vLLM's own block keys mix in the same facts (v1/core/kv_cache_utils.py, generate_block_hash_extra_keys).
+    """
+    extras: dict[int, bytearray] = {}
+    for feature in getattr(request, "mm_features", None) or ():
+        start, length = feature.mm_position.offset, feature.mm_position.length
+        name = str(feature.identifier).encode()
+        for block in range(start // block_size, -(-(start + length) // block_size)):
+            place = array("q", (len(name), start - block * block_size)).tobytes()
+            extras.setdefault(block, bytearray()).extend(place + name)
+    return {block: bytes(extra) for block, extra in extras.items()}

@@ -1,0 +1,106 @@
+"""The connector's worker half: one rank's KV memory, and the imports under way."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.messages import Handshake, ImportReport, StepMetadata, WorkerReport
+from transport.base import ImportJob, ImportResult, Transport
+from transport.directory import TableDirectory
+from transport.errors import TransportError
+from transport.shared_memory import SharedMemoryTransport
+
+_logger = logging.getLogger(__name__)
+
+
+class WorkerHalf:
+    """Begins and polls imports. `fields` are what this rank knows of its fingerprint.
+
+    Every job that came in is reported once, whatever happens: vLLM keeps a request waiting until then.
+    """
+
+    def __init__(self, table_dir: Path, replica: str, rank: int) -> None:
+        self._peers = TableDirectory(table_dir, replica)
+        self._rank = rank
+        self._transport: Transport | None = None
+        self._status = "the engine registered no KV cache"
+        self._ended: dict[str, ImportReport] = {}
+        self._jobs: dict[str, ImportJob] = {}
+        self._load_errors: set[int] = set()
+        self._step = 0
+
+    def register(self, kv_caches: Mapping[str, Any], num_blocks: int) -> None:
+        """Make the KV tensors readable for peers, by the transport that fits their device."""
+        devices = {str(tensor.device.type) for tensor in kv_caches.values()}
+        if devices != {"cpu"}:
+            self._status = f"no transport for KV memory on {', '.join(sorted(devices)) or 'no device'}"
+            return
+        try:
+            self._transport = SharedMemoryTransport(kv_caches, num_blocks, self._rank)
+            self._status = "ok"
+        except (TransportError, OSError, RuntimeError) as error:
+            self._status = f"KV memory can not be shared: {error}"
+            _logger.warning("%s", self._status)
+
+    def handshake(self, fields: dict[str, str]) -> Handshake:
+        """Return what the scheduler's half has to know of this rank."""
+        return Handshake(self._transport.memory() if self._transport else None, self._status, fields)
+
+    def start(self, metadata: StepMetadata) -> None:
+        """Begin the imports of a step."""
+        self._step = max(self._step, metadata.step)
+        for job in metadata.imports:
+            self._jobs[job.request_id] = job
+            try:
+                self._start(job)
+            except (TransportError, OSError) as error:
+                self._fail(job, str(error))
+
+    def _start(self, job: ImportJob) -> None:
+        reader = self._peers.tables().get(job.source)
+        if self._transport is None or reader is None or reader.epoch != job.epoch:
+            self._fail(job, f"{job.source or 'no source'} is gone")
+            return
+        self._transport.retain({(name, table.epoch) for name, table in self._peers.tables().items()})
+        self._transport.start(job, reader)
+
+    def poll(self) -> set[str]:
+        """Return the ids of the requests whose import ended since the last call."""
+        for result in self._transport.poll() if self._transport and self._transport.pending() else ():
+            self._end(result)
+        return set(self._ended)
+
+    def fail_all(self, reason: str) -> set[str]:
+        """Give up every import under way; return the ids of all that ended."""
+        for job in list(self._jobs.values()):
+            if job.request_id not in self._ended:
+                self._fail(job, reason)
+        return set(self._ended)
+
+    def take_load_errors(self) -> set[int]:
+        """Return the blocks that must be recomputed, once."""
+        errors, self._load_errors = self._load_errors, set()
+        return errors
+
+    def take_report(self) -> WorkerReport:
+        """Return what the scheduler's half has to know of this step, once."""
+        ended, self._ended = self._ended, {}
+        for request_id in ended:
+            self._jobs.pop(request_id, None)
+        return WorkerReport(self._step, ended, dict.fromkeys(ended, 1))
+
+    def close(self) -> None:
+        """Release peers' memory and tables."""
+        if self._transport is not None:
+            self._transport.close()
+        self._peers.close()
+
+    def _end(self, result: ImportResult) -> None:
+        self._load_errors.update(result.failed_blocks)
+        self._ended[result.job.request_id] = ImportReport(
+            frozenset(result.failed_blocks), result.stale_blocks, result.bytes, result.nanoseconds, result.reason
+        )
+
+    def _fail(self, job: ImportJob, reason: str) -> None:
+        self._end(ImportResult(job, tuple(job.target_blocks.tolist()), 0, 0, 0, reason))
