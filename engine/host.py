@@ -135,23 +135,28 @@ class Host:
         _remove_traces(spawn)
         rotate(Path(spawn.log), spawn.log_bytes_max)
         parent = os.getpid()
+        wait_fd, tell_fd = os.pipe()
         pid = os.fork()
         if pid == 0:
-            self._be_replica(spawn, parent)
+            self._be_replica(spawn, parent, wait_fd, tell_fd)
+        os.close(tell_fd)
+        os.read(wait_fd, 1)  # until it leads its session, or is dead: before, it could not be killed as one
+        os.close(wait_fd)
         self._running[spawn.name] = Running(pid, spawn)
         self.say(Spawned(spawn.name, pid))
 
-    def _be_replica(self, spawn: Spawn, parent: int) -> None:
-        """In the forked child; never returns."""
+    def _be_replica(self, spawn: Spawn, parent: int, wait_fd: int, tell_fd: int) -> None:
+        """In the forked child; never returns. The end of `tell_fd` tells the host that the session exists."""
         code = 1
         try:
             os.setsid()
             processes.die_with_parent(parent)
+            os.close(tell_fd)
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            for fd in (self._control, self._report, self._wake_read, self._wake_write, *self._held):
+            for fd in (wait_fd, self._control, self._report, self._wake_read, self._wake_write, *self._held):
                 os.close(fd)
             _redirect_output(spawn.log)
             os.umask(0o077)
@@ -201,8 +206,16 @@ class Host:
     def _ended(self, running: Running, code: int) -> None:
         self.say(Exited(running.spawn.name, running.pid, code))
         _kill_session(running.pid, spare_tracker=True)
+        self._kill_strays()
         self._sweeps.append((time.monotonic() + TRACKER_GRACE_SECONDS, running.pid))
         _remove_traces(running.spawn)
+
+    def _kill_strays(self) -> None:
+        """Kill orphans that left their replica's session: they are our children now, and no replica."""
+        replicas = {r.pid for r in self._running.values()}
+        for pid in processes.children(os.getpid()):
+            if pid not in replicas and not processes.is_resource_tracker(pid):
+                processes.kill(pid)
 
     def _sweep(self) -> None:
         while self._sweeps and self._sweeps[0][0] <= time.monotonic():

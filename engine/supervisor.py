@@ -159,7 +159,7 @@ class Supervisor:
         """Start a host, heed it until it ends, and return how it ended."""
         try:
             held = tuple(c.lock_fd for c in self._claims)
-            self._link = await HostLink.open(self._settings, held, self._host_env)
+            link = self._link = await HostLink.open(self._settings, held, self._host_env)
         except OSError as error:
             return f"cannot be started: {error}"
         if self._settings.preloads:
@@ -170,11 +170,11 @@ class Supervisor:
             self._publish()
         self._wake()
         try:
-            async for event in self._link.events():
+            async for event in link.events():
                 self._heed(event)
         except (msgspec.MsgspecError, ValueError) as error:
             log.error("the replica host reports nonsense: %s", error)
-        return await self._link.kill()
+        return await link.kill()
 
     def _host_ended(self) -> None:
         """All replicas ended with their host."""

@@ -1,0 +1,73 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.fleet import (
+    FLEET_FILE,
+    FileFleet,
+    FleetError,
+    FleetSnapshot,
+    Replica,
+    ReplicaState,
+    decode_fleet,
+    encode_fleet,
+    write_fleet,
+)
+
+ZERO = Replica("replica-0", ReplicaState.READY, "/run/r0.sock", 7, 0, "", "cuda:0,1", "/log/r0.log")
+ONE = Replica("replica-1", ReplicaState.BACKOFF, "/run/r1.sock", None, 3, "killed by SIGKILL", "cpu", "/log/r1.log")
+FLEET = FleetSnapshot(5, "/models/m", "m", "/dev/shm/t", (ZERO, ONE))
+
+
+def test_a_fleet_survives_its_encoding() -> None:
+    assert decode_fleet(encode_fleet(FLEET)) == FLEET
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{}", b"[]", encode_fleet(FLEET)[:-9], encode_fleet(FLEET).replace(b"backoff", b"bored")]
+)
+def test_anything_else_is_refused(raw: bytes) -> None:
+    with pytest.raises(FleetError):
+        decode_fleet(raw)
+
+
+def test_only_ready_replicas_take_requests() -> None:
+    assert FLEET.ready() == (ZERO,)
+
+
+def test_a_replica_is_found_by_its_name() -> None:
+    assert FLEET.find("replica-1") is ONE
+    assert FLEET.find("replica-2") is None
+
+
+def test_a_file_fleet_follows_the_file(tmp_path: Path) -> None:
+    fleet = FileFleet(tmp_path)
+    assert fleet.snapshot().replicas == ()
+    write_fleet(tmp_path, FLEET)
+    assert fleet.snapshot() == FLEET
+    newer = replace(FLEET, version=6, replicas=(ZERO, replace(ONE, state=ReplicaState.STARTING)))
+    write_fleet(tmp_path, newer)
+    assert fleet.snapshot() == newer
+
+
+def test_an_unchanged_file_is_not_read_again(tmp_path: Path) -> None:
+    fleet = FileFleet(tmp_path)
+    write_fleet(tmp_path, FLEET)
+    assert fleet.snapshot() is fleet.snapshot()
+
+
+def test_a_removed_file_means_no_replicas(tmp_path: Path) -> None:
+    fleet = FileFleet(tmp_path)
+    write_fleet(tmp_path, FLEET)
+    fleet.snapshot()
+    (tmp_path / FLEET_FILE).unlink()
+    assert fleet.snapshot() == replace(FLEET, replicas=())
+    write_fleet(tmp_path, FLEET)
+    assert fleet.snapshot() == FLEET
+
+
+def test_writing_leaves_nothing_but_the_file(tmp_path: Path) -> None:
+    write_fleet(tmp_path, FLEET)
+    write_fleet(tmp_path, FLEET)
+    assert [p.name for p in tmp_path.iterdir()] == [FLEET_FILE]
