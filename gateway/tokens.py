@@ -1,0 +1,216 @@
+"""Token ids of prompts, the same ones that the engine computes from the same text.
+
+Follows transformers' TokenizersBackend (5.x), which vLLM uses: tokenizer.json without its truncation and padding, named special
+tokens added when the vocabulary lacks them, and a post-processor of its own when the config sets add_bos_token or
+add_eos_token. gateway/parity.py proves the result against the engine once per start.
+"""
+
+import hashlib
+import logging
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from gateway.chat import ChatNotRendered, ChatTemplate
+from gateway.model_files import ModelFiles, ModelFilesError, TokenizerSource, read_model_files, token_text
+
+_logger = logging.getLogger(__name__)
+
+CACHED_TOKENS_MAX = 2_000_000  # 8 MB
+CACHED_PROMPT_CHARS_MIN = 2048  # a shorter prompt is tokenised about as fast as it is looked up
+
+
+class NoTokenIds(Exception):
+    """The token ids of this request are not known here, and the message says why: steer it without them."""
+
+
+class TextTooLong(NoTokenIds):
+    """The text has more than `tokens_max` tokens, however it is cut up: at least `tokens_min`."""
+
+    def __init__(self, tokens_min: int, tokens_max: int) -> None:
+        super().__init__(f"a text of at least {tokens_min} tokens")
+        self.tokens_min = tokens_min
+        self.tokens_max = tokens_max
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerState:
+    """Whether prompts can be tokenised here. `reason` and `chat_reason` say why not, "" when they can."""
+
+    loaded: bool
+    chat: bool
+    directory: str
+    reason: str
+    chat_reason: str
+
+
+class IdCache:
+    """Token ids of recent texts, least recently used out first, bounded by the number of ids held. Thread safe.
+
+    A text is known by its SHA-256, so no prompt is kept and none can be taken for another.
+    """
+
+    def __init__(self, tokens_max: int = CACHED_TOKENS_MAX) -> None:
+        self._tokens_max = tokens_max
+        self._entries: OrderedDict[bytes, array[int]] = OrderedDict()
+        self._tokens = 0
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def tokens(self) -> int:
+        """How many ids are held."""
+        return self._tokens
+
+    def get(self, key: bytes) -> list[int] | None:
+        """Return a copy of the ids under `key`."""
+        with self._lock:
+            ids = self._entries.get(key)
+            if ids is None:
+                return None
+            self._entries.move_to_end(key)
+        return ids.tolist()
+
+    def put(self, key: bytes, ids: Sequence[int]) -> None:
+        """Keep `ids` under `key`, at the cost of the oldest others."""
+        if len(ids) > self._tokens_max:
+            return
+        with self._lock:
+            self._tokens += len(ids) - len(self._entries.pop(key, ()))
+            self._entries[key] = array("i", ids)
+            while self._tokens > self._tokens_max:
+                _, oldest = self._entries.popitem(last=False)
+                self._tokens -= len(oldest)
+
+
+class TokenService:
+    """Tokenises prompts and chats for one model. Its methods may be called from several threads.
+
+    The files may not be there yet when the service is made (an engine is still fetching the model): `load` is called again
+    when a replica is ready. Until then every request raises NoTokenIds.
+    """
+
+    def __init__(self, source: TokenizerSource, cached_tokens_max: int = CACHED_TOKENS_MAX) -> None:
+        self._source = source
+        self._cache = IdCache(cached_tokens_max)
+        self._tokenizer: Tokenizer | None = None
+        self._template: ChatTemplate | None = None
+        self._chars_per_token_max = 1
+        self.state = TokenizerState(False, False, "", "not loaded yet", "not loaded yet")
+
+    def load(self) -> TokenizerState:
+        """Read the model's files unless that has been done; say what came of it. Takes 0.1 to 2 s; never raises."""
+        if self.state.loaded:
+            return self.state
+        try:
+            self._load()
+        except ModelFilesError as error:
+            self.state = TokenizerState(False, False, "", str(error), str(error))
+            _logger.warning("prompts are not tokenised here, steering goes by load alone: %s", error)
+        return self.state
+
+    def _load(self) -> None:
+        if self._source.mode not in ("auto", "hf"):
+            raise ModelFilesError(f"the engine's tokenizer mode is {self._source.mode}")
+        files = read_model_files(self._source)
+        tokenizer = load_tokenizer(files)
+        self._chars_per_token_max = max(map(len, tokenizer.get_vocab()), default=1)
+        chat_reason = ""
+        try:
+            self._template = ChatTemplate(
+                files.templates, files.special_tokens, self._source.chat_template_kwargs, self._source.content_format
+            )
+        except ChatNotRendered as error:
+            chat_reason = str(error)
+            _logger.warning("chats are steered by load alone: %s", error)
+        self._tokenizer = tokenizer
+        self.state = TokenizerState(True, self._template is not None, str(files.directory), "", chat_reason)
+
+    @property
+    def chat_takes_tools(self) -> bool:
+        """Whether the model's chat template looks at tools."""
+        return self._template is not None and self._template.takes_tools
+
+    def encode(self, text: str, add_special_tokens: bool = True, tokens_max: int | None = None) -> list[int]:
+        """Return the ids of `text`; `add_special_tokens` adds BOS and the like, as a completion does.
+
+        Raises NoTokenIds, and TextTooLong without any work when the text can not fit into `tokens_max`.
+        """
+        if self._tokenizer is None:
+            raise NoTokenIds(self.state.reason)
+        if tokens_max is not None and len(text) > tokens_max * self._chars_per_token_max:
+            raise TextTooLong(-(-len(text) // self._chars_per_token_max), tokens_max)
+        try:
+            key = hashlib.sha256(text.encode()).digest() + bytes([add_special_tokens])
+        except UnicodeEncodeError as error:
+            raise NoTokenIds("the text holds half a surrogate pair") from error
+        if len(text) < CACHED_PROMPT_CHARS_MIN:
+            return self._encode(self._tokenizer, text, add_special_tokens)
+        ids = self._cache.get(key)
+        if ids is None:
+            ids = self._encode(self._tokenizer, text, add_special_tokens)
+            self._cache.put(key, ids)
+        return ids
+
+    @staticmethod
+    def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        # The fast batch form skips character offsets, and leaves the interpreter lock to others meanwhile.
+        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def encode_chat(self, body: Mapping[str, Any], tokens_max: int | None = None) -> list[int]:
+        """Return the ids of a chat request's body. Raises NoTokenIds, TextTooLong."""
+        if self._template is None:
+            raise NoTokenIds(self.state.chat_reason)
+        special = body.get("add_special_tokens", False)
+        if not isinstance(special, bool):
+            raise NoTokenIds("add_special_tokens is malformed")
+        try:
+            text = self._template.render(body)
+        except ChatNotRendered as error:
+            raise NoTokenIds(str(error)) from error
+        return self.encode(text, special, tokens_max)
+
+
+def load_tokenizer(files: ModelFiles) -> Tokenizer:
+    """Return the tokenizer of `files` as the engine sets it up. Raises ModelFilesError if tokenizer.json is not usable."""
+    try:
+        tokenizer = Tokenizer.from_file(str(files.tokenizer))
+    except Exception as error:  # the tokenizers library raises the bare class, whatever is wrong
+        raise ModelFilesError(f"{files.tokenizer}: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    config = files.config
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
+    _add_special_tokens(tokenizer, files)
+    if "add_bos_token" in config or "add_eos_token" in config or tokenizer.post_processor is None:
+        tokenizer.post_processor = _post_processor(tokenizer, files)
+    return tokenizer
+
+
+def _add_special_tokens(tokenizer: Tokenizer, files: ModelFiles) -> None:
+    named = list(files.special_tokens.values())
+    for field in ("additional_special_tokens", "extra_special_tokens"):
+        entries = files.config.get(field) or []
+        named += [token_text(entry) for entry in (entries.values() if isinstance(entries, dict) else entries)]
+    missing = [text for text in dict.fromkeys(named) if text and tokenizer.token_to_id(text) is None]
+    if missing:
+        tokenizer.add_special_tokens([AddedToken(text, special=True) for text in missing])
+
+
+def _post_processor(tokenizer: Tokenizer, files: ModelFiles) -> TemplateProcessing:
+    bos, eos = (
+        files.special_tokens.get(f"{name}_token") if files.config.get(f"add_{name}_token") else None for name in ("bos", "eos")
+    )
+    single = [f"{bos}:0"] * bool(bos) + ["$A:0"] + [f"{eos}:0"] * bool(eos)
+    pair = [*single, *[f"{bos}:1"] * bool(bos), "$B:1", *[f"{eos}:1"] * bool(eos)]
+    added = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
+    return TemplateProcessing(single=single, pair=pair, special_tokens=added)
