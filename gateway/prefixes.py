@@ -1,0 +1,95 @@
+"""Which prefixes are asked for most: a bounded count over block keys. The prompts themselves are never kept."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, Field
+
+from transport.keys import KEY_BYTES, Keys
+
+BLOCKS_PER_PROMPT_MAX = 4096
+"""Blocks beyond this depth are not counted: a prompt of 4,096 blocks has 65,536 tokens or more."""
+
+
+@dataclass(slots=True)
+class _Block:
+    depth: int
+    block_size: int
+    parent: bytes
+    requests: int
+    last_used: float
+
+
+class Prefix(BaseModel):
+    """One prefix that requests had in common."""
+
+    key: str = Field(description="key of its last block, 32 hex digits")
+    tokens: int = Field(description="its length in tokens, in whole blocks")
+    requests: int = Field(description="requests that began with it")
+    last_used: float = Field(description="Unix time of the last of them, seconds")
+    holders: list[str] = Field(description="replicas that hold its last block now")
+
+
+class PrefixReport(BaseModel):
+    """The body of GET /kv/prefixes."""
+
+    tracked_blocks: int = Field(description="block keys counted now")
+    tracked_blocks_max: int = Field(description="bound on them; the least recently used go first")
+    prefixes: list[Prefix] = Field(description="most requested first")
+
+
+class PrefixCounts:
+    """Counts how many requests began with each block key, in at most `blocks_max` entries, least recently used out first."""
+
+    def __init__(self, blocks_max: int) -> None:
+        self._blocks_max = blocks_max
+        self._blocks: OrderedDict[bytes, _Block] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def note(self, keys: Keys, block_size: int, now: float) -> None:
+        """Count one request whose prompt has `keys`, shape (n, 2); `now` is Unix time in seconds."""
+        raw = keys[: min(BLOCKS_PER_PROMPT_MAX, self._blocks_max)].tobytes()
+        blocks = self._blocks
+        # From the end to the front, so that of a prefix the front is the last to be forgotten.
+        for start in range(len(raw) - KEY_BYTES, -1, -KEY_BYTES):
+            key = raw[start : start + KEY_BYTES]
+            block = blocks.get(key)
+            if block is None:
+                parent = raw[start - KEY_BYTES : start] if start else b""
+                blocks[key] = _Block(start // KEY_BYTES + 1, block_size, parent, 1, now)
+            else:
+                block.requests += 1
+                block.last_used = now
+                blocks.move_to_end(key)
+        while len(blocks) > self._blocks_max:
+            blocks.popitem(last=False)
+
+    def top(self, count: int) -> list[tuple[bytes, int, int, float]]:
+        """Return the most requested prefixes as (key, tokens, requests, last used), at most `count` of them.
+
+        A prefix is left out when one that goes on from it was asked for as often: it says nothing more.
+        """
+        longest: dict[bytes, int] = {}
+        for block in self._blocks.values():
+            if block.requests > longest.get(block.parent, 0):
+                longest[block.parent] = block.requests
+        found = [
+            (key, block.depth * block.block_size, block.requests, block.last_used)
+            for key, block in self._blocks.items()
+            if block.requests > longest.get(key, 0)
+        ]
+        found.sort(key=lambda entry: (-entry[2], -entry[1], -entry[3], entry[0]))
+        return found[:count]
+
+    def report(self, count: int, holders: Callable[[Sequence[bytes]], Sequence[Sequence[str]]]) -> PrefixReport:
+        """Return the body of GET /kv/prefixes; `holders` tells for each key which replicas hold that block."""
+        top = self.top(count)
+        held = holders([key for key, *_ in top]) if top else []
+        prefixes = [
+            Prefix(key=key.hex(), tokens=tokens, requests=requests, last_used=last_used, holders=list(names))
+            for (key, tokens, requests, last_used), names in zip(top, held, strict=True)
+        ]
+        return PrefixReport(tracked_blocks=len(self._blocks), tracked_blocks_max=self._blocks_max, prefixes=prefixes)

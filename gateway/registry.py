@@ -1,0 +1,109 @@
+"""What the block tables say about one request: who holds how much of its prefix, and who can import from whom."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gateway.counters import CounterLedger
+from gateway.tables import Table, Tables
+from transport.fingerprint import fingerprint_difference
+from transport.keys import Keys, chain_keys, root_key
+
+STATUS_OK = "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """`blocks` leading blocks of `block_size` tokens are held; imports are possible from `exchanges_with`."""
+
+    blocks: int
+    block_size: int
+    exchanges_with: frozenset[str]
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class LookUp:
+    """Holdings by replica name, for each with a live table; `keys` are the chains that were looked up, with block sizes."""
+
+    holdings: Mapping[str, Holding] = field(default_factory=dict)
+    keys: tuple[tuple[Keys, int], ...] = ()
+
+
+class Registry:
+    """A view over the live tables. Belongs to one thread, as the directory does."""
+
+    def __init__(self, directory: Tables) -> None:
+        self._directory = directory
+        self.ledger = CounterLedger()
+        self._exchanges: tuple[tuple[tuple[str, int], ...], dict[str, frozenset[str]]] = ((), {})
+
+    def tables(self) -> Mapping[str, Table]:
+        """Return the live tables by replica name; their counters go into the ledger."""
+        tables = self._directory.tables()
+        self.ledger.observe(tables)
+        return tables
+
+    def look_up(self, ids: Sequence[int], salt: str = "", lora: str = "") -> LookUp:
+        """Find who holds how much of a prompt. The chain is hashed once per distinct fingerprint, block size and hash.
+
+        The last token is always computed, so a block that ends with it does not count.
+        """
+        tables = self.tables()
+        exchanges = self.exchanges(tables)
+        chains: dict[tuple[bytes, int, str], Keys] = {}
+        holdings: dict[str, Holding] = {}
+        for name, table in tables.items():
+            kind = (table.fingerprint, table.block_size, table.hash_name)
+            keys = chains.get(kind)
+            if keys is None:
+                root = root_key(table.fingerprint, salt, lora, table.hash_name)
+                useful = max(0, len(ids) - 1) // table.block_size * table.block_size
+                keys = chains[kind] = chain_keys(root, ids[:useful], table.block_size, table.hash_name)
+            held = len(table.longest_run(keys)) if len(keys) else 0
+            holdings[name] = Holding(held, table.block_size, exchanges[name])
+        return LookUp(holdings, tuple((keys, kind[1]) for kind, keys in chains.items()))
+
+    def exchanges(self, tables: Mapping[str, Table]) -> Mapping[str, frozenset[str]]:
+        """For each replica, the others that it can import from. Worked out anew only when a table came, went or restarted."""
+        stamp = tuple((name, table.epoch) for name, table in tables.items())
+        if stamp != self._exchanges[0]:
+            fresh = {
+                name: frozenset(other for other, theirs in tables.items() if other != name and not obstacles(table, theirs))
+                for name, table in tables.items()
+            }
+            self._exchanges = (stamp, fresh)
+        return self._exchanges[1]
+
+    def holders(self, keys: Keys) -> list[list[str]]:
+        """For each key alone, who holds that block now. `keys` has shape (n, 2)."""
+        found: list[list[str]] = [[] for _ in range(len(keys))]
+        for name, table in self.tables().items():
+            for row, names in enumerate(found):
+                if len(table.longest_run(keys[row : row + 1])):
+                    names.append(name)
+        return found
+
+
+def obstacles(ours: Table, theirs: Table) -> tuple[str, ...]:
+    """Say in words why one replica can not import from another; empty if it can."""
+    found = [f"it does not exchange: {table.status}" for table in (ours, theirs) if table.status != STATUS_OK]
+    for what, here, there in (
+        ("block size", ours.block_size, theirs.block_size),
+        ("hash", ours.hash_name, theirs.hash_name),
+        ("transport", ours.transport, theirs.transport),
+    ):
+        if here != there:
+            found.append(f"{what}: {here} here, {there} there")
+    if ours.fingerprint != theirs.fingerprint:
+        found.extend(fingerprint_difference(ours.fingerprint_fields, theirs.fingerprint_fields))
+    return tuple(dict.fromkeys(found))
+
+
+def key_array(keys: Sequence[bytes]) -> Keys:
+    """Return keys of 16 bytes each as an array of shape (n, 2)."""
+    return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
