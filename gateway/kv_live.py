@@ -1,0 +1,148 @@
+"""`peerkv kv stats`: the figures of a running gateway as a live table, as one table, or as JSON."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import httpx
+from pydantic import ValidationError
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from gateway.stats import KvStats, ReplicaStats, TokenCounts, Totals
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+INTERVAL_SECONDS = 1.0
+ANSWER_SECONDS_MAX = 10.0
+_COLUMNS = ("replica", "state", "in flight", "cached blocks", "local", "from peers", "computed", "hit", "imported", "failed")
+
+
+class StatsNotRead(Exception):
+    """The gateway's figures could not be had; the message says what to do."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags to `parser`."""
+    parser.add_argument("--url", default=DEFAULT_URL, help=f"the gateway (default {DEFAULT_URL})")
+    parser.add_argument("--admin-key", default=None, help="the admin key (default: the variable PEERKV_ADMIN_KEY)")
+    parser.add_argument("--once", action="store_true", help="show the table once and end")
+    parser.add_argument("--json", action="store_true", help="print /kv/stats as JSON and end")
+    parser.add_argument(
+        "--interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS", help="between two looks (default 1)"
+    )
+
+
+def run(arguments: argparse.Namespace, console: Console | None = None, transport: httpx.BaseTransport | None = None) -> int:
+    """Run the command; return its exit status: 1 when the gateway does not answer, 2 when it refuses us."""
+    console = console or Console()
+    key = arguments.admin_key or os.environ.get("PEERKV_ADMIN_KEY", "")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=arguments.url, headers=headers, timeout=ANSWER_SECONDS_MAX, transport=transport) as client:
+        try:
+            stats = read_stats(client)
+            if arguments.json:
+                console.file.write(json.dumps(stats.model_dump(), indent=2) + "\n")
+            elif arguments.once or not console.is_terminal:
+                console.print(render(stats, None, 0.0))
+            else:
+                _follow(client, console, stats, max(0.1, arguments.interval))
+        except StatsNotRead as error:
+            print(f"peerkv: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+def read_stats(client: httpx.Client) -> KvStats:
+    """Fetch /kv/stats. Raises StatsNotRead."""
+    try:
+        answer = client.get("/kv/stats")
+    except httpx.HTTPError as error:
+        raise StatsNotRead(f"no gateway answers at {client.base_url}: {error}") from error
+    if answer.status_code in (401, 403):
+        raise StatsNotRead("the gateway wants the admin key: give --admin-key or set PEERKV_ADMIN_KEY")
+    if answer.status_code != 200:
+        raise StatsNotRead(f"the gateway answers {answer.status_code} to {client.base_url}/kv/stats")
+    try:
+        return KvStats.model_validate_json(answer.content)
+    except ValidationError as error:
+        raise StatsNotRead(f"that is no peerkv of this version: {error.error_count()} fields do not fit") from error
+
+
+def _follow(
+    client: httpx.Client,
+    console: Console,
+    stats: KvStats,
+    interval_seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    seen = clock()
+    before: KvStats | None = None
+    with Live(render(stats, None, 0.0), console=console, auto_refresh=False, screen=False) as live:
+        while True:
+            sleep(interval_seconds)
+            before, since = stats, seen
+            stats, seen = read_stats(client), clock()
+            live.update(render(stats, before, seen - since), refresh=True)
+
+
+def render(stats: KvStats, before: KvStats | None, seconds: float) -> RenderableType:
+    """Return the table; `before` is the snapshot of `seconds` ago, for rates."""
+    table = Table(title=f"{stats.model}  ·  peerkv {stats.gateway.version}, up {stats.gateway.uptime_seconds:.0f} s")
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column in ("replica", "state") else "right")
+    for replica in stats.replicas:
+        table.add_row(*_replica_cells(replica))
+    table.add_section()
+    table.add_row(*_total_cells(stats.totals))
+    return Group(table, *_notes(stats, before, seconds))
+
+
+def _replica_cells(replica: ReplicaStats) -> list[str]:
+    state = replica.state if replica.state == "ready" or not replica.reason else f"{replica.state}: {replica.reason}"
+    return [replica.name, state, *_figures(replica)]
+
+
+def _total_cells(totals: Totals) -> list[str]:
+    return ["in all", f"{totals.ready} of {totals.replicas} ready", *_figures(totals)]
+
+
+def _figures(part: ReplicaStats | Totals) -> list[str]:
+    tokens, counts = part.tokens, part.counts
+    return [
+        str(part.in_flight),
+        f"{part.cached_blocks} / {part.blocks}",
+        f"{tokens.local:,}",
+        f"{from_peers(tokens):,}",
+        f"{tokens.computed:,}",
+        f"{1 - tokens.computed / tokens.prompt:.0%}" if tokens.prompt else "-",
+        f"{counts.import_bytes / 2**20:,.1f} MiB in {counts.import_seconds:.2f} s",
+        f"{counts.check_failures} checks, {counts.fallbacks} imports",
+    ]
+
+
+def from_peers(tokens: TokenCounts) -> int:
+    """Return the tokens that came from other replicas, by whatever transport."""
+    return tokens.peer_shared_memory + tokens.peer_cuda_ipc
+
+
+def _notes(stats: KvStats, before: KvStats | None, seconds: float) -> list[Text]:
+    notes = []
+    if before is not None and seconds > 0:
+        prompts = (stats.totals.tokens.prompt - before.totals.tokens.prompt) / seconds
+        peers = (from_peers(stats.totals.tokens) - from_peers(before.totals.tokens)) / seconds
+        notes.append(Text(f"now: {prompts:,.0f} prompt tokens/s, {peers:,.0f} of them from peers"))
+    for kind, parity in (("completions", stats.parity.completions), ("chat", stats.parity.chat)):
+        if parity.parity != "exact":
+            notes.append(Text(f"token ids of {kind}: {parity.parity} {parity.reason}".rstrip(), style="yellow"))
+    for replica in stats.replicas:
+        for other, fields in replica.incompatible.items():
+            notes.append(Text(f"{replica.name} does not import from {other}: {'; '.join(fields)}", style="yellow"))
+    return notes

@@ -1,0 +1,46 @@
+"""What there is to see of the replicas' caches: the bodies of /kv/stats, /kv/prefixes and /metrics."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from engine.fleet import FleetView
+from gateway.metrics import CONTENT_TYPE, Metrics
+from gateway.planner import Planner
+from gateway.prefixes import PrefixReport
+from gateway.registry import key_array
+from gateway.relay import Relay
+from gateway.stats import KvStats, StatsView
+from gateway.tokens import TokenService
+
+
+class FleetSight:
+    """Puts them together when asked. Belongs to the event loop's thread, as the tables do.
+
+    `measured` takes what the front door measures of each request.
+    """
+
+    def __init__(self, *, fleet: FleetView, planner: Planner, tokens: TokenService, relay: Relay[Any]) -> None:
+        self.measured = Metrics()
+        self._planner = planner
+        self._relay = relay
+        self._view = StatsView(fleet, planner, tokens, self._door)
+        self.measured.attach(self.stats)
+
+    def stats(self) -> KvStats:
+        """The body of GET /kv/stats."""
+        return self._view.snapshot()
+
+    def prefixes(self, limit: int) -> PrefixReport:
+        """The body of GET /kv/prefixes: the `limit` most requested ones."""
+        return self._planner.prefixes.report(limit, self._holders)
+
+    def metrics(self) -> tuple[bytes, str]:
+        """The body of GET /metrics and its content type."""
+        return self.measured.render(), CONTENT_TYPE
+
+    def _door(self) -> dict[str, int]:
+        return {**asdict(self._relay.counters), "in_flight": self._relay.in_flight}
+
+    def _holders(self, keys: Sequence[bytes]) -> list[list[str]]:
+        return self._planner.registry.holders(key_array(keys))
