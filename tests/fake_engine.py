@@ -35,6 +35,7 @@ from typing import Any
 from aiohttp import web
 
 Json = dict[str, Any]
+CONTEXT_TOKENS = 2048
 SSE_HEADERS = {"content-type": "text/event-stream; charset=utf-8"}
 
 
@@ -277,7 +278,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--uds", required=True)
     parser.add_argument("--model", default="fake-model")
     parser.add_argument("--served-model-name", nargs="+")
-    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--max-model-len", type=lambda n: CONTEXT_TOKENS if n == "auto" else int(n), default=CONTEXT_TOKENS)
     parser.add_argument("--lora-modules", nargs="*", default=[])
     parser.add_argument("--fake-start-seconds", type=float, default=0)
     parser.add_argument("--fake-exit-code", type=int)
