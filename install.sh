@@ -33,10 +33,25 @@ what_is_installed() {
     "$1" -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(p["build-system"], p["project"], p["tool"]["setuptools"])'
 }
 
+# Installs Debian packages where that needs no password, else says which command to run.
+debian_packages() {
+    local why=$1 as=() ; shift
+    say "$why: apt-get install $*"
+    [ "$(id -u)" = 0 ] || as=(sudo -n)
+    { command -v apt-get && "${as[@]}" apt-get update -qq && "${as[@]}" env DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes \
+        apt-get install -y -qq --no-install-recommends "$@"; } >/dev/null </dev/null \
+        || fail "$why. Run this, then the same command again: sudo apt-get install $*"
+}
+
 check_venv_module() {
     "$1" -c 'import ensurepip, venv' 2>/dev/null && return
-    local minor; minor=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-    fail "$1 has no venv module. On Debian or Ubuntu: apt-get install python3-venv (or python$minor-venv)"
+    debian_packages "$1 has no venv module" "$("$1" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
+}
+
+# vLLM's CPU kernels are linked against it.
+check_libnuma() {
+    "$1" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null && return
+    debian_packages "vLLM for the CPU needs libnuma" libnuma1
 }
 
 check_disk() {
@@ -119,6 +134,7 @@ main() {
     flock -n 9 || { say "another install of this tree is running; waiting for it"; flock 9; }
     [ "$(cat "$STAMP" 2>/dev/null)" = "$key" ] && [ -x "$VENV/bin/peerkv" ] && return
     check_venv_module "$python"
+    [ "$target" = gpu ] || check_libnuma "$python"
     if [ "$(cat "$VENV/.peerkv-place" 2>/dev/null)" != "$place" ] || [ ! -f "$STAMP" ]; then
         if [ "$target" = gpu ]; then check_disk "$GPU_DISK_MIB"; else check_disk "$CPU_DISK_MIB"; fi
         say "making .venv with Python $(version_of "$python"), target $target"
