@@ -12,7 +12,7 @@ _FLOCK = struct.Struct("hhxxxxqqixxxx")
 
 
 def claim(fd: int) -> bool:
-    """Lock the open file `fd` for this process's life; False if another process holds it. Forked children drop their copy."""
+    """Lock the open file `fd` until it and all its duplicates are closed; False if somebody else holds the lock."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     except (BlockingIOError, PermissionError):

@@ -69,6 +69,7 @@ class SharedMemoryTransport:
         layers = tuple(Layer(places[g.storage._cdata], g.offset, g.stride, g.bytes) for g in geometries)
         self._memory = Memory(rank, self.name, regions, layers)
         self._rank = rank
+        self._storages = tuple(storages.values())  # the addresses above live as long as these
         self._peers: dict[tuple[str, int], _Peer] = {}
         self._copies: deque[_Copy] = deque()
 

@@ -67,16 +67,21 @@ class TableWriter:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _refuse_if_claimed(self.path)
         draft = directory / f".{description.replica}.{os.getpid()}.{self.epoch}"
-        self._fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        # the lock has a descriptor of its own: mmap keeps a duplicate of the one it is given, which would keep the lock
+        self._lock = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            if not liveness.claim(self._fd):
+            if not liveness.claim(self._lock):
                 raise TableError(f"{draft} is locked by another process")
-            os.posix_fallocate(self._fd, 0, self.layout.total)
-            self._map = mmap.mmap(self._fd, self.layout.total)
+            os.posix_fallocate(self._lock, 0, self.layout.total)
+            fd = os.open(draft, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self._map = mmap.mmap(fd, self.layout.total)
+            finally:
+                os.close(fd)
             self._fill(block_size, encoded)
             os.rename(draft, self.path)
         except BaseException:
-            os.close(self._fd)
+            os.close(self._lock)
             draft.unlink(missing_ok=True)
             raise
         os.register_at_fork(after_in_child=self._forget)
@@ -162,20 +167,20 @@ class TableWriter:
 
     def _forget(self) -> None:
         """In a forked child: close the copy of the descriptor, so that the lock ends with the owner."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def close(self) -> None:
-        """Withdraw everything, remove the file and end the epoch. Idempotent."""
-        if self._fd < 0:
+        """Withdraw everything, remove the file and end the epoch. Idempotent; nothing happens in a forked child."""
+        if self._lock < 0:
             return
         self.clear()
         with contextlib.suppress(FileNotFoundError):
-            if os.stat(self.path).st_ino == os.fstat(self._fd).st_ino:
+            if os.stat(self.path).st_ino == os.fstat(self._lock).st_ino:
                 os.unlink(self.path)
-        os.close(self._fd)
-        self._fd = -1
+        os.close(self._lock)
+        self._lock = -1
 
 
 @dataclass(frozen=True, slots=True)
