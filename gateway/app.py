@@ -12,13 +12,18 @@ from typing import Annotated, Any, Protocol
 import msgspec
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from engine.fleet import FleetView, Replica
+from gateway import v1_routes
 from gateway.access import AdminAccess
 from gateway.errors import ApiError, InternalError, InvalidRequest, MethodNotAllowed, NoReplicaReady, UnknownPath
+from gateway.openapi import describe
+from gateway.prefixes import PrefixReport
+from gateway.shapes import ErrorAnswer
+from gateway.stats import KvStats
 from gateway.upstream import Upstream, UpstreamLost
 
 READY_RETRY_SECONDS = 5
@@ -28,11 +33,11 @@ PREFIXES_SHOWN_MAX = 1000
 class Sight(Protocol):
     """What there is to see of the replicas' caches."""
 
-    def stats(self) -> Any:
+    def stats(self) -> KvStats:
         """The body of /kv/stats."""
         ...
 
-    def prefixes(self, limit: int) -> Any:
+    def prefixes(self, limit: int) -> PrefixReport:
         """The body of /kv/prefixes: the `limit` most used ones."""
         ...
 
@@ -81,17 +86,23 @@ def build_app(
     sight: Sight,
     access: AdminAccess,
     draining: Callable[[], bool],
-    document: Callable[[], bytes],
 ) -> FastAPI:
-    """The FastAPI application; `document` returns the served OpenAPI JSON."""
-    app = FastAPI(title="peerkv", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    """The FastAPI application. It describes `/v1/*` too, which the front door serves."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_error_forms(app)
-    _add_open_routes(app, fleet, draining, document)
+    app.include_router(v1_routes.router)
+    _add_open_routes(app, fleet, draining)
     _add_admin_routes(app, fleet, upstream, sight, access)
+    document = describe(app)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> JSONResponse:
+        return JSONResponse(document)
+
     return app
 
 
-def _add_open_routes(app: FastAPI, fleet: FleetView, draining: Callable[[], bool], document: Callable[[], bytes]) -> None:
+def _add_open_routes(app: FastAPI, fleet: FleetView, draining: Callable[[], bool]) -> None:
     @app.get("/health", tags=["admin"], summary="The gateway lives")
     async def health() -> Health:
         return Health()
@@ -109,34 +120,38 @@ def _add_open_routes(app: FastAPI, fleet: FleetView, draining: Callable[[], bool
             response.headers["retry-after"] = str(READY_RETRY_SECONDS)
         return readiness
 
-    @app.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> Response:
-        return Response(document(), media_type="application/json")
-
 
 def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, sight: Sight, access: AdminAccess) -> None:
     async def admin(request: Request) -> None:
         access.check(request.scope)
 
+    refusals: dict[int | str, dict[str, Any]] = {
+        401: {"model": ErrorAnswer, "description": "The admin key is missing or wrong"},
+        403: {"model": ErrorAnswer, "description": "There is no admin key, and the caller is not on this machine"},
+    }
     guarded: dict[str, Any] = {"tags": ["admin"], "dependencies": [Depends(admin)]}
 
-    @app.get("/metrics", summary="Prometheus metrics", response_class=Response, **guarded)
+    @app.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse, responses=refusals, **guarded)
     async def metrics() -> Response:
         body, content_type = sight.metrics()
         return Response(body, headers={"content-type": content_type})
 
-    @app.get("/kv/stats", summary="Where prompt tokens came from, by replica and in all", **guarded)
-    async def stats() -> Any:
+    @app.get("/kv/stats", summary="Where prompt tokens came from, by replica and in all", responses=refusals, **guarded)
+    async def stats() -> KvStats:
         return sight.stats()
 
-    @app.get("/kv/prefixes", summary="The most used prefixes and who holds them", **guarded)
-    async def prefixes(limit: Annotated[int, Query(ge=1, le=PREFIXES_SHOWN_MAX)] = 50) -> Any:
+    @app.get("/kv/prefixes", summary="The most used prefixes and who holds them", responses=refusals, **guarded)
+    async def prefixes(limit: Annotated[int, Query(ge=1, le=PREFIXES_SHOWN_MAX)] = 50) -> PrefixReport:
         return sight.prefixes(limit)
 
     @app.post(
         "/kv/flush",
         summary="Empty the prefix caches of all ready replicas",
-        responses={502: {"model": Flushed, "description": "Not all of them were emptied"}},
+        responses={
+            **refusals,
+            502: {"model": Flushed, "description": "Not all of them were emptied"},
+            503: {"model": ErrorAnswer, "description": "No replica is ready"},
+        },
         **guarded,
     )
     async def flush(response: Response) -> Flushed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
@@ -48,7 +49,9 @@ class Exchange:
         self.replica = b""
         self.left = False
         self.ending: ApiError | None = None
-        self.begun = False
+        self.status = 0
+        self.came_at = time.perf_counter()
+        self.begun_at = 0.0
         self.is_event_stream = False
         self.body_bytes = 0
         self._receive = receive
@@ -70,6 +73,11 @@ class Exchange:
                 case b"x-peerkv-replica":
                     self.pinned = value.decode("latin-1")
         self.request_id = sane_request_id(given_id)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the answer's head was sent."""
+        return self.status != 0
 
     async def read_body(self, hold: Callable[[int], None], *, bytes_max: int, seconds_max: float) -> bytes:
         """The whole body. `hold` is told of bytes about to be held and may raise.
@@ -132,7 +140,8 @@ class Exchange:
 
     async def begin(self, status: int, headers: RawHeaders, *, is_event_stream: bool = False) -> None:
         """Send the answer's head."""
-        self.begun = True
+        self.status = status
+        self.begun_at = time.perf_counter()
         self.is_event_stream = is_event_stream
         headers.append((b"x-request-id", self.request_id.encode()))
         if self.replica:

@@ -17,6 +17,7 @@ from gateway.tenants import Tenants
 _logger = logging.getLogger(__name__)
 
 MODELS_PATH = "/v1/models"
+OTHER_LABEL = "models"
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -39,7 +40,7 @@ class FrontDoor:
             await self._relay(endpoint, scope, receive, send)
         elif path == "/v1" or path.startswith("/v1/"):
             exchange = Exchange(scope, receive, send)
-            await self._relay.guard(exchange, lambda: self._serve_v1(exchange))
+            await self._relay.guard(OTHER_LABEL, exchange, self._serve_v1(exchange))
         else:
             await self._serve_admin(scope, receive, send)
 
@@ -65,7 +66,7 @@ class FrontDoor:
 
         async def send_with_id(message: Any) -> None:
             if message["type"] == "http.response.start":
-                exchange.begun = True
+                exchange.status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", exchange.request_id.encode())]
             await send(message)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import Any, Generic, Protocol
 
 from engine.fleet import FleetView
 from gateway.access import AdminAccess
@@ -39,8 +40,16 @@ PATHS: dict[str, Endpoint] = {
     "/v1/chat/completions": "chat",
     "/v1/embeddings": "embeddings",
 }
+CLIENT_LEFT_STATUS = 499  # nobody saw one; nginx's number for it
 # The replica is in trouble and another one may not be; every other answer is the client's.
 RETRIED_STATUSES = frozenset({500, 502, 503})
+
+
+class Meter(Protocol):
+    """Measures requests; times are in seconds since the request came."""
+
+    def answered(self, endpoint: str, status: int, seconds: float) -> None: ...
+    def first_byte(self, endpoint: str, seconds: float) -> None: ...
 
 
 @dataclass(slots=True)
@@ -83,6 +92,7 @@ class Relay(Generic[PlanT]):
     ) -> None:
         self.counters = RelayCounters()
         self.draining = False
+        self.meter: Meter | None = None
         self._settings = settings
         self._fleet = fleet
         self._upstream = upstream
@@ -103,18 +113,19 @@ class Relay(Generic[PlanT]):
     async def __call__(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one POST request to `endpoint`."""
         exchange = Exchange(scope, receive, send)
-        await self.guard(exchange, lambda: self._serve(endpoint, exchange))
+        await self.guard(endpoint, exchange, self._serve(endpoint, exchange))
 
-    async def guard(self, exchange: Exchange, serve: Callable[[], Any]) -> None:
-        """Run `serve`, count it, and turn whatever it raises into the right end of the exchange."""
+    async def guard(self, label: str, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work`, measure it as `label`, and turn whatever it raises into the right end of the exchange."""
         self.counters.requests += 1
         try:
             self._enter(exchange)
-            await serve()
+            await work
         except ApiError as error:
             self.counters.refused += error.status < 500
             await exchange.fail(error)
         except ClientLeft:
+            exchange.left = True
             self.counters.clients_left += 1
         except asyncio.CancelledError:
             await self._cancelled(exchange)
@@ -123,8 +134,18 @@ class Relay(Generic[PlanT]):
             _logger.exception("request %s failed", exchange.request_id)
             await exchange.fail(InternalError(exchange.request_id))
         finally:
+            work.close()
             exchange.unwatch()
             self._leave(exchange)
+            self._measure(label, exchange)
+
+    def _measure(self, label: str, exchange: Exchange) -> None:
+        if self.meter is None:
+            return
+        status = CLIENT_LEFT_STATUS if exchange.left else exchange.status
+        self.meter.answered(label, status, time.perf_counter() - exchange.came_at)
+        if exchange.begun:
+            self.meter.first_byte(label, exchange.begun_at - exchange.came_at)
 
     def _enter(self, exchange: Exchange) -> None:
         if self.draining:

@@ -161,6 +161,8 @@ class Settings(BaseSettings):
             seen = [getattr(tenant, what) for tenant in self.tenants]
             if len(set(seen)) != len(seen):
                 raise ValueError(f"tenants: two have the same {what}")
+        if self.admin_key is not None and any(tenant.api_key == self.admin_key for tenant in self.tenants):
+            raise ValueError("tenants: one has the admin key as its api_key")
         return self
 
 

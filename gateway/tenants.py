@@ -41,6 +41,7 @@ class TenantContext:
     salt: str
 
 
+ADMIN = "admin"
 ANONYMOUS = TenantContext(name="anonymous", salt="")
 
 
@@ -59,9 +60,15 @@ def bearer_token(authorization: bytes | None) -> bytes | None:
 
 
 class Tenants:
-    """The configured tenants; `authenticate` is called once for each request."""
+    """The configured tenants; `authenticate` is called once for each request.
 
-    def __init__(self, tenants: Sequence[Tenant]) -> None:
+    Where there are tenants, the holder of the admin key is one more.
+    """
+
+    def __init__(self, tenants: Sequence[Tenant], admin_key: SecretStr | None = None) -> None:
+        callers = list(tenants)
+        if callers and admin_key is not None:
+            callers.append(Tenant(name=ADMIN, api_key=admin_key))
         self._entries = tuple(
             (
                 _digest(tenant.api_key.get_secret_value().encode()),
@@ -70,7 +77,7 @@ class Tenants:
                     salt=tenant.salt.get_secret_value() if tenant.salt else default_salt(tenant),
                 ),
             )
-            for tenant in tenants
+            for tenant in callers
         )
 
     @property

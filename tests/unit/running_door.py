@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import aiohttp
@@ -22,27 +20,29 @@ from gateway.access import AdminAccess
 from gateway.app import build_app
 from gateway.errors import NoReplicaReady, ReplicaNotReady, UnknownReplica
 from gateway.frontdoor import FrontDoor
+from gateway.metrics import Metrics
+from gateway.prefixes import PrefixReport
 from gateway.relay import Relay
 from gateway.served_models import ModelsCache
 from gateway.server import bind, build_server
 from gateway.settings import Settings
+from gateway.stats import (
+    GatewayStats,
+    KindParity,
+    KvStats,
+    ParityStats,
+    SteeringStats,
+    TokenCounts,
+    TokenizerStats,
+    Totals,
+    TransferCounts,
+)
 from gateway.tenants import TenantContext, Tenants
 from gateway.upstream import Upstream
+from tests import fake_engine
 
 FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
 DEADLINE_SECONDS = 15.0
-
-
-def load_fake_engine() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fake_engine", FAKE_ENGINE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fake_engine = load_fake_engine()
 
 
 async def until(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
@@ -133,11 +133,23 @@ class FakePlanner:
 
 
 class FakeSight:
-    def stats(self) -> dict[str, Any]:
-        return {"replicas": {}}
+    """Nothing to see."""
 
-    def prefixes(self, limit: int) -> dict[str, Any]:
-        return {"limit": limit}
+    def stats(self) -> KvStats:
+        tokens, counts = TokenCounts(), TransferCounts()
+        kind = KindParity(parity="unknown", compared=0, differences=[], reason="")
+        return KvStats(
+            model="fake-model",
+            gateway=GatewayStats(version="0", uptime_seconds=0.0),
+            steering=SteeringStats(),
+            tokenizer=TokenizerStats(loaded=False, chat=False, directory="", reason="", chat_reason=""),
+            parity=ParityStats(replica="", completions=kind, chat=kind),
+            totals=Totals(replicas=0, ready=0, blocks=0, cached_blocks=0, in_flight=0, tokens=tokens, counts=counts),
+            replicas=[],
+        )
+
+    def prefixes(self, limit: int) -> PrefixReport:
+        return PrefixReport(tracked_blocks=0, tracked_blocks_max=limit, prefixes=[])
 
     def metrics(self) -> tuple[bytes, str]:
         return b"peerkv_up 1\n", "text/plain; version=0.0.4"
@@ -212,15 +224,21 @@ async def running_door(directory: Path, **values: Any) -> AsyncIterator[Door]:
     planner, upstream = FakePlanner(fleet), Upstream(settings)
     models = ModelsCache(fleet, upstream)
     relay: Relay[FakePlan] = Relay(
-        settings, fleet=fleet, upstream=upstream, models=models, planner=planner, tenants=tenants, access=access
+        settings,
+        fleet=fleet,
+        upstream=upstream,
+        models=models,
+        planner=planner,
+        tenants=tenants,
+        access=access,
     )
+    relay.meter = Metrics()
     admin = build_app(
         fleet=fleet,
         upstream=upstream,
         sight=FakeSight(),
         access=access,
         draining=lambda: relay.draining,
-        document=lambda: b"{}",
     )
     server = build_server(FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin), settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))

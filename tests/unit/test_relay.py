@@ -10,10 +10,10 @@ from typing import Any
 
 import openai
 import pytest
-from running_door import Door, end, running_door, until
 
 from engine.fleet import ReplicaState
 from gateway.body import FORBIDDEN_FIELDS
+from tests.unit.running_door import Door, end, running_door, until
 
 COMPLETION = {"model": "fake-model", "prompt": "hello", "max_tokens": 3}
 CHAT = {"model": "fake-model", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}

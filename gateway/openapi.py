@@ -1,0 +1,67 @@
+"""The OpenAPI document: made from the application itself, kept in openapi/openapi.json, compared by a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from gateway import __version__
+from gateway.errors import GatewayError
+
+DEFAULT_PATH = Path("openapi/openapi.json")
+_METHODS = ("get", "post")
+_DESCRIPTION = (
+    "OpenAI's API over vLLM replicas that import each other's KV cache. "
+    "`/v1/*` takes and gives what vLLM does; fields that are not listed are passed on."
+)
+_FASTAPI_ERRORS = ("HTTPValidationError", "ValidationError")
+
+
+class DocumentDiffers(GatewayError):
+    """The kept document is not what the application serves."""
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The application's document. FastAPI's own error form is left out: no answer ever has it."""
+    document = get_openapi(title="peerkv", version=__version__, description=_DESCRIPTION, routes=app.routes)
+    for path, operations in document["paths"].items():
+        for method in _METHODS:
+            if method in operations:
+                operations[method]["responses"].pop("422", None)
+                if path.startswith("/v1/"):
+                    operations[method]["security"] = [{"apiKey": []}, {}]
+                elif path == "/metrics" or path.startswith("/kv/"):
+                    operations[method]["security"] = [{"adminKey": []}, {}]
+    components = document["components"]
+    for name in _FASTAPI_ERRORS:
+        components["schemas"].pop(name, None)
+    components["securitySchemes"] = {
+        "apiKey": {"type": "http", "scheme": "bearer", "description": "a tenant's key, where tenants are configured"},
+        "adminKey": {"type": "http", "scheme": "bearer", "description": "the admin key; without one: loopback callers"},
+    }
+    return document
+
+
+def as_text(document: dict[str, Any]) -> str:
+    """The document as the file holds it."""
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """Replace the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(as_text(document), "utf-8")
+
+
+def check(document: dict[str, Any], path: Path) -> None:
+    """Raises DocumentDiffers when the file holds anything else."""
+    try:
+        kept = path.read_text("utf-8")
+    except OSError as error:
+        raise DocumentDiffers(f"cannot read {path}: {error.strerror}; write it with `peerkv openapi`") from None
+    if kept != as_text(document):
+        raise DocumentDiffers(f"{path} is not what the gateway serves; write it anew with `peerkv openapi`")

@@ -1,0 +1,40 @@
+"""What is served until the front door is wired: the gateway lives, and is not ready."""
+
+from __future__ import annotations
+
+import msgspec
+
+from gateway.errors import Unavailable
+from gateway.exchange import Exchange, Receive, Scope, Send
+from gateway.frontdoor import Asgi
+
+_JSON = (b"content-type", b"application/json")
+RETRY_SECONDS = 5
+
+
+class StartingDoor:
+    """Answers /health and /ready, and 503 to all else. `reason` says what is being waited for."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send)
+        if scope["path"] == "/health":
+            await exchange.answer(200, [_JSON], msgspec.json.encode({"status": "ok"}))
+        elif scope["path"] == "/ready":
+            body = {"ready": False, "reason": self.reason, "model": "", "replicas": []}
+            retry = (b"retry-after", b"%d" % RETRY_SECONDS)
+            await exchange.answer(503, [_JSON, retry], msgspec.json.encode(body))
+        else:
+            await exchange.fail(Unavailable(f"The gateway is {self.reason}.", retry_after_seconds=RETRY_SECONDS))
+
+
+class Switch:
+    """An ASGI application that hands on to another one, which may be exchanged."""
+
+    def __init__(self, app: Asgi) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)

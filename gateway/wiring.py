@@ -1,0 +1,92 @@
+"""Puts the parts of the front door together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.fleet import FleetView
+from gateway.access import AdminAccess
+from gateway.app import build_app
+from gateway.frontdoor import FrontDoor
+from gateway.model_files import source_from_arguments
+from gateway.parity import ParityCheckFailed, check_parity
+from gateway.planner import Plan, Planner
+from gateway.relay import Relay
+from gateway.served_models import ModelsCache
+from gateway.settings import Settings
+from gateway.sight import FleetSight
+from gateway.tenants import Tenants
+from gateway.tokens import TokenService
+from gateway.upstream import Upstream
+from transport.directory import TableDirectory
+
+_logger = logging.getLogger(__name__)
+
+PARITY_RETRY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """The parts that the process holds on to."""
+
+    app: FrontDoor
+    relay: Relay[Plan]
+    models: ModelsCache
+    upstream: Upstream
+    planner: Planner
+    tokens: TokenService
+    tables: TableDirectory
+    fleet: FleetView
+
+    async def check_parity(self) -> None:
+        """Compare token ids with the first replica that is ready, once; until then prompts go as text."""
+        while True:
+            ready = self.fleet.snapshot().ready()
+            if ready:
+                name = self.fleet.snapshot().served_model_name
+                try:
+                    self.planner.parity = await check_parity(self.tokens, ready[0].name, ready[0].socket, name)
+                    return
+                except ParityCheckFailed as error:
+                    _logger.warning("token ids were not compared with %s: %s", ready[0].name, error)
+            await asyncio.sleep(PARITY_RETRY_SECONDS if ready else 0.1)
+
+    async def close(self) -> None:
+        """Close connections and tables."""
+        await self.models.close()
+        await self.upstream.close()
+        self.tables.close()
+
+
+def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: Path) -> Door:
+    """The front door for `fleet`, which serves `model`."""
+    upstream = Upstream(settings)
+    models = ModelsCache(fleet, upstream)
+    tables = TableDirectory(table_dir)
+    tokens = TokenService(source_from_arguments(model, settings.vllm_args))
+    planner = Planner(fleet, tables, tokens, settings, lambda: models.known)
+    access = AdminAccess(settings.admin_key)
+    tenants = Tenants(settings.tenants, settings.admin_key)
+    relay: Relay[Plan] = Relay(
+        settings,
+        fleet=fleet,
+        upstream=upstream,
+        models=models,
+        planner=planner,
+        tenants=tenants,
+        access=access,
+    )
+    sight = FleetSight(fleet=fleet, planner=planner, tokens=tokens, relay=relay)
+    relay.meter = sight.measured
+    admin = build_app(
+        fleet=fleet,
+        upstream=upstream,
+        sight=sight,
+        access=access,
+        draining=lambda: relay.draining,
+    )
+    app = FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin)
+    return Door(app, relay, models, upstream, planner, tokens, tables, fleet)
