@@ -1,0 +1,396 @@
+"""The scheduler half: what is offered, what is withdrawn, what is imported, over the calls that vLLM makes."""
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engine.messages import ImportReport, WorkerReport
+from engine.scheduler_half import SchedulerHalf
+from tests.unit.table_fixtures import FIELDS, description, writer
+from transport.directory import TableDirectory
+from transport.fingerprint import fingerprint_digest
+from transport.keys import chain_keys, root_key
+from transport.table import TableReader, TableWriter
+
+SIZE = 4
+FINGERPRINT = fingerprint_digest(FIELDS)
+
+
+@dataclass
+class Request:
+    """As much of vLLM's request as the connector reads."""
+
+    request_id: str
+    all_token_ids: list[int]
+    kv_transfer_params: dict | None = None
+    cache_salt: str | None = None
+    lora_request: object = None
+    mm_features: list = field(default_factory=list)
+    skip_reading_prefix_cache: bool = False
+    pooling_params: object = None
+    prompt_embeds: object = None
+    num_prompt_tokens: int = 0
+
+    def __post_init__(self):
+        self.num_prompt_tokens = len(self.all_token_ids)
+
+    @property
+    def num_tokens(self):
+        return len(self.all_token_ids)
+
+
+def keys_of(tokens, salt="", lora=""):
+    return chain_keys(root_key(FINGERPRINT, salt, lora), tokens, SIZE)
+
+
+class Replica:
+    """A scheduler half and the small part of vLLM's scheduler that drives it."""
+
+    def __init__(self, path, name, blocks=32, status="ok"):
+        self.half = SchedulerHalf(
+            TableWriter(path, description(name, status=status), SIZE, blocks),
+            TableDirectory(path, name),
+            FINGERPRINT,
+            dict(FIELDS),
+            block_size=SIZE,
+            hash_name="xxh3_128",
+            transport="shared_memory",
+            status=status,
+        )
+        self.reader = TableReader(self.half.table.path)
+
+    def schedule(self, new=(), cached=(), resumed=()):
+        """`new`: (request, block ids, computed, scheduled); `cached`: (request, added blocks, computed, scheduled)."""
+        output = SimpleNamespace(
+            num_scheduled_tokens={r.request_id: n for r, _, _, n in [*new, *cached]},
+            scheduled_new_reqs=[
+                SimpleNamespace(req_id=r.request_id, block_ids=(list(ids),), num_computed_tokens=computed)
+                for r, ids, computed, _ in new
+            ],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=[r.request_id for r, _, _, _ in cached],
+                resumed_req_ids=set(resumed),
+                new_block_ids=[(list(ids),) if ids else None for _, ids, _, _ in cached],
+                num_computed_tokens=[computed for _, _, computed, _ in cached],
+            ),
+        )
+        return self.half.step(output)
+
+    def done(self, step, **imports):
+        self.half.report(WorkerReport(step, imports, dict.fromkeys(imports, 1)))
+
+    def prefill(self, request, ids, computed=0):
+        """Schedule a prompt whole, sample one token, report the step."""
+        self.half.match(request, computed)
+        meta = self.schedule(new=[(request, ids, computed, request.num_tokens - computed)])
+        request.all_token_ids.append(1)
+        self.done(meta.step)
+
+    def held(self, tokens, salt="", lora=""):
+        return self.reader.longest_run(keys_of(tokens, salt, lora)).block_ids.tolist()
+
+    def counted(self):
+        return {name: value for name, value in self.reader.counters().items() if value}
+
+
+@pytest.fixture
+def pair(tmp_path):
+    a, b = Replica(tmp_path, "replica-0"), Replica(tmp_path, "replica-1")
+    with closing(a.half), closing(b.half):
+        yield a, b
+
+
+PROMPT = list(range(100, 114))  # three full blocks and two tokens more
+
+
+def report(failed=(), stale=0):
+    return ImportReport(frozenset(failed), stale, 1000, 500, "changed" if failed else "")
+
+
+def test_a_prompts_blocks_are_offered_when_its_step_is_reported_not_before(pair):
+    a, _ = pair
+    request = Request("r", list(PROMPT))
+    a.half.match(request, 0)
+    meta = a.schedule(new=[(request, [5, 6, 7, 8], 0, 14)])
+    assert a.held(PROMPT) == []
+    request.all_token_ids.append(1)
+    a.done(meta.step)
+    assert a.held(PROMPT) == [5, 6, 7]
+
+
+def test_a_chunked_prompt_is_offered_chunk_by_chunk(pair):
+    a, _ = pair
+    request = Request("r", list(PROMPT))
+    a.half.match(request, 0)
+    first = a.schedule(new=[(request, [5, 6], 0, 6)])
+    a.done(first.step)
+    assert a.held(PROMPT) == [5]
+    second = a.schedule(cached=[(request, [7, 8], 6, 8)])
+    a.done(second.step)
+    assert a.held(PROMPT) == [5, 6, 7]
+
+
+def test_decoded_blocks_are_offered_as_they_fill_and_the_last_ones_after_the_request_finished(pair):
+    a, _ = pair
+    request = Request("r", list(PROMPT))
+    a.prefill(request, [5, 6, 7, 8])
+    for computed in (14, 15):
+        meta = a.schedule(cached=[(request, None, computed, 1)])
+        request.all_token_ids.append(computed)
+        if computed == 15:
+            a.half.finished("r")
+        a.done(meta.step)
+    assert len(request.all_token_ids) == 17
+    assert a.held(request.all_token_ids) == [5, 6, 7, 8]
+
+
+def test_rejected_drafts_are_not_offered(pair):
+    a, _ = pair
+    request = Request("r", list(PROMPT))
+    a.prefill(request, [5, 6, 7, 8])
+    meta = a.schedule(cached=[(request, None, 14, 4)])  # one token and three drafts, of which none is accepted
+    request.all_token_ids.append(2)
+    a.done(meta.step)
+    assert a.held(request.all_token_ids) == [5, 6, 7]
+
+
+def test_a_block_given_to_another_request_is_withdrawn_in_that_very_step(pair):
+    a, _ = pair
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    a.half.finished("r")
+    other = Request("s", list(range(50, 60)))
+    a.half.match(other, 0)
+    a.schedule(new=[(other, [6, 9, 10], 0, 10)])
+    assert a.held(PROMPT) == [5]
+    assert a.counted()["evictions"] == 1
+
+
+def test_a_local_hit_keeps_its_blocks_on_offer(pair):
+    a, _ = pair
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    again = Request("s", list(PROMPT))
+    a.half.match(again, 12)
+    a.schedule(new=[(again, [5, 6, 7, 9], 12, 2)])
+    assert a.held(PROMPT) == [5, 6, 7]
+    assert a.counted()["local_tokens"] == 12
+
+
+def test_a_block_reallocated_before_its_step_was_reported_is_never_offered(pair):
+    a, _ = pair
+    request = Request("r", list(PROMPT))
+    a.half.match(request, 0)
+    first = a.schedule(new=[(request, [5, 6, 7, 8], 0, 14)])
+    thief = Request("s", list(range(50, 60)))
+    a.half.match(thief, 0)
+    a.schedule(new=[(thief, [5, 11, 12], 0, 10)])  # the request was preempted while its step was under way
+    request.all_token_ids.append(1)
+    a.done(first.step)
+    assert a.held(PROMPT) == []
+    assert a.reader.cached_blocks() == 2
+
+
+def test_a_resumed_request_offers_its_new_blocks(pair):
+    a, _ = pair
+    request = Request("r", list(PROMPT))
+    a.prefill(request, [5, 6, 7, 8])
+    meta = a.schedule(cached=[(request, [15, 16, 17, 18], 0, 15)], resumed=["r"])
+    assert a.held(PROMPT) == [5, 6, 7]
+    a.done(meta.step)
+    assert a.reader.cached_blocks() == 6
+
+
+def import_all(b, request, ids, local=0):
+    tokens = b.half.match(request, local)
+    b.half.allocated(request, ids, tokens)
+    meta = b.schedule()
+    return tokens, meta
+
+
+def test_a_prefix_that_a_peer_holds_is_imported_and_offered_onward(pair):
+    a, b = pair
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    request = Request("s", list(PROMPT))
+    tokens, meta = import_all(b, request, [20, 21, 22, 23])
+    (job,) = meta.imports
+    assert tokens == 12
+    assert (job.source, job.source_blocks.tolist(), job.target_blocks.tolist()) == ("replica-0", [5, 6, 7], [20, 21, 22])
+    assert b.held(PROMPT) == []
+    b.done(meta.step, s=report())
+    assert b.held(PROMPT) == [20, 21, 22]
+    b.schedule(new=[(request, [20, 21, 22, 23], 12, 2)])
+    counted = b.counted()
+    assert (counted["prompt_tokens"], counted["peer_tokens_shared_memory"], counted["computed_tokens"]) == (14, 12, 2)
+    assert (counted["imports"], counted["import_blocks"], counted["import_bytes"]) == (1, 3, 1000)
+    assert "fallbacks" not in counted
+
+
+def test_a_partial_local_hit_is_completed_by_a_partial_import(pair):
+    a, b = pair
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    request = Request("s", list(PROMPT))
+    tokens, meta = import_all(b, request, [2, 21, 22, 23], local=4)
+    assert tokens == 8
+    assert meta.imports[0].source_blocks.tolist() == [6, 7]
+    assert meta.imports[0].target_blocks.tolist() == [21, 22]
+    b.done(meta.step, s=report())
+    b.schedule(new=[(request, [2, 21, 22, 23], 12, 2)])
+    assert b.counted()["local_tokens"] == 4
+    assert b.counted()["peer_tokens_shared_memory"] == 8
+
+
+def test_the_last_token_of_a_prompt_is_always_computed(pair):
+    a, b = pair
+    a.prefill(Request("r", [*PROMPT[:12], 7]), [5, 6, 7, 8])
+    assert b.half.match(Request("s", PROMPT[:12]), 0) == 8
+
+
+def test_an_import_that_fails_is_not_tried_again_and_counts_as_computed(pair):
+    a, b = pair
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    request = Request("s", list(PROMPT))
+    _, meta = import_all(b, request, [20, 21, 22, 23])
+    b.done(meta.step, s=report(failed=[20, 21, 22], stale=3))
+    assert b.held(PROMPT) == []
+    assert b.half.match(request, 0) == 0
+    b.schedule(new=[(request, [20, 21, 22, 23], 0, 14)])
+    counted = b.counted()
+    assert (counted["computed_tokens"], counted["fallbacks"], counted["check_failures"]) == (14, 1, 3)
+    assert "peer_tokens_shared_memory" not in counted
+
+
+def test_blocks_before_the_first_failed_one_still_count(pair):
+    a, b = pair
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    request = Request("s", list(PROMPT))
+    _, meta = import_all(b, request, [20, 21, 22, 23])
+    b.done(meta.step, s=report(failed=[21], stale=1))
+    assert b.held(PROMPT) == [20]
+    b.schedule(new=[(request, [20, 21, 22, 23], 4, 10)])
+    assert b.counted()["peer_tokens_shared_memory"] == 4
+    assert b.counted()["computed_tokens"] == 10
+
+
+def test_with_several_ranks_an_import_is_done_when_all_are_and_fails_where_one_did(pair):
+    a, b = pair
+    b.half._ranks = 2
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    _, meta = import_all(b, Request("s", list(PROMPT)), [20, 21, 22, 23])
+    b.done(meta.step, s=report(failed=[22], stale=1))
+    assert b.held(PROMPT) == []
+    b.done(meta.step + 1, s=report())
+    assert b.held(PROMPT) == [20, 21]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"cache_salt": "other"},
+        {"lora_request": SimpleNamespace(lora_name="adapter", lora_path="/adapter")},
+        {"mm_features": [SimpleNamespace(mm_position=SimpleNamespace(offset=1, length=2), identifier="image")]},
+        {"skip_reading_prefix_cache": True},
+        {"pooling_params": object()},
+        {"prompt_embeds": object()},
+        {"kv_transfer_params": {"peerkv": {"source": ""}}},
+        {"kv_transfer_params": {"peerkv": {"source": "replica-7"}}},
+    ],
+)
+def test_nothing_is_imported_for_a_request_that_differs_or_asks_not_to(pair, changed):
+    a, b = pair
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    assert b.half.match(Request("plain", list(PROMPT)), 0) == 12
+    assert b.half.match(Request("s", list(PROMPT), **changed), 0) == 0
+
+
+@pytest.mark.parametrize("hint", [None, {}, {"peerkv": {"source": "replica-0"}}, {"peerkv": 7}, {"other": 1}])
+def test_a_hint_names_the_source_and_a_foreign_one_is_ignored(pair, hint):
+    a, b = pair
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    assert b.half.match(Request("s", list(PROMPT), kv_transfer_params=hint), 0) == 12
+
+
+@pytest.mark.parametrize("name", [*FIELDS, "a new field"])
+def test_one_differing_field_stops_the_exchange_and_is_named(tmp_path, name, caplog):
+    with closing(Replica(tmp_path, "replica-1").half) as half:
+        other = FIELDS | {name: "different"}
+        with closing(writer(tmp_path, "replica-9", fields=other)) as foreign:
+            foreign.publish([1, 2, 3], keys_of(PROMPT))
+            assert half.match(Request("s", list(PROMPT)), 0) == 0
+            assert half.match(Request("t", list(PROMPT)), 0) == 0
+        assert f"{name}: " in caplog.text
+        assert caplog.text.count("no exchange with replica-9") == 1
+        assert TableReader(half.table.path).counters()["peers_incompatible"] == 1
+
+
+@pytest.mark.parametrize(
+    "about", [{"status": "no"}, {"transport": "cuda_ipc"}, {"hash_name": "sha256"}, {"block_size": SIZE * 2}]
+)
+def test_a_peer_that_can_not_exchange_is_not_asked(tmp_path, about):
+    with closing(Replica(tmp_path, "replica-1").half) as half, closing(writer(tmp_path, "replica-9", **about)) as foreign:
+        foreign.publish([1, 2, 3], keys_of(PROMPT))
+        assert half.match(Request("s", list(PROMPT)), 0) == 0
+
+
+def test_a_replica_that_can_not_exchange_neither_offers_nor_imports_but_counts(tmp_path):
+    a, b = Replica(tmp_path, "replica-0"), Replica(tmp_path, "replica-1", status="hybrid")
+    with closing(a.half), closing(b.half):
+        a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+        b.prefill(Request("s", list(PROMPT)), [5, 6, 7, 8])
+        assert b.reader.cached_blocks() == 0
+        assert b.counted()["computed_tokens"] == 14
+        assert "imports" not in b.counted()
+
+
+def test_the_longest_of_several_holders_is_chosen(tmp_path):
+    replicas = [Replica(tmp_path, f"replica-{i}") for i in range(3)]
+    replicas[0].prefill(Request("r", PROMPT[:9]), [1, 2, 3])
+    replicas[1].prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    assert replicas[2].half.match(Request("s", list(PROMPT)), 0) == 12
+    for replica in replicas:
+        replica.half.close()
+
+
+def test_a_reset_of_the_prefix_cache_withdraws_everything_and_running_requests_stay_out(pair):
+    a, b = pair
+    pool = SimpleNamespace(cached_block_hash_to_block={})
+    a.half.bind_pool(pool)
+    running = Request("r", list(PROMPT))
+    a.prefill(running, [5, 6, 7, 8])
+    pool.cached_block_hash_to_block = {}
+    for computed in (14, 15, 16):
+        meta = a.schedule(cached=[(running, None, computed, 1)])
+        running.all_token_ids.append(3)
+        a.done(meta.step)
+    assert a.reader.cached_blocks() == 0
+    assert b.half.match(Request("s", list(PROMPT)), 0) == 0
+
+
+def test_an_allocation_that_was_not_planned_still_ends_as_a_failed_import(pair):
+    _, b = pair
+    request = Request("s", list(PROMPT))
+    assert b.half.match(request, 0) == 0
+    b.half.allocated(request, [20, 21, 22, 23], 12)
+    (job,) = b.schedule().imports
+    assert (job.source, len(job)) == ("", 3)
+
+
+def test_a_withdrawn_replica_offers_and_imports_nothing_any_more(pair):
+    a, b = pair
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    a.half.withdraw()
+    assert a.reader.cached_blocks() == 0
+    a.prefill(Request("q", list(range(20))), [1, 2, 3, 4, 5])
+    assert a.reader.cached_blocks() == 0
+    assert b.half.match(Request("s", list(PROMPT)), 0) == 0
+
+
+def test_states_travel_with_the_job_as_they_were_looked_up(pair):
+    a, b = pair
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    _, meta = import_all(b, Request("s", list(PROMPT)), [20, 21, 22, 23])
+    (job,) = meta.imports
+    assert a.reader.unchanged(job.source_blocks, job.states).all()
+    a.half.table.invalidate([6])
+    assert np.flatnonzero(~a.reader.unchanged(job.source_blocks, job.states)).tolist() == [1]

@@ -1,0 +1,111 @@
+"""The connector's shell: no exception reaches vLLM, and after a fault nothing is offered or imported."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+from engine.connector import PeerKVConnector, _refusal
+from engine.messages import StepMetadata
+
+
+class Faulty:
+    """A half whose every method raises, and that remembers that it was withdrawn."""
+
+    withdrawn = False
+
+    def withdraw(self):
+        self.withdrawn = True
+
+    def take_starting(self):
+        return ("job",)
+
+    def fail_all(self, reason):
+        return {"r"}
+
+    def __getattr__(self, name):
+        def fault(*_):
+            raise RuntimeError(f"fault in {name}")
+
+        return fault
+
+
+def connector(role, **extra):
+    config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra, is_kv_producer=True),
+        parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1, pipeline_parallel_size=1),
+    )
+    return PeerKVConnector(config, role, SimpleNamespace(num_blocks=8, kv_cache_groups=[]))
+
+
+REQUEST = SimpleNamespace(request_id="r")
+BLOCKS = SimpleNamespace(get_block_ids=lambda: ([1, 2],))
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        (lambda c: c.get_num_new_matched_tokens(REQUEST, 0), (0, False)),
+        (lambda c: c.update_state_after_alloc(REQUEST, BLOCKS, 32), None),
+        (lambda c: c.build_connector_meta(SimpleNamespace()), StepMetadata(0, ("job",))),
+        (lambda c: c.request_finished_all_groups(REQUEST, ([1],)), (False, None)),
+        (lambda c: c.bind_gpu_block_pool(object()), None),
+        (lambda c: c.reset_cache(), True),
+    ],
+)
+def test_a_fault_in_the_schedulers_half_stays_inside_and_withdraws_everything(call, answer):
+    shell = connector(KVConnectorRole.SCHEDULER)
+    shell._scheduler = half = Faulty()
+    assert call(shell) == answer
+    assert half.withdrawn
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        (lambda c: c.get_finished(set()), (None, {"r"})),
+        (lambda c: c.register_kv_caches({}), None),
+        (lambda c: c.start_load_kv(None, some_new_argument=1), None),
+    ],
+)
+def test_a_fault_in_the_workers_half_stays_inside_and_fails_its_imports(call, answer):
+    shell = connector(KVConnectorRole.WORKER)
+    shell._worker = Faulty()
+    shell.bind_connector_metadata(StepMetadata(1))
+    assert call(shell) == answer
+
+
+def test_without_a_table_nothing_is_matched_and_steps_go_on():
+    shell = connector(KVConnectorRole.SCHEDULER)
+    assert shell.get_num_new_matched_tokens(REQUEST, 0) == (0, False)
+    assert shell.build_connector_meta(SimpleNamespace()) == StepMetadata(0)
+    assert shell.requires_kv_delivery is False
+
+
+def test_an_unknown_hash_is_refused_at_start():
+    with pytest.raises(ValueError, match="xxh3_128, sha256"):
+        connector(KVConnectorRole.SCHEDULER, hash="md5")
+
+
+class FullAttentionSpec:
+    pass
+
+
+class SlidingWindowSpec:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kinds", "stages", "said"),
+    [
+        ([FullAttentionSpec], 1, ""),
+        ([FullAttentionSpec, SlidingWindowSpec], 1, "2 KV cache groups"),
+        ([SlidingWindowSpec], 1, "SlidingWindowSpec"),
+        ([FullAttentionSpec], 2, "pipeline"),
+    ],
+)
+def test_a_model_that_is_not_handled_is_refused_with_the_reason(kinds, stages, said):
+    config = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=stages))
+    refusal = _refusal(config, [SimpleNamespace(kv_cache_spec=kind()) for kind in kinds])
+    assert said in refusal
+    assert bool(refusal) == bool(said)
