@@ -159,7 +159,7 @@ def server_args(settings: EngineSettings, name: str, socket: str) -> tuple[str, 
     """The arguments of one vLLM server; the user's come last, where they win."""
     args = ["--model", settings.model, "--uds", socket]
     args += ["--served-model-name", settings.served_model_name or settings.model]
-    args += ["--disable-uvicorn-access-log"]
+    args += ["--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
     if not settings.devices:
         args += ["--block-size", str(CPU_BLOCK_TOKENS), "--kv-cache-memory-bytes", str(CPU_KV_BYTES)]
         args += ["--max-num-seqs", str(CPU_SEQUENCES_MAX), "--max-model-len", "auto", "--enforce-eager"]
