@@ -54,4 +54,7 @@ async def _supervise(work: Callable[[], Coroutine[None, None, None]]) -> int:
     except (GatewayError, FleetError) as error:
         say(f"error: {error}")
         return EXIT_FAILED
+    except Exception:
+        _logger.exception("the gateway has a defect")
+        return EXIT_FAILED
     return 0

@@ -1,0 +1,75 @@
+"""Command-line flags made from the settings: one for each, with its description and default."""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from gateway.settings import Settings
+
+# Set in other ways: tenants hold secrets and have structure, vLLM's arguments follow "--", a launcher is for tests.
+WITHOUT_FLAG = frozenset({"tenants", "vllm_args", "launcher"})
+PATH_DEFAULTS = {
+    "run_dir": "$XDG_RUNTIME_DIR/peerkv/PORT or /tmp/peerkv-UID/PORT",
+    "table_dir": "/dev/shm/peerkv-UID/PORT",
+    "log_dir": "~/.local/state/peerkv/logs/PORT",
+}
+_METAVARS: dict[Any, str] = {int: "N", float: "N", Path: "DIR"}
+
+
+def add_settings_flags(parser: argparse.ArgumentParser, main: Iterable[str], *, leave_out: Iterable[str] = ()) -> None:
+    """Add a flag for each setting: those in `main` first, the rest in a group of their own.
+
+    A flag that is not given leaves None, so that environment and file are heard.
+    """
+    first, out = list(main), WITHOUT_FLAG | set(leave_out)
+    group = parser.add_argument_group("further settings")
+    for name in [*first, *(name for name in Settings.model_fields if name not in first)]:
+        if name not in out:
+            _add(parser if name in first else group, name, Settings.model_fields[name])
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings among the parsed flags."""
+    return {name: value for name, value in vars(arguments).items() if name in Settings.model_fields}
+
+
+def _add(parser: Any, name: str, field: FieldInfo) -> None:
+    flag = "--" + name.replace("_", "-")
+    text = f"{field.description} (default: {_default(name, field)})".replace("%", "%%")
+    options: dict[str, Any] = {"dest": name, "default": None, "help": text}
+    kinds = _kinds(field.annotation)
+    if kinds == {bool}:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+    elif len(kinds) == 1 and typing.get_origin(choice := next(iter(kinds))) is typing.Literal:
+        parser.add_argument(flag, choices=typing.get_args(choice), **options)
+    else:
+        number = next((_METAVARS[kind] for kind in kinds if kind in _METAVARS), name.split("_")[-1].upper())
+        parser.add_argument(flag, metavar="N|auto" if name == "replicas" else number, **options)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a value may have, without None."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return {kind for kind in typing.get_args(annotation) if kind is not type(None)}
+    return {annotation}
+
+
+def _default(name: str, field: FieldInfo) -> str:
+    if name in PATH_DEFAULTS:
+        return PATH_DEFAULTS[name]
+    if field.default is None or field.default is PydanticUndefined:
+        return "unset"
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    if field.default in ("", ()):
+        return "none"
+    return str(field.default)

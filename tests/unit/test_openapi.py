@@ -1,0 +1,68 @@
+"""The OpenAPI document: the file, what is served, and what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gateway import openapi
+from gateway.cli import main
+from gateway.offline_document import document
+from tests.unit.running_door import running_door
+
+KEPT = Path(__file__).parents[2] / "openapi" / "openapi.json"
+
+
+async def test_the_kept_document_is_what_the_gateway_serves(tmp_path: Path) -> None:
+    async with running_door(tmp_path) as door:
+        status, served, _ = await door.get("/openapi.json")
+    assert status == 200
+    assert served == json.loads(KEPT.read_text("utf-8"))
+
+
+def test_the_kept_document_is_up_to_date_to_the_letter() -> None:
+    openapi.check(document(), KEPT)
+
+
+def test_every_endpoint_is_described() -> None:
+    described = {(method, path) for path, operations in document()["paths"].items() for method in operations}
+    assert described == {
+        ("post", "/v1/completions"),
+        ("post", "/v1/chat/completions"),
+        ("post", "/v1/embeddings"),
+        ("get", "/v1/models"),
+        ("get", "/v1/models/{model}"),
+        ("get", "/health"),
+        ("get", "/ready"),
+        ("get", "/metrics"),
+        ("get", "/kv/stats"),
+        ("get", "/kv/prefixes"),
+        ("post", "/kv/flush"),
+    }
+
+
+def test_requests_may_have_further_fields() -> None:
+    schemas = document()["components"]["schemas"]
+    for name in ("CompletionRequest", "ChatCompletionRequest", "EmbeddingRequest"):
+        assert schemas[name]["additionalProperties"] is True
+
+
+def test_every_reference_leads_somewhere() -> None:
+    whole = document()
+    references = set(json.dumps(whole).split('"#/components/schemas/')[1:])
+    names = {reference.split('"')[0] for reference in references}
+    assert names <= whole["components"]["schemas"].keys()
+    assert "HTTPValidationError" not in whole["components"]["schemas"]
+
+
+def test_the_command_writes_and_then_finds_it_up_to_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "openapi.json"
+    assert main(["openapi", "--check", "--output", str(path)]) == 1
+    assert "write it with" in capsys.readouterr().err
+    assert main(["openapi", "--output", str(path)]) == 0
+    assert main(["openapi", "--check", "--output", str(path)]) == 0
+    path.write_text(path.read_text() + " ")
+    assert main(["openapi", "--check", "--output", str(path)]) == 1
+    assert "write it anew" in capsys.readouterr().err
