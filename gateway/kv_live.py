@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console | None = None, transport: httpx.BaseTransport | None = None) -> int:
-    """Run the command; return its exit status: 1 when the gateway does not answer, 2 when it refuses us."""
+    """Run the command; return its exit status, 1 when the figures could not be had."""
     console = console or Console()
     key = arguments.admin_key or os.environ.get("PEERKV_ADMIN_KEY", "")
     headers = {"authorization": f"Bearer {key}"} if key else {}

@@ -1,8 +1,8 @@
 """Token ids of prompts, the same ones that the engine computes from the same text.
 
-Follows transformers' TokenizersBackend (5.x), which vLLM uses: tokenizer.json without its truncation and padding, named special
-tokens added when the vocabulary lacks them, and a post-processor of its own when the config sets add_bos_token or
-add_eos_token. gateway/parity.py proves the result against the engine once per start.
+Follows transformers' TokenizersBackend (5.x), which vLLM uses: tokenizer.json without its truncation and padding, with its
+post-processor (add_bos_token in the config does not count beside it), and with special tokens that its vocabulary lacks. Some
+models' classes change more than that: gateway/parity.py compares the result with the engine's once per start.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ from threading import Lock
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from gateway.chat import ChatNotRendered, ChatTemplate
 from gateway.model_files import ModelFiles, ModelFilesError, TokenizerSource, read_model_files, token_text
@@ -186,31 +185,19 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(files.tokenizer))
     except Exception as error:  # the tokenizers library raises the bare class, whatever is wrong
         raise ModelFilesError(f"{files.tokenizer}: {error}") from error
+    padding = tokenizer.padding or {}
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    config = files.config
-    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
-    _add_special_tokens(tokenizer, files)
-    if "add_bos_token" in config or "add_eos_token" in config or tokenizer.post_processor is None:
-        tokenizer.post_processor = _post_processor(tokenizer, files)
+    tokenizer.encode_special_tokens = bool(files.config.get("split_special_tokens", False))
+    named = {"pad_token": padding.get("pad_token", ""), **files.special_tokens}
+    _add_special_tokens(tokenizer, list(named.values()), files)
     return tokenizer
 
 
-def _add_special_tokens(tokenizer: Tokenizer, files: ModelFiles) -> None:
-    named = list(files.special_tokens.values())
+def _add_special_tokens(tokenizer: Tokenizer, named: list[str], files: ModelFiles) -> None:
     for field in ("additional_special_tokens", "extra_special_tokens"):
         entries = files.config.get(field) or []
         named += [token_text(entry) for entry in (entries.values() if isinstance(entries, dict) else entries)]
     missing = [text for text in dict.fromkeys(named) if text and tokenizer.token_to_id(text) is None]
     if missing:
         tokenizer.add_special_tokens([AddedToken(text, special=True) for text in missing])
-
-
-def _post_processor(tokenizer: Tokenizer, files: ModelFiles) -> TemplateProcessing:
-    bos, eos = (
-        files.special_tokens.get(f"{name}_token") if files.config.get(f"add_{name}_token") else None for name in ("bos", "eos")
-    )
-    single = [f"{bos}:0"] * bool(bos) + ["$A:0"] + [f"{eos}:0"] * bool(eos)
-    pair = [*single, *[f"{bos}:1"] * bool(bos), "$B:1", *[f"{eos}:1"] * bool(eos)]
-    added = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
-    return TemplateProcessing(single=single, pair=pair, special_tokens=added)

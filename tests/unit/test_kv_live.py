@@ -1,0 +1,130 @@
+"""`peerkv kv stats` against a gateway that answers from memory."""
+
+import argparse
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from rich.console import Console
+
+from gateway.kv_live import add_arguments, render, run
+from gateway.stats import KvStats
+from tests.unit.replica_tables import FIELDS, replica_tables
+from tests.unit.test_stats import Scene
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    with replica_tables(tmp_path / "tables") as tables:
+        tables.start("a")
+        tables.start("b", fields={**FIELDS, "dtype": "float32"})
+        made = Scene(tables)
+        made.count("a", prompt_tokens=1000, local_tokens=200, peer_tokens_shared_memory=700, computed_tokens=100)
+        made.count("a", import_bytes=3 << 20, import_nanoseconds=250_000_000)
+        yield made
+
+
+def shown(text: Callable[[Console], object]) -> str:
+    console = Console(file=io.StringIO(), width=200, no_color=True)
+    text(console)
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return output.getvalue()
+
+
+def ask(answer: httpx.Response | httpx.HTTPError, *flags: str) -> tuple[int, str, list[httpx.Request]]:
+    seen: list[httpx.Request] = []
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        if isinstance(answer, httpx.HTTPError):
+            raise answer
+        return answer
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = parser.parse_args(["--url", "http://gateway:1", *flags])
+    status: list[int] = []
+    output = shown(lambda console: status.append(run(arguments, console, httpx.MockTransport(reply))))
+    return status[0], output, seen
+
+
+def body(scene: Scene) -> httpx.Response:
+    return httpx.Response(200, content=scene.view.snapshot().model_dump_json())
+
+
+def test_the_table_shows_tokens_hit_rate_imports_and_what_differs(scene: Scene) -> None:
+    output = shown(lambda console: console.print(render(scene.view.snapshot(), None, 0.0)))
+    row = next(line for line in output.splitlines() if line.startswith("│ a "))
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        "a", "ready", "0", "0 / 256", "200", "700", "100", "90%", "3.0 MiB in 0.25 s", "0 checks, 0 imports",
+    ]  # fmt: skip
+    assert "a does not import from b: dtype: bfloat16 here, float32 there" in output
+    assert "token ids of chat: unknown" in output
+
+
+def test_rates_come_from_two_looks(scene: Scene) -> None:
+    before = scene.view.snapshot()
+    scene.count("a", prompt_tokens=50, peer_tokens_shared_memory=40, computed_tokens=10)
+    output = shown(lambda console: console.print(render(scene.view.snapshot(), before, 2.0)))
+    assert "25 prompt tokens/s, 20 of them from peers" in output
+
+
+def test_once_prints_the_table_and_sends_the_admin_key(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PEERKV_ADMIN_KEY", raising=False)
+    status, output, seen = ask(body(scene), "--once", "--admin-key", "secret-key")
+    assert (status, str(seen[0].url)) == (0, "http://gateway:1/kv/stats")
+    assert seen[0].headers["authorization"] == "Bearer secret-key"
+    assert "in all" in output
+
+
+def test_the_admin_key_may_come_from_the_environment(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_ADMIN_KEY", "from-there")
+    assert ask(body(scene), "--once")[2][0].headers["authorization"] == "Bearer from-there"
+
+
+def test_json_is_the_body_itself(scene: Scene) -> None:
+    status, output, _ = ask(body(scene), "--json")
+    assert status == 0
+    assert KvStats.model_validate(json.loads(output)).totals.tokens.prompt == 1000
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (httpx.ConnectError("refused"), "no gateway answers at http://gateway:1"),
+        (httpx.Response(401), "--admin-key"),
+        (httpx.Response(403), "--admin-key"),
+        (httpx.Response(500), "answers 500"),
+        (httpx.Response(200, content=b"{}"), "no peerkv of this version"),
+    ],
+)
+def test_a_gateway_that_can_not_be_read_is_an_error_that_says_what_to_do(
+    answer: httpx.Response | httpx.HTTPError, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, output, _ = ask(answer, "--once")
+    assert (status, output) == (1, "")
+    assert words in capsys.readouterr().err
+
+
+def test_on_a_terminal_the_table_follows_until_the_gateway_ends(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    looks = 0
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        nonlocal looks
+        looks += 1
+        scene.count("a", prompt_tokens=10, computed_tokens=10)
+        if looks > 3:
+            raise httpx.ConnectError("gone")
+        return body(scene)
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    assert run(parser.parse_args(["--interval", "0.1"]), console, httpx.MockTransport(reply)) == 1
+    assert looks == 4
+    assert "prompt tokens/s" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "no gateway answers" in capsys.readouterr().err

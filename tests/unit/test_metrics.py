@@ -1,0 +1,79 @@
+"""Prometheus metrics."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.metrics import Metrics
+from tests.unit.replica_tables import replica_tables
+from tests.unit.test_stats import Scene
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    with replica_tables(tmp_path / "tables") as tables:
+        tables.start("a")
+        tables.start("b")
+        yield Scene(tables)
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:
+    families = text_string_to_metric_families(metrics.render().decode())
+    return {
+        (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_answers_are_counted_and_timed_by_endpoint() -> None:
+    metrics = Metrics()
+    metrics.answered("completions", 200, 0.2)
+    metrics.answered("completions", 400, 0.1)
+    metrics.first_byte("chat", 0.05)
+    found = samples(metrics)
+    assert found["peerkv_gateway_answers_total", ("completions", "200")] == 1
+    assert found["peerkv_gateway_request_seconds_count", ("completions",)] == 2
+    assert found["peerkv_gateway_request_seconds_sum", ("completions",)] == pytest.approx(0.3)
+    assert found["peerkv_gateway_first_byte_seconds_bucket", ("chat", "0.05")] == 1
+
+
+def test_the_replicas_counters_are_read_at_each_scrape(scene: Scene) -> None:
+    metrics = Metrics()
+    metrics.attach(scene.view.snapshot)
+    before = samples(metrics)
+    scene.count("a", peer_tokens_shared_memory=30, import_bytes=1 << 20, check_failures=2, import_nanoseconds=500_000_000)
+    scene.tables.hold("b", list(range(8)))
+    found = samples(metrics)
+    assert before["peerkv_prompt_tokens_total", ("a", "peer_shared_memory")] == 0
+    assert found["peerkv_prompt_tokens_total", ("a", "peer_shared_memory")] == 30
+    assert found["peerkv_import_bytes_total", ("a",)] == 1 << 20
+    assert found["peerkv_import_seconds_total", ("a",)] == 0.5
+    assert found["peerkv_check_failures_total", ("a",)] == 2
+    assert found["peerkv_cached_blocks", ("b",)] == 2
+    assert found["peerkv_replica_ready", ("b",)] == 1
+
+
+def test_counters_do_not_fall_when_a_replica_restarts(scene: Scene) -> None:
+    metrics = Metrics()
+    metrics.attach(scene.view.snapshot)
+    scene.count("a", imports=4)
+    seen = [samples(metrics)["peerkv_imports_total", ("a",)]]
+    scene.tables.stop("a")
+    seen.append(samples(metrics)["peerkv_imports_total", ("a",)])
+    scene.tables.start("a")
+    scene.count("a", imports=1)
+    seen.append(samples(metrics)["peerkv_imports_total", ("a",)])
+    assert seen == [4, 4, 5]
+
+
+def test_the_gateways_counts_and_parity_are_metrics_too(scene: Scene) -> None:
+    metrics = Metrics()
+    metrics.attach(scene.view.snapshot)
+    found = samples(metrics)
+    assert found["peerkv_gateway_requests_total", ()] == 7
+    assert found["peerkv_gateway_in_flight_requests", ()] == 2
+    assert found["peerkv_steering_planned_total", ()] == 0
+    assert found["peerkv_parity_exact", ("chat",)] == 0

@@ -1,0 +1,347 @@
+"""The planner: from a body to a replica, a source and token ids, over real tables and a tiny tokenizer."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.fleet import ReplicaState
+from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, PromptTooLong, ReplicaNotReady, UnknownReplica
+from gateway.model_files import TokenizerSource
+from gateway.parity import KindVerdict, Parity, ParityVerdict
+from gateway.planner import Plan, Planner
+from gateway.served_models import ServedModels
+from gateway.tenants import ANONYMOUS, TenantContext
+from gateway.tokens import TokenService
+from tests.unit.replica_tables import ReplicaTables, StandingFleet, replica_tables
+from tests.unit.tiny_model import make_model
+from transport.directory import TableDirectory
+
+EXACT = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
+IDS = list(range(2, 2 + 21))
+TENANT = TenantContext("t", "salty")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    replica_requests_max: int = 2
+    prefixes_tracked_max: int = 1000
+    tokenize_inline_chars_max: int = 100
+
+
+class Place:
+    """A fleet of two with its tables and a planner."""
+
+    def __init__(self, tables: ReplicaTables, model: Path) -> None:
+        self.tables = tables
+        self.fleet = StandingFleet("a", "b", directory=tables.directory)
+        self.tokens = TokenService(TokenizerSource(str(model)))
+        self.tokens.load()
+        self.models: ServedModels | None = None
+        self.planner = Planner(self.fleet, TableDirectory(tables.directory), self.tokens, Bounds(), lambda: self.models)
+        self.planner.parity = EXACT
+
+    async def plan(self, prompt: Any = None, pinned: str | None = None, tenant: TenantContext = ANONYMOUS, **body: Any) -> Plan:
+        return await self.planner.plan("completions", {"prompt": prompt, **body}, tenant, pinned=pinned)
+
+    async def chat(self, text: str, **body: Any) -> Plan:
+        return await self.planner.plan("chat", {"messages": [{"role": "user", "content": text}], **body}, ANONYMOUS)
+
+    def limit(self, context_tokens: int) -> None:
+        self.models = ServedModels(b"", {}, context_tokens)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    with replica_tables(tmp_path / "tables") as tables:
+        tables.start("a")
+        tables.start("b")
+        yield Place(tables, make_model(tmp_path / "model"))
+
+
+async def test_a_request_goes_to_the_holder_of_its_prefix(place: Place) -> None:
+    place.tables.hold("b", IDS)
+    plan = await place.plan(IDS)
+    assert (plan.replica.name, plan.source, plan.prompt_tokens, plan.predicted_tokens) == ("b", None, 21, 20)
+    assert plan.kv_transfer_params == {"peerkv": {"source": ""}}
+    assert plan.prompt is None
+    assert plan.cache_salt is None
+
+
+async def test_a_busy_holder_becomes_the_source_of_a_free_replica(place: Place) -> None:
+    place.tables.hold("b", IDS)
+    for _ in range(2):
+        place.planner.started(await place.plan(IDS))
+    assert place.planner.in_flight() == {"b": 2}
+    plan = await place.plan(IDS)
+    assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", "b", 20)
+    assert plan.kv_transfer_params == {"peerkv": {"source": "b"}}
+
+
+async def test_in_flight_counts_go_back_when_requests_finish(place: Place) -> None:
+    plans = [await place.plan(IDS), await place.plan(IDS)]
+    for plan in plans:
+        place.planner.started(plan)
+    for plan in plans:
+        place.planner.finished(plan)
+    assert place.planner.in_flight() == {}
+
+
+async def test_requests_that_nobody_holds_spread_by_what_is_in_flight(place: Place) -> None:
+    for _ in range(4):
+        place.planner.started(await place.plan(IDS))
+    assert place.planner.in_flight() == {"a": 2, "b": 2}
+
+
+async def test_a_text_goes_as_the_engines_ids(place: Place) -> None:
+    expected = place.tokens.encode("hello")
+    place.tables.hold("b", place.tokens.encode("hello, this is held"))
+    plan = await place.plan("hello, this is held and goes on")
+    assert plan.replica.name == "b"
+    assert plan.prompt == place.tokens.encode("hello, this is held and goes on")
+    assert (await place.plan(["hello", "x"])).prompt == [expected, place.tokens.encode("x")]
+    assert (await place.plan(["hello"])).prompt == [expected]
+    assert (await place.plan("hello", add_special_tokens=False)).prompt == expected[1:]
+
+
+@pytest.mark.parametrize("parity", [Parity.UNKNOWN, Parity.DEGRADED, Parity.OFF])
+async def test_without_proven_parity_a_text_goes_as_text_and_its_ids_only_steer(place: Place, parity: Parity) -> None:
+    place.planner.parity = ParityVerdict(KindVerdict(parity), KindVerdict(parity))
+    place.tables.hold("b", place.tokens.encode("the very same text"))
+    plan = await place.plan("the very same text")
+    assert (plan.replica.name, plan.prompt) == ("b", None)
+    assert plan.kv_transfer_params is None
+
+
+@pytest.mark.parametrize("field", [{"echo": True}, {"return_token_offsets": True}])
+async def test_a_text_that_the_answer_depends_on_goes_as_text(place: Place, field: dict[str, Any]) -> None:
+    plan = await place.plan("hello", **field)
+    assert (plan.prompt, plan.prompt_tokens) == (None, 6)
+
+
+@pytest.mark.parametrize("field", [{"suffix": "x"}, {"truncate_prompt_tokens": 3}])
+async def test_a_prompt_that_the_engine_changes_is_steered_by_load(place: Place, field: dict[str, Any]) -> None:
+    place.tables.hold("b", IDS)
+    place.planner.started(await place.plan(IDS))
+    plan = await place.plan(IDS, **field)
+    assert (plan.replica.name, plan.prompt, plan.predicted_tokens, plan.kv_transfer_params) == ("a", None, 0, None)
+    assert "the engine changes the prompt" in plan.reason
+
+
+@pytest.mark.parametrize("field", [{"prompt_logprobs": 0}, {"echo": True, "logprobs": 1}])
+async def test_a_request_for_the_prompts_logprobs_expects_nothing_from_caches(place: Place, field: dict[str, Any]) -> None:
+    place.tables.hold("b", IDS)
+    place.planner.started(await place.plan(IDS))
+    plan = await place.plan(IDS, **field)
+    assert (plan.replica.name, plan.predicted_tokens, plan.kv_transfer_params) == ("a", 0, None)
+
+
+async def test_a_tenants_salt_goes_into_keys_and_body(place: Place) -> None:
+    place.tables.hold("a", IDS)
+    place.tables.hold("b", IDS, salt="salty", first_block=50)
+    salted = await place.plan(IDS, tenant=TENANT)
+    assert (salted.replica.name, salted.cache_salt) == ("b", "salty")
+    assert (await place.plan(IDS)).replica.name == "a"
+
+
+async def test_an_adapter_has_keys_of_its_own(place: Place) -> None:
+    cards = {"model": {"id": "model"}, "poet": {"id": "poet", "root": "/loras/poet", "parent": "model"}}
+    place.models = ServedModels(b"", cards)
+    place.tables.hold("a", IDS)
+    place.tables.hold("b", IDS, lora="poet=/loras/poet", first_block=50)
+    assert (await place.plan(IDS, model="poet")).replica.name == "b"
+    assert (await place.plan(IDS, model="model")).replica.name == "a"
+
+
+async def test_of_a_list_of_prompts_the_longest_steers(place: Place) -> None:
+    place.tables.hold("b", IDS)
+    plan = await place.plan([[5, 6], IDS])
+    assert (plan.replica.name, plan.prompt_tokens, plan.kv_transfer_params) == ("b", 21, None)
+
+
+async def test_a_chat_is_steered_by_its_rendered_ids_and_goes_as_it_is(place: Place) -> None:
+    body = {"messages": [{"role": "user", "content": "tell me of the sea"}]}
+    place.tables.hold("b", place.tokens.encode_chat(body))
+    plan = await place.chat("tell me of the sea")
+    assert (plan.replica.name, plan.prompt, plan.kv_transfer_params) == ("b", None, {"peerkv": {"source": ""}})
+    assert plan.predicted_tokens > 0
+
+
+async def test_a_chat_is_steered_by_load_when_its_ids_are_known_to_be_wrong(place: Place) -> None:
+    place.tables.hold("b", place.tokens.encode_chat({"messages": [{"role": "user", "content": "tell me of the sea"}]}))
+    place.planner.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.OFF))
+    plan = await place.chat("tell me of the sea")
+    assert (plan.prompt_tokens, plan.predicted_tokens, plan.kv_transfer_params) == (0, 0, None)
+
+
+async def test_media_are_steered_by_load(place: Place) -> None:
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}
+    plan = await place.planner.plan("chat", body, ANONYMOUS)
+    assert (plan.prompt_tokens, plan.kv_transfer_params) == (0, None)
+    assert "engine's business" in plan.reason
+
+
+async def test_embeddings_go_to_the_least_busy_replica(place: Place) -> None:
+    place.planner.started(await place.planner.plan("embeddings", {"input": "x"}, TENANT))
+    plan = await place.planner.plan("embeddings", {"input": "x"}, TENANT)
+    assert (plan.replica.name, plan.kv_transfer_params, plan.cache_salt) == ("b", None, "salty")
+
+
+async def test_a_long_prompt_is_tokenised_off_the_event_loop(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    to_thread = asyncio.to_thread
+
+    async def note(function: Any, *given: Any) -> Any:
+        moved.append(function.__name__)
+        return await to_thread(function, *given)
+
+    monkeypatch.setattr(asyncio, "to_thread", note)
+    await place.plan("x" * 100)
+    await place.chat("x" * 90)
+    assert moved == []
+    assert (await place.plan("x" * 101)).prompt == place.tokens.encode("x" * 101)
+    await place.chat("x" * 101)
+    assert moved == ["_completion", "_chat"]
+
+
+async def test_a_prompt_that_does_not_fit_is_refused_before_an_engine_sees_it(place: Place) -> None:
+    place.limit(10)
+    assert (await place.plan(list(range(10)))).prompt_tokens == 10
+    for prompt in (list(range(11)), "x" * 10, "x" * 1000, [[1], list(range(11))]):
+        with pytest.raises(PromptTooLong) as refusal:
+            await place.plan(prompt)
+        assert (refusal.value.status, refusal.value.param) == (400, "prompt")
+    with pytest.raises(PromptTooLong) as refusal:
+        await place.chat("x" * 50)
+    assert refusal.value.param == "messages"
+
+
+async def test_what_does_not_fit_by_unproven_ids_is_left_to_the_engine(place: Place) -> None:
+    place.limit(10)
+    place.planner.parity = ParityVerdict()
+    assert (await place.plan("x" * 12)).prompt is None
+    assert (await place.plan("x" * 1000)).prompt_tokens == 0
+    assert (await place.chat("x" * 50)).prompt is None
+    assert (await place.plan("x" * 12, truncate_prompt_tokens=5)).prompt is None
+
+
+async def test_the_context_length_of_the_parity_check_counts_until_the_models_are_known(place: Place) -> None:
+    place.planner.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(), "a", 4)
+    with pytest.raises(PromptTooLong):
+        await place.plan([1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        None,
+        [],
+        {},
+        5,
+        [[]],
+        [[1], []],
+        [1, "a"],
+        ["a", 1],
+        [True],
+        [[True]],
+        [1.0],
+        [[1.5]],
+        [-1],
+        [[-1]],
+        [2**31],
+        [[[1]]],
+        [None],
+    ],
+)
+async def test_a_malformed_prompt_is_a_bad_request(place: Place, prompt: Any) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        await place.plan(prompt)
+    assert (refusal.value.status, refusal.value.param) == (400, "prompt")
+
+
+@pytest.mark.parametrize("prompt", [[0], [2**31 - 1], [[1], [2, 3]], "", ["", "x"]])
+async def test_well_formed_prompts_are_planned(place: Place, prompt: Any) -> None:
+    assert (await place.plan(prompt)).replica.name in ("a", "b")
+
+
+async def test_an_empty_text_is_left_to_the_engine(place: Place) -> None:
+    assert (await place.plan("", add_special_tokens=False)).prompt is None
+
+
+async def test_only_ready_replicas_are_chosen(place: Place) -> None:
+    place.tables.hold("b", IDS)
+    place.fleet.set("b", ReplicaState.DRAINING)
+    plan = await place.plan(IDS)
+    assert (plan.replica.name, plan.source) == ("a", None)
+    place.fleet.set("a", ReplicaState.STARTING)
+    with pytest.raises(NoReplicaReady, match="a is starting; b is draining"):
+        await place.plan(IDS)
+
+
+async def test_a_pinned_request_goes_where_it_says_and_imports_from_the_best_holder(place: Place) -> None:
+    place.tables.hold("b", IDS)
+    plan = await place.plan(IDS, pinned="a")
+    assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", "b", 20)
+    plan = await place.plan(IDS, pinned="b")
+    assert (plan.replica.name, plan.source) == ("b", None)
+
+
+async def test_a_pin_to_an_unknown_or_unready_replica_is_an_error(place: Place) -> None:
+    with pytest.raises(UnknownReplica):
+        await place.plan(IDS, pinned="zz")
+    place.fleet.set("b", ReplicaState.BACKOFF)
+    with pytest.raises(ReplicaNotReady):
+        await place.plan(IDS, pinned="b")
+
+
+async def test_a_second_plan_avoids_the_lost_replica_and_keeps_what_is_known(place: Place) -> None:
+    place.tables.hold("b", IDS)
+    first = await place.plan(IDS, tenant=ANONYMOUS)
+    again = place.planner.replan(first, exclude={"b"})
+    assert (first.replica.name, again.replica.name, again.source, again.prompt_tokens) == ("b", "a", None, 21)
+    with pytest.raises(NoReplicaReady):
+        place.planner.replan(again, exclude={"a", "b"})
+
+
+async def test_a_second_plan_of_a_pinned_request_has_nowhere_to_go(place: Place) -> None:
+    with pytest.raises(ApiError):
+        place.planner.replan(await place.plan(IDS, pinned="b"), exclude={"b"})
+
+
+async def test_replicas_that_can_not_exchange_import_nothing(place: Place) -> None:
+    place.tables.stop("a")
+    place.tables.start("a", fields={"weights": "others"})
+    place.tables.hold("b", IDS)
+    plan = await place.plan(IDS, pinned="a")
+    assert (plan.source, plan.predicted_tokens) == (None, 0)
+
+
+async def test_a_replica_without_a_table_gets_no_hint(place: Place) -> None:
+    place.tables.stop("a")
+    assert (await place.plan(IDS, pinned="a")).kv_transfer_params is None
+
+
+async def test_prefixes_are_counted_once_a_request(place: Place) -> None:
+    plan = await place.plan(IDS)
+    place.planner.replan(plan, exclude=set())
+    [(_, tokens, requests, _)] = place.planner.prefixes.top(5)
+    assert (tokens, requests) == (20, 1)
+
+
+async def test_decisions_are_counted(place: Place) -> None:
+    place.tables.hold("b", IDS)
+    await place.plan(IDS)
+    await place.plan(IDS, pinned="a")
+    await place.planner.plan("embeddings", {"input": "x"}, ANONYMOUS)
+    counts = place.planner.counts
+    assert (counts.planned, counts.to_holder, counts.with_source, counts.pinned, counts.without_ids) == (3, 1, 1, 1, 1)
+    assert (counts.prompt_tokens, counts.predicted_tokens) == (42, 40)
+
+
+async def test_the_body_stays_as_it_is(place: Place) -> None:
+    body = {"prompt": "hello", "model": "m"}
+    await place.planner.plan("completions", body, TENANT)
+    assert body == {"prompt": "hello", "model": "m"}

@@ -1,0 +1,107 @@
+"""The registry's view of real block tables."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.registry import Registry, key_array, obstacles
+from tests.unit.replica_tables import BLOCK_SIZE, FIELDS, ReplicaTables, replica_tables
+from transport.directory import TableDirectory
+
+PROMPT = list(range(100, 100 + 5 * BLOCK_SIZE))
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Iterator[ReplicaTables]:
+    with replica_tables(tmp_path / "tables") as made:
+        yield made
+
+
+@pytest.fixture
+def registry(tables: ReplicaTables) -> Registry:
+    return Registry(TableDirectory(tables.directory))
+
+
+def test_each_replica_holds_the_leading_blocks_that_its_table_has(tables: ReplicaTables, registry: Registry) -> None:
+    for name in ("a", "b", "c"):
+        tables.start(name)
+    tables.hold("a", PROMPT)
+    tables.hold("b", PROMPT[: 2 * BLOCK_SIZE])
+    holdings = registry.look_up([*PROMPT, 1]).holdings
+    assert {name: held.blocks for name, held in holdings.items()} == {"a": 5, "b": 2, "c": 0}
+    assert holdings["b"].tokens == 2 * BLOCK_SIZE
+
+
+def test_a_block_that_ends_with_the_last_token_does_not_count(tables: ReplicaTables, registry: Registry) -> None:
+    tables.start("a")
+    tables.hold("a", PROMPT)
+    assert registry.look_up(PROMPT).holdings["a"].blocks == 4
+    assert registry.look_up(PROMPT[:BLOCK_SIZE]).holdings["a"].blocks == 0
+    assert registry.look_up([]).holdings["a"].blocks == 0
+
+
+def test_salt_and_adapter_separate_prefixes(tables: ReplicaTables, registry: Registry) -> None:
+    tables.start("a")
+    tables.hold("a", PROMPT, salt="s", lora="l=/l")
+    found = {
+        (salt, lora): registry.look_up(PROMPT, salt, lora).holdings["a"].blocks
+        for salt in ("", "s", "t")
+        for lora in ("", "l=/l")
+    }
+    assert found.pop(("s", "l=/l")) == 4
+    assert set(found.values()) == {0}
+
+
+def test_replicas_of_equal_fingerprint_exchange(tables: ReplicaTables, registry: Registry) -> None:
+    tables.start("a")
+    tables.start("b")
+    tables.start("c", fields={**FIELDS, "dtype": "float32"})
+    exchanges = registry.exchanges(registry.tables())
+    assert exchanges == {"a": {"b"}, "b": {"a"}, "c": set()}
+
+
+def test_a_chain_is_looked_up_for_each_fingerprint(tables: ReplicaTables, registry: Registry) -> None:
+    tables.start("a")
+    tables.start("b", fields={**FIELDS, "dtype": "float32"}, block_size=8)
+    tables.hold("a", PROMPT)
+    tables.hold("b", PROMPT)
+    look_up = registry.look_up([*PROMPT, 1])
+    assert (look_up.holdings["a"].blocks, look_up.holdings["b"].blocks) == (5, 2)
+    assert sorted((len(keys), size) for keys, size in look_up.keys) == [(2, 8), (5, 4)]
+
+
+def test_what_stands_between_two_replicas_is_said_in_words(tables: ReplicaTables, registry: Registry) -> None:
+    tables.start("a")
+    tables.start("b", fields={**FIELDS, "dtype": "float32"})
+    tables.start("c", transport="cuda_ipc")
+    tables.start("d", status="hybrid models are not handled")
+    tables.start("e", block_size=8)
+    known = registry.tables()
+    assert obstacles(known["a"], known["a"]) == ()
+    assert obstacles(known["a"], known["b"]) == ("dtype: bfloat16 here, float32 there",)
+    assert obstacles(known["a"], known["c"]) == ("transport: shared_memory here, cuda_ipc there",)
+    assert obstacles(known["d"], known["a"]) == ("it does not exchange: hybrid models are not handled",)
+    assert obstacles(known["a"], known["e"]) == ("block size: 4 here, 8 there",)
+
+
+def test_a_restarted_replica_holds_nothing_and_exchanges_as_it_is_now(tables: ReplicaTables, registry: Registry) -> None:
+    tables.start("a")
+    tables.start("b")
+    tables.hold("a", PROMPT)
+    assert registry.look_up(PROMPT).holdings["a"].exchanges_with == {"b"}
+    tables.stop("a")
+    assert set(registry.look_up(PROMPT).holdings) == {"b"}
+    tables.start("a", fields={**FIELDS, "dtype": "float32"})
+    holding = registry.look_up(PROMPT).holdings["a"]
+    assert (holding.blocks, holding.exchanges_with) == (0, frozenset())
+
+
+def test_the_holders_of_a_block_in_the_middle_of_a_chain_are_found(tables: ReplicaTables, registry: Registry) -> None:
+    tables.start("a")
+    tables.start("b")
+    tables.hold("a", PROMPT)
+    tables.hold("b", PROMPT[: 2 * BLOCK_SIZE])
+    keys = registry.look_up([*PROMPT, 1]).keys[0][0]
+    raw = [keys[row].tobytes() for row in (1, 4)]
+    assert registry.holders(key_array(raw)) == [["a", "b"], ["a"]]
