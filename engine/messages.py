@@ -14,10 +14,11 @@ from transport.table_layout import Memory
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
-    """Scheduler to workers: the number of this step and the imports to begin in it."""
+    """Scheduler to workers: the number of this step, the imports to begin in it, and whether it computes anything."""
 
     step: int
     imports: tuple[ImportJob, ...] = ()
+    computes: bool = False
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class SchedulerHalf:
         self._step_cached(output.scheduled_cached_reqs, scheduled, work)
         self._steps.append((self._step, work))
         self.table.beat(self._clock_ns())
-        return StepMetadata(self._step, self.take_starting())
+        return StepMetadata(self._step, self.take_starting(), bool(scheduled))
 
     def take_starting(self) -> tuple[ImportJob, ...]:
         """Return the imports to begin in this step, each once."""

@@ -1,6 +1,7 @@
 """The connector's worker half: one rank's KV memory, and the imports under way."""
 
 import logging
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,13 @@ from typing import Any
 from engine.messages import Handshake, ImportReport, StepMetadata, WorkerReport
 from transport.base import ImportJob, ImportResult, Transport
 from transport.directory import TableDirectory
-from transport.errors import TransportError
+from transport.errors import MemoryUnreachable, TransportError
 from transport.shared_memory import SharedMemoryTransport
 
 _logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 0.5
+"""How often the memory of owners that ended is looked for and closed: it stays allocated for as long as it is mapped here."""
 
 
 class WorkerHalf:
@@ -29,19 +33,19 @@ class WorkerHalf:
         self._jobs: dict[str, ImportJob] = {}
         self._load_errors: set[int] = set()
         self._step = 0
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
 
     def register(self, kv_caches: Mapping[str, Any], num_blocks: int) -> None:
         """Make the KV tensors readable for peers, by the transport that fits their device."""
-        devices = {str(tensor.device.type) for tensor in kv_caches.values()}
-        if devices != {"cpu"}:
-            self._status = f"no transport for KV memory on {', '.join(sorted(devices)) or 'no device'}"
-            return
         try:
-            self._transport = SharedMemoryTransport(kv_caches, num_blocks, self._rank)
-            self._status = "ok"
-        except (TransportError, OSError, RuntimeError) as error:
+            self._transport = _transport(kv_caches, num_blocks, self._rank)
+        except (TransportError, OSError, RuntimeError, ImportError) as error:
             self._status = f"KV memory can not be shared: {error}"
             _logger.warning("%s", self._status)
+            return
+        self._status = "ok"
+        threading.Thread(target=self._watch, name="peerkv-watch", daemon=True).start()
 
     def handshake(self, fields: dict[str, str]) -> Handshake:
         """Return what the scheduler's half has to know of this rank."""
@@ -52,27 +56,36 @@ class WorkerHalf:
         self._step = max(self._step, metadata.step)
         for job in metadata.imports:
             self._jobs[job.request_id] = job
-            try:
-                self._start(job)
-            except (TransportError, OSError) as error:
-                self._fail(job, str(error))
+            with self._lock:
+                try:
+                    self._start(job, gently=metadata.computes)
+                except (TransportError, OSError) as error:
+                    self._fail(job, str(error))
 
-    def _start(self, job: ImportJob) -> None:
+    def _start(self, job: ImportJob, *, gently: bool) -> None:
         reader = self._peers.tables().get(job.source)
         if self._transport is None or reader is None or reader.epoch != job.epoch:
             self._fail(job, f"{job.source or 'no source'} is gone")
             return
-        self._transport.retain({(name, table.epoch) for name, table in self._peers.tables().items()})
-        self._transport.start(job, reader)
+        self._transport.start(job, reader, gently=gently)
 
     def poll(self) -> set[str]:
         """Return the ids of the requests whose import ended since the last call."""
-        for result in self._transport.poll() if self._transport and self._transport.pending() else ():
-            self._end(result)
+        if self._transport is not None and self._transport.pending():
+            with self._lock:
+                for result in self._transport.poll():
+                    self._end(result)
         return set(self._ended)
 
     def fail_all(self, reason: str) -> set[str]:
-        """Give up every import under way; return the ids of all that ended."""
+        """Give up the transport and every import under way, once nothing writes any more; return the ids of all that ended."""
+        with self._lock:
+            broken, self._transport = self._transport, None
+            if broken is not None:
+                try:
+                    broken.close()
+                except Exception as error:  # whatever broke it must not keep the imports from being reported
+                    _logger.error("closing the transport: %s", error)
         for job in list(self._jobs.values()):
             if job.request_id not in self._ended:
                 self._fail(job, reason)
@@ -92,9 +105,17 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Release peers' memory and tables."""
-        if self._transport is not None:
-            self._transport.close()
-        self._peers.close()
+        self._closing.set()
+        with self._lock:
+            if self._transport is not None:
+                self._transport.close()
+            self._peers.close()
+
+    def _watch(self) -> None:
+        while not self._closing.wait(WATCH_SECONDS):
+            with self._lock:
+                if self._transport is not None and not self._closing.is_set():
+                    self._transport.retain({(name, table.epoch) for name, table in self._peers.tables().items()})
 
     def _end(self, result: ImportResult) -> None:
         self._load_errors.update(result.failed_blocks)
@@ -104,3 +125,15 @@ class WorkerHalf:
 
     def _fail(self, job: ImportJob, reason: str) -> None:
         self._end(ImportResult(job, tuple(job.target_blocks.tolist()), 0, 0, 0, reason))
+
+
+def _transport(kv_caches: Mapping[str, Any], num_blocks: int, rank: int) -> Transport:
+    """Return the transport that fits the device of the KV tensors. Raises MemoryUnreachable if none does."""
+    devices = {str(tensor.device.type) for tensor in kv_caches.values()}
+    if devices == {"cpu"}:
+        return SharedMemoryTransport(kv_caches, num_blocks, rank)
+    if devices == {"cuda"}:
+        from transport.cuda_ipc import CudaIpcTransport
+
+        return CudaIpcTransport(kv_caches, num_blocks, rank)
+    raise MemoryUnreachable(f"no transport for KV memory on {', '.join(sorted(devices)) or 'no device'}")

@@ -52,8 +52,11 @@ class Transport(Protocol):
     def memory(self) -> Memory:
         """Return where this rank's KV memory is, for the block table."""
 
-    def start(self, job: ImportJob, reader: TableReader) -> None:
-        """Begin an import. Raises MemoryUnreachable if the owner's memory can not be opened or has another shape."""
+    def start(self, job: ImportJob, reader: TableReader, *, gently: bool) -> None:
+        """Begin an import; `gently` if other requests are being computed beside it.
+
+        Raises MemoryUnreachable if the owner's memory can not be opened or has another shape.
+        """
 
     def poll(self) -> list[ImportResult]:
         """Return the imports that ended since the last call, each exactly once."""

@@ -76,7 +76,7 @@ class SharedMemoryTransport:
     def memory(self) -> Memory:
         return self._memory
 
-    def start(self, job: ImportJob, reader: TableReader) -> None:
+    def start(self, job: ImportJob, reader: TableReader, *, gently: bool) -> None:
         peer = self._peers.get((job.source, job.epoch))
         if peer is None:
             peer = self._peers[job.source, job.epoch] = self._map(reader)

@@ -87,7 +87,7 @@ def test_an_import_copies_exactly_the_blocks_asked_for(tmp_path, layout, blocks,
     importer = SharedMemoryTransport(caches, BLOCKS)
     before = {name: tensor.clone() for name, tensor in caches.items()}
     with closing(owner.table):
-        importer.start(owner.job(blocks, targets), owner.reader)
+        importer.start(owner.job(blocks, targets), owner.reader, gently=False)
         (result,) = drain(importer)
     assert (result.failed_blocks, result.stale_blocks, result.reason) == ((), 0, "")
     moved = dict(zip(targets, blocks, strict=True))
@@ -112,7 +112,7 @@ def test_a_block_reallocated_before_the_check_is_reported_as_failed(tmp_path, ag
     owner, importer = Owner(tmp_path, own_allocations), SharedMemoryTransport(own_allocations(), BLOCKS)
     with closing(owner.table):
         job = owner.job([3, 9, 4], [0, 15, 7])
-        importer.start(job, owner.reader)
+        importer.start(job, owner.reader, gently=False)
         owner.table.invalidate([9])
         if again:
             owner.table.publish([9], KEYS[1:2])
@@ -123,7 +123,7 @@ def test_a_block_reallocated_before_the_check_is_reported_as_failed(tmp_path, ag
 
 def test_an_owner_that_ends_before_the_check_fails_the_whole_import(tmp_path):
     owner, importer = Owner(tmp_path, own_allocations), SharedMemoryTransport(own_allocations(), BLOCKS)
-    importer.start(owner.job([3, 9], [0, 15]), owner.reader)
+    importer.start(owner.job([3, 9], [0, 15]), owner.reader, gently=False)
     owner.table.close()
     (result,) = drain(importer)
     assert set(result.failed_blocks) == {0, 15}
@@ -133,7 +133,7 @@ def test_an_owner_that_ends_before_the_check_fails_the_whole_import(tmp_path):
 def test_memory_of_another_shape_is_refused(tmp_path):
     owner, importer = Owner(tmp_path, own_allocations), SharedMemoryTransport(one_allocation(), BLOCKS)
     with closing(owner.table), pytest.raises(MemoryUnreachable, match="other sizes"):
-        importer.start(owner.job([3], [0]), owner.reader)
+        importer.start(owner.job([3], [0]), owner.reader, gently=False)
     assert importer.pending() == 0
 
 
@@ -151,14 +151,14 @@ def test_memory_whose_process_is_gone_is_unreachable_not_a_crash(tmp_path):
     run = reader.longest_run(KEYS[:1])
     importer = SharedMemoryTransport(own_allocations(), BLOCKS)
     job = ImportJob("r", "owner", reader.epoch, run.block_ids, run.states, np.array([0], np.int32))
-    importer.start(job, reader)
+    importer.start(job, reader, gently=False)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     (result,) = drain(importer)
     assert result.failed_blocks == (0,)
     importer.retain(set())
     with pytest.raises(MemoryUnreachable, match="PID namespace"):
-        importer.start(job, reader)
+        importer.start(job, reader, gently=False)
 
 
 def test_a_layer_said_to_end_beyond_its_memory_is_refused(tmp_path):
@@ -171,7 +171,7 @@ def test_a_layer_said_to_end_beyond_its_memory_is_refused(tmp_path):
     run = reader.longest_run(KEYS[:1])
     job = ImportJob("r", "owner", reader.epoch, run.block_ids, run.states, np.array([0], np.int32))
     with closing(table), pytest.raises(MemoryUnreachable, match="beyond its memory"):
-        importer.start(job, reader)
+        importer.start(job, reader, gently=False)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_large_import_goes_on_over_several_polls(tmp_path, monkeypatch):
     owner, caches = Owner(tmp_path, own_allocations), own_allocations()
     importer = SharedMemoryTransport(caches, BLOCKS)
     with closing(owner.table):
-        importer.start(owner.job([1, 3, 5], [0, 2, 4]), owner.reader)
+        importer.start(owner.job([1, 3, 5], [0, 2, 4]), owner.reader, gently=False)
         assert importer.poll() == []
         assert importer.pending() == 1
         (result,) = drain(importer)
