@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway.errors import ApiError, InvalidRequest, SettingsError
+from gateway.errors import ApiError, InvalidRequest, SettingsError, Unavailable
 from gateway.settings import Settings
 
 BACKLOG = 2048
@@ -29,10 +29,14 @@ class HeadTooLarge(InvalidRequest):
 
 
 class DoorProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, plus: a head is bounded in bytes and in time, and errors have OpenAI's form."""
+    """uvicorn's protocol with bounds: on the number of connections, on a head's bytes and time, and on the time that a
+    client may leave its answer unread. Errors have OpenAI's form.
+    """
 
+    connections_max: int
     head_bytes_max: int
     head_seconds_max: float
+    stall_seconds_max: float
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -40,11 +44,24 @@ class DoorProtocol(HttpToolsProtocol):
         self._rejected = False
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
-        self._await_head()
+        self._stall_timer: asyncio.TimerHandle | None = None
+        if len(self.connections) > self.connections_max:
+            self._reject(Unavailable(f"{self.connections_max} connections are open already."))
+        else:
+            self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_came()
+        self._goes_on_reading()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(self.stall_seconds_max, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._goes_on_reading()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self._rejected:
@@ -93,6 +110,11 @@ class DoorProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _goes_on_reading(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
     def _head_is_late(self) -> None:
         self._head_timer = None
         if not self._in_message and not self.transport.is_closing():
@@ -105,9 +127,10 @@ class DoorProtocol(HttpToolsProtocol):
         self._rejected = True
         if self.cycle is None or self.cycle.response_complete:
             body = error.body()
-            head = f"HTTP/1.1 {error.status} Rejected\r\ncontent-type: application/json\r\n"
-            head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            self.transport.write(head.encode() + body)
+            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+            lines = [f"HTTP/1.1 {error.status} Rejected"]
+            lines += [f"{name}: {value}" for name, value in (headers | error.headers).items()]
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()
 
 
@@ -124,7 +147,12 @@ def build_server(app: Any, settings: Settings) -> DoorServer:
     protocol = type(
         "BoundDoorProtocol",
         (DoorProtocol,),
-        {"head_bytes_max": settings.header_bytes_max, "head_seconds_max": settings.keep_alive_seconds},
+        {
+            "connections_max": settings.connections_max,
+            "head_bytes_max": settings.header_bytes_max,
+            "head_seconds_max": settings.keep_alive_seconds,
+            "stall_seconds_max": settings.client_stall_seconds_max,
+        },
     )
     config = uvicorn.Config(
         app,

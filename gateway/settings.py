@@ -56,7 +56,7 @@ def default_log_dir(port: int) -> Path:
 class Settings(BaseSettings):
     """Every setting with its default; sizes in bytes, times in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
     # What is served.
     model: str = Field("", description="directory or hub id that vLLM loads; empty: the default model")
@@ -103,6 +103,10 @@ class Settings(BaseSettings):
         None, gt=0, description="until a replica begins its answer; unset: no bound, a long prompt may take minutes"
     )
     control_seconds: float = Field(10.0, gt=0, description="for a control call to a replica, such as /v1/models")
+    connections_max: int = Field(4096, ge=1, description="client connections at one time; more get 503")
+    client_stall_seconds_max: float = Field(
+        120.0, gt=0, description="a client that reads nothing of its answer for so long is cut off"
+    )
     keep_alive_seconds: float = Field(75.0, gt=0, description="an idle client connection is kept")
     upstream_idle_seconds: float = Field(
         3.0, gt=0, description="an idle connection to a replica is kept; vLLM closes it after 5"
@@ -225,7 +229,8 @@ def _environment_names() -> frozenset[str]:
             continue
         name = upper.removeprefix(ENV_PREFIX).lower()
         _must_be_known(name, f"in the environment ({variable})")
-        names.add(name)
+        if os.environ[variable]:  # compose files and .env set empty ones for "not set"
+            names.add(name)
     return frozenset(names)
 
 

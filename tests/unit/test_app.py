@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.fleet import ReplicaState
-from tests.unit.running_door import Door, running_door
+from tests.unit.running_door import Door, running_door, until
 
 ADMIN = [("GET", "/metrics"), ("GET", "/kv/stats"), ("GET", "/kv/prefixes"), ("POST", "/kv/flush")]
 
@@ -160,3 +160,34 @@ async def test_a_head_that_does_not_come_closes_the_connection(tmp_path: Path) -
             async with asyncio.timeout(5):
                 assert await reader.read() == b""
             writer.close()
+
+
+async def test_connections_over_the_bound_get_503(tmp_path: Path) -> None:
+    async with running_door(tmp_path, connections_max=2) as door:
+        held = [await asyncio.open_connection("127.0.0.1", door.port) for _ in range(2)]
+        # The server may take them in a moment after they were made.
+        for _, writer in held:
+            writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        for reader, _ in held:
+            assert b" 200 " in await reader.readline()
+        status, headers, body = await raw(door, b"")
+        assert (status, json.loads(body)["error"]["code"]) == (503, "unavailable")
+        assert headers["retry-after"]
+        for _, writer in held:
+            writer.close()
+
+
+async def test_a_client_that_does_not_read_is_cut_off_and_its_request_cancelled(tmp_path: Path) -> None:
+    async with running_door(tmp_path, client_stall_seconds_max=0.2) as door:
+        await door.add_engine("replica-0")
+        body = json.dumps({"prompt": "x", "stream": True, "max_tokens": 100_000_000}).encode()
+        _, writer = await asyncio.open_connection("127.0.0.1", door.port, limit=1024)
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        await until(lambda: door.relay.counters.clients_left == 1)
+
+        async def aborted() -> bool:
+            return len((await door.seen("replica-0"))["aborted"]) == 1
+
+        await until(aborted)
+        writer.close()

@@ -59,6 +59,13 @@ def test_variables_of_others_are_left_alone(name: str, monkeypatch: pytest.Monke
     assert load().port == 8000
 
 
+def test_an_empty_variable_is_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_ADMIN_KEY", "")
+    monkeypatch.setenv("PEERKV_PORT", "")
+    settings = load(config=toml(tmp_path, "port = 1006"))
+    assert (settings.admin_key, settings.port) == (None, 1006)
+
+
 def test_an_unknown_flag_is_named() -> None:
     with pytest.raises(SettingsError, match="bogus"):
         load({"bogus": 1})

@@ -1,0 +1,67 @@
+"""Request bodies: whatever comes in, the answer is the client's error or a body that the engine may see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gateway.body import FORBIDDEN_FIELDS, check_body, decode_body, encode_body
+from gateway.errors import ApiError, UnsupportedParameter
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+NAMES = st.sampled_from([*sorted(FORBIDDEN_FIELDS), "prompt", "messages", "input", "model", "content", "uuid", "n"])
+ENDPOINTS = st.sampled_from(["completions", "chat", "embeddings"])
+
+
+# The machine may be busy with engines, and the first text that is drawn builds tables.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def statuses(function: Callable[..., object], *arguments: object) -> tuple[int, object]:
+    """200 and what the function returns, or the status of the ApiError that it raises; nothing else may be raised."""
+    try:
+        return 200, function(*arguments)
+    except ApiError as error:
+        return error.status, None
+
+
+@PATIENT
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_body_or_the_clients_error(raw: bytes) -> None:
+    status, body = statuses(decode_body, raw)
+    assert status == (200 if isinstance(body, dict) else 400)
+
+
+@PATIENT
+@given(ENDPOINTS, st.dictionaries(NAMES, JSON, max_size=5))
+def test_any_object_passes_without_forbidden_fields_or_is_the_clients_error(endpoint: Any, body: dict[str, Any]) -> None:
+    status, _ = statuses(check_body, endpoint, body)
+    assert status == 400 or (status == 200 and not FORBIDDEN_FIELDS.keys() & body.keys())
+
+
+@PATIENT
+@given(st.dictionaries(st.text(max_size=8), JSON, max_size=5))
+def test_what_is_not_looked_at_comes_out_as_it_came_in(body: dict[str, Any]) -> None:
+    # A lone surrogate has no bytes, and a huge integer no place in the encoder.
+    status, raw = statuses(encode_body, body)
+    assert status == 400 or (isinstance(raw, bytes) and decode_body(raw) == body)
+
+
+def test_of_a_key_that_occurs_twice_the_last_counts() -> None:
+    assert decode_body(b'{"a": 1, "a": 2}') == {"a": 2}
+
+
+def test_every_conversation_of_a_batch_is_looked_at() -> None:
+    part = {"type": "image_url", "uuid": "x"}
+    with pytest.raises(UnsupportedParameter):
+        check_body("embeddings", {"messages": [[{"role": "user", "content": [part]}]]})
+    with pytest.raises(UnsupportedParameter):
+        check_body("embeddings", {"input": [{"role": "user", "content": [part]}]})
