@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import httpx
 from pydantic import ValidationError
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -19,7 +20,11 @@ from gateway.stats import KvStats, ReplicaStats, TokenCounts, Totals
 DEFAULT_URL = "http://127.0.0.1:8000"
 INTERVAL_SECONDS = 1.0
 ANSWER_SECONDS_MAX = 10.0
-_COLUMNS = ("replica", "state", "in flight", "cached blocks", "local", "from peers", "computed", "hit", "imported", "failed")
+_COLUMNS = ("replica", "state", "busy", "blocks", "local", "peers", "computed", "hit", "MiB", "ms", "lost")
+_LEGEND = (
+    "tokens from the replica's own cache, from peers, computed; MiB imported and ms an import; "
+    "lost: imports that failed and were computed"
+)
 
 
 class StatsNotRead(Exception):
@@ -95,9 +100,10 @@ def _follow(
 
 def render(stats: KvStats, before: KvStats | None, seconds: float) -> RenderableType:
     """Return the table; `before` is the snapshot of `seconds` ago, for rates."""
-    table = Table(title=f"{stats.model}  ·  peerkv {stats.gateway.version}, up {stats.gateway.uptime_seconds:.0f} s")
+    title = f"{stats.model}, peerkv {stats.gateway.version}, up {stats.gateway.uptime_seconds:,.0f} s"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=_LEGEND)
     for column in _COLUMNS:
-        table.add_column(column, justify="left" if column in ("replica", "state") else "right")
+        table.add_column(column, justify="left" if column in ("replica", "state") else "right", no_wrap=True)
     for replica in stats.replicas:
         table.add_row(*_replica_cells(replica))
     table.add_section()
@@ -106,26 +112,34 @@ def render(stats: KvStats, before: KvStats | None, seconds: float) -> Renderable
 
 
 def _replica_cells(replica: ReplicaStats) -> list[str]:
-    state = replica.state if replica.state == "ready" or not replica.reason else f"{replica.state}: {replica.reason}"
-    return [replica.name, state, *_figures(replica)]
+    return [replica.name, replica.state, *_figures(replica)]
 
 
 def _total_cells(totals: Totals) -> list[str]:
-    return ["in all", f"{totals.ready} of {totals.replicas} ready", *_figures(totals)]
+    return ["in all", f"{totals.ready}/{totals.replicas}", *_figures(totals)]
 
 
 def _figures(part: ReplicaStats | Totals) -> list[str]:
     tokens, counts = part.tokens, part.counts
     return [
         str(part.in_flight),
-        f"{part.cached_blocks} / {part.blocks}",
-        f"{tokens.local:,}",
-        f"{from_peers(tokens):,}",
-        f"{tokens.computed:,}",
+        f"{part.cached_blocks}/{part.blocks}",
+        short(tokens.local),
+        short(from_peers(tokens)),
+        short(tokens.computed),
         f"{1 - tokens.computed / tokens.prompt:.0%}" if tokens.prompt else "-",
-        f"{counts.import_bytes / 2**20:,.1f} MiB in {counts.import_seconds:.2f} s",
-        f"{counts.check_failures} checks, {counts.fallbacks} imports",
+        short(counts.import_bytes >> 20),
+        f"{counts.import_seconds / counts.imports * 1000:,.1f}" if counts.imports else "-",
+        str(counts.fallbacks),
     ]
+
+
+def short(count: int) -> str:
+    """Write a count in at most seven characters."""
+    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return f"{count:,}"
 
 
 def from_peers(tokens: TokenCounts) -> int:
@@ -143,6 +157,8 @@ def _notes(stats: KvStats, before: KvStats | None, seconds: float) -> list[Text]
         if parity.parity != "exact":
             notes.append(Text(f"token ids of {kind}: {parity.parity} {parity.reason}".rstrip(), style="yellow"))
     for replica in stats.replicas:
+        if replica.state != "ready" and replica.reason:
+            notes.append(Text(f"{replica.name} is {replica.state}: {replica.reason}", style="yellow"))
         for other, fields in replica.incompatible.items():
             notes.append(Text(f"{replica.name} does not import from {other}: {'; '.join(fields)}", style="yellow"))
     return notes

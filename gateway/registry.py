@@ -82,7 +82,7 @@ class Registry:
     def holders(self, keys: Keys) -> list[list[str]]:
         """For each key alone, who holds that block now. `keys` has shape (n, 2)."""
         found: list[list[str]] = [[] for _ in range(len(keys))]
-        for name, table in self.tables().items():
+        for name, table in sorted(self.tables().items()):
             for row, names in enumerate(found):
                 if len(table.longest_run(keys[row : row + 1])):
                     names.append(name)
