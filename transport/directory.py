@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ TABLES_MAX = 1024
 
 
 DRAFT_SECONDS_MAX = 60.0
+_DRAFT = re.compile(r"\..+\.\d+\.\d+")  # as TableWriter names it; other hidden files, such as the owner's marker, stay
 
 
 def sweep(path: Path, now: float) -> int:
@@ -25,7 +27,7 @@ def sweep(path: Path, now: float) -> int:
     except FileNotFoundError:
         return 0
     for entry in entries:
-        draft = entry.name.startswith(".") and now - entry.stat(follow_symlinks=False).st_mtime > DRAFT_SECONDS_MAX
+        draft = _DRAFT.fullmatch(entry.name) and now - entry.stat(follow_symlinks=False).st_mtime > DRAFT_SECONDS_MAX
         if not entry.is_file(follow_symlinks=False) or not (draft or entry.name.endswith(SUFFIX)):
             continue
         try:
