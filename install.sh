@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv beside this file and installs peerkv with vLLM into it. Quick when nothing has changed.
-#   PYTHON=…      the interpreter to use (3.11 to 3.13)
-#   TARGET=cpu|gpu  which vLLM; left out: gpu where nvidia-smi lists a GPU, cpu elsewhere
+#   PYTHON=…        the interpreter to use, 3.11 to 3.13
+#   TARGET=cpu|gpu  which vLLM; left out the first time: gpu where nvidia-smi lists a GPU, cpu elsewhere
+# Left out later, both are what they were when .venv was made.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -10,7 +11,7 @@ readonly TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 # Beside a CPU torch these come as CUDA builds, and importing vllm with them fails.
 readonly CUDA_ONLY=(torchvision torchaudio torchcodec)
 readonly CPU_DISK_MIB=5000 GPU_DISK_MIB=20000
-readonly VENV="$PWD/.venv" STAMP="$PWD/.venv/.peerkv-installed" LOG="$PWD/.venv/install.log"
+readonly VENV="$PWD/.venv" STAMP="$PWD/.venv/.peerkv-installed" PLACE="$PWD/.venv/.peerkv-place" LOG="$PWD/.venv/install.log"
 
 say() { printf 'peerkv install: %s\n' "$*"; }
 fail() { printf 'peerkv install: %s\n' "$*" >&2; exit 1; }
@@ -119,15 +120,20 @@ installed() {
 }
 
 main() {
-    local python target=${TARGET:-} place key
+    local python target=${TARGET:-} place key made_at="" made_with="" made_for=""
+    { read -r made_at; read -r made_with; read -r made_for; } 2>/dev/null <"$PLACE" || true
+    if [ "$made_at" = "$PWD" ]; then
+        target=${target:-$made_for}
+        version_of "$made_with" >/dev/null && PYTHON=${PYTHON:-$made_with}
+    fi
     if [ -z "$target" ]; then
         if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then target=gpu; else target=cpu; fi
     fi
     case "$target" in cpu | gpu) ;; *) fail "TARGET is cpu or gpu, not '$target'" ;; esac
     python=$(find_python)
     # A tree that was moved, another Python or another target needs a new .venv; other files only an update of it.
-    place="$PWD $(version_of "$python") $target"
-    key="$place $(what_is_installed "$python" | sha256sum | cut -c1-64)"
+    place="$(printf '%s\n' "$PWD" "$(command -v "$python")" "$target" "$(version_of "$python")")"
+    key="$({ echo "$place"; what_is_installed "$python"; } | sha256sum | cut -c1-64)"
     [ "$(cat "$STAMP" 2>/dev/null)" = "$key" ] && [ -x "$VENV/bin/peerkv" ] && return
 
     exec 9<"$PWD"
@@ -135,12 +141,12 @@ main() {
     [ "$(cat "$STAMP" 2>/dev/null)" = "$key" ] && [ -x "$VENV/bin/peerkv" ] && return
     check_venv_module "$python"
     [ "$target" = gpu ] || check_libnuma "$python"
-    if [ "$(cat "$VENV/.peerkv-place" 2>/dev/null)" != "$place" ] || [ ! -f "$STAMP" ]; then
+    if [ "$(cat "$PLACE" 2>/dev/null)" != "$place" ] || [ ! -f "$STAMP" ]; then
         if [ "$target" = gpu ]; then check_disk "$GPU_DISK_MIB"; else check_disk "$CPU_DISK_MIB"; fi
         say "making .venv with Python $(version_of "$python"), target $target"
         rm -rf "$VENV"
         "$python" -m venv "$VENV" || fail "making .venv failed (see above)"
-        echo "$place" >"$VENV/.peerkv-place"
+        echo "$place" >"$PLACE"
     fi
     rm -f "$STAMP"
     : >"$LOG"

@@ -114,7 +114,7 @@ def made_anew(tree: Tree) -> bool:
 
 def test_a_cpu_install_takes_the_cpu_torch_and_drops_cuda_builds(tree: Tree) -> None:
     done = tree.install()
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     pip = [call for call in tree.calls() if call.startswith("-m pip")]
     assert "torch==2.13.0+cpu" in pip[0]
     assert "--index-url" not in pip[0]
@@ -146,6 +146,17 @@ def test_a_gpu_machine_gets_the_gpu_extra_and_keeps_torchvision(tree: Tree) -> N
     assert tree.install(TARGET="cpu").returncode == 0
     assert made_anew(tree)
     assert "-e .[cpu,dev]" in "\n".join(tree.calls())
+    assert tree.install().stdout == "", "what was chosen once is kept"
+
+
+def test_a_chosen_python_is_kept(tree: Tree) -> None:
+    chosen = tree.state / "my-python"
+    shutil.copy(Path(tree.environment["PATH"]) / "python3", chosen)
+    assert tree.install(PYTHON=str(chosen)).returncode == 0
+    assert tree.install().stdout == ""
+    chosen.unlink()
+    assert tree.install().returncode == 0
+    assert made_anew(tree)
 
 
 def test_changed_dependencies_update_the_environment(tree: Tree) -> None:
