@@ -86,6 +86,7 @@ class SchedulerHalf:
 
     def match(self, request: Any, computed_tokens: int) -> int:
         """Return how many tokens beyond `computed_tokens` a peer can supply; plan the import but change nothing else."""
+        self._notice_reset()  # here already: later it would take the import that is being planned for one of before
         sequence = self._sequence(request)
         if sequence is None or sequence.tried or not self._exchanges or request.skip_reading_prefix_cache:
             return 0
@@ -185,6 +186,8 @@ class SchedulerHalf:
 
     def reset(self) -> None:
         """Withdraw everything: the prefix cache was reset, and what runs on was computed before that."""
+        if self._pool is not None:
+            self._pool_map = self._pool.cached_block_hash_to_block
         self.table.count("evictions", self.table.clear())
         self._steps = deque((step, []) for step, _ in self._steps)
         self._imports.clear()
@@ -305,7 +308,6 @@ class SchedulerHalf:
 
     def _notice_reset(self) -> None:
         if self._pool is not None and self._pool.cached_block_hash_to_block is not self._pool_map:
-            self._pool_map = self._pool.cached_block_hash_to_block
             self.reset()
 
 

@@ -367,6 +367,24 @@ def test_a_reset_of_the_prefix_cache_withdraws_everything_and_running_requests_s
     assert b.half.match(Request("s", list(PROMPT)), 0) == 0
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_the_first_import_after_a_reset_is_counted_and_offered(pair, told):
+    a, b = pair
+    pool = SimpleNamespace(cached_block_hash_to_block={})
+    b.half.bind_pool(pool)
+    a.prefill(Request("r1", list(PROMPT)), [1, 2, 3, 4])
+    pool.cached_block_hash_to_block = {}
+    if told:  # vLLM resets the connector only when asked to
+        b.half.reset()
+    request = Request("s", list(PROMPT))
+    _, meta = import_all(b, request, [5, 6, 7, 8])
+    b.done(meta.step, s=report())
+    b.schedule(new=[(request, [5, 6, 7, 8], 12, 2)])
+    counted = b.counted()
+    assert (counted["imports"], counted["peer_tokens_shared_memory"]) == (1, 12)
+    assert b.held(PROMPT) == [5, 6, 7]
+
+
 def test_an_allocation_that_was_not_planned_still_ends_as_a_failed_import(pair):
     _, b = pair
     request = Request("s", list(PROMPT))
