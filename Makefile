@@ -13,6 +13,7 @@ serve: install ## start the replicas and the gateway (MODEL=…, ARGS='--replica
 	@$(BIN)/peerkv serve $(MODEL) $(ARGS)
 
 test: install ## run every test, real vLLM replicas included (ARGS='-k steering' to choose)
+	@command -v curl >/dev/null || { echo 'the tests use curl: apt-get install curl' >&2; exit 1; }
 	@$(BIN)/python -m pytest tests/unit tests/real $(ARGS)
 
 bench: install ## measure time to first token cold, by import and by local hit
