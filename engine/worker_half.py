@@ -84,7 +84,7 @@ class WorkerHalf:
             if broken is not None:
                 try:
                     broken.close()
-                except Exception as error:  # whatever broke it must not keep the imports from being reported
+                except Exception as error:  # noqa: BLE001 - whatever broke it must not keep imports from being reported
                     _logger.error("closing the transport: %s", error)
         for job in list(self._jobs.values()):
             if job.request_id not in self._ended:

@@ -13,7 +13,11 @@ WORD_BYTES = 8
 CHUNK_WORDS_MAX = 8192
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# one compilation serves every import: neither the number of blocks nor the alignment of their ids may make a new one
+_VARYING = ["source_blocks", "target_blocks", "count", "layers", "chunks"]
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_VARYING)  # type: ignore[untyped-decorator]
 def _gather(  # type: ignore[no-untyped-def]
     source_bases,
     target_bases,

