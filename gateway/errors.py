@@ -137,6 +137,17 @@ class UnknownModel(ApiError):
         super().__init__(f"The model '{name}' does not exist. Served here: {listed}.", param="model")
 
 
+class NotOfThisModel(ApiError):
+    """The endpoint exists, and the engine does not have it for the model that it serves."""
+
+    status = 404
+    type = INVALID
+    code = "unsupported_endpoint"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"The model served here can not do {path}. Embeddings, for one, need an embedding model.")
+
+
 class MethodNotAllowed(ApiError):
     """The endpoint exists and takes other methods; `allowed` goes into the `allow` header."""
 

@@ -22,6 +22,7 @@ from gateway.errors import (
     InternalError,
     InvalidRequest,
     NoReplicaReady,
+    NotOfThisModel,
     ReplicaLost,
     TooManyRequests,
     Unavailable,
@@ -236,6 +237,8 @@ class Relay(Generic[PlanT]):
                     continue
             if answer is None:
                 raise lost
+            if answer.status == 404 and b'"error"' not in answer.body:  # not vLLM's handler: it has no such route
+                raise NotOfThisModel(journey.path)
             await exchange.answer(answer.status, answer.headers, answer.body)
             return
 

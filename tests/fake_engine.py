@@ -15,7 +15,7 @@ arguments are accepted and ignored. What it saw is at `GET /fake/seen`. A reques
 Arguments of its own: `--fake-start-seconds S` before it listens, `--fake-exit-code N` ends it at start with a
 message on stderr (with `--fake-exit-on NAME` only that replica), `--fake-exit-once FILE` only when FILE did not
 exist yet, `--fake-reset-fails` has it answer
-so to /reset_prefix_cache, and `--fake-deaf` lets it ignore SIGTERM.
+so to /reset_prefix_cache, `--fake-no-embeddings` takes that endpoint away, and `--fake-deaf` lets it ignore SIGTERM.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class FakeEngine:
         self.root = args.model
         self.loras = [module.split("=")[0] for module in args.lora_modules]
         self.reset_fails = args.fake_reset_fails
+        self.embeds = not args.fake_no_embeddings
         self.context_tokens = args.max_model_len
         self.seen: Json = {"requests": [], "aborted": [], "finished": 0, "running": 0, "resets": []}
 
@@ -126,6 +127,8 @@ class FakeEngine:
         )
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
+        if not self.embeds:
+            return web.json_response({"detail": "Not Found"}, status=404)
         body = await self._record(request)
         inputs = prompts_of(body["input"])
         data = [{"index": i, "object": "embedding", "embedding": [0.5, -0.5]} for i in range(len(inputs))]
@@ -285,6 +288,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fake-exit-on")
     parser.add_argument("--fake-exit-once")
     parser.add_argument("--fake-reset-fails", action="store_true")
+    parser.add_argument("--fake-no-embeddings", action="store_true")
     parser.add_argument("--fake-deaf", action="store_true")
     return parser.parse_known_args(argv)[0]
 

@@ -19,6 +19,7 @@ def leaves() -> list[errors.ApiError]:
         errors.Forbidden("m"),
         errors.UnknownPath("GET", "/x"),
         errors.UnknownModel("a", ["b"]),
+        errors.NotOfThisModel("/v1/embeddings"),
         errors.MethodNotAllowed("GET", "/x", ["POST"]),
         errors.BodyTooLarge(1),
         errors.TooManyRequests(1),

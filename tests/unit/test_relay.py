@@ -64,6 +64,15 @@ async def test_the_openai_client_gets_embeddings_and_models(door: Door) -> None:
     assert one.id == "fake-model"
 
 
+async def test_embeddings_of_a_model_that_has_none_are_a_clear_error(door: Door) -> None:
+    door.fleet.replicas.clear()
+    await door.add_engine("replica-0", "--fake-no-embeddings")
+    async with client_of(door) as client:
+        with pytest.raises(openai.NotFoundError, match="embedding model") as refused:
+            await client.embeddings.create(model="fake-model", input="a")
+    assert refused.value.code == "unsupported_endpoint"
+
+
 async def test_a_streamed_answer_ends_with_done(door: Door) -> None:
     lines = await lines_of(door, "/v1/completions", COMPLETION | {"stream": True})
     assert lines[-1] == "data: [DONE]"
