@@ -69,7 +69,7 @@ class SchedulerHalf:
         self._pool: BlockPool | None = None
         self._pool_map: Any = None
         self._sequences: dict[str, Sequence] = {}
-        self._imports: dict[str, tuple[Sequence, Import, int]] = {}
+        self._imports: dict[str, tuple[Sequence, Import]] = {}
         self._partial: dict[str, ImportReport] = {}
         self.starting: list[ImportJob] = []
         self._steps: deque[tuple[int, list[tuple[Sequence, int]]]] = deque()
@@ -120,7 +120,7 @@ class SchedulerHalf:
         self._reallocated(targets, self._step + 1)
         plan.target_blocks = np.array(targets, np.int32)
         plan.source_blocks, plan.states = plan.source_blocks[:count], plan.states[:count]
-        self._imports[request.request_id] = (sequence, plan, self._step + 1)
+        self._imports[request.request_id] = (sequence, plan)
         self.starting.append(
             ImportJob(request.request_id, plan.source, plan.epoch, plan.source_blocks, plan.states, plan.target_blocks)
         )
@@ -268,7 +268,7 @@ class SchedulerHalf:
         entry = self._imports.get(request_id)
         if entry is None:
             return
-        sequence, plan, step = entry
+        sequence, plan = entry
         earlier = self._partial.pop(request_id, None)
         report = part.merged(earlier) if earlier else part
         plan.ranks_done += ranks
@@ -278,10 +278,8 @@ class SchedulerHalf:
         del self._imports[request_id]
         targets = plan.target_blocks.tolist()
         good = next((place for place, block in enumerate(targets) if block in report.failed_blocks), len(targets))
+        # the blocks are offered onward with the request's first step, behind which nobody waits
         sequence.local_blocks, sequence.imported_blocks = plan.local_blocks, good
-        keys = sequence.keys(plan.local_blocks + good)[plan.local_blocks :]
-        kept = [place for place in range(good) if self._allocated[targets[place]] <= step]
-        self.table.publish([targets[place] for place in kept], keys[kept])
         self.table.count("imports")
         self.table.count("import_blocks", good)
         self.table.count("import_bytes", report.bytes)

@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,7 @@ __all__ = ["COUNTERS", "SUFFIX", "Run", "TableReader", "TableWriter"]
 SUFFIX = ".table"
 _COUNTER_INDEX = {name: index for index, name in enumerate(COUNTERS)}
 _CHUNK_BLOCKS_MAX = 4096
+_ONE = np.uint64(1)
 
 
 class TableWriter:
@@ -63,7 +64,7 @@ class TableWriter:
         self.layout = Layout(blocks, bucket_count(blocks), len(encoded))
         self.path = directory / (description.replica + SUFFIX)
         self.epoch = time.time_ns()
-        self._mask = self.layout.buckets - 1
+        self._mask = np.uint64(self.layout.buckets - 1)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _refuse_if_claimed(self.path)
         draft = directory / f".{description.replica}.{os.getpid()}.{self.epoch}"
@@ -93,69 +94,54 @@ class TableWriter:
             layout.description_bytes,
         )  # fmt: skip
         self._map[PAGE_BYTES : PAGE_BYTES + len(encoded)] = encoded
-        view = memoryview(self._map)
-        self._states = view[layout.states : layout.states + 8 * layout.blocks].cast("Q")
-        self._keys = view[layout.keys : layout.keys + 16 * layout.blocks].cast("Q")
-        self._index = view[layout.index : layout.index + 4 * WAYS * layout.buckets].cast("I")
-        self._words = view[:PAGE_BYTES].cast("Q")
-        np.frombuffer(self._states, dtype=np.uint64)[:] = 1
-
-    def is_published(self, block: int) -> bool:
-        """Tell whether `block` is offered to others now."""
-        return self._states[block] & 1 == 0
+        self._words = memoryview(self._map)[:PAGE_BYTES].cast("Q")
+        self._states = np.frombuffer(self._map, np.uint64, layout.blocks, layout.states)
+        self._keys = np.frombuffer(self._map, np.uint64, 2 * layout.blocks, layout.keys).reshape(-1, 2)
+        self._index = np.frombuffer(self._map, np.uint32, WAYS * layout.buckets, layout.index).reshape(-1, WAYS)
+        self._states[:] = 1
 
     def publish(self, blocks: Sequence[int], keys: Keys) -> None:
-        """Offer `blocks` under `keys`, shape (len(blocks), 2): their content is complete and stays until `invalidate`."""
-        states, stored = self._states, self._keys
-        fresh = 0
-        for block, (low, high) in zip(blocks, keys.tolist(), strict=True):
-            if states[block] & 1 == 0:
-                if stored[2 * block] == low and stored[2 * block + 1] == high:
-                    continue
-                self.invalidate((block,))
-            stored[2 * block] = low
-            stored[2 * block + 1] = high
-            fence()
-            states[block] += 1
-            self._index_add(block, low)
-            fresh += 1
-        self._words[VALID_OFFSET // 8] += fresh
-        self.count("published_blocks", fresh)
-
-    def invalidate(self, blocks: Iterable[int]) -> int:
-        """Withdraw `blocks` before their memory is written again; return how many had been on offer."""
-        states, stored = self._states, self._keys
-        gone = 0
-        for block in blocks:
-            if states[block] & 1 == 0:
-                states[block] += 1
-                self._index_remove(block, stored[2 * block])
-                gone += 1
+        """Offer `blocks`, all different, under `keys`, shape (len(blocks), 2): their content is complete until `invalidate`."""
+        ids = np.asarray(blocks, np.int64)
+        offered = self._states[ids] & _ONE == 0
+        if offered.any():
+            same = (self._keys[ids] == keys).all(axis=1)
+            self.invalidate(ids[offered & ~same].tolist())
+            ids, keys = ids[~(offered & same)], keys[~(offered & same)]
+        self._keys[ids] = keys
         fence()
-        if gone:
-            self._words[VALID_OFFSET // 8] -= gone
-        return gone
+        self._states[ids] += _ONE
+        self._index_add(ids, keys)
+        self._words[VALID_OFFSET // 8] += len(ids)
+        self.count("published_blocks", len(ids))
+
+    def invalidate(self, blocks: Sequence[int]) -> int:
+        """Withdraw `blocks` before their memory is written again; return how many had been on offer."""
+        ids = np.unique(np.asarray(blocks, np.int64))
+        ids = ids[self._states[ids] & _ONE == 0]
+        if len(ids):
+            self._states[ids] += _ONE
+            fence()
+            buckets = self._keys[ids, 0] & self._mask
+            rows = self._index[buckets] == (ids + 1)[:, None]
+            found = rows.any(axis=1)
+            self._index[buckets[found], rows[found].argmax(axis=1)] = 0
+            self._words[VALID_OFFSET // 8] -= len(ids)
+        return len(ids)
 
     def clear(self) -> int:
         """Withdraw every block; return how many had been on offer."""
-        states = np.frombuffer(self._states, dtype=np.uint64)
-        return self.invalidate(np.flatnonzero(states & np.uint64(1) == 0).tolist())
+        return self.invalidate(np.flatnonzero(self._states & _ONE == 0).tolist())
 
-    def _index_add(self, block: int, low: int) -> None:
-        base = (low & self._mask) * WAYS
-        index = self._index
-        for way in range(base, base + WAYS):
-            if index[way] == 0:
-                index[way] = block + 1
-                return
-        index[base + block % WAYS] = block + 1  # the displaced block is merely not found any more
-
-    def _index_remove(self, block: int, low: int) -> None:
-        base = (low & self._mask) * WAYS
-        for way in range(base, base + WAYS):
-            if self._index[way] == block + 1:
-                self._index[way] = 0
-                return
+    def _index_add(self, ids: npt.NDArray[np.int64], keys: Keys) -> None:
+        """Enter blocks where their bucket has room; if it has none, one block is merely not found any more."""
+        buckets = keys[:, 0] & self._mask
+        while len(ids):
+            _, first = np.unique(buckets, return_index=True)  # one a bucket each time around
+            free = self._index[buckets[first]] == 0
+            way = np.where(free.any(axis=1), free.argmax(axis=1), ids[first] % WAYS)
+            self._index[buckets[first], way] = ids[first] + 1
+            ids, buckets = np.delete(ids, first), np.delete(buckets, first)
 
     def count(self, counter: str, amount: int = 1) -> None:
         """Add `amount` to a counter named in COUNTERS."""
@@ -283,7 +269,7 @@ class TableReader:
         fence()
         after = self._states[blocks]
         same_key = (stored == keys[:, None, :]).all(axis=2)
-        match = possible & (before == after) & (before & np.uint64(1) == 0) & same_key
+        match = possible & (before == after) & (before & _ONE == 0) & same_key
         way = match.argmax(axis=1)
         rows = np.arange(len(keys))
         return match[rows, way], blocks[rows, way].astype(np.int32), before[rows, way]

@@ -202,6 +202,13 @@ def test_a_resumed_request_offers_its_new_blocks(pair):
     assert a.reader.cached_blocks() == 6
 
 
+def run_on(b, request, ids, computed):
+    """Schedule the rest of a prompt after its import, sample one token, report the step."""
+    meta = b.schedule(new=[(request, ids, computed, request.num_tokens - computed)])
+    request.all_token_ids.append(1)
+    b.done(meta.step)
+
+
 def import_all(b, request, ids, local=0):
     tokens = b.half.match(request, local)
     b.half.allocated(request, ids, tokens)
@@ -217,10 +224,10 @@ def test_a_prefix_that_a_peer_holds_is_imported_and_offered_onward(pair):
     (job,) = meta.imports
     assert tokens == 12
     assert (job.source, job.source_blocks.tolist(), job.target_blocks.tolist()) == ("replica-0", [5, 6, 7], [20, 21, 22])
-    assert b.held(PROMPT) == []
     b.done(meta.step, s=report())
+    assert b.held(PROMPT) == []
+    run_on(b, request, [20, 21, 22, 23], 12)
     assert b.held(PROMPT) == [20, 21, 22]
-    b.schedule(new=[(request, [20, 21, 22, 23], 12, 2)])
     counted = b.counted()
     assert (counted["prompt_tokens"], counted["peer_tokens_shared_memory"], counted["computed_tokens"]) == (14, 12, 2)
     assert (counted["imports"], counted["import_blocks"], counted["import_bytes"]) == (1, 3, 1000)
@@ -267,9 +274,10 @@ def test_blocks_before_the_first_failed_one_still_count(pair):
     request = Request("s", list(PROMPT))
     _, meta = import_all(b, request, [20, 21, 22, 23])
     b.done(meta.step, s=report(failed=[21], stale=1))
-    assert b.held(PROMPT) == [20]
-    b.schedule(new=[(request, [20, 21, 22, 23], 4, 10)])
+    run_on(b, request, [20, 21, 22, 23], 4)
+    assert b.held(PROMPT) == [20, 21, 22]
     assert b.counted()["peer_tokens_shared_memory"] == 4
+    assert b.counted()["import_blocks"] == 1
     assert b.counted()["computed_tokens"] == 10
 
 
@@ -279,9 +287,9 @@ def test_with_several_ranks_an_import_is_done_when_all_are_and_fails_where_one_d
     a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
     _, meta = import_all(b, Request("s", list(PROMPT)), [20, 21, 22, 23])
     b.done(meta.step, s=report(failed=[22], stale=1))
-    assert b.held(PROMPT) == []
+    assert "imports" not in b.counted()
     b.done(meta.step + 1, s=report())
-    assert b.held(PROMPT) == [20, 21]
+    assert (b.counted()["imports"], b.counted()["import_blocks"], b.counted()["fallbacks"]) == (1, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +387,7 @@ def test_the_first_import_after_a_reset_is_counted_and_offered(pair, told):
     request = Request("s", list(PROMPT))
     _, meta = import_all(b, request, [5, 6, 7, 8])
     b.done(meta.step, s=report())
-    b.schedule(new=[(request, [5, 6, 7, 8], 12, 2)])
+    run_on(b, request, [5, 6, 7, 8], 12)
     counted = b.counted()
     assert (counted["imports"], counted["peer_tokens_shared_memory"]) == (1, 12)
     assert b.held(PROMPT) == [5, 6, 7]
