@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,8 @@ TABLES_MAX = 1024
 
 
 DRAFT_SECONDS_MAX = 60.0
+SETTLED_NANOSECONDS = 100_000_000
+"""A directory changed this lately may change again without a new time of change: clocks of file systems tick slowly."""
 _DRAFT = re.compile(r"\..+\.\d+\.\d+")  # as TableWriter names it; other hidden files, such as the owner's marker, stay
 
 
@@ -52,7 +55,7 @@ class TableDirectory:
     def __init__(self, path: Path, own: str = "") -> None:
         self._path = path
         self._own = own
-        self._seen = (-1, -1)
+        self._seen: tuple[int, int] | None = None
         self._readers: dict[str, TableReader] = {}
         self._broken: dict[str, int] = {}
 
@@ -60,12 +63,12 @@ class TableDirectory:
         """Return the readers of all live tables by replica name. A dead owner's table is closed and left out."""
         try:
             found = os.stat(self._path)
+            seen = (found.st_ino, found.st_mtime_ns)
         except OSError:
-            found = None
-        seen = (found.st_ino, found.st_mtime_ns) if found else (-1, -1)
+            seen = (-1, -1)
         if seen != self._seen:
             self._scan()
-            self._seen = seen
+            self._seen = seen if time.time_ns() - seen[1] > SETTLED_NANOSECONDS else None
         for name in [name for name, reader in self._readers.items() if not reader.alive()]:
             self._readers.pop(name).close()
         return self._readers
@@ -105,4 +108,4 @@ class TableDirectory:
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
-        self._seen = (-1, -1)
+        self._seen = None

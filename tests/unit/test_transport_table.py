@@ -3,9 +3,9 @@
 import os
 import signal
 import struct
+import time
 from contextlib import closing
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -172,6 +172,27 @@ def test_a_restarted_owner_is_found_in_a_new_epoch(tmp_path):
         assert directory.tables()["replica-0"].epoch != epoch
 
 
+def test_a_table_that_comes_within_one_tick_of_the_file_systems_clock_is_found(tmp_path):
+    directory, tick = TableDirectory(tmp_path), time.time_ns() + 10**9
+    with closing(writer(tmp_path, "replica-0")):
+        os.utime(tmp_path, ns=(tick, tick))
+        assert set(directory.tables()) == {"replica-0"}
+        with closing(writer(tmp_path, "replica-1")):
+            os.utime(tmp_path, ns=(tick, tick))
+            assert set(directory.tables()) == {"replica-0", "replica-1"}
+    directory.close()
+
+
+def test_a_directory_that_rests_is_not_read_again(tmp_path, monkeypatch):
+    directory, long_ago = TableDirectory(tmp_path), time.time_ns() - 10**10
+    with closing(writer(tmp_path, "replica-0")):
+        os.utime(tmp_path, ns=(long_ago, long_ago))
+        assert set(directory.tables()) == {"replica-0"}
+        monkeypatch.setattr(os, "scandir", lambda path: pytest.fail("it was read again"))
+        assert set(directory.tables()) == {"replica-0"}
+    directory.close()
+
+
 def test_the_asking_replicas_own_table_is_left_out(tmp_path):
     with closing(writer(tmp_path)), closing(writer(tmp_path, "replica-1")):
         assert list(TableDirectory(tmp_path, "replica-0").tables()) == ["replica-1"]
@@ -205,8 +226,7 @@ def test_a_table_that_gives_another_name_is_left_out(tmp_path):
 def test_an_index_entry_beyond_the_table_is_no_hit(tmp_path):
     with closing(writer(tmp_path)) as table, closing(TableReader(table.path)) as reader:
         table.publish([1], KEYS[:1])
-        index = np.frombuffer(table._index, np.uint32)
-        index[index > 0] = 2**31
+        table._index[table._index > 0] = 2**31
         assert len(reader.longest_run(KEYS)) == 0
 
 
