@@ -41,7 +41,7 @@ class Scale:
     busy: tuple[int, ...] = (8192, 32768)
     churn: int = 16384
     pull: int = 32768
-    pulls: int = 120
+    pulls: int = 48
     prefixes: int = 12
     importer_blocks: int = 16384
     race_imports: int = 3000
@@ -195,42 +195,58 @@ def busy_owner(bench: Bench, pair: list[Replica]) -> None:
 
 
 def interference(bench: Bench) -> None:
-    """Time between tokens of 64 running decodes, on importer and owner, while imports run back to back on the importer."""
-    with bench.pair({**GRAPHS} if bench.scale.devices[0] else {}, {**(GRAPHS if bench.scale.devices[0] else {}),
-                    "num_gpu_blocks_override": bench.scale.importer_blocks}) as (a, b):  # fmt: skip
+    """Time between tokens of 64 running decodes, on importer and owner, while imports run back to back on the importer.
+
+    Beside nothing, beside imports and beside the same requests as local hits, three rounds in turn, with fresh decodes: their
+    context grows with every token, and a step with it.
+    """
+    graphs = GRAPHS if bench.scale.devices[0] else {}
+    small = {"num_gpu_blocks_override": bench.scale.importer_blocks}
+    with bench.pair(graphs, graphs | small) as (a, b):
         prompts = [prompt(bench.scale.pull, 31 * n + 9) for n in range(bench.scale.prefixes)]
         for ids in prompts:
             a.ask(ids)
-        for engine in (a, b):
-            engine.load(DECODES, 256, 8000, 4)
-        _measure(bench, a, b, "none", [])
-        before = bench.counters()
-        began = time.perf_counter()
-        _measure(bench, a, b, "imports back to back", [prompts[n % len(prompts)] for n in range(bench.scale.pulls)])
-        took = time.perf_counter() - began
-        after = bench.counters()
-        copied, copying = (after[k] - before[k] for k in ("import_bytes", "import_nanoseconds"))
-        bench.row(
-            "interference", imports=after["imports"] - before["imports"], copy_gb_per_s=copied / max(1, copying),
-            sustained_gb_per_s=copied / took / 1e9, copying_share=copying / took / 1e9,
-        )  # fmt: skip
-        hot = [prompts[-1]] * bench.scale.pulls
-        _measure(bench, a, b, "local hits back to back", hot)
+        times: dict[tuple[str, str], list[float]] = {}
+        copied = copying = imports = 0
+        sustained: list[float] = []
+        for turn in range(3):
+            for beside in ("nothing", "imports", "local hits"):
+                before, began = bench.counters(), time.perf_counter()
+                _beside(bench, (a, b), prompts, beside, turn, times)
+                after, took = bench.counters(), time.perf_counter() - began
+                if beside == "imports":
+                    imports += after["imports"] - before["imports"]
+                    copied += after["import_bytes"] - before["import_bytes"]
+                    copying += after["import_nanoseconds"] - before["import_nanoseconds"]
+                    sustained.append((after["import_bytes"] - before["import_bytes"]) / took / 1e9)
+        for (role, beside), found in times.items():
+            found.sort()
+            p50, p99 = statistics.median(found) * 1e3, found[int(len(found) * 0.99)] * 1e3
+            bench.row("interference", on=role, beside=beside, p50_ms=p50, p99_ms=p99, steps=len(found))
+        bench.row("interference", imports=imports, copy_gb_per_s=copied / max(1, copying), sustained_gb_per_s=median(sustained))
 
 
-def _measure(bench: Bench, a: Replica, b: Replica, what: str, asks: list[list[int]]) -> None:
-    a.record()
-    b.record()
-    for ids in asks:
-        b.ask(ids)
-    if not asks:
+def _beside(
+    bench: Bench,
+    pair: tuple[Replica, Replica],
+    prompts: list[list[int]],
+    beside: str,
+    turn: int,
+    times: dict[tuple[str, str], list[float]],
+) -> None:
+    a, b = pair
+    for engine in pair:
+        engine.load(DECODES, 256, 8000, 4 + turn)
+    if beside == "local hits":
+        b.ask(prompts[0])
+    for engine in pair:
+        engine.record()
+    if beside == "nothing":
         time.sleep(3.0)
+    for n in range(bench.scale.pulls if beside != "nothing" else 0):
+        b.ask(prompts[n % len(prompts) if beside == "imports" else 0])
     for role, engine in (("owner", a), ("importer", b)):
-        times = sorted(engine.recorded())
-        p99 = times[int(len(times) * 0.99)]
-        bench.row(
-            "interference", beside=what, on=role, p50_ms=statistics.median(times) * 1e3, p99_ms=p99 * 1e3, steps=len(times)
-        )
+        times.setdefault((role, beside), []).extend(engine.recorded())
 
 
 def races(bench: Bench) -> None:

@@ -139,7 +139,7 @@ class Replica:
         return answer
 
     def load(self, requests: int, prompt_tokens: int, tokens: int, seed: int) -> None:
-        """Start background requests, which run beside whatever is asked."""
+        """Start background requests, which run beside whatever is asked, in place of those that ran so far."""
         self._pipe.send(("load", (requests, prompt_tokens, tokens, seed)))
         assert self._take(120) == "loaded"
 
@@ -299,6 +299,7 @@ class _Engine:
 
     def do_load(self, value: Any) -> None:
         requests, prompt_tokens, tokens, seed = value
+        self.abandon()
         for number in range(requests):
             self.add("load", prompt(prompt_tokens, seed * 1000 + number), tokens)
         for _ in range(requests * prompt_tokens // 8192 + 8):
@@ -317,8 +318,7 @@ class _Engine:
         times, self.times = self.times, None
         self.pipe.send(("ok", times))
 
-    def do_clear(self, _: Any) -> None:
-        self.churn_tokens = 0
+    def abandon(self) -> None:
         self.engine.abort_request(list(self.background))
         self.background.clear()
         deadline = time.monotonic() + 20
@@ -326,5 +326,9 @@ class _Engine:
             self.step()
         for _ in range(4):
             self.engine.step()
+
+    def do_clear(self, _: Any) -> None:
+        self.churn_tokens = 0
+        self.abandon()
         self.engine.reset_prefix_cache()
         self.pipe.send(("ok", "cleared"))
