@@ -1,7 +1,8 @@
 """The KV connector that stock vLLM loads: `kv_connector_module_path=engine.connector`, `kv_connector=PeerKVConnector`.
 
 `kv_connector_extra_config`: `table_dir`, the directory of the node's block tables; `replica`, this engine's name in it; `hash`,
-xxh3_128 or sha256. All have defaults, so plain vLLM servers started with this connector find each other without a gateway.
+xxh3_128 or sha256; `namespace`, a word: engines with different ones exchange nothing. All have defaults, so plain vLLM servers
+started with this connector find each other without a gateway.
 
 No exception leaves a method of this class: vLLM would end the engine. A fault is logged, counted, and answered by importing and
 offering nothing any more.
@@ -51,6 +52,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._table_dir = Path(str(extra.get("table_dir") or f"/dev/shm/peerkv-{os.geteuid()}/default"))
         self._replica = str(extra.get("replica") or f"vllm-{os.getpid()}")
         self._hash_name = str(extra.get("hash") or "xxh3_128")
+        self._namespace = str(extra.get("namespace") or "")
         if self._hash_name not in HASH_NAMES:
             raise ValueError(f"kv_connector_extra_config: hash is {self._hash_name!r}, not one of {', '.join(HASH_NAMES)}")
         self._scheduler: SchedulerHalf | None = None
@@ -81,6 +83,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         config, groups = self._vllm_config, self._kv_cache_config.kv_cache_groups
         status = _refusal(config, groups) or next((h.status for h in handshakes if h.status != "ok"), "ok")
         fields = fingerprint.scheduler_fields(config, self._kv_cache_config, self._hash_name)
+        fields["namespace"] = self._namespace
         for shake in handshakes:
             fields.update(shake.fields)
         memories = tuple(sorted((h.memory for h in handshakes if h.memory), key=lambda memory: memory.rank))
