@@ -1,0 +1,105 @@
+"""One real fleet for all tests here: two replicas, float32 so that import and cold run can be compared, two tenants."""
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from gateway.tenants import Tenant, default_salt
+from tests.real.fleet import MARK, RESTART_SECONDS_MAX, Fleet, until
+from tests.real.leftovers import leaked_files, marked_processes, shared_files
+from tests.real.prompts import Words
+
+ONE = Tenant(name="one", api_key="key-of-tenant-one")
+TWO = Tenant(name="two", api_key="key-of-tenant-two")
+BUSY = 2  # requests in flight from which on the steering relieves a replica
+LAST_FILES = ("test_kills.py", "test_the_end.py")
+END_SECONDS_MAX = 15.0
+
+CONFIG = f"""
+replica_requests_max = {BUSY}
+backoff_seconds_max = 2.0
+
+[[tenants]]
+name = "one"
+api_key = "{ONE.api_key.get_secret_value()}"
+
+[[tenants]]
+name = "two"
+api_key = "{TWO.api_key.get_secret_value()}"
+"""
+VLLM_ARGS = ("--dtype", "float32", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+
+_running: list[Fleet] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What kills replicas comes last."""
+    items.sort(key=lambda item: LAST_FILES.index(item.path.name) if item.path.name in LAST_FILES else -1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A failure comes with the logs of the gateway and the replicas."""
+    report = yield
+    if report.failed and _running and "tests/real" in str(item.path):
+        report.sections.append(("logs of the real fleet", _running[-1].logs()))
+    return report
+
+
+@pytest.fixture(scope="session")
+def shared_memory_before() -> frozenset:
+    """The files in shared memory before the fleet came."""
+    return shared_files()
+
+
+@pytest.fixture(scope="session")
+def running_fleet(shared_memory_before) -> Iterator[Fleet]:
+    """The fleet, started once; it must end without a trace."""
+    fleet = Fleet(CONFIG, vllm_args=VLLM_ARGS)
+    fleet.key = ONE.api_key.get_secret_value()
+    _running.append(fleet)
+    try:
+        fleet.start()
+        fleet.wait_ready()
+        yield fleet
+        status = fleet.stop()
+        assert status == 0, fleet.logs()
+        assert_no_trace(fleet, shared_memory_before)
+    finally:
+        fleet.stop()
+        fleet.remove()
+        _running.remove(fleet)
+
+
+@pytest.fixture
+def fleet(running_fleet) -> Fleet:
+    """The fleet with both replicas ready."""
+    running_fleet.wait_ready(RESTART_SECONDS_MAX)
+    return running_fleet
+
+
+@pytest.fixture(scope="session")
+def words(running_fleet) -> Words:
+    return Words(running_fleet.model_dir)
+
+
+@pytest.fixture
+def client(fleet) -> Iterator[openai.OpenAI]:
+    """The official client, as tenant one."""
+    with openai.OpenAI(base_url=f"{fleet.url}/v1", api_key=fleet.key, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def salt() -> str:
+    """What keeps tenant one's cache its own."""
+    return default_salt(ONE)
+
+
+def assert_no_trace(fleet: Fleet, before: frozenset) -> None:
+    """No process of the fleet lives, and its sockets, tables and shared memory are gone, END_SECONDS_MAX from now at most."""
+    until(lambda: not marked_processes(MARK, fleet.mark), END_SECONDS_MAX, "no process of the fleet lives")
+    until(lambda: not leaked_files(before), END_SECONDS_MAX, "no shared memory is left")
+    assert not fleet.table_dir.exists()
+    assert not fleet.run_dir.exists()
