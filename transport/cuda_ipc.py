@@ -23,7 +23,7 @@ from transport.table_layout import Layer, Memory, Region
 
 _logger = logging.getLogger(__name__)
 
-PROGRAMS_BESIDE_DECODES = 16
+PROGRAMS_BESIDE_DECODES = 32
 PROGRAMS_ALONE = 32
 
 

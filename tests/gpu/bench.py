@@ -10,6 +10,7 @@ import datetime
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import random
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from tests.gpu.replica import Replica, median, prompt, write_model
 from transport.directory import TableDirectory
 
 DECODES = 64
+ROUND_SECONDS = 4.0
 THIN = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8, "vocab_size": 128256}
 GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 
@@ -41,7 +43,6 @@ class Scale:
     busy: tuple[int, ...] = (8192, 32768)
     churn: int = 16384
     pull: int = 32768
-    pulls: int = 48
     prefixes: int = 12
     importer_blocks: int = 16384
     race_imports: int = 3000
@@ -197,8 +198,8 @@ def busy_owner(bench: Bench, pair: list[Replica]) -> None:
 def interference(bench: Bench) -> None:
     """Time between tokens of 64 running decodes, on importer and owner, while imports run back to back on the importer.
 
-    Beside nothing, beside imports and beside the same requests as local hits, three rounds in turn, with fresh decodes: their
-    context grows with every token, and a step with it.
+    Beside nothing, beside imports and beside the same requests as local hits, three rounds of equal length in turn, each with
+    fresh decodes: their context grows with every token, and a step with it.
     """
     graphs = GRAPHS if bench.scale.devices[0] else {}
     small = {"num_gpu_blocks_override": bench.scale.importer_blocks}
@@ -211,6 +212,8 @@ def interference(bench: Bench) -> None:
         sustained: list[float] = []
         for turn in range(3):
             for beside in ("nothing", "imports", "local hits"):
+                for ids in prompts:
+                    a.ask(ids)  # the decodes of earlier rounds must not push the prefixes out of the owner
                 before, began = bench.counters(), time.perf_counter()
                 _beside(bench, (a, b), prompts, beside, turn, times)
                 after, took = bench.counters(), time.perf_counter() - began
@@ -241,10 +244,13 @@ def _beside(
         b.ask(prompts[0])
     for engine in pair:
         engine.record()
-    if beside == "nothing":
-        time.sleep(3.0)
-    for n in range(bench.scale.pulls if beside != "nothing" else 0):
-        b.ask(prompts[n % len(prompts) if beside == "imports" else 0])
+    until, n = time.monotonic() + ROUND_SECONDS, 0
+    while time.monotonic() < until:
+        if beside == "nothing":
+            time.sleep(0.01)
+        else:
+            b.ask(prompts[n % len(prompts) if beside == "imports" else 0])
+        n += 1
     for role, engine in (("owner", a), ("importer", b)):
         times.setdefault((role, beside), []).extend(engine.recorded())
 
@@ -257,25 +263,26 @@ def races(bench: Bench) -> None:
 
 
 def churned(bench: Bench) -> None:
-    """Imports into an engine from an engine whose cache is far too small, so that it reallocates blocks all the time."""
-    with bench.pair({"num_gpu_blocks_override": 520, "max_model_len": 4096}) as (a, b):
-        a.churn(2048, True)
-        prompts = [prompt(2048, 91 * n + 13) for n in range(12)]
+    """Imports into an engine from an engine whose cache is far too small, so that it reallocates blocks all the time.
+
+    The copies are slowed down, so that blocks are reallocated under some of them.
+    """
+    size = min(2048, bench.scale.churn)
+    tight = {"num_gpu_blocks_override": 520, "max_model_len": 4096}
+    with bench.pair(tight, {"programs": bench.scale.programs}) as (a, b):
+        prompts = [prompt(size, 91 * n + 13) for n in range(12)]
         wanted = [b.ask(ids, 1, logprobs=True, source="") for ids in prompts]
-        foreign = b.ask(prompt(2048, 4242), 1, logprobs=True, source="")
-        control = _distance(foreign.logprobs, wanted[0].logprobs)
+        control = _distance(wanted[1].logprobs, wanted[0].logprobs)
+        a.churn(size, True)
         rng = random.Random(3)
         before, worst, began = bench.counters(), 0.0, time.monotonic()
-        while bench.counters()["imports"] - before["imports"] < bench.scale.churned_imports and time.monotonic() - began < 150:
-            b.clear()
-            held = rng.randrange(len(prompts))
-            a.ask(prompts[held])
-            for n in rng.sample([n for n in range(len(prompts)) if n != held], 4):
-                a.begin(prompts[n])
-                answer = b.ask(prompts[held], 1, logprobs=True, source="replica-0")
-                worst = max(worst, _distance(answer.logprobs, wanted[held].logprobs))
-                a.end()
-                held = n
+        while bench.counters()["imports"] - before["imports"] < bench.scale.churned_imports and time.monotonic() - began < 120:
+            n = rng.randrange(len(prompts))
+            a.ask(prompts[n])
+            for _ in range(5):
+                b.clear()
+                answer = b.ask(prompts[n], 1, logprobs=True, source="replica-0")
+                worst = max(worst, _distance(answer.logprobs, wanted[n].logprobs))
         after = bench.counters()
         delta = {k: after[k] - before[k] for k in ("imports", "import_blocks", "check_failures", "fallbacks")}
         bench.row("churned", **delta, worst_logprob_distance=worst, distance_of_another_prompt=control)
@@ -301,12 +308,12 @@ def kills(bench: Bench) -> None:
     try:
         ids = prompt(scale.pull, 4711)
         cold = b.ask(ids, 8, logprobs=True, source="")
-        used = _used(scale.devices[0])
-        killed = landed = right = 0
+        used = killed = landed = right = 0
         for n in range(scale.kills):
             owner = waiting.pop(0).ready()
             owner.ask(ids)
             b.clear()
+            used = max(used, _used(scale.devices[0]))
             before = bench.counters()
             b.begin(ids, 8, logprobs=True, source=owner.name)
             time.sleep(0.06)
@@ -321,7 +328,7 @@ def kills(bench: Bench) -> None:
         time.sleep(2.0)
         left = _used(scale.devices[0])
         bench.row("kills", killed=killed, in_the_middle=landed, right_answers=right, importer_lives=b.process.is_alive(),
-                  gpu_mib_with_two_owners=used, gpu_mib_after=left)  # fmt: skip
+                  owners_gpu_mib=used, owners_gpu_mib_after=left)  # fmt: skip
     finally:
         b.stop()
         for owner in waiting:
@@ -339,8 +346,10 @@ def _owner(bench: Bench, model: Path, number: int, base: dict[str, Any]) -> Repl
 def _used(device: str) -> int:
     if not device:
         return 0
-    query = ["nvidia-smi", f"--id={device}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(query, capture_output=True, text=True, timeout=20).stdout)
+    program = "import torch; free, total = torch.cuda.mem_get_info(); print((total - free) >> 20)"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": device}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    return int(done.stdout)
 
 
 def with_pair(*parts: Callable[[Bench, list[Replica]], None]) -> Callable[[Bench], None]:
@@ -449,7 +458,7 @@ def dry_scale(folder: Path) -> Scale:
     model = write_model(folder, **small, num_key_value_heads=2, head_dim=32)
     arguments = {"max_model_len": 8192, "block_size": 32, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 80}
     return Scale(
-        model, ("", ""), (256, 600), (256, 600), 2, (300,), 512, 512, 6, 4, 800, 50, 24, 3, 0, arguments
+        model, ("", ""), (256, 600), (256, 600), 2, (300,), 512, 512, 4, 1600, 50, 24, 3, 0, arguments
     )  # fmt: skip
 
 
