@@ -63,8 +63,8 @@ def running_fleet(shared_memory_before) -> Iterator[Fleet]:
         fleet.start()
         fleet.wait_ready()
         yield fleet
-        status = fleet.stop()
-        assert status == 0, fleet.logs()
+        ended_before = fleet.process.poll() is not None  # test_the_end.py ends it
+        assert fleet.stop() == 0 or ended_before, fleet.logs()
         assert_no_trace(fleet, shared_memory_before)
     finally:
         fleet.stop()

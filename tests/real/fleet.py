@@ -25,7 +25,8 @@ START_SECONDS_MAX = 900.0  # the first start on a machine fetches and converts t
 RESTART_SECONDS_MAX = 180.0
 ANSWER_SECONDS_MAX = 180.0
 STOP_SECONDS_MAX = 60.0
-LOG_LINES_SHOWN = 60
+LOG_LINES_SHOWN = 30
+LOG_LINE_CHARS_SHOWN = 300
 MARK = "REAL_FLEET_MARK"  # in the environment of every process of a fleet; replicas get no PEERKV_* variables
 REPLICAS = ("replica-0", "replica-1")
 
@@ -153,7 +154,7 @@ class Fleet:
         parts = []
         for path in [self.home / "peerkv.log", *sorted(self.log_dir.glob("*.log"))]:
             text = path.read_text(errors="replace") if path.exists() else "(absent)"
-            lines = [line for line in text.splitlines() if "Route: /" not in line]
+            lines = [line[:LOG_LINE_CHARS_SHOWN] for line in text.splitlines() if "Route: /" not in line]
             parts.append(f"--- {path.name}, its last lines\n" + "\n".join(lines[-LOG_LINES_SHOWN:]))
         return "\n".join(parts)
 

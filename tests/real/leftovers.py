@@ -21,12 +21,12 @@ def marked_processes(name: str, value: str) -> list[int]:
 
 
 def shared_files() -> frozenset[Path]:
-    """Every file under /dev/shm."""
-    return frozenset(Path(folder) / name for folder, _, names in os.walk(SHM) for name in names)
+    """Every file in /dev/shm. Directories there are somebody's own; a fleet's table_dir is looked at by itself."""
+    return frozenset(path for path in SHM.iterdir() if not path.is_dir())
 
 
 def leaked_files(before: frozenset[Path]) -> list[str]:
-    """Files under /dev/shm that are not in `before` and that no living process has open or mapped."""
+    """Files in /dev/shm that are not in `before` and that no living process has open or mapped."""
     fresh = {str(path) for path in shared_files() - before}
     return sorted(fresh - _used_files(fresh)) if fresh else []
 
