@@ -60,6 +60,17 @@ def test_publishing_again_under_the_same_key_keeps_readers_valid(tmp_path):
         assert len(reader.longest_run(KEYS[1:2])) == 1
 
 
+def test_a_full_table_finds_every_block_it_holds(tmp_path):
+    blocks = 60_000
+    keys = chain_keys(ROOT, range(blocks * 4), 4)
+    with closing(writer(tmp_path, blocks=blocks)) as table, closing(TableReader(table.path)) as reader:
+        for start in range(0, blocks, 500):
+            table.publish(list(range(start, start + 500)), keys[start : start + 500])
+        assert len(reader.longest_run(keys)) == reader.cached_blocks() == blocks
+        table.publish(list(range(blocks)), keys[::-1])
+        assert len(reader.longest_run(keys)) == reader.cached_blocks() == blocks
+
+
 OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("publish"), st.lists(st.tuples(st.integers(0, 31), st.integers(0, 31)), max_size=8)),
