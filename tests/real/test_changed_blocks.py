@@ -13,11 +13,11 @@ from contextlib import closing
 
 from tests.real.owner import OwnMemory, held, keys_of, table_like
 
-LENGTH = 400
+LENGTH = 1500  # long enough that the copy takes longer than a thread needs to wake up
 WHOLE = (LENGTH - 1) // 32 * 32
 NAME = "replica-y"
 ATTEMPTS_MAX = 30
-CAUGHT_MIN = 3
+CAUGHT_MIN = 2
 
 
 @contextlib.contextmanager
@@ -39,6 +39,19 @@ def ask(fleet, ids, salt):
         hint = {"peerkv": {"source": NAME}}
         answer = fleet.direct("replica-1", ids, cache_salt=salt, kv_transfer_params=hint)
     return answer, counted
+
+
+@contextlib.contextmanager
+def one_core_for(fleet, replica: str) -> Iterator[None]:
+    """Keep the importer's engine on one core, so that the changing thread finds the other one free."""
+    with closing(fleet.table(replica)) as table:
+        pid = table.description.pid
+    cores = os.sched_getaffinity(pid)
+    os.sched_setaffinity(pid, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(pid, cores)
 
 
 def withdraw_when_opened(table, memory, watch: int, stop: int) -> None:
@@ -74,7 +87,8 @@ def test_blocks_that_change_under_the_copy_are_computed_instead(fleet, words, sa
             thread = threading.Thread(target=withdraw_when_opened, args=(table, memory, watch, stop))
             thread.start()
             try:
-                answer, counted = ask(fleet, ids, salt)
+                with one_core_for(fleet, "replica-1"):
+                    answer, counted = ask(fleet, ids, salt)
             finally:
                 os.close(tell)
                 thread.join()

@@ -144,7 +144,8 @@ def test_imports_from_a_replica_that_is_killed_meanwhile_end_right(fleet, words)
         os.close(watch)
     assert all(answer.close_to(right) for answer, right in zip(answers, wanted, strict=True))
     assert counted.prompt == len(prompts) * LENGTH
-    assert counted.computed > len(prompts) * (LENGTH - WHOLE)  # at least one import fell short
+    assert counted.peer + counted.computed == counted.prompt
+    assert counted.counts["imports"] > 0  # one at least had begun; the next test dies in the middle of it for certain
     until(lambda: fleet.restarted("replica-0", former), RESTART_SECONDS_MAX, "replica-0 is started anew")
 
 

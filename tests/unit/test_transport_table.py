@@ -136,11 +136,13 @@ def test_a_killed_owner_is_dead_at_once_though_its_file_stays_and_is_swept(tmp_p
         os.write(told, b"x")
         signal.pause()
         os._exit(int(held is None))
-    assert os.read(ready, 1) == b"x"
-    directory = TableDirectory(tmp_path)
-    assert list(directory.tables()) == ["replica-0"]
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        assert os.read(ready, 1) == b"x"
+        directory = TableDirectory(tmp_path)
+        assert list(directory.tables()) == ["replica-0"]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     assert not directory.tables()
     assert sweep(tmp_path, now=0.0) == 1
     assert os.listdir(tmp_path) == []
