@@ -8,7 +8,6 @@ No exception leaves a method of this class: vLLM would end the engine. A fault i
 offering nothing any more.
 """
 
-import contextlib
 import ctypes
 import logging
 import multiprocessing
@@ -211,9 +210,16 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             level = logging.WARNING if isinstance(error, TransportError) else logging.ERROR
             _logger.log(level, "could not %s: %s; this replica exchanges no more blocks", what, error, exc_info=True)
             if self._scheduler is not None:
-                with contextlib.suppress(Exception):
-                    self._scheduler.withdraw()
+                self._withdraw(self._scheduler)
             return otherwise
+
+    def _withdraw(self, half: SchedulerHalf) -> None:
+        """Withdraw what we offer; if even that fails, end the table's epoch: to its readers the owner is dead then."""
+        try:
+            half.withdraw()
+        except Exception as error:  # one that left here would end the engine
+            _logger.error("could not withdraw the block table: %s; it ends", error)
+            half.table.end()
 
 
 def _refusal(vllm_config: Any, groups: Iterable[Any]) -> str:

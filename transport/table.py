@@ -161,7 +161,15 @@ class TableWriter:
         """Withdraw everything, remove the file and end the epoch. Idempotent; nothing happens in a forked child."""
         if self._lock < 0:
             return
-        self.clear()
+        try:
+            self.clear()
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Remove the file and end the epoch, whatever the table says. Idempotent."""
+        if self._lock < 0:
+            return
         with contextlib.suppress(FileNotFoundError):
             if os.stat(self.path).st_ino == os.fstat(self._lock).st_ino:
                 os.unlink(self.path)

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -255,10 +256,14 @@ def _beside(
         times.setdefault((role, beside), []).extend(engine.recorded())
 
 
+def races_dir(bench: Bench) -> Path:
+    return bench.tables.with_name(bench.tables.name + "-races")
+
+
 def races(bench: Bench) -> None:
     """Imports from an owner that rewrites its blocks all the time, every accepted block checked byte by byte."""
     devices = ("cuda:0", "cuda:1") if bench.scale.devices[0] else ("cpu", "cpu")
-    outcome = race(devices, bench.tables.with_name(bench.tables.name + "-races"), bench.scale.race_imports, 90)
+    outcome = race(devices, races_dir(bench), bench.scale.race_imports, 90)
     bench.row("races", **vars(outcome))
 
 
@@ -484,6 +489,8 @@ def main() -> None:
         print(f"  [{name}: {time.monotonic() - began:.0f} s]", flush=True)
         if given.json:
             given.json.write_text(json.dumps(bench.rows, indent=1))
+    shutil.rmtree(bench.tables, ignore_errors=True)
+    shutil.rmtree(races_dir(bench), ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -148,7 +149,10 @@ def main() -> None:
     parser.add_argument("--devices", nargs=2, default=["cuda:0", "cuda:1"])
     given = parser.parse_args()
     path = Path(f"/dev/shm/peerkv-races-{os.getpid()}")
-    print(race(tuple(given.devices), path, given.imports, given.seconds))
+    try:
+        print(race(tuple(given.devices), path, given.imports, given.seconds))
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,16 @@ def test_a_fault_in_the_workers_half_stays_inside_and_fails_its_imports(call, an
     assert call(shell) == answer
 
 
+def test_a_table_that_can_not_even_be_withdrawn_ends():
+    shell = connector(KVConnectorRole.SCHEDULER)
+    ended = []
+    shell._scheduler = SimpleNamespace(
+        match=lambda *_: 1 // 0, withdraw=lambda: 1 // 0, table=SimpleNamespace(end=lambda: ended.append(True))
+    )
+    assert shell.get_num_new_matched_tokens(REQUEST, 0) == (0, False)
+    assert ended == [True]
+
+
 def test_without_a_table_nothing_is_matched_and_steps_go_on():
     shell = connector(KVConnectorRole.SCHEDULER)
     assert shell.get_num_new_matched_tokens(REQUEST, 0) == (0, False)

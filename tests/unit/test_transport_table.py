@@ -128,6 +128,15 @@ def test_an_owner_that_closes_is_dead_to_its_readers_and_leaves_no_file(tmp_path
     assert os.listdir(tmp_path) == []
 
 
+def test_a_table_that_ends_is_dead_to_its_readers_whatever_it_says(tmp_path):
+    table = writer(tmp_path)
+    table.publish([1], KEYS[:1])
+    reader = TableReader(table.path)
+    table.end()
+    assert not reader.alive()
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_killed_owner_is_dead_at_once_though_its_file_stays_and_is_swept(tmp_path):
     ready, told = os.pipe()
     child = os.fork()
