@@ -217,7 +217,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Withdraw what we offer; if even that fails, end the table's epoch: to its readers the owner is dead then."""
         try:
             half.withdraw()
-        except Exception as error:  # one that left here would end the engine
+        except Exception as error:  # noqa: BLE001 - one that left here would end the engine
             _logger.error("could not withdraw the block table: %s; it ends", error)
             half.table.end()
 
