@@ -46,10 +46,13 @@ FROM ${VLLM_IMAGE} AS gpu
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin peerkv \
     && install -d -o peerkv -g peerkv -m 0700 /run/peerkv /var/log/peerkv /models
 ENV PYTHONUNBUFFERED=1 XDG_CACHE_HOME=/models TRITON_CACHE_DIR=/models/triton
-# The image holds most of peerkv's dependencies; pip adds the few that are missing and leaves vLLM as it is.
+# The image holds most of what peerkv and its gpu extra need; pip adds what is missing and leaves vLLM as it is. cuda.bindings
+# is what the transport opens peers' memory with; importing it needs no GPU.
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir /wheels/*.whl \
-    && python3 -c "import importlib.metadata as m; assert m.version('vllm').startswith('0.26')"
+    wheel="$(echo /wheels/peerkv-*.whl)" \
+    && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir "${wheel}[gpu]" \
+    && python3 -c "import importlib.metadata as m; assert m.version('vllm').startswith('0.26')" \
+    && python3 -c "from cuda.bindings import driver, runtime; import msgspec, tokenizers, triton, xxhash"
 COPY docker/healthcheck.py /opt/peerkv/healthcheck.py
 USER 10001:10001
 WORKDIR /home/peerkv

@@ -18,8 +18,9 @@ import pytest
 import yaml
 
 from engine.fleet import FleetSnapshot, Replica, ReplicaState, write_fleet
+from engine.host import SHUTDOWN_SECONDS_MAX
 from gateway.cli import build_parser
-from gateway.settings import Settings
+from gateway.settings import Settings, load
 
 REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "docker"
@@ -91,9 +92,51 @@ def test_each_command_is_one_that_peerkv_knows(name: str) -> None:
             assert variable.removeprefix("PEERKV_").lower() in Settings.model_fields
 
 
+def settings_of_the_readme() -> set[str]:
+    """The names in the first column of README's settings table, as `Settings` has them."""
+    table = (REPOSITORY / "README.md").read_text().split("## Settings", 1)[1].split("\n## ", 1)[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    words = {word for cell in cells for word in re.findall(r"`([^`]+)`", cell)}
+    names = {word.removeprefix("--").removeprefix("PEERKV_").replace("-", "_").lower() for word in words}
+    assert {"model", "replicas", "tenants", "drain_seconds"} <= names <= Settings.model_fields.keys()
+    return names
+
+
+def test_every_setting_that_the_readme_names_reaches_the_containers() -> None:
+    passed = settings_of_the_readme() - {"host", "port"} | {"vllm_args", "log_level"}  # where it listens is compose's own
+    secrets = {"admin_key", "tenants"}
+    for service, names in (("gateway", passed), ("engine-cpu", passed - secrets), ("engine-gpu", passed - secrets)):
+        for name in names:
+            variable = f"PEERKV_{name.upper()}"
+            assert environment(service)[variable] == f"${{{variable}:-}}"
+
+
+def test_an_empty_variable_means_that_it_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in environment("gateway").items():
+        monkeypatch.setenv(variable, "" if str(value).startswith("$") else str(value))
+    fixed = {"run_dir", "table_dir"}
+    assert load().model_dump(exclude=fixed) == Settings.model_construct().model_dump(exclude=fixed)
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_stop_waits_for_the_drain_and_the_end_of_the_replicas(name: str) -> None:
+    found = re.fullmatch(r"\$\{STOP_GRACE_PERIOD:-(\d+)s\}", SERVICES[name]["stop_grace_period"])
+    assert found
+    settings = Settings()
+    assert int(found[1]) > settings.drain_seconds + settings.terminate_seconds + SHUTDOWN_SECONDS_MAX
+
+
+def test_the_gpu_image_has_the_extra_and_checks_what_the_transport_imports() -> None:
+    (stage,) = [part for part in stages((DOCKER / "engine.Dockerfile").read_text()) if " AS gpu\n" in part]
+    assert '"${wheel}[gpu]"' in stage
+    (imported,) = re.findall(r"(?m)^from cuda\.bindings import (.+)$", (REPOSITORY / "transport/cuda_ipc.py").read_text())
+    assert f"from cuda.bindings import {imported}" in stage
+
+
 def test_no_secret_is_written_into_the_files() -> None:
-    assert environment("gateway")["PEERKV_ADMIN_KEY"] is None
-    assert "PEERKV_ADMIN_KEY" not in environment("engine-cpu")
+    for variable in ("PEERKV_ADMIN_KEY", "PEERKV_TENANTS"):
+        assert environment("gateway")[variable] == f"${{{variable}:-}}"
+        assert not any(variable in environment(engine) for engine in ("engine-cpu", "engine-gpu"))
     for file in DOCKERFILES:
         assert "KEY=" not in (DOCKER / file).read_text()
 
