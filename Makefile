@@ -1,10 +1,10 @@
 # Two commands do everything: `make serve` runs peerkv, `make test` passes its tests. Both install what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test bench lint clean
+.PHONY: help install serve test bench bench-gpu lint clean
 BIN := .venv/bin
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## make .venv and install (TARGET=cpu|gpu, PYTHON=…; quick when nothing changed)
 	@PYTHON='$(PYTHON)' TARGET='$(TARGET)' ./install.sh
@@ -12,12 +12,15 @@ install: ## make .venv and install (TARGET=cpu|gpu, PYTHON=…; quick when nothi
 serve: install ## start the replicas and the gateway (MODEL=…, ARGS='--replicas 2 --port 8000')
 	@$(BIN)/peerkv serve $(MODEL) $(ARGS)
 
-test: install ## run every test, real vLLM replicas included (ARGS='-k steering' to choose)
+test: install ## run every test, real vLLM replicas included, GPU tests where two GPUs are (ARGS='-k steering' to choose)
 	@command -v curl >/dev/null || { echo 'the tests use curl: apt-get install curl' >&2; exit 1; }
-	@$(BIN)/python -m pytest tests/unit tests/real $(ARGS)
+	@$(BIN)/python -m pytest tests/unit tests/gpu tests/real $(ARGS)
 
 bench: install ## measure time to first token cold, by import and by local hit
 	@$(BIN)/python -m tests.real.bench $(ARGS)
+
+bench-gpu: install ## measure imports between two GPUs (needs TARGET=gpu and two GPUs that can reach each other)
+	@$(BIN)/python -m tests.gpu.bench $(ARGS)
 
 lint: install ## format check, lint, types, import rules
 	@$(BIN)/ruff format --check .

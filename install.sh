@@ -103,7 +103,7 @@ readonly PIP_INSTALL=("$VENV/bin/python" -m pip install --disable-pip-version-ch
 install_cpu() {
     local version=${TORCH_CPU#torch==}
     if [ "$(installed torch)" != "$version" ]; then
-        # The configured index first (it may hold this very build, as an offline mirror does), then PyTorch's own.
+        # The configured index first (a mirror may hold this very build), then PyTorch's own.
         watched "PyTorch for the CPU" "${PIP_INSTALL[@]}" "$TORCH_CPU" \
             || watched "PyTorch for the CPU, from its own index" "${PIP_INSTALL[@]}" --index-url "$TORCH_CPU_INDEX" "$TORCH_CPU" \
             || explain "installing $TORCH_CPU"
