@@ -36,7 +36,7 @@ from engine.control import (
     encode_line,
 )
 from engine.directories import remove_claimed
-from engine.logs import rotate
+from engine.logs import LogBounds, rotate
 
 log = logging.getLogger("peerkv.host")
 
@@ -63,6 +63,7 @@ class Host:
         self._preloaded = preloaded
         self._running: dict[str, Running] = {}
         self._sweeps: list[tuple[float, int]] = []  # (when, session) to kill without further grace
+        self._log_bounds = LogBounds()
         self._buffer = b""
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
@@ -70,12 +71,12 @@ class Host:
     def serve(self) -> bool:
         """Carry out commands until the end: True when told to quit or the supervisor is gone, False on a signal."""
         while True:
-            timeout = max(0.0, self._sweeps[0][0] - time.monotonic()) if self._sweeps else None
-            readable, _, _ = select.select([self._control, self._wake_read], [], [], timeout)
+            readable, _, _ = select.select([self._control, self._wake_read], [], [], self._pause())
             if self._wake_read in readable and not self._drain_wakeups():
                 return False
             self._reap()
             self._sweep()
+            self._log_bounds.keep((r.spawn.log, r.spawn.log_bytes_max) for r in self._running.values())
             if self._control in readable and not self._read_commands():
                 return True
 
@@ -220,6 +221,11 @@ class Host:
     def _sweep(self) -> None:
         while self._sweeps and self._sweeps[0][0] <= time.monotonic():
             _kill_session(self._sweeps.pop(0)[1], spare_tracker=False)
+
+    def _pause(self) -> float | None:
+        """Seconds until something is due, None when nothing is."""
+        due = [when for when, _ in self._sweeps[:1]] + [self._log_bounds.due] * bool(self._running)
+        return max(0.0, min(due) - time.monotonic()) if due else None
 
 
 def _kill_session(session: int, *, spare_tracker: bool) -> None:

@@ -67,7 +67,7 @@ class EngineSettings:
     start_failures_max: int = 3  # in a row without getting ready: give up on the replica
     terminate_seconds: float = 10.0  # from SIGTERM to SIGKILL
     claim_seconds_max: float = 15.0  # wait for a former peerkv to let go of the directories
-    log_bytes_max: int = 16 << 20  # a longer log is rotated when the replica starts
+    log_bytes_max: int = 16 << 20  # a longer log is rotated, while its replica runs too
 
     @property
     def preloads(self) -> bool:

@@ -1,11 +1,19 @@
 """The logs of replicas: kept bounded, and read back to say why one ended."""
 
+import logging
+import os
 import re
+import shutil
 import signal
+import time
+from collections.abc import Iterable
 from pathlib import Path
+
+log = logging.getLogger("peerkv.logs")
 
 LOG_READ_BYTES = 65536
 LOG_TAIL_LINES = 12
+LOG_CHECK_SECONDS = 2.0  # between two looks at the sizes of logs that grow
 
 _ERROR = re.compile(r"\b([A-Za-z_][\w.]*(?:Error|Exception|Refused)): (\S.*)")
 _CONSEQUENCE = re.compile(r"Engine core initialization failed|Failed core proc|EngineDeadError")
@@ -15,6 +23,35 @@ def rotate(path: Path, bytes_max: int) -> None:
     """Move a log of more than `bytes_max` bytes to <log>.1, over the one there."""
     if log_size(path) > bytes_max:
         path.replace(f"{path}.1")
+
+
+def rotate_open(path: Path, bytes_max: int) -> None:
+    """As `rotate`, for a log that a process appends to: its bytes go to <log>.1, and the same file begins anew.
+
+    Lines written between copy and cut are lost. Raises OSError.
+    """
+    if log_size(path) > bytes_max:
+        shutil.copyfile(path, f"{path}.1")
+        os.truncate(path, 0)
+
+
+class LogBounds:
+    """Keeps logs that processes append to within their bounds and what is written in LOG_CHECK_SECONDS."""
+
+    def __init__(self) -> None:
+        self.due = 0.0  # of the monotonic clock: when `keep` looks again
+
+    def keep(self, logs: Iterable[tuple[str, int]]) -> None:
+        """Rotate those of `logs`, each a path and its bound in bytes, that are too long; not more often than due."""
+        now = time.monotonic()
+        if now < self.due:
+            return
+        self.due = now + LOG_CHECK_SECONDS
+        for path, bytes_max in logs:
+            try:
+                rotate_open(Path(path), bytes_max)
+            except OSError as error:
+                log.error("%s can not be rotated: %s", path, error.strerror)
 
 
 def log_size(path: Path) -> int:

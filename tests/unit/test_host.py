@@ -228,6 +228,24 @@ def test_a_long_log_is_rotated_when_the_replica_starts(host: RunningHost) -> Non
     assert (host.home / "r.log.1").read_text().startswith("old")
 
 
+def test_a_log_is_kept_bounded_while_the_replica_runs(host: RunningHost) -> None:
+    log, old = host.home / "r.log", host.home / "r.log.1"
+    (host.home / "long").write_text("before\n" * 100)
+    host.spawn("cat long; until [ -e go ]; do sleep 0.01; done; echo after; exec sleep 600", log_bytes_max=200)
+    until(lambda: old.exists() and log.stat().st_size == 0)
+    assert old.read_text() == "before\n" * 100
+    (host.home / "go").touch()
+    until(lambda: log.read_text() == "after\n")
+
+
+def test_a_log_that_can_not_be_rotated_does_not_end_the_host(host: RunningHost) -> None:
+    (host.home / "r.log.1").mkdir()
+    pid = host.spawn("echo a line that is longer than the bound; until [ -e go ]; do sleep 0.01; done; exit 4", log_bytes_max=8)
+    until(lambda: "can not be rotated" in (host.home / "host.log").read_text())
+    (host.home / "go").touch()
+    assert host.next() == Exited("r", pid, 4)
+
+
 def test_a_process_knows_its_children_and_its_session() -> None:
     child = subprocess.Popen(["sleep", "600"], start_new_session=True)
     try:
