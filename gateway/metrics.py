@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gateway.stats import KvStats, ReplicaStats
+from gateway.stats import KvStats, ParityStats, ReplicaStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -94,6 +94,9 @@ def _gateway_metrics(stats: KvStats) -> Iterator[Metric]:
                 yield CounterMetricFamily(prefix + field, about.description or field, value=getattr(counts, field))
     yield GaugeMetricFamily("peerkv_gateway_in_flight_requests", "Requests being served.", value=stats.gateway.in_flight)
     yield GaugeMetricFamily("peerkv_gateway_uptime_seconds", "Age of the gateway.", value=stats.gateway.uptime_seconds)
+    for count in ("checks", "failures", "differences_found"):
+        text = f"Token ids compared with an engine's: {ParityStats.model_fields[count].description}."
+        yield CounterMetricFamily(f"peerkv_parity_{count}", text, value=getattr(stats.parity, count))
     exact = GaugeMetricFamily("peerkv_parity_exact", "1 if our token ids are the engine's.", labels=("kind",))
     differences = GaugeMetricFamily("peerkv_parity_differences", "Canaries whose ids are not the engine's.", labels=("kind",))
     for kind, verdict in (("completions", stats.parity.completions), ("chat", stats.parity.chat)):

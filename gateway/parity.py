@@ -55,6 +55,15 @@ class ParityVerdict:
         return len(self.completions.differences) + len(self.chat.differences)
 
 
+@dataclass(slots=True)
+class ParityCounts:
+    """Comparisons since the start: all of them, those that the engine did not answer, and canaries that differed."""
+
+    checks: int = 0
+    failures: int = 0
+    differences: int = 0
+
+
 class ParityCheckFailed(Exception):
     """The engine could not be asked: ask another, or later."""
 

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 
-from engine.fleet import FleetSnapshot, FleetView, Replica
-from gateway.parity import ParityCheckFailed, check_parity
+from engine.fleet import FleetSnapshot, FleetView
+from gateway.parity import ParityCheckFailed, ParityVerdict, check_parity
 from gateway.planner import Planner
 from gateway.tokens import TokenService
 
@@ -15,42 +15,53 @@ RETRY_SECONDS = 5.0
 
 
 class ParityWatch:
-    """Run it as a task. Until its first verdict completions go as text, so nothing waits for it."""
+    """Run it as a task. Without a verdict completions go as text, so nothing waits for it."""
 
-    def __init__(self, fleet: FleetView, planner: Planner, tokens: TokenService, *, poll_seconds: float = POLL_SECONDS) -> None:
+    def __init__(
+        self,
+        fleet: FleetView,
+        planner: Planner,
+        tokens: TokenService,
+        *,
+        poll_seconds: float = POLL_SECONDS,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> None:
         self._fleet = fleet
         self._planner = planner
         self._tokens = tokens
         self._poll_seconds = poll_seconds
+        self._retry_seconds = retry_seconds
         self._checked: tuple[str, int | None] | None = None
-        self.checks = 0
-        self.failures = 0
 
     async def run(self) -> None:
-        """Watch until cancelled."""
+        """Watch until cancelled. Raises FleetError when the fleet can not be read."""
         while True:
             pause = self._poll_seconds
             snapshot = self._fleet.snapshot()
-            replica = self._unchecked(snapshot)
-            if replica is not None and not await self._check(snapshot, replica):
-                pause = max(RETRY_SECONDS, pause)
+            self._forget_what_is_gone(snapshot)
+            if self._checked is None and snapshot.ready() and not await self._check(snapshot):
+                pause = self._retry_seconds
             await asyncio.sleep(pause)
 
-    def _unchecked(self, snapshot: FleetSnapshot) -> Replica | None:
-        """Return the replica to ask, None while the one that was asked last is still the same process."""
-        ready = snapshot.ready()
-        if not ready or self._checked in [(replica.name, replica.pid) for replica in snapshot.replicas]:
-            return None
-        return ready[0]
+    def _forget_what_is_gone(self, snapshot: FleetSnapshot) -> None:
+        """Drop the verdict when the replica that was asked is another process now, or none."""
+        if self._checked is not None and self._checked not in [(r.name, r.pid) for r in snapshot.replicas]:
+            _logger.info("%s was replaced: token ids are compared anew", self._checked[0])
+            self._checked = None
+            self._planner.parity = ParityVerdict()
 
-    async def _check(self, snapshot: FleetSnapshot, replica: Replica) -> bool:
-        self.checks += 1
+    async def _check(self, snapshot: FleetSnapshot) -> bool:
+        replica = snapshot.ready()[0]
+        counts = self._planner.parity_counts
+        counts.checks += 1
         model = snapshot.served_model_name or snapshot.model
         try:
-            self._planner.parity = await check_parity(self._tokens, replica.name, replica.socket, model)
+            verdict = await check_parity(self._tokens, replica.name, replica.socket, model)
         except ParityCheckFailed as error:
-            self.failures += 1
+            counts.failures += 1
             _logger.warning("token ids were not compared with %s: %s", replica.name, error)
             return False
+        counts.differences += verdict.differences
+        self._planner.parity = verdict
         self._checked = (replica.name, replica.pid)
         return True

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from engine.fleet import FleetView, Replica, ReplicaState
 from gateway.body import Endpoint
 from gateway.errors import NoReplicaReady, PromptTooLong, ReplicaNotReady, UnknownReplica
-from gateway.parity import Parity, ParityVerdict
+from gateway.parity import Parity, ParityCounts, ParityVerdict
 from gateway.prefixes import PrefixCounts
 from gateway.prompts import depends_on_text, ids_are_the_prompt, reads_no_cache, split_prompts
 from gateway.registry import LookUp, Registry
@@ -120,6 +120,7 @@ class Planner:
         self._in_flight: Counter[str] = Counter()
         self._turns = itertools.count()
         self.parity = ParityVerdict()
+        self.parity_counts = ParityCounts()
         self.counts = SteeringCounts()
         self.prefixes = PrefixCounts(settings.prefixes_tracked_max)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from engine.logs import log_lines
 from engine.supervisor import Supervisor
 from gateway.banner import banner, say
 from gateway.default_model import with_model
+from gateway.parity_watch import ParityWatch
 from gateway.server import DoorServer, bind, build_server
 from gateway.settings import Settings, engine_settings
 from gateway.starting import StartingDoor, Switch
@@ -28,6 +30,8 @@ SETTLE_SECONDS_MAX = 20.0  # from the first ready replica to the banner, while o
 HEARTBEAT_SECONDS = 15.0
 WATCH_SECONDS = 0.2
 LOG_LINE_SHOWN = 120
+
+_logger = logging.getLogger(__name__)
 
 
 async def serve(settings: Settings) -> None:
@@ -57,9 +61,9 @@ async def gateway(settings: Settings) -> None:
         found = await _wait_for(fleet, settings.startup_seconds_max)
         table_dir = Path(found.table_dir)
         await _open(stack, settings, fleet, server, switch, model=found.model, table_dir=table_dir)
-        await _until(lambda: bool(fleet.snapshot().ready()))
+        await _until(lambda: bool(_same(found, fleet.snapshot()).ready()))
         print(banner(settings, fleet.snapshot(), None), flush=True)
-        await asyncio.Event().wait()
+        await _until(lambda: not _same(found, fleet.snapshot()))  # never: it goes on until _same raises
 
 
 async def engine(settings: Settings) -> None:
@@ -112,7 +116,8 @@ async def _open(
     """Wire the front door and serve it from now on; at the stack's end it is drained."""
     door = build_door(settings, fleet, model=model, table_dir=table_dir)
     stack.push_async_callback(_drain, door, server, settings.drain_seconds)
-    parity = asyncio.create_task(door.check_parity())
+    parity = asyncio.create_task(ParityWatch(fleet, door.planner, door.tokens).run())
+    parity.add_done_callback(_tell_of_defect)
     stack.push_async_callback(_end, parity)
     switch.app = door.app
 
@@ -123,6 +128,12 @@ async def _drain(door: Door, server: DoorServer, seconds: float) -> None:
         say(f"{door.relay.in_flight} requests may take {seconds:g} s to finish")
     await door.relay.drain(seconds)
     await door.close()
+
+
+def _tell_of_defect(task: asyncio.Task[None]) -> None:
+    """A task that goes on for ever ended by itself."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _logger.error("token ids are no longer compared with an engine's", exc_info=error)
 
 
 async def _end(task: asyncio.Task[None]) -> None:
@@ -151,6 +162,17 @@ async def _wait_for(fleet: FileFleet, seconds: float) -> FleetSnapshot:
     except TimeoutError:
         raise FleetError(f"no replicas came up in {seconds:g} s: is `peerkv engine` running with this run_dir?") from None
     return fleet.snapshot()
+
+
+def _same(found: FleetSnapshot, now: FleetSnapshot) -> FleetSnapshot:
+    """`now`, of the fleet that the front door was wired for. Raises FleetError when it is of another one.
+
+    The tokenizer and the block tables belong to a model and a table_dir: with others the front door starts anew.
+    """
+    for what, before, after in (("model", found.model, now.model), ("table_dir", found.table_dir, now.table_dir)):
+        if before != after:
+            raise FleetError(f"the replicas now have the {what} {after}, and had {before}: start the gateway anew")
+    return now
 
 
 async def _until(holds: Callable[[], bool]) -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from engine.fleet import FleetView, Replica, ReplicaState
 from gateway import __version__
 from gateway.counters import CounterLedger
-from gateway.parity import KindVerdict, ParityVerdict
+from gateway.parity import KindVerdict, ParityCounts, ParityVerdict
 from gateway.planner import Planner
 from gateway.registry import obstacles
 from gateway.tables import Table
@@ -89,9 +89,12 @@ class KindParity(BaseModel):
 
 
 class ParityStats(BaseModel):
-    """The outcome of the last comparison with an engine."""
+    """The outcome of the last comparison with an engine, and counts of all comparisons since the gateway's start."""
 
-    replica: str = Field(description="the replica that was asked")
+    replica: str = Field(description="the replica that was asked; empty while there is no verdict")
+    checks: int = Field(0, description="comparisons begun")
+    failures: int = Field(0, description="of these, comparisons that the engine did not answer")
+    differences_found: int = Field(0, description="canaries whose ids differed, over all comparisons")
     completions: KindParity
     chat: KindParity
 
@@ -178,7 +181,7 @@ class StatsView:
             gateway=self._gateway(),
             steering=SteeringStats(**asdict(self._planner.counts)),
             tokenizer=TokenizerStats(**asdict(self._tokens.state)),
-            parity=_parity_stats(self._planner.parity),
+            parity=_parity_stats(self._planner.parity, self._planner.parity_counts),
             totals=_totals(replicas, ledger),
             replicas=replicas,
         )
@@ -247,8 +250,15 @@ def _totals(replicas: list[ReplicaStats], ledger: CounterLedger) -> Totals:
     )
 
 
-def _parity_stats(verdict: ParityVerdict) -> ParityStats:
-    return ParityStats(replica=verdict.replica, completions=_kind(verdict.completions), chat=_kind(verdict.chat))
+def _parity_stats(verdict: ParityVerdict, counts: ParityCounts) -> ParityStats:
+    return ParityStats(
+        replica=verdict.replica,
+        checks=counts.checks,
+        failures=counts.failures,
+        differences_found=counts.differences,
+        completions=_kind(verdict.completions),
+        chat=_kind(verdict.chat),
+    )
 
 
 def _kind(verdict: KindVerdict) -> KindParity:

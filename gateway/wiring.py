@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +10,6 @@ from gateway.access import AdminAccess
 from gateway.app import build_app
 from gateway.frontdoor import FrontDoor
 from gateway.model_files import source_from_arguments
-from gateway.parity import ParityCheckFailed, check_parity
 from gateway.planner import Plan, Planner
 from gateway.relay import Relay
 from gateway.served_models import ModelsCache
@@ -22,10 +19,6 @@ from gateway.tenants import Tenants
 from gateway.tokens import TokenService
 from gateway.upstream import Upstream
 from transport.directory import TableDirectory
-
-_logger = logging.getLogger(__name__)
-
-PARITY_RETRY_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +32,6 @@ class Door:
     planner: Planner
     tokens: TokenService
     tables: TableDirectory
-    fleet: FleetView
-
-    async def check_parity(self) -> None:
-        """Compare token ids with the first replica that is ready, once; until then prompts go as text."""
-        while True:
-            ready = self.fleet.snapshot().ready()
-            if ready:
-                name = self.fleet.snapshot().served_model_name
-                try:
-                    self.planner.parity = await check_parity(self.tokens, ready[0].name, ready[0].socket, name)
-                    return
-                except ParityCheckFailed as error:
-                    _logger.warning("token ids were not compared with %s: %s", ready[0].name, error)
-            await asyncio.sleep(PARITY_RETRY_SECONDS if ready else 0.1)
 
     async def close(self) -> None:
         """Close connections and tables."""
@@ -89,4 +68,4 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
         draining=lambda: relay.draining,
     )
     app = FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin)
-    return Door(app, relay, models, upstream, planner, tokens, tables, fleet)
+    return Door(app, relay, models, upstream, planner, tokens, tables)

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.metrics import Metrics
+from gateway.parity import ParityCounts
 from tests.unit.replica_tables import replica_tables
 from tests.unit.test_stats import Scene
 
@@ -72,7 +73,9 @@ def test_counters_do_not_fall_when_a_replica_restarts(scene: Scene) -> None:
 def test_the_gateways_counts_and_parity_are_metrics_too(scene: Scene) -> None:
     metrics = Metrics()
     metrics.attach(scene.view.snapshot)
+    scene.planner.parity_counts = ParityCounts(checks=3, failures=1, differences=2)
     found = samples(metrics)
+    assert [found[f"peerkv_parity_{name}_total", ()] for name in ("checks", "failures", "differences_found")] == [3, 1, 2]
     assert found["peerkv_gateway_requests_total", ()] == 7
     assert found["peerkv_gateway_in_flight_requests", ()] == 2
     assert found["peerkv_steering_planned_total", ()] == 0

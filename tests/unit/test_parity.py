@@ -11,7 +11,7 @@ from aiohttp import web
 
 from engine.fleet import ReplicaState
 from gateway.model_files import TokenizerSource
-from gateway.parity import CHATS, COMPLETIONS, Parity, ParityCheckFailed, check_parity, compare
+from gateway.parity import CHATS, COMPLETIONS, Parity, ParityCheckFailed, ParityCounts, check_parity, compare
 from gateway.parity_watch import ParityWatch
 from gateway.planner import Planner
 from gateway.tokens import NoTokenIds, TokenService
@@ -156,17 +156,37 @@ async def test_the_watch_asks_once_and_again_when_that_replica_was_replaced(tmp_
     fleet.set("a", ReplicaState.STARTING)
     fleet.set("b", ReplicaState.STARTING)
     planner = Planner(fleet, TableDirectory(tmp_path), tokens, Bounds())
-    watch = ParityWatch(fleet, planner, tokens, poll_seconds=0.001)
+    watch = ParityWatch(fleet, planner, tokens, poll_seconds=0.001, retry_seconds=0.001)
     async with listening(engine, tmp_path / "s") as socket:
         task = asyncio.create_task(watch.run())
         try:
             assert planner.parity.completions.parity is Parity.UNKNOWN
             fleet.set("b", ReplicaState.READY, socket=socket)
             await until(lambda: planner.parity.replica == "b")
-            fleet.set("a", ReplicaState.READY, socket=socket)
             fleet.set("b", ReplicaState.STARTING, pid=999)
+            await until(lambda: planner.parity.completions.parity is Parity.UNKNOWN)
+            fleet.set("a", ReplicaState.READY, socket=socket)
             await until(lambda: planner.parity.replica == "a")
         finally:
             task.cancel()
-    assert (watch.checks, watch.failures) == (2, 0)
+    assert planner.parity_counts == ParityCounts(checks=2, failures=0, differences=0)
     assert planner.parity.chat.parity is Parity.EXACT
+
+
+async def test_the_watch_counts_failures_and_differences_and_tries_again(tmp_path: Path) -> None:
+    engine = Engine(make_model(tmp_path / "m"))
+    engine.status = 503
+    engine.change = lambda request, ids: [*ids, 5] if request.get("prompt") == COMPLETIONS["emoji"] else ids
+    tokens, fleet = ours(tmp_path / "m"), StandingFleet("a")
+    planner = Planner(fleet, TableDirectory(tmp_path), tokens, Bounds())
+    async with listening(engine, tmp_path / "s") as socket:
+        fleet.set("a", ReplicaState.READY, socket=socket)
+        task = asyncio.create_task(ParityWatch(fleet, planner, tokens, poll_seconds=0.001, retry_seconds=0.001).run())
+        try:
+            await until(lambda: planner.parity_counts.failures > 1)
+            engine.status = 200
+            await until(lambda: planner.parity.completions.parity is Parity.DEGRADED)
+        finally:
+            task.cancel()
+    counts = planner.parity_counts
+    assert (counts.checks, counts.differences) == (counts.failures + 1, 1)

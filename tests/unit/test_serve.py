@@ -290,6 +290,29 @@ async def test_gateway_and_engine_run_as_two_processes(tmp_path: Path) -> None:
         assert await gateway.ended() == 0
 
 
+@pytest.mark.parametrize("what", ["PEERKV_MODEL", "PEERKV_TABLE_DIR"])
+async def test_a_gateway_whose_engine_came_back_as_another_ends_with_an_error(tmp_path: Path, what: str) -> None:
+    async with peerkv(tmp_path, command="gateway") as gateway:
+        async with peerkv(tmp_path, command="engine") as engine:
+            await gateway.ready()
+            engine.signal(signal.SIGTERM)
+            assert await engine.ended() == 0
+        async with peerkv(tmp_path, command="engine", **{what: str(tmp_path / "another")}):
+            assert await gateway.ended() == 1
+            assert "start the gateway anew" in gateway.err[-1]
+
+
+async def test_the_gateway_shows_that_it_compared_token_ids(tmp_path: Path) -> None:
+    async with peerkv(tmp_path) as gateway:
+        await gateway.ready()
+        await until(lambda: _compared(gateway))
+
+
+async def _compared(gateway: Process) -> bool:
+    _, stats = await gateway.get("/kv/stats")
+    return bool(stats and stats["parity"]["checks"])
+
+
 async def _in_flight(gateway: Process) -> bool:
     _, stats = await gateway.get("/kv/stats")
     return bool(stats and stats["gateway"]["in_flight"])

@@ -8,7 +8,7 @@ import pytest
 from engine.fleet import ReplicaState
 from gateway import __version__
 from gateway.model_files import TokenizerSource
-from gateway.parity import KindVerdict, Parity, ParityVerdict
+from gateway.parity import KindVerdict, Parity, ParityCounts, ParityVerdict
 from gateway.planner import Planner
 from gateway.stats import KvStats, StatsView, TokenCounts, TransferCounts
 from gateway.tenants import ANONYMOUS
@@ -112,11 +112,13 @@ def test_a_replica_without_a_table_is_said_to_have_none(scene: Scene) -> None:
 def test_the_gateways_own_counts_age_and_parity_are_shown(scene: Scene) -> None:
     scene.now = 160.0
     scene.planner.parity = ParityVerdict(KindVerdict(Parity.DEGRADED, 3, ("emoji: …",), "1 of 3"), KindVerdict(), "a")
+    scene.planner.parity_counts = ParityCounts(checks=3, failures=1, differences=2)
     stats = scene.view.snapshot()
     assert (stats.gateway.version, stats.gateway.uptime_seconds) == (__version__, 60.0)
     assert (stats.gateway.requests, stats.gateway.retries, stats.gateway.in_flight, stats.gateway.refused) == (7, 1, 2, 0)
     assert (stats.parity.completions.parity, stats.parity.completions.differences) == ("degraded", ["emoji: …"])
     assert (stats.parity.replica, stats.parity.chat.parity) == ("a", "unknown")
+    assert (stats.parity.checks, stats.parity.failures, stats.parity.differences_found) == (3, 1, 2)
     assert (stats.model, stats.tokenizer.loaded) == ("model", False)
 
 
