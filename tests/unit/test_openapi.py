@@ -49,6 +49,20 @@ def test_requests_may_have_further_fields() -> None:
         assert schemas[name]["additionalProperties"] is True
 
 
+def test_every_v1_answer_names_its_request_and_the_errors_are_complete() -> None:
+    paths = document()["paths"]
+    everywhere = {"200", "401", "429", "431", "500", "503"}
+    relayed = everywhere | {"400", "403", "404", "408", "413", "502", "504"}
+    wanted = {"/v1/models": everywhere, "/v1/models/{model}": everywhere | {"404"}}
+    for path in [path for path in paths if path.startswith("/v1/")]:
+        (operation,) = paths[path].values()
+        answers = operation["responses"]
+        assert set(answers) == wanted.get(path, relayed), path
+        for status in set(answers) - {"431"}:
+            assert "x-request-id" in answers[status]["headers"]
+            assert ("x-peerkv-replica" in answers[status]["headers"]) is (path not in wanted)
+
+
 def test_every_reference_leads_somewhere() -> None:
     whole = document()
     references = set(json.dumps(whole).split('"#/components/schemas/')[1:])
