@@ -15,13 +15,19 @@ from gateway.errors import InvalidJson, InvalidRequest, UnsupportedParameter
 Endpoint = Literal["completions", "chat", "embeddings"]
 
 # Fields of vLLM's request models (0.26 to 0.33) that reach past a request: into the KV transfer, another
-# tenant's cache, the scheduler's order, other requests' ids, or code that is loaded by name.
+# tenant's cache, the scheduler's order, other requests' ids, or code that is loaded by name; and those that only
+# the parts of a serving system send to each other. tests/unit/test_body.py compares with the installed vLLM.
 FORBIDDEN_FIELDS: Mapping[str, str] = {
     "kv_transfer_params": "the gateway decides where KV comes from",
     "ec_transfer_params": "the gateway decides where encoder outputs come from",
     "cache_salt": "the salt follows from the API key",
     "vllm_xargs": "it would reach the engine's internals",
     "prompt_embeds": "embeddings as a prompt are not supported",
+    "session_id": "it would name a session across requests, perhaps another tenant's",
+    "media_io_kwargs": "it would reach the loaders of media, and may name one",
+    "mm_payload": "it is for a router of its own, and the gateway is one",
+    "return_mm_kwargs": "it is for a router of its own, and the gateway is one",
+    "routed_experts_prompt_start": "it is for a trainer beside the engine",
     "request_id": "send the header x-request-id instead",
     "priority": "all requests have the same priority",
     "data_parallel_rank": "the gateway picks the replica",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,80 @@ ENDPOINTS = st.sampled_from(["completions", "chat", "embeddings"])
 
 # The machine may be busy with engines, and the first text that is drawn builds tables.
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+# What a client may send: nothing of it outlives its request or reaches another one. To be weighed one by one.
+ALLOWED_FIELDS = frozenset(
+    [
+        "add_generation_prompt",
+        "add_special_tokens",
+        "allowed_token_ids",
+        "bad_words",
+        "chat_template",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "dimensions",
+        "documents",
+        "echo",
+        "embed_dtype",
+        "encoding_format",
+        "endianness",
+        "frequency_penalty",
+        "ignore_eos",
+        "include_reasoning",
+        "include_stop_str_in_output",
+        "input",
+        "length_penalty",
+        "logit_bias",
+        "logprob_token_ids",
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "messages",
+        "min_p",
+        "min_tokens",
+        "mm_processor_kwargs",
+        "model",
+        "n",
+        "padding",
+        "parallel_tool_calls",
+        "presence_penalty",
+        "prompt",
+        "prompt_logprobs",
+        "reasoning_effort",
+        "repetition_detection",
+        "repetition_penalty",
+        "response_format",
+        "return_assistant_tokens_mask",
+        "return_prompt_text",
+        "return_token_ids",
+        "return_token_offsets",
+        "return_tokens_as_token_ids",
+        "seed",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "stop",
+        "stop_token_ids",
+        "stream",
+        "stream_interval",
+        "stream_options",
+        "structured_outputs",
+        "suffix",
+        "temperature",
+        "thinking_token_budget",
+        "tool_choice",
+        "tools",
+        "top_k",
+        "top_logprobs",
+        "top_p",
+        "truncate_prompt_tokens",
+        "truncation_side",
+        "use_activation",
+        "use_beam_search",
+        "user",
+        "watermarking",
+    ]
+)
 
 
 def statuses(function: Callable[..., object], *arguments: object) -> tuple[int, object]:
@@ -65,3 +140,26 @@ def test_every_conversation_of_a_batch_is_looked_at() -> None:
         check_body("embeddings", {"messages": [[{"role": "user", "content": [part]}]]})
     with pytest.raises(UnsupportedParameter):
         check_body("embeddings", {"input": [{"role": "user", "content": [part]}]})
+
+
+@pytest.mark.parametrize(
+    ("module", "models"),
+    [
+        ("openai.completion", ["CompletionRequest"]),
+        ("openai.chat_completion", ["ChatCompletionRequest"]),
+        ("pooling.embed", ["EmbeddingCompletionRequest", "EmbeddingChatRequest", "EmbeddingChatInputRequest"]),
+    ],
+)
+def test_every_field_of_the_installed_vllm_was_weighed(module: str, models: list[str]) -> None:
+    pytest.importorskip("vllm")
+    protocol = importlib.import_module(f"vllm.entrypoints.{module}.protocol")
+    found = [getattr(protocol, name) for name in models if hasattr(protocol, name)]
+    assert found
+    for model in found:
+        names = set(model.model_fields)
+        aliases = {str(alias) for info in model.model_fields.values() for alias in (info.alias, info.validation_alias) if alias}
+        assert names | aliases <= ALLOWED_FIELDS | FORBIDDEN_FIELDS.keys(), model
+
+
+def test_no_field_is_both_allowed_and_forbidden() -> None:
+    assert not ALLOWED_FIELDS & FORBIDDEN_FIELDS.keys()
