@@ -27,7 +27,8 @@ from gateway.tenants import Tenant
 ENV_PREFIX = "PEERKV_"
 CONFIG_VARIABLE = "PEERKV_CONFIG"
 # Variables with our prefix that are not settings: read elsewhere, or set by an orchestrator for a service named peerkv.
-OTHER_VARIABLE_PREFIXES = (CONFIG_VARIABLE, "PEERKV_CACHE", "PEERKV_SERVICE_", "PEERKV_PORT_", "PEERKV_TEST_")
+OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, "PEERKV_CACHE"})
+OTHER_VARIABLE_PREFIXES = ("PEERKV_SERVICE_", "PEERKV_PORT_")
 # sun_path holds 108 bytes with the final zero; "/replica-999.sock" needs 17 of them.
 RUN_DIR_BYTES_MAX = 90
 REPLICAS_MAX = 256
@@ -225,7 +226,7 @@ def _environment_names() -> frozenset[str]:
     names = set()
     for variable in os.environ:
         upper = variable.upper()
-        if not upper.startswith(ENV_PREFIX) or upper.startswith(OTHER_VARIABLE_PREFIXES):
+        if not upper.startswith(ENV_PREFIX) or upper in OTHER_VARIABLES or upper.startswith(OTHER_VARIABLE_PREFIXES):
             continue
         name = upper.removeprefix(ENV_PREFIX).lower()
         _must_be_known(name, f"in the environment ({variable})")

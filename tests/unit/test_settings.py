@@ -53,6 +53,13 @@ def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load()
 
 
+@pytest.mark.parametrize("name", ["PEERKV_CACHE_DIR", "PEERKV_CONFIG_FILE", "PEERKV_TEST_X"])
+def test_a_variable_that_only_begins_like_another_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(SettingsError, match=rf"unknown setting .* in the environment \({name}\)"):
+        load()
+
+
 @pytest.mark.parametrize("name", ["PEERKV_CACHE", "PEERKV_SERVICE_HOST", "PEERKV_PORT_8000_TCP"])
 def test_variables_of_others_are_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "x")
@@ -154,6 +161,15 @@ def test_engines_on_the_cpu_are_forked_and_two_by_default() -> None:
 def test_there_is_one_engine_a_gpu_by_default() -> None:
     engines = engine_settings(load({"served_model_name": "s"}), model="m", devices=("0", "1", "2"))
     assert (engines.replicas, engines.preload, engines.served_model_name) == (3, False, "s")
+
+
+@pytest.mark.parametrize(
+    ("words", "replicas"),
+    [("--tensor-parallel-size 2", 2), ("-tp 2 --pipeline-parallel-size 2", 1), ("--tensor-parallel-size=4", 1), ("", 4)],
+)
+def test_engines_that_need_several_gpus_are_fewer(words: str, replicas: int) -> None:
+    engines = engine_settings(load({"vllm_args": words}), model="m", devices=("0", "1", "2", "3"))
+    assert engines.replicas == replicas
 
 
 def test_every_bound_of_the_engines_is_a_setting() -> None:
