@@ -132,7 +132,7 @@ class Settings(BaseSettings):
     start_failures_max: int = Field(3, ge=1, description="failed starts in a row, then the replica is given up")
     terminate_seconds: float = Field(10.0, gt=0, description="from SIGTERM to SIGKILL of a replica")
     claim_seconds_max: float = Field(15.0, gt=0, description="for a former peerkv to let go of run_dir and table_dir")
-    log_bytes_max: int = Field(16 << 20, ge=4096, description="a longer replica log is rotated at a start")
+    log_bytes_max: int = Field(16 << 20, ge=4096, description="a longer replica log is rotated, while the replica runs too")
 
     @field_validator("replicas", mode="before")
     @classmethod
