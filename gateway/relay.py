@@ -7,6 +7,7 @@ replaced by another one; after that an event stream ends with an error event.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -41,6 +42,7 @@ PATHS: dict[str, Endpoint] = {
     "/v1/chat/completions": "chat",
     "/v1/embeddings": "embeddings",
 }
+ENDING_SECONDS_MAX = 2.0  # for requests that are ended to tell their clients so
 CLIENT_LEFT_STATUS = 499  # nobody saw one; nginx's number for it
 # The replica is in trouble and another one may not be; every other answer is the client's.
 RETRIED_STATUSES = frozenset({500, 502, 503})
@@ -174,15 +176,25 @@ class Relay(Generic[PlanT]):
             await exchange.fail(exchange.ending)
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new; wait until all requests are done, then end those that are not after `seconds`."""
+        """Take nothing new; wait until all requests are done, then end those that are not after `seconds`.
+
+        Those have ENDING_SECONDS_MAX to say so to their clients, so that nobody takes our end for a replica's.
+        """
         self.draining = True
-        try:
+        if await self._idle_in(seconds):
+            return
+        _logger.warning("ending %d requests that did not finish in %g s", self.in_flight, seconds)
+        for exchange in tuple(self._exchanges):
+            exchange.end(Unavailable("The gateway stopped before the answer was complete."))
+        if not await self._idle_in(ENDING_SECONDS_MAX):
+            _logger.warning("%d requests did not end", self.in_flight)
+
+    async def _idle_in(self, seconds: float) -> bool:
+        """Whether all requests are done within `seconds`."""
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
-        except TimeoutError:
-            _logger.warning("ending %d requests that did not finish in %g s", self.in_flight, seconds)
-            for exchange in tuple(self._exchanges):
-                exchange.end(Unavailable("The gateway stopped before the answer was complete."))
+        return self._idle.is_set()
 
     async def _serve(self, endpoint: Endpoint, exchange: Exchange) -> None:
         tenant = self._tenants.authenticate(exchange.authorization)

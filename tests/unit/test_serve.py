@@ -184,11 +184,11 @@ async def test_a_running_request_finishes_after_sigterm_and_new_ones_are_refused
 async def test_a_request_that_takes_too_long_is_ended_with_an_error(tmp_path: Path) -> None:
     async with peerkv(tmp_path, PEERKV_DRAIN_SECONDS="0.2") as gateway:
         await gateway.ready()
-        slow = asyncio.create_task(gateway.complete(max_tokens=1000, stream=True, fake={"token_delay": 0.05}))
-        await until(lambda: _in_flight(gateway))
-        gateway.signal(signal.SIGINT)
-        _, text = await slow
-        last = [line for line in text.splitlines() if line][-1]
+        endless = COMPLETION | {"max_tokens": 1_000_000, "stream": True, "fake": {"token_delay": 0.05}}
+        async with gateway.session.post(gateway.url + "/v1/completions", json=endless) as answer:
+            assert (await answer.content.readline()).startswith(b"data: ")
+            gateway.signal(signal.SIGINT)
+            last = [line for line in (await answer.text()).splitlines() if line][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
         assert await gateway.ended() == 0
         await gateway.nothing_is_left()
