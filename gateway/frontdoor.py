@@ -73,6 +73,7 @@ class FrontDoor:
         try:
             await self._admin(scope, receive, send_with_id)
         except Exception:
+            self._relay.counters.internal_errors += 1
             _logger.exception("request %s failed", exchange.request_id)
             if not exchange.begun:
                 await exchange.fail(InternalError(exchange.request_id))

@@ -12,6 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.errors import ApiError, InvalidRequest, SettingsError, Unavailable
+from gateway.exchange import sane_request_id
 from gateway.settings import Settings
 
 BACKLOG = 2048
@@ -94,6 +95,7 @@ class DoorProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         if not self._rejected:
             super().on_message_complete()
+        self.headers = []  # else what is refused next would get this request's id
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn for bytes that are not HTTP."""
@@ -128,6 +130,7 @@ class DoorProtocol(HttpToolsProtocol):
         if self.cycle is None or self.cycle.response_complete:
             body = error.body()
             headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+            headers["x-request-id"] = sane_request_id(dict(self.headers or ()).get(b"x-request-id"))
             lines = [f"HTTP/1.1 {error.status} Rejected"]
             lines += [f"{name}: {value}" for name, value in (headers | error.headers).items()]
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)

@@ -24,7 +24,7 @@ from gateway.metrics import Metrics
 from gateway.prefixes import PrefixReport
 from gateway.relay import Relay
 from gateway.served_models import ModelsCache
-from gateway.server import bind, build_server
+from gateway.server import DoorServer, bind, build_server
 from gateway.settings import Settings
 from gateway.stats import (
     GatewayStats,
@@ -164,6 +164,7 @@ class Door:
     fleet: FakeFleet
     planner: FakePlanner
     relay: Relay[FakePlan]
+    server: DoorServer
     directory: Path
     session: aiohttp.ClientSession
     stack: contextlib.AsyncExitStack
@@ -246,7 +247,7 @@ async def running_door(directory: Path, **values: Any) -> AsyncIterator[Door]:
         await until(lambda: server.started)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         try:
-            yield Door(f"http://127.0.0.1:{port}", port, fleet, planner, relay, directory, session, stack)
+            yield Door(f"http://127.0.0.1:{port}", port, fleet, planner, relay, server, directory, session, stack)
         finally:
             await session.close()
             server.should_exit = True

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from engine.fleet import ReplicaState
-from tests.unit.running_door import Door, running_door, until
+from gateway.stats import KvStats
+from tests.unit.running_door import Door, FakeSight, running_door, until
 
 ADMIN = [("GET", "/metrics"), ("GET", "/kv/stats"), ("GET", "/kv/prefixes"), ("POST", "/kv/flush")]
 
@@ -134,8 +137,9 @@ async def test_the_server_does_not_name_itself(door: Door) -> None:
 async def test_a_head_over_the_bound_is_431(tmp_path: Path, complete: bool) -> None:
     async with running_door(tmp_path, header_bytes_max=8192) as door:
         data = b"GET /health HTTP/1.1\r\nhost: x\r\nx-big: " + b"x" * 9000 + (b"\r\n\r\n" if complete else b"")
-        status, _, body = await raw(door, data)
+        status, headers, body = await raw(door, data)
         assert (status, json.loads(body)["error"]["code"]) == (431, "head_too_large")
+        assert len(headers["x-request-id"]) == 32
 
 
 async def test_a_big_body_with_its_head_in_one_piece_is_no_big_head(tmp_path: Path) -> None:
@@ -150,6 +154,38 @@ async def test_what_is_not_http_has_openais_error_form(door: Door) -> None:
     status, headers, body = await raw(door, b"\x00\x01 nonsense\r\n\r\n")
     assert (status, headers["connection"]) == (400, "close")
     assert json.loads(body)["error"]["code"] == "invalid_http"
+    assert len(headers["x-request-id"]) == 32
+
+
+async def test_a_refused_head_keeps_the_clients_request_id(tmp_path: Path) -> None:
+    async with running_door(tmp_path, header_bytes_max=8192) as door:
+        data = b"GET /health HTTP/1.1\r\nhost: x\r\nx-request-id: mine-1\r\nx-big: " + b"x" * 9000 + b"\r\n\r\n"
+        status, headers, _ = await raw(door, data)
+        assert (status, headers["x-request-id"]) == (431, "mine-1")
+
+
+async def test_a_defect_in_an_admin_endpoint_is_counted_and_a_500(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(sight: FakeSight) -> KvStats:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(FakeSight, "stats", broken)
+    status, body, _ = await door.get("/kv/stats")
+    assert (status, body["error"]["code"]) == (500, "internal_error")
+    assert door.relay.counters.internal_errors == 1
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_accepted_connections_send_without_delay(tmp_path: Path, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    async def connected() -> list[int]:
+        async with running_door(tmp_path) as door:
+            assert (await door.get("/health"))[0] == 200
+            sockets = [c.transport.get_extra_info("socket") for c in door.server.server_state.connections]
+            return [found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for found in sockets]
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        found = runner.run(connected())
+    assert found
+    assert all(found)
 
 
 async def test_a_head_that_does_not_come_closes_the_connection(tmp_path: Path) -> None:
