@@ -58,6 +58,8 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker: WorkerHalf | None = None
         self._fields: dict[str, str] = {}
         self._bound: Any = None
+        # a failed import must be computed, not reported to the client; vLLM reads this after it made the connector
+        vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
         _end_with_parent()
         if role is KVConnectorRole.WORKER:
             rank = int(vllm_config.parallel_config.rank) % int(vllm_config.parallel_config.tensor_parallel_size)
@@ -80,8 +82,11 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def _create_table(self, handshakes: list[Handshake]) -> None:
         config, groups = self._vllm_config, self._kv_cache_config.kv_cache_groups
-        status = _refusal(config, groups) or next((h.status for h in handshakes if h.status != "ok"), "ok")
         fields = fingerprint.scheduler_fields(config, self._kv_cache_config, self._hash_name)
+        unread = (
+            "the model's weight files are not found: nothing tells whether a peer has the same" if not fields["weights"] else ""
+        )
+        status = _refusal(config, groups) or unread or next((h.status for h in handshakes if h.status != "ok"), "ok")
         fields["namespace"] = self._namespace
         for shake in handshakes:
             fields.update(shake.fields)
@@ -113,13 +118,20 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         if self._scheduler is None:
             return 0, False
-        tokens = self._guard("look up a prefix", lambda: self._half.match(request, num_computed_tokens), 0)
+        try:
+            tokens = self._half.match(request, num_computed_tokens)
+        except Exception as error:  # noqa: BLE001 - one odd request is a miss, and no reason to stop the exchange
+            _logger.warning("could not look up a prefix: %r", error)
+            self._half.table.count("table_errors")
+            tokens = 0
         return tokens, tokens > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler is not None and num_external_tokens:
-            block_ids = list(blocks.get_block_ids()[0])
-            self._guard("plan an import", lambda: self._half.allocated(request, block_ids, num_external_tokens), None)
+            half, block_ids = self._scheduler, list(blocks.get_block_ids()[0])
+            done = self._guard("plan an import", lambda: half.allocated(request, block_ids, num_external_tokens), None)
+            if not done:  # vLLM waits for every import that it allocated for
+                self._guard("give up an import", lambda: half.give_up(request.request_id, block_ids, num_external_tokens), None)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         if self._scheduler is None:
@@ -154,7 +166,8 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return
         num_blocks = int(self._kv_cache_config.num_blocks)
         self._fields = self._guard("read the KV layout", lambda: fingerprint.worker_fields(self._vllm_config, kv_caches), {})
-        self._guard("share the KV memory", lambda: worker.register(kv_caches, num_blocks), None)
+        if self._fields:
+            self._guard("share the KV memory", lambda: worker.register(kv_caches, num_blocks), None)
 
     def get_handshake_metadata(self) -> Handshake | None:
         return self._worker.handshake(self._fields) if self._worker is not None else None
@@ -230,8 +243,16 @@ def _refusal(vllm_config: Any, groups: Iterable[Any]) -> str:
     kind = type(groups[0].kv_cache_spec).__name__
     if kind != "FullAttentionSpec":
         return f"the model keeps {kind}; only full attention is handled yet"
-    if int(vllm_config.parallel_config.pipeline_parallel_size) > 1:
-        return "pipeline parallelism is not handled yet"
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    for name in ("pipeline", "decode_context", "prefill_context"):
+        if int(getattr(parallel, f"{name}_parallel_size", 1) or 1) > 1:
+            return f"{name.replace('_', ' ')} parallelism is not handled yet"
+    if not cache.enable_prefix_caching:
+        return "prefix caching is off"  # multimodal items have no identity of their own then
+    if getattr(cache, "calculate_kv_scales", False):
+        return "KV scales are calculated while running: two replicas can not know whether theirs are equal"
+    if getattr(vllm_config.model_config, "is_diffusion", False):
+        return "diffusion models are not handled yet"
     return ""
 
 

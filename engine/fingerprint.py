@@ -12,6 +12,7 @@ from engine import compat
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "tekken.json")
+_MEDIA = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _READ_BYTES = 1 << 24
 
 
@@ -19,21 +20,22 @@ def scheduler_fields(vllm_config: Any, kv_cache_config: Any, hash_name: str) -> 
     """Return the fields that the engine's configuration decides."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     name, revision, tokenizer = compat.model_identity(model)
-    folder = model_folder(name, revision)
+    load = vllm_config.load_config
+    folder = model_folder(name, revision, load.download_dir)
     config = {key: value for key, value in model.hf_config.to_dict().items() if not key.startswith("_")}
     config.pop("transformers_version", None)
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    load = vllm_config.load_config
     return {
         "vllm": compat.vllm_version(),
         "torch": str(torch.__version__),
         "weights": f"dummy, seed {model.seed}" if str(load.load_format) == "dummy" else weights_digest(folder, name),
+        "media": _files_digest(_files(folder, _MEDIA)) + _text(getattr(model, "mm_processor_kwargs", None)),
         "revision": revision,
         "model config": _digest(_text(config).encode()),
         "rope": _text(
             getattr(model.hf_text_config, "rope_parameters", None) or getattr(model.hf_text_config, "rope_scaling", "")
         ),
-        "tokenizer": _files_digest(_files(model_folder(tokenizer, revision), _TOKENIZER), tokenizer),
+        "tokenizer": _files_digest(_files(model_folder(tokenizer, revision, load.download_dir), _TOKENIZER)) or tokenizer,
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "kv dtype": str(cache.cache_dtype),
@@ -59,6 +61,7 @@ def worker_fields(vllm_config: Any, kv_caches: dict[str, torch.Tensor]) -> dict[
         "device": kind,
         "attention backend": ", ".join(sorted(backends)),
         "strides": "; ".join(sorted(layouts)),
+        "layer names": _digest("\0".join(names).encode()),
         "kv scales": compat.kv_scales(vllm_config, names),
     }
 
@@ -67,20 +70,21 @@ def _layout(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape[1:])} {tuple(tensor.stride())}"
 
 
-def model_folder(model: str, revision: str) -> Path | None:
+def model_folder(model: str, revision: str, download_dir: str | None = None) -> Path | None:
     """Return where the files of a model lie: its own directory, or the hub cache's snapshot; None if neither is there."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(model, "config.json", revision=revision or None)
+    found = try_to_load_from_cache(model, "config.json", cache_dir=download_dir, revision=revision or None)
     return Path(found).parent if isinstance(found, str) else None
 
 
 def weights_digest(folder: Path | None, name: str) -> str:
-    """Return a digest over the content of all weight files, remembered by path, size and time of change."""
-    return _files_digest(_files(folder, _WEIGHTS), name)
+    """Return a digest over the content of all weight files, "" if there are none; remembered by path, size and time."""
+    one = Path(name).expanduser()
+    return _files_digest([one] if one.is_file() else _files(folder, _WEIGHTS))
 
 
 def _files(folder: Path | None, endings: tuple[str, ...]) -> list[Path]:
@@ -89,9 +93,9 @@ def _files(folder: Path | None, endings: tuple[str, ...]) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.endswith(endings) and path.is_file())
 
 
-def _files_digest(files: list[Path], name: str) -> str:
+def _files_digest(files: list[Path]) -> str:
     if not files:
-        return f"unread, {name}"
+        return ""
     total = xxhash.xxh3_128()
     for path in files:
         total.update(f"{path.name}\0{_file_digest(path)}\0".encode())

@@ -15,6 +15,7 @@ import numpy as np
 
 from engine.messages import ImportReport, StepMetadata, WorkerReport
 from engine.sequence import Import, Sequence, extra_content
+from transport.adapter import adapter_identity
 from transport.base import ImportJob
 from transport.directory import TableDirectory
 from transport.fingerprint import fingerprint_difference
@@ -28,6 +29,8 @@ HINT = "peerkv"
 
 
 _NEVER = 1 << 60
+UNREADABLE_MAX = 3
+"""After so many imports of which nothing could be read, an owner is not asked again in its epoch."""
 
 
 class BlockPool(Protocol):
@@ -76,6 +79,8 @@ class SchedulerHalf:
         self._step = 0
         self._allocated = array("q", bytes(8 * table.layout.blocks))
         self._refused: set[tuple[str, int]] = set()
+        self._unreadable: dict[tuple[str, int], int] = {}
+        self._adapters: dict[tuple[str, str], str] = {}
 
     # What vLLM asks while it schedules
 
@@ -104,18 +109,18 @@ class SchedulerHalf:
                 sequence.planned = Import(reader.name, reader.epoch, local, run.block_ids, run.states)
         return best * size
 
-    def allocated(self, request: Any, block_ids: list[int], external_tokens: int) -> None:
-        """Take note of the blocks that vLLM gave to a request; with `external_tokens`, its import begins this step."""
+    def allocated(self, request: Any, block_ids: list[int], external_tokens: int) -> bool:
+        """Begin the import of a request that vLLM gave blocks to; False if there is nothing to begin."""
         sequence = self._sequences.get(request.request_id)
-        if sequence is None or not external_tokens:
-            return
+        if sequence is None:
+            return False
         plan = sequence.planned
         sequence.planned = None
         sequence.tried = True
         count = external_tokens // self._block_size
-        if plan is None or len(plan.source_blocks) < count:
-            # vLLM waits for every import that it allocated for: name no source, and the workers report it as failed
-            plan = Import("", 0, len(block_ids) - count, np.zeros(count, np.int32), np.zeros(count, np.uint64))
+        if plan is None or len(plan.source_blocks) < count or plan.local_blocks + count > len(block_ids):
+            self.give_up(request.request_id, block_ids, external_tokens)
+            return True
         targets = block_ids[plan.local_blocks : plan.local_blocks + count]
         self._reallocated(targets, self._step + 1)
         plan.target_blocks = np.array(targets, np.int32)
@@ -124,6 +129,13 @@ class SchedulerHalf:
         self.starting.append(
             ImportJob(request.request_id, plan.source, plan.epoch, plan.source_blocks, plan.states, plan.target_blocks)
         )
+        return True
+
+    def give_up(self, request_id: str, block_ids: list[int], external_tokens: int) -> None:
+        """Have the workers report an import as failed that can not be begun: with no source to read from."""
+        targets = np.array(block_ids[-(external_tokens // self._block_size) :], np.int32)
+        count = len(targets)
+        self.starting.append(ImportJob(request_id, "", 0, np.zeros(count, np.int32), np.zeros(count, np.uint64), targets))
 
     def step(self, output: Any) -> StepMetadata:
         """Close a scheduling step: end the offers of blocks that it gave away, note what it will have computed."""
@@ -191,6 +203,7 @@ class SchedulerHalf:
         self.table.count("evictions", self.table.clear())
         self._steps = deque((step, []) for step, _ in self._steps)
         self._imports.clear()
+        self._partial.clear()
         for sequence in self._sequences.values():
             sequence.published = _NEVER
 
@@ -214,7 +227,9 @@ class SchedulerHalf:
         if request.pooling_params is not None or request.prompt_embeds is not None or getattr(request, "resumable", False):
             return None  # no text that a key could stand for, or text that may be replaced
         lora = request.lora_request
-        adapter = f"{lora.lora_name}={lora.lora_path}" if lora else ""
+        if lora is not None and getattr(lora, "load_inplace", False):
+            return None  # an adapter that replaces its own content
+        adapter = self._adapter(lora.lora_name, lora.lora_path) if lora else ""
         root = root_key(self._fingerprint, request.cache_salt or "", adapter, self._hash_name)
         sequence = Sequence(
             request,
@@ -225,10 +240,18 @@ class SchedulerHalf:
         self._sequences[request.request_id] = sequence
         return sequence
 
+    def _adapter(self, name: str, path: str) -> str:
+        """Return how keys name an adapter: as its files were when this engine first saw it."""
+        known = self._adapters.get((name, path))
+        if known is None:
+            known = self._adapters[name, path] = adapter_identity(name, path)
+        return known
+
     def _candidates(self, source: str | None) -> list[TableReader]:
         tables = self._peers.tables()
         names = tables if source is None else (source,)
-        return [tables[name] for name in names if name in tables and self._exchanges_with(tables[name])]
+        readers = [tables[name] for name in names if name in tables and self._exchanges_with(tables[name])]
+        return [reader for reader in readers if self._unreadable.get((reader.name, reader.epoch), 0) < UNREADABLE_MAX]
 
     def _exchanges_with(self, reader: TableReader) -> bool:
         if (reader.fingerprint, reader.status) == (self._fingerprint, "ok") and (
@@ -284,6 +307,9 @@ class SchedulerHalf:
         self.table.count("import_blocks", good)
         self.table.count("import_bytes", report.bytes)
         self.table.count("import_nanoseconds", report.nanoseconds)
+        if report.failed_blocks and not report.bytes:  # nothing was copied at all
+            owner = (plan.source, plan.epoch)
+            self._unreadable[owner] = self._unreadable.get(owner, 0) + 1
         if good < len(targets):
             self.table.count("check_failures", report.stale_blocks)
             self.table.count("fallbacks")

@@ -54,13 +54,17 @@ class WorkerHalf:
     def start(self, metadata: StepMetadata) -> None:
         """Begin the imports of a step."""
         self._step = max(self._step, metadata.step)
-        for job in metadata.imports:
-            self._jobs[job.request_id] = job
-            with self._lock:
-                try:
-                    self._start(job, gently=metadata.computes)
-                except (TransportError, OSError) as error:
-                    self._fail(job, str(error))
+        self._jobs.update((job.request_id, job) for job in metadata.imports)
+        try:
+            for job in metadata.imports:
+                with self._lock:
+                    try:
+                        self._start(job, gently=metadata.computes)
+                    except MemoryUnreachable as error:
+                        self._fail(job, str(error))
+        except Exception as error:
+            self.fail_all(f"a fault in the transport: {error!r}")
+            raise
 
     def _start(self, job: ImportJob, *, gently: bool) -> None:
         reader = self._peers.tables().get(job.source)
@@ -113,9 +117,12 @@ class WorkerHalf:
 
     def _watch(self) -> None:
         while not self._closing.wait(WATCH_SECONDS):
-            with self._lock:
-                if self._transport is not None and not self._closing.is_set():
-                    self._transport.retain({(name, table.epoch) for name, table in self._peers.tables().items()})
+            try:
+                with self._lock:
+                    if self._transport is not None and not self._closing.is_set():
+                        self._transport.retain({(name, table.epoch) for name, table in self._peers.tables().items()})
+            except Exception as error:  # noqa: BLE001 - without this thread the dead would keep their memory
+                _logger.error("looking for owners that ended: %r", error)
 
     def _end(self, result: ImportResult) -> None:
         self._load_errors.update(result.failed_blocks)

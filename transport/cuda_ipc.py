@@ -5,6 +5,7 @@ epoch, in a thread of its own, because it takes milliseconds that the engine's s
 """
 
 import logging
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ _logger = logging.getLogger(__name__)
 
 PROGRAMS_BESIDE_DECODES = 32
 PROGRAMS_ALONE = 32
+OPEN_SECONDS_MAX = 5.0
 
 
 @dataclass(slots=True)
@@ -43,6 +45,7 @@ class _Copy:
     reader: TableReader
     peer: "Future[_Peer]"
     programs: int
+    open_until: float
     begin: torch.cuda.Event | None = None
     end: torch.cuda.Event | None = None
     held: tuple[torch.Tensor, ...] = ()
@@ -87,7 +90,8 @@ class CudaIpcTransport:
         peer = self._peers.get(owner)
         if peer is None:
             peer = self._peers[owner] = self._opener.submit(self._open, reader.name, reader.num_blocks, reader.memories)
-        copy = _Copy(job, reader, peer, PROGRAMS_BESIDE_DECODES if gently else PROGRAMS_ALONE)
+        programs = PROGRAMS_BESIDE_DECODES if gently else PROGRAMS_ALONE
+        copy = _Copy(job, reader, peer, programs, time.monotonic() + OPEN_SECONDS_MAX)
         self._copies.append(copy)
         if peer.done() and peer.exception() is None:
             self._launch(copy, peer.result())
@@ -102,6 +106,9 @@ class CudaIpcTransport:
                     results.append(_failed(copy, str(error)))
                     continue
                 self._launch(copy, copy.peer.result())
+            if copy.end is None and time.monotonic() > copy.open_until:
+                results.append(_failed(copy, f"the memory of {copy.job.source} did not open in {OPEN_SECONDS_MAX} s"))
+                continue
             if copy.end is None or not copy.end.query():
                 going.append(copy)
                 continue

@@ -85,6 +85,7 @@ class TableDirectory:
         found.pop(self._own, None)
         for name in [name for name, reader in self._readers.items() if found.get(name) != reader.inode]:
             self._readers.pop(name).close()
+        self._broken = {name: inode for name, inode in self._broken.items() if found.get(name) == inode}
         for name, inode in found.items():
             if name not in self._readers and self._broken.get(name) != inode:
                 self._open(name, inode)

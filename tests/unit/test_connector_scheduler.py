@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.messages import ImportReport, WorkerReport
-from engine.scheduler_half import SchedulerHalf
+from engine.scheduler_half import UNREADABLE_MAX, SchedulerHalf
 from tests.unit.table_fixtures import FIELDS, description, writer
 from transport.directory import TableDirectory
 from transport.fingerprint import fingerprint_digest
@@ -400,6 +400,30 @@ def test_an_allocation_that_was_not_planned_still_ends_as_a_failed_import(pair):
     b.half.allocated(request, [20, 21, 22, 23], 12)
     (job,) = b.schedule().imports
     assert (job.source, len(job)) == ("", 3)
+
+
+def test_an_owner_whose_memory_can_never_be_read_is_not_asked_for_ever(pair):
+    a, b = pair
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    nothing = ImportReport(frozenset({20, 21, 22}), 0, 0, 0, "unreachable")
+    for n in range(UNREADABLE_MAX):
+        tokens, meta = import_all(b, Request(f"s{n}", list(PROMPT)), [20, 21, 22, 23])
+        assert tokens == 12
+        b.half.report(WorkerReport(meta.step, {f"s{n}": nothing}, {f"s{n}": 1}))
+    assert b.half.match(Request("t", list(PROMPT)), 0) == 0
+
+
+def test_an_adapter_whose_files_changed_has_other_keys(pair, tmp_path):
+    a, b = pair
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    lora = SimpleNamespace(lora_name="adapter", lora_path=str(folder))
+    (folder / "adapter_model.safetensors").write_bytes(b"one")
+    a.prefill(Request("r", list(PROMPT), lora_request=lora), [5, 6, 7, 8])
+    (folder / "adapter_model.safetensors").write_bytes(b"another")
+    assert a.half.match(Request("u", list(PROMPT), lora_request=lora), 0) == 0
+    assert b.half.match(Request("s", list(PROMPT), lora_request=lora), 0) == 0
+    assert b.half.match(Request("v", list(PROMPT)), 0) == 0
 
 
 def test_a_withdrawn_replica_offers_and_imports_nothing_any_more(pair):

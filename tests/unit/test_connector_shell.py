@@ -45,7 +45,6 @@ BLOCKS = SimpleNamespace(get_block_ids=lambda: ([1, 2],))
 @pytest.mark.parametrize(
     ("call", "answer"),
     [
-        (lambda c: c.get_num_new_matched_tokens(REQUEST, 0), (0, False)),
         (lambda c: c.update_state_after_alloc(REQUEST, BLOCKS, 32), None),
         (lambda c: c.build_connector_meta(SimpleNamespace()), StepMetadata(0, ("job",))),
         (lambda c: c.request_finished_all_groups(REQUEST, ([1],)), (False, None)),
@@ -75,13 +74,25 @@ def test_a_fault_in_the_workers_half_stays_inside_and_fails_its_imports(call, an
     assert call(shell) == answer
 
 
+def test_one_odd_request_is_a_miss_and_no_reason_to_stop_the_exchange():
+    shell = connector(KVConnectorRole.SCHEDULER)
+    counted = []
+    shell._scheduler = SimpleNamespace(match=lambda *_: 1 // 0, table=SimpleNamespace(count=counted.append))
+    assert shell.get_num_new_matched_tokens(REQUEST, 0) == (0, False)
+    assert counted == ["table_errors"]
+
+
+def test_a_failed_import_is_always_computed_whatever_the_server_was_told():
+    assert connector(KVConnectorRole.SCHEDULER)._vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute"
+
+
 def test_a_table_that_can_not_even_be_withdrawn_ends():
     shell = connector(KVConnectorRole.SCHEDULER)
     ended = []
     shell._scheduler = SimpleNamespace(
-        match=lambda *_: 1 // 0, withdraw=lambda: 1 // 0, table=SimpleNamespace(end=lambda: ended.append(True))
+        finished=lambda *_: 1 // 0, withdraw=lambda: 1 // 0, table=SimpleNamespace(end=lambda: ended.append(True))
     )
-    assert shell.get_num_new_matched_tokens(REQUEST, 0) == (0, False)
+    assert shell.request_finished(REQUEST, []) == (False, None)
     assert ended == [True]
 
 
@@ -106,16 +117,21 @@ class SlidingWindowSpec:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "stages", "said"),
+    ("kinds", "about", "said"),
     [
-        ([FullAttentionSpec], 1, ""),
-        ([FullAttentionSpec, SlidingWindowSpec], 1, "2 KV cache groups"),
-        ([SlidingWindowSpec], 1, "SlidingWindowSpec"),
-        ([FullAttentionSpec], 2, "pipeline"),
+        ([FullAttentionSpec], {}, ""),
+        ([FullAttentionSpec, SlidingWindowSpec], {}, "2 KV cache groups"),
+        ([SlidingWindowSpec], {}, "SlidingWindowSpec"),
+        ([FullAttentionSpec], {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ([FullAttentionSpec], {"decode_context_parallel_size": 2}, "decode context parallelism"),
+        ([FullAttentionSpec], {"enable_prefix_caching": False}, "prefix caching is off"),
+        ([FullAttentionSpec], {"calculate_kv_scales": True}, "KV scales"),
+        ([FullAttentionSpec], {"is_diffusion": True}, "diffusion"),
     ],
 )
-def test_a_model_that_is_not_handled_is_refused_with_the_reason(kinds, stages, said):
-    config = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=stages))
+def test_a_model_that_is_not_handled_is_refused_with_the_reason(kinds, about, said):
+    whole = SimpleNamespace(**({"pipeline_parallel_size": 1, "enable_prefix_caching": True} | about))
+    config = SimpleNamespace(parallel_config=whole, cache_config=whole, model_config=whole)
     refusal = _refusal(config, [SimpleNamespace(kv_cache_spec=kind()) for kind in kinds])
     assert said in refusal
     assert bool(refusal) == bool(said)

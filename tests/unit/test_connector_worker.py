@@ -75,6 +75,19 @@ def test_memory_that_can_not_be_opened_fails_the_import(owner, tmp_path):
     assert half.take_load_errors() == {4, 5}
 
 
+def test_an_unexpected_fault_in_starting_fails_every_import_of_the_step(owner, worker, monkeypatch):
+    def fault(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(worker._transport, "start", fault)
+    with pytest.raises(RuntimeError):
+        worker.start(StepMetadata(1, (job(owner, "r"), job(owner, "s"))))
+    assert worker.poll() == {"r", "s"}
+    assert worker.take_load_errors() == {4, 5}
+    assert set(worker.take_report().imports) == {"r", "s"}
+    assert worker.poll() == set()
+
+
 def test_after_a_fault_in_the_transport_every_import_is_failed_not_forgotten(owner, worker):
     worker.start(StepMetadata(1, (job(owner, "r"), job(owner, "s"))))
     assert worker.fail_all("fault") == {"r", "s"}
