@@ -21,6 +21,7 @@ from gateway.steering import Candidate, Decision, best_source, steer
 from gateway.tables import Tables
 from gateway.tenants import TenantContext
 from gateway.tokens import NoTokenIds, TextTooLong, TokenService
+from transport.adapter import adapter_identity
 
 _logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class Planner:
         """Return the adapter that the request names as the connector spells it, "" for none."""
         models = self._models()
         card = models.cards.get(body.get("model") or "") if models else None
-        return f"{card['id']}={card.get('root', '')}" if card and card.get("parent") else ""
+        return adapter_identity(card["id"], card.get("root") or "") if card and card.get("parent") else ""
 
     async def _know(self, endpoint: Endpoint, body: Mapping[str, Any]) -> _Prompt:
         if endpoint == "embeddings":

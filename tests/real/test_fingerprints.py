@@ -15,7 +15,7 @@ FIELDS = (
     "vllm", "torch", "weights", "revision", "model config", "rope", "tokenizer", "dtype", "quantization", "kv dtype",
     "block size", "layers", "kv heads", "head size", "sliding window", "tensor parallel size", "pipeline parallel size",
     "hash", "device", "attention backend", "strides", "kv scales",
-    "namespace",
+    "namespace", "media", "layer names",
 )  # fmt: skip
 LENGTH = 200
 WHOLE = 192
