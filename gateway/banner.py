@@ -31,6 +31,12 @@ def curl_line(settings: Settings, model: str) -> str:
     return f"curl {address(settings)}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
 
+def _url_flag(url: str) -> str:
+    """What `peerkv kv stats` needs to find this gateway from a shell without these settings."""
+    fields = Settings.model_fields
+    return "" if url == f"http://{fields['host'].default}:{fields['port'].default}" else f" --url {url}"
+
+
 def banner(settings: Settings, snapshot: FleetSnapshot, log_dir: Path | None) -> str:
     """The lines shown when the gateway serves."""
     url = address(settings)
@@ -41,7 +47,7 @@ def banner(settings: Settings, snapshot: FleetSnapshot, log_dir: Path | None) ->
         f"  peerkv serves {snapshot.served_model_name} at {url}/v1 ({ready} of {len(snapshot.replicas)} replicas ready)",
         "",
         f"  try        {curl_line(settings, snapshot.served_model_name)}",
-        f"  figures    curl {url}/kv/stats{key}    or    peerkv kv stats",
+        f"  figures    curl {url}/kv/stats{key}    or    peerkv kv stats{_url_flag(url)}",
         f"  readiness  {url}/ready",
     ]
     if log_dir is not None:

@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 from pydantic import ValidationError
@@ -15,9 +15,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from gateway.banner import address
+from gateway.settings import load
 from gateway.stats import KvStats, ReplicaStats, TokenCounts, Totals
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 INTERVAL_SECONDS = 1.0
 ANSWER_SECONDS_MAX = 10.0
 _COLUMNS = ("replica", "state", "busy", "blocks", "local", "peers", "computed", "hit", "MiB", "ms", "lost")
@@ -33,8 +34,9 @@ class StatsNotRead(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to `parser`."""
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"the gateway (default {DEFAULT_URL})")
-    parser.add_argument("--admin-key", default=None, help="the admin key (default: the variable PEERKV_ADMIN_KEY)")
+    parser.add_argument("--url", default=None, help="the gateway (default: by the host and port of the settings)")
+    parser.add_argument("--admin-key", default=None, help="the admin key (default: that of the settings)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
     parser.add_argument("--once", action="store_true", help="show the table once and end")
     parser.add_argument("--json", action="store_true", help="print /kv/stats as JSON and end")
     parser.add_argument(
@@ -43,11 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console | None = None, transport: httpx.BaseTransport | None = None) -> int:
-    """Run the command; return its exit status, 1 when the figures could not be had."""
+    """Run the command; return its exit status, 1 when the figures could not be had. Raises SettingsError."""
     console = console or Console()
-    key = arguments.admin_key or os.environ.get("PEERKV_ADMIN_KEY", "")
+    settings = load(config=arguments.config)
+    key = arguments.admin_key or (settings.admin_key.get_secret_value() if settings.admin_key else "")
+    url = arguments.url or address(settings)
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=arguments.url, headers=headers, timeout=ANSWER_SECONDS_MAX, transport=transport) as client:
+    with httpx.Client(base_url=url, headers=headers, timeout=ANSWER_SECONDS_MAX, transport=transport) as client:
         try:
             stats = read_stats(client)
             if arguments.json:

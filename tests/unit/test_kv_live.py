@@ -11,7 +11,9 @@ import pytest
 from rich.console import Console
 
 from engine.fleet import ReplicaState
+from gateway.banner import banner
 from gateway.kv_live import add_arguments, render, run, short
+from gateway.settings import Settings
 from gateway.stats import KvStats
 from tests.unit.replica_tables import FIELDS, replica_tables
 from tests.unit.test_stats import Scene
@@ -47,7 +49,7 @@ def ask(answer: httpx.Response | httpx.HTTPError, *flags: str) -> tuple[int, str
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    arguments = parser.parse_args(["--url", "http://gateway:1", *flags])
+    arguments = parser.parse_args([*(("--url", "http://gateway:1") if "--config" not in flags else ()), *flags])
     status: list[int] = []
     output = shown(lambda console: status.append(run(arguments, console, httpx.MockTransport(reply))))
     return status[0], output, seen
@@ -103,6 +105,15 @@ def test_the_admin_key_may_come_from_the_environment(scene: Scene, monkeypatch: 
     assert ask(body(scene), "--once")[2][0].headers["authorization"] == "Bearer from-there"
 
 
+def test_address_and_admin_key_come_from_the_settings(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("PEERKV_HOST", "PEERKV_PORT", "PEERKV_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    config = tmp_path / "peerkv.toml"
+    config.write_text('host = "0.0.0.0"\nport = 1001\nadmin_key = "from-the-file"\n')
+    request = ask(body(scene), "--once", "--config", str(config))[2][0]
+    assert (str(request.url), request.headers["authorization"]) == ("http://127.0.0.1:1001/kv/stats", "Bearer from-the-file")
+
+
 def test_json_is_the_body_itself(scene: Scene) -> None:
     status, output, _ = ask(body(scene), "--json")
     assert status == 0
@@ -145,3 +156,9 @@ def test_on_a_terminal_the_table_follows_until_the_gateway_ends(scene: Scene, ca
     assert looks == 4
     assert "prompt tokens/s" in console.file.getvalue()  # type: ignore[attr-defined]
     assert "no gateway answers" in capsys.readouterr().err
+
+
+def test_the_banner_gives_the_url_when_it_is_not_the_usual_one(scene: Scene) -> None:
+    shown_at = {port: banner(Settings(port=port), scene.fleet.snapshot(), None) for port in (8000, 8001)}
+    assert "peerkv kv stats\n" in shown_at[8000]
+    assert "peerkv kv stats --url http://127.0.0.1:8001\n" in shown_at[8001]
