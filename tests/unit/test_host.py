@@ -96,6 +96,8 @@ class RunningHost:
 def host(tmp_path: Path) -> Iterator[RunningHost]:
     running = RunningHost(tmp_path)
     yield running
+    with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
+        running.hang_up()  # a killed host would leave the children of its replicas behind
     running.process.kill()
     running.process.wait()
     for pipe in (running.process.stdin, running.process.stdout):
