@@ -10,6 +10,7 @@ import os
 import stat
 import struct
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ class TableWriter:
             os.close(self._lock)
             draft.unlink(missing_ok=True)
             raise
-        os.register_at_fork(after_in_child=self._forget)
+        this = weakref.ref(self)  # what is registered is never let go
+        os.register_at_fork(after_in_child=lambda: _forget_in_child(this))
 
     def _fill(self, block_size: int, encoded: bytes) -> None:
         layout = self.layout
@@ -306,6 +308,12 @@ class TableReader:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _forget_in_child(table: "weakref.ref[TableWriter]") -> None:
+    writer = table()
+    if writer is not None:
+        writer._forget()
 
 
 def _chunks(keys: Keys) -> Iterator[Keys]:

@@ -104,6 +104,14 @@ class OwnMemory:
         os.close(self.fd)
 
 
+def wait_readable(fds: list[int], seconds: float | None = None) -> list[int]:
+    """Those of `fds` that are readable, as soon as one is; none after `seconds`. Unlike select it takes any descriptor."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(None if seconds is None else seconds * 1000)]
+
+
 def watch_opens(path: str) -> int:
     """A descriptor that becomes readable when somebody opens the file at `path`."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -138,8 +146,7 @@ def main() -> None:
     with table_like(asked.table_dir, asked.name, like, blocks=memory.blocks, memories=(memory.memory,)) as table:
         table.publish(range(memory.blocks), keys_of(like, given["ids"], given["salt"]))
         print("ready", flush=True)
-        readable, _, _ = select.select([watch, sys.stdin], [], [])
-        if watch in readable:
+        if watch in wait_readable([watch, sys.stdin.fileno()]):
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -6,12 +6,11 @@ that gives them to another request.
 
 import contextlib
 import os
-import select
 import threading
 from collections.abc import Iterator
 from contextlib import closing
 
-from tests.real.owner import OwnMemory, held, keys_of, table_like
+from tests.real.owner import OwnMemory, held, keys_of, table_like, wait_readable
 
 LENGTH = 1500  # long enough that the copy takes longer than a thread needs to wake up
 WHOLE = (LENGTH - 1) // 32 * 32
@@ -55,8 +54,7 @@ def one_core_for(fleet, replica: str) -> Iterator[None]:
 
 
 def withdraw_when_opened(table, memory, watch: int, stop: int) -> None:
-    readable, _, _ = select.select([watch, stop], [], [])
-    if watch in readable:
+    if watch in wait_readable([watch, stop]):
         table.invalidate(range(memory.blocks))
         memory.scramble()
 

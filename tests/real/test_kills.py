@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 
 from tests.real.fleet import ANSWER_SECONDS_MAX, REPLICAS, RESTART_SECONDS_MAX, ROOT, until
 from tests.real.leftovers import leaked_files
-from tests.real.owner import watch_opens
+from tests.real.owner import wait_readable, watch_opens
 
 BLOCK = 32
 LENGTH = 400
@@ -131,7 +130,7 @@ def test_imports_from_a_replica_that_is_killed_meanwhile_end_right(fleet, words)
         watch = watch_opens(f"/proc/{handle['pid']}/fd/{handle['fd']}")
 
     def kill_when_read() -> None:
-        select.select([watch], [], [], ANSWER_SECONDS_MAX)
+        wait_readable([watch], ANSWER_SECONDS_MAX)
         os.kill(former, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_when_read)
