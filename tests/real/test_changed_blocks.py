@@ -16,7 +16,7 @@ LENGTH = 1500  # long enough that the copy takes longer than a thread needs to w
 WHOLE = (LENGTH - 1) // 32 * 32
 NAME = "replica-y"
 ATTEMPTS_MAX = 30
-CAUGHT_MIN = 2
+CAUGHT_MIN = 3
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from tests.real.leftovers import leaked_files
 from tests.real.owner import wait_readable, watch_opens
 
 BLOCK = 32
+ROUNDS_MAX = 4
 LENGTH = 400
 WHOLE = (LENGTH - 1) // BLOCK * BLOCK
 KILLS_MAX = 10
@@ -120,6 +121,12 @@ def test_a_killed_replica_comes_back_and_exchanges_in_its_new_epoch(fleet, words
 
 def test_imports_from_a_replica_that_is_killed_meanwhile_end_right(fleet, words):
     """Many imports from replica-0 are under way when it dies: replica-1 computes what it did not get."""
+    # every round must end right; the kill has some 20 ms to land in, so it gets a few rounds to do so
+    assert any(killed_while_read(fleet, words) for _ in range(ROUNDS_MAX)), "no import fell short"
+
+
+def killed_while_read(fleet, words) -> bool:
+    """One round; tell whether at least one import fell short."""
     kill(fleet, "replica-0")  # so that nobody has its memory open
     fleet.wait_ready(RESTART_SECONDS_MAX)
     prompts = [words.text(LENGTH) for _ in range(6)]
@@ -144,8 +151,9 @@ def test_imports_from_a_replica_that_is_killed_meanwhile_end_right(fleet, words)
     assert all(answer.close_to(right) for answer, right in zip(answers, wanted, strict=True))
     assert counted.prompt == len(prompts) * LENGTH
     assert counted.peer + counted.computed == counted.prompt
-    assert counted.counts["imports"] > 0  # one at least had begun; the next test dies in the middle of it for certain
+    assert counted.counts["imports"] > 0
     until(lambda: fleet.restarted("replica-0", former), RESTART_SECONDS_MAX, "replica-0 is started anew")
+    return counted.computed > len(prompts) * (LENGTH - WHOLE)
 
 
 @contextlib.contextmanager
