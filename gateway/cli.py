@@ -82,6 +82,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     summary = "say what this machine has, and what the replicas can exchange and how"
     parser = commands.add_parser("doctor", help=summary, description=summary, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print it as JSON (default: as text)")
+    parser.add_argument("--quick", action="store_true", help="do not measure the links between GPUs (default: do, about 10 s)")
     parser.add_argument("--host", help="the gateway's host (default: as for serve)")
     parser.add_argument("--port", help="the gateway's port (default: as for serve)")
     parser.add_argument("--run-dir", help="the gateway's run_dir (default: as for serve)")
@@ -144,7 +145,7 @@ def _run(work: Callable[[Settings], Coroutine[None, None, None]], settings: Sett
 def _doctor(parsed: argparse.Namespace) -> int:
     from gateway import doctor
 
-    return doctor.run(_settings(parsed), as_json=parsed.json)
+    return doctor.run(_settings(parsed), as_json=parsed.json, measure_links=not parsed.quick)
 
 
 def _openapi(parsed: argparse.Namespace) -> int:

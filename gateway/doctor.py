@@ -16,6 +16,7 @@ from engine.fleet import FleetError
 from engine.launch import CPU_KV_BYTES
 from engine.packaged import DEFAULT_NAME, PACKAGED
 from gateway.exchange_report import Fleet, Pair, pairs_of, path_in_words, read_fleet
+from gateway.link_speed import LinkSpeeds, matrix_lines, measure
 from gateway.machine import Machine, look
 from gateway.settings import Settings
 
@@ -35,16 +36,20 @@ class Finding:
     remedy: str
 
 
-def run(settings: Settings, *, as_json: bool = False) -> int:
+def run(settings: Settings, *, as_json: bool = False, measure_links: bool = True) -> int:
     """Prints the report; returns the exit status: 0 without problems, else 1."""
     machine = look(settings.host, settings.port)
+    speeds = measure(machine) if measure_links else None
     try:
         fleet = read_fleet(settings.run_dir)
     except FleetError as error:
         fleet = Fleet("", "", (), str(error))
     pairs = pairs_of(fleet, machine.links) if fleet else ()
     findings = tuple(judge(machine, fleet, pairs))
-    print(_as_json(machine, fleet, pairs, findings) if as_json else "\n".join(report(machine, fleet, pairs, findings)))
+    if as_json:
+        print(_as_json(machine, speeds, fleet, pairs, findings))
+    else:
+        print("\n".join(report(machine, speeds, fleet, pairs, findings)))
     return 1 if any(finding.problem for finding in findings) else 0
 
 
@@ -60,9 +65,17 @@ def judge(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...]) -> Ite
         yield from _judge_fleet(fleet, pairs)
 
 
-def report(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...], findings: tuple[Finding, ...]) -> Iterator[str]:
+def report(
+    machine: Machine,
+    speeds: LinkSpeeds | None,
+    fleet: Fleet | None,
+    pairs: tuple[Pair, ...],
+    findings: tuple[Finding, ...],
+) -> Iterator[str]:
     """The report in words, line by line."""
     yield from _machine_lines(machine)
+    if speeds is not None:
+        yield from matrix_lines(machine, speeds)
     yield ""
     yield from _fleet_lines(machine, fleet, pairs)
     for title, wanted in (("Problems", True), ("Notes", False)):
@@ -255,9 +268,21 @@ def _by(pair: Pair) -> str:
     return f"{pair.transport} ({pair.path})" if pair.path else pair.transport
 
 
-def _as_json(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...], findings: tuple[Finding, ...]) -> str:
+def _as_json(
+    machine: Machine,
+    speeds: LinkSpeeds | None,
+    fleet: Fleet | None,
+    pairs: tuple[Pair, ...],
+    findings: tuple[Finding, ...],
+) -> str:
+    measured = (
+        [{"reader": r, "owner": o, "gb_per_s": s.gb_per_s, "error": s.error} for (r, o), s in speeds.speeds.items()]
+        if speeds
+        else []
+    )
     answer: dict[str, Any] = {
         "machine": asdict(machine),
+        "links_measured": measured,
         "fleet": asdict(fleet) if fleet else None,
         "exchanges": [asdict(pair) for pair in pairs],
         "problems": [asdict(finding) for finding in findings if finding.problem],

