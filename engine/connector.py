@@ -32,8 +32,8 @@ from transport.directory import TableDirectory, sweep
 from transport.errors import TransportError
 from transport.fingerprint import fingerprint_digest
 from transport.keys import HASH_NAMES
-from transport.table import TableWriter
 from transport.table_layout import Description
+from transport.table_writer import TableWriter
 
 _logger = logging.getLogger("vllm.peerkv")
 _Result = TypeVar("_Result")

@@ -20,7 +20,8 @@ from transport.base import ImportJob
 from transport.directory import TableDirectory
 from transport.fingerprint import fingerprint_difference
 from transport.keys import KeyChain, root_key
-from transport.table import TableReader, TableWriter
+from transport.table import TableReader
+from transport.table_writer import TableWriter
 
 _logger = logging.getLogger(__name__)
 

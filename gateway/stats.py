@@ -44,6 +44,9 @@ class TransferCounts(BaseModel):
     evictions: int = Field(0, description="offered blocks that were reallocated")
     peers_incompatible: int = Field(0, description="other replicas' tables refused for what differs")
     table_errors: int = Field(0, description="other replicas' tables that could not be used")
+    pins: int = Field(0, description="prefixes that were pinned")
+    pins_refused: int = Field(0, description="pins that were asked for and not to be had")
+    hints_malformed: int = Field(0, description="fields of hints that were ignored")
 
 
 class ReplicaStats(BaseModel):

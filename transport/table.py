@@ -1,17 +1,14 @@
-"""A replica's block table: which prefix blocks it holds right now, in memory that everyone on the node can map.
+"""A replica's block table, as others read it: which prefix blocks the replica holds right now.
 
 One writer, the replica's scheduler; any number of readers, which take no lock and send no message. A reader believes a block
 only if its state is even before and after its key was read, and a copy of it only if the state is still the same afterwards.
 """
 
-import contextlib
 import mmap
 import os
 import stat
 import struct
-import time
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from transport import liveness
+from transport.deliveries import Delivery, EngineLoad, PeerCounters
+from transport.delivery_ring import delivery
 from transport.errors import TableError
 from transport.fence import fence
 from transport.fingerprint import fingerprint_digest
@@ -31,152 +30,25 @@ from transport.table_layout import (
     DESCRIPTION_BYTES_MAX,
     HEADER,
     HEARTBEAT_OFFSET,
+    LOAD,
+    LOAD_OFFSET,
     MAGIC,
     PAGE_BYTES,
+    SUFFIX,
     VALID_OFFSET,
     VERSION,
     WAYS,
     Description,
     Layout,
     Memory,
+    areas,
     bucket_count,
 )
 
-__all__ = ["COUNTERS", "SUFFIX", "Run", "TableReader", "TableWriter"]
+__all__ = ["COUNTERS", "SUFFIX", "Run", "TableReader"]
 
-SUFFIX = ".table"
-_COUNTER_INDEX = {name: index for index, name in enumerate(COUNTERS)}
 _CHUNK_BLOCKS_MAX = 4096
 _ONE = np.uint64(1)
-
-
-class TableWriter:
-    """The owner's side. Not thread safe: one thread, the scheduler's, calls it.
-
-    Creates `directory/<replica>.table` under a temporary name and renames it when it is whole. The file belongs to this
-    process until `close`, which removes it. Raises TableError if the replica's name is taken by a live process, OSError if the
-    directory or its memory is not to be had.
-    """
-
-    def __init__(self, directory: Path, description: Description, block_size: int, blocks: int) -> None:
-        encoded = msgspec.json.encode(description)
-        if not 0 < blocks <= BLOCKS_MAX or len(encoded) > DESCRIPTION_BYTES_MAX:
-            raise TableError(f"a table of {blocks} blocks with {len(encoded)} bytes of description is out of bounds")
-        self.layout = Layout(blocks, bucket_count(blocks), len(encoded))
-        self.path = directory / (description.replica + SUFFIX)
-        self.epoch = time.time_ns()
-        self._mask = np.uint64(self.layout.buckets - 1)
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _refuse_if_claimed(self.path)
-        draft = directory / f".{description.replica}.{os.getpid()}.{self.epoch}"
-        # the lock has a descriptor of its own: mmap keeps a duplicate of the one it is given, which would keep the lock
-        self._lock = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            if not liveness.claim(self._lock):
-                raise TableError(f"{draft} is locked by another process")
-            os.posix_fallocate(self._lock, 0, self.layout.total)
-            fd = os.open(draft, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                self._map = mmap.mmap(fd, self.layout.total)
-            finally:
-                os.close(fd)
-            self._fill(block_size, encoded)
-            os.rename(draft, self.path)
-        except BaseException:
-            os.close(self._lock)
-            draft.unlink(missing_ok=True)
-            raise
-        this = weakref.ref(self)  # what is registered is never let go
-        os.register_at_fork(after_in_child=lambda: _forget_in_child(this))
-
-    def _fill(self, block_size: int, encoded: bytes) -> None:
-        layout = self.layout
-        HEADER.pack_into(
-            self._map, 0, MAGIC, VERSION, PAGE_BYTES, self.epoch, block_size, layout.blocks, layout.buckets, WAYS,
-            layout.description_bytes,
-        )  # fmt: skip
-        self._map[PAGE_BYTES : PAGE_BYTES + len(encoded)] = encoded
-        self._words = memoryview(self._map)[:PAGE_BYTES].cast("Q")
-        self._states = np.frombuffer(self._map, np.uint64, layout.blocks, layout.states)
-        self._keys = np.frombuffer(self._map, np.uint64, 2 * layout.blocks, layout.keys).reshape(-1, 2)
-        self._index = np.frombuffer(self._map, np.uint32, WAYS * layout.buckets, layout.index).reshape(-1, WAYS)
-        self._states[:] = 1
-
-    def publish(self, blocks: Sequence[int], keys: Keys) -> None:
-        """Offer `blocks`, all different, under `keys`, shape (len(blocks), 2): their content is complete until `invalidate`."""
-        ids = np.asarray(blocks, np.int64)
-        offered = self._states[ids] & _ONE == 0
-        if offered.any():
-            same = (self._keys[ids] == keys).all(axis=1)
-            self.invalidate(ids[offered & ~same].tolist())
-            ids, keys = ids[~(offered & same)], keys[~(offered & same)]
-        self._keys[ids] = keys
-        fence()
-        self._states[ids] += _ONE
-        self._index_add(ids, keys)
-        self._words[VALID_OFFSET // 8] += len(ids)
-        self.count("published_blocks", len(ids))
-
-    def invalidate(self, blocks: Sequence[int]) -> int:
-        """Withdraw `blocks` before their memory is written again; return how many had been on offer."""
-        ids = np.unique(np.asarray(blocks, np.int64))
-        ids = ids[self._states[ids] & _ONE == 0]
-        if len(ids):
-            self._states[ids] += _ONE
-            fence()
-            buckets = self._keys[ids, 0] & self._mask
-            rows = self._index[buckets] == (ids + 1)[:, None]
-            found = rows.any(axis=1)
-            self._index[buckets[found], rows[found].argmax(axis=1)] = 0
-            self._words[VALID_OFFSET // 8] -= len(ids)
-        return len(ids)
-
-    def clear(self) -> int:
-        """Withdraw every block; return how many had been on offer."""
-        return self.invalidate(np.flatnonzero(self._states & _ONE == 0).tolist())
-
-    def _index_add(self, ids: npt.NDArray[np.int64], keys: Keys) -> None:
-        """Enter blocks where their bucket has room; if it has none, one block is merely not found any more."""
-        buckets = keys[:, 0] & self._mask
-        while len(ids):
-            _, first = np.unique(buckets, return_index=True)  # one a bucket each time around
-            free = self._index[buckets[first]] == 0
-            way = np.where(free.any(axis=1), free.argmax(axis=1), ids[first] % WAYS)
-            self._index[buckets[first], way] = ids[first] + 1
-            ids, buckets = np.delete(ids, first), np.delete(buckets, first)
-
-    def count(self, counter: str, amount: int = 1) -> None:
-        """Add `amount` to a counter named in COUNTERS."""
-        self._words[COUNTERS_OFFSET // 8 + _COUNTER_INDEX[counter]] += amount
-
-    def beat(self, now_ns: int) -> None:
-        """Note the time of a step, CLOCK_MONOTONIC nanoseconds."""
-        self._words[HEARTBEAT_OFFSET // 8] = now_ns
-
-    def _forget(self) -> None:
-        """In a forked child: close the copy of the descriptor, so that the lock ends with the owner."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
-    def close(self) -> None:
-        """Withdraw everything, remove the file and end the epoch. Idempotent; nothing happens in a forked child."""
-        if self._lock < 0:
-            return
-        try:
-            self.clear()
-        finally:
-            self.end()
-
-    def end(self) -> None:
-        """Remove the file and end the epoch, whatever the table says. Idempotent."""
-        if self._lock < 0:
-            return
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(self.path).st_ino == os.fstat(self._lock).st_ino:
-                os.unlink(self.path)
-        os.close(self._lock)
-        self._lock = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,9 +96,7 @@ class TableReader:
         self.description = msgspec.json.decode(self._map[PAGE_BYTES : PAGE_BYTES + length], type=Description)
         self.name = self.description.replica
         self._words = np.frombuffer(self._map, np.uint64, PAGE_BYTES // 8)
-        self._states = np.frombuffer(self._map, np.uint64, blocks, layout.states)
-        self._keys = np.frombuffer(self._map, np.uint64, 2 * blocks, layout.keys).reshape(blocks, 2)
-        self._index = np.frombuffer(self._map, np.uint32, WAYS * buckets, layout.index).reshape(buckets, WAYS)
+        self._states, self._keys, self._index, self._peers, self._deliveries = areas(self._map, layout)
         self._mask = np.uint64(buckets - 1)
         self.fingerprint = fingerprint_digest(self.description.fingerprint)
 
@@ -303,17 +173,32 @@ class TableReader:
         start = COUNTERS_OFFSET // 8
         return dict(zip(COUNTERS, self._words[start : start + len(COUNTERS)].tolist(), strict=True))
 
+    def load(self) -> EngineLoad:
+        """Return what the owner has to do, as it last told."""
+        return EngineLoad(*self._words[LOAD_OFFSET // 8 : LOAD_OFFSET // 8 + len(LOAD)].tolist())
+
+    def deliveries(self, after: int) -> tuple[int, list[Delivery]]:
+        """Return the number of the newest delivery record, and the records after number `after`, oldest first.
+
+        Numbers count from 1 in each epoch: begin with 0 for a new reader. The last DELIVERIES records are kept; of
+        `new - after` that were written, those not in the list were overwritten before they could be read.
+        """
+        newest, rows = self._deliveries.read(after)
+        if not len(rows):
+            return newest, []
+        names = self._peers.names()
+        found = (delivery(words, names) for words in rows.tolist())
+        return newest, [each for each in found if each is not None]
+
+    def peers(self) -> tuple[PeerCounters, ...]:
+        """Return what the owner imported from each peer since its epoch began."""
+        return self._peers.counters()
+
     def close(self) -> None:
         """Close the descriptor; the mapping goes with the last array that refers to it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _forget_in_child(table: "weakref.ref[TableWriter]") -> None:
-    writer = table()
-    if writer is not None:
-        writer._forget()
 
 
 def _chunks(keys: Keys) -> Iterator[Keys]:
@@ -322,15 +207,3 @@ def _chunks(keys: Keys) -> Iterator[Keys]:
         yield keys[start : start + size]
         start += size
         size = min(size * 4, _CHUNK_BLOCKS_MAX)
-
-
-def _refuse_if_claimed(path: Path) -> None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        if liveness.claimed(fd):
-            raise TableError(f"{path} belongs to a live replica: give this one another name or another directory")
-    finally:
-        os.close(fd)

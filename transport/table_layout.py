@@ -5,29 +5,44 @@
 | 0 | fixed header: magic, version, sizes, epoch, flags (`HEADER`) |
 | 64 | heartbeat: CLOCK_MONOTONIC nanoseconds of the owner's last step, uint64 |
 | 72 | number of valid blocks, uint64 |
-| 128 | counters, uint64 each, in the order of `COUNTERS` |
+| 80 | number of the newest delivery record, uint64 |
+| 128 | load, uint64 each, in the order of `LOAD` |
+| 256 | counters, uint64 each, in the order of `COUNTERS` |
 | 4096 | description: a JSON object (`Description`), padded |
 | then | states: uint64 per block; odd while the content is not valid, even and never repeated while it is |
 | then | keys: 16 bytes per block |
 | then | index: `WAYS` uint32 per bucket, each a block id + 1 or 0; a hint, the block's own key decides |
+| then | peers: what was imported from each (`peer_area.py`) |
+| then | deliveries: the ring of the last records (`delivery_ring.py`) |
 
 All integers are little-endian, all arrays start at a multiple of 4096.
 """
 
+import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
+from transport import delivery_ring, peer_area
+from transport.deliveries import EngineLoad
+
+SUFFIX = ".table"
 MAGIC = b"PEERKV\x00\x01"
-VERSION = 1
+VERSION = 2
 PAGE_BYTES = 4096
 WAYS = 8
 DESCRIPTION_BYTES_MAX = 4 << 20
 BLOCKS_MAX = 1 << 28
 HEARTBEAT_OFFSET = 64
 VALID_OFFSET = 72
-COUNTERS_OFFSET = 128
+NEWEST_OFFSET = 80
+LOAD_OFFSET = 128
+LOAD = tuple(field.name for field in fields(EngineLoad))
+COUNTERS_OFFSET = 256
 COUNTERS = (
     "requests",
     "prompt_tokens",
@@ -45,10 +60,14 @@ COUNTERS = (
     "evictions",
     "peers_incompatible",
     "table_errors",
+    "pins",
+    "pins_refused",
+    "hints_malformed",
 )
 """Counted by the owner's scheduler since its epoch began. A prompt's tokens are counted once, when it is first scheduled:
 prompt_tokens = local_tokens + peer_tokens_* + computed_tokens. `check_failures` are blocks that changed under a copy,
-`fallbacks` requests whose import failed and that computed instead, `evictions` published blocks that were reallocated."""
+`fallbacks` requests whose import failed and that computed instead, `evictions` published blocks that were reallocated,
+`pins` prefixes that were pinned, `hints_malformed` fields of the gateway's hints that were ignored."""
 
 HEADER = struct.Struct("<8sIIQIIIII")  # magic, version, page, epoch, block size, blocks, buckets, ways, description bytes
 
@@ -125,5 +144,41 @@ class Layout:
         return self.keys + align(16 * self.blocks)
 
     @property
-    def total(self) -> int:
+    def peers(self) -> int:
         return self.index + align(4 * WAYS * self.buckets)
+
+    @property
+    def deliveries(self) -> int:
+        return self.peers + align(8 * peer_area.WORDS * peer_area.PEERS_MAX)
+
+    @property
+    def total(self) -> int:
+        return self.deliveries + align(8 * delivery_ring.WORDS * delivery_ring.DELIVERIES)
+
+
+class Areas(NamedTuple):
+    """The arrays of a mapped table.
+
+    States: uint64 (blocks,); keys: uint64 (blocks, 2); entries of the index: uint32 (buckets, WAYS).
+    """
+
+    states: npt.NDArray[np.uint64]
+    keys: npt.NDArray[np.uint64]
+    entries: npt.NDArray[np.uint32]
+    peers: peer_area.PeerArea
+    deliveries: delivery_ring.DeliveryRing
+
+
+def areas(mapped: mmap.mmap, layout: Layout) -> Areas:
+    """Return the arrays of a table of `layout`, in its memory. Raises ValueError if it is shorter than that."""
+    peers = np.frombuffer(mapped, np.uint64, peer_area.WORDS * peer_area.PEERS_MAX, layout.peers)
+    rows = np.frombuffer(mapped, np.uint64, delivery_ring.WORDS * delivery_ring.DELIVERIES, layout.deliveries)
+    return Areas(
+        np.frombuffer(mapped, np.uint64, layout.blocks, layout.states),
+        np.frombuffer(mapped, np.uint64, 2 * layout.blocks, layout.keys).reshape(-1, 2),
+        np.frombuffer(mapped, np.uint32, WAYS * layout.buckets, layout.index).reshape(-1, WAYS),
+        peer_area.PeerArea(peers.reshape(peer_area.PEERS_MAX, -1)),
+        delivery_ring.DeliveryRing(
+            np.frombuffer(mapped, np.uint64, 1, NEWEST_OFFSET), rows.reshape(delivery_ring.DELIVERIES, -1)
+        ),
+    )

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from engine.fleet import FleetSnapshot, Replica, ReplicaState
 from transport.keys import chain_keys, root_key
-from transport.table import TableReader, TableWriter
+from transport.table import TableReader
 from transport.table_layout import Description
+from transport.table_writer import TableWriter
 
 BLOCK_SIZE = 4
 FIELDS = {"weights": "w1", "dtype": "bfloat16"}

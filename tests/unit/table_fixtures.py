@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from transport.table import TableWriter
 from transport.table_layout import Description, Memory
+from transport.table_writer import TableWriter
 
 FIELDS = {"weights": "w1", "dtype": "bfloat16"}
 

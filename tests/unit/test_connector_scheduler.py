@@ -13,7 +13,8 @@ from tests.unit.table_fixtures import FIELDS, description, writer
 from transport.directory import TableDirectory
 from transport.fingerprint import fingerprint_digest
 from transport.keys import chain_keys, root_key
-from transport.table import TableReader, TableWriter
+from transport.table import TableReader
+from transport.table_writer import TableWriter
 
 SIZE = 4
 FINGERPRINT = fingerprint_digest(FIELDS)

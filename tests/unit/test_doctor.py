@@ -20,8 +20,8 @@ from gateway.doctor import judge, report
 from gateway.exchange_report import Fleet, Member, pairs_of, path_in_words, read_fleet
 from gateway.machine import Gpu, Link, Machine, parse_gpus, parse_matrix, parse_memory
 from gateway.settings import Settings
-from transport.table import TableWriter
 from transport.table_layout import Description
+from transport.table_writer import TableWriter
 
 REPOSITORY = Path(__file__).parents[2]
 GIB = 1 << 30

@@ -14,7 +14,8 @@ from tests.unit.table_fixtures import description, writer
 from transport.directory import DRAFT_SECONDS_MAX, TableDirectory, sweep
 from transport.errors import TableError
 from transport.keys import chain_keys, root_key
-from transport.table import COUNTERS, TableReader, TableWriter
+from transport.table import COUNTERS, TableReader
+from transport.table_writer import TableWriter
 
 ROOT = root_key(b"f" * 16)
 KEYS = chain_keys(ROOT, range(64 * 4), 4)
