@@ -16,15 +16,18 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tests.gpu.races import race
 from tests.gpu.replica import Replica, median, prompt, write_model
 from transport.directory import TableDirectory
+from transport.table import TableReader
 
 DECODES = 64
 ROUND_SECONDS = 4.0
@@ -168,23 +171,24 @@ def _import_and_hit(bench: Bench, b: Replica, ids: list[int]) -> tuple[float, fl
 
 
 def busy_owner(bench: Bench, pair: list[Replica]) -> None:
-    """Import latency from an owner that decodes 64 sequences and prefills long prompts, against an idle one."""
+    """Import latency from an owner that decodes 64 sequences and prefills long prompts, against an idle one, by turns."""
     a, b = pair
     for tokens in bench.scale.busy:
         times: dict[str, list[float]] = {"idle": [], "busy": []}
-        prompts = [prompt(tokens, 777 * tokens + n) for n in range(2 * bench.scale.repeats)]
-        for ids in prompts:
-            a.ask(ids)
-        for kind in ("idle", "busy"):
+        for turn in range(4):
+            kind = ("idle", "busy")[turn % 2]
+            prompts = [prompt(tokens, 777 * tokens + 100 * turn + n) for n in range(bench.scale.repeats)]
+            for ids in prompts:
+                a.ask(ids)
             if kind == "busy":
                 a.load(DECODES, 256, 6000, 3)
                 a.churn(bench.scale.churn, True)
                 time.sleep(1.0)
-            for _ in range(bench.scale.repeats):
-                times[kind].append(b.ask(prompts.pop(), source="replica-0").first_seconds)
+            for ids in prompts:
+                times[kind].append(b.ask(ids, source="replica-0").first_seconds)
                 time.sleep(0.05)
-        a.clear()
-        b.clear()
+            a.clear()
+            b.clear()
         idle, busy = median(times["idle"]) * 1e3, median(times["busy"]) * 1e3
         bench.row(
             "busy owner",
@@ -192,19 +196,43 @@ def busy_owner(bench: Bench, pair: list[Replica]) -> None:
             idle_ms=idle,
             busy_ms=busy,
             busy_over_idle=busy / idle,
-            worst_ms=max(times["busy"]) * 1e3,
+            worst_idle_ms=max(times["idle"]) * 1e3,
+            worst_busy_ms=max(times["busy"]) * 1e3,
+            samples=len(times["busy"]),
         )
 
 
-def interference(bench: Bench) -> None:
-    """Time between tokens of 64 running decodes, on importer and owner, while imports run back to back on the importer.
+class Pulse(threading.Thread):
+    """Notes when an engine begins its steps, out of its block table: what its decodes feel, whatever its client is doing."""
 
-    Beside nothing, beside imports and beside the same requests as local hits, three rounds of equal length in turn, each with
-    fresh decodes: their context grows with every token, and a step with it.
+    def __init__(self, reader: TableReader) -> None:
+        super().__init__(daemon=True)
+        self._reader = reader
+        self._ended = threading.Event()
+        self._beats = [reader.heartbeat_ns()]
+
+    def run(self) -> None:
+        while not self._ended.wait(0.0005):
+            beat = self._reader.heartbeat_ns()
+            if beat != self._beats[-1]:
+                self._beats.append(beat)
+
+    def steps(self) -> list[float]:
+        """End the watch; return the seconds between two steps, in order of time."""
+        self._ended.set()
+        self.join(5)
+        return [(later - earlier) / 1e9 for earlier, later in pairwise(self._beats[1:])]
+
+
+def interference(bench: Bench, programs: int = 0) -> None:
+    """Time between steps of 64 running decodes, on importer and owner, while imports run back to back on the importer.
+
+    A step gives each of them a token. Beside nothing, beside imports and beside the same requests as local hits, three rounds
+    of equal length in turn, each with fresh decodes: their context grows with every token, and a step with it.
     """
     graphs = GRAPHS if bench.scale.devices[0] else {}
     small = {"num_gpu_blocks_override": bench.scale.importer_blocks}
-    with bench.pair(graphs, graphs | small) as (a, b):
+    with bench.pair(graphs, graphs | small | {"programs": programs}) as (a, b):
         prompts = [prompt(bench.scale.pull, 31 * n + 9) for n in range(bench.scale.prefixes)]
         for ids in prompts:
             a.ask(ids)
@@ -226,8 +254,17 @@ def interference(bench: Bench) -> None:
         for (role, beside), found in times.items():
             found.sort()
             p50, p99 = statistics.median(found) * 1e3, found[int(len(found) * 0.99)] * 1e3
-            bench.row("interference", on=role, beside=beside, p50_ms=p50, p99_ms=p99, steps=len(found))
-        bench.row("interference", imports=imports, copy_gb_per_s=copied / max(1, copying), sustained_gb_per_s=median(sustained))
+            bench.row(
+                "interference", programs=programs or "default", on=role, beside=beside, p50_ms=p50, p99_ms=p99,
+                worst_ms=found[-1] * 1e3, steps=len(found),
+            )  # fmt: skip
+        bench.row(
+            "interference",
+            programs=programs or "default",
+            imports=imports,
+            copy_gb_per_s=copied / max(1, copying),
+            sustained_gb_per_s=median(sustained),
+        )
 
 
 def _beside(
@@ -238,13 +275,14 @@ def _beside(
     turn: int,
     times: dict[tuple[str, str], list[float]],
 ) -> None:
-    a, b = pair
+    _, b = pair
     for engine in pair:
         engine.load(DECODES, 256, 8000, 4 + turn)
     if beside == "local hits":
         b.ask(prompts[0])
-    for engine in pair:
-        engine.record()
+    pulses = {role: Pulse(bench.directory.tables()[name]) for role, name in (("owner", "replica-0"), ("importer", "replica-1"))}
+    for pulse in pulses.values():
+        pulse.start()
     until, n = time.monotonic() + ROUND_SECONDS, 0
     while time.monotonic() < until:
         if beside == "nothing":
@@ -252,8 +290,8 @@ def _beside(
         else:
             b.ask(prompts[n % len(prompts) if beside == "imports" else 0])
         n += 1
-    for role, engine in (("owner", a), ("importer", b)):
-        times.setdefault((role, beside), []).extend(engine.recorded())
+    for role, pulse in pulses.items():
+        times.setdefault((role, beside), []).extend(pulse.steps())
 
 
 def races_dir(bench: Bench) -> Path:
@@ -449,6 +487,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     ),
     "ttft": with_pair(ttft, busy_owner),
     "interference": interference,
+    "interference-16": lambda bench: interference(bench, 16),
     "races": races,
     "churned": churned,
     "kills": kills,

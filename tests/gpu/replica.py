@@ -148,17 +148,6 @@ class Replica:
         self._pipe.send(("churn", prompt_tokens if on else 0))
         assert self._take(60) == "churning"
 
-    def record(self) -> None:
-        """Begin to note how long each background token takes."""
-        self._pipe.send(("record", None))
-        assert self._take(60) == "recording"
-
-    def recorded(self) -> list[float]:
-        """Return the seconds between tokens of the background requests since `record`, one figure a step."""
-        self._pipe.send(("recorded", None))
-        times: list[float] = self._take(60)
-        return times
-
     def clear(self) -> None:
         """End the background requests and empty the prefix cache."""
         self._pipe.send(("clear", None))
@@ -197,7 +186,7 @@ def _run(
         if programs:
             import transport.cuda_ipc
 
-            transport.cuda_ipc.PROGRAMS_ALONE = programs
+            transport.cuda_ipc.PROGRAMS_ALONE = transport.cuda_ipc.PROGRAMS_BESIDE_DECODES = programs
         _Engine(name, model, table_dir, arguments, pipe).serve()
     except BaseException as error:
         import traceback
@@ -229,8 +218,6 @@ class _Engine:
         self.began = 0.0
         self.churn_tokens = 0
         self.background: set[str] = set()
-        self.times: list[float] | None = None
-        self.last_tokens = 0.0
         pipe.send(("ok", "ready"))
 
     def serve(self) -> None:
@@ -269,10 +256,6 @@ class _Engine:
     def step(self) -> None:
         outputs = self.engine.step()
         now = time.perf_counter()
-        if any(output.request_id.startswith("load") for output in outputs):
-            if self.times is not None and self.last_tokens:
-                self.times.append(now - self.last_tokens)
-            self.last_tokens = now
         for output in outputs:
             if output.request_id == self.asked:
                 if not self.answer.first_seconds and output.outputs[0].token_ids:
@@ -309,14 +292,6 @@ class _Engine:
     def do_churn(self, value: Any) -> None:
         self.churn_tokens = value
         self.pipe.send(("ok", "churning"))
-
-    def do_record(self, _: Any) -> None:
-        self.times, self.last_tokens = [], 0.0
-        self.pipe.send(("ok", "recording"))
-
-    def do_recorded(self, _: Any) -> None:
-        times, self.times = self.times, None
-        self.pipe.send(("ok", times))
 
     def abandon(self) -> None:
         self.engine.abort_request(list(self.background))
