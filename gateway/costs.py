@@ -1,0 +1,304 @@
+"""What a request costs in time, fitted from what was delivered: prefill per model, transfer per pair of replicas, the queue.
+
+    first token = fixed + handling·prompt + [c·new + q·pairs] of the work ahead and its own + decode·running·steps + transfer
+
+`new` are prompt tokens that nobody supplies, `pairs` the pairs of a new token and one before it, which is what attention
+computes: new·(cached + new/2). Pure: times come in as arguments, all in seconds.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple
+
+from gateway.fitting import Fit
+from gateway.load import ReplicaLoad
+
+MEMORY = 400
+"""Samples after which one has faded to 1/e."""
+ERRORS_KEPT = 100
+PAIR_SAMPLES_MIN = 3
+"""Fewer transfers between two replicas than this, and what all pairs of that transport took speaks for them."""
+PAIRS_MAX = 4096
+CHUNK_TOKENS = 8192
+"""Prompt tokens of a scheduling step, for counting the steps that running decodes slow down."""
+UNCERTAINTY_MIN = 0.02
+UNCERTAINTY_MAX = 0.2
+
+
+class ModelKey(NamedTuple):
+    """Whose prefill terms: a kind of device ("cpu", "cuda") and the model on it (any name, fingerprints do)."""
+
+    device: str
+    model: str = ""
+
+
+class PrefillTerms(NamedTuple):
+    """Coefficients of the time to first token, seconds each."""
+
+    fixed: float
+    prompt_token: float
+    new_token: float
+    pair: float
+    decode_step: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKind:
+    """What is believed of a kind of device before anything was measured, with the source of each figure.
+
+    `free_tokens` cost nothing beyond the step that computes one token, because that step reads all weights anyway (roofline).
+    `decodes_full` answers decoded at a time make each of them take twice as long.
+    """
+
+    prefill: PrefillTerms
+    free_tokens: int
+    kv_token_bytes: int
+    decodes_full: int
+
+
+# H200, 8B Llama in bf16, vLLM 0.26's server: 72 ms at 2,048 tokens, 222 at 8,192, 1,244 at 32,768; hits 28 to 86 ms
+# (BENCHMARKS.md). 4.8 TB/s against about 600 TFLOP/s in bf16 (2 bytes a weight, 2 operations a token) are free_tokens.
+_CUDA = DeviceKind(PrefillTerms(0.022, 1.9e-6, 1.9e-5, 9.9e-10, 2e-5), 128, 131072, 256)
+# SmolLM2-135M on two CPU cores: 1.786 s at 1,000 tokens, 4.382 at 2,000; hits 0.060 and 0.119 (ARCHITECTURE.md).
+_CPU = DeviceKind(PrefillTerms(0.030, 3e-5, 1.3e-3, 8e-7, 1e-2), 8, 46080, 4)
+DEVICE_KINDS: Mapping[str, DeviceKind] = {"cuda": _CUDA, "cpu": _CPU}
+
+# (seconds for each import, seconds a byte): CUDA IPC from the 32k-token import of BENCHMARKS.md, shared memory from `make bench`,
+# a network of 200 Gbit/s at half its rate.
+TRANSPORT_PRIORS: Mapping[str, tuple[float, float]] = {
+    "cuda_ipc": (3e-3, 1 / 300e9),
+    "shared_memory": (1e-2, 1 / 1.5e9),
+    "rdma": (1e-2, 1 / 12e9),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One answered request, as it was expected and as it came.
+
+    `load` is what was ahead of it when it was sent, `computed_tokens` and `peer_tokens` were delivered; `import_seconds` is the
+    engine's word for the wait for the import, None if it is not known. `first_byte_seconds` counts from the sending.
+    """
+
+    key: ModelKey
+    replica: str
+    source: str | None
+    transport: str
+    load: ReplicaLoad
+    now: float
+    prompt_tokens: int
+    computed_tokens: int
+    peer_tokens: int
+    expected_seconds: float
+    first_byte_seconds: float
+    import_seconds: float | None = None
+    import_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillReport:
+    """Fitted prefill terms of one model, seconds each; `usual_error` is relative."""
+
+    device: str
+    model: str
+    samples: int
+    usual_error: float
+    fixed_seconds: float
+    seconds_per_prompt_token: float
+    seconds_per_new_token: float
+    seconds_per_pair: float
+    seconds_per_decode_step: float
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """Fitted transfer terms: of a pair, or of all pairs of a transport when `taker` and `source` are empty."""
+
+    taker: str
+    source: str
+    transport: str
+    samples: int
+    usual_error: float
+    fixed_seconds: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class CostReport:
+    """What /kv/stats shows of the model. `median_error` is that of the last `samples_kept` predicted times to first token."""
+
+    samples: int
+    samples_kept: int
+    median_error: float | None
+    prefill: tuple[PrefillReport, ...]
+    transfers: tuple[TransferReport, ...]
+
+
+class CostModel:
+    """Expects times and learns from outcomes. Belongs to one thread."""
+
+    def __init__(self) -> None:
+        self._prefill: dict[ModelKey, Fit] = {}
+        self._terms: dict[ModelKey, PrefillTerms] = {}
+        self._pairs: dict[tuple[str, str, str], Fit] = {}
+        self._transports: dict[str, Fit] = {}
+        self._kv_token_bytes: dict[str, float] = {}
+        self._errors: deque[float] = deque(maxlen=ERRORS_KEPT)
+        self._samples = 0
+        self._uncertainty = UNCERTAINTY_MAX
+
+    # What it expects
+
+    def terms(self, key: ModelKey) -> PrefillTerms:
+        """The coefficients for a model; those of its kind of device before anything was learnt."""
+        return self._terms.get(key) or _kind(key).prefill
+
+    def free_tokens(self, key: ModelKey) -> int:
+        """New tokens that cost no more than one does."""
+        return _kind(key).free_tokens
+
+    def prefill_seconds(self, key: ModelKey, cached_tokens: int, new_tokens: int, decoding: int = 0) -> float:
+        """From the first step of a prompt to its first token, `cached_tokens` of it being there; handling included."""
+        terms = self.terms(key)
+        paid = max(0, new_tokens - self.free_tokens(key))
+        return (
+            terms.fixed
+            + terms.prompt_token * (cached_tokens + new_tokens)
+            + terms.new_token * paid
+            + terms.pair * pairs(cached_tokens, new_tokens)
+            + terms.decode_step * decoding * (new_tokens / CHUNK_TOKENS)
+        )
+
+    def work_seconds(self, key: ModelKey, tokens: float, work_pairs: float) -> float:
+        """Computing `tokens` new tokens with `work_pairs`, without what each request costs beside."""
+        terms = self.terms(key)
+        return terms.new_token * tokens + terms.pair * work_pairs
+
+    def queue_seconds(self, key: ModelKey, load: ReplicaLoad, now: float) -> float:
+        """Until a new prompt's first step, behind the work ahead of it."""
+        terms = self.terms(key)
+        tokens, ahead_pairs = load.ahead(now, terms.new_token, terms.pair)
+        slowed = terms.decode_step * load.decoding * (1 + tokens / CHUNK_TOKENS)
+        return terms.new_token * tokens + terms.pair * ahead_pairs + slowed
+
+    def transfer_seconds(
+        self, taker: str, source: str, transport: str, tokens: int, *, sharing: int = 1, device: str = ""
+    ) -> float:
+        """Importing `tokens`; `sharing` transfers use the same replicas at a time. `device` tells how large a token is."""
+        if tokens <= 0:
+            return 0.0
+        kv_bytes = tokens * self.kv_token_bytes(device) * max(1, sharing)
+        return self._transfer_fit(taker, source, transport).predict((1.0, kv_bytes))
+
+    def kv_token_bytes(self, device: str) -> float:
+        """Bytes of KV that one token has; from the imports so far."""
+        known = self._kv_token_bytes.get(device)
+        return DEVICE_KINDS.get(device, _CUDA).kv_token_bytes if known is None else known
+
+    def uncertainty(self) -> float:
+        """The relative error to reckon with: options that differ by less are equal."""
+        return self._uncertainty
+
+    # What it learns
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn from an answered request; its import, when it had one, tells of the pair and the rest of the model."""
+        self._samples += 1
+        seconds = outcome.first_byte_seconds
+        self._errors.append(abs(outcome.expected_seconds - seconds) / max(seconds, 1e-9))
+        if self._samples % 8 == 0 or self._samples < 16:
+            self._uncertainty = min(max(median(self._errors), UNCERTAINTY_MIN), UNCERTAINTY_MAX)
+        imported = outcome.source is not None and outcome.peer_tokens > 0
+        if outcome.import_seconds is not None and imported:
+            self._observe_transfer(outcome, outcome.import_seconds)
+            seconds -= outcome.import_seconds
+        elif imported:  # only the sum is known: the model is believed, and the pair gets the rest
+            rest = seconds - self._fit(outcome.key).predict(self._features(outcome))
+            self._observe_transfer(outcome, max(rest, seconds * 0.05))
+            return
+        if seconds > 0:
+            fit = self._fit(outcome.key)
+            fit.observe(self._features(outcome), seconds)
+            self._terms[outcome.key] = PrefillTerms(*fit.coefficients)
+
+    def _features(self, outcome: Outcome) -> tuple[float, ...]:
+        terms = self.terms(outcome.key)
+        load = outcome.load
+        ahead, ahead_pairs = load.ahead(outcome.now, terms.new_token, terms.pair)
+        new = outcome.computed_tokens
+        paid = max(0, new - self.free_tokens(outcome.key))
+        return (
+            1.0,
+            float(outcome.prompt_tokens),
+            ahead + paid,
+            ahead_pairs + pairs(outcome.prompt_tokens - new, new),
+            load.decoding * (1 + (ahead + new) / CHUNK_TOKENS),
+        )
+
+    def _observe_transfer(self, outcome: Outcome, seconds: float) -> None:
+        device = outcome.key.device
+        if outcome.import_bytes > 0:
+            self._kv_token_bytes[device] = outcome.import_bytes / outcome.peer_tokens
+        kv_bytes = outcome.peer_tokens * self.kv_token_bytes(device) * max(1, outcome.load.importing + 1)
+        assert outcome.source is not None
+        pair = (outcome.replica, outcome.source, outcome.transport)
+        common = self._transport_fit(outcome.transport)
+        fit = self._pairs.get(pair)
+        if fit is None:
+            if len(self._pairs) >= PAIRS_MAX:
+                del self._pairs[next(iter(self._pairs))]
+            fit = self._pairs[pair] = Fit(_above_zero(common), MEMORY)
+        fit.observe((1.0, kv_bytes), seconds)
+        common.observe((1.0, kv_bytes), seconds)
+
+    def _fit(self, key: ModelKey) -> Fit:
+        fit = self._prefill.get(key)
+        if fit is None:
+            fit = self._prefill[key] = Fit(_kind(key).prefill, MEMORY)
+        return fit
+
+    def _transport_fit(self, transport: str) -> Fit:
+        fit = self._transports.get(transport)
+        if fit is None:
+            prior = TRANSPORT_PRIORS.get(transport, TRANSPORT_PRIORS["rdma"])
+            fit = self._transports[transport] = Fit(prior, MEMORY)
+        return fit
+
+    def _transfer_fit(self, taker: str, source: str, transport: str) -> Fit:
+        fit = self._pairs.get((taker, source, transport))
+        return fit if fit is not None and fit.samples >= PAIR_SAMPLES_MIN else self._transport_fit(transport)
+
+    # What it shows
+
+    def median_error(self) -> float | None:
+        """Of the last predictions, relative to what was measured; None before the first."""
+        return median(self._errors) if self._errors else None
+
+    def report(self) -> CostReport:
+        """Everything fitted, for people."""
+        prefill = tuple(
+            PrefillReport(key.device, key.model, fit.samples, fit.usual_error, *fit.coefficients)
+            for key, fit in sorted(self._prefill.items())
+        )
+        whole = {("", "", transport): fit for transport, fit in self._transports.items()}
+        transfers = tuple(
+            TransferReport(*pair, fit.samples, fit.usual_error, fixed, 1 / a_byte if a_byte else 0.0)
+            for pair, fit in sorted((whole | self._pairs).items())
+            for fixed, a_byte in (fit.coefficients,)
+        )
+        return CostReport(self._samples, len(self._errors), self.median_error(), prefill, transfers)
+
+
+def pairs(cached_tokens: float, new_tokens: float) -> float:
+    """Pairs of a new token and one before it: what attention computes for `new_tokens` behind `cached_tokens`."""
+    return new_tokens * (cached_tokens + new_tokens / 2)
+
+
+def _kind(key: ModelKey) -> DeviceKind:
+    return DEVICE_KINDS.get(key.device, _CUDA)
+
+
+def _above_zero(fit: Fit) -> tuple[float, ...]:
+    return tuple(max(value, 1e-12) for value in fit.coefficients)

@@ -1,0 +1,88 @@
+"""A robust linear fit that goes on for ever: non-negative coefficients, relative errors, old samples fade away.
+
+Each sample is `y ≈ Σ x_j·c_j`. What is minimised is the relative error, because 10 ms matter at 30 ms and not at 10 s; a sample
+whose error is unusual for the fit counts less (Huber); coefficients that the samples say nothing about stay where they were.
+"""
+
+from collections.abc import Sequence
+
+HUBER = 1.5
+"""Errors beyond so many times the usual one count linearly: Huber's own choice loses 5 % on normal errors."""
+USUAL_SHARE = 0.05
+"""Weight of the newest sample in the usual error."""
+STAY = 0.01
+"""How firmly a coefficient stays, in samples that it alone explains."""
+SWEEPS = 12
+WARM_UP = 64
+"""So many samples are solved one by one; later ones in groups of `SOLVE_EVERY`."""
+SOLVE_EVERY = 8
+_SECONDS_MIN = 1e-9
+
+
+class Fit:
+    """Coefficients of at least 0, from `prior`, all above 0; a sample has faded to 1/e after `memory` further ones."""
+
+    __slots__ = ("_a", "_b", "_memory", "_scale", "_unsolved", "_usual", "_z", "samples")
+
+    def __init__(self, prior: Sequence[float], memory: int) -> None:
+        if min(prior) <= 0:
+            raise ValueError("a prior has to be above 0")
+        size = len(prior)
+        self._memory = memory
+        self._scale = tuple(prior)
+        self._z = [1.0] * size  # the coefficients in units of the prior
+        self._a = [[0.0] * size for _ in range(size)]
+        self._b = [0.0] * size
+        self._usual = 1.0
+        self._unsolved = 0
+        self.samples = 0
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """The fit as it is now, in the order of the prior."""
+        return tuple(scale * z for scale, z in zip(self._scale, self._z, strict=True))
+
+    @property
+    def usual_error(self) -> float:
+        """The running mean of the relative error, 1.0 before there were samples."""
+        return self._usual
+
+    def predict(self, x: Sequence[float]) -> float:
+        """What the fit expects for `x`."""
+        return sum(value * scale * z for value, scale, z in zip(x, self._scale, self._z, strict=True))
+
+    def observe(self, x: Sequence[float], y: float) -> None:
+        """Learn that `x` gave `y` above 0; `x` has no negative number."""
+        y = max(y, _SECONDS_MIN)
+        u = [value * scale for value, scale in zip(x, self._scale, strict=True)]
+        expected = sum(value * z for value, z in zip(u, self._z, strict=True))
+        # relative to the geometric mean of both: neither a slow nor a fast outlier rules
+        weight = 1 / (y * min(max(expected, y / 4), 4 * y))
+        error = abs(y - expected) * weight**0.5
+        limit = HUBER * self._usual
+        if error > limit:
+            weight *= limit / error
+        self.samples += 1
+        self._usual += max(USUAL_SHARE, 1 / (self.samples + 1)) * (min(error, 2 * limit) - self._usual)
+        fade = 1 - 1 / min(self._memory, self.samples + 8)
+        for j, (row, value) in enumerate(zip(self._a, u, strict=True)):
+            factor = weight * value
+            self._b[j] = fade * self._b[j] + factor * y
+            for k, other in enumerate(u):
+                row[k] = fade * row[k] + factor * other
+        self._unsolved += 1
+        if self.samples <= WARM_UP or self._unsolved >= SOLVE_EVERY:
+            self._solve()
+
+    def _solve(self) -> None:
+        """Coordinate descent from the last solution, which also is what the coefficients are drawn to."""
+        z = self._z
+        stay = [STAY / max(1.0, value) ** 2 for value in z]
+        drawn = [weight * value for weight, value in zip(stay, z, strict=True)]
+        for _ in range(SWEEPS):
+            for j, row in enumerate(self._a):
+                pull = self._b[j] + drawn[j] + row[j] * z[j]
+                for value, other in zip(row, z, strict=True):
+                    pull -= value * other
+                z[j] = max(0.0, pull / (row[j] + stay[j]))
+        self._unsolved = 0

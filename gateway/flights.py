@@ -1,0 +1,127 @@
+"""Requests between their sending and their end: they weigh on their replica, and what became of them teaches the cost model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gateway.costs import CostModel, ModelKey, Outcome
+from gateway.load import FleetLoad, ReplicaLoad, Ticket
+from gateway.tables import Table
+from transport.deliveries import Delivery
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A planned request: its `ticket`, what `load` was ahead of it at `decided_at`, and what was expected.
+
+    `streamed` says that the replica's first byte is the first token; `teaches` that the plan speaks of all that the request asks.
+    `reports` says that the engine tells when the first token came.
+    """
+
+    ticket: Ticket
+    key: ModelKey
+    load: ReplicaLoad
+    transport: str
+    decided_at: float
+    expected_seconds: float
+    streamed: bool
+    teaches: bool
+    reports: bool
+
+
+@dataclass(slots=True)
+class _Aloft:
+    flight: Flight
+    first_byte_at: float = 0.0
+    delivery: Delivery | None = None
+    taught: bool = False
+
+
+class Flights:
+    """Feeds `load` and `costs`. Times are CLOCK_MONOTONIC seconds, which the engines' are too. Belongs to one thread."""
+
+    def __init__(self, load: FleetLoad, costs: CostModel) -> None:
+        self._load = load
+        self._costs = costs
+        self._aloft: dict[int, _Aloft] = {}
+        self._cursors: dict[str, tuple[int, int]] = {}
+
+    def started(self, flight: Flight, now: float) -> None:
+        """The request is about to be sent."""
+        self._aloft[flight.ticket.tag] = _Aloft(flight)
+        self._load.started(flight.ticket, now, silent=not (flight.streamed or flight.reports))
+
+    def first_byte(self, tag: int, now: float) -> None:
+        """The first byte of the replica's answer came. Only the first call for a request counts."""
+        aloft = self._aloft.get(tag)
+        if aloft is None or aloft.first_byte_at:
+            return
+        aloft.first_byte_at = now
+        self._load.first_byte(tag, now)
+        if aloft.flight.streamed:
+            self._teach(aloft, final=False)
+
+    def finished(self, tag: int, now: float) -> None:
+        """The request ended, well or not."""
+        aloft = self._aloft.pop(tag, None)
+        if aloft is not None:
+            self._teach(aloft, final=True)
+            self._load.finished(tag, now)
+
+    def listen(self, tables: Mapping[str, Table]) -> None:
+        """Take in what the engines wrote since the last call: their load, and what they delivered."""
+        for name, table in tables.items():
+            self._load.heard(name, table.load())
+            epoch, after = self._cursors.get(name, (0, 0))
+            cursor, deliveries = table.deliveries(after if epoch == table.epoch else 0)
+            self._cursors[name] = (table.epoch, cursor)
+            for delivery in deliveries:
+                self._delivered(delivery)
+        for name in self._cursors.keys() - tables.keys():
+            del self._cursors[name]
+            self._load.forget(name)
+
+    def _delivered(self, delivery: Delivery) -> None:
+        aloft = self._aloft.get(delivery.tag)
+        if aloft is None or not delivery.first_token_ns or aloft.delivery is not None:
+            return
+        aloft.delivery = delivery
+        self._load.first_byte(delivery.tag, delivery.first_token_ns / 1e9)
+        if not aloft.flight.streamed or aloft.first_byte_at:
+            self._teach(aloft, final=False)
+
+    def _teach(self, aloft: _Aloft, *, final: bool) -> None:
+        """Tell the cost model once: as soon as the time and the tokens are both known, at the end with what is known."""
+        flight, delivery = aloft.flight, aloft.delivery
+        ticket = flight.ticket
+        if aloft.taught or not flight.teaches or (delivery is None and (flight.reports or not flight.streamed)):
+            return
+        if flight.streamed:
+            if not aloft.first_byte_at:
+                return
+            seconds = aloft.first_byte_at - flight.decided_at
+        else:
+            assert delivery is not None
+            seconds = delivery.first_token_ns / 1e9 - flight.decided_at
+        if seconds <= 0:
+            return
+        aloft.taught = True
+        self._costs.observe(_outcome(flight, ticket, delivery, seconds))
+
+
+def _outcome(flight: Flight, ticket: Ticket, delivery: Delivery | None, seconds: float) -> Outcome:
+    source = delivery.source or None if delivery is not None else ticket.source
+    return Outcome(
+        key=flight.key,
+        replica=ticket.replica,
+        source=source,
+        transport=flight.transport,
+        load=flight.load,
+        now=flight.decided_at,
+        prompt_tokens=delivery.prompt_tokens if delivery else ticket.prompt_tokens,
+        computed_tokens=delivery.computed_tokens if delivery else ticket.new_tokens,
+        peer_tokens=delivery.peer_tokens if delivery else (ticket.cached_tokens if source else 0),
+        expected_seconds=flight.expected_seconds,
+        first_byte_seconds=seconds,
+        import_seconds=delivery.import_wait_ns / 1e9 if delivery and delivery.import_wait_ns else None,
+        import_bytes=delivery.import_bytes if delivery else 0,
+    )

@@ -1,0 +1,137 @@
+"""What is known of a request's prompt: its token ids as the engine will see them, if that can be told."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.body import Endpoint
+from gateway.errors import PromptTooLong
+from gateway.parity import Parity, ParityVerdict
+from gateway.prompts import depends_on_text, ids_are_the_prompt, reads_no_cache, split_prompts
+from gateway.served_models import ServedModels
+from gateway.tokens import NoTokenIds, TextTooLong, TokenService
+from transport.adapter import adapter_identity
+
+CHARS_PER_TOKEN = 4
+"""Of English text, roughly: for the weight of a prompt whose ids are not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPrompt:
+    """`ids` steer a request (None: unknown); `sent` replaces the text in the body.
+
+    `certain` says that `ids` are exactly the engine's, `cacheable` that the engine may take any of them from a cache. `tokens`
+    is its length, by estimate where the ids are not known.
+    """
+
+    ids: Sequence[int] | None
+    sent: list[Any] | None = None
+    certain: bool = False
+    cacheable: bool = True
+    count: int = 1
+    tokens: int = 0
+    why_unknown: str = ""
+
+
+class PromptReader:
+    """Turns bodies into known prompts. Belongs to the event loop's thread; long prompts are tokenised in another."""
+
+    def __init__(self, tokens: TokenService, inline_chars_max: int, models: Callable[[], ServedModels | None]) -> None:
+        self._tokens = tokens
+        self._inline_chars_max = inline_chars_max
+        self._models = models
+        self.parity = ParityVerdict()
+
+    async def read(self, endpoint: Endpoint, body: Mapping[str, Any]) -> KnownPrompt:
+        """Return what is known of the prompt. Raises InvalidRequest, PromptTooLong."""
+        if endpoint == "embeddings":
+            tokens = _characters(body.get("input")) // CHARS_PER_TOKEN
+            return KnownPrompt(None, cacheable=False, tokens=tokens, why_unknown="embeddings are computed whole")
+        param, read = ("prompt", self._completion) if endpoint == "completions" else ("messages", self._chat)
+        characters = _characters(body.get(param))
+        if characters <= self._inline_chars_max:
+            return read(body, characters)
+        return await asyncio.to_thread(read, body, characters)
+
+    def adapter(self, body: Mapping[str, Any]) -> str:
+        """Return the adapter that the request names as the connector spells it, "" for none."""
+        models = self._models()
+        card = models.cards.get(body.get("model") or "") if models else None
+        return adapter_identity(card["id"], card.get("root") or "") if card and card.get("parent") else ""
+
+    def _completion(self, body: Mapping[str, Any], characters: int) -> KnownPrompt:
+        prompts = split_prompts(body.get("prompt"))
+        cacheable = not reads_no_cache(body)
+
+        def unknown(why: str) -> KnownPrompt:
+            guess = characters // CHARS_PER_TOKEN
+            return KnownPrompt(None, cacheable=cacheable, count=len(prompts), tokens=guess, why_unknown=why)
+
+        if not ids_are_the_prompt(body):
+            return unknown("the engine changes the prompt")
+        text = isinstance(prompts[0], str)
+        certain = not text or self.parity.completions.parity is Parity.EXACT
+        special = body.get("add_special_tokens", True)
+        try:
+            ids = [self._encode(prompt, special) if isinstance(prompt, str) else prompt for prompt in prompts]
+            self._check_length("prompt", max(map(len, ids)), certain)
+        except TextTooLong as long:
+            self._check_length("prompt", long.tokens_min, certain)
+            return unknown(str(long))
+        except NoTokenIds as error:
+            return unknown(str(error))
+        sent: list[Any] | None = None
+        if text and certain and not depends_on_text(body) and all(ids):
+            sent = ids[0] if isinstance(body["prompt"], str) else ids
+        longest = max(ids, key=len)
+        return KnownPrompt(longest, sent, certain, cacheable, len(prompts), len(longest))
+
+    def _encode(self, prompt: str, special: object) -> list[int]:
+        if not isinstance(special, bool):
+            raise NoTokenIds("add_special_tokens is malformed")
+        return self._tokens.encode(prompt, special, self._context_tokens())
+
+    def _chat(self, body: Mapping[str, Any], characters: int) -> KnownPrompt:
+        cacheable = not reads_no_cache(body)
+        guess = characters // CHARS_PER_TOKEN
+        parity = self.parity.chat.parity
+        if parity is Parity.OFF:
+            why = "chats are not tokenised as the engine does"
+            return KnownPrompt(None, cacheable=cacheable, tokens=guess, why_unknown=why)
+        certain = parity is Parity.EXACT
+        try:
+            ids = self._tokens.encode_chat(body, self._context_tokens())
+            self._check_length("messages", len(ids), certain)
+        except TextTooLong as long:
+            self._check_length("messages", long.tokens_min, certain)
+            return KnownPrompt(None, cacheable=cacheable, tokens=guess, why_unknown=str(long))
+        except NoTokenIds as unknown:
+            return KnownPrompt(None, cacheable=cacheable, tokens=guess, why_unknown=str(unknown))
+        return KnownPrompt(ids, None, certain, cacheable, tokens=len(ids))
+
+    def _context_tokens(self) -> int | None:
+        models = self._models()
+        known = models.context_tokens if models else None
+        return self.parity.context_tokens if known is None else known
+
+    def _check_length(self, param: str, tokens: int, certain: bool) -> None:
+        """Refuse what the engine is certain to refuse. Raises PromptTooLong."""
+        limit = self._context_tokens()
+        if certain and limit is not None and tokens > limit:
+            raise PromptTooLong(tokens, limit, param=param)
+
+
+def _characters(value: object) -> int:
+    """Return roughly how many characters of text are in a prompt or a list of messages."""
+    total, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, list):
+            if not (item and isinstance(item[0], int)):
+                waiting.extend(item)
+        elif isinstance(item, dict):
+            waiting.extend(item.values())
+    return total

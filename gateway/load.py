@@ -1,0 +1,210 @@
+"""What is in front of a new request on each replica: this gateway's requests in flight, and the engines' own words.
+
+Pure bookkeeping in CLOCK_MONOTONIC seconds. A ticket stands for a request from its sending to its end. Belongs to one thread.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from gateway.promises import Promise, Promises
+from transport.keys import Keys
+
+HEAD_DONE_MAX = 0.9
+"""Of the prompt that is being computed at most this share is taken to be done while its first token is not there."""
+DECODE_SHARE = 0.1
+"""Weight of the newest answer in the mean time that answers take behind their first token."""
+
+
+class EngineWords(Protocol):
+    """What an engine says of itself (`transport.table.EngineLoad`), other gateways' requests included."""
+
+    @property
+    def waiting_requests(self) -> int: ...
+    @property
+    def waiting_tokens(self) -> int: ...
+    @property
+    def decoding_requests(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """One replica's load. `tokens` and `pairs` are the work of the prompts sent there and not answered yet.
+
+    Of these the first, `head_tokens` and `head_pairs`, is being computed since `since`. `engine_tokens` and `engine_pairs` are
+    the engine's own count. `importing` and `reading` are imports under way to it and from it.
+    """
+
+    tokens: float = 0.0
+    pairs: float = 0.0
+    head_tokens: float = 0.0
+    head_pairs: float = 0.0
+    since: float = 0.0
+    engine_tokens: float = 0.0
+    engine_pairs: float = 0.0
+    requests: int = 0
+    decoding: int = 0
+    importing: int = 0
+    reading: int = 0
+
+    def ahead(self, now: float, new_token: float, pair: float) -> tuple[float, float]:
+        """Return the tokens and pairs that are still to be computed, at `new_token` and `pair` seconds each."""
+        tokens, ahead_pairs = self.tokens, self.pairs
+        whole = new_token * tokens + pair * ahead_pairs
+        if whole > 0:
+            head = new_token * self.head_tokens + pair * self.head_pairs
+            left = 1 - min(now - self.since, HEAD_DONE_MAX * head) / whole
+            tokens, ahead_pairs = tokens * left, ahead_pairs * left
+        return max(tokens, self.engine_tokens), max(ahead_pairs, self.engine_pairs)
+
+
+IDLE = ReplicaLoad()
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A request that was sent. `cached_tokens` of its prompt are expected out of a cache, from `source` if there is one.
+
+    `keys`, shape (n, 2), are of its full blocks of `block_size` tokens: what the replica will hold at `ready_at`.
+    """
+
+    tag: int
+    replica: str
+    source: str | None
+    prompt_tokens: int
+    cached_tokens: int
+    ready_at: float
+    keys: Keys | None = None
+    block_size: int = 0
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of the prompt that are computed."""
+        return self.prompt_tokens - self.cached_tokens
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of a new token and one before it."""
+        return self.new_tokens * (self.cached_tokens + self.new_tokens / 2)
+
+
+@dataclass(slots=True)
+class _Replica:
+    waiting: dict[int, Ticket] = field(default_factory=dict)
+    decoding: dict[int, tuple[Ticket, float]] = field(default_factory=dict)
+    since: float = 0.0
+    reading: int = 0
+    words: tuple[int, int, int] = (0, 0, 0)
+    load: ReplicaLoad | None = IDLE
+
+
+class FleetLoad:
+    """Tickets of all replicas, and what the engines said last."""
+
+    def __init__(self) -> None:
+        self._replicas: dict[str, _Replica] = {}
+        self._places: dict[int, str] = {}
+        self._promises = Promises()
+        self.decode_seconds = 0.0
+        """Mean time from the first token of an answer to its end."""
+
+    def started(self, ticket: Ticket, now: float) -> None:
+        """The request is about to be sent."""
+        place = self._place(ticket.replica)
+        if not place.waiting:
+            place.since = now
+        place.waiting[ticket.tag] = ticket
+        place.load = None
+        self._places[ticket.tag] = ticket.replica
+        self._read(ticket, 1)
+        if ticket.keys is not None:
+            self._promises.add(ticket.tag, ticket.replica, ticket.keys, ticket.block_size, ticket.ready_at)
+
+    def first_byte(self, tag: int, now: float) -> None:
+        """The first token came: the prompt is computed, the answer is being decoded. Once or more often, or never."""
+        place = self._replicas.get(self._places.get(tag, ""))
+        ticket = place.waiting.pop(tag, None) if place is not None else None
+        if place is None or ticket is None:
+            return
+        place.decoding[tag] = (ticket, now)
+        self._answered(place, ticket, now)
+
+    def finished(self, tag: int, now: float) -> None:
+        """The request ended, well or not."""
+        place = self._replicas.get(self._places.pop(tag, ""))
+        if place is None:
+            return
+        ticket = place.waiting.pop(tag, None)
+        if ticket is not None:
+            self._answered(place, ticket, now)
+            return
+        _, began = place.decoding.pop(tag)
+        place.load = None
+        share = DECODE_SHARE if self.decode_seconds else 1.0
+        self.decode_seconds += share * (now - began - self.decode_seconds)
+
+    def heard(self, replica: str, words: EngineWords) -> None:
+        """Take in what an engine says of itself now."""
+        said = (words.waiting_requests, words.waiting_tokens, words.decoding_requests)
+        place = self._place(replica)
+        if said != place.words:
+            place.words, place.load = said, None
+
+    def forget(self, replica: str) -> None:
+        """An engine is gone: what it said of itself counts no more. Its tickets end on their own."""
+        place = self._place(replica)
+        place.words, place.load = (0, 0, 0), None
+
+    def load(self, replica: str) -> ReplicaLoad:
+        """What is in front of a request there; the time that passes since is the cost model's to reckon with."""
+        place = self._replicas.get(replica)
+        if place is None:
+            return IDLE
+        if place.load is None:
+            place.load = _summed(place)
+        return place.load
+
+    def promised(self, keys: Keys, block_size: int) -> Mapping[str, Promise]:
+        """For each replica that computes a prefix of `keys` now, the longest such one."""
+        return self._promises.find(keys, block_size)
+
+    def in_flight(self) -> dict[str, int]:
+        """Requests with each replica now, replicas without any left out."""
+        counts = {name: len(place.waiting) + len(place.decoding) for name, place in self._replicas.items()}
+        return {name: count for name, count in counts.items() if count}
+
+    def _place(self, replica: str) -> _Replica:
+        place = self._replicas.get(replica)
+        if place is None:
+            place = self._replicas[replica] = _Replica()
+        return place
+
+    def _answered(self, place: _Replica, ticket: Ticket, now: float) -> None:
+        place.since = now
+        place.load = None
+        self._read(ticket, -1)
+        self._promises.remove(ticket.tag)
+
+    def _read(self, ticket: Ticket, change: int) -> None:
+        if ticket.source is not None:
+            source = self._place(ticket.source)
+            source.reading += change
+            source.load = None
+
+
+def _summed(place: _Replica) -> ReplicaLoad:
+    waiting = place.waiting.values()
+    head = next(iter(waiting), None)
+    requests, tokens, decoding = place.words
+    load = ReplicaLoad(
+        tokens=float(sum(ticket.new_tokens for ticket in waiting)),
+        pairs=sum(ticket.pairs for ticket in waiting),
+        since=place.since,
+        engine_tokens=float(tokens),
+        engine_pairs=tokens * tokens / (2 * max(1, requests)),
+        requests=len(place.waiting) + len(place.decoding),
+        decoding=max(len(place.decoding), decoding),
+        importing=sum(ticket.source is not None for ticket in waiting),
+        reading=place.reading,
+    )
+    return replace(load, head_tokens=float(head.new_tokens), head_pairs=head.pairs) if head else load
