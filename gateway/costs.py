@@ -65,8 +65,8 @@ _CUDA = DeviceKind(PrefillTerms(0.022, 1.9e-6, 1.9e-5, 9.9e-10, 2e-5), 128, 1310
 _CPU = DeviceKind(PrefillTerms(0.030, 3e-5, 1.3e-3, 8e-7, 1e-2), 8, 46080, 4)
 DEVICE_KINDS: Mapping[str, DeviceKind] = {"cuda": _CUDA, "cpu": _CPU}
 
-# (seconds for each import, seconds a byte): CUDA IPC from the 32k-token import of BENCHMARKS.md, shared memory from `make bench`,
-# a network of 200 Gbit/s at half its rate.
+# (seconds for each import, seconds a byte): CUDA IPC from the 32k-token import of BENCHMARKS.md, shared memory from
+# `make bench`, a network of 200 Gbit/s at half its rate.
 TRANSPORT_PRIORS: Mapping[str, tuple[float, float]] = {
     "cuda_ipc": (3e-3, 1 / 300e9),
     "shared_memory": (1e-2, 1 / 1.5e9),
@@ -162,12 +162,12 @@ class CostModel:
     def prefill_seconds(self, key: ModelKey, cached_tokens: int, new_tokens: int, decoding: int = 0) -> float:
         """From the first step of a prompt to its first token, `cached_tokens` of it being there; handling included."""
         terms = self.terms(key)
-        paid = max(0, new_tokens - self.free_tokens(key))
+        paid, paid_pairs = self._paid(key, cached_tokens + new_tokens, new_tokens)
         return (
             terms.fixed
             + terms.prompt_token * (cached_tokens + new_tokens)
             + terms.new_token * paid
-            + terms.pair * pairs(cached_tokens, new_tokens)
+            + terms.pair * paid_pairs
             + terms.decode_step * decoding * (new_tokens / CHUNK_TOKENS)
         )
 
@@ -228,14 +228,19 @@ class CostModel:
         load = outcome.load
         ahead, ahead_pairs = load.ahead(outcome.now, terms.new_token, terms.pair)
         new = outcome.computed_tokens
-        paid = max(0, new - self.free_tokens(outcome.key))
+        paid, paid_pairs = self._paid(outcome.key, outcome.prompt_tokens, new)
         return (
             1.0,
             float(outcome.prompt_tokens),
             ahead + paid,
-            ahead_pairs + pairs(outcome.prompt_tokens - new, new),
+            ahead_pairs + paid_pairs,
             load.decoding * (1 + (ahead + new) / CHUNK_TOKENS),
         )
+
+    def _paid(self, key: ModelKey, prompt_tokens: int, new_tokens: int) -> tuple[int, float]:
+        """Of a prompt's new tokens and their pairs, what costs time beyond that of a step for one token."""
+        paid = max(0, new_tokens - self.free_tokens(key))
+        return paid, pairs(prompt_tokens - paid, paid)
 
     def _observe_transfer(self, outcome: Outcome, seconds: float) -> None:
         device = outcome.key.device

@@ -1,6 +1,6 @@
 """Requests between their sending and their end: they weigh on their replica, and what became of them teaches the cost model."""
 
-from collections.abc import Mapping
+from collections.abc import Container
 from dataclasses import dataclass
 
 from gateway.costs import CostModel, ModelKey, Outcome
@@ -13,8 +13,8 @@ from transport.deliveries import Delivery
 class Flight:
     """A planned request: its `ticket`, what `load` was ahead of it at `decided_at`, and what was expected.
 
-    `streamed` says that the replica's first byte is the first token; `teaches` that the plan speaks of all that the request asks.
-    `reports` says that the engine tells when the first token came.
+    `streamed` says that the replica's first byte is the first token; `teaches` that the plan speaks of all that the
+    request asks, `reports` says that the engine tells when the first token came.
     """
 
     ticket: Ticket
@@ -67,16 +67,19 @@ class Flights:
             self._teach(aloft, final=True)
             self._load.finished(tag, now)
 
-    def listen(self, tables: Mapping[str, Table]) -> None:
-        """Take in what the engines wrote since the last call: their load, and what they delivered."""
-        for name, table in tables.items():
-            self._load.heard(name, table.load())
-            epoch, after = self._cursors.get(name, (0, 0))
-            cursor, deliveries = table.deliveries(after if epoch == table.epoch else 0)
-            self._cursors[name] = (table.epoch, cursor)
-            for delivery in deliveries:
-                self._delivered(delivery)
-        for name in self._cursors.keys() - tables.keys():
+    def listen(self, replica: str, table: Table) -> None:
+        """Take in what an engine wrote since the last call: its load, and what it delivered."""
+        self._load.heard(replica, table.load())
+        epoch, after = self._cursors.get(replica, (0, 0))
+        cursor, deliveries = table.deliveries(after if epoch == table.epoch else 0)
+        if (epoch, after) != (table.epoch, cursor):
+            self._cursors[replica] = (table.epoch, cursor)
+        for delivery in deliveries:
+            self._delivered(delivery)
+
+    def keep(self, replicas: Container[str]) -> None:
+        """Forget what engines said that are gone."""
+        for name in [name for name in self._cursors if name not in replicas]:
             del self._cursors[name]
             self._load.forget(name)
 

@@ -94,6 +94,7 @@ class _Replica:
     decoding: dict[int, tuple[Ticket, float]] = field(default_factory=dict)
     since: float = 0.0
     reading: int = 0
+    silent: dict[int, float] = field(default_factory=dict)
     words: tuple[int, int, int] = (0, 0, 0)
     load: ReplicaLoad | None = IDLE
 
@@ -108,8 +109,8 @@ class FleetLoad:
         self.decode_seconds = 0.0
         """Mean time from the first token of an answer to its end."""
 
-    def started(self, ticket: Ticket, now: float) -> None:
-        """The request is about to be sent."""
+    def started(self, ticket: Ticket, now: float, *, silent: bool = False) -> None:
+        """The request is about to be sent. `silent`: nobody will tell of its first token; it counts as come when expected."""
         place = self._place(ticket.replica)
         if not place.waiting:
             place.since = now
@@ -117,6 +118,8 @@ class FleetLoad:
         place.load = None
         self._places[ticket.tag] = ticket.replica
         self._read(ticket, 1)
+        if silent:
+            place.silent[ticket.tag] = ticket.ready_at
         if ticket.keys is not None:
             self._promises.add(ticket.tag, ticket.replica, ticket.keys, ticket.block_size, ticket.ready_at)
 
@@ -127,6 +130,7 @@ class FleetLoad:
         if place is None or ticket is None:
             return
         place.decoding[tag] = (ticket, now)
+        place.silent.pop(tag, None)
         self._answered(place, ticket, now)
 
     def finished(self, tag: int, now: float) -> None:
@@ -135,6 +139,7 @@ class FleetLoad:
         if place is None:
             return
         ticket = place.waiting.pop(tag, None)
+        place.silent.pop(tag, None)
         if ticket is not None:
             self._answered(place, ticket, now)
             return
@@ -155,11 +160,14 @@ class FleetLoad:
         place = self._place(replica)
         place.words, place.load = (0, 0, 0), None
 
-    def load(self, replica: str) -> ReplicaLoad:
+    def load(self, replica: str, now: float) -> ReplicaLoad:
         """What is in front of a request there; the time that passes since is the cost model's to reckon with."""
         place = self._replicas.get(replica)
         if place is None:
             return IDLE
+        if place.silent:
+            for tag in [tag for tag, ready_at in place.silent.items() if ready_at <= now]:
+                self.first_byte(tag, now)
         if place.load is None:
             place.load = _summed(place)
         return place.load

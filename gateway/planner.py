@@ -1,102 +1,46 @@
 """From a request's body to a plan: which replica, importing from whom, with which token ids."""
 
-import asyncio
 import itertools
-import logging
+import random
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Set
 from typing import Any, Protocol
 
 from engine.fleet import FleetView, Replica, ReplicaState
 from gateway.body import Endpoint
-from gateway.errors import NoReplicaReady, PromptTooLong, ReplicaNotReady, UnknownReplica
-from gateway.parity import Parity, ParityCounts, ParityVerdict
+from gateway.costs import CostModel, ModelKey
+from gateway.errors import NoReplicaReady, ReplicaNotReady, UnknownReplica
+from gateway.flights import Flight, Flights
+from gateway.known_prompt import PromptReader
+from gateway.load import FleetLoad, Ticket
+from gateway.parity import ParityCounts, ParityVerdict
+from gateway.plan import Asked, Plan, SteeringCounts
+from gateway.popularity import Popularity
 from gateway.prefixes import PrefixCounts
-from gateway.prompts import depends_on_text, ids_are_the_prompt, reads_no_cache, split_prompts
+from gateway.promises import Promise
 from gateway.registry import LookUp, Registry
 from gateway.served_models import ServedModels
-from gateway.steering import Candidate, Decision, best_source, steer
-from gateway.tables import Tables
+from gateway.steering import Candidate, Decision, PromptView, steer
+from gateway.tables import Table, Tables
 from gateway.tenants import TenantContext
-from gateway.tokens import NoTokenIds, TextTooLong, TokenService
-from transport.adapter import adapter_identity
-
-_logger = logging.getLogger(__name__)
+from gateway.tokens import TokenService
 
 HINT = "peerkv"
-"""The key in kv_transfer_params that our connector reads: {"source": a replica's name, "" to import nothing}."""
+"""The key in kv_transfer_params that our connector reads.
+
+{"source": a replica's name, "" to import nothing; "tag": int, comes back with the delivery; "tokens": import no further}.
+"""
+AFFINITY_CHARS_MAX = 512
+_TAG_BITS = 62
 
 
 class PlannerSettings(Protocol):
     """What the planner needs of the settings."""
 
     @property
-    def replica_requests_max(self) -> int: ...
-    @property
     def prefixes_tracked_max(self) -> int: ...
     @property
     def tokenize_inline_chars_max(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    """What is known of a request's prompt. `ids` steer it (None: unknown); `sent` replaces the text in the body.
-
-    `certain` says that `ids` are exactly the engine's, `cacheable` that the engine may take any of them from a cache.
-    """
-
-    ids: Sequence[int] | None
-    sent: list[Any] | None = None
-    certain: bool = False
-    cacheable: bool = True
-    count: int = 1
-    why_unknown: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Where a request goes. `prompt` (token ids in place of text), `kv_transfer_params` and `cache_salt` go into its body.
-
-    `predicted_tokens` of `prompt_tokens` are expected out of a cache, the replica's own or the source's.
-    """
-
-    replica: Replica
-    source: str | None
-    prompt: list[Any] | None
-    kv_transfer_params: dict[str, Any] | None
-    cache_salt: str | None
-    prompt_tokens: int
-    predicted_tokens: int
-    reason: str
-    pinned: str | None = None
-    known: _Prompt = field(default_factory=lambda: _Prompt(None), repr=False)
-    salt: str = field(default="", repr=False)
-    lora: str = ""
-
-
-@dataclass(slots=True)
-class SteeringCounts:
-    """Decisions since the start, by the names that /kv/stats shows."""
-
-    planned: int = 0
-    without_ids: int = 0
-    to_holder: int = 0
-    with_source: int = 0
-    pinned: int = 0
-    prompt_tokens: int = 0
-    predicted_tokens: int = 0
-
-    def count(self, plan: Plan) -> None:
-        """Count a decision."""
-        self.planned += 1
-        self.without_ids += plan.known.ids is None
-        self.with_source += plan.source is not None
-        self.pinned += plan.pinned is not None
-        self.to_holder += plan.pinned is None and plan.source is None and plan.predicted_tokens > 0
-        self.prompt_tokens += plan.prompt_tokens
-        self.predicted_tokens += plan.predicted_tokens
 
 
 class Planner:
@@ -112,18 +56,31 @@ class Planner:
         tokens: TokenService,
         settings: PlannerSettings,
         models: Callable[[], ServedModels | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
         self.registry = Registry(tables)
-        self._tokens = tokens
-        self._settings = settings
-        self._models = models
-        self._in_flight: Counter[str] = Counter()
+        self._reader = PromptReader(tokens, settings.tokenize_inline_chars_max, models)
+        self._clock = clock
         self._turns = itertools.count()
-        self.parity = ParityVerdict()
+        self._tags = random.SystemRandom()
+        self._keys: dict[str, tuple[int, ModelKey]] = {}
+        self.costs = CostModel()
+        self.load = FleetLoad()
+        self._flights = Flights(self.load, self.costs)
+        self._popularity = Popularity(settings.prefixes_tracked_max)
         self.parity_counts = ParityCounts()
         self.counts = SteeringCounts()
         self.prefixes = PrefixCounts(settings.prefixes_tracked_max)
+
+    @property
+    def parity(self) -> ParityVerdict:
+        """Whether our token ids are the engines'."""
+        return self._reader.parity
+
+    @parity.setter
+    def parity(self, verdict: ParityVerdict) -> None:
+        self._reader.parity = verdict
 
     async def plan(
         self, endpoint: Endpoint, body: Mapping[str, Any], tenant: TenantContext, *, pinned: str | None = None
@@ -134,24 +91,44 @@ class Planner:
         PromptTooLong, InvalidRequest.
         """
         self._ready(pinned, frozenset())
-        known = await self._know(endpoint, body)
-        return self._decide(known, tenant.salt, self._lora(body), pinned, frozenset(), first=True)
+        asked = Asked(
+            known=await self._reader.read(endpoint, body),
+            salt=tenant.salt,
+            lora=self._reader.adapter(body),
+            affinity=_affinity(body, tenant.salt),
+            pinned=pinned,
+            streamed=body.get("stream") is True,
+            embeds=endpoint == "embeddings",
+        )
+        return self._decide(asked, frozenset(), first=True)
 
     def replan(self, plan: Plan, *, exclude: Set[str]) -> Plan:
         """Return another plan for the same request, on none of the replicas in `exclude`. Raises NoReplicaReady."""
-        return self._decide(plan.known, plan.salt, plan.lora, plan.pinned, exclude)
+        return self._decide(plan.asked, exclude)
 
     def started(self, plan: Plan) -> None:
-        """Count the request as being with its replica."""
-        self._in_flight[plan.replica.name] += 1
+        """The request is about to be sent."""
+        self._flights.started(plan.flight, self._clock())
+
+    def first_byte(self, plan: Plan) -> None:
+        """The first byte of the replica's answer came, for streams that of the first event; further calls change nothing."""
+        now = self._clock()
+        self._listen(plan.replica.name)
+        self._flights.first_byte(plan.tag, now)
 
     def finished(self, plan: Plan) -> None:
         """The request ended there; call it once for each `started`."""
-        self._in_flight[plan.replica.name] -= 1
+        self._listen(plan.replica.name)
+        self._flights.finished(plan.tag, self._clock())
 
     def in_flight(self) -> Mapping[str, int]:
         """Requests with each replica now."""
-        return {name: count for name, count in self._in_flight.items() if count}
+        return self.load.in_flight()
+
+    def _listen(self, replica: str) -> None:
+        table = self.registry.tables().get(replica)
+        if table is not None:
+            self._flights.listen(replica, table)
 
     def _ready(self, pinned: str | None, exclude: Set[str]) -> list[Replica]:
         snapshot = self._fleet.snapshot()
@@ -161,147 +138,125 @@ class Planner:
                 raise UnknownReplica(pinned, [known.name for known in snapshot.replicas])
             if replica.state is not ReplicaState.READY:
                 raise ReplicaNotReady(pinned, replica.state.value)
+            if pinned in exclude:
+                raise NoReplicaReady(f"{pinned} was lost")
         ready = [replica for replica in snapshot.ready() if replica.name not in exclude]
         if not ready:
             raise NoReplicaReady("; ".join(f"{replica.name} is {replica.state.value}" for replica in snapshot.replicas))
         return ready
 
-    def _lora(self, body: Mapping[str, Any]) -> str:
-        """Return the adapter that the request names as the connector spells it, "" for none."""
-        models = self._models()
-        card = models.cards.get(body.get("model") or "") if models else None
-        return adapter_identity(card["id"], card.get("root") or "") if card and card.get("parent") else ""
-
-    async def _know(self, endpoint: Endpoint, body: Mapping[str, Any]) -> _Prompt:
-        if endpoint == "embeddings":
-            return _Prompt(None, cacheable=False, why_unknown="embeddings are computed whole")
-        param, read = ("prompt", self._completion) if endpoint == "completions" else ("messages", self._chat)
-        if _characters(body.get(param)) <= self._settings.tokenize_inline_chars_max:
-            return read(body)
-        return await asyncio.to_thread(read, body)
-
-    def _completion(self, body: Mapping[str, Any]) -> _Prompt:
-        prompts = split_prompts(body.get("prompt"))
-        cacheable = not reads_no_cache(body)
-        if not ids_are_the_prompt(body):
-            return _Prompt(None, cacheable=cacheable, count=len(prompts), why_unknown="the engine changes the prompt")
-        text = isinstance(prompts[0], str)
-        certain = not text or self.parity.completions.parity is Parity.EXACT
-        special = body.get("add_special_tokens", True)
-        try:
-            ids = [self._encode(prompt, special) if isinstance(prompt, str) else prompt for prompt in prompts]
-            self._check_length("prompt", max(map(len, ids)), certain)
-        except TextTooLong as long:
-            self._check_length("prompt", long.tokens_min, certain)
-            return _Prompt(None, cacheable=cacheable, count=len(prompts), why_unknown=str(long))
-        except NoTokenIds as unknown:
-            return _Prompt(None, cacheable=cacheable, count=len(prompts), why_unknown=str(unknown))
-        sent: list[Any] | None = None
-        if text and certain and not depends_on_text(body) and all(ids):
-            sent = ids[0] if isinstance(body["prompt"], str) else ids
-        return _Prompt(max(ids, key=len), sent, certain, cacheable, len(prompts))
-
-    def _encode(self, prompt: str, special: object) -> list[int]:
-        if not isinstance(special, bool):
-            raise NoTokenIds("add_special_tokens is malformed")
-        return self._tokens.encode(prompt, special, self._context_tokens())
-
-    def _chat(self, body: Mapping[str, Any]) -> _Prompt:
-        cacheable = not reads_no_cache(body)
-        parity = self.parity.chat.parity
-        if parity is Parity.OFF:
-            return _Prompt(None, cacheable=cacheable, why_unknown="chats are not tokenised as the engine does")
-        certain = parity is Parity.EXACT
-        try:
-            ids = self._tokens.encode_chat(body, self._context_tokens())
-            self._check_length("messages", len(ids), certain)
-        except TextTooLong as long:
-            self._check_length("messages", long.tokens_min, certain)
-            return _Prompt(None, cacheable=cacheable, why_unknown=str(long))
-        except NoTokenIds as unknown:
-            return _Prompt(None, cacheable=cacheable, why_unknown=str(unknown))
-        return _Prompt(ids, None, certain, cacheable)
-
-    def _context_tokens(self) -> int | None:
-        models = self._models()
-        known = models.context_tokens if models else None
-        return self.parity.context_tokens if known is None else known
-
-    def _check_length(self, param: str, tokens: int, certain: bool) -> None:
-        """Refuse what the engine is certain to refuse. Raises PromptTooLong."""
-        limit = self._context_tokens()
-        if certain and limit is not None and tokens > limit:
-            raise PromptTooLong(tokens, limit, param=param)
-
-    def _decide(
-        self, known: _Prompt, salt: str, lora: str, pinned: str | None, exclude: Set[str], *, first: bool = False
-    ) -> Plan:
-        ready = {replica.name: replica for replica in self._ready(pinned, exclude)}
+    def _decide(self, asked: Asked, exclude: Set[str], *, first: bool = False) -> Plan:
+        ready = {replica.name: replica for replica in self._ready(asked.pinned, exclude)}
+        now, known = self._clock(), asked.known
+        tables = self.registry.tables()
+        self._flights.keep(tables)
+        for name, table in tables.items():
+            self._flights.listen(name, table)
         look_up = LookUp()
         if known.ids is not None:
-            look_up = self.registry.look_up(known.ids, salt, lora)
+            look_up = self.registry.look_up(known.ids, asked.salt, asked.lora)
             for keys, block_size in look_up.keys[:1] if first else ():
                 self.prefixes.note(keys, block_size, time.time())
-        candidates = [self._candidate(name, look_up, known.cacheable) for name in ready]
-        decision = self._steer(candidates, pinned)
-        held = self._held(look_up, decision) if known.cacheable else 0
-        plan = Plan(
-            replica=ready[decision.replica],
-            source=decision.source,
-            prompt=known.sent,
-            kv_transfer_params=self._hint(known, decision),
-            cache_salt=salt or None,
-            prompt_tokens=len(known.ids or ()),
-            predicted_tokens=held,
-            reason=decision.reason if known.ids is not None else f"{decision.reason} ({known.why_unknown})",
-            pinned=pinned,
-            known=known,
-            salt=salt,
-            lora=lora,
-        )
+                self._popularity.note(keys, now)
+        candidates = self._candidates(ready, asked, look_up, tables, now)
+        view = self._view(asked, look_up, candidates, now)
+        decision = steer(view, candidates, self.costs, now, next(self._turns))
+        plan = self._plan(asked, ready[decision.replica], decision, look_up, tables, now)
         self.counts.count(plan)
         return plan
 
-    def _candidate(self, name: str, look_up: LookUp, cacheable: bool) -> Candidate:
-        holding = look_up.holdings.get(name) if cacheable else None
-        in_flight = self._in_flight[name]
-        if holding is None:
-            return Candidate(name, 0, in_flight)
-        return Candidate(name, holding.blocks, in_flight, holding.exchanges_with)
+    def _candidates(
+        self, ready: Mapping[str, Replica], asked: Asked, look_up: LookUp, tables: Mapping[str, Table], now: float
+    ) -> list[Candidate]:
+        cacheable = asked.known.cacheable
+        promises: dict[str, Promise] = {}
+        if cacheable:
+            for keys, block_size in look_up.keys:
+                promises.update(self.load.promised(keys, block_size))
+        found = []
+        for name, replica in ready.items():
+            holding = look_up.holdings.get(name) if cacheable else None
+            table = tables.get(name)
+            found.append(
+                Candidate(
+                    name,
+                    holding.tokens if holding else 0,
+                    self.load.load(name, now),
+                    holding.exchanges_with if holding else frozenset(),
+                    self._key(replica, table),
+                    table.transport if table else "",
+                    promises.get(name),
+                    asked.pinned is None or asked.pinned == name,
+                )
+            )
+        return found
 
-    def _steer(self, candidates: Sequence[Candidate], pinned: str | None) -> Decision:
-        if pinned is None:
-            bound = self._settings.replica_requests_max
-            return steer(candidates, replica_requests_max=bound, turn=next(self._turns))
-        taker = next((candidate for candidate in candidates if candidate.name == pinned), None)
-        if taker is None:
-            raise NoReplicaReady(f"{pinned} was lost")
-        return Decision(pinned, best_source(taker, candidates), "pinned")
+    def _view(self, asked: Asked, look_up: LookUp, candidates: list[Candidate], now: float) -> PromptView:
+        rate, block_size = 0.0, 1
+        if look_up.keys and asked.known.cacheable:
+            keys, block_size = look_up.keys[0]
+            rate = self._popularity.rate(keys, max(each.held_tokens for each in candidates) // block_size, now)
+        return PromptView(asked.known.tokens, asked.affinity, rate, self.load.decode_seconds, block_size)
 
-    @staticmethod
-    def _held(look_up: LookUp, decision: Decision) -> int:
-        names = (decision.replica, decision.source or decision.replica)
-        return max((look_up.holdings[name].tokens for name in names if name in look_up.holdings), default=0)
+    def _key(self, replica: Replica, table: Table | None) -> ModelKey:
+        """Whose prefill terms a replica has: its kind of device's, with the fingerprint for the model."""
+        epoch = table.epoch if table else 0
+        known = self._keys.get(replica.name)
+        if known is None or known[0] != epoch:
+            model = table.fingerprint.hex()[:16] if table else ""
+            known = self._keys[replica.name] = (epoch, ModelKey(replica.device.partition(":")[0], model))
+        return known[1]
 
-    def _hint(self, known: _Prompt, decision: Decision) -> dict[str, Any] | None:
-        """Tell the connector what to import. Without a source, it is told to look no further only if we know for certain."""
-        if not known.cacheable or decision.replica not in self.registry.tables():
-            return None
-        if decision.source is not None:
-            return {HINT: {"source": decision.source}}
-        return {HINT: {"source": ""}} if known.certain and known.count == 1 else None
+    def _plan(
+        self, asked: Asked, replica: Replica, decision: Decision, look_up: LookUp, tables: Mapping[str, Table], now: float
+    ) -> Plan:
+        known, expected = asked.known, decision.expected
+        tag = self._tags.getrandbits(_TAG_BITS) + 1
+        table = tables.get(replica.name)
+        holding = look_up.holdings.get(replica.name) if known.cacheable else None
+        keys, block_size = look_up.keys[holding.chain] if holding else (None, 0)
+        cached = expected.local_tokens + expected.peer_tokens
+        ready_at = now + expected.seconds
+        ticket = Ticket(tag, replica.name, decision.source, known.tokens, cached, ready_at, keys, block_size)
+        flight = Flight(
+            ticket=ticket,
+            key=self._key(replica, table),
+            load=self.load.load(replica.name, now),
+            transport=table.transport if table else "",
+            decided_at=now,
+            expected_seconds=expected.seconds,
+            streamed=asked.streamed,
+            teaches=known.count == 1 and not asked.embeds,
+            reports=table is not None and not asked.embeds,
+        )
+        return Plan(
+            replica=replica,
+            decision=decision,
+            tag=tag,
+            prompt=known.sent,
+            kv_transfer_params=_hint(asked, decision, tag) if flight.reports else None,
+            cache_salt=asked.salt or None,
+            prompt_tokens=len(known.ids or ()),
+            predicted_tokens=cached,
+            reason=decision.reason if known.ids is not None else f"{decision.reason} ({known.why_unknown})",
+            flight=flight,
+            asked=asked,
+        )
 
 
-def _characters(value: object) -> int:
-    """Return roughly how many characters of text are in a prompt or a list of messages."""
-    total, waiting = 0, [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str):
-            total += len(item)
-        elif isinstance(item, list):
-            if not (item and isinstance(item[0], int)):
-                waiting.extend(item)
-        elif isinstance(item, dict):
-            waiting.extend(item.values())
-    return total
+def _hint(asked: Asked, decision: Decision, tag: int) -> dict[str, Any]:
+    """Tell the connector what to import. Without a source, it is told to look no further only if we know for certain."""
+    hint: dict[str, Any] = {"tag": tag}
+    if decision.source is not None and asked.known.cacheable:
+        hint["source"] = decision.source
+        if decision.import_tokens_max is not None:
+            hint["tokens"] = decision.import_tokens_max
+    elif asked.known.certain and asked.known.count == 1:
+        hint["source"] = ""
+    return {HINT: hint}
+
+
+def _affinity(body: Mapping[str, Any], salt: str) -> str:
+    """The request's prompt_cache_key, apart for each tenant; "" for none."""
+    key = body.get("prompt_cache_key")
+    return f"{salt}:{key[:AFFINITY_CHARS_MAX]}" if isinstance(key, str) and key else ""

@@ -44,6 +44,10 @@ class PlannerLike(Protocol[PlanT]):
         """The request is about to be sent to `plan.replica`."""
         ...
 
+    def first_byte(self, plan: PlanT) -> None:
+        """The first byte of the replica's answer came, for streams that of the first event; further calls change nothing."""
+        ...
+
     def finished(self, plan: PlanT) -> None:
         """The request ended there, well or not; called once for each `started`."""
         ...

@@ -1,6 +1,7 @@
 """Prefixes that replicas compute right now: what a request that comes next may find there.
 
-A chain's key stands for all before it, so two chains agree up to some block and nowhere behind it: that block is found by halving.
+A chain's key stands for all before it, so two chains agree up to some block and nowhere behind it. That block is
+found by halving.
 """
 
 from collections import OrderedDict

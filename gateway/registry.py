@@ -15,11 +15,15 @@ STATUS_OK = "ok"
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """`blocks` leading blocks of `block_size` tokens are held; imports are possible from `exchanges_with`."""
+    """`blocks` leading blocks of `block_size` tokens are held; imports are possible from `exchanges_with`.
+
+    `chain` says which of the look-up's chains is the replica's.
+    """
 
     blocks: int
     block_size: int
     exchanges_with: frozenset[str]
+    chain: int = 0
 
     @property
     def tokens(self) -> int:
@@ -56,6 +60,7 @@ class Registry:
         tables = self.tables()
         exchanges = self.exchanges(tables)
         chains: dict[tuple[bytes, int, str], Keys] = {}
+        places: dict[tuple[bytes, int, str], int] = {}
         holdings: dict[str, Holding] = {}
         for name, table in tables.items():
             kind = (table.fingerprint, table.block_size, table.hash_name)
@@ -64,8 +69,9 @@ class Registry:
                 root = root_key(table.fingerprint, salt, lora, table.hash_name)
                 useful = max(0, len(ids) - 1) // table.block_size * table.block_size
                 keys = chains[kind] = chain_keys(root, ids[:useful], table.block_size, table.hash_name)
+                places[kind] = len(places)
             held = len(table.longest_run(keys)) if len(keys) else 0
-            holdings[name] = Holding(held, table.block_size, exchanges[name])
+            holdings[name] = Holding(held, table.block_size, exchanges[name], places[kind])
         return LookUp(holdings, tuple((keys, kind[1]) for kind, keys in chains.items()))
 
     def exchanges(self, tables: Mapping[str, Table]) -> Mapping[str, frozenset[str]]:

@@ -97,7 +97,6 @@ class Settings(BaseSettings):
         8 << 20, ge=1024, description="largest answer held back for a retry; a larger one is streamed"
     )
     requests_in_flight_max: int = Field(1024, ge=1, description="requests at one time; more get 429")
-    replica_requests_max: int = Field(8, ge=1, description="requests in flight from which on a replica is busy")
     retry_attempts_max: int = Field(2, ge=0, le=16, description="further replicas tried when one dies under a request")
     connect_seconds: float = Field(5.0, gt=0, description="to connect to a replica")
     response_head_seconds_max: float | None = Field(

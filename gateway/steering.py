@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import xxhash
 
-from gateway.costs import DEVICE_KINDS, CostModel, ModelKey
+from gateway.costs import DEVICE_KINDS, CostModel, ModelKey, pairs
 from gateway.load import IDLE, ReplicaLoad
 from gateway.promises import Promise
 
@@ -20,9 +20,12 @@ TAKERS_MAX = 16
 """Replicas without any of the prefix that are weighed in full: those with the least in front of a request."""
 HOLDERS_MAX = 64
 OPTIONS_SHOWN_MAX = 8
+SPLIT_GAIN_SECONDS_MIN = 5e-4
+"""A split that saves less is not worth its name: over NVLink a token's KV comes in less than a microsecond."""
 BUSY_MAX = 0.95
 """A hot prefix is not reckoned to keep its holders busier than this, so that the wait expected of it stays finite."""
 REMOTE_TRANSPORT = "rdma"
+CUDA = ModelKey("cuda")
 
 
 class Action(StrEnum):
@@ -61,7 +64,7 @@ class Candidate:
     held_tokens: int = 0
     load: ReplicaLoad = IDLE
     exchanges_with: frozenset[str] = frozenset()
-    key: ModelKey = ModelKey("cuda")
+    key: ModelKey = CUDA
     transport: str = "cuda_ipc"
     promise: Promise | None = None
     takes: bool = True
@@ -99,7 +102,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Send the request to `replica`; with a source, import up to `import_tokens_max` prompt tokens in all (None: what it holds).
+    """Send the request to `replica`; import from `source` up to `import_tokens_max` prompt tokens in all (None: what it holds).
 
     `best_available_tokens` is the longest prefix that any replica held or computed; `options` what was weighed, best first.
     """
@@ -162,7 +165,7 @@ class _Weighing:
     def takers(self, turn: int) -> list[tuple[Candidate, float]]:
         """The replicas to weigh, each with the queue in front of it: those with some of the prefix, and the idlest others."""
         costs, now, decode_seconds = self._costs, self._now, self._prompt.decode_seconds
-        holding: list[tuple[int, float, Candidate]] = []
+        holding: list[tuple[int, float, int, str, Candidate]] = []
         others: list[tuple[float, int, str, Candidate, float]] = []
         names = sorted(candidate.name for candidate in self._candidates)
         start = turn % len(names) if names else 0
@@ -171,15 +174,16 @@ class _Weighing:
                 continue
             queue = 0.0 if candidate.load is IDLE else costs.queue_seconds(candidate.key, candidate.load, now)
             local = self.local(candidate)
+            turned = int(candidate.name < names[start])
             if local > 0:
-                holding.append((-local, queue, candidate))
+                holding.append((-local, queue, turned, candidate.name, candidate))
             else:
                 crowd = crowding(candidate, decode_seconds) if candidate.load.decoding else 0.0
-                others.append((queue + crowd, int(candidate.name < names[start]), candidate.name, candidate, queue))
-        holding.sort(key=lambda entry: (entry[0], entry[1], entry[2].name))
+                others.append((queue + crowd, turned, candidate.name, candidate, queue))
+        holding.sort(key=lambda entry: entry[:4])
         others.sort(key=lambda entry: entry[:3])
         kept = others if self._prompt.affinity and not self.best_available else others[:TAKERS_MAX]
-        return [(holder, queue) for _, queue, holder in holding[:HOLDERS_MAX]] + [(entry[3], entry[4]) for entry in kept]
+        return [(entry[4], entry[1]) for entry in holding[:HOLDERS_MAX]] + [(entry[3], entry[4]) for entry in kept]
 
     def best_option(self, taker: Candidate, queue: float) -> Option:
         """The best that can be done on `taker`; an import only if it is sooner than computing."""
@@ -191,7 +195,7 @@ class _Weighing:
             cut = self._cut(taker, held)
             if local < cut < held:
                 split = self._option(taker, queue, source, cut, Action.SPLIT)
-                if split.score < pull.score * (1 - self._costs.uncertainty()):
+                if split.score < pull.score - SPLIT_GAIN_SECONDS_MIN:
                     pull = split
             if pull.score < best.score and pull.expected.seconds < best.expected.seconds:
                 best = pull
@@ -207,7 +211,7 @@ class _Weighing:
         return found
 
     def _cut(self, taker: Candidate, held: int) -> int:
-        """Where a split is best. Transfer is linear and computing convex in the cut, so it is where computing begins to cost."""
+        """Where a split is best: where computing begins to cost, as the time is concave in the cut before that."""
         size = self._prompt.block_size
         return min(held, (self._prompt.tokens - self._costs.free_tokens(taker.key)) // size * size)
 
@@ -235,8 +239,9 @@ class _Weighing:
         """The wait to expect of further requests for this prefix: less once one replica more holds it."""
         prompt = self._prompt
         new = prompt.tokens - self.best_available
+        work = self._costs.work_seconds(taker.key, new, pairs(self.best_available, new))
         kind = DEVICE_KINDS.get(taker.key.device, DEVICE_KINDS["cuda"])
-        service = self._costs.prefill_seconds(taker.key, self.best_available, new) + prompt.decode_seconds / kind.decodes_full
+        service = work + prompt.decode_seconds / kind.decodes_full
         holders = max(1, self._holders) + (local == 0)
         busy = min(prompt.rate * service / holders, BUSY_MAX)
         return service * busy / (2 * (1 - busy))  # M/D/1

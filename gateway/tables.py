@@ -1,8 +1,9 @@
 """What the gateway needs of the replicas' block tables, so that tests can stand in for them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from transport.deliveries import Delivery, EngineLoad, PeerCounters
 from transport.keys import Keys
 from transport.table import Run
 
@@ -29,6 +30,9 @@ class Table(Protocol):
     def longest_run(self, keys: Keys) -> Run: ...
     def cached_blocks(self) -> int: ...
     def counters(self) -> dict[str, int]: ...
+    def load(self) -> EngineLoad: ...
+    def peers(self) -> Sequence[PeerCounters]: ...
+    def deliveries(self, after: int) -> tuple[int, list[Delivery]]: ...
 
 
 class Tables(Protocol):

@@ -10,7 +10,8 @@ from gateway.access import AdminAccess
 from gateway.app import build_app
 from gateway.frontdoor import FrontDoor
 from gateway.model_files import source_from_arguments
-from gateway.planner import Plan, Planner
+from gateway.plan import Plan
+from gateway.planner import Planner
 from gateway.relay import Relay
 from gateway.served_models import ModelsCache
 from gateway.settings import Settings

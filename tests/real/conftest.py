@@ -12,12 +12,10 @@ from tests.real.prompts import Words
 
 ONE = Tenant(name="one", api_key="key-of-tenant-one")
 TWO = Tenant(name="two", api_key="key-of-tenant-two")
-BUSY = 2  # requests in flight from which on the steering relieves a replica
 LAST_FILES = ("test_kills.py", "test_the_end.py")
 END_SECONDS_MAX = 15.0
 
 CONFIG = f"""
-replica_requests_max = {BUSY}
 backoff_seconds_max = 2.0
 
 [[tenants]]

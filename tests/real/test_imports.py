@@ -5,8 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.real.conftest import BUSY
-
 BLOCK = 32
 LONG = 1050
 
@@ -45,18 +43,6 @@ def test_an_import_equals_a_run_of_the_same_replica_after_a_flush(fleet, words):
     assert imported.cached_tokens == importable(LONG)
     assert (counted.local, counted.peer, counted.computed) == (0, 0, LONG)
     assert imported.close_to(cold)
-
-
-def test_a_busy_holder_is_relieved_and_the_other_replica_imports(fleet, words):
-    prompt = words.text(LONG)
-    cold = fleet.answer(prompt, replica="replica-0")
-    with fleet.decoding([words.text(20) for _ in range(BUSY)], "replica-0"), fleet.counting("replica-1") as counted:
-        steered = fleet.answer(prompt)
-    local = fleet.answer(prompt, replica="replica-1")
-    assert steered.replica == "replica-1"
-    assert (counted.peer, counted.computed) == (importable(LONG), LONG - importable(LONG))
-    assert steered.same_as(local)
-    assert steered.close_to(cold)
 
 
 @pytest.mark.parametrize("holder", ["replica-0", "replica-1"])

@@ -128,6 +128,9 @@ class FakePlanner:
     def started(self, plan: FakePlan) -> None:
         self.in_flight[plan.replica.name] = self.in_flight.get(plan.replica.name, 0) + 1
 
+    def first_byte(self, plan: FakePlan) -> None:
+        """Nothing is learnt from it here."""
+
     def finished(self, plan: FakePlan) -> None:
         self.in_flight[plan.replica.name] -= 1
 

@@ -12,7 +12,8 @@ from engine.fleet import ReplicaState
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, PromptTooLong, ReplicaNotReady, UnknownReplica
 from gateway.model_files import TokenizerSource
 from gateway.parity import KindVerdict, Parity, ParityVerdict
-from gateway.planner import Plan, Planner
+from gateway.plan import Plan
+from gateway.planner import Planner
 from gateway.served_models import ServedModels
 from gateway.tenants import ANONYMOUS, TenantContext
 from gateway.tokens import TokenService
@@ -22,12 +23,12 @@ from transport.directory import TableDirectory
 
 EXACT = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
 IDS = list(range(2, 2 + 21))
+LONG = list(range(1000, 1000 + 601))
 TENANT = TenantContext("t", "salty")
 
 
 @dataclass(frozen=True)
 class Bounds:
-    replica_requests_max: int = 2
     prefixes_tracked_max: int = 1000
     tokenize_inline_chars_max: int = 100
 
@@ -46,6 +47,10 @@ class Place:
 
     async def plan(self, prompt: Any = None, pinned: str | None = None, tenant: TenantContext = ANONYMOUS, **body: Any) -> Plan:
         return await self.planner.plan("completions", {"prompt": prompt, **body}, tenant, pinned=pinned)
+
+    async def occupy(self, replica: str) -> None:
+        """Send a long prompt there that nobody holds."""
+        self.planner.started(await self.plan([ord(replica), *LONG], pinned=replica))
 
     async def chat(self, text: str, **body: Any) -> Plan:
         return await self.planner.plan("chat", {"messages": [{"role": "user", "content": text}], **body}, ANONYMOUS)
@@ -66,19 +71,18 @@ async def test_a_request_goes_to_the_holder_of_its_prefix(place: Place) -> None:
     place.tables.hold("b", IDS)
     plan = await place.plan(IDS)
     assert (plan.replica.name, plan.source, plan.prompt_tokens, plan.predicted_tokens) == ("b", None, 21, 20)
-    assert plan.kv_transfer_params == {"peerkv": {"source": ""}}
+    assert plan.kv_transfer_params == {"peerkv": {"source": "", "tag": plan.tag}}
     assert plan.prompt is None
     assert plan.cache_salt is None
 
 
 async def test_a_busy_holder_becomes_the_source_of_a_free_replica(place: Place) -> None:
-    place.tables.hold("b", IDS)
-    for _ in range(2):
-        place.planner.started(await place.plan(IDS))
-    assert place.planner.in_flight() == {"b": 2}
-    plan = await place.plan(IDS)
-    assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", "b", 20)
-    assert plan.kv_transfer_params == {"peerkv": {"source": "b"}}
+    place.tables.hold("b", LONG)
+    await place.occupy("b")
+    assert place.planner.in_flight() == {"b": 1}
+    plan = await place.plan(LONG)
+    assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", "b", 600)
+    assert plan.kv_transfer_params == {"peerkv": {"source": "b", "tag": plan.tag}}
 
 
 async def test_in_flight_counts_go_back_when_requests_finish(place: Place) -> None:
@@ -91,8 +95,8 @@ async def test_in_flight_counts_go_back_when_requests_finish(place: Place) -> No
 
 
 async def test_requests_that_nobody_holds_spread_by_what_is_in_flight(place: Place) -> None:
-    for _ in range(4):
-        place.planner.started(await place.plan(IDS))
+    for first in range(4):
+        place.planner.started(await place.plan([first, *LONG]))
     assert place.planner.in_flight() == {"a": 2, "b": 2}
 
 
@@ -113,7 +117,7 @@ async def test_without_proven_parity_a_text_goes_as_text_and_its_ids_only_steer(
     place.tables.hold("b", place.tokens.encode("the very same text"))
     plan = await place.plan("the very same text")
     assert (plan.replica.name, plan.prompt) == ("b", None)
-    assert plan.kv_transfer_params is None
+    assert plan.kv_transfer_params == {"peerkv": {"tag": plan.tag}}
 
 
 @pytest.mark.parametrize("field", [{"echo": True}, {"return_token_offsets": True}])
@@ -125,18 +129,19 @@ async def test_a_text_that_the_answer_depends_on_goes_as_text(place: Place, fiel
 @pytest.mark.parametrize("field", [{"suffix": "x"}, {"truncate_prompt_tokens": 3}])
 async def test_a_prompt_that_the_engine_changes_is_steered_by_load(place: Place, field: dict[str, Any]) -> None:
     place.tables.hold("b", IDS)
-    place.planner.started(await place.plan(IDS))
+    await place.occupy("b")
     plan = await place.plan(IDS, **field)
-    assert (plan.replica.name, plan.prompt, plan.predicted_tokens, plan.kv_transfer_params) == ("a", None, 0, None)
+    assert (plan.replica.name, plan.prompt, plan.predicted_tokens) == ("a", None, 0)
+    assert plan.kv_transfer_params == {"peerkv": {"tag": plan.tag}}
     assert "the engine changes the prompt" in plan.reason
 
 
 @pytest.mark.parametrize("field", [{"prompt_logprobs": 0}, {"echo": True, "logprobs": 1}])
 async def test_a_request_for_the_prompts_logprobs_expects_nothing_from_caches(place: Place, field: dict[str, Any]) -> None:
     place.tables.hold("b", IDS)
-    place.planner.started(await place.plan(IDS))
+    await place.occupy("b")
     plan = await place.plan(IDS, **field)
-    assert (plan.replica.name, plan.predicted_tokens, plan.kv_transfer_params) == ("a", 0, None)
+    assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", None, 0)
 
 
 async def test_a_tenants_salt_goes_into_keys_and_body(place: Place) -> None:
@@ -159,14 +164,15 @@ async def test_an_adapter_has_keys_of_its_own(place: Place) -> None:
 async def test_of_a_list_of_prompts_the_longest_steers(place: Place) -> None:
     place.tables.hold("b", IDS)
     plan = await place.plan([[5, 6], IDS])
-    assert (plan.replica.name, plan.prompt_tokens, plan.kv_transfer_params) == ("b", 21, None)
+    assert (plan.replica.name, plan.prompt_tokens, plan.kv_transfer_params) == ("b", 21, {"peerkv": {"tag": plan.tag}})
 
 
 async def test_a_chat_is_steered_by_its_rendered_ids_and_goes_as_it_is(place: Place) -> None:
     body = {"messages": [{"role": "user", "content": "tell me of the sea"}]}
     place.tables.hold("b", place.tokens.encode_chat(body))
     plan = await place.chat("tell me of the sea")
-    assert (plan.replica.name, plan.prompt, plan.kv_transfer_params) == ("b", None, {"peerkv": {"source": ""}})
+    assert (plan.replica.name, plan.prompt) == ("b", None)
+    assert plan.kv_transfer_params == {"peerkv": {"source": "", "tag": plan.tag}}
     assert plan.predicted_tokens > 0
 
 
@@ -174,13 +180,13 @@ async def test_a_chat_is_steered_by_load_when_its_ids_are_known_to_be_wrong(plac
     place.tables.hold("b", place.tokens.encode_chat({"messages": [{"role": "user", "content": "tell me of the sea"}]}))
     place.planner.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.OFF))
     plan = await place.chat("tell me of the sea")
-    assert (plan.prompt_tokens, plan.predicted_tokens, plan.kv_transfer_params) == (0, 0, None)
+    assert (plan.prompt_tokens, plan.predicted_tokens, plan.kv_transfer_params) == (0, 0, {"peerkv": {"tag": plan.tag}})
 
 
 async def test_media_are_steered_by_load(place: Place) -> None:
     body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}
     plan = await place.planner.plan("chat", body, ANONYMOUS)
-    assert (plan.prompt_tokens, plan.kv_transfer_params) == (0, None)
+    assert (plan.prompt_tokens, plan.kv_transfer_params) == (0, {"peerkv": {"tag": plan.tag}})
     assert "engine's business" in plan.reason
 
 

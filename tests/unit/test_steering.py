@@ -1,120 +1,258 @@
 """Steering: a table of cases, and properties that hold for every fleet."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.steering import Candidate, Decision, best_source, steer
+from gateway.costs import CostModel, ModelKey
+from gateway.load import ReplicaLoad
+from gateway.promises import Promise
+from gateway.steering import Action, Candidate, Decision, PromptView, affinity_weight, steer
 
-BUSY = 4
+GPU = ModelKey("cuda")
+PROMPT = 16_000
+EVERYBODY = frozenset("abcdefgh")
+NAMES = "abcde"
 
 
-def replica(name: str, held: int = 0, in_flight: int = 0, *others: str) -> Candidate:
-    return Candidate(name, held, in_flight, frozenset(others))
+def waiting(tokens: int, **more: int) -> ReplicaLoad:
+    """A replica with prompts of `tokens` in front of the next one."""
+    pairs = tokens * tokens / 2
+    return ReplicaLoad(tokens=tokens, pairs=pairs, head_tokens=tokens, head_pairs=pairs, requests=1, **more)
+
+
+def replica(name: str, held: int = 0, ahead: int = 0, others: frozenset[str] = EVERYBODY, **more: object) -> Candidate:
+    load = more.pop("load", waiting(ahead) if ahead else ReplicaLoad())
+    return Candidate(name, held, load, others, GPU, **more)  # type: ignore[arg-type]
+
+
+def decide(fleet: list[Candidate], tokens: int = PROMPT, turn: int = 0, **view: object) -> Decision:
+    return steer(PromptView(tokens, block_size=16, **view), fleet, CostModel(), 0.0, turn)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("fleet", "expected", "source"),
+    ("fleet", "chosen", "source", "action"),
     [
-        ([replica("a")], "a", None),
-        ([replica("a", 0, 3), replica("b", 0, 1)], "b", None),
-        ([replica("a", 5, 3), replica("b", 2, 0)], "a", None),
-        ([replica("a", 5, 3), replica("b", 5, 1)], "b", None),
-        ([replica("a", 5, BUSY, "b"), replica("b", 0, 1, "a")], "b", "a"),
-        ([replica("a", 5, BUSY, "b"), replica("b", 2, 1, "a")], "b", "a"),
-        ([replica("a", 5, BUSY), replica("b", 2, 1)], "b", None),
-        ([replica("a", 5, BUSY), replica("b", 0, BUSY)], "a", None),
-        ([replica("a", 5, BUSY + 2), replica("b", 5, BUSY + 1)], "b", None),
-        ([replica("a", 9, BUSY), replica("b", 5, 2), replica("c", 0, 1, "b")], "c", "b"),
-        ([replica("a", 9, BUSY), replica("b", 9, 3), replica("c", 0, 1, "a", "b")], "b", None),
+        ([replica("a")], "a", None, Action.RECOMPUTE),
+        ([replica("a", 0, 9000), replica("b", 0, 3000)], "b", None, Action.RECOMPUTE),
+        ([replica("a", 12_000), replica("b")], "a", None, Action.HIT),
+        ([replica("a", 12_000, 30_000), replica("b", 0, 2000)], "b", "a", Action.PULL),
+        ([replica("a", 12_000, 30_000), replica("b", 4000, 2000)], "b", "a", Action.PULL),
+        ([replica("a", 12_000, 30_000), replica("b", 0, 2000, frozenset())], "b", None, Action.RECOMPUTE),
+        ([replica("a", 12_000, 30_000), replica("b", 0, 30_000)], "a", None, Action.HIT),
+        ([replica("a", 12_000, 30_000), replica("b", 12_000, 2000)], "b", None, Action.HIT),
+        ([replica("a", 12_000, 30_000), replica("b", 9000, 20_000), replica("c", 0, 1000)], "c", "a", Action.PULL),
+        ([replica("a", 12_000, 30_000), replica("b", 9000, 20_000), replica("c", 0, 0, frozenset("b"))], "c", "b", Action.PULL),
+        ([replica("a", 64, 30_000), replica("b")], "b", None, Action.RECOMPUTE),
     ],
 )
-def test_a_request_goes_to_the_longest_prefix_until_its_holder_is_busy(
-    fleet: list[Candidate], expected: str, source: str | None
+def test_a_request_goes_where_its_first_token_comes_soonest(
+    fleet: list[Candidate], chosen: str, source: str | None, action: Action
 ) -> None:
-    decision = steer(fleet, replica_requests_max=BUSY)
-    assert (decision.replica, decision.source) == (expected, source)
+    decision = decide(fleet)
+    assert (decision.replica, decision.source, decision.action) == (chosen, source, action)
 
 
-def test_the_source_is_the_longest_holder_that_the_taker_can_read() -> None:
-    taker = replica("a", 1, 0, "b", "c", "d")
-    fleet = [taker, replica("b", 3), replica("c", 5, 9), replica("d", 5, 1), replica("e", 9)]
-    assert best_source(taker, fleet) == "d"
-    assert best_source(replica("a", 5, 0, "b", "c"), fleet) is None
+def test_a_decision_says_what_is_expected() -> None:
+    decision = decide([replica("a", 12_000, 30_000), replica("b", 4000)])
+    expected = decision.expected
+    assert (expected.local_tokens, expected.peer_tokens, expected.computed_tokens) == (4000, 8000, 4000)
+    assert decision.best_available_tokens == 12_000
+    assert expected.queue_seconds == 0 < expected.transfer_seconds < expected.prefill_seconds
+    assert decision.reason.startswith("imports 8000 tokens from a")
+    assert {option.replica for option in decision.options} == {"a", "b"}
+
+
+def test_the_last_token_is_always_computed() -> None:
+    assert decide([replica("a", PROMPT)]).expected.computed_tokens == 1
+
+
+def test_a_small_miss_is_computed_and_not_pulled() -> None:
+    decision = decide([replica("a", 15_984, 30_000), replica("b", 15_904)])
+    assert (decision.replica, decision.source) == ("b", None)
+
+
+def test_a_slow_link_carries_the_head_and_the_tail_is_computed_where_that_costs_nothing() -> None:
+    slow = [replica("a", 15_984, 90_000, transport="rdma"), replica("b")]
+    costs = CostModel()
+    decision = steer(PromptView(PROMPT, block_size=16), slow, costs, 0.0)
+    assert (decision.action, decision.source) == (Action.SPLIT, "a")
+    assert decision.import_tokens_max == (PROMPT - costs.free_tokens(GPU)) // 16 * 16
+    assert decision.expected.peer_tokens == decision.import_tokens_max
+
+
+def test_within_the_models_uncertainty_the_holder_keeps_the_request() -> None:
+    costs = CostModel()
+    pull = steer(PromptView(PROMPT), [replica("a", 12_000, 90_000), replica("b")], costs, 0.0).expected.seconds
+    hit = steer(PromptView(PROMPT), [replica("a", 12_000)], costs, 0.0).expected.seconds
+    ahead = int((pull - hit) / costs.terms(GPU).new_token)
+    near = [replica("a", 12_000, ahead), replica("b")]
+    far = [replica("a", 12_000, 4 * ahead), replica("b")]
+    assert steer(PromptView(PROMPT), near, costs, 0.0).replica == "a"
+    assert steer(PromptView(PROMPT), far, costs, 0.0).replica == "b"
+
+
+def test_a_prompt_that_is_being_computed_is_waited_for_and_not_computed_again() -> None:
+    promise = Promise(15_984, 7, 1.0)
+    fleet = [replica("a", 0, PROMPT, promise=promise), replica("b")]
+    decision = decide(fleet)
+    assert (decision.replica, decision.action, decision.expected.local_tokens) == ("a", Action.HIT, 15_984)
+    fleet = [replica("a", 0, 4 * PROMPT, promise=promise), replica("b")]
+    assert decide(fleet).replica == "b"
 
 
 def test_a_cold_fleet_spreads_over_all_replicas() -> None:
     fleet = [replica(name) for name in "abc"]
-    chosen = [steer(fleet, replica_requests_max=BUSY, turn=turn).replica for turn in range(6)]
-    assert chosen == ["a", "b", "c", "a", "b", "c"]
+    assert [decide(fleet, turn=turn).replica for turn in range(6)] == ["a", "b", "c", "a", "b", "c"]
+
+
+def test_many_decodes_send_a_request_elsewhere() -> None:
+    crowded = replica("a", 12_000, load=ReplicaLoad(requests=60, decoding=60))
+    assert decide([crowded, replica("b")], decode_seconds=3.0).source == "a"
+    assert decide([crowded, replica("b")], decode_seconds=0.0).replica == "a"
+
+
+def test_a_hot_prefix_is_copied_before_its_holder_queues_and_a_cool_one_is_not() -> None:
+    fleet = [replica("a", 15_000), replica("b")]
+    hot = decide(fleet, rate=18.0)
+    assert (hot.replica, hot.source) == ("b", "a")
+    assert decide(fleet, rate=0.5).replica == "a"
+    copied = [replica("a", 15_000), replica("b", 15_000), replica("c")]
+    assert decide(copied, rate=18.0).source is None
+
+
+def test_a_hot_prefix_does_not_move_the_others() -> None:
+    fleet = [replica("a", 12_000), replica("b")]
+    assert decide(fleet, rate=0.0).replica == "a"
+
+
+def test_affinity_decides_among_equals_for_what_nobody_holds() -> None:
+    fleet = [replica(name) for name in NAMES]
+    chosen = {decide(fleet, turn=turn, affinity="conversation").replica for turn in range(7)}
+    assert chosen == {max(NAMES, key=lambda name: affinity_weight("conversation", name))}
+    [favourite] = chosen
+    busy = [replica(name, 0, 50_000 if name == favourite else 0) for name in NAMES]
+    assert decide(busy, affinity="conversation").replica != favourite
+    held = [replica(name, 12_000 if name != favourite else 0) for name in NAMES]
+    assert decide(held, affinity="conversation").replica != favourite
+
+
+def test_affinity_moves_only_what_a_lost_replica_had() -> None:
+    before = {key: decide([replica(name) for name in NAMES], affinity=str(key)).replica for key in range(200)}
+    after = {key: decide([replica(name) for name in NAMES[:-1]], affinity=str(key)).replica for key in range(200)}
+    assert all(after[key] == home for key, home in before.items() if home != NAMES[-1])
+    assert set(before.values()) == set(NAMES)
+
+
+def test_a_source_only_is_never_chosen() -> None:
+    decision = decide([replica("a", 12_000, takes=False), replica("b")])
+    assert (decision.replica, decision.source) == ("b", "a")
+    with pytest.raises(ValueError, match="no candidates"):
+        decide([replica("a", takes=False)])
 
 
 def test_without_candidates_there_is_no_decision() -> None:
     with pytest.raises(ValueError, match="no candidates"):
-        steer([], replica_requests_max=BUSY)
+        decide([])
 
 
-NAMES = "abcde"
+def test_what_was_weighed_is_bounded() -> None:
+    fleet = [replica(f"r{place}", 16 * place) for place in range(300)]
+    assert len(decide(fleet).options) <= 8
 
 
 @st.composite
 def fleets(draw: st.DrawFn) -> list[Candidate]:
     names = draw(st.lists(st.sampled_from(NAMES), min_size=1, unique=True))
-    return [
-        Candidate(
-            name,
-            draw(st.integers(0, 4)),
-            draw(st.integers(0, 2 * BUSY)),
-            frozenset(draw(st.sets(st.sampled_from(NAMES)))),  # itself and strangers included
+    fleet = []
+    for name in names:
+        load = waiting(draw(st.integers(0, 60_000)), decoding=draw(st.integers(0, 100)), importing=draw(st.integers(0, 3)))
+        held = draw(st.integers(0, PROMPT // 16)) * 16
+        promise = draw(
+            st.one_of(st.none(), st.builds(Promise, st.integers(1, 900).map(lambda n: 16 * n), st.just(1), st.just(1.0)))
         )
-        for name in names
-    ]
+        others = frozenset(draw(st.sets(st.sampled_from(NAMES))))  # itself and strangers included
+        transport = draw(st.sampled_from(["cuda_ipc", "shared_memory", "rdma", "?"]))
+        fleet.append(Candidate(name, held, load, others, GPU, transport, promise))
+    return fleet
 
 
-def decide(fleet: list[Candidate], turn: int) -> tuple[Decision, dict[str, Candidate]]:
-    return steer(fleet, replica_requests_max=BUSY, turn=turn), {candidate.name: candidate for candidate in fleet}
+views = st.builds(
+    PromptView,
+    tokens=st.integers(1, PROMPT),
+    affinity=st.sampled_from(["", "x"]),
+    rate=st.floats(0, 50),
+    decode_seconds=st.floats(0, 20),
+    block_size=st.just(16),
+)
 
 
-@given(fleets(), st.integers(0, 100))
-def test_nobody_but_a_candidate_is_chosen_and_nobody_imports_from_itself(fleet: list[Candidate], turn: int) -> None:
-    decision, known = decide(fleet, turn)
+@given(fleets(), views, st.integers(0, 100))
+def test_nobody_but_a_candidate_is_chosen_and_nobody_imports_from_itself(
+    fleet: list[Candidate], view: PromptView, turn: int
+) -> None:
+    decision = steer(view, fleet, CostModel(), 0.0, turn)
+    known = {candidate.name: candidate for candidate in fleet}
     assert decision.replica in known
-    assert decision.source is None or decision.source in known.keys() - {decision.replica}
-
-
-@given(fleets(), st.integers(0, 100))
-def test_a_source_holds_more_than_the_chosen_replica_and_can_be_read_by_it(fleet: list[Candidate], turn: int) -> None:
-    decision, known = decide(fleet, turn)
     if decision.source is not None:
-        assert known[decision.source].held_blocks > known[decision.replica].held_blocks
+        assert decision.source in known.keys() - {decision.replica}
         assert decision.source in known[decision.replica].exchanges_with
+        assert known[decision.source].held_tokens > known[decision.replica].held_tokens
 
 
-@given(fleets(), st.integers(0, 100), st.randoms())
-def test_the_order_of_candidates_does_not_matter(fleet: list[Candidate], turn: int, random: object) -> None:
+@given(fleets(), views, st.integers(0, 100))
+def test_tokens_add_up_and_no_time_is_negative(fleet: list[Candidate], view: PromptView, turn: int) -> None:
+    expected = steer(view, fleet, CostModel(), 0.0, turn).expected
+    assert expected.local_tokens + expected.peer_tokens + expected.computed_tokens == view.tokens
+    assert expected.computed_tokens >= 1
+    assert min(expected.queue_seconds, expected.transfer_seconds, expected.local_tokens, expected.peer_tokens) >= 0
+
+
+@given(fleets(), views, st.integers(0, 100))
+def test_nothing_is_chosen_that_is_slower_than_computing_on_the_same_replica(
+    fleet: list[Candidate], view: PromptView, turn: int
+) -> None:
+    costs = CostModel()
+    decision = steer(view, fleet, costs, 0.0, turn)
+    chosen = next(candidate for candidate in fleet if candidate.name == decision.replica)
+    computing = costs.prefill_seconds(GPU, 0, view.tokens, chosen.load.decoding)
+    queue = costs.queue_seconds(GPU, chosen.load, 0.0)
+    assert decision.expected.seconds <= (queue + computing) * (1 + 1e-9)
+
+
+@given(fleets(), st.integers(1, PROMPT), st.integers(0, 100))
+def test_nothing_is_chosen_that_is_slower_than_computing_elsewhere_by_more_than_the_doubt(
+    fleet: list[Candidate], tokens: int, turn: int
+) -> None:
+    costs = CostModel()
+    decision = steer(PromptView(tokens), fleet, costs, 0.0, turn)
+    for candidate in fleet:
+        queue = costs.queue_seconds(GPU, candidate.load, 0.0)
+        computing = costs.prefill_seconds(GPU, 0, tokens, candidate.load.decoding)
+        chosen = decision.expected
+        doubt = costs.uncertainty() * (queue + computing + chosen.seconds)
+        assert chosen.seconds <= queue + computing + doubt
+
+
+@settings(max_examples=50)
+@given(fleets(), views, st.integers(0, 100), st.randoms())
+def test_the_order_of_candidates_does_not_matter(fleet: list[Candidate], view: PromptView, turn: int, random: object) -> None:
     shuffled = list(fleet)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert decide(fleet, turn)[0] == decide(shuffled, turn)[0]
+    assert steer(view, fleet, CostModel(), 0.0, turn) == steer(view, shuffled, CostModel(), 0.0, turn)
 
 
-@given(fleets(), st.integers(0, 100))
-def test_a_longest_holder_that_is_not_busy_gets_the_request(fleet: list[Candidate], turn: int) -> None:
-    decision, known = decide(fleet, turn)
-    longest = max(candidate.held_blocks for candidate in fleet)
-    holders = [candidate for candidate in fleet if candidate.held_blocks == longest]
-    if longest and min(holder.in_flight for holder in holders) < BUSY:
-        assert known[decision.replica].held_blocks == longest
-
-
-@given(fleets(), st.integers(0, 100))
-def test_a_busy_holder_is_relieved_by_whoever_is_less_busy(fleet: list[Candidate], turn: int) -> None:
-    decision, known = decide(fleet, turn)
-    if known[decision.replica].in_flight >= BUSY:
-        assert known[decision.replica].in_flight == min(candidate.in_flight for candidate in fleet)
-
-
-@given(fleets(), st.integers(0, 100))
-def test_nobody_waits_behind_more_requests_for_a_shorter_prefix(fleet: list[Candidate], turn: int) -> None:
-    decision, known = decide(fleet, turn)
-    chosen = known[decision.replica]
-    assert not any(other.held_blocks > chosen.held_blocks and other.in_flight < min(chosen.in_flight, BUSY) for other in fleet)
+@given(fleets(), st.integers(1000, PROMPT), st.integers(0, 100))
+def test_more_work_on_the_chosen_replica_never_makes_it_expected_sooner(fleet: list[Candidate], tokens: int, turn: int) -> None:
+    before = steer(PromptView(tokens), fleet, CostModel(), 0.0, turn)
+    busier = [
+        candidate
+        if candidate.name != before.replica
+        else Candidate(
+            candidate.name, candidate.held_tokens, waiting(10**6), candidate.exchanges_with, GPU, candidate.transport
+        )
+        for candidate in fleet
+    ]
+    after = steer(PromptView(tokens), busier, CostModel(), 0.0, turn)
+    if len(fleet) > 1:
+        assert after.replica != before.replica  # a million tokens ahead: everybody else is sooner

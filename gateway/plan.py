@@ -1,0 +1,80 @@
+"""A plan: where a request goes, what is put into its body, and why."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.fleet import Replica
+from gateway.flights import Flight
+from gateway.known_prompt import KnownPrompt
+from gateway.steering import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What of a request outlives its first plan."""
+
+    known: KnownPrompt
+    salt: str = ""
+    lora: str = ""
+    affinity: str = ""
+    pinned: str | None = None
+    streamed: bool = False
+    embeds: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where a request goes. `prompt` (token ids in place of text), `kv_transfer_params` and `cache_salt` go into its body.
+
+    `predicted_tokens` of `prompt_tokens` are expected out of a cache, the replica's own or the source's. `tag` comes back with
+    what the engine says of it.
+    """
+
+    replica: Replica
+    decision: Decision
+    tag: int
+    prompt: list[Any] | None
+    kv_transfer_params: dict[str, Any] | None
+    cache_salt: str | None
+    prompt_tokens: int
+    predicted_tokens: int
+    reason: str
+    flight: Flight = field(repr=False)
+    asked: Asked = field(repr=False)
+
+    @property
+    def source(self) -> str | None:
+        """The replica to import from."""
+        return self.decision.source
+
+    @property
+    def salt(self) -> str:
+        return self.asked.salt
+
+    @property
+    def pinned(self) -> str | None:
+        """The replica that the request named."""
+        return self.asked.pinned
+
+
+@dataclass(slots=True)
+class SteeringCounts:
+    """Decisions since the start, by the names that /kv/stats shows."""
+
+    planned: int = 0
+    without_ids: int = 0
+    to_holder: int = 0
+    with_source: int = 0
+    pinned: int = 0
+    prompt_tokens: int = 0
+    predicted_tokens: int = 0
+
+    def count(self, plan: Plan) -> None:
+        """Count a decision."""
+        self.planned += 1
+        self.without_ids += plan.asked.known.ids is None
+        self.with_source += plan.source is not None
+        self.pinned += plan.pinned is not None
+        self.to_holder += plan.pinned is None and plan.source is None and plan.predicted_tokens > 0
+        self.prompt_tokens += plan.prompt_tokens
+        self.predicted_tokens += plan.predicted_tokens
