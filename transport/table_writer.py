@@ -96,9 +96,11 @@ class TableWriter:
         ids = np.asarray(blocks, np.int64)
         offered = self._states[ids] & _ONE == 0
         if offered.any():
-            same = (self._keys[ids] == keys).all(axis=1)
+            same = offered & (self._keys[ids] == keys).all(axis=1)
             self.invalidate(ids[offered & ~same].tolist())
-            ids, keys = ids[~(offered & same)], keys[~(offered & same)]
+            lost = same & ~self._indexed(ids, keys)
+            self._index_add(ids[lost], keys[lost])
+            ids, keys = ids[~same], keys[~same]
         self._keys[ids] = keys
         fence()
         self._states[ids] += _ONE
@@ -124,15 +126,36 @@ class TableWriter:
         """Withdraw every block; return how many had been on offer."""
         return self.invalidate(np.flatnonzero(self._states & _ONE == 0).tolist())
 
+    def _indexed(self, ids: npt.NDArray[np.int64], keys: Keys) -> npt.NDArray[np.bool_]:
+        entered: npt.NDArray[np.bool_] = (self._index[keys[:, 0] & self._mask] == (ids + 1)[:, None]).any(axis=1)
+        return entered
+
     def _index_add(self, ids: npt.NDArray[np.int64], keys: Keys) -> None:
-        """Enter blocks where their bucket has room; if it has none, one block is merely not found any more."""
+        """Enter blocks in their buckets; where one is full, `_displaced` says at whose cost."""
         buckets = keys[:, 0] & self._mask
         while len(ids):
             _, first = np.unique(buckets, return_index=True)  # one a bucket each time around
             free = self._index[buckets[first]] == 0
-            way = np.where(free.any(axis=1), free.argmax(axis=1), ids[first] % WAYS)
+            way = free.argmax(axis=1)
+            for place in np.flatnonzero(~free.any(axis=1)).tolist():
+                way[place] = self._displaced(int(buckets[first[place]]), int(ids[first[place]]))
             self._index[buckets[first], way] = ids[first] + 1
             ids, buckets = np.delete(ids, first), np.delete(buckets, first)
+
+    def _displaced(self, bucket: int, block: int) -> int:
+        """Return which entry of a full bucket makes room for `block`: one whose key another entry has too, if there is one.
+
+        Requests that generate the same text fill blocks of their own with the same keys; kept all, they would push the only
+        entry of some other key out, and with it the rest of a prefix (seen on a GPU).
+        """
+        entries = self._index[bucket].astype(np.int64) - 1
+        seen = {self._keys[block].tobytes()}
+        for way in range(WAYS - 1, -1, -1):
+            key = self._keys[entries[way]].tobytes()
+            if key in seen:
+                return way
+            seen.add(key)
+        return block % WAYS
 
     def count(self, counter: str, amount: int = 1) -> None:
         """Add `amount` to a counter named in COUNTERS."""

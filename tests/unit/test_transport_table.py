@@ -72,6 +72,33 @@ def test_a_full_table_finds_every_block_it_holds(tmp_path):
         assert len(reader.longest_run(keys)) == reader.cached_blocks() == blocks
 
 
+def test_blocks_of_the_same_content_do_not_push_others_out_of_the_index(tmp_path):
+    prefix, repeated, copies = 10_000, 2_500, 20
+    keys = chain_keys(ROOT, range((prefix + repeated) * 4), 4)
+    with closing(writer(tmp_path, blocks=60_000)) as table, closing(TableReader(table.path)) as reader:
+        table.publish(list(range(prefix)), keys[:prefix])
+        for copy in range(copies):
+            first = prefix + copy * repeated
+            table.publish(list(range(first, first + repeated)), keys[prefix:])
+        assert reader.cached_blocks() == 60_000
+        assert len(reader.longest_run(keys)) == len(keys)
+
+
+def test_a_block_that_the_index_lost_is_found_again_when_it_is_offered_again(tmp_path):
+    with closing(writer(tmp_path)) as table, closing(TableReader(table.path)) as reader:
+        table.publish([3, 9], KEYS[:2])
+        table.publish([4], KEYS[:1])
+        table._index[:] = 0
+        assert len(reader.longest_run(KEYS[:2])) == 0
+        table.publish([3, 9], KEYS[:2])
+        assert reader.longest_run(KEYS[:2]).block_ids.tolist() == [3, 9]
+        assert reader.cached_blocks() == 3
+        table.invalidate([3])
+        assert len(reader.longest_run(KEYS[:2])) == 0
+        table.publish([4], KEYS[:1])
+        assert reader.longest_run(KEYS[:2]).block_ids.tolist() == [4, 9]
+
+
 OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("publish"), st.lists(st.tuples(st.integers(0, 31), st.integers(0, 31)), max_size=8)),
