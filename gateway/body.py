@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from gateway.errors import InvalidJson, InvalidRequest, UnsupportedParameter
+from gateway.token_ids import TokenIds
 
 Endpoint = Literal["completions", "chat", "embeddings"]
 
@@ -35,7 +36,15 @@ FORBIDDEN_FIELDS: Mapping[str, str] = {
 }
 
 _decode = msgspec.json.Decoder().decode
-_encode = msgspec.json.Encoder().encode
+
+
+def _write(value: object) -> msgspec.Raw:
+    if isinstance(value, TokenIds):
+        return value.json()
+    raise TypeError(f"{type(value).__name__} is no part of a body")
+
+
+_encode = msgspec.json.Encoder(enc_hook=_write).encode
 
 
 def decode_body(raw: bytes | bytearray) -> dict[str, Any]:
@@ -52,7 +61,7 @@ def decode_body(raw: bytes | bytearray) -> dict[str, Any]:
 
 
 def encode_body(body: dict[str, Any]) -> bytes:
-    """The inverse of `decode_body`. Raises InvalidJson for what JSON cannot hold, such as a huge integer."""
+    """The inverse of `decode_body`; token ids may be TokenIds. Raises InvalidJson for what JSON cannot hold: huge integers."""
     try:
         return _encode(body)
     except (OverflowError, RecursionError, ValueError) as error:

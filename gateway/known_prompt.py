@@ -1,6 +1,7 @@
 """What is known of a request's prompt: its token ids as the engine will see them, if that can be told."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,14 @@ from gateway.errors import PromptTooLong
 from gateway.parity import Parity, ParityVerdict
 from gateway.prompts import depends_on_text, ids_are_the_prompt, reads_no_cache, split_prompts
 from gateway.served_models import ServedModels
-from gateway.tokens import NoTokenIds, TextTooLong, TokenService
+from gateway.token_ids import TokenIds
+from gateway.tokens import NotAtOnce, NoTokenIds, TextTooLong, TokenService
 from transport.adapter import adapter_identity
 
+LOOKED_UP_INLINE_CHARS_MAX = 1 << 20
+"""More text than this, seen before or not, is looked up in a thread: a million characters take 2 ms."""
+PIECES_INLINE_MAX = 256
+"""More messages or prompts than that are worked on in a thread: a chat of 256 messages is rendered in 1 ms."""
 CHARS_PER_TOKEN = 4
 """Of English text, roughly: for the weight of a prompt whose ids are not known."""
 
@@ -25,8 +31,8 @@ class KnownPrompt:
     is its length, by estimate where the ids are not known.
     """
 
-    ids: Sequence[int] | None
-    sent: list[Any] | None = None
+    ids: TokenIds | None
+    sent: Sequence[Any] | None = None
     certain: bool = False
     cacheable: bool = True
     count: int = 1
@@ -50,9 +56,14 @@ class PromptReader:
             return KnownPrompt(None, cacheable=False, tokens=tokens, why_unknown="embeddings are computed whole")
         param, read = ("prompt", self._completion) if endpoint == "completions" else ("messages", self._chat)
         characters = _characters(body.get(param))
-        if characters <= self._inline_chars_max:
-            return read(body, characters)
-        return await asyncio.to_thread(read, body, characters)
+        given = body.get(param)
+        pieces = len(given) if isinstance(given, list) else 1
+        short = characters <= self._inline_chars_max and pieces <= PIECES_INLINE_MAX
+        seen_perhaps = characters <= LOOKED_UP_INLINE_CHARS_MAX and (endpoint == "chat" or pieces == 1)
+        if characters == 0 or short or (seen_perhaps and pieces <= PIECES_INLINE_MAX):
+            with contextlib.suppress(NotAtOnce):
+                return read(body, characters, self._inline_chars_max)
+        return await asyncio.to_thread(read, body, characters, None)
 
     def adapter(self, body: Mapping[str, Any]) -> str:
         """Return the adapter that the request names as the connector spells it, "" for none."""
@@ -60,7 +71,7 @@ class PromptReader:
         card = models.cards.get(body.get("model") or "") if models else None
         return adapter_identity(card["id"], card.get("root") or "") if card and card.get("parent") else ""
 
-    def _completion(self, body: Mapping[str, Any], characters: int) -> KnownPrompt:
+    def _completion(self, body: Mapping[str, Any], characters: int, new_chars_max: int | None) -> KnownPrompt:
         prompts = split_prompts(body.get("prompt"))
         cacheable = not reads_no_cache(body)
 
@@ -74,25 +85,25 @@ class PromptReader:
         certain = not text or self.parity.completions.parity is Parity.EXACT
         special = body.get("add_special_tokens", True)
         try:
-            ids = [self._encode(prompt, special) if isinstance(prompt, str) else prompt for prompt in prompts]
+            ids = [self._encode(prompt, special, new_chars_max) if isinstance(prompt, str) else prompt for prompt in prompts]
             self._check_length("prompt", max(map(len, ids)), certain)
         except TextTooLong as long:
             self._check_length("prompt", long.tokens_min, certain)
             return unknown(str(long))
         except NoTokenIds as error:
             return unknown(str(error))
-        sent: list[Any] | None = None
+        sent: Sequence[Any] | None = None
         if text and certain and not depends_on_text(body) and all(ids):
             sent = ids[0] if isinstance(body["prompt"], str) else ids
         longest = max(ids, key=len)
         return KnownPrompt(longest, sent, certain, cacheable, len(prompts), len(longest))
 
-    def _encode(self, prompt: str, special: object) -> list[int]:
+    def _encode(self, prompt: str, special: object, new_chars_max: int | None) -> TokenIds:
         if not isinstance(special, bool):
             raise NoTokenIds("add_special_tokens is malformed")
-        return self._tokens.encode(prompt, special, self._context_tokens())
+        return self._tokens.encode(prompt, special, self._context_tokens(), new_chars_max)
 
-    def _chat(self, body: Mapping[str, Any], characters: int) -> KnownPrompt:
+    def _chat(self, body: Mapping[str, Any], characters: int, new_chars_max: int | None) -> KnownPrompt:
         cacheable = not reads_no_cache(body)
         guess = characters // CHARS_PER_TOKEN
         parity = self.parity.chat.parity
@@ -101,7 +112,7 @@ class PromptReader:
             return KnownPrompt(None, cacheable=cacheable, tokens=guess, why_unknown=why)
         certain = parity is Parity.EXACT
         try:
-            ids = self._tokens.encode_chat(body, self._context_tokens())
+            ids = self._tokens.encode_chat(body, self._context_tokens(), new_chars_max)
             self._check_length("messages", len(ids), certain)
         except TextTooLong as long:
             self._check_length("messages", long.tokens_min, certain)

@@ -1,5 +1,6 @@
 """A plan: where a request goes, what is put into its body, and why."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ class Plan:
     replica: Replica
     decision: Decision
     tag: int
-    prompt: list[Any] | None
+    prompt: Sequence[Any] | None
     kv_transfer_params: dict[str, Any] | None
     cache_salt: str | None
     prompt_tokens: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any, Protocol, TypeVar
 
 from engine.fleet import Replica
@@ -16,7 +16,7 @@ class Plan(Protocol):
     @property
     def replica(self) -> Replica: ...
     @property
-    def prompt(self) -> list[Any] | None:
+    def prompt(self) -> Sequence[Any] | None:
         """Token ids to send in place of the completion's text."""
         ...
 

@@ -116,8 +116,9 @@ class Settings(BaseSettings):
     # Steering and sight.
     prefixes_tracked_max: int = Field(65536, ge=1, description="prefixes in /kv/prefixes' memory")
     tokenize_inline_chars_max: int = Field(
-        16384, ge=0, description="longer prompts are tokenised in a thread, off the event loop"
+        16384, ge=0, description="more text that was not seen before is tokenised in a thread, off the event loop"
     )
+    token_cache_bytes_max: int = Field(128 << 20, ge=0, description="token ids of texts seen before; a million ids take 11 MB")
 
     # The supervisor.
     connector: bool = Field(True, description="load our connector; off: plain vLLM replicas that share nothing")

@@ -5,24 +5,22 @@ post-processor (add_bos_token in the config does not count beside it), and with 
 models' classes change more than that: gateway/parity.py compares the result with the engine's once per start.
 """
 
-import hashlib
 import logging
-from array import array
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
 from gateway.chat import ChatNotRendered, ChatTemplate
+from gateway.encoder import Encoder, make_encoder
+from gateway.id_cache import IdCache
 from gateway.model_files import ModelFiles, ModelFilesError, TokenizerSource, read_model_files, token_text
+from gateway.token_ids import TokenIds
 
 _logger = logging.getLogger(__name__)
 
-CACHED_TOKENS_MAX = 2_000_000  # 8 MB
-CACHED_PROMPT_CHARS_MIN = 2048  # a shorter prompt is tokenised about as fast as it is looked up
+CACHE_BYTES_MAX = 128 << 20
 
 
 class NoTokenIds(Exception):
@@ -49,45 +47,8 @@ class TokenizerState:
     chat_reason: str
 
 
-class IdCache:
-    """Token ids of recent texts, least recently used out first, bounded by the number of ids held. Thread safe.
-
-    A text is known by its SHA-256, so no prompt is kept and none can be taken for another.
-    """
-
-    def __init__(self, tokens_max: int = CACHED_TOKENS_MAX) -> None:
-        self._tokens_max = tokens_max
-        self._entries: OrderedDict[bytes, array[int]] = OrderedDict()
-        self._tokens = 0
-        self._lock = Lock()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    @property
-    def tokens(self) -> int:
-        """How many ids are held."""
-        return self._tokens
-
-    def get(self, key: bytes) -> list[int] | None:
-        """Return a copy of the ids under `key`."""
-        with self._lock:
-            ids = self._entries.get(key)
-            if ids is None:
-                return None
-            self._entries.move_to_end(key)
-        return ids.tolist()
-
-    def put(self, key: bytes, ids: Sequence[int]) -> None:
-        """Keep `ids` under `key`, at the cost of the oldest others."""
-        if len(ids) > self._tokens_max:
-            return
-        with self._lock:
-            self._tokens += len(ids) - len(self._entries.pop(key, ()))
-            self._entries[key] = array("i", ids)
-            while self._tokens > self._tokens_max:
-                _, oldest = self._entries.popitem(last=False)
-                self._tokens -= len(oldest)
+class NotAtOnce(Exception):
+    """So much of the text was never seen before that tokenising it takes a while: do it where nobody waits."""
 
 
 class TokenService:
@@ -97,10 +58,10 @@ class TokenService:
     when a replica is ready. Until then every request raises NoTokenIds.
     """
 
-    def __init__(self, source: TokenizerSource, cached_tokens_max: int = CACHED_TOKENS_MAX) -> None:
+    def __init__(self, source: TokenizerSource, cache_bytes_max: int = CACHE_BYTES_MAX) -> None:
         self._source = source
-        self._cache = IdCache(cached_tokens_max)
-        self._tokenizer: Tokenizer | None = None
+        self.cache = IdCache(cache_bytes_max)
+        self._encoder: Encoder | None = None
         self._template: ChatTemplate | None = None
         self._chars_per_token_max = 1
         self.state = TokenizerState(False, False, "", "not loaded yet", "not loaded yet")
@@ -130,7 +91,10 @@ class TokenService:
         except ChatNotRendered as error:
             chat_reason = str(error)
             _logger.warning("chats are steered by load alone: %s", error)
-        self._tokenizer = tokenizer
+        try:
+            self._encoder = make_encoder(tokenizer, self.cache)
+        except Exception as error:  # the tokenizers library raises the bare class: no unknown token where one is needed, say
+            raise ModelFilesError(f"{files.tokenizer}: {error}") from error
         self.state = TokenizerState(True, self._template is not None, str(files.directory), "", chat_reason)
 
     @property
@@ -138,35 +102,28 @@ class TokenService:
         """Whether the model's chat template looks at tools."""
         return self._template is not None and self._template.takes_tools
 
-    def encode(self, text: str, add_special_tokens: bool = True, tokens_max: int | None = None) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, tokens_max: int | None = None, new_chars_max: int | None = None
+    ) -> TokenIds:
         """Return the ids of `text`; `add_special_tokens` adds BOS and the like, as a completion does.
 
-        Raises NoTokenIds, and TextTooLong without any work when the text can not fit into `tokens_max`.
+        Raises NoTokenIds; TextTooLong without any work when the text can not fit into `tokens_max`; and NotAtOnce, with no
+        more work than looking it up, when more than `new_chars_max` of its characters have to be tokenised.
         """
-        if self._tokenizer is None:
+        if self._encoder is None:
             raise NoTokenIds(self.state.reason)
         if tokens_max is not None and len(text) > tokens_max * self._chars_per_token_max:
             raise TextTooLong(-(-len(text) // self._chars_per_token_max), tokens_max)
         try:
-            key = hashlib.sha256(text.encode()).digest() + bytes([add_special_tokens])
+            ids = self._encoder.encode(text, add_special_tokens, new_chars_max)
         except UnicodeEncodeError as error:
             raise NoTokenIds("the text holds half a surrogate pair") from error
-        if len(text) < CACHED_PROMPT_CHARS_MIN:
-            return self._encode(self._tokenizer, text, add_special_tokens)
-        ids = self._cache.get(key)
         if ids is None:
-            ids = self._encode(self._tokenizer, text, add_special_tokens)
-            self._cache.put(key, ids)
+            raise NotAtOnce
         return ids
 
-    @staticmethod
-    def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-        # The fast batch form skips character offsets, and leaves the interpreter lock to others meanwhile.
-        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        return ids
-
-    def encode_chat(self, body: Mapping[str, Any], tokens_max: int | None = None) -> list[int]:
-        """Return the ids of a chat request's body. Raises NoTokenIds, TextTooLong."""
+    def encode_chat(self, body: Mapping[str, Any], tokens_max: int | None = None, new_chars_max: int | None = None) -> TokenIds:
+        """Return the ids of a chat request's body. Raises what `encode` does."""
         if self._template is None:
             raise NoTokenIds(self.state.chat_reason)
         special = body.get("add_special_tokens", False)
@@ -176,7 +133,7 @@ class TokenService:
             text = self._template.render(body)
         except ChatNotRendered as error:
             raise NoTokenIds(str(error)) from error
-        return self.encode(text, special, tokens_max)
+        return self.encode(text, special, tokens_max, new_chars_max)
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:

@@ -46,7 +46,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
     upstream = Upstream(settings)
     models = ModelsCache(fleet, upstream)
     tables = TableDirectory(table_dir)
-    tokens = TokenService(source_from_arguments(model, settings.vllm_args))
+    tokens = TokenService(source_from_arguments(model, settings.vllm_args), settings.token_cache_bytes_max)
     planner = Planner(fleet, tables, tokens, settings, lambda: models.known)
     access = AdminAccess(settings.admin_key)
     tenants = Tenants(settings.tenants, settings.admin_key)

@@ -42,7 +42,7 @@ class Engine:
             ids = self.tokens.encode(body["prompt"]) if "prompt" in body else self.tokens.encode_chat(body)
         except NoTokenIds:
             return web.json_response({"error": {}}, status=400)
-        return web.json_response({"tokens": self.change(body, ids), "count": len(ids), "max_model_len": 77})
+        return web.json_response({"tokens": self.change(body, ids.tolist()), "count": len(ids), "max_model_len": 77})
 
 
 @asynccontextmanager

@@ -1,0 +1,114 @@
+"""From text to token ids, of which the parts that were seen before are looked up and not computed anew."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from gateway.id_cache import IdCache
+from gateway.text_cuts import TextCuts, find_cuts
+from gateway.token_ids import TokenIds
+
+_logger = logging.getLogger(__name__)
+
+CACHED_CHARS_MIN = 256
+"""A shorter text is tokenised in less than 0.1 ms, and is not worth an entry."""
+
+_CANARIES = (
+    "The first line\nSecond line of it.\n\nThird, after an empty one\nfourth: \n  indented \n\tFifth\r\nSixth\n",
+    "I'll say it's HIS'LL we'Ve don'T\nTHEY'RE 12345 67 8\n9 a1b2 3c\nD4\n",
+    "a  b   c\td \n\n \n e\u00a0f\u3000g\u2028h\nI \x00\x1c\x85j k\ufeffl\nm",
+    "\u4e2d\u6587\u7684\u4e00\u884c\u3002\n\u7b2c\u4e8c\u884c\uff01\n\u304b\u3099\u306a\n\ud55c\uad6d\uc5b4\n\u1112\u1161\n",
+    "e\u0301\nA\u0308 o\nAngstrom \u212b\nfi\ufb01n ne\nI\u0307 \u0130\n\U0001f600\nSmile \U0001f468\u200d\U0001f469 family",
+    'def f(x):\n    return {"k": [1, 2.5e-3], "v": "w x y"}  # z\nclass C:\n\tpass\n#!/bin/sh\nif [ "$a" ]; then b; fi\n',
+    "\u2581under \u2581 the\u2581line\n\u2581x y z!?\nW...\nX<y> <z\n|a| b\n",
+)
+
+
+class Encoder:
+    """Gives a tokenizer's ids of texts. Thread safe.
+
+    `cuts` say where texts may be cut; None: every text is looked up and tokenised as a whole. `affixes` are the ids of special
+    tokens before and behind a text; None: not known to be the same for all texts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, cache: IdCache, cuts: TextCuts | None, affixes: tuple[TokenIds, TokenIds] | None):
+        self._tokenizer = tokenizer
+        self._cache = cache
+        self._cuts = cuts
+        self._affixes = affixes
+
+    @property
+    def cuts_texts(self) -> bool:
+        """Whether a text with a known beginning is tokenised from where it differs."""
+        return self._cuts is not None
+
+    def encode(self, text: str, add_special_tokens: bool, new_chars_max: int | None = None) -> TokenIds | None:
+        """Return the ids of `text`; None, without any work, if more than `new_chars_max` characters have to be tokenised.
+
+        `add_special_tokens` adds BOS and the like. Raises UnicodeEncodeError for half a surrogate pair.
+        """
+        if not add_special_tokens:
+            return self._parts(self._chunks(text), False, new_chars_max)
+        if self._affixes is None:
+            return self._parts([text], True, new_chars_max)
+        ids = self._parts(self._chunks(text), False, new_chars_max)
+        before, behind = self._affixes
+        return ids if ids is None or not (before or behind) else TokenIds.joined([before, ids, behind])
+
+    def _chunks(self, text: str) -> list[str]:
+        return [text] if self._cuts is None else self._cuts.chunks(text)
+
+    def _parts(self, texts: list[str], special: bool, new_chars_max: int | None) -> TokenIds | None:
+        sha256, kind = hashlib.sha256, b"\1" if special else b""
+        keys = [sha256(text.encode()).digest() + kind for text in texts]
+        parts = self._cache.get(keys)
+        if None in parts:
+            new = {key: text for key, text, ids in zip(keys, texts, parts, strict=True) if ids is None}
+            if new_chars_max is not None and sum(map(len, new.values())) > new_chars_max:
+                return None
+            fresh = dict(zip(new, encode_all(self._tokenizer, list(new.values()), special), strict=True))
+            self._cache.put((key, ids) for key, ids in fresh.items() if len(new[key]) >= CACHED_CHARS_MIN)
+            parts = [fresh[key] if ids is None else ids for key, ids in zip(keys, parts, strict=True)]
+        return TokenIds.joined([part for part in parts if part is not None])
+
+
+def encode_all(tokenizer: Tokenizer, texts: list[str], special: bool) -> list[TokenIds]:
+    """Return the ids of each text."""
+    # The fast batch form skips character offsets, leaves the interpreter lock to others meanwhile, and uses several cores.
+    return [TokenIds.of(found.ids) for found in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
+
+
+def make_encoder(tokenizer: Tokenizer, cache: IdCache) -> Encoder:
+    """Return an encoder that cuts texts if that is exact, by what is known of this kind of tokenizer and by a trial."""
+    affixes = find_affixes(tokenizer)
+    cuts = find_cuts(tokenizer)
+    if cuts is not None and not cuts_are_exact(tokenizer, cuts):
+        _logger.error("texts are tokenised as a whole: cut up, some would get other token ids (please report this tokenizer)")
+        cuts = None
+    return Encoder(tokenizer, cache, cuts, affixes)
+
+
+def find_affixes(tokenizer: Tokenizer) -> tuple[TokenIds, TokenIds] | None:
+    """Return the ids that special tokens put before and behind every text, None if that is not so."""
+    plain, full = (encode_all(tokenizer, [*_CANARIES, ""], special) for special in (False, True))
+    bare, whole = plain[0].tolist(), full[0].tolist()
+    at = next((at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare), None)
+    if at is None:
+        return None
+    before, behind = full[0][:at], full[0][at + len(bare) :]
+    if any(TokenIds.joined([before, ids, behind]) != of_whole for ids, of_whole in zip(plain, full, strict=True)):
+        return None
+    return before, behind
+
+
+def cuts_are_exact(tokenizer: Tokenizer, cuts: TextCuts) -> bool:
+    """Try whether canaries, cut at every place that there is, get the ids that they get as a whole."""
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values()][:64]
+    texts = [*_CANARIES, "".join(_CANARIES), "".join(f"x y{text}\nZ {text}{text} q" for text in special)]
+    return all(_cut_up(tokenizer, cuts.sized(size), texts) == encode_all(tokenizer, texts, False) for size in (1, 7))
+
+
+def _cut_up(tokenizer: Tokenizer, cuts: TextCuts, texts: Sequence[str]) -> list[TokenIds]:
+    return [TokenIds.joined(encode_all(tokenizer, cuts.chunks(text), False)) for text in texts]

@@ -1,0 +1,54 @@
+"""Token ids of recent pieces of text, bounded in bytes."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from threading import Lock
+
+from gateway.token_ids import TokenIds
+
+ENTRY_BYTES = 400
+"""What an entry takes beside its ids, measured: the key, the objects, and its place in an ordered dictionary."""
+
+
+class IdCache:
+    """Ids under keys that name their text, least recently used out first. Thread safe.
+
+    Keys are digests that nobody can forge, so no text is kept and none can be taken for another.
+    """
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._entries: OrderedDict[bytes, TokenIds] = OrderedDict()
+        self._bytes = 0
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes are held, keys and bookkeeping included."""
+        return self._bytes
+
+    def get(self, keys: Sequence[bytes]) -> list[TokenIds | None]:
+        """Return the ids under each of `keys`, None where there are none."""
+        with self._lock:
+            entries = self._entries
+            found = list(map(entries.get, keys))
+            for key, ids in zip(keys, found, strict=True):
+                if ids is not None:
+                    entries.move_to_end(key)
+        return found
+
+    def put(self, entries: Iterable[tuple[bytes, TokenIds]]) -> None:
+        """Keep ids under their keys, at the cost of the oldest others."""
+        with self._lock:
+            for key, ids in entries:
+                former = self._entries.pop(key, None)
+                if former is not None:
+                    self._bytes -= former.held_bytes + ENTRY_BYTES
+                self._bytes += ids.held_bytes + ENTRY_BYTES
+                self._entries[key] = ids
+            while self._bytes > self._bytes_max:
+                _, oldest = self._entries.popitem(last=False)
+                self._bytes -= oldest.held_bytes + ENTRY_BYTES

@@ -1,0 +1,92 @@
+"""A prompt's token ids, in the forms that are wanted of them: bytes to hash, JSON to send, numbers to compare."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+import msgspec
+import numpy as np
+
+_encode = msgspec.json.Encoder().encode
+
+
+class TokenIds(Sequence[int]):
+    """Token ids as little-endian int32, four bytes each, in `raw`. Not changed once made; equal to a list of the same ids.
+
+    Those that were joined from `parts` share with them the work of writing the numbers out.
+    """
+
+    __slots__ = ("_parts", "_text", "raw")
+
+    def __init__(self, raw: bytes, parts: Sequence[TokenIds] = ()) -> None:
+        self.raw = raw
+        self._parts = parts
+        self._text: bytes | None = None
+
+    @classmethod
+    def of(cls, ids: Iterable[int]) -> TokenIds:
+        """Return `ids` in this form. Raises TypeError for what is no integer, OverflowError for what is no int32."""
+        numbers = array("i", ids)
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        return cls(numbers.tobytes())
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenIds]) -> TokenIds:
+        """Return the ids of all parts in order."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(b"".join([part.raw for part in parts]), parts)
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that its forms take at most: four bytes an id, and up to seven when it is written out."""
+        return len(self.raw) * 11 // 4
+
+    @property
+    def text(self) -> bytes:
+        """The ids in decimals, with commas between them. Worked out once."""
+        if self._text is None:
+            if self._parts:
+                self._text = b",".join([part.text for part in self._parts if part.raw])
+            else:
+                self._text = _encode(self.tolist())[1:-1]
+        return self._text
+
+    def json(self) -> msgspec.Raw:
+        """The ids as a JSON list, for msgspec to put where it belongs."""
+        return msgspec.Raw(b"[%b]" % self.text)
+
+    def numpy(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """The ids as an array that can not be written to."""
+        return np.frombuffer(self.raw, "<i4")
+
+    def tolist(self) -> list[int]:
+        """The ids as a list."""
+        return self.numpy().tolist()
+
+    def __len__(self) -> int:
+        return len(self.raw) >> 2
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> TokenIds: ...
+    def __getitem__(self, place: int | slice) -> int | TokenIds:
+        if isinstance(place, slice):
+            return TokenIds(self.numpy()[place].tobytes())
+        return int(self.numpy()[place])
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, TokenIds):
+            return self.raw == other.raw
+        return self.tolist() == other if isinstance(other, list) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.raw)
+
+    def __repr__(self) -> str:
+        return f"TokenIds of {len(self)} tokens"
