@@ -55,15 +55,21 @@ class PromptReader:
             tokens = _characters(body.get("input")) // CHARS_PER_TOKEN
             return KnownPrompt(None, cacheable=False, tokens=tokens, why_unknown="embeddings are computed whole")
         param, read = ("prompt", self._completion) if endpoint == "completions" else ("messages", self._chat)
-        characters = _characters(body.get(param))
         given = body.get(param)
-        pieces = len(given) if isinstance(given, list) else 1
-        short = characters <= self._inline_chars_max and pieces <= PIECES_INLINE_MAX
-        seen_perhaps = characters <= LOOKED_UP_INLINE_CHARS_MAX and (endpoint == "chat" or pieces == 1)
-        if characters == 0 or short or (seen_perhaps and pieces <= PIECES_INLINE_MAX):
+        characters = _characters(given)
+        if self._may_be_quick(given, characters):
             with contextlib.suppress(NotAtOnce):
                 return read(body, characters, self._inline_chars_max)
         return await asyncio.to_thread(read, body, characters, None)
+
+    def _may_be_quick(self, given: object, characters: int) -> bool:
+        """Tell whether a prompt or messages are worth an attempt on the event loop."""
+        if not isinstance(given, list) or not given:
+            return characters <= LOOKED_UP_INLINE_CHARS_MAX
+        if isinstance(given[0], int):
+            return True
+        chars_max = LOOKED_UP_INLINE_CHARS_MAX if isinstance(given[0], dict) else self._inline_chars_max
+        return len(given) <= PIECES_INLINE_MAX and characters <= chars_max
 
     def adapter(self, body: Mapping[str, Any]) -> str:
         """Return the adapter that the request names as the connector spells it, "" for none."""

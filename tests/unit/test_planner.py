@@ -206,11 +206,21 @@ async def test_a_long_prompt_is_tokenised_off_the_event_loop(place: Place, monke
 
     monkeypatch.setattr(asyncio, "to_thread", note)
     await place.plan("x" * 100)
-    await place.chat("x" * 90)
+    await place.chat("x" * 60)
     assert moved == []
-    assert (await place.plan("x" * 101)).prompt == place.tokens.encode("x" * 101)
-    await place.chat("x" * 101)
+    assert (await place.plan("x" * 1001)).prompt == place.tokens.encode("x" * 1001)
+    await place.chat("y" * 1001)
     assert moved == ["_completion", "_chat"]
+
+
+async def test_text_seen_before_is_looked_up_on_the_event_loop(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = "A line of words.\n" * 1000
+    before = await place.plan(seen)
+    monkeypatch.delattr(asyncio, "to_thread")
+    assert (await place.plan(seen)).prompt == before.prompt
+    for unseen in ("Z" + seen, ["a"] * 257, [seen, seen]):
+        with pytest.raises(AttributeError, match="to_thread"):
+            await place.plan(unseen)
 
 
 async def test_a_prompt_that_does_not_fit_is_refused_before_an_engine_sees_it(place: Place) -> None:
