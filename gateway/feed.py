@@ -1,0 +1,68 @@
+"""The engines' delivery records, read out of their tables as they come, each record once."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.tables import Table
+from transport.deliveries import Delivery
+
+
+class Taker(Protocol):
+    """Takes what the replica of that name delivered."""
+
+    def __call__(self, replica: str, table: Table, delivery: Delivery) -> None: ...
+
+
+@dataclass(slots=True)
+class _Place:
+    table: Table
+    after: int = 0
+
+
+class DeliveryFeed:
+    """Belongs to the tables' thread. A replica's last table is kept: what it told before its end can still be read.
+
+    `missed` counts records that were overwritten before anybody looked.
+    """
+
+    def __init__(self, tables: Callable[[], Mapping[str, Table]]) -> None:
+        self._tables = tables
+        self._places: dict[str, _Place] = {}
+        self._takers: list[Taker] = []
+        self.missed = 0
+
+    def add(self, taker: Taker) -> None:
+        """Give every further record to `taker` too."""
+        self._takers.append(taker)
+
+    def poll(self, replica: str) -> None:
+        """Hand on what `replica` delivered since the last look: some microseconds when there is nothing."""
+        place = self._places.get(replica)
+        if place is not None:
+            self._read(replica, place)
+
+    def refresh(self) -> None:
+        """Take note of tables that came or were replaced, and hand on everything that is new."""
+        for replica, table in self._tables().items():
+            place = self._places.get(replica)
+            if place is None or place.table is not table:
+                if place is not None:
+                    self._read(replica, place)
+                self._places[replica] = _Place(table)
+        for replica, place in self._places.items():
+            self._read(replica, place)
+
+    def knows(self, replica: str, table: Table | None) -> bool:
+        """Whether that table is the one that is read."""
+        place = self._places.get(replica)
+        return place is not None and place.table is table
+
+    def _read(self, replica: str, place: _Place) -> None:
+        after = place.after
+        place.after, found = place.table.deliveries(after)
+        if found or place.after != after:
+            self.missed += max(0, place.after - after - len(found))
+            for delivery in found:
+                for take in self._takers:
+                    take(replica, place.table, delivery)

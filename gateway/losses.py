@@ -1,0 +1,123 @@
+"""Why a prompt was not served from a cache as far as it could have been. A pure function of what was planned and delivered."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from transport.deliveries import DeliveryReason
+
+
+class LossReason(StrEnum):
+    """One word for each request, in /metrics, /kv/stats, /kv/explain and the header x-peerkv-cache."""
+
+    NONE = "none"  # delivered was all that anybody had
+    COLD = "cold"  # nobody ever computed this prompt's beginning
+    LOAD = "load"  # its holder was busy, or importing would have taken longer than computing
+    STALE = "stale"  # the source was gone, or held less than it had when the request was planned
+    CHECK_FAILED = "check_failed"  # the import was begun, and its blocks changed or could not be copied
+    PARITY = "parity"  # our token ids are not, or not known to be, the engine's
+    EVICTED = "evicted"  # it had been computed, and its blocks were given to others, or their replica ended
+    TENANT_BOUNDARY = "tenant_boundary"  # another tenant's blocks hold it, and tenants share nothing
+    OFF = "off"  # this request reads no cache, or its replica exchanges none
+    RETRIED = "retried"  # the replica was lost or refused, and the request was tried elsewhere or failed
+    LEFT = "left"  # the client left before the first token
+    UNKNOWN = "unknown"  # nothing that we know explains it, or no record came
+
+
+_STALE = frozenset({DeliveryReason.SOURCE_GONE, DeliveryReason.SOURCE_HELD_LESS})
+_CHECK_FAILED = frozenset({DeliveryReason.CHECK_FAILED, DeliveryReason.COPY_FAILED, DeliveryReason.SOURCE_UNREADABLE})
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """All that a loss is judged by; counts are prompt tokens.
+
+    `best_available` is the longest prefix that any replica held when the request was planned; `formerly` the longest that was
+    computed for this tenant before, `elsewhere` the longest that other tenants' blocks hold now: 0 when not known or not asked.
+    `looked_up` is False where the token ids were not known; `why` is what the engine says of its import.
+    """
+
+    prompt_tokens: int
+    block_size: int
+    predicted_local: int = 0
+    predicted_peer: int = 0
+    best_available: int = 0
+    local: int = 0
+    peer: int = 0
+    looked_up: bool = True
+    parity_exact: bool = True
+    reads_cache: bool = True
+    why: DeliveryReason = DeliveryReason.NONE
+    formerly: int = 0
+    elsewhere: int = 0
+
+    @property
+    def delivered(self) -> int:
+        return self.local + self.peer
+
+    @property
+    def useful(self) -> int:
+        """Tokens in full blocks; the last token of a prompt is always computed."""
+        return max(0, self.prompt_tokens - 1) // max(1, self.block_size) * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """`tokens` were computed though they had been computed before; of a parity loss that is the most it can be."""
+
+    reason: LossReason
+    tokens: int = 0
+    words: str = ""
+
+
+NO_LOSS = Loss(LossReason.NONE)
+
+
+def judge(case: Case) -> Loss:
+    """Tell why less was delivered than could have been, the nearest cause first."""
+    if not case.reads_cache or case.why is DeliveryReason.READS_NO_CACHE:
+        return Loss(LossReason.OFF, 0, "the engine computes this request's prompt whole")
+    if case.delivered >= case.useful:
+        return NO_LOSS
+    if not case.looked_up:
+        return _unseen(case)
+    if case.delivered < case.best_available:
+        return _short(case)
+    return _nothing_better(case)
+
+
+def _unseen(case: Case) -> Loss:
+    missing = case.useful - case.delivered
+    if not case.parity_exact:
+        return Loss(LossReason.PARITY, missing, "its token ids were not known to be the engine's, so it was steered blindly")
+    return Loss(LossReason.UNKNOWN, 0, "its token ids were not known, so it was steered blindly")
+
+
+def _short(case: Case) -> Loss:
+    """Somebody held more than was delivered."""
+    lost = case.best_available - case.delivered
+    if case.why in _CHECK_FAILED:
+        return Loss(LossReason.CHECK_FAILED, lost, "blocks changed, or could not be read, while they were copied")
+    if case.why in _STALE:
+        return Loss(LossReason.STALE, lost, "the source held less when the engine looked than when the request was planned")
+    if case.why is DeliveryReason.NOT_EXCHANGING:
+        return Loss(LossReason.OFF, lost, "the replica does not exchange with the source")
+    if case.why is DeliveryReason.ALLOCATION:
+        return Loss(LossReason.LOAD, lost, "the replica had no room for the import")
+    if case.delivered >= case.predicted_local + case.predicted_peer:
+        return Loss(LossReason.LOAD, lost, "waiting for, or importing from, the replica that holds more would have taken longer")
+    if not case.parity_exact:
+        return Loss(LossReason.PARITY, lost, "its token ids were a guess, and the engine's differ")
+    if case.local < case.predicted_local:
+        return Loss(LossReason.EVICTED, lost, "the replica's blocks were given away between the plan and the first step")
+    return Loss(LossReason.UNKNOWN, lost, "the engine does not say why it imported less")
+
+
+def _nothing_better(case: Case) -> Loss:
+    """All that anybody held when the request was planned was delivered."""
+    if case.formerly > case.delivered and case.formerly >= case.elsewhere:
+        return Loss(LossReason.EVICTED, case.formerly - case.delivered, "no replica holds any more what was computed before")
+    if case.elsewhere > case.delivered:
+        return Loss(LossReason.TENANT_BOUNDARY, case.elsewhere - case.delivered, "blocks of another tenant hold it")
+    if case.delivered == 0:
+        return Loss(LossReason.COLD, 0, "nobody held any of it")
+    return NO_LOSS

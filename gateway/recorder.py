@@ -1,0 +1,140 @@
+"""Keeps the ledger: between the relay, which knows when things happen, and the tables, which tell what was delivered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.feed import DeliveryFeed
+from gateway.ledger import Entry, Ledger, Planned
+from gateway.losses import judge
+from gateway.registry import LookUp
+from gateway.seen import SeenPrefixes
+from gateway.tables import Table
+from transport.deliveries import Delivery
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Whose prompt an attempt computes: what its token ids are worth, and to whom."""
+
+    tenant: str
+    ids: Sequence[int] | None
+    lora: str
+
+
+class Prefixes(Protocol):
+    """Finds who holds a prompt, in the live tables."""
+
+    def look_up(self, ids: Sequence[int], salt: str = "", lora: str = "") -> LookUp: ...
+
+
+class Recorder:
+    """Belongs to the event loop's thread. `salt_of` gives a tenant's salt by its name."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        seen: SeenPrefixes,
+        feed: DeliveryFeed,
+        prefixes: Prefixes,
+        salt_of: Callable[[str], str | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ledger = ledger
+        self.feed = feed
+        self._seen = seen
+        self._prefixes = prefixes
+        self._salt_of = salt_of
+        self._clock = clock
+        self._origins: dict[int, Origin] = {}
+        feed.add(self._delivered)
+
+    def sent(self, planned: Planned, origin: Origin, table: Table | None) -> Entry:
+        """An attempt goes to its replica, whose block table is `table`."""
+        if not self.feed.knows(planned.replica, table):
+            self.feed.refresh()
+        self._origins[planned.tag] = origin
+        return self.ledger.open(planned, self._clock())
+
+    def first_byte(self, entry: Entry) -> bytes:
+        """The first byte of its answer came; return the value of the header x-peerkv-cache, empty if nothing is known."""
+        self.ledger.first_byte(entry, self._clock())
+        if not entry.deliveries:
+            self.feed.poll(entry.planned.replica)
+        return cache_header(entry)
+
+    def ended(self, entry: Entry, status: int) -> None:
+        """The attempt is over, with this HTTP status, or one of gateway.ledger's for those without an answer."""
+        if not entry.deliveries:
+            self.feed.poll(entry.planned.replica)
+        if self.ledger.ended(entry, status, self._clock()):
+            self._settle(entry)
+        self._settle_due()
+
+    def catch_up(self) -> None:
+        """Read what is new in all tables and settle what can be: before somebody looks at the figures."""
+        self.feed.refresh()
+        self._settle_due()
+
+    def _settle_due(self) -> None:
+        for entry in self.ledger.due(self._clock()):
+            self._settle(entry)
+
+    def _delivered(self, replica: str, table: Table, delivery: Delivery) -> None:
+        self.ledger.delivered(delivery)
+
+    def _settle(self, entry: Entry) -> None:
+        origin = self._origins.pop(entry.planned.tag, None)
+        formerly, elsewhere = self._history(entry, origin) if origin is not None else (0, 0)
+        self.ledger.settle(entry, formerly, elsewhere)
+
+    def _history(self, entry: Entry, origin: Origin) -> tuple[int, int]:
+        """What of the prompt this tenant had computed before, and other tenants' blocks hold now, in tokens of whole blocks.
+
+        Nothing is looked for where the record explains everything; what the attempt computed is remembered.
+        """
+        got, case = entry.steered, entry.case()
+        if got is None or origin.ids is None or not got.first_token_ns or case.delivered >= case.useful:
+            return 0, 0
+        digests = self._seen.digests(origin.ids, origin.lora)
+        formerly = elsewhere = 0
+        if case.delivered >= case.best_available:
+            own, others = self._seen.longest(digests, origin.tenant, entry.sent_at)
+            formerly = min(own, case.useful) // case.block_size * case.block_size
+            if formerly <= case.delivered:
+                elsewhere = self._held_for(others, origin, case.delivered)
+        self._seen.note(digests, origin.tenant, self._clock())
+        return formerly, elsewhere
+
+    def _held_for(self, others: dict[str, int], origin: Origin, more_than: int) -> int:
+        """The most that blocks of one of the other tenants hold: their tables are asked, under their salts."""
+        assert origin.ids is not None
+        most = 0
+        for tenant, length in others.items():
+            salt = self._salt_of(tenant)
+            if salt is None or length <= more_than:
+                continue
+            found = self._prefixes.look_up(origin.ids[: length + 1], salt, origin.lora)
+            most = max(most, *(holding.tokens for holding in found.holdings.values()), 0)
+        return most
+
+
+def cache_header(entry: Entry) -> bytes:
+    """Where the prompt's tokens came from, as a dictionary of structured fields (RFC 9651); empty if not known.
+
+    The reason says nothing of what others have sent: an eviction or a tenant boundary that only the tables' history shows is
+    `cold` here, as it is to the client.
+    """
+    steered = entry.steered
+    if steered is None or not steered.scheduled_ns:
+        return b""
+    local = peer = computed = 0
+    for delivery in entry.deliveries:
+        local += delivery.local_tokens
+        peer += delivery.peer_tokens
+        computed += delivery.computed_tokens
+    source = f', source="{steered.source}"' if steered.peer_tokens else ""
+    return f"local={local}, peer={peer}, computed={computed}{source}, reason={judge(entry.case()).reason}".encode("latin-1")

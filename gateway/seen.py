@@ -1,0 +1,88 @@
+"""Which tenants' prompts began with which token ids: enough to tell an eviction and a tenant boundary from a cold prompt.
+
+What it learns across tenants is for the admin alone: a client that could tell "another tenant has sent this" from "nobody has"
+would read the other's prompts token by token, which is what salts are there to prevent. So nothing here reaches an answer, and
+nobody looks here before an answer is complete, so that it costs no client any time either.
+
+Prefixes are known by digests keyed with a secret of this process, taken at lengths that grow by a quarter, so a prompt of 100,000
+tokens has 35 of them. What is found is at most a quarter shorter than what was sent.
+"""
+
+import secrets
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+
+import xxhash
+
+STEP_TOKENS = 16
+PROMPT_TOKENS_MAX = 1 << 20
+TENANTS_KEPT = 4  # of one prefix: the last ones that were new to it
+
+
+def _lengths() -> tuple[int, ...]:
+    lengths = [STEP_TOKENS]
+    while lengths[-1] < PROMPT_TOKENS_MAX:
+        lengths.append(max(lengths[-1] + STEP_TOKENS, lengths[-1] * 5 // 4 // STEP_TOKENS * STEP_TOKENS))
+    return tuple(lengths)
+
+
+LENGTHS = _lengths()
+"""Lengths in tokens at which a prompt is known."""
+
+
+class SeenPrefixes:
+    """At most `prefixes_max` digests, least recently seen out first."""
+
+    def __init__(self, prefixes_max: int, secret: int | None = None) -> None:
+        self._prefixes_max = prefixes_max
+        self._secret = secrets.randbits(64) if secret is None else secret
+        self._tenants: OrderedDict[bytes, dict[str, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._tenants)
+
+    def note(self, digests: Sequence[bytes], tenant: str, now: float) -> None:
+        """Remember that a prompt of `tenant` with these `digests` was computed by `now`, in seconds of any one clock."""
+        known = self._tenants
+        for digest in reversed(digests):  # so that of a prefix the front is the last to be forgotten
+            before = known.get(digest)
+            if before is None:
+                known[digest] = {tenant: now}
+            else:
+                if tenant not in before:
+                    before[tenant] = now
+                    if len(before) > TENANTS_KEPT:
+                        del before[next(iter(before))]
+                known.move_to_end(digest)
+        while len(known) > self._prefixes_max:
+            known.popitem(last=False)
+
+    def longest(self, digests: Sequence[bytes], tenant: str, before: float) -> tuple[int, dict[str, int]]:
+        """Return how many leading tokens were computed for `tenant` earlier than `before`, and for each other tenant."""
+        own, others = 0, dict[str, int]()
+        for digest, length in zip(digests, LENGTHS, strict=False):
+            tenants = self._tenants.get(digest)
+            if tenants is None:
+                break
+            for name, first in tenants.items():
+                if first >= before:
+                    continue
+                if name == tenant:
+                    own = length
+                else:
+                    others[name] = length
+        return own, others
+
+    def digests(self, ids: Sequence[int], kind: str = "") -> list[bytes]:
+        """Digests of the beginnings of `ids` at LENGTHS; `kind` is what else tells prompts apart, such as an adapter."""
+        hasher = xxhash.xxh3_128(kind.encode("utf-8", "surrogatepass") + b"\0", seed=self._secret)
+        raw = memoryview(array("i", ids[: LENGTHS[-1]])).cast("B")
+        found = []
+        for start, end in pairwise((0, *LENGTHS)):
+            if 4 * end > len(raw):
+                break
+            hasher.update(raw[4 * start : 4 * end])
+            found.append(hasher.digest())
+        return found
