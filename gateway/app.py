@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Protocol
 
 import msgspec
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
@@ -19,7 +19,16 @@ from starlette.exceptions import HTTPException
 from engine.fleet import FleetView, Replica
 from gateway import v1_routes
 from gateway.access import AdminAccess
-from gateway.errors import ApiError, InternalError, InvalidRequest, MethodNotAllowed, NoReplicaReady, UnknownPath
+from gateway.errors import (
+    ApiError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NoReplicaReady,
+    UnknownPath,
+    UnknownRequest,
+)
+from gateway.explain import Explanation
 from gateway.openapi import describe
 from gateway.prefixes import PrefixReport
 from gateway.shapes import ErrorAnswer
@@ -39,6 +48,10 @@ class Sight(Protocol):
 
     def prefixes(self, limit: int) -> PrefixReport:
         """The body of /kv/prefixes: the `limit` most used ones."""
+        ...
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """The body of /kv/explain/{request_id}; None if the ledger has nothing under that id."""
         ...
 
     def metrics(self) -> tuple[bytes, str]:
@@ -143,6 +156,20 @@ def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, sight:
     @app.get("/kv/prefixes", summary="The most used prefixes and who holds them", responses=refusals, **guarded)
     async def prefixes(limit: Annotated[int, Query(ge=1, le=PREFIXES_SHOWN_MAX)] = 50) -> PrefixReport:
         return sight.prefixes(limit)
+
+    @app.get(
+        "/kv/explain/{request_id}",
+        summary="What was decided for a recent request, what was delivered, and why it was not more",
+        responses={**refusals, 404: {"model": ErrorAnswer, "description": "The ledger knows no such request (any more)"}},
+        **guarded,
+    )
+    async def explain(
+        request_id: Annotated[str, Path(description="the header x-request-id of its answer", max_length=128)],
+    ) -> Explanation:
+        found = sight.explain(request_id)
+        if found is None:
+            raise UnknownRequest(request_id)
+        return found
 
     @app.post(
         "/kv/flush",

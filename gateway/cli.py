@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 
-from gateway import __version__, kv_live
+from gateway import __version__, kv_explain, kv_live
 from gateway.errors import GatewayError, SettingsError
 from gateway.flags import add_settings_flags, given_settings
 from gateway.settings import Settings, load
@@ -97,6 +97,10 @@ def _add_kv(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     stats = views.add_parser("stats", help=summary, description=summary, allow_abbrev=False)
     kv_live.add_arguments(stats)
     stats.set_defaults(run=kv_live.run)
+    summary = "why a request was served as it was"
+    explained = views.add_parser("explain", help=summary, description=summary, allow_abbrev=False)
+    kv_explain.add_arguments(explained)
+    explained.set_defaults(run=kv_explain.run)
 
 
 def _add_openapi(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

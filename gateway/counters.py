@@ -1,9 +1,13 @@
 """The replicas' counters over all their lives: a restarted replica counts from zero again, the fleet does not."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from gateway.tables import Table
+from transport.deliveries import PeerCounters
+
+_PeerKey = tuple[str, str]
 
 
 class CounterLedger:
@@ -16,6 +20,7 @@ class CounterLedger:
     def __init__(self) -> None:
         self._current: dict[str, Table] = {}
         self._ended: dict[str, Counter[str]] = {}
+        self._ended_peers: dict[str, dict[_PeerKey, PeerCounters]] = {}
         self._epochs: Counter[str] = Counter()
 
     def observe(self, tables: Mapping[str, Table]) -> None:
@@ -28,7 +33,12 @@ class CounterLedger:
                 self._epochs[name] += 1
                 if known is not None:
                     self._ended.setdefault(name, Counter()).update(known.counters())
+                    self._ended_peers[name] = _added(self._ended_peers.get(name, {}), known.peers())
             self._current[name] = table
+
+    def table(self, name: str) -> Table | None:
+        """The replica's last table, None for one that was never seen."""
+        return self._current.get(name)
 
     def epochs(self, name: str) -> int:
         """How many lives of that replica were seen."""
@@ -44,3 +54,30 @@ class CounterLedger:
         if name in self._current:
             total.update(self._current[name].counters())
         return dict(total)
+
+    def peers(self, name: str) -> list[PeerCounters]:
+        """Return what the replica imported by peer and transport, summed over its epochs."""
+        total = self._ended_peers.get(name, {})
+        if name in self._current:
+            total = _added(total, self._current[name].peers())
+        return [total[key] for key in sorted(total)]
+
+
+def _added(total: Mapping[_PeerKey, PeerCounters], more: Sequence[PeerCounters]) -> dict[_PeerKey, PeerCounters]:
+    added = dict(total)
+    for peer in more:
+        key = (peer.name, peer.transport)
+        before = added.get(key)
+        added[key] = peer if before is None else _sum(before, peer)
+    return added
+
+
+def _sum(one: PeerCounters, other: PeerCounters) -> PeerCounters:
+    return replace(
+        one,
+        imports=one.imports + other.imports,
+        blocks=one.blocks + other.blocks,
+        bytes=one.bytes + other.bytes,
+        nanoseconds=one.nanoseconds + other.nanoseconds,
+        failures=one.failures + other.failures,
+    )

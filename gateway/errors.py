@@ -224,6 +224,17 @@ class UnknownReplica(InvalidRequest):
         super().__init__(f"There is no replica '{name}'. There are: {', '.join(known) or 'none'}.")
 
 
+class UnknownRequest(ApiError):
+    """The ledger has nothing under that request id."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "request_not_found"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"No request '{request_id}' is in the ledger: it never came, or others pushed it out.")
+
+
 class ReplicaLost(ApiError):
     """Replicas died under the request and the attempts are used up; it may be sent again."""
 

@@ -35,7 +35,8 @@ class Exchange:
     """One request and its answer over ASGI.
 
     Belongs to the task that makes it. While it is watched, the client's leaving sets `left` and cancels that task;
-    `end` does the same with an error that the client shall get.
+    `end` does the same with an error that the client shall get. `answering` is called when the answer begins, and gives the
+    value of its header x-peerkv-cache, or nothing.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,6 +48,7 @@ class Exchange:
         self.accept = b""
         self.pinned: str | None = None
         self.replica = b""
+        self.answering: Callable[[], bytes] | None = None
         self.left = False
         self.ending: ApiError | None = None
         self.status = 0
@@ -146,6 +148,8 @@ class Exchange:
         headers.append((b"x-request-id", self.request_id.encode()))
         if self.replica:
             headers.append((b"x-peerkv-replica", self.replica))
+        if self.answering is not None and (cache := self.answering()):
+            headers.append((b"x-peerkv-cache", cache))
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def answer(self, status: int, headers: RawHeaders, body: bytes) -> None:

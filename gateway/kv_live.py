@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gateway.banner import address
+from gateway.ledger_stats import LedgerStats
 from gateway.settings import load
 from gateway.stats import KvStats, ReplicaStats, TokenCounts, Totals
 
@@ -47,11 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console | None = None, transport: httpx.BaseTransport | None = None) -> int:
     """Run the command; return its exit status, 1 when the figures could not be had. Raises SettingsError."""
     console = console or Console()
-    settings = load(config=arguments.config)
-    key = arguments.admin_key or (settings.admin_key.get_secret_value() if settings.admin_key else "")
-    url = arguments.url or address(settings)
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=url, headers=headers, timeout=ANSWER_SECONDS_MAX, transport=transport) as client:
+    with client_for(arguments, transport) as client:
         try:
             stats = read_stats(client)
             if arguments.json:
@@ -68,18 +65,35 @@ def run(arguments: argparse.Namespace, console: Console | None = None, transport
     return 0
 
 
-def read_stats(client: httpx.Client) -> KvStats:
-    """Fetch /kv/stats. Raises StatsNotRead."""
+def client_for(arguments: argparse.Namespace, transport: httpx.BaseTransport | None) -> httpx.Client:
+    """A client of the gateway that the flags or the settings name. Raises SettingsError."""
+    settings = load(config=arguments.config)
+    key = arguments.admin_key or (settings.admin_key.get_secret_value() if settings.admin_key else "")
+    url = arguments.url or address(settings)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=url, headers=headers, timeout=ANSWER_SECONDS_MAX, transport=transport)
+
+
+def ask(client: httpx.Client, path: str, *, missing: str = "") -> bytes:
+    """The body of the gateway's 200 answer to a GET; `missing` is what a 404 means. Raises StatsNotRead."""
     try:
-        answer = client.get("/kv/stats")
+        answer = client.get(path)
     except httpx.HTTPError as error:
         raise StatsNotRead(f"no gateway answers at {client.base_url}: {error}") from error
     if answer.status_code in (401, 403):
         raise StatsNotRead("the gateway wants the admin key: give --admin-key or set PEERKV_ADMIN_KEY")
+    if answer.status_code == 404 and missing:
+        raise StatsNotRead(missing)
     if answer.status_code != 200:
-        raise StatsNotRead(f"the gateway answers {answer.status_code} to {client.base_url}/kv/stats")
+        raise StatsNotRead(f"the gateway answers {answer.status_code} to {client.base_url}{path}")
+    return answer.content
+
+
+def read_stats(client: httpx.Client) -> KvStats:
+    """Fetch /kv/stats. Raises StatsNotRead."""
+    answer = ask(client, "/kv/stats")
     try:
-        return KvStats.model_validate_json(answer.content)
+        return KvStats.model_validate_json(answer)
     except ValidationError as error:
         raise StatsNotRead(f"that is no peerkv of this version: {error.error_count()} fields do not fit") from error
 
@@ -151,6 +165,22 @@ def from_peers(tokens: TokenCounts) -> int:
     return tokens.peer_shared_memory + tokens.peer_cuda_ipc
 
 
+def _losses(ledger: LedgerStats) -> list[Text]:
+    """Requests and lost tokens by reason, those that occurred."""
+    found = {reason: count for reason, count in ledger.requests.items() if count}
+    if not found:
+        return []
+    lost = ledger.lost_tokens
+    parts = [
+        f"{reason} {count:,}" + (f" (-{short(lost[reason])})" if lost.get(reason) else "") for reason, count in found.items()
+    ]
+    predicted, delivered = ledger.predicted_tokens, ledger.local_tokens + ledger.peer_tokens
+    return [
+        Text(f"requests by why their prompt was not cached, with the tokens lost: {', '.join(parts)}"),
+        Text(f"tokens from caches: {short(predicted)} expected, {short(delivered)} delivered"),
+    ]
+
+
 def _notes(stats: KvStats, before: KvStats | None, seconds: float) -> list[Text]:
     notes = []
     if before is not None and seconds > 0:
@@ -160,6 +190,7 @@ def _notes(stats: KvStats, before: KvStats | None, seconds: float) -> list[Text]
     for kind, parity in (("completions", stats.parity.completions), ("chat", stats.parity.chat)):
         if parity.parity != "exact":
             notes.append(Text(f"token ids of {kind}: {parity.parity} {parity.reason}".rstrip(), style="yellow"))
+    notes += _losses(stats.ledger)
     for replica in stats.replicas:
         if replica.state != "ready" and replica.reason:
             notes.append(Text(f"{replica.name} is {replica.state}: {replica.reason}", style="yellow"))

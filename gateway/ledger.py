@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gateway.losses import Case, Loss, LossReason, judge
-from transport.deliveries import Delivery
+from transport.deliveries import Delivery, DeliveryReason
 
 ATTEMPTS_KEPT = 16  # of one request id: clients choose it, and some choose the same one for ever
 DELIVERIES_KEPT = 64  # of one attempt: it has one for each of its prompts and choices
@@ -48,6 +48,7 @@ class Planned:
     local_tokens: int = 0
     peer_tokens: int = 0
     best_available_tokens: int = 0
+    best_held_tokens: int = 0
     queue_seconds: float = 0.0
     transfer_seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -86,15 +87,16 @@ class Entry:
         return Case(
             prompt_tokens=got.prompt_tokens if got else plan.prompt_tokens,
             block_size=plan.block_size,
-            predicted_local=plan.local_tokens,
-            predicted_peer=plan.peer_tokens,
-            best_available=plan.best_available_tokens,
+            predicted_local=_whole_blocks(plan.local_tokens, plan.block_size),
+            predicted_peer=_whole_blocks(plan.peer_tokens, plan.block_size),
+            best_available=_whole_blocks(plan.best_available_tokens, plan.block_size),
+            best_held=_whole_blocks(plan.best_held_tokens, plan.block_size),
             local=got.local_tokens if got else 0,
             peer=got.peer_tokens if got else 0,
             looked_up=plan.looked_up,
             parity_exact=plan.parity_exact,
             reads_cache=plan.reads_cache,
-            why=got.why if got else Case.why,
+            why=got.why if got else DeliveryReason.NONE,
             formerly=formerly,
             elsewhere=elsewhere,
         )
@@ -225,3 +227,7 @@ class Ledger:
         if not attempts:
             del self._by_request[plan.request_id]
         self.sums.dropped += not entry.settled
+
+
+def _whole_blocks(tokens: int, block_size: int) -> int:
+    return tokens // block_size * block_size

@@ -12,6 +12,7 @@ class LossReason(StrEnum):
     NONE = "none"  # delivered was all that anybody had
     COLD = "cold"  # nobody ever computed this prompt's beginning
     LOAD = "load"  # its holder was busy, or importing would have taken longer than computing
+    PROMISED = "promised"  # another request was computing it, and was not done when this one began
     STALE = "stale"  # the source was gone, or held less than it had when the request was planned
     CHECK_FAILED = "check_failed"  # the import was begun, and its blocks changed or could not be copied
     PARITY = "parity"  # our token ids are not, or not known to be, the engine's
@@ -31,7 +32,8 @@ _CHECK_FAILED = frozenset({DeliveryReason.CHECK_FAILED, DeliveryReason.COPY_FAIL
 class Case:
     """All that a loss is judged by; counts are prompt tokens.
 
-    `best_available` is the longest prefix that any replica held when the request was planned; `formerly` the longest that was
+    `best_available` is the longest prefix that any replica held or was computing when the request was planned, `best_held` the
+    longest that any held; `formerly` the longest that was
     computed for this tenant before, `elsewhere` the longest that other tenants' blocks hold now: 0 when not known or not asked.
     `looked_up` is False where the token ids were not known; `why` is what the engine says of its import.
     """
@@ -41,6 +43,7 @@ class Case:
     predicted_local: int = 0
     predicted_peer: int = 0
     best_available: int = 0
+    best_held: int = 0
     local: int = 0
     peer: int = 0
     looked_up: bool = True
@@ -104,7 +107,11 @@ def _short(case: Case) -> Loss:
     if case.why is DeliveryReason.ALLOCATION:
         return Loss(LossReason.LOAD, lost, "the replica had no room for the import")
     if case.delivered >= case.predicted_local + case.predicted_peer:
-        return Loss(LossReason.LOAD, lost, "waiting for, or importing from, the replica that holds more would have taken longer")
+        return Loss(
+            LossReason.LOAD, lost, "waiting for, or importing from, the replica that holds more would have taken longer"
+        )
+    if case.delivered >= case.best_held:
+        return Loss(LossReason.PROMISED, lost, "another request was computing it, and was not done when this one began")
     if not case.parity_exact:
         return Loss(LossReason.PARITY, lost, "its token ids were a guess, and the engine's differ")
     if case.local < case.predicted_local:

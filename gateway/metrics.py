@@ -6,6 +6,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gateway.cost_stats import cost_metrics
+from gateway.ledger_metrics import ImportTimes, ledger_metrics
+from gateway.parity import Parity
 from gateway.stats import KvStats, ParityStats, ReplicaStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -53,6 +56,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.imports = ImportTimes(self.registry)
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
         """A request was answered, completely or as far as it went, `seconds` after it came. `endpoint` is of a fixed set."""
@@ -85,6 +89,8 @@ class _StatsCollector(Collector):
         stats = self._snapshot()
         yield from _gateway_metrics(stats)
         yield from _replica_metrics(stats)
+        yield from ledger_metrics(stats)
+        yield from cost_metrics(stats.costs)
 
 
 def _gateway_metrics(stats: KvStats) -> Iterator[Metric]:
@@ -94,15 +100,21 @@ def _gateway_metrics(stats: KvStats) -> Iterator[Metric]:
                 yield CounterMetricFamily(prefix + field, about.description or field, value=getattr(counts, field))
     yield GaugeMetricFamily("peerkv_gateway_in_flight_requests", "Requests being served.", value=stats.gateway.in_flight)
     yield GaugeMetricFamily("peerkv_gateway_uptime_seconds", "Age of the gateway.", value=stats.gateway.uptime_seconds)
-    for count in ("checks", "failures", "differences_found"):
+    for count in ("checks", "failures", "changes", "differences_found"):
         text = f"Token ids compared with an engine's: {ParityStats.model_fields[count].description}."
         yield CounterMetricFamily(f"peerkv_parity_{count}", text, value=getattr(stats.parity, count))
     exact = GaugeMetricFamily("peerkv_parity_exact", "1 if our token ids are the engine's.", labels=("kind",))
+    verdicts = GaugeMetricFamily(
+        "peerkv_parity_verdict", "1 for what the last comparison of token ids came to.", labels=("kind", "verdict")
+    )
     differences = GaugeMetricFamily("peerkv_parity_differences", "Canaries whose ids are not the engine's.", labels=("kind",))
     for kind, verdict in (("completions", stats.parity.completions), ("chat", stats.parity.chat)):
-        exact.add_metric((kind,), float(verdict.parity == "exact"))
+        exact.add_metric((kind,), float(verdict.parity == Parity.EXACT))
+        for each in Parity:
+            verdicts.add_metric((kind, each.value), float(verdict.parity == each))
         differences.add_metric((kind,), len(verdict.differences))
     yield exact
+    yield verdicts
     yield differences
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from engine.fleet import FileFleet
 from gateway.access import AdminAccess
 from gateway.app import build_app
+from gateway.explain import Explanation
 from gateway.openapi import describe
 from gateway.prefixes import PrefixReport
 from gateway.settings import Settings
@@ -24,6 +25,9 @@ class NothingToSee:
         raise NotImplementedError
 
     def prefixes(self, limit: int) -> PrefixReport:
+        raise NotImplementedError
+
+    def explain(self, request_id: str) -> Explanation | None:
         raise NotImplementedError
 
     def metrics(self) -> tuple[bytes, str]:

@@ -57,10 +57,11 @@ class ParityVerdict:
 
 @dataclass(slots=True)
 class ParityCounts:
-    """Comparisons since the start: all of them, those that the engine did not answer, and canaries that differed."""
+    """Comparisons since the start: all, those not answered, those with a new verdict, and canaries that differed."""
 
     checks: int = 0
     failures: int = 0
+    changes: int = 0
     differences: int = 0
 
 
@@ -89,6 +90,7 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
     },
 }
+_SECOND_CALL = {"id": "call_000000002", "type": "function", "function": {"name": "weather", "arguments": '{"place":"Genève"}'}}
 _CALL = {"id": "call_000000001", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Zürich"}'}}
 
 CHATS: Mapping[str, Mapping[str, Any]] = {
@@ -109,6 +111,16 @@ CHATS: Mapping[str, Mapping[str, Any]] = {
     "content parts": {
         "messages": [{"role": "user", "content": [{"type": "text", "text": "first"}, {"type": "text", "text": "second"}]}]
     },
+    "long conversation": {
+        "messages": [
+            {"role": "system", "content": "Be brief. Réponds en français s'il le faut. 🦜"},
+            {"role": "user", "content": "一二三 — what comes next?"},
+            {"role": "assistant", "content": "四, 五 … and so on."},
+            {"role": "user", "content": ""},
+            {"role": "assistant", "content": "  \n\n(nothing was said)\n"},
+            {"role": "user", "content": "<|im_end|> is not the end 🇨🇭\t."},
+        ]
+    },
     "no generation prompt": {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": False},
     "open answer": {
         "messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two,"}],
@@ -124,6 +136,18 @@ TOOL_CHATS: Mapping[str, Mapping[str, Any]] = {
             {"role": "user", "content": "How is the weather in Zürich?"},
             {"role": "assistant", "content": "", "tool_calls": [_CALL]},
             {"role": "tool", "tool_call_id": "call_000000001", "name": "weather", "content": '{"sky": "clear"}'},
+        ],
+        "tools": [_TOOL],
+    },
+    "tools in several turns": {
+        "messages": [
+            {"role": "system", "content": "You may look at the sky — or not."},
+            {"role": "user", "content": "天気は Zürich *and* Genève"},
+            {"role": "assistant", "content": "I look twice.", "tool_calls": [_CALL, _SECOND_CALL]},
+            {"role": "tool", "tool_call_id": "call_000000001", "name": "weather", "content": '{"sky": "☀️"}'},
+            {"role": "tool", "tool_call_id": "call_000000002", "name": "weather", "content": "brouillard"},
+            {"role": "assistant", "content": "☀️ in Zürich, fog in Genève."},
+            {"role": "user", "content": "Thanks!"},
         ],
         "tools": [_TOOL],
     },

@@ -27,7 +27,8 @@ class Asked:
 class Plan:
     """Where a request goes. `prompt` (token ids in place of text), `kv_transfer_params` and `cache_salt` go into its body.
 
-    `predicted_tokens` of `prompt_tokens` are expected out of a cache, the replica's own or the source's. `tag` comes back with
+    `predicted_tokens` of `prompt_tokens` are expected out of a cache, the replica's own or the source's; `held_tokens_max` were
+    in the cache that held most of it. `tag` comes back with
     what the engine says of it.
     """
 
@@ -39,6 +40,7 @@ class Plan:
     cache_salt: str | None
     prompt_tokens: int
     predicted_tokens: int
+    held_tokens_max: int
     reason: str
     flight: Flight = field(repr=False)
     asked: Asked = field(repr=False)

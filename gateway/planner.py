@@ -238,6 +238,7 @@ class Planner:
             cache_salt=asked.salt or None,
             prompt_tokens=len(known.ids or ()),
             predicted_tokens=cached,
+            held_tokens_max=max((each.tokens for each in look_up.holdings.values()), default=0) if known.cacheable else 0,
             reason=decision.reason if known.ids is not None else f"{decision.reason} ({known.why_unknown})",
             flight=flight,
             asked=asked,

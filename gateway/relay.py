@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol
 
 from engine.fleet import FleetView
@@ -29,11 +30,13 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.exchange import ClientLeft, Exchange, Receive, Scope, Send
+from gateway.ledger import LEFT_STATUS, LOST_STATUS, Entry
 from gateway.planning import PlannerLike, PlanT
 from gateway.served_models import ModelsCache
 from gateway.settings import Settings
 from gateway.tenants import Tenants
 from gateway.upstream import Upstream, UpstreamLost, broken
+from gateway.witness import Asked, Witness
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +46,6 @@ PATHS: dict[str, Endpoint] = {
     "/v1/embeddings": "embeddings",
 }
 ENDING_SECONDS_MAX = 2.0  # for requests that are ended to tell their clients so
-CLIENT_LEFT_STATUS = 499  # nobody saw one; nginx's number for it
 # The replica is in trouble and another one may not be; every other answer is the client's.
 RETRIED_STATUSES = frozenset({500, 502, 503})
 
@@ -76,6 +78,7 @@ class Journey(Generic[PlanT]):
     path: str
     body: dict[str, Any]
     plan: PlanT
+    asked: Asked
     excluded: set[str] = field(default_factory=set)
 
 
@@ -96,6 +99,7 @@ class Relay(Generic[PlanT]):
         self.counters = RelayCounters()
         self.draining = False
         self.meter: Meter | None = None
+        self.witness: Witness[PlanT] | None = None
         self._settings = settings
         self._fleet = fleet
         self._upstream = upstream
@@ -145,7 +149,7 @@ class Relay(Generic[PlanT]):
     def _measure(self, label: str, exchange: Exchange) -> None:
         if self.meter is None:
             return
-        status = CLIENT_LEFT_STATUS if exchange.left else exchange.status
+        status = LEFT_STATUS if exchange.left else exchange.status
         self.meter.answered(label, status, time.perf_counter() - exchange.came_at)
         if exchange.begun:
             self.meter.first_byte(label, exchange.begun_at - exchange.came_at)
@@ -212,7 +216,8 @@ class Relay(Generic[PlanT]):
             await self._models.card(body["model"])
         plan = await self._planner.plan(endpoint, body, tenant, pinned=exchange.pinned)
         path: str = exchange.scope["path"]
-        await self._travel(Journey(exchange, path, body, plan))
+        asked = Asked(exchange.request_id, endpoint, tenant.name, str(body.get("model") or ""))
+        await self._travel(Journey(exchange, path, body, plan, asked))
 
     def _hold(self, size: int) -> None:
         if self._held_bytes + size > self._settings.bodies_bytes_max:
@@ -227,8 +232,9 @@ class Relay(Generic[PlanT]):
             answer: Answer | None = None
             lost: ApiError = ReplicaLost()
             self._planner.started(journey.plan)
+            entry = self.witness.sent(journey.plan, journey.asked) if self.witness else None
             try:
-                answer = await self._attempt(journey)
+                answer = await self._attempt(journey, entry)
                 if exchange.begun:
                     return
             except UpstreamLost as error:
@@ -240,6 +246,8 @@ class Relay(Generic[PlanT]):
                     raise lost from error
             finally:
                 self._planner.finished(journey.plan)
+                if self.witness and entry:
+                    self.witness.ended(entry, _outcome(exchange, answer))
             if answer is None or answer.status in RETRIED_STATUSES:
                 try:
                     retried = attempts_left > 0 and exchange.pinned is None and self._replan(journey)
@@ -260,7 +268,12 @@ class Relay(Generic[PlanT]):
         self.counters.retries += 1
         return True
 
-    async def _attempt(self, journey: Journey[PlanT]) -> Answer | None:
+    def _first_byte(self, plan: PlanT, entry: Entry | None) -> bytes:
+        """The answer of a replica begins; returns what its header says of where the prompt's tokens came from."""
+        self._planner.first_byte(plan)
+        return self.witness.first_byte(entry) if self.witness and entry else b""
+
+    async def _attempt(self, journey: Journey[PlanT], entry: Entry | None) -> Answer | None:
         """The replica's answer, or None when it was streamed to the client. Raises UpstreamLost."""
         exchange, plan = journey.exchange, journey.plan
         changes = {
@@ -274,10 +287,24 @@ class Relay(Generic[PlanT]):
             headers["accept"] = exchange.accept.decode("latin-1")
         response = await self._upstream.post(plan.replica, journey.path, encode_body(body), headers)
         exchange.replica = plan.replica.name.encode()
+        exchange.answering = partial(self._first_byte, plan, entry)
         try:
             with broken(plan.replica):
-                return await pass_on(exchange, response, bytes_max=self._settings.answer_bytes_max)
+                answer = await pass_on(exchange, response, bytes_max=self._settings.answer_bytes_max)
+            if answer is not None and (cache := exchange.answering()):
+                answer.headers.append((b"x-peerkv-cache", cache))
+            return answer
         finally:
+            exchange.answering = None
             # A connection whose answer was read to its end is back in the pool; any other is closed, which is how
             # vLLM learns that nobody waits.
             response.close()
+
+
+def _outcome(exchange: Exchange, answer: Answer | None) -> int:
+    """The status of an attempt: its answer's, or that of what ended it."""
+    if exchange.left:
+        return LEFT_STATUS
+    if answer is not None:
+        return answer.status
+    return exchange.status if exchange.begun else LOST_STATUS

@@ -4,8 +4,8 @@ What it learns across tenants is for the admin alone: a client that could tell "
 would read the other's prompts token by token, which is what salts are there to prevent. So nothing here reaches an answer, and
 nobody looks here before an answer is complete, so that it costs no client any time either.
 
-Prefixes are known by digests keyed with a secret of this process, taken at lengths that grow by a quarter, so a prompt of 100,000
-tokens has 35 of them. What is found is at most a quarter shorter than what was sent.
+Prefixes are known by digests keyed with a secret of this process, taken at lengths that grow by a quarter: a prompt of 100,000
+tokens has 38. What is found is at most a quarter shorter than what was sent.
 """
 
 import secrets
@@ -60,14 +60,14 @@ class SeenPrefixes:
             known.popitem(last=False)
 
     def longest(self, digests: Sequence[bytes], tenant: str, before: float) -> tuple[int, dict[str, int]]:
-        """Return how many leading tokens were computed for `tenant` earlier than `before`, and for each other tenant."""
+        """Return how many leading tokens were computed for `tenant` by the time `before`, and for each other tenant."""
         own, others = 0, dict[str, int]()
         for digest, length in zip(digests, LENGTHS, strict=False):
             tenants = self._tenants.get(digest)
             if tenants is None:
                 break
             for name, first in tenants.items():
-                if first >= before:
+                if first > before:
                     continue
                 if name == tenant:
                     own = length

@@ -116,7 +116,9 @@ async def _open(
     """Wire the front door and serve it from now on; at the stack's end it is drained."""
     door = build_door(settings, fleet, model=model, table_dir=table_dir)
     stack.push_async_callback(_drain, door, server, settings.drain_seconds)
-    parity = asyncio.create_task(ParityWatch(fleet, door.planner, door.tokens).run())
+    parity = asyncio.create_task(
+        ParityWatch(fleet, door.planner, door.tokens, interval_seconds=settings.parity_interval_seconds).run()
+    )
     parity.add_done_callback(_tell_of_defect)
     stack.push_async_callback(_end, parity)
     switch.app = door.app

@@ -114,6 +114,13 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(30.0, ge=0, description="running requests may finish after a stop signal")
 
     # Steering and sight.
+    parity_interval_seconds: float = Field(
+        300.0, ge=0, description="between two comparisons of token ids with an engine's; 0: only when replicas start"
+    )
+    ledger_requests_max: int = Field(4096, ge=1, description="requests that /kv/explain can tell of")
+    ledger_prefixes_max: int = Field(
+        65536, ge=0, description="beginnings of prompts that the ledger knows evictions and tenant boundaries by"
+    )
     prefixes_tracked_max: int = Field(65536, ge=1, description="prefixes in /kv/prefixes' memory")
     tokenize_inline_chars_max: int = Field(
         16384, ge=0, description="more text that was not seen before is tokenised in a thread, off the event loop"

@@ -5,9 +5,11 @@ from dataclasses import asdict
 from typing import Any
 
 from engine.fleet import FleetView
+from gateway.explain import Explanation, explain
 from gateway.metrics import CONTENT_TYPE, Metrics
 from gateway.planner import Planner
 from gateway.prefixes import PrefixReport
+from gateway.recorder import Recorder
 from gateway.registry import key_array
 from gateway.relay import Relay
 from gateway.stats import KvStats, StatsView
@@ -20,11 +22,15 @@ class FleetSight:
     `measured` takes what the front door measures of each request.
     """
 
-    def __init__(self, *, fleet: FleetView, planner: Planner, tokens: TokenService, relay: Relay[Any]) -> None:
+    def __init__(
+        self, *, fleet: FleetView, planner: Planner, tokens: TokenService, relay: Relay[Any], recorder: Recorder
+    ) -> None:
         self.measured = Metrics()
+        recorder.feed.add(self.measured.imports.delivered)
         self._planner = planner
         self._relay = relay
-        self._view = StatsView(fleet, planner, tokens, self._door)
+        self._recorder = recorder
+        self._view = StatsView(fleet, planner, tokens, recorder, self._door)
         self.measured.attach(self.stats)
 
     def stats(self) -> KvStats:
@@ -34,6 +40,12 @@ class FleetSight:
     def prefixes(self, limit: int) -> PrefixReport:
         """The body of GET /kv/prefixes: the `limit` most requested ones."""
         return self._planner.prefixes.report(limit, self._holders)
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """The body of GET /kv/explain/{request_id}; None if nothing is kept under that id."""
+        self._recorder.catch_up()
+        entries = self._recorder.ledger.attempts(request_id)
+        return explain(request_id, entries) if entries else None
 
     def metrics(self) -> tuple[bytes, str]:
         """The body of GET /metrics and its content type."""

@@ -8,12 +8,16 @@ from pydantic import BaseModel, Field
 
 from engine.fleet import FleetView, Replica, ReplicaState
 from gateway import __version__
+from gateway.cost_stats import CostStats, cost_stats
 from gateway.counters import CounterLedger
+from gateway.ledger_stats import LedgerStats, LoadStats, PeerStats, ledger_stats, load_stats, peer_stats
 from gateway.parity import KindVerdict, ParityCounts, ParityVerdict
 from gateway.planner import Planner
+from gateway.recorder import Recorder
 from gateway.registry import obstacles
 from gateway.tables import Table
 from gateway.tokens import TokenService
+from transport.deliveries import EngineLoad
 
 
 class TokenCounts(BaseModel):
@@ -66,8 +70,10 @@ class ReplicaStats(BaseModel):
     blocks: int = Field(description="size of its KV cache")
     cached_blocks: int = Field(description="blocks on offer now")
     in_flight: int = Field(description="requests that this gateway has with it")
+    load: LoadStats
     tokens: TokenCounts
     counts: TransferCounts
+    peers: list[PeerStats] = Field(description="what it imported, by replica and transport")
 
 
 class Totals(BaseModel):
@@ -97,6 +103,7 @@ class ParityStats(BaseModel):
     replica: str = Field(description="the replica that was asked; empty while there is no verdict")
     checks: int = Field(0, description="comparisons begun")
     failures: int = Field(0, description="of these, comparisons that the engine did not answer")
+    changes: int = Field(0, description="comparisons that came to another verdict than the one before")
     differences_found: int = Field(0, description="canaries whose ids differed, over all comparisons")
     completions: KindParity
     chat: KindParity
@@ -145,6 +152,8 @@ class KvStats(BaseModel):
     model: str
     gateway: GatewayStats
     steering: SteeringStats
+    costs: CostStats
+    ledger: LedgerStats
     tokenizer: TokenizerStats
     parity: ParityStats
     totals: Totals
@@ -162,12 +171,14 @@ class StatsView:
         fleet: FleetView,
         planner: Planner,
         tokens: TokenService,
+        recorder: Recorder,
         door: Callable[[], Mapping[str, int]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
         self._planner = planner
         self._tokens = tokens
+        self._recorder = recorder
         self._door = door
         self._clock = clock
         self._started = clock()
@@ -175,6 +186,7 @@ class StatsView:
     def snapshot(self) -> KvStats:
         """Return the state of everything now."""
         fleet = self._fleet.snapshot()
+        self._recorder.catch_up()
         tables = self._planner.registry.tables()
         ledger = self._planner.registry.ledger
         in_flight = self._planner.in_flight()
@@ -183,6 +195,8 @@ class StatsView:
             model=fleet.served_model_name or fleet.model,
             gateway=self._gateway(),
             steering=SteeringStats(**asdict(self._planner.counts)),
+            costs=cost_stats(self._planner.costs.report()),
+            ledger=ledger_stats(self._recorder.ledger, self._recorder.feed.missed),
             tokenizer=TokenizerStats(**asdict(self._tokens.state)),
             parity=_parity_stats(self._planner.parity, self._planner.parity_counts),
             totals=_totals(replicas, ledger),
@@ -232,8 +246,10 @@ def _replica_stats(replica: Replica, tables: Mapping[str, Table], ledger: Counte
         blocks=table.num_blocks if table else 0,
         cached_blocks=table.cached_blocks() if table else 0,
         in_flight=in_flight,
+        load=load_stats(table.load() if table else EngineLoad()),
         tokens=token_counts(counters),
         counts=transfer_counts(counters),
+        peers=peer_stats(ledger.peers(replica.name)),
     )
 
 
@@ -258,6 +274,7 @@ def _parity_stats(verdict: ParityVerdict, counts: ParityCounts) -> ParityStats:
         replica=verdict.replica,
         checks=counts.checks,
         failures=counts.failures,
+        changes=counts.changes,
         differences_found=counts.differences,
         completions=_kind(verdict.completions),
         chat=_kind(verdict.chat),

@@ -80,6 +80,10 @@ class Tenants:
             for tenant in callers
         )
 
+    def salt_of(self, name: str) -> str | None:
+        """The salt of the tenant of that name, None if there is none."""
+        return next((context.salt for _, context in self._entries if context.name == name), None)
+
     @property
     def open(self) -> bool:
         """True when no tenant is configured and nobody needs a key."""

@@ -30,6 +30,12 @@ Pin = Annotated[
 
 _REQUEST_ID = {"schema": {"type": "string"}, "description": "as sent, or a new one; the gateway's log names it"}
 _REPLICA = {"schema": {"type": "string"}, "description": "the replica that answered; absent when none did"}
+_CACHE = {
+    "schema": {"type": "string"},
+    "description": "where the KV of the prompt's tokens came from, as structured fields: `local`, `peer`, `computed` "
+    "(tokens), `source` (the replica that was imported from) and `reason` (why it was not more); absent when not known in time",
+    "example": 'local=0, peer=1984, computed=16, source="replica-1", reason=none',
+}
 _BEFORE_ANY_REQUEST = 431  # refused while its head comes in, before it has an id
 
 
@@ -38,6 +44,8 @@ def _headers(status: int, *, relayed: bool) -> dict[str, Any]:
     if status == _BEFORE_ANY_REQUEST:
         return {}
     headers = {"x-request-id": _REQUEST_ID} | ({"x-peerkv-replica": _REPLICA} if relayed else {})
+    if relayed and status == 200:
+        headers["x-peerkv-cache"] = _CACHE
     if status in (429, 502, 503):
         headers["retry-after"] = {"schema": {"type": "integer"}, "description": "seconds; the same request may work then"}
     return headers

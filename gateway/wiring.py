@@ -8,11 +8,16 @@ from pathlib import Path
 from engine.fleet import FleetView
 from gateway.access import AdminAccess
 from gateway.app import build_app
+from gateway.feed import DeliveryFeed
 from gateway.frontdoor import FrontDoor
+from gateway.ledger import Ledger
 from gateway.model_files import source_from_arguments
 from gateway.plan import Plan
+from gateway.plan_witness import PlanWitness
 from gateway.planner import Planner
+from gateway.recorder import Recorder
 from gateway.relay import Relay
+from gateway.seen import SeenPrefixes
 from gateway.served_models import ModelsCache
 from gateway.settings import Settings
 from gateway.sight import FleetSight
@@ -59,7 +64,15 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
         tenants=tenants,
         access=access,
     )
-    sight = FleetSight(fleet=fleet, planner=planner, tokens=tokens, relay=relay)
+    recorder = Recorder(
+        Ledger(settings.ledger_requests_max),
+        SeenPrefixes(settings.ledger_prefixes_max),
+        DeliveryFeed(planner.registry.tables),
+        planner.registry,
+        tenants.salt_of,
+    )
+    relay.witness = PlanWitness(recorder, planner)
+    sight = FleetSight(fleet=fleet, planner=planner, tokens=tokens, relay=relay, recorder=recorder)
     relay.meter = sight.measured
     admin = build_app(
         fleet=fleet,

@@ -18,8 +18,11 @@ from aiohttp import web
 from engine.fleet import FleetSnapshot, Replica, ReplicaState
 from gateway.access import AdminAccess
 from gateway.app import build_app
+from gateway.cost_stats import CostStats
 from gateway.errors import NoReplicaReady, ReplicaNotReady, UnknownReplica
+from gateway.explain import Explanation, explain
 from gateway.frontdoor import FrontDoor
+from gateway.ledger_stats import LedgerStats
 from gateway.metrics import Metrics
 from gateway.prefixes import PrefixReport
 from gateway.relay import Relay
@@ -145,6 +148,8 @@ class FakeSight:
             model="fake-model",
             gateway=GatewayStats(version="0", uptime_seconds=0.0),
             steering=SteeringStats(),
+            costs=CostStats(),
+            ledger=LedgerStats(),
             tokenizer=TokenizerStats(loaded=False, chat=False, directory="", reason="", chat_reason=""),
             parity=ParityStats(replica="", completions=kind, chat=kind),
             totals=Totals(replicas=0, ready=0, blocks=0, cached_blocks=0, in_flight=0, tokens=tokens, counts=counts),
@@ -153,6 +158,9 @@ class FakeSight:
 
     def prefixes(self, limit: int) -> PrefixReport:
         return PrefixReport(tracked_blocks=0, tracked_blocks_max=limit, prefixes=[])
+
+    def explain(self, request_id: str) -> Explanation | None:
+        return explain(request_id, ()) if request_id == "known" else None
 
     def metrics(self) -> tuple[bytes, str]:
         return b"peerkv_up 1\n", "text/plain; version=0.0.4"

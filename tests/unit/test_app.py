@@ -15,7 +15,13 @@ from engine.fleet import ReplicaState
 from gateway.stats import KvStats
 from tests.unit.running_door import Door, FakeSight, running_door, until
 
-ADMIN = [("GET", "/metrics"), ("GET", "/kv/stats"), ("GET", "/kv/prefixes"), ("POST", "/kv/flush")]
+ADMIN = [
+    ("GET", "/kv/explain/known"),
+    ("GET", "/metrics"),
+    ("GET", "/kv/stats"),
+    ("GET", "/kv/prefixes"),
+    ("POST", "/kv/flush"),
+]
 
 
 @pytest.fixture

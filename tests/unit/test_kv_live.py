@@ -162,3 +162,13 @@ def test_the_banner_gives_the_url_when_it_is_not_the_usual_one(scene: Scene) -> 
     shown_at = {port: banner(Settings(port=port), scene.fleet.snapshot(), None) for port in (8000, 8001)}
     assert "peerkv kv stats\n" in shown_at[8000]
     assert "peerkv kv stats --url http://127.0.0.1:8001\n" in shown_at[8001]
+
+
+def test_the_notes_say_why_prompts_were_not_cached(scene: Scene) -> None:
+    stats = scene.view.snapshot()
+    ledger = stats.ledger.model_copy(
+        update={"requests": {"none": 5, "load": 1200, "cold": 0}, "lost_tokens": {"load": 3_000_000}, "predicted_tokens": 70}
+    )
+    output = shown(lambda console: console.print(render(stats.model_copy(update={"ledger": ledger}), None, 0.0)))
+    assert "none 5, load 1,200 (-3.0M)" in output
+    assert "70 expected, 0 delivered" in output

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.ledger import Planned
 from gateway.metrics import Metrics
 from gateway.parity import ParityCounts
+from gateway.recorder import Origin
 from tests.unit.replica_tables import replica_tables
 from tests.unit.test_stats import Scene
+from transport.deliveries import Delivery
 
 
 @pytest.fixture
@@ -80,3 +83,36 @@ def test_the_gateways_counts_and_parity_are_metrics_too(scene: Scene) -> None:
     assert found["peerkv_gateway_in_flight_requests", ()] == 2
     assert found["peerkv_steering_planned_total", ()] == 0
     assert found["peerkv_parity_exact", ("chat",)] == 0
+
+
+def test_losses_peers_load_costs_and_verdicts_have_metrics(scene: Scene) -> None:
+    metrics = Metrics()
+    metrics.attach(scene.view.snapshot)
+    scene.recorder.feed.add(metrics.imports.delivered)
+    writer = scene.tables.writers["a"]
+    writer.imported("b", "shared_memory", blocks=3, size=6_000_000, nanoseconds=2_000_000, failed=True)
+    writer.tell_load([1, 2, 300, 4, 5, 6])
+    planned = Planned("r", 7, 0.0, "completions", "one", "", "a", "", "recompute", "", 100, 4)
+    entry = scene.recorder.sent(planned, Origin("one", None, ""), scene.planner.registry.tables()["a"])
+    record = Delivery(
+        tag=7, scheduled_ns=1, first_token_ns=2, prompt_tokens=100, computed_tokens=100,
+        import_ns=2_000_000, import_wait_ns=30_000_000, source="b",
+    )  # fmt: skip
+    writer.deliver(record, "shared_memory")
+    scene.recorder.ended(entry, 200)
+    found = samples(metrics)
+    pair = ("b", "a", "shared_memory")  # labels by name: peer, replica, transport
+    assert found["peerkv_ledger_requests_total", ("cold",)] == 1
+    assert found["peerkv_ledger_lost_tokens_total", ("evicted",)] == 0
+    assert found["peerkv_ledger_computed_tokens_total", ()] == 100
+    assert found["peerkv_peer_import_bytes_total", pair] == 6_000_000
+    assert found["peerkv_peer_import_seconds_total", pair] == 0.002
+    assert found["peerkv_peer_import_blocks_total", pair] == 3
+    assert found["peerkv_peer_import_failures_total", pair] == 1
+    assert found["peerkv_engine_imports_under_way", ("a",)] == 5
+    assert found["peerkv_import_copy_seconds_bucket", ("0.0025", *pair)] == 1
+    assert found["peerkv_import_wait_seconds_bucket", ("0.025", *pair)] == 0
+    assert found["peerkv_import_wait_seconds_bucket", ("0.05", *pair)] == 1
+    assert found["peerkv_cost_samples_total", ()] == 0
+    assert found["peerkv_parity_verdict", ("chat", "unknown")] == 1
+    assert found["peerkv_parity_verdict", ("chat", "exact")] == 0

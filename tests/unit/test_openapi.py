@@ -38,6 +38,7 @@ def test_every_endpoint_is_described() -> None:
         ("get", "/ready"),
         ("get", "/metrics"),
         ("get", "/kv/stats"),
+        ("get", "/kv/explain/{request_id}"),
         ("get", "/kv/prefixes"),
         ("post", "/kv/flush"),
     }

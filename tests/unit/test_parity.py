@@ -11,7 +11,7 @@ from aiohttp import web
 
 from engine.fleet import ReplicaState
 from gateway.model_files import TokenizerSource
-from gateway.parity import CHATS, COMPLETIONS, Parity, ParityCheckFailed, ParityCounts, check_parity, compare
+from gateway.parity import CHATS, COMPLETIONS, TOOL_CHATS, Parity, ParityCheckFailed, ParityCounts, check_parity, compare
 from gateway.parity_watch import ParityWatch
 from gateway.planner import Planner
 from gateway.tokens import NoTokenIds, TokenService
@@ -77,7 +77,7 @@ async def test_tools_are_compared_when_the_template_takes_them(tmp_path: Path) -
     async with listening(engine, tmp_path / "s") as socket:
         verdict = await check_parity(ours(tmp_path / "m"), "replica-0", socket, "served")
     assert verdict.chat.parity is Parity.EXACT
-    assert sum("tools" in request for request in engine.requests) == 2
+    assert sum("tools" in request for request in engine.requests) == len(TOOL_CHATS)
 
 
 async def test_another_chat_template_in_the_engine_leaves_completions_exact(tmp_path: Path) -> None:
@@ -104,7 +104,9 @@ async def test_a_template_that_refuses_a_canary_agrees_with_an_engine_that_does(
     engine = Engine(make_model(tmp_path / "m", template=strict))
     async with listening(engine, tmp_path / "s") as socket:
         verdict = await check_parity(ours(tmp_path / "m"), "replica-0", socket, "served")
-    assert (verdict.chat.parity, verdict.chat.compared) == (Parity.EXACT, len(CHATS) - 1)
+    refused = sum(chat["messages"][0]["role"] == "system" for chat in CHATS.values())
+    assert refused
+    assert (verdict.chat.parity, verdict.chat.compared) == (Parity.EXACT, len(CHATS) - refused)
 
 
 async def test_without_a_tokenizer_both_kinds_are_off_and_the_reason_is_kept(tmp_path: Path) -> None:
@@ -190,3 +192,68 @@ async def test_the_watch_counts_failures_and_differences_and_tries_again(tmp_pat
             task.cancel()
     counts = planner.parity_counts
     assert (counts.checks, counts.differences) == (counts.failures + 1, 1)
+
+
+async def test_verdicts_are_renewed_by_turns_and_a_change_is_told_counted_and_takes_effect(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, other = Engine(make_model(tmp_path / "m")), Engine(make_model(tmp_path / "m"))
+    tokens, fleet = ours(tmp_path / "m"), StandingFleet("a", "b")
+    planner, now = Planner(fleet, TableDirectory(tmp_path), tokens, Bounds()), 0.0
+    watch = ParityWatch(
+        fleet, planner, tokens, interval_seconds=300, poll_seconds=0.001, retry_seconds=0.001, clock=lambda: now
+    )
+
+    def later() -> bool:
+        nonlocal now
+        now += 301.0
+        return planner.parity_counts.changes == 2
+
+    async with listening(engine, tmp_path / "s") as socket, listening(other, tmp_path / "t") as second:
+        fleet.set("a", ReplicaState.READY, socket=socket)
+        fleet.set("b", ReplicaState.READY, socket=second)
+        task = asyncio.create_task(watch.run())
+        try:
+            await until(lambda: planner.parity.replica == "a")
+            other.change = lambda request, ids: [*ids, 5] if request.get("prompt") == COMPLETIONS["emoji"] else ids
+            assert planner.parity_counts.checks == 1
+            now = 301.0
+            await until(lambda: planner.parity.completions.parity is Parity.DEGRADED)
+            assert (planner.parity.replica, planner.parity_counts.changes) == ("b", 1)
+            assert "were exact, are degraded by b: 1 of" in caplog.text
+            engine.status = 503
+            now = 602.0
+            await until(lambda: planner.parity_counts.failures > 0)
+            assert planner.parity.completions.parity is Parity.DEGRADED
+            engine.status = 200
+            await until(later)
+            assert planner.parity.replica == "a"
+            assert planner.parity.completions.parity is Parity.EXACT
+        finally:
+            task.cancel()
+
+
+async def test_without_an_interval_a_verdict_is_not_renewed(tmp_path: Path) -> None:
+    engine = Engine(make_model(tmp_path / "m"))
+    tokens, fleet = ours(tmp_path / "m"), StandingFleet("a")
+    planner, looks = Planner(fleet, TableDirectory(tmp_path), tokens, Bounds()), 0
+
+    def clock() -> float:
+        nonlocal looks
+        looks += 1
+        return 1e9 * looks
+
+    async with listening(engine, tmp_path / "s") as socket:
+        fleet.set("a", ReplicaState.READY, socket=socket)
+        watch = ParityWatch(fleet, planner, tokens, poll_seconds=0.001, clock=clock)
+        task = asyncio.create_task(watch.run())
+        polls = []
+        snapshot = fleet.snapshot
+        fleet.snapshot = lambda: polls.append(1) or snapshot()  # type: ignore[method-assign]
+        try:
+            await until(lambda: planner.parity.replica == "a")
+            seen = len(polls)
+            await until(lambda: len(polls) > seen + 5)
+        finally:
+            task.cancel()
+    assert planner.parity_counts.checks == 1

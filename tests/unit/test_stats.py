@@ -7,14 +7,21 @@ import pytest
 
 from engine.fleet import ReplicaState
 from gateway import __version__
+from gateway.feed import DeliveryFeed
+from gateway.ledger import Ledger, Planned
+from gateway.ledger_stats import LoadStats
+from gateway.losses import LossReason
 from gateway.model_files import TokenizerSource
 from gateway.parity import KindVerdict, Parity, ParityCounts, ParityVerdict
 from gateway.planner import Planner
+from gateway.recorder import Origin, Recorder
+from gateway.seen import SeenPrefixes
 from gateway.stats import KvStats, StatsView, TokenCounts, TransferCounts
 from gateway.tenants import ANONYMOUS
 from gateway.tokens import TokenService
 from tests.unit.replica_tables import FIELDS, ReplicaTables, StandingFleet, replica_tables
 from tests.unit.test_planner import Bounds
+from transport.deliveries import Delivery
 from transport.directory import TableDirectory
 from transport.table_layout import COUNTERS
 
@@ -27,7 +34,10 @@ class Scene:
         self.planner = Planner(self.fleet, TableDirectory(tables.directory), tokens, Bounds())
         self.now = 100.0
         self.door = {"requests": 7, "retries": 1, "in_flight": 2, "unheard_of": 5}
-        self.view = StatsView(self.fleet, self.planner, tokens, lambda: self.door, lambda: self.now)
+        registry = self.planner.registry
+        feed = DeliveryFeed(registry.tables)
+        self.recorder = Recorder(Ledger(10), SeenPrefixes(10), feed, registry, lambda name: None, lambda: self.now)
+        self.view = StatsView(self.fleet, self.planner, tokens, self.recorder, lambda: self.door, lambda: self.now)
 
     def count(self, name: str, **counts: int) -> None:
         for counter, amount in counts.items():
@@ -125,3 +135,36 @@ def test_the_gateways_own_counts_age_and_parity_are_shown(scene: Scene) -> None:
 def test_the_body_survives_json(scene: Scene) -> None:
     stats = scene.view.snapshot()
     assert KvStats.model_validate_json(stats.model_dump_json()) == stats
+
+
+def test_imports_are_shown_by_peer_and_transport_with_their_rate_over_all_lives(scene: Scene) -> None:
+    scene.tables.writers["a"].imported("b", "shared_memory", blocks=3, size=6_000_000, nanoseconds=2_000_000, failed=False)
+    scene.view.snapshot()
+    scene.tables.stop("a")
+    scene.tables.start("a")
+    scene.tables.writers["a"].imported("b", "shared_memory", blocks=1, size=2_000_000, nanoseconds=2_000_000, failed=True)
+    (peer,) = scene.view.snapshot().replicas[0].peers
+    assert (peer.name, peer.transport, peer.imports, peer.blocks, peer.failures) == ("b", "shared_memory", 2, 4, 1)
+    assert (peer.bytes, peer.seconds, peer.gigabytes_per_second) == (8_000_000, 0.004, 2.0)
+
+
+def test_the_engines_load_is_shown_and_that_of_a_replica_without_a_table_is_nothing(scene: Scene) -> None:
+    scene.tables.writers["a"].tell_load([1, 2, 300, 4, 5, 6])
+    scene.tables.stop("b")
+    first, second = scene.view.snapshot().replicas
+    assert first.load == LoadStats(
+        waiting_requests=1, running_requests=2, waiting_tokens=300, decoding_requests=4, imports_under_way=5, pinned_blocks=6
+    )
+    assert second.load == LoadStats()
+
+
+def test_the_ledger_shows_every_reason_and_the_costs_what_was_learnt(scene: Scene) -> None:
+    planned = Planned("r", 7, 0.0, "completions", "one", "", "a", "", "recompute", "", 100, 4)
+    entry = scene.recorder.sent(planned, Origin("one", list(range(100)), ""), scene.planner.registry.tables()["a"])
+    record = Delivery(tag=7, scheduled_ns=1, first_token_ns=2, prompt_tokens=100, computed_tokens=100)
+    scene.tables.writers["a"].deliver(record, "shared_memory")
+    scene.recorder.ended(entry, 200)
+    stats = scene.view.snapshot()
+    assert set(stats.ledger.requests) == set(stats.ledger.lost_tokens) == {reason.value for reason in LossReason}
+    assert (stats.ledger.requests["cold"], stats.ledger.settled, stats.ledger.computed_tokens) == (1, 1, 100)
+    assert (stats.costs.samples, stats.costs.median_error) == (0, None)

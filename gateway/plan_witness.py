@@ -1,0 +1,75 @@
+"""Puts the planner's plans into the ledger."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from gateway.ledger import Entry, Option, Planned
+from gateway.parity import Parity, ParityVerdict
+from gateway.plan import Plan
+from gateway.planner import Planner
+from gateway.recorder import Origin, Recorder
+from gateway.steering import Option as SteeringOption
+from gateway.tables import Table
+from gateway.witness import Asked
+
+
+class PlanWitness:
+    """The relay's witness of `planner`'s plans. `wall_clock` gives Unix time in seconds."""
+
+    def __init__(self, recorder: Recorder, planner: Planner, wall_clock: Callable[[], float] = time.time) -> None:
+        self._recorder = recorder
+        self._planner = planner
+        self._wall_clock = wall_clock
+
+    def sent(self, plan: Plan, asked: Asked) -> Entry:
+        """The request is about to be sent to the plan's replica."""
+        table = self._planner.registry.ledger.table(plan.replica.name)
+        planned = planned_of(plan, asked, table, self._planner.parity, self._wall_clock())
+        return self._recorder.sent(planned, Origin(asked.tenant, plan.asked.known.ids, plan.asked.lora), table)
+
+    def first_byte(self, entry: Entry) -> bytes:
+        """The replica's answer begins; returns the value of x-peerkv-cache, empty if not known."""
+        return self._recorder.first_byte(entry)
+
+    def ended(self, entry: Entry, status: int) -> None:
+        """The attempt is over."""
+        self._recorder.ended(entry, status)
+
+
+def planned_of(plan: Plan, asked: Asked, table: Table | None, parity: ParityVerdict, at: float) -> Planned:
+    """A plan as the ledger keeps it; `table` is the replica's, `parity` the verdict of that moment, `at` Unix time."""
+    known, decision = plan.asked.known, plan.decision
+    expected = decision.expected
+    verdict = parity.chat if asked.endpoint == "chat" else parity.completions
+    return Planned(
+        request_id=asked.request_id,
+        tag=plan.tag,
+        at=at,
+        endpoint=asked.endpoint,
+        tenant=asked.tenant,
+        model=asked.model,
+        replica=plan.replica.name,
+        source=decision.source or "",
+        action=decision.action,
+        reason=plan.reason,
+        prompt_tokens=plan.prompt_tokens,
+        block_size=table.block_size if table else 1,
+        local_tokens=expected.local_tokens,
+        peer_tokens=expected.peer_tokens,
+        best_available_tokens=decision.best_available_tokens,
+        best_held_tokens=plan.held_tokens_max,
+        queue_seconds=expected.queue_seconds,
+        transfer_seconds=expected.transfer_seconds,
+        prefill_seconds=expected.prefill_seconds,
+        looked_up=known.ids is not None,
+        parity_exact=known.certain or verdict.parity is Parity.EXACT,
+        reads_cache=known.cacheable,
+        reports=table is not None,
+        options=tuple(map(_option, decision.options)),
+    )
+
+
+def _option(option: SteeringOption) -> Option:
+    return Option(option.replica, option.source or "", option.action, option.expected.seconds)

@@ -1,0 +1,158 @@
+"""The ledger: what it keeps, what it adds up, and when an attempt is settled."""
+
+from dataclasses import replace
+
+from gateway.ledger import ATTEMPTS_KEPT, LEFT_STATUS, LOST_STATUS, UNREPORTED_SECONDS, Ledger, Planned
+from gateway.losses import LossReason
+from transport.deliveries import Delivery
+
+PLAN = Planned(
+    request_id="r1",
+    tag=11,
+    at=1e9,
+    endpoint="completions",
+    tenant="one",
+    model="m",
+    replica="a",
+    source="b",
+    action="pull",
+    reason="b holds it",
+    prompt_tokens=1000,
+    block_size=16,
+    peer_tokens=800,
+    best_available_tokens=800,
+    best_held_tokens=800,
+)
+PULLED = Delivery(
+    tag=11, scheduled_ns=5, first_token_ns=9, prompt_tokens=1000, peer_tokens=800, computed_tokens=200, source="b"
+)
+
+
+def test_an_attempt_that_got_what_was_planned_is_settled_at_its_end_without_loss() -> None:
+    ledger = Ledger(10)
+    entry = ledger.open(PLAN, 100.0)
+    ledger.delivered(PULLED)
+    ledger.first_byte(entry, 100.5)
+    ledger.first_byte(entry, 101.0)
+    assert ledger.ended(entry, 200, 102.0)
+    assert ledger.settle(entry).reason is LossReason.NONE
+    assert (entry.first_byte_seconds, entry.ended_seconds, entry.status) == (0.5, 2.0, 200)
+    sums = ledger.sums
+    assert (sums.settled, sums.predicted_tokens, sums.best_available_tokens) == (1, 800, 800)
+    assert (sums.local_tokens, sums.peer_tokens, sums.computed_tokens) == (0, 800, 200)
+    assert sums.requests_by_reason == {"none": 1}
+
+
+def test_an_attempt_is_settled_once() -> None:
+    ledger = Ledger(10)
+    entry = ledger.open(PLAN, 0.0)
+    ledger.delivered(PULLED)
+    ledger.ended(entry, 200, 1.0)
+    assert ledger.settle(entry) is ledger.settle(entry, formerly=992)
+    assert ledger.sums.settled == 1
+
+
+def test_lost_tokens_are_summed_by_reason() -> None:
+    ledger = Ledger(10)
+    for tag in (1, 2):
+        entry = ledger.open(replace(PLAN, tag=tag, source="", peer_tokens=0, best_available_tokens=0, best_held_tokens=0), 0.0)
+        ledger.delivered(replace(PULLED, tag=tag, peer_tokens=0, computed_tokens=1000, source=""))
+        ledger.ended(entry, 200, 1.0)
+        ledger.settle(entry, formerly=640)
+    assert ledger.sums.requests_by_reason == {"evicted": 2}
+    assert ledger.sums.lost_tokens_by_reason == {"evicted": 1280}
+
+
+def test_a_record_that_comes_late_is_waited_for() -> None:
+    ledger = Ledger(10)
+    entry = ledger.open(PLAN, 0.0)
+    assert not ledger.ended(entry, 200, 1.0)
+    assert ledger.due(1.1) == []
+    assert ledger.delivered(PULLED) is entry
+    assert ledger.due(1.2) == [entry]
+    assert ledger.settle(entry).reason is LossReason.NONE
+    assert ledger.due(100.0) == []
+
+
+def test_a_record_that_never_comes_makes_the_reason_unknown() -> None:
+    ledger = Ledger(10)
+    entry = ledger.open(PLAN, 0.0)
+    ledger.ended(entry, 200, 1.0)
+    assert ledger.due(1.0 + UNREPORTED_SECONDS) == [entry]
+    assert ledger.settle(entry).reason is LossReason.UNKNOWN
+
+
+def test_a_client_that_leaves_before_anything_is_computed_is_no_loss_of_a_cache() -> None:
+    ledger = Ledger(10)
+    entry = ledger.open(PLAN, 0.0)
+    assert not ledger.ended(entry, LEFT_STATUS, 1.0)
+    ledger.delivered(Delivery(tag=11, arrived_ns=3, prompt_tokens=1000))
+    assert ledger.due(1.1) == [entry]
+    assert ledger.settle(entry).reason is LossReason.LEFT
+
+
+def test_a_client_that_leaves_while_its_answer_runs_is_judged_like_any_other() -> None:
+    ledger = Ledger(10)
+    entry = ledger.open(PLAN, 0.0)
+    ledger.delivered(replace(PULLED, peer_tokens=0, computed_tokens=1000))
+    assert ledger.ended(entry, LEFT_STATUS, 1.0)
+    assert ledger.settle(entry).reason is LossReason.UNKNOWN
+    assert ledger.sums.lost_tokens_by_reason == {"unknown": 800}
+
+
+def test_an_attempt_whose_replica_was_lost_is_retried_and_both_are_kept_under_the_request() -> None:
+    ledger = Ledger(10)
+    first = ledger.open(PLAN, 0.0)
+    assert ledger.ended(first, LOST_STATUS, 1.0)
+    assert ledger.settle(first).reason is LossReason.RETRIED
+    second = ledger.open(replace(PLAN, tag=12, replica="c"), 1.0)
+    assert list(ledger.attempts("r1")) == [first, second]
+
+
+def test_a_refused_request_and_a_replica_without_a_table_wait_for_no_record() -> None:
+    ledger = Ledger(10)
+    refused = ledger.open(PLAN, 0.0)
+    assert ledger.ended(refused, 400, 1.0)
+    assert ledger.settle(refused).reason is LossReason.NONE
+    plain = ledger.open(replace(PLAN, tag=12, reports=False), 0.0)
+    assert ledger.ended(plain, 200, 1.0)
+    assert ledger.settle(plain).reason is LossReason.OFF
+
+
+def test_several_prompts_are_summed_and_the_longest_is_judged() -> None:
+    ledger = Ledger(10)
+    entry = ledger.open(PLAN, 0.0)
+    ledger.delivered(Delivery(tag=11, scheduled_ns=1, first_token_ns=2, prompt_tokens=40, computed_tokens=40))
+    ledger.delivered(PULLED)
+    ledger.ended(entry, 200, 1.0)
+    assert ledger.settle(entry).reason is LossReason.NONE
+    assert (ledger.sums.peer_tokens, ledger.sums.computed_tokens) == (800, 240)
+
+
+def test_entries_and_attempts_of_one_id_are_bounded() -> None:
+    ledger = Ledger(100)
+    for tag in range(1, 300):
+        ledger.open(replace(PLAN, tag=tag, request_id=f"r{tag}"), 0.0)
+    assert len(ledger) == 100
+    assert ledger.attempts("r199") == ()
+    assert len(ledger.attempts("r200")) == 1
+    assert ledger.sums.dropped == 199
+    for tag in range(1000, 1000 + 3 * ATTEMPTS_KEPT):
+        ledger.open(replace(PLAN, tag=tag, request_id="same"), 0.0)
+    assert len(ledger.attempts("same")) == ATTEMPTS_KEPT
+
+
+def test_a_forgotten_attempt_still_counts_and_is_not_waited_for() -> None:
+    ledger = Ledger(1)
+    entry = ledger.open(PLAN, 0.0)
+    ledger.open(replace(PLAN, tag=12), 0.0)
+    assert ledger.ended(entry, 200, 1.0)
+    assert ledger.settle(entry).reason is LossReason.UNKNOWN
+    assert ledger.due(1e9) == []
+
+
+def test_records_of_others_are_counted_and_those_without_a_tag_are_not_ours() -> None:
+    ledger = Ledger(1)
+    assert ledger.delivered(Delivery(tag=99)) is None
+    assert ledger.delivered(Delivery()) is None
+    assert ledger.sums.unmatched_deliveries == 1

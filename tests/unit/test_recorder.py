@@ -1,0 +1,174 @@
+"""The recorder over real block tables: records are matched to their requests, losses judged by what tables and history say."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gateway.feed import DeliveryFeed
+from gateway.ledger import LEFT_STATUS, Entry, Ledger, Planned
+from gateway.losses import LossReason
+from gateway.recorder import Origin, Recorder
+from gateway.registry import Registry
+from gateway.seen import SeenPrefixes
+from tests.unit.replica_tables import BLOCK_SIZE, ReplicaTables, replica_tables
+from transport.deliveries import Delivery, DeliveryReason
+from transport.directory import TableDirectory
+
+IDS = list(range(100, 200))
+USEFUL = 96
+SALTS = {"one": "salt-1", "two": "salt-2"}
+PLAN = Planned("r", 1, 0.0, "completions", "one", "", "a", "", "recompute", "nobody holds it", len(IDS), BLOCK_SIZE)
+
+
+class Scene:
+    def __init__(self, tables: ReplicaTables) -> None:
+        self.tables = tables
+        self.now = 1.0
+        registry = Registry(TableDirectory(tables.directory))
+        self.registry = registry
+        self.recorder = Recorder(
+            Ledger(100), SeenPrefixes(1000), DeliveryFeed(registry.tables), registry, SALTS.get, lambda: self.now
+        )
+
+    def send(self, tag: int, tenant: str = "one", ids: list[int] = IDS, **changes: object) -> Entry:
+        planned = replace(PLAN, tag=tag, tenant=tenant, prompt_tokens=len(ids), **changes)  # type: ignore[arg-type]
+        table = self.registry.tables().get(planned.replica)
+        return self.recorder.sent(planned, Origin(tenant, ids, ""), table)
+
+    def deliver(self, tag: int, replica: str = "a", tokens: int = len(IDS), **figures: object) -> None:
+        local, peer = figures.get("local_tokens", 0), figures.get("peer_tokens", 0)
+        assert isinstance(local, int)
+        assert isinstance(peer, int)
+        times = {"arrived_ns": 10, "scheduled_ns": 20, "first_token_ns": 30}
+        figures = {"prompt_tokens": tokens, "computed_tokens": tokens - local - peer, **times, **figures}
+        record = Delivery(tag=tag, **figures)  # type: ignore[arg-type]
+        self.tables.writers[replica].deliver(record, "shared_memory")
+
+    def serve(self, tag: int, tenant: str = "one", ids: list[int] = IDS, **changes: object) -> Entry:
+        """A request that is computed whole."""
+        entry = self.send(tag, tenant, ids, **changes)
+        self.now += 1
+        self.deliver(tag, tokens=len(ids))
+        self.recorder.ended(entry, 200)
+        return entry
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    with replica_tables(tmp_path / "tables") as tables:
+        tables.start("a")
+        tables.start("b")
+        yield Scene(tables)
+
+
+def reason(entry: Entry) -> tuple[LossReason, int]:
+    assert entry.loss is not None
+    return entry.loss.reason, entry.loss.tokens
+
+
+def test_the_header_says_what_the_engine_delivered_before_the_first_byte(scene: Scene) -> None:
+    held = {"source": "b", "peer_tokens": 64, "best_available_tokens": 96, "best_held_tokens": 96}
+    entry = scene.send(7, **held)
+    scene.deliver(7, peer_tokens=64, source="b", why=DeliveryReason.LIMITED)
+    assert scene.recorder.first_byte(entry) == b'local=0, peer=64, computed=36, source="b", reason=load'
+
+
+def test_without_a_record_there_is_no_header(scene: Scene) -> None:
+    entry = scene.send(7)
+    scene.deliver(8)
+    assert scene.recorder.first_byte(entry) == b""
+    assert scene.recorder.ledger.sums.unmatched_deliveries == 1
+
+
+def test_a_request_that_was_aborted_before_it_was_scheduled_has_no_header(scene: Scene) -> None:
+    entry = scene.send(7)
+    scene.deliver(7, scheduled_ns=0, first_token_ns=0, computed_tokens=0)
+    assert scene.recorder.first_byte(entry) == b""
+    scene.recorder.ended(entry, LEFT_STATUS)
+    assert reason(entry) == (LossReason.LEFT, 0)
+
+
+def test_a_first_prompt_is_cold_and_the_next_one_that_nobody_holds_any_more_was_evicted(scene: Scene) -> None:
+    assert reason(scene.serve(1)) == (LossReason.COLD, 0)
+    found, tokens = reason(scene.serve(2))
+    assert found is LossReason.EVICTED
+    assert 0.75 * USEFUL <= tokens <= USEFUL
+
+
+def test_two_equal_prompts_at_one_time_are_both_cold(scene: Scene) -> None:
+    entries = [scene.send(tag) for tag in (1, 2)]
+    scene.now += 1
+    for tag, entry in zip((1, 2), entries, strict=True):
+        scene.deliver(tag)
+        scene.recorder.ended(entry, 200)
+    assert [reason(entry) for entry in entries] == [(LossReason.COLD, 0)] * 2
+
+
+def test_a_prompt_that_another_tenants_blocks_hold_stops_at_the_tenant_boundary(scene: Scene) -> None:
+    scene.serve(1, "one")
+    scene.tables.hold("a", IDS, SALTS["one"])
+    entry = scene.serve(2, "two")
+    found, tokens = reason(entry)
+    assert found is LossReason.TENANT_BOUNDARY
+    assert 0.75 * USEFUL <= tokens <= USEFUL
+
+
+def test_the_header_of_a_tenant_boundary_says_cold(scene: Scene) -> None:
+    scene.serve(1, "one")
+    scene.tables.hold("a", IDS, SALTS["one"])
+    entry = scene.send(2, "two")
+    scene.deliver(2)
+    header = scene.recorder.first_byte(entry)
+    scene.recorder.ended(entry, 200)
+    assert header == b"local=0, peer=0, computed=100, reason=cold"
+    assert reason(entry)[0] is LossReason.TENANT_BOUNDARY
+
+
+def test_what_another_tenant_computed_and_nobody_holds_is_cold(scene: Scene) -> None:
+    scene.serve(1, "one")
+    assert reason(scene.serve(2, "two")) == (LossReason.COLD, 0)
+
+
+def test_an_aborted_prompt_was_not_computed_for_anybody(scene: Scene) -> None:
+    entry = scene.send(1)
+    scene.deliver(1, first_token_ns=0)
+    scene.recorder.ended(entry, LEFT_STATUS)
+    scene.now += 1
+    assert reason(scene.serve(2)) == (LossReason.COLD, 0)
+
+
+def test_a_record_in_the_table_of_a_replica_that_died_is_still_read(scene: Scene) -> None:
+    entry = scene.send(1)
+    scene.deliver(1)
+    scene.tables.stop("a")
+    scene.registry.tables()
+    scene.recorder.ended(entry, 200)
+    assert reason(entry) == (LossReason.COLD, 0)
+
+
+def test_a_replica_that_came_back_is_read_from_its_new_table(scene: Scene) -> None:
+    scene.serve(1)
+    scene.tables.stop("a")
+    scene.tables.start("a")
+    entry = scene.serve(2)
+    assert entry.deliveries[0].tag == 2
+
+
+def test_a_late_record_is_found_when_somebody_looks(scene: Scene) -> None:
+    entry = scene.send(1)
+    scene.recorder.ended(entry, 200)
+    assert entry.loss is None
+    scene.deliver(1)
+    scene.recorder.catch_up()
+    assert reason(entry) == (LossReason.COLD, 0)
+
+
+def test_records_that_were_overwritten_are_counted(scene: Scene) -> None:
+    scene.send(1)
+    for tag in range(5000):
+        scene.deliver(tag + 10)
+    scene.recorder.catch_up()
+    assert scene.recorder.feed.missed > 0
+    assert scene.recorder.feed.missed + scene.recorder.ledger.sums.unmatched_deliveries == 5000
