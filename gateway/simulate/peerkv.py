@@ -1,0 +1,140 @@
+"""peerkv's own steering (gateway/steering.py, costs.py, load.py) in a simulated fleet.
+
+It is fed with what the gateway would see: block tables, which are exact; what engines say of themselves there; the gateway's
+own tickets; and, at each first token, what was delivered.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gateway.costs import CostModel, ModelKey, Outcome
+from gateway.load import FleetLoad, Ticket
+from gateway.popularity import Popularity
+from gateway.simulate.jobs import Job, covered_tokens
+from gateway.simulate.policies import Choice
+from gateway.simulate.simulation import Fleet
+from gateway.steering import REMOTE_TRANSPORT, Candidate, Decision, PromptView, steer
+from transport.keys import Keys
+
+PREFIXES_MAX = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What an engine's table says of its load."""
+
+    waiting_requests: int
+    waiting_tokens: int
+    decoding_requests: int
+
+
+@dataclass(slots=True)
+class PeerKV:
+    """Steers `fleet`. With `imports` False replicas exchange nothing; `device` says which priors the cost model begins with."""
+
+    fleet: Fleet
+    imports: bool = True
+    device: str = "cuda"
+    costs: CostModel = field(default_factory=CostModel)
+    load: FleetLoad = field(default_factory=FleetLoad)
+    popularity: Popularity = field(default_factory=lambda: Popularity(PREFIXES_MAX))
+    actions: dict[str, int] = field(default_factory=dict)
+    _turn: int = 0
+    _names: list[str] = field(init=False)
+    _nodes: list[str] = field(init=False)
+    _exchanges: frozenset[str] = field(init=False)
+    _key: ModelKey = field(init=False)
+    _transport: str = field(init=False)
+    _numbers: dict[str, int] = field(init=False)
+    _decisions: dict[int, tuple[Decision, Candidate, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        links = self.fleet.links
+        self._names = [f"replica-{number}" for number in range(self.fleet.replicas)]
+        self._nodes = [f"node-{number // links.profile.replicas_each_host}" for number in range(self.fleet.replicas)]
+        self._numbers = {name: number for number, name in enumerate(self._names)}
+        self._exchanges = frozenset(self._names) if self.imports else frozenset()
+        self._key = ModelKey(self.device)
+        self._transport = "cuda_ipc" if self.device == "cuda" else "shared_memory"
+
+    def choose(self, job: Job, now: float) -> Choice:
+        """As the planner does: look up, weigh, decide, and count it as being under way."""
+        request, size = job.request, self.fleet.trace_block_tokens
+        keys = np.zeros((len(job.chain), 2), dtype="<u8")
+        keys[:, 0] = job.chain
+        candidates, held_most = self._candidates(job, keys, now)
+        self.popularity.note(keys, now)
+        prompt = PromptView(
+            tokens=request.prompt_tokens,
+            rate=self.popularity.rate(keys, held_most, now) if held_most else 0.0,
+            decode_seconds=self.load.decode_seconds,
+            block_size=self.fleet.profile.engine.block_tokens,
+        )
+        decision = steer(prompt, candidates, self.costs, now, self._turn)
+        self._turn += 1
+        self.actions[decision.action.value] = self.actions.get(decision.action.value, 0) + 1
+        expected = decision.expected
+        cached = expected.local_tokens + expected.peer_tokens
+        replica = self._numbers[decision.replica]
+        self._decisions[job.tag] = (decision, candidates[replica], now)
+        self.load.started(
+            Ticket(
+                job.tag, decision.replica, decision.source, request.prompt_tokens, cached, now + expected.seconds, keys, size
+            ),
+            now,
+        )
+        source = None if decision.source is None else self._numbers[decision.source]
+        return Choice(replica, source, decision.import_tokens_max, cached)
+
+    def _candidates(self, job: Job, keys: Keys, now: float) -> tuple[list[Candidate], int]:
+        """Every replica as steering sees it, in order; and the most blocks of the prompt that one of them holds."""
+        size, fleet = self.fleet.trace_block_tokens, self.fleet
+        runs = fleet.published.runs(job.chain)
+        held = [
+            covered_tokens(count, job.request.prompt_tokens, size, fleet.profile.engine.block_tokens) for count in runs.tolist()
+        ]
+        promises = self.load.promised(keys, size)
+        candidates = []
+        for engine, name, node, tokens in zip(fleet.engines, self._names, self._nodes, held, strict=True):
+            self.load.heard(name, _Words(len(engine.waiting), engine.waiting_tokens, engine.decoding))
+            candidates.append(
+                Candidate(
+                    name,
+                    tokens,
+                    self.load.load(name, now),
+                    self._exchanges,
+                    self._key,
+                    self._transport,
+                    promises.get(name),
+                    node=node,
+                )
+            )
+        return candidates, int(runs.max(initial=0))
+
+    def first_byte(self, job: Job, now: float) -> None:
+        """The cost model learns from what was delivered."""
+        self.load.first_byte(job.tag, now)
+        decision, candidate, asked = self._decisions.pop(job.tag)
+        across = job.source is not None and self.fleet.links.across_hosts(job.source, job.replica)
+        self.costs.observe(
+            Outcome(
+                key=self._key,
+                replica=decision.replica,
+                source=decision.source,
+                transport=REMOTE_TRANSPORT if across else self._transport,
+                load=candidate.load,
+                now=asked,
+                prompt_tokens=job.request.prompt_tokens,
+                computed_tokens=job.computed_tokens,
+                peer_tokens=job.peer_tokens,
+                expected_seconds=decision.expected.seconds,
+                first_byte_seconds=now - job.arrived + self.fleet.profile.engine.response_seconds,
+                import_seconds=job.import_seconds if job.peer_tokens else None,
+                import_bytes=job.peer_tokens * self.fleet.profile.engine.kv_bytes_token,
+            )
+        )
+
+    def finished(self, job: Job, now: float) -> None:
+        """Its ticket ends."""
+        self.load.finished(job.tag, now)
