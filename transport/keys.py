@@ -45,16 +45,31 @@ def root_key(fingerprint: bytes, salt: str = "", lora: str = "", hash_name: str 
     return HASHES[hash_name](data)
 
 
+def hash_blocks(last: bytes, raw: bytes, block_size: int, hash_name: str = "xxh3_128") -> bytes:
+    """Return the keys, 16 bytes each, of the full blocks in `raw`, token ids as little-endian int32, that follow key `last`."""
+    hash_, width = HASHES[hash_name], block_size * 4
+    keys = []
+    for start in range(0, len(raw) - len(raw) % width, width):
+        last = hash_(last + raw[start : start + width])
+        keys.append(last)
+    return b"".join(keys)
+
+
+def as_keys(data: bytes) -> Keys:
+    """Return keys of 16 bytes each as an array that can not be written to."""
+    return np.frombuffer(data, dtype="<u8").reshape(-1, 2)
+
+
 class KeyChain:
     """The keys of one token sequence, extended as it grows.
 
     `block_size` is in tokens. Tokens that do not fill a block are kept until later ones do.
     """
 
-    __slots__ = ("_block_size", "_data", "_hash", "_last", "_rest", "blocks")
+    __slots__ = ("_block_size", "_data", "_hash_name", "_last", "_rest", "blocks")
 
     def __init__(self, root: bytes, block_size: int, hash_name: str = "xxh3_128") -> None:
-        self._hash = HASHES[hash_name]
+        self._hash_name = hash_name
         self._block_size = block_size
         self._last = root
         self._data = bytearray()
@@ -69,7 +84,7 @@ class KeyChain:
     @property
     def keys(self) -> Keys:
         """The keys of all full blocks so far, shape (blocks, 2), dtype uint64: a copy."""
-        return np.frombuffer(bytes(self._data), dtype="<u8").reshape(-1, 2)
+        return as_keys(bytes(self._data))
 
     def extend(self, tokens: Sequence[int], extras: Mapping[int, bytes] | None = None) -> None:
         """Take in further token ids; `extras` maps a block's index to what else its KV depends on (images, say).
@@ -82,13 +97,16 @@ class KeyChain:
         raw = self._rest + ids.tobytes()
         width = self._block_size * 4
         full = len(raw) - len(raw) % width
-        hash_, last, data = self._hash, self._last, self._data
-        for start in range(0, full, width):
-            block = raw[start : start + width]
-            extra = extras.get(self.blocks) if extras else None
-            last = hash_(last + block + extra) if extra else hash_(last + block)
-            data += last
-            self.blocks += 1
+        hash_, last, data = HASHES[self._hash_name], self._last, self._data
+        if extras:
+            for start in range(0, full, width):
+                last = hash_(last + raw[start : start + width] + extras.get(self.blocks + start // width, b""))
+                data += last
+        elif full:
+            fresh = hash_blocks(last, raw, self._block_size, self._hash_name)
+            data += fresh
+            last = fresh[-KEY_BYTES:]
+        self.blocks += full // width
         self._last = last
         self._rest = raw[full:]
 

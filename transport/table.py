@@ -49,6 +49,8 @@ __all__ = ["COUNTERS", "SUFFIX", "Run", "TableReader"]
 
 _CHUNK_BLOCKS_MAX = 4096
 _ONE = np.uint64(1)
+_VERIFIED = 16
+"""Places of a chain that was found by halving, evenly spread, at which it is verified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,11 @@ class TableReader:
         self._words = np.frombuffer(self._map, np.uint64, PAGE_BYTES // 8)
         self._states, self._keys, self._index, self._peers, self._deliveries = areas(self._map, layout)
         self._mask = np.uint64(buckets - 1)
+        self._bucket_mask = buckets - 1
+        # single words are read several times faster this way than out of an array
+        self._state_words = self._states.data
+        self._key_words = self._keys.reshape(-1).data
+        self._slots = self._index.reshape(-1).data
         self.fingerprint = fingerprint_digest(self.description.fingerprint)
 
     @property
@@ -140,19 +147,58 @@ class TableReader:
         return Run(np.concatenate(ids), np.concatenate(states))
 
     def _look_up(self, keys: Keys) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
-        slots = self._index[keys[:, 0] & self._mask].astype(np.int64) - 1
-        possible = (slots >= 0) & (slots < self.num_blocks)
-        blocks = np.where(possible, slots, 0)
+        slots = self._index[keys[:, 0] & self._mask]
+        rows, ways = np.nonzero(slots)  # a bucket has one entry or two on average, of WAYS
+        blocks = slots[rows, ways].astype(np.int64) - 1
+        if len(blocks) and blocks.max() >= self.num_blocks:
+            possible = blocks < self.num_blocks
+            rows, blocks = rows[possible], blocks[possible]
         before = self._states[blocks]
         fence()
         stored = self._keys[blocks]
         fence()
         after = self._states[blocks]
-        same_key = (stored == keys[:, None, :]).all(axis=2)
-        match = possible & (before == after) & (before & _ONE == 0) & same_key
-        way = match.argmax(axis=1)
-        rows = np.arange(len(keys))
-        return match[rows, way], blocks[rows, way].astype(np.int32), before[rows, way]
+        asked = keys[rows]
+        match = (before == after) & (before & _ONE == 0) & (stored[:, 0] == asked[:, 0]) & (stored[:, 1] == asked[:, 1])
+        rows = rows[match][::-1]  # of several blocks under one key the first is taken
+        found, block_ids, states = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.int32), np.zeros(len(keys), np.uint64)
+        found[rows] = True
+        block_ids[rows] = blocks[match][::-1]
+        states[rows] = before[match][::-1]
+        return found, block_ids, states
+
+    def run_length(self, keys: Keys) -> int:
+        """Return how many leading blocks of `keys`, shape (n, 2), the table holds, found by halving: for steering.
+
+        Engines give up the end of a chain before its front, so where its end is held, so is the rest. That is verified at
+        `_VERIFIED` places, and looked up in full if one of them is not held; between them a missing block may go unseen.
+        """
+        words = np.ascontiguousarray(keys).reshape(-1).data
+        low, high = 0, len(keys)  # the block at low is held, that at high is not or does not exist
+        if not high or not self._holds(words[0], words[1]):
+            return 0
+        if self._holds(words[2 * high - 2], words[2 * high - 1]):
+            low = high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._holds(words[2 * middle], words[2 * middle + 1]):
+                low = middle
+            else:
+                high = middle
+        step = max(1, high // _VERIFIED)
+        if all(self._holds(words[2 * place], words[2 * place + 1]) for place in range(step, high, step)):
+            return high
+        return len(self.longest_run(keys[:high]))
+
+    def _holds(self, low: int, high: int) -> bool:
+        """Tell whether the block under the key of these two words is held."""
+        bucket = (low & self._bucket_mask) * WAYS
+        for slot in self._slots[bucket : bucket + WAYS].tolist():
+            if 0 < slot <= self.num_blocks and self._state_words[slot - 1] & 1 == 0:
+                place = 2 * slot - 2
+                if self._key_words[place] == low and self._key_words[place + 1] == high:
+                    return True
+        return False
 
     def unchanged(self, block_ids: npt.NDArray[np.int32], states: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Tell for each block whether its content stayed what it was when `states` was read. Call it after the copy."""
