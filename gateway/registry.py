@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gateway.chains import ChainCache
 from gateway.counters import CounterLedger
 from gateway.tables import Table, Tables
+from gateway.token_ids import TokenIds
 from transport.fingerprint import fingerprint_difference
-from transport.keys import Keys, chain_keys, root_key
+from transport.keys import Keys, root_key
 
 STATUS_OK = "ok"
+KEY_CACHE_BYTES_MAX = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,9 @@ class LookUp:
 class Registry:
     """A view over the live tables. Belongs to one thread, as the directory does."""
 
-    def __init__(self, directory: Tables) -> None:
+    def __init__(self, directory: Tables, key_cache_bytes_max: int = KEY_CACHE_BYTES_MAX) -> None:
         self._directory = directory
+        self._chains = ChainCache(key_cache_bytes_max)
         self.ledger = CounterLedger()
         self._exchanges: tuple[tuple[tuple[str, int], ...], dict[str, frozenset[str]]] = ((), {})
 
@@ -57,6 +61,8 @@ class Registry:
 
         The last token is always computed, so a block that ends with it does not count.
         """
+        if not isinstance(ids, TokenIds):
+            ids = TokenIds.of(ids)
         tables = self.tables()
         exchanges = self.exchanges(tables)
         chains: dict[tuple[bytes, int, str], Keys] = {}
@@ -67,10 +73,10 @@ class Registry:
             keys = chains.get(kind)
             if keys is None:
                 root = root_key(table.fingerprint, salt, lora, table.hash_name)
-                useful = max(0, len(ids) - 1) // table.block_size * table.block_size
-                keys = chains[kind] = chain_keys(root, ids[:useful], table.block_size, table.hash_name)
+                blocks = max(0, len(ids) - 1) // table.block_size
+                keys = chains[kind] = self._chains.keys(root, ids, blocks, table.block_size, table.hash_name)
                 places[kind] = len(places)
-            held = len(table.longest_run(keys)) if len(keys) else 0
+            held = table.run_length(keys)
             holdings[name] = Holding(held, table.block_size, exchanges[name], places[kind])
         return LookUp(holdings, tuple((keys, kind[1]) for kind, keys in chains.items()))
 
@@ -90,7 +96,7 @@ class Registry:
         found: list[list[str]] = [[] for _ in range(len(keys))]
         for name, table in sorted(self.tables().items()):
             for row, names in enumerate(found):
-                if len(table.longest_run(keys[row : row + 1])):
+                if table.run_length(keys[row : row + 1]):
                     names.append(name)
         return found
 

@@ -1,0 +1,35 @@
+"""Keys out of the cache of chains are those of the chain."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.chains import SECTION_BLOCKS, ChainCache
+from gateway.token_ids import TokenIds
+from transport.keys import HASH_NAMES, chain_keys, root_key
+
+ROOTS = [root_key(b"fingerprint", salt) for salt in ("", "another tenant")]
+PROMPTS = st.tuples(
+    st.sampled_from(ROOTS), st.integers(1, 3), st.sampled_from(HASH_NAMES), st.integers(0, 3), st.integers(0, 600)
+)
+
+
+@given(st.lists(PROMPTS, max_size=12), st.sampled_from([0, 5000, 1 << 20]))
+def test_keys_are_the_chains_whatever_was_hashed_before(
+    prompts: list[tuple[bytes, int, str, int, int]], bytes_max: int
+) -> None:
+    cache = ChainCache(bytes_max)
+    for root, block_size, hash_name, differs_at, length in prompts:
+        ids = [token if token < differs_at * 200 else token + 1 for token in range(length)]
+        blocks = length // block_size
+        found = cache.keys(root, TokenIds.of(ids), blocks, block_size, hash_name)
+        assert found.tolist() == chain_keys(root, ids, block_size, hash_name).tolist()
+
+
+def test_a_chain_goes_on_from_what_is_known_of_it_and_the_oldest_sections_go_first() -> None:
+    cache, ids = ChainCache(3 * (SECTION_BLOCKS * 16 + 320)), TokenIds.of(range(10 * SECTION_BLOCKS))
+    cache.keys(ROOTS[0], ids, 2 * SECTION_BLOCKS + 5, 1, "sha256")
+    assert len(cache) == 2
+    cache.keys(ROOTS[0], ids, 3 * SECTION_BLOCKS, 1, "sha256")
+    assert len(cache) == 3
+    cache.keys(ROOTS[1], ids, 10 * SECTION_BLOCKS, 1, "sha256")
+    assert len(cache) == 3
