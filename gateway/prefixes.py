@@ -1,15 +1,32 @@
-"""Which prefixes are asked for most: a bounded count over block keys. The prompts themselves are never kept."""
+"""Which prefixes are asked for most: a bounded count over block keys. The prompts themselves are never kept.
+
+A prompt is counted at some depths only (16,384 tokens at 46 of 1,024 blocks), for it happens on each request.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from pydantic import BaseModel, Field
 
 from transport.keys import KEY_BYTES, Keys
 
-BLOCKS_PER_PROMPT_MAX = 4096
-"""Blocks beyond this depth are not counted: a prompt of 4,096 blocks has 65,536 tokens or more."""
+DEPTHS_MAX = 128
+"""Depths at which a prompt is counted, at most: enough for 16 million blocks."""
+
+
+def counted_depths(blocks: int) -> list[int]:
+    """Return the depths up to `blocks` at which prompts are counted: each one up to 16, then steps of an eighth at most.
+
+    The depths of a prompt are those of any longer one too, so what prompts have in common is counted at the same keys.
+    """
+    depths: list[int] = []
+    depth = 1
+    while depth <= blocks and len(depths) < DEPTHS_MAX:
+        depths.append(depth)
+        depth += max(1, depth // 8)
+    return depths
 
 
 @dataclass(slots=True)
@@ -25,7 +42,7 @@ class Prefix(BaseModel):
     """One prefix that requests had in common."""
 
     key: str = Field(description="key of its last block, 32 hex digits")
-    tokens: int = Field(description="its length in tokens, in whole blocks")
+    tokens: int = Field(description="its length in tokens, in whole blocks; of a long one up to an eighth is left out")
     requests: int = Field(description="requests that began with it")
     last_used: float = Field(description="Unix time of the last of them, seconds")
     holders: list[str] = Field(description="replicas that hold its last block now")
@@ -51,15 +68,16 @@ class PrefixCounts:
 
     def note(self, keys: Keys, block_size: int, now: float) -> None:
         """Count one request whose prompt has `keys`, shape (n, 2); `now` is Unix time in seconds."""
-        raw = keys[: min(BLOCKS_PER_PROMPT_MAX, self._blocks_max)].tobytes()
+        depths = counted_depths(len(keys))[: self._blocks_max]
+        raw = keys[np.array(depths, np.int64) - 1].tobytes()
         blocks = self._blocks
         # From the end to the front, so that of a prefix the front is the last to be forgotten.
-        for start in range(len(raw) - KEY_BYTES, -1, -KEY_BYTES):
+        for depth, start in zip(reversed(depths), range(len(raw) - KEY_BYTES, -1, -KEY_BYTES), strict=True):
             key = raw[start : start + KEY_BYTES]
             block = blocks.get(key)
             if block is None:
                 parent = raw[start - KEY_BYTES : start] if start else b""
-                blocks[key] = _Block(start // KEY_BYTES + 1, block_size, parent, 1, now)
+                blocks[key] = _Block(depth, block_size, parent, 1, now)
             else:
                 block.requests += 1
                 block.last_used = now

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.prefixes import PrefixCounts
+from gateway.prefixes import DEPTHS_MAX, PrefixCounts, counted_depths
 from transport.keys import Keys, chain_keys
 
 SIZE = 4
@@ -48,6 +48,19 @@ def test_of_a_prompt_longer_than_the_bound_the_front_is_kept() -> None:
     counts = PrefixCounts(3)
     counts.note(keys_of(1, 2, 3, 4, 5), SIZE, 1.0)
     assert top(counts) == [(3 * SIZE, 1)]
+
+
+def test_a_long_prompt_is_counted_at_a_few_depths_that_longer_ones_share() -> None:
+    depths = counted_depths(8192)
+    assert depths[:17] == [*range(1, 17), 18]
+    assert len(depths) < 80
+    assert depths[-1] > 8192 * 8 / 9
+    assert counted_depths(1000) == [depth for depth in depths if depth <= 1000]
+    assert len(counted_depths(1 << 40)) == DEPTHS_MAX
+    counts = PrefixCounts(1000)
+    counts.note(keys_of(*range(50)), SIZE, 1.0)
+    counts.note(keys_of(*range(40), *range(100, 110)), SIZE, 2.0)
+    assert top(counts, 1) == [(37 * SIZE, 2)]
 
 
 def test_a_prompt_without_a_full_block_counts_nothing() -> None:
