@@ -41,6 +41,8 @@ class PlannerSettings(Protocol):
     def prefixes_tracked_max(self) -> int: ...
     @property
     def tokenize_inline_chars_max(self) -> int: ...
+    @property
+    def key_cache_bytes_max(self) -> int: ...
 
 
 class Planner:
@@ -59,7 +61,7 @@ class Planner:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
-        self.registry = Registry(tables)
+        self.registry = Registry(tables, settings.key_cache_bytes_max)
         self._reader = PromptReader(tokens, settings.tokenize_inline_chars_max, models)
         self._clock = clock
         self._turns = itertools.count()

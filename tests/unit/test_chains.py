@@ -8,15 +8,14 @@ from gateway.token_ids import TokenIds
 from transport.keys import HASH_NAMES, chain_keys, root_key
 
 ROOTS = [root_key(b"fingerprint", salt) for salt in ("", "another tenant")]
+Prompt = tuple[bytes, int, str, int, int]
 PROMPTS = st.tuples(
     st.sampled_from(ROOTS), st.integers(1, 3), st.sampled_from(HASH_NAMES), st.integers(0, 3), st.integers(0, 600)
 )
 
 
 @given(st.lists(PROMPTS, max_size=12), st.sampled_from([0, 5000, 1 << 20]))
-def test_keys_are_the_chains_whatever_was_hashed_before(
-    prompts: list[tuple[bytes, int, str, int, int]], bytes_max: int
-) -> None:
+def test_keys_are_the_chains_whatever_was_hashed_before(prompts: list[Prompt], bytes_max: int) -> None:
     cache = ChainCache(bytes_max)
     for root, block_size, hash_name, differs_at, length in prompts:
         ids = [token if token < differs_at * 200 else token + 1 for token in range(length)]

@@ -31,6 +31,7 @@ TENANT = TenantContext("t", "salty")
 class Bounds:
     prefixes_tracked_max: int = 1000
     tokenize_inline_chars_max: int = 100
+    key_cache_bytes_max: int = 1 << 20
 
 
 class Place:
