@@ -228,16 +228,17 @@ def interference(bench: Bench, programs: int = 0) -> None:
     """Time between steps of 64 running decodes, on importer and owner, while imports run back to back on the importer.
 
     A step gives each of them a token. Beside nothing, beside imports and beside the same requests as local hits, three rounds
-    of equal length in turn, each with fresh decodes: their context grows with every token, and a step with it.
+    of equal length in turn, each with fresh decodes: their context grows with every token, and a step with it. The engines'
+    cores are processes of their own, as behind vLLM's server: taking a request in is no part of a step.
     """
-    graphs = GRAPHS if bench.scale.devices[0] else {}
+    graphs = (GRAPHS if bench.scale.devices[0] else {}) | {"environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}}
     small = {"num_gpu_blocks_override": bench.scale.importer_blocks}
     with bench.pair(graphs, graphs | small | {"programs": programs}) as (a, b):
         prompts = [prompt(bench.scale.pull, 31 * n + 9) for n in range(bench.scale.prefixes)]
         for ids in prompts:
             a.ask(ids)
         times: dict[tuple[str, str], list[float]] = {}
-        copied = copying = imports = 0
+        copied = copying = imports = computed = 0
         sustained: list[float] = []
         for turn in range(3):
             for beside in ("nothing", "imports", "local hits"):
@@ -246,6 +247,7 @@ def interference(bench: Bench, programs: int = 0) -> None:
                 before, began = bench.counters(), time.perf_counter()
                 _beside(bench, (a, b), prompts, beside, turn, times)
                 after, took = bench.counters(), time.perf_counter() - began
+                computed += after["computed_tokens"] - before["computed_tokens"]
                 if beside == "imports":
                     imports += after["imports"] - before["imports"]
                     copied += after["import_bytes"] - before["import_bytes"]
@@ -262,6 +264,7 @@ def interference(bench: Bench, programs: int = 0) -> None:
             "interference",
             programs=programs or "default",
             imports=imports,
+            computed_tokens=computed,
             copy_gb_per_s=copied / max(1, copying),
             sustained_gb_per_s=median(sustained),
         )
@@ -487,7 +490,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     ),
     "ttft": with_pair(ttft, busy_owner),
     "interference": interference,
-    "interference-16": lambda bench: interference(bench, 16),
+    "interference-24": lambda bench: interference(bench, 24),
     "races": races,
     "churned": churned,
     "kills": kills,

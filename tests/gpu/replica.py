@@ -6,6 +6,7 @@ The parent talks to it through a pipe. Every wait has a deadline, so that a hang
 import atexit
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -182,6 +183,7 @@ def _run(
     pipe: Connection,
 ) -> None:
     os.environ.update(environment)
+    logging.basicConfig(level=logging.INFO)  # vLLM sets up its own loggers only: what ours say of an import would be lost
     try:
         if programs:
             import transport.cuda_ipc
@@ -299,8 +301,9 @@ class _Engine:
         deadline = time.monotonic() + 20
         while self.engine.has_unfinished_requests() and time.monotonic() < deadline:
             self.step()
-        for _ in range(4):
-            self.engine.step()
+        if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":  # a core of its own runs on by itself, and a step waits for it
+            for _ in range(4):
+                self.engine.step()
 
     def do_clear(self, _: Any) -> None:
         self.churn_tokens = 0
