@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-PROBE_BYTES = 128 << 20
+PROBE_BYTES = 512 << 20
 ROUNDS = 8
 
 
