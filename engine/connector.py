@@ -1,8 +1,8 @@
 """The KV connector that stock vLLM loads: `kv_connector_module_path=engine.connector`, `kv_connector=PeerKVConnector`.
 
 `kv_connector_extra_config`: `table_dir`, the directory of the node's block tables; `replica`, this engine's name in it; `hash`,
-xxh3_128 or sha256; `namespace`, a word: engines with different ones exchange nothing. All have defaults, so plain vLLM servers
-started with this connector find each other without a gateway.
+xxh3_128 or sha256; `namespace`, a word: engines with different ones exchange nothing; `pin_share_max`, the share of its blocks
+that pins may hold. All have defaults, so plain vLLM servers started with this connector find each other without a gateway.
 
 No exception leaves a method of this class: vLLM would end the engine. A fault is logged, counted, and answered by importing and
 offering nothing any more.
@@ -26,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from engine import compat, fingerprint
 from engine.messages import Handshake, StepMetadata, WorkerReport
+from engine.pins import unpin_before_reset
 from engine.scheduler_half import SchedulerHalf
 from engine.worker_half import WorkerHalf
 from transport.directory import TableDirectory, sweep
@@ -38,6 +39,8 @@ from transport.table_writer import TableWriter
 _logger = logging.getLogger("vllm.peerkv")
 _Result = TypeVar("_Result")
 _PR_SET_PDEATHSIG = 1
+_ANSWERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION")
+PIN_SHARE_MAX = 0.25
 
 
 class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -52,8 +55,11 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._replica = str(extra.get("replica") or f"vllm-{os.getpid()}")
         self._hash_name = str(extra.get("hash") or "xxh3_128")
         self._namespace = str(extra.get("namespace") or "")
+        self._pin_share_max = float(extra.get("pin_share_max", PIN_SHARE_MAX))
         if self._hash_name not in HASH_NAMES:
             raise ValueError(f"kv_connector_extra_config: hash is {self._hash_name!r}, not one of {', '.join(HASH_NAMES)}")
+        if not 0 <= self._pin_share_max < 1:
+            raise ValueError(f"kv_connector_extra_config: pin_share_max is {self._pin_share_max}, not from 0 to below 1")
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._fields: dict[str, str] = {}
@@ -105,6 +111,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             transport=transport,
             status=status,
             ranks=len(handshakes),
+            pin_share_max=self._pin_share_max,
         )
         if self._bound is not None:
             self._scheduler.bind_pool(self._bound)
@@ -112,8 +119,22 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         self._bound = gpu_block_pool
+        self._guard("make way for resets", lambda: unpin_before_reset(gpu_block_pool, self._unpin), None)
         if self._scheduler is not None:
             self._guard("bind the block pool", lambda: self._half.bind_pool(gpu_block_pool), None)
+
+    def _unpin(self) -> None:
+        if self._scheduler is not None:
+            self._guard("unpin", self._half.unpin, None)
+
+    def on_new_request(self, request: Any) -> None:
+        if self._scheduler is None:
+            return
+        try:
+            self._half.arrived(request)
+        except Exception as error:  # noqa: BLE001 - one odd request is served all the same
+            _logger.warning("could not take note of a request: %r", error)
+            self._half.table.count("table_errors")
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         if self._scheduler is None:
@@ -147,7 +168,12 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         if self._scheduler is not None:
-            self._guard("forget a request", lambda: self._half.finished(request.request_id), None)
+            half = self._scheduler
+            self._guard(
+                "forget a request",
+                lambda: half.finished(request.request_id, aborted=str(request.status) not in _ANSWERED),
+                None,
+            )
         return False, None
 
     def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:

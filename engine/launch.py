@@ -54,6 +54,7 @@ class EngineSettings:
     vllm_args: tuple[str, ...] = ()  # the user's own, they win over ours
     namespace: str = ""  # replicas of different namespaces exchange nothing
     hash_name: str = "xxh3_128"
+    pin_share_max: float = 0.25  # of a replica's KV cache, for pinned prefixes
     connector: bool = True  # False: plain vLLM without our connector
     preload: bool = False  # import vllm once, fork the replicas (CPU)
     launcher: tuple[str, ...] | None = None  # run this in place of vLLM's server
@@ -187,7 +188,8 @@ def _plan_launch(settings: EngineSettings, index: int, devices: tuple[str, ...],
 
 
 def _transfer_config(settings: EngineSettings, name: str) -> dict[str, object]:
-    extra = {"table_dir": str(settings.table_dir), "replica": name, "hash": settings.hash_name}
+    extra: dict[str, object] = {"table_dir": str(settings.table_dir), "replica": name, "hash": settings.hash_name}
+    extra["pin_share_max"] = settings.pin_share_max
     if settings.namespace:
         extra["namespace"] = settings.namespace
     return {

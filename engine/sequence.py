@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.deliveries import Account
+from engine.hints import PinWish
 from transport.keys import KeyChain, Keys
 
 
@@ -23,22 +25,26 @@ class Import:
     target_blocks: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     ranks_done: int = 0
 
+    def __len__(self) -> int:
+        return len(self.source_blocks)
+
 
 @dataclass(slots=True)
 class Sequence:
-    """Blocks are ids in the order of the sequence; `published` counts leading blocks known to be on offer."""
+    """Blocks are ids in the order of the sequence; `published` counts leading blocks known to be on offer.
+
+    `pin` is what is to be pinned once the prompt is computed.
+    """
 
     request: Any
+    account: Account
     chain: KeyChain
     extras: Mapping[int, bytes]
-    source: str | None
+    pin: PinWish | None = None
     block_ids: list[int] = field(default_factory=list)
     published: int = 0
     planned: Import | None = None
     tried: bool = False
-    counted: bool = False
-    local_blocks: int = 0
-    imported_blocks: int = 0
 
     def keys(self, blocks: int) -> Keys:
         """Return the keys of at most the first `blocks` full blocks, shape (n, 2); fewer if its tokens are not known yet."""

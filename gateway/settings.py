@@ -71,6 +71,10 @@ class Settings(BaseSettings):
     namespace: str = Field("", max_length=128, description="replicas of different namespaces never exchange KV")
     hash_name: Literal["xxh3_128", "sha256"] = Field("xxh3_128", description="hash of the block keys")
 
+    pin_share_max: float = Field(
+        0.25, ge=0, lt=1, description="share of a replica's KV cache that pinned prefixes may hold; 0: no pins"
+    )
+
     # The front door.
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=1, le=65535, description="port to listen on")

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.request import RequestStatus
 
 from engine.connector import PeerKVConnector, _refusal
 from engine.messages import StepMetadata
@@ -38,7 +39,7 @@ def connector(role, **extra):
     return PeerKVConnector(config, role, SimpleNamespace(num_blocks=8, kv_cache_groups=[]))
 
 
-REQUEST = SimpleNamespace(request_id="r")
+REQUEST = SimpleNamespace(request_id="r", status=RequestStatus.FINISHED_STOPPED)
 BLOCKS = SimpleNamespace(get_block_ids=lambda: ([1, 2],))
 
 
@@ -48,7 +49,7 @@ BLOCKS = SimpleNamespace(get_block_ids=lambda: ([1, 2],))
         (lambda c: c.update_state_after_alloc(REQUEST, BLOCKS, 32), None),
         (lambda c: c.build_connector_meta(SimpleNamespace()), StepMetadata(0, ("job",))),
         (lambda c: c.request_finished_all_groups(REQUEST, ([1],)), (False, None)),
-        (lambda c: c.bind_gpu_block_pool(object()), None),
+        (lambda c: c.bind_gpu_block_pool(SimpleNamespace(reset_prefix_cache=None)), None),
         (lambda c: c.reset_cache(), True),
     ],
 )
@@ -82,6 +83,42 @@ def test_one_odd_request_is_a_miss_and_no_reason_to_stop_the_exchange():
     assert counted == ["table_errors"]
 
 
+def test_a_request_that_can_not_be_taken_note_of_is_served_all_the_same():
+    shell = connector(KVConnectorRole.SCHEDULER)
+    counted = []
+    shell._scheduler = SimpleNamespace(arrived=lambda *_: 1 // 0, table=SimpleNamespace(count=counted.append))
+    assert shell.on_new_request(REQUEST) is None
+    assert counted == ["table_errors"]
+
+
+@pytest.mark.parametrize(
+    ("status", "aborted"),
+    [("FINISHED_STOPPED", False), ("FINISHED_LENGTH_CAPPED", False), ("FINISHED_ABORTED", True), ("FINISHED_ERROR", True)],
+)
+def test_a_request_without_an_answer_counts_as_aborted(status, aborted):
+    shell = connector(KVConnectorRole.SCHEDULER)
+    told = []
+    shell._scheduler = SimpleNamespace(finished=lambda request_id, aborted: told.append((request_id, aborted)))
+    shell.request_finished(SimpleNamespace(request_id="r", status=RequestStatus[status]), [])
+    assert told == [("r", aborted)]
+
+
+def test_pins_end_before_the_pool_is_reset():
+    shell, done = connector(KVConnectorRole.SCHEDULER), []
+    pool = SimpleNamespace(reset_prefix_cache=lambda: done.append("reset"))
+    shell.bind_gpu_block_pool(pool)
+    pool.reset_prefix_cache()
+    shell._scheduler = SimpleNamespace(unpin=lambda: done.append("unpin"))
+    pool.reset_prefix_cache()
+    assert done == ["reset", "unpin", "reset"]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 3])
+def test_a_share_for_pins_that_is_none_is_refused_at_start(share):
+    with pytest.raises(ValueError, match="pin_share_max"):
+        connector(KVConnectorRole.SCHEDULER, pin_share_max=share)
+
+
 def test_a_failed_import_is_always_computed_whatever_the_server_was_told():
     assert connector(KVConnectorRole.SCHEDULER)._vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute"
 
@@ -90,7 +127,7 @@ def test_a_table_that_can_not_even_be_withdrawn_ends():
     shell = connector(KVConnectorRole.SCHEDULER)
     ended = []
     shell._scheduler = SimpleNamespace(
-        finished=lambda *_: 1 // 0, withdraw=lambda: 1 // 0, table=SimpleNamespace(end=lambda: ended.append(True))
+        finished=lambda *_, **__: 1 // 0, withdraw=lambda: 1 // 0, table=SimpleNamespace(end=lambda: ended.append(True))
     )
     assert shell.request_finished(REQUEST, []) == (False, None)
     assert ended == [True]

@@ -51,13 +51,15 @@ def test_a_launcher_takes_the_place_of_the_server_and_is_never_preloaded() -> No
 
 
 def test_the_connector_is_told_who_it_is() -> None:
-    config = json.loads(option(plan(replace(CPU, namespace="n", hash_name="sha256"))[1], "--kv-transfer-config"))
+    settings = replace(CPU, namespace="n", hash_name="sha256", pin_share_max=0.1)
+    config = json.loads(option(plan(settings)[1], "--kv-transfer-config"))
     assert config["kv_connector_module_path"] == "engine.connector"
     assert config["kv_load_failure_policy"] == "recompute"
     assert config["kv_connector_extra_config"] == {
         "table_dir": "/dev/shm/p",
         "replica": "replica-1",
         "hash": "sha256",
+        "pin_share_max": 0.1,
         "namespace": "n",
     }
 

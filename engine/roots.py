@@ -1,0 +1,32 @@
+"""What the chain of a request's keys starts from: everything beside its tokens that its KV depends on."""
+
+from typing import Any
+
+from transport.adapter import adapter_identity
+from transport.keys import root_key
+
+
+class Roots:
+    """Makes root keys for requests of an engine with this `fingerprint`."""
+
+    def __init__(self, fingerprint: bytes, hash_name: str) -> None:
+        self._fingerprint = fingerprint
+        self._hash_name = hash_name
+        self._adapters: dict[tuple[str, str], str] = {}
+
+    def of(self, request: Any) -> bytes | None:
+        """Return a request's root key; None if there is no text that keys could stand for, or if it may be replaced."""
+        if request.pooling_params is not None or request.prompt_embeds is not None or getattr(request, "resumable", False):
+            return None
+        lora = request.lora_request
+        if lora is not None and getattr(lora, "load_inplace", False):
+            return None  # an adapter that replaces its own content
+        adapter = self._adapter(lora.lora_name, lora.lora_path) if lora else ""
+        return root_key(self._fingerprint, request.cache_salt or "", adapter, self._hash_name)
+
+    def _adapter(self, name: str, path: str) -> str:
+        """Return how keys name an adapter: as its files were when this engine first saw it."""
+        known = self._adapters.get((name, path))
+        if known is None:
+            known = self._adapters[name, path] = adapter_identity(name, path)
+        return known
