@@ -156,7 +156,7 @@ class Planner:
             self._flights.listen(name, table)
         look_up = LookUp()
         if known.ids is not None:
-            look_up = self.registry.look_up(known.ids, asked.salt, asked.lora)
+            look_up = self.registry.look_up(known.ids, asked.salt, asked.lora, tables)
             for keys, block_size in look_up.keys[:1] if first else ():
                 self.prefixes.note(keys, block_size, time.time())
                 self._popularity.note(keys, now)

@@ -3,6 +3,7 @@
 A prompt is counted at some depths only (16,384 tokens at 46 of 1,024 blocks), for it happens on each request.
 """
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +17,22 @@ DEPTHS_MAX = 128
 """Depths at which a prompt is counted, at most: enough for 16 million blocks."""
 
 
+def _all_depths() -> list[int]:
+    depths = [1]
+    while len(depths) < DEPTHS_MAX:
+        depths.append(depths[-1] + max(1, depths[-1] // 8))
+    return depths
+
+
+_DEPTHS = _all_depths()
+
+
 def counted_depths(blocks: int) -> list[int]:
     """Return the depths up to `blocks` at which prompts are counted: each one up to 16, then steps of an eighth at most.
 
     The depths of a prompt are those of any longer one too, so what prompts have in common is counted at the same keys.
     """
-    depths: list[int] = []
-    depth = 1
-    while depth <= blocks and len(depths) < DEPTHS_MAX:
-        depths.append(depth)
-        depth += max(1, depth // 8)
-    return depths
+    return _DEPTHS[: bisect_right(_DEPTHS, blocks)]
 
 
 @dataclass(slots=True)

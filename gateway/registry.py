@@ -56,14 +56,16 @@ class Registry:
         self.ledger.observe(tables)
         return tables
 
-    def look_up(self, ids: Sequence[int], salt: str = "", lora: str = "") -> LookUp:
+    def look_up(self, ids: Sequence[int], salt: str = "", lora: str = "", tables: Mapping[str, Table] | None = None) -> LookUp:
         """Find who holds how much of a prompt. The chain is hashed once per distinct fingerprint, block size and hash.
 
-        The last token is always computed, so a block that ends with it does not count.
+        The last token is always computed, so a block that ends with it does not count. `tables` are those to look in, if the
+        caller has just asked for them.
         """
         if not isinstance(ids, TokenIds):
             ids = TokenIds.of(ids)
-        tables = self.tables()
+        if tables is None:
+            tables = self.tables()
         exchanges = self.exchanges(tables)
         chains: dict[tuple[bytes, int, str], Keys] = {}
         places: dict[tuple[bytes, int, str], int] = {}

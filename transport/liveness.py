@@ -9,12 +9,14 @@ import os
 import struct
 
 _FLOCK = struct.Struct("hhxxxxqqixxxx")
+_WHOLE_FILE = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+_UNLOCKED = struct.pack("h", fcntl.F_UNLCK)
 
 
 def claim(fd: int) -> bool:
     """Lock the open file `fd` until it and all its duplicates are closed; False if somebody else holds the lock."""
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
     except (BlockingIOError, PermissionError):
         return False
     return True
@@ -22,5 +24,4 @@ def claim(fd: int) -> bool:
 
 def claimed(fd: int) -> bool:
     """Tell whether some process holds the lock on the open file `fd`."""
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    return int(_FLOCK.unpack(answer)[0]) != fcntl.F_UNLCK
+    return not fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WHOLE_FILE).startswith(_UNLOCKED)
