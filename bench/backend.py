@@ -1,0 +1,178 @@
+"""A stand-in for vLLM servers that costs next to nothing: `python -m bench.backend`.
+
+Each replica listens on a TCP port and on a unix socket. A completion gets a ready-made answer, whole or as EVENTS events, each
+written by itself. A request whose `user` is PROOF is decoded, and its answer carries the SHA-256 of the prompt's text: the
+proof that a proxy passes prompts on as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import httptools
+import msgspec
+import uvloop
+from tokenizers import Tokenizer
+
+from bench.cases import EVENTS, MODEL
+from gateway.model_files import source_from_arguments
+from gateway.tokens import NoTokenIds, TokenService
+
+PROOF = "prove-the-prompt"
+CONTEXT_TOKENS = 1 << 20
+WHOLE = (
+    b'{"id":"cmpl-1","object":"text_completion","created":1,"model":"bench-model","choices":[{"index":0,"text":"%s",'
+    % (b"word " * EVENTS)
+    + b'"logprobs":null,"finish_reason":"length"}],"usage":{"prompt_tokens":40,"completion_tokens":32,"total_tokens":72}}'
+)
+EVENT = (
+    b'data: {"id":"cmpl-1","object":"text_completion","created":1,"model":"bench-model",'
+    b'"choices":[{"index":0,"text":"word ","logprobs":null,"finish_reason":null}]}\n\n'
+)
+DONE = b"data: [DONE]\n\n"
+
+
+def _answer(body: bytes, status: bytes = b"200 OK") -> bytes:
+    head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    return head % (status, len(body)) + body
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+_WHOLE = _answer(WHOLE)
+_STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+_EVENT = _chunk(EVENT)
+_STREAM_END = _chunk(DONE) + b"0\r\n\r\n"
+_CARDS: list[dict[str, Any]] = [
+    {"id": MODEL, "object": "model", "owned_by": "vllm", "root": MODEL, "max_model_len": CONTEXT_TOKENS}
+]
+_FIXED: dict[bytes, bytes] = {
+    b"/v1/models": msgspec.json.encode({"object": "list", "data": _CARDS}),
+    b"/version": b'{"version":"0.32.0"}',
+    b"/get_model_info": msgspec.json.encode({"model_path": MODEL, "is_generation": True, "served_model_name": MODEL}),
+    b"/get_server_info": msgspec.json.encode({"model_path": MODEL, "served_model_name": MODEL, "dp_size": 1}),
+    b"/server_info": msgspec.json.encode({"model_path": MODEL, "served_model_name": MODEL, "dp_size": 1}),
+}
+
+
+class Engine:
+    """What one replica answers beside ready-made completions; `requests` counts those."""
+
+    def __init__(self, model: str) -> None:
+        self.requests = 0
+        self._tokens = TokenService(source_from_arguments(model, ()))
+        state = self._tokens.load()
+        if not state.loaded:
+            raise SystemExit(f"bench: {model}: {state.reason}")
+        self._tokenizer = Tokenizer.from_file(f"{state.directory}/tokenizer.json")
+
+    def answer(self, path: bytes, body: bytes) -> bytes:
+        """The answer to anything that is not a plain completion."""
+        if path == b"/health":
+            return _answer(b"")
+        if path == b"/tokenize":
+            return self._tokenize(msgspec.json.decode(body))
+        if path.startswith(b"/v1/") and PROOF.encode() in body:
+            return self._proof(msgspec.json.decode(body))
+        fixed = _FIXED.get(path)
+        return _answer(b'{"error":"no such route"}', b"404 Not Found") if fixed is None else _answer(fixed)
+
+    def _tokenize(self, body: dict[str, Any]) -> bytes:
+        try:
+            ids = self._tokens.encode(body["prompt"]) if "prompt" in body else self._tokens.encode_chat(body)
+        except NoTokenIds as error:
+            return _answer(msgspec.json.encode({"error": {"message": str(error)}}), b"400 Bad Request")
+        answer = {"tokens": list(ids), "count": len(ids), "max_model_len": CONTEXT_TOKENS}
+        return _answer(msgspec.json.encode(answer))
+
+    def _proof(self, body: dict[str, Any]) -> bytes:
+        prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
+        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt, skip_special_tokens=False)
+        return _answer(msgspec.json.encode({"sha256": hashlib.sha256(text.encode()).hexdigest()}))
+
+
+class BackendProtocol(asyncio.Protocol):
+    """One connection; requests are not pipelined."""
+
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+        self._engine = engine
+        self._later: Callable[..., Any] = loop.call_soon
+        self._parser = httptools.HttpRequestParser(self)
+        self._path = b""
+        self._parts: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._transport.close()
+
+    def on_message_begin(self) -> None:
+        self._path = b""
+        self._parts = []
+
+    def on_url(self, url: bytes) -> None:
+        self._path += url
+
+    def on_body(self, body: bytes) -> None:
+        self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        path = self._path.partition(b"?")[0]
+        body = b"".join(self._parts)
+        ends = body[:256] + body[-1024:]
+        if not path.endswith(b"/completions") or PROOF.encode() in ends:
+            self._transport.write(self._engine.answer(path, body))
+            if not self._parser.should_keep_alive():
+                self._transport.close()
+            return
+        self._engine.requests += 1
+        if b'"stream":true' in ends or b'"stream": true' in ends:
+            self._transport.write(_STREAM_HEAD)
+            self._later(self._next_event, EVENTS)
+        else:
+            self._transport.write(_WHOLE)
+
+    def _next_event(self, left: int) -> None:
+        """One event in each turn of the loop, so that each is sent by itself."""
+        if self._transport.is_closing():
+            return
+        if left:
+            self._transport.write(_EVENT)
+            self._later(self._next_event, left - 1)
+        else:
+            self._transport.write(_STREAM_END)
+
+
+async def _serve(model: str, ports: list[int], sockets: list[str]) -> None:
+    loop = asyncio.get_running_loop()
+    engine = Engine(model)
+    for port in ports:
+        await loop.create_server(lambda: BackendProtocol(engine, loop), "127.0.0.1", port, backlog=1024)
+    for path in sockets:
+        await loop.create_unix_server(lambda: BackendProtocol(engine, loop), path, backlog=1024)
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    """Serve until killed; prints "ready"."""
+    parser = argparse.ArgumentParser(prog="bench.backend", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="directory with the tokenizer")
+    parser.add_argument("--port", type=int, action="append", default=[])
+    parser.add_argument("--socket", action="append", default=[])
+    given = parser.parse_args()
+    uvloop.run(_serve(given.model, given.port, given.socket))
+
+
+if __name__ == "__main__":
+    main()

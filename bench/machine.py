@@ -1,0 +1,91 @@
+"""Processes of a measurement: on which core they run, what CPU time they took, and their end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+PROXY_CORE = 0
+LOAD_CORE = 1
+END_SECONDS_MAX = 5.0
+_CPUCLOCK_SCHED = 2
+
+
+class StartFailed(Exception):
+    """A process did not come up; the message has the end of its log."""
+
+
+class Pinned:
+    """A process, its children included, on one core, in a session of its own. Its output goes into `log`."""
+
+    def __init__(self, argv: Sequence[str], core: int, log: Path, env: Mapping[str, str]) -> None:
+        self.log = log
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                ["taskset", "-c", str(core), *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **env},
+                start_new_session=True,
+            )
+
+    def check(self) -> None:
+        """Raise StartFailed if it ended."""
+        if self._process.poll() is not None:
+            raise StartFailed(f"it ended; {self.tail()}")
+
+    def tail(self) -> str:
+        """The end of its log."""
+        return f"its log: {self.log.read_text(errors='replace')[-2000:]}"
+
+    def cpu_seconds(self) -> float:
+        """CPU time of all its processes and threads so far, user and system."""
+        return sum(_cpu_seconds(pid) for pid in _tree(self._process.pid))
+
+    def resident_bytes(self) -> int:
+        """Resident memory of all its processes."""
+        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in _tree(self._process.pid)]
+        return sum(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def end(self) -> None:
+        """End it and all its children."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, number)
+                try:
+                    self._process.wait(END_SECONDS_MAX)
+                except subprocess.TimeoutExpired:
+                    continue
+        self._process.wait()
+
+
+def _tree(root: int) -> list[int]:
+    found, waiting = [], [root]
+    while waiting:
+        pid = waiting.pop()
+        found.append(pid)
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            waiting.extend(int(child) for child in (task / "children").read_text().split())
+    return found
+
+
+def _cpu_seconds(pid: int) -> float:
+    return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)  # the CPU-time clock of a process, as clock_getcpuclockid makes it
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()

@@ -1,0 +1,78 @@
+"""Two mock replicas as peerkv knows them: sockets, fleet.json, and block tables that hold the documents' blocks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.arms import KEY, TENANT
+from bench.cases import CASES, MODEL, Endpoint, documents
+from engine.fleet import FleetSnapshot, Replica, ReplicaState, write_fleet
+from gateway.model_files import source_from_arguments
+from gateway.tenants import Tenant, default_salt
+from gateway.tokens import TokenService
+from transport.fingerprint import fingerprint_digest
+from transport.keys import chain_keys, root_key
+from transport.table_layout import Description
+from transport.table_writer import TableWriter
+
+NAMES = ("replica-0", "replica-1")
+BLOCK_SIZE = 16
+BLOCKS = 1 << 17
+_FIELDS = {"weights": "bench", "dtype": "bfloat16"}
+
+
+def write_config(directory: Path) -> Path:
+    """A settings file with one tenant."""
+    path = directory / "peerkv.toml"
+    path.write_text(f'[[tenants]]\nname = "{TENANT}"\napi_key = "{KEY}"\n')
+    return path
+
+
+def write_run_dir(run_dir: Path, table_dir: Path, model: str, pid: int) -> list[str]:
+    """Write fleet.json of two ready replicas, whose process is `pid`; return their sockets."""
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    sockets = [str(run_dir / f"{name}.sock") for name in NAMES]
+    replicas = tuple(
+        Replica(name, ReplicaState.READY, path, pid, 0, "", "cpu", "") for name, path in zip(NAMES, sockets, strict=True)
+    )
+    write_fleet(run_dir, FleetSnapshot(1, model, MODEL, str(table_dir), replicas))
+    return sockets
+
+
+class Holders:
+    """The replicas' tables. Document i of each length is held by replica i modulo 2, for everybody and for the tenant."""
+
+    def __init__(self, table_dir: Path, model: str, endpoint: Endpoint) -> None:
+        tokens = TokenService(source_from_arguments(model, ()))
+        tokens.load()
+        salts = ("", default_salt(Tenant(name=TENANT, api_key=KEY)))  # type: ignore[arg-type]
+        fingerprint = fingerprint_digest(_FIELDS)
+        self._writers = [
+            TableWriter(
+                table_dir, Description(name, os.getpid(), "xxh3_128", "shared_memory", "ok", _FIELDS, ()), BLOCK_SIZE, BLOCKS
+            )
+            for name in NAMES
+        ]
+        used = [0 for _ in NAMES]
+        for size in sorted({case.characters for case in CASES}):
+            for number, text in enumerate(documents(size)):
+                ids = _ids(tokens, text, endpoint)
+                for salt in salts:
+                    keys = chain_keys(root_key(fingerprint, salt), ids, BLOCK_SIZE)
+                    place = number % len(NAMES)
+                    first = used[place]
+                    used[place] += len(keys)
+                    self._writers[place].publish(range(first, first + len(keys)), keys)
+
+    def close(self) -> None:
+        """Remove the tables."""
+        for writer in self._writers:
+            writer.close()
+
+
+def _ids(tokens: TokenService, text: str, endpoint: Endpoint) -> Sequence[int]:
+    if endpoint == "completions":
+        return tokens.encode(text)
+    return tokens.encode_chat({"messages": [{"role": "user", "content": text}]})
