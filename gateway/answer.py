@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import aiohttp
+from gateway.cycle import RawHeaders
+from gateway.engine_connection import EngineConnection
+from gateway.exchange import Exchange
 
-from gateway.exchange import Exchange, RawHeaders
-
-_EVENT_STREAM = "text/event-stream"
+_EVENT_STREAM = b"text/event-stream"
 _EVENT_END = b"\n\n"
 # Of one connection only, or set anew by our own server.
 _DROPPED_HEADERS = frozenset(
@@ -25,57 +25,71 @@ class Answer:
     body: bytes
 
 
-async def pass_on(exchange: Exchange, response: aiohttp.ClientResponse, *, bytes_max: int) -> Answer | None:
+async def pass_on(exchange: Exchange, response: EngineConnection, *, bytes_max: int) -> Answer | None:
     """The answer if it is whole and nothing of it was sent yet; None when it was streamed to the client.
 
-    An answer of more than `bytes_max` bytes is streamed. Raises aiohttp's errors when the replica breaks off.
+    An answer of more than `bytes_max` bytes is streamed. Raises ConnectionBroke when the replica breaks off.
     """
-    if response.headers.get("content-type", "").startswith(_EVENT_STREAM):
-        await _pass_events(exchange, response, bytes_max)
+    status, headers = response.status, response.headers
+    content_type = next((value for name, value in headers if name.lower() == b"content-type"), b"")
+    if content_type.startswith(_EVENT_STREAM):
+        events = _Events(exchange, status, _kept(headers), bytes_max)
+        await response.pump(events.take, exchange.drained)
+        events.end()
         return None
     return await _collect(exchange, response, bytes_max)
 
 
-async def _pass_events(exchange: Exchange, response: aiohttp.ClientResponse, bytes_max: int) -> None:
-    """Pass an event stream on. Only whole events are sent, so that an error event can follow any of them."""
-    content, send = response.content, exchange.send
-    held = b""
-    while chunk := await content.readany():
-        if held:
-            chunk = held + chunk
-            held = b""
-        if not chunk.endswith(_EVENT_END) and len(chunk) <= bytes_max:
+class _Events:
+    """Passes an event stream on. Only whole events are sent, so that an error event can follow any of them."""
+
+    def __init__(self, exchange: Exchange, status: int, headers: RawHeaders, bytes_max: int) -> None:
+        self._exchange, self._status, self._headers, self._bytes_max = exchange, status, headers, bytes_max
+        self._held = b""
+
+    def take(self, chunk: bytes) -> bool:
+        """Send what is whole; False when the client does not keep up."""
+        if self._held:
+            chunk, self._held = self._held + chunk, b""
+        if not chunk.endswith(_EVENT_END) and len(chunk) <= self._bytes_max:
             whole = chunk.rfind(_EVENT_END) + len(_EVENT_END)
             if whole < len(_EVENT_END):
-                held = chunk
-                continue
-            chunk, held = chunk[:whole], chunk[whole:]
-        if not exchange.begun:
-            await exchange.begin(response.status, _kept(response), is_event_stream=True)
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-    if not exchange.begun:
-        await exchange.begin(response.status, _kept(response), is_event_stream=True)
-    await exchange.finish(held)
+                self._held = chunk
+                return True
+            chunk, self._held = chunk[:whole], chunk[whole:]
+        self._begin()
+        return self._exchange.write(chunk)
+
+    def end(self) -> None:
+        """The replica's answer is complete."""
+        self._begin()
+        self._exchange.finish(self._held)
+
+    def _begin(self) -> None:
+        if not self._exchange.begun:
+            self._exchange.begin(self._status, self._headers, is_event_stream=True)
 
 
-async def _collect(exchange: Exchange, response: aiohttp.ClientResponse, bytes_max: int) -> Answer | None:
+async def _collect(exchange: Exchange, response: EngineConnection, bytes_max: int) -> Answer | None:
+    status, headers = response.status, _kept(response.headers)
     parts: list[bytes] = []
     size = 0
-    while chunk := await response.content.readany():
-        parts.append(chunk)
-        size += len(chunk)
+    while part := await response.read():
+        parts.append(part)
+        size += len(part)
         if size > bytes_max:
             break
     else:
-        return Answer(response.status, _kept(response), b"".join(parts))
-    await exchange.begin(response.status, _kept(response))
-    await exchange.send({"type": "http.response.body", "body": b"".join(parts), "more_body": True})
+        return Answer(status, headers, b"".join(parts))
+    exchange.begin(status, headers)
+    exchange.write(b"".join(parts))
     del parts
-    while chunk := await response.content.readany():
-        await exchange.send({"type": "http.response.body", "body": chunk, "more_body": True})
-    await exchange.finish()
+    while part := await response.read():
+        if not exchange.write(part):
+            await exchange.drained()
+    exchange.finish()
     return None
 
 
-def _kept(response: aiohttp.ClientResponse) -> RawHeaders:
-    return [(name, value) for name, value in response.raw_headers if name.lower() not in _DROPPED_HEADERS]
+def _kept(headers: RawHeaders) -> RawHeaders:
+    return [(name, value) for name, value in headers if name.lower() not in _DROPPED_HEADERS]

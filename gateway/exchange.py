@@ -6,15 +6,10 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
+from gateway.cycle import RawHeaders, Scope, cycle_of
 from gateway.errors import ApiError, BodyTooLarge, InvalidRequest, error_body
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-RawHeaders = list[tuple[bytes, bytes]]
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _JSON = (b"content-type", b"application/json")
@@ -32,16 +27,15 @@ def sane_request_id(given: bytes | None) -> str:
 
 
 class Exchange:
-    """One request and its answer over ASGI.
+    """One request and its answer.
 
     Belongs to the task that makes it. While it is watched, the client's leaving sets `left` and cancels that task;
     `end` does the same with an error that the client shall get. `answering` is called when the answer begins, and gives the
     value of its header x-peerkv-cache, or nothing.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope) -> None:
         self.scope = scope
-        self.send = send
         self.authorization: bytes | None = None
         self.content_type = b""
         self.content_length: int | None = None
@@ -56,9 +50,8 @@ class Exchange:
         self.begun_at = 0.0
         self.is_event_stream = False
         self.body_bytes = 0
-        self._receive = receive
+        self._cycle = cycle_of(scope)
         self._task = asyncio.current_task()
-        self._watcher: asyncio.Task[None] | None = None
         given_id: bytes | None = None
         for name, value in scope["headers"]:
             match name:
@@ -88,41 +81,38 @@ class Exchange:
         """
         if (self.content_length or 0) > bytes_max:
             raise BodyTooLarge(bytes_max)
-        message = await self._receive()
-        if message["type"] == "http.request" and not message.get("more_body", False):
-            body: bytes = message.get("body", b"")
-            self._count(len(body), hold, bytes_max)
-            return body
+        cycle = self._cycle
+        if not cycle.more_body:
+            return self._counted(await cycle.part(), hold, bytes_max)
         try:
             async with asyncio.timeout(seconds_max):
-                return await self._read_parts(message, hold, bytes_max)
+                return await self._read_parts(hold, bytes_max)
         except TimeoutError:
             raise InvalidRequest(f"The body did not come within {seconds_max:g} s.", status=408) from None
 
-    async def _read_parts(self, message: MutableMapping[str, Any], hold: Callable[[int], None], bytes_max: int) -> bytes:
-        parts = bytearray()
-        while message["type"] == "http.request":
-            part = message.get("body", b"")
-            self._count(len(part), hold, bytes_max)
-            parts += part
-            if not message.get("more_body", False):
-                return bytes(parts)
-            message = await self._receive()
-        raise ClientLeft
+    async def _read_parts(self, hold: Callable[[int], None], bytes_max: int) -> bytes:
+        cycle, parts = self._cycle, []
+        while True:
+            parts.append(self._counted(await cycle.part(), hold, bytes_max))
+            if not cycle.more_body:
+                return b"".join(parts)
 
-    def _count(self, size: int, hold: Callable[[int], None], bytes_max: int) -> None:
-        if self.body_bytes + size > bytes_max:
+    def _counted(self, part: bytes | None, hold: Callable[[int], None], bytes_max: int) -> bytes:
+        if part is None:
+            raise ClientLeft
+        if self.body_bytes + len(part) > bytes_max:
             raise BodyTooLarge(bytes_max)
-        hold(size)
-        self.body_bytes += size
+        hold(len(part))
+        self.body_bytes += len(part)
+        return part
 
     def watch(self) -> None:
-        """Cancel the task from now on when the client leaves. The body must have been read."""
-        self._watcher = asyncio.create_task(self._wait_for_leaving())
+        """Cancel the task from now on when the client leaves. The body must have been read. Raises ClientLeft."""
+        if self._cycle.left:
+            raise ClientLeft
+        self._cycle.on_left = self._client_left
 
-    async def _wait_for_leaving(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def _client_left(self) -> None:
         if self._task is not None:
             self.left = True
             self._task.cancel()
@@ -130,9 +120,7 @@ class Exchange:
     def unwatch(self) -> None:
         """Do not cancel the task any more; idempotent."""
         self._task = None
-        if self._watcher is not None:
-            self._watcher.cancel()
-            self._watcher = None
+        self._cycle.on_left = None
 
     def end(self, error: ApiError) -> None:
         """End the exchange with this error, unless its answer is complete already."""
@@ -140,8 +128,8 @@ class Exchange:
             self.ending = error
             self._task.cancel()
 
-    async def begin(self, status: int, headers: RawHeaders, *, is_event_stream: bool = False) -> None:
-        """Send the answer's head."""
+    def begin(self, status: int, headers: RawHeaders, *, is_event_stream: bool = False) -> None:
+        """Begin the answer; its head leaves with the first bytes of its body."""
         self.status = status
         self.begun_at = time.perf_counter()
         self.is_event_stream = is_event_stream
@@ -150,21 +138,29 @@ class Exchange:
             headers.append((b"x-peerkv-replica", self.replica))
         if self.answering is not None and (cache := self.answering()):
             headers.append((b"x-peerkv-cache", cache))
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        self._cycle.start(status, headers)
 
-    async def answer(self, status: int, headers: RawHeaders, body: bytes) -> None:
+    def write(self, data: bytes) -> bool:
+        """Send a part of the answer; False when the client does not keep up: wait for `drained`."""
+        return self._cycle.write(data)
+
+    async def drained(self) -> None:
+        """Wait until the client has read enough for more, or is gone."""
+        await self._cycle.drained()
+
+    def answer(self, status: int, headers: RawHeaders, body: bytes) -> None:
         """Send a whole answer."""
         self.unwatch()
         headers.append((b"content-length", b"%d" % len(body)))
-        await self.begin(status, headers)
-        await self.send({"type": "http.response.body", "body": body})
+        self.begin(status, headers)
+        self._cycle.end(body)
 
-    async def finish(self, last: bytes = b"") -> None:
+    def finish(self, last: bytes = b"") -> None:
         """Send the end of a streamed answer."""
         self.unwatch()
-        await self.send({"type": "http.response.body", "body": last})
+        self._cycle.end(last)
 
-    async def fail(self, error: ApiError) -> None:
+    def fail(self, error: ApiError) -> None:
         """Tell the client, in whatever way is still possible.
 
         An event stream ends with an error event. Any other answer that has begun is left incomplete, and the
@@ -172,10 +168,10 @@ class Exchange:
         """
         self.unwatch()
         if not self.begun:
-            await self.answer(error.status, [_JSON, *_raw(error.headers.items())], error.body())
+            self.answer(error.status, [_JSON, *_raw(error.headers.items())], error.body())
         elif self.is_event_stream:
             event = error_body(error.message, type=error.type, code=error.code, param=error.param)
-            await self.finish(b"data: " + event + b"\n\n")
+            self.finish(b"data: " + event + b"\n\n")
 
 
 def _raw(headers: Iterable[tuple[str, str]]) -> RawHeaders:

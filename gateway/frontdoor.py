@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 
+from gateway.cycle import Asgi, Receive, Scope, Send
 from gateway.errors import InternalError, MethodNotAllowed, UnknownPath
-from gateway.exchange import Exchange, Receive, Scope, Send
+from gateway.exchange import Exchange
 from gateway.relay import PATHS, Relay
 from gateway.served_models import ModelsCache
 from gateway.tenants import Tenants
@@ -18,7 +18,6 @@ _logger = logging.getLogger(__name__)
 
 MODELS_PATH = "/v1/models"
 OTHER_LABEL = "models"
-Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class FrontDoor:
@@ -37,9 +36,9 @@ class FrontDoor:
         path: str = scope["path"]
         endpoint = PATHS.get(path)
         if endpoint is not None and scope["method"] == "POST":
-            await self._relay(endpoint, scope, receive, send)
+            await self._relay(endpoint, scope)
         elif path == "/v1" or path.startswith("/v1/"):
-            exchange = Exchange(scope, receive, send)
+            exchange = Exchange(scope)
             await self._relay.guard(OTHER_LABEL, exchange, self._serve_v1(exchange))
         else:
             await self._serve_admin(scope, receive, send)
@@ -58,11 +57,11 @@ class FrontDoor:
             body = (await self._models.current()).raw
         else:
             body = msgspec.json.encode(await self._models.card(path[len(MODELS_PATH) + 1 :]))
-        await exchange.answer(200, [(b"content-type", b"application/json")], body)
+        exchange.answer(200, [(b"content-type", b"application/json")], body)
 
     async def _serve_admin(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The admin application answers its own errors; what it raises beyond them is a defect."""
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope)
 
         async def send_with_id(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -76,4 +75,4 @@ class FrontDoor:
             self._relay.counters.internal_errors += 1
             _logger.exception("request %s failed", exchange.request_id)
             if not exchange.begun:
-                await exchange.fail(InternalError(exchange.request_id))
+                exchange.fail(InternalError(exchange.request_id))

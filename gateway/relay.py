@@ -1,7 +1,7 @@
 """The hot path: a request of `/v1/*` goes to a replica, its answer back, byte for byte.
 
-Raw ASGI towards the client, aiohttp towards the replica. As long as the client has got nothing, a replica that dies is
-replaced by another one; after that an event stream ends with an error event.
+The server's own cycle towards the client, a connection of our own towards the replica, and no layer in between. As long as the
+client has got nothing, a replica that dies is replaced by another one; after that an event stream ends with an error event.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from engine.fleet import FleetView
 from gateway.access import AdminAccess
 from gateway.answer import Answer, pass_on
 from gateway.body import Endpoint, check_body, decode_body, encode_body
+from gateway.cycle import Scope
 from gateway.errors import (
     ApiError,
     InternalError,
@@ -29,7 +30,7 @@ from gateway.errors import (
     TooManyRequests,
     Unavailable,
 )
-from gateway.exchange import ClientLeft, Exchange, Receive, Scope, Send
+from gateway.exchange import ClientLeft, Exchange
 from gateway.ledger import LEFT_STATUS, LOST_STATUS, Entry
 from gateway.planning import PlannerLike, PlanT
 from gateway.served_models import ModelsCache
@@ -117,9 +118,9 @@ class Relay(Generic[PlanT]):
         """Requests being served now."""
         return len(self._exchanges)
 
-    async def __call__(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, endpoint: Endpoint, scope: Scope) -> None:
         """Serve one POST request to `endpoint`."""
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope)
         await self.guard(endpoint, exchange, self._serve(endpoint, exchange))
 
     async def guard(self, label: str, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
@@ -130,7 +131,7 @@ class Relay(Generic[PlanT]):
             await work
         except ApiError as error:
             self.counters.refused += error.status < 500
-            await exchange.fail(error)
+            exchange.fail(error)
         except ClientLeft:
             exchange.left = True
             self.counters.clients_left += 1
@@ -139,7 +140,7 @@ class Relay(Generic[PlanT]):
         except Exception:
             self.counters.internal_errors += 1
             _logger.exception("request %s failed", exchange.request_id)
-            await exchange.fail(InternalError(exchange.request_id))
+            exchange.fail(InternalError(exchange.request_id))
         finally:
             work.close()
             exchange.unwatch()
@@ -177,7 +178,7 @@ class Relay(Generic[PlanT]):
         if exchange.left:
             self.counters.clients_left += 1
         elif exchange.ending is not None:
-            await exchange.fail(exchange.ending)
+            exchange.fail(exchange.ending)
 
     async def drain(self, seconds: float) -> None:
         """Take nothing new; wait until all requests are done, then end those that are not after `seconds`.
@@ -259,7 +260,7 @@ class Relay(Generic[PlanT]):
                 raise lost
             if answer.status == 404 and b'"error"' not in answer.body:  # not vLLM's handler: it has no such route
                 raise NotOfThisModel(journey.path)
-            await exchange.answer(answer.status, answer.headers, answer.body)
+            exchange.answer(answer.status, answer.headers, answer.body)
             return
 
     def _replan(self, journey: Journey[PlanT]) -> bool:
@@ -282,9 +283,9 @@ class Relay(Generic[PlanT]):
             "kv_transfer_params": plan.kv_transfer_params,
         }
         body = journey.body | {name: value for name, value in changes.items() if value is not None}
-        headers = {"content-type": "application/json", "x-request-id": exchange.request_id}
+        headers = [(b"content-type", b"application/json"), (b"x-request-id", exchange.request_id.encode())]
         if exchange.accept:
-            headers["accept"] = exchange.accept.decode("latin-1")
+            headers.append((b"accept", exchange.accept))
         response = await self._upstream.post(plan.replica, journey.path, encode_body(body), headers)
         exchange.replica = plan.replica.name.encode()
         exchange.answering = partial(self._first_byte, plan, entry)
@@ -296,9 +297,7 @@ class Relay(Generic[PlanT]):
             return answer
         finally:
             exchange.answering = None
-            # A connection whose answer was read to its end is back in the pool; any other is closed, which is how
-            # vLLM learns that nobody waits.
-            response.close()
+            self._upstream.release(plan.replica, response)
 
 
 def _outcome(exchange: Exchange, answer: Answer | None) -> int:

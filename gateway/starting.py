@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from gateway.cycle import Asgi, Receive, Scope, Send
 from gateway.errors import Unavailable
-from gateway.exchange import Exchange, Receive, Scope, Send
-from gateway.frontdoor import Asgi
+from gateway.exchange import Exchange
 
 _JSON = (b"content-type", b"application/json")
 RETRY_SECONDS = 5
@@ -19,15 +19,15 @@ class StartingDoor:
         self.reason = reason
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope)
         if scope["path"] == "/health":
-            await exchange.answer(200, [_JSON], msgspec.json.encode({"status": "ok"}))
+            exchange.answer(200, [_JSON], msgspec.json.encode({"status": "ok"}))
         elif scope["path"] == "/ready":
             body = {"ready": False, "reason": self.reason, "model": "", "replicas": []}
             retry = (b"retry-after", b"%d" % RETRY_SECONDS)
-            await exchange.answer(503, [_JSON, retry], msgspec.json.encode(body))
+            exchange.answer(503, [_JSON, retry], msgspec.json.encode(body))
         else:
-            await exchange.fail(Unavailable(f"The gateway is {self.reason}.", retry_after_seconds=RETRY_SECONDS))
+            exchange.fail(Unavailable(f"The gateway is {self.reason}.", retry_after_seconds=RETRY_SECONDS))
 
 
 class Switch:

@@ -1,27 +1,22 @@
-"""HTTP to the replicas over their unix sockets: one pooled aiohttp session a replica.
+"""HTTP to the replicas over their unix sockets: a pool of connections to each.
 
-aiohttp's errors end here: whatever a dead, dying or silent replica does becomes `UpstreamLost`.
+What a dead, dying or silent replica does becomes `UpstreamLost`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import aiohttp
-import msgspec
-from yarl import URL
+from urllib.parse import urlencode
 
 from engine.fleet import Replica
+from gateway.engine_connection import ConnectionBroke, EngineConnection
 from gateway.errors import GatewayError, ReplicaTooSlow
 from gateway.settings import Settings
 
-_BASE = URL("http://localhost")
-# Added by aiohttp if not named here; an Accept-Encoding would have answers compressed.
-_UNWANTED_HEADERS = ("Accept-Encoding", "User-Agent")
-_LOST = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
+Headers = Sequence[tuple[bytes, bytes]]
+CONTROL_ANSWER_BYTES_MAX = 64 << 20
 
 
 class UpstreamLost(GatewayError):
@@ -37,101 +32,130 @@ class Upstream:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._sessions: dict[str, aiohttp.ClientSession] = {}
-        self._urls: dict[str, URL] = {}
+        self._idle: dict[str, list[EngineConnection]] = {}
+        self._busy: set[EngineConnection] = set()
 
-    async def post(self, replica: Replica, path: str, payload: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        """Send the request and return the response when its head is there; the caller closes it.
+    async def post(self, replica: Replica, path: str, payload: bytes, headers: Headers) -> EngineConnection:
+        """Send the request and return the connection when the answer's head is there; the caller gives it to `release`.
 
         A connection from the pool may have been closed by the replica a moment ago, which shows only when it is used.
-        So a connection that breaks before the head is tried once more, on a new one if need be.
-        Raises UpstreamLost, ReplicaTooSlow.
+        So a connection that breaks before the head is tried once more, on a new one. Raises UpstreamLost, ReplicaTooSlow.
         """
-        try:
-            return await self._post(replica, path, payload, headers)
-        except UpstreamLost as lost:
-            if not lost.connected:
-                raise
-        return await self._post(replica, path, payload, headers)
-
-    async def _post(self, replica: Replica, path: str, payload: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        head = _head("POST", path, headers, len(payload))
         seconds = self._settings.response_head_seconds_max
+        if seconds is None:
+            return await self._exchange(replica, head, payload)
         try:
-            async with asyncio.timeout(seconds) as bound:
-                return await self._session(replica).post(self._url(path), data=payload, headers=headers)
-        except _LOST as error:
-            if bound.expired() and seconds is not None:
-                raise ReplicaTooSlow(seconds) from None
-            raise _lost(replica, error) from error
+            async with asyncio.timeout(seconds):
+                return await self._exchange(replica, head, payload)
+        except TimeoutError:
+            raise ReplicaTooSlow(seconds) from None
+
+    async def _exchange(self, replica: Replica, head: bytes, payload: bytes) -> EngineConnection:
+        try:
+            return await self._attempt(self._pooled(replica) or await self._connect(replica), head, payload)
+        except ConnectionBroke:
+            with broken(replica):
+                return await self._attempt(await self._connect(replica), head, payload)
+
+    async def _attempt(self, connection: EngineConnection, head: bytes, payload: bytes) -> EngineConnection:
+        self._busy.add(connection)
+        try:
+            await connection.send(head, payload)
+        except BaseException:
+            self._busy.discard(connection)
+            connection.close()
+            raise
+        return connection
+
+    def _pooled(self, replica: Replica) -> EngineConnection | None:
+        """The connection that was used last; those that idle too long are closed."""
+        idle = self._idle.get(replica.socket)
+        if not idle:
+            return None
+        connection = idle.pop()
+        if asyncio.get_running_loop().time() - connection.idle_since <= self._settings.upstream_idle_seconds:
+            return connection
+        connection.close()
+        for older in idle:
+            older.close()
+        idle.clear()
+        return None
+
+    async def _connect(self, replica: Replica) -> EngineConnection:
+        loop = asyncio.get_running_loop()
+        idle = self._idle.setdefault(replica.socket, [])
+
+        def lost(connection: EngineConnection) -> None:
+            if connection in idle:
+                idle.remove(connection)
+
+        try:
+            async with asyncio.timeout(self._settings.connect_seconds):
+                _, made = await loop.create_unix_connection(lambda: EngineConnection(loop, lost), replica.socket)
+        except (OSError, TimeoutError) as error:
+            raise UpstreamLost(f"{replica.name}: {type(error).__name__}: {error}", connected=False) from error
+        return made
+
+    def release(self, replica: Replica, connection: EngineConnection) -> None:
+        """Keep a connection whose answer was read to its end for the next request; close any other."""
+        self._busy.discard(connection)
+        if connection.reusable:
+            connection.reset(asyncio.get_running_loop().time())
+            self._idle.setdefault(replica.socket, []).append(connection)
+        else:
+            connection.close()
 
     async def get_bytes(self, replica: Replica, path: str) -> bytes:
         """The body of a control call's 200 answer. Raises UpstreamLost, also for any other status."""
-        return await self._control("GET", replica, path, {})
+        return await self._control(replica, path, _head("GET", path, (), None))
 
     async def post_control(self, replica: Replica, path: str, query: Mapping[str, str]) -> bytes:
         """The body of the 200 answer to a POST without a body. Raises UpstreamLost, also for any other status."""
-        return await self._control("POST", replica, path, query)
+        return await self._control(replica, path, _head("POST", f"{path}?{urlencode(query)}", (), 0))
 
-    async def post_json(self, replica: Replica, path: str, body: Mapping[str, Any]) -> bytes:
-        """The body of the 200 answer to a JSON POST. Raises UpstreamLost, also for any other status."""
-        headers = {"content-type": "application/json"}
-        return await self._control("POST", replica, path, {}, msgspec.json.encode(body), headers)
-
-    async def _control(
-        self,
-        method: str,
-        replica: Replica,
-        path: str,
-        query: Mapping[str, str],
-        payload: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> bytes:
-        url = self._url(path).with_query(query) if query else self._url(path)
+    async def _control(self, replica: Replica, path: str, head: bytes) -> bytes:
         try:
-            async with (
-                asyncio.timeout(self._settings.control_seconds),
-                self._session(replica).request(method, url, data=payload, headers=headers) as response,
-            ):
-                content = await response.read()
-        except _LOST as error:
-            raise _lost(replica, error) from error
-        if response.status != 200:
-            raise UpstreamLost(f"{replica.name} answered {response.status} to {path}", connected=True)
+            async with asyncio.timeout(self._settings.control_seconds):
+                connection = await self._exchange(replica, head, b"")
+                try:
+                    with broken(replica):
+                        content = await _whole(connection)
+                finally:
+                    self.release(replica, connection)
+        except TimeoutError as error:
+            raise UpstreamLost(f"{replica.name} did not answer {path} in time", connected=True) from error
+        if connection.status != 200:
+            raise UpstreamLost(f"{replica.name} answered {connection.status} to {path}", connected=True)
         return content
-
-    def _url(self, path: str) -> URL:
-        return self._urls.get(path) or self._urls.setdefault(path, _BASE.with_path(path))
-
-    def _session(self, replica: Replica) -> aiohttp.ClientSession:
-        session = self._sessions.get(replica.socket)
-        if session is None:
-            settings = self._settings
-            session = self._sessions[replica.socket] = aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(replica.socket, limit=0, keepalive_timeout=settings.upstream_idle_seconds),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_seconds),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                skip_auto_headers=_UNWANTED_HEADERS,
-                auto_decompress=False,
-            )
-        return session
 
     async def close(self) -> None:
         """Close all connections."""
-        sessions = list(self._sessions.values())
-        self._sessions.clear()
-        for session in sessions:
-            await session.close()
+        for connection in [*self._busy, *(idle for pool in self._idle.values() for idle in pool)]:
+            connection.close()
+        self._idle.clear()
+
+
+async def _whole(connection: EngineConnection) -> bytes:
+    parts = bytearray()
+    while part := await connection.read():
+        parts += part
+        if len(parts) > CONTROL_ANSWER_BYTES_MAX:
+            raise ConnectionBroke("the answer is too long")
+    return bytes(parts)
+
+
+def _head(method: str, path: str, headers: Headers, length: int | None) -> bytes:
+    lines = [b"%s: %s\r\n" % header for header in headers]
+    if length is not None:
+        lines.append(b"content-length: %d\r\n" % length)
+    return b"%s %s HTTP/1.1\r\nhost: localhost\r\n%s\r\n" % (method.encode(), path.encode(), b"".join(lines))
 
 
 @contextmanager
 def broken(replica: Replica) -> Iterator[None]:
-    """Turn errors of reading a replica's answer into UpstreamLost."""
+    """Turn a connection that breaks into UpstreamLost."""
     try:
         yield
-    except _LOST as error:
-        raise _lost(replica, error) from error
-
-
-def _lost(replica: Replica, error: BaseException) -> UpstreamLost:
-    connected = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError)
-    return UpstreamLost(f"{replica.name}: {type(error).__name__}: {error}", connected=connected)
+    except ConnectionBroke as error:
+        raise UpstreamLost(f"{replica.name}: {error}", connected=True) from error

@@ -1,0 +1,310 @@
+"""HTTP/1.1 from the clients: uvicorn's server with a protocol of our own, with a bound on everything that a client can do.
+
+Errors have OpenAI's form. Beside uvicorn's own protocol this one takes half the CPU time for a request (`python -m
+bench.routers`): it starts no timer and no task that the front door does not need, and an answer's head and body leave together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import Any, cast
+from urllib.parse import unquote
+
+import httptools
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from gateway.cycle import EXTENSION, Asgi, Cycle, RawHeaders, Scope
+from gateway.errors import ApiError, InvalidRequest, Unavailable
+from gateway.exchange import sane_request_id
+
+BODY_READ_AHEAD_BYTES_MAX = 256 << 10
+"""Bytes of a request's body that are held before the application asks for them."""
+
+_access = logging.getLogger("uvicorn.access")
+_ASGI = {"version": "3.0", "spec_version": "2.3"}
+
+
+class HeadTooLarge(InvalidRequest):
+    """The request line and headers are larger than the settings allow."""
+
+    code = "head_too_large"
+
+    def __init__(self, bytes_max: int) -> None:
+        super().__init__(f"The request's head is larger than the {bytes_max} bytes that are taken.", status=431)
+
+
+class DoorProtocol(asyncio.Protocol):
+    """One client's connection. The bounds are set by `build_server`: on the number of connections, on a head's bytes and time,
+    on the time between requests, and on the time that a client may leave its answer unread.
+    """
+
+    connections_max: int
+    head_bytes_max: int
+    head_seconds_max: float
+    stall_seconds_max: float
+    access_log: bool
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        if not config.loaded:
+            config.load()
+        self.loop = _loop or asyncio.get_running_loop()
+        self.write_paused = False
+        self._app = cast(Asgi, config.loaded_app)
+        self._state = server_state
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)  # else it costs the answer before
+        self._cycle: Cycle | None = None
+        self._waiting: deque[Cycle] = deque()
+        self._upload: Cycle | None = None  # whose body comes in
+        self._reading_paused = False
+        self._drained: asyncio.Event | None = None
+        self._url = b""
+        self._headers: RawHeaders = []
+        self._expects_continue = False
+        self._in_message = False
+        self._rejected = False
+        self._head_bytes = 0
+        self._waits_since = 0.0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+
+    # Called by the event loop.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._server, self._client = (tuple(transport.get_extra_info(side)[:2]) for side in ("sockname", "peername"))
+        self._state.connections.add(self)  # type: ignore[arg-type]
+        if len(self._state.connections) > self.connections_max:
+            self._reject(Unavailable(f"{self.connections_max} connections are open already."))
+        else:
+            self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._state.connections.discard(self)
+        for timer in (self._head_timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
+        self._head_timer = self._stall_timer = None
+        self._goes_on()
+        for cycle in (self._cycle, *self._waiting):
+            if cycle is not None:
+                cycle.client_left()
+        self._waiting.clear()
+
+    def data_received(self, data: bytes) -> None:
+        if self._rejected:
+            return
+        if not self._in_message:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._last_request()  # an upgrade is not had here: it is answered as if it had not been asked for
+        except httptools.HttpParserError:
+            self._reject(InvalidRequest("Invalid HTTP request received.", code="invalid_http"))
+            return
+        if self._in_message or self._rejected or self._head_bytes == 0:
+            return
+        if self._head_bytes > self.head_bytes_max:
+            self._reject(HeadTooLarge(self.head_bytes_max))
+        elif self._head_bytes == len(data):
+            self._await_head()
+
+    def eof_received(self) -> None:
+        """The client sends no more; uvloop and asyncio then close."""
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        self._stall_timer = self.loop.call_later(self.stall_seconds_max, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+        self._goes_on()
+
+    # Called by the parser.
+
+    def on_message_begin(self) -> None:
+        self._url = b""
+        self._headers = []
+        self._expects_continue = False
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self._expects_continue = True
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self._in_message = True
+        # Bytes of a body may have come with the head, so only a suspicion leads to the exact count.
+        if self._head_bytes > self.head_bytes_max and self._parsed_head_bytes() > self.head_bytes_max:
+            self._reject(HeadTooLarge(self.head_bytes_max))
+        if self._rejected:
+            return
+        version = self._parser.get_http_version()
+        keep_alive = version != "1.0" and self._parser.should_keep_alive()
+        cycle = Cycle(self, self._scope(version), keep_alive=keep_alive, expects_continue=self._expects_continue)
+        cycle.scope["extensions"] = {EXTENSION: cycle}
+        self._upload = cycle
+        if self._cycle is None or self._cycle.complete:
+            self._begin(cycle)
+        else:  # pipelined: answers go out in the order of the requests
+            self._waiting.append(cycle)
+            self._pause_reading()
+
+    def on_body(self, body: bytes) -> None:
+        cycle = self._upload
+        if self._rejected or cycle is None or cycle.complete:
+            return
+        cycle.feed(body)
+        if cycle.unread_bytes > BODY_READ_AHEAD_BYTES_MAX:
+            self._pause_reading()
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        self._head_bytes = 0
+        if not self._rejected and self._upload is not None:
+            self._upload.body_is_whole()
+        self._upload = None
+        self._headers = []  # else what is refused next would get this request's id
+
+    # Called by a cycle, and by uvicorn's server.
+
+    def write(self, data: bytes) -> None:
+        """Send bytes."""
+        self.transport.write(data)
+
+    def close(self) -> None:
+        """Close when all is sent."""
+        self.transport.close()
+
+    def resume_reading(self) -> None:
+        """Take more of a request's body."""
+        if self._reading_paused and not self._waiting and not self.transport.is_closing():
+            self._reading_paused = False
+            self.transport.resume_reading()
+
+    def answered(self) -> None:
+        """An answer is complete: begin the next one, or wait for a request."""
+        self._state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if self._waiting:
+            self._begin(self._waiting.popleft())
+        else:
+            self._await_head()
+        self.resume_reading()
+
+    def date_headers(self) -> RawHeaders:
+        """Headers of every answer."""
+        return self._state.default_headers
+
+    def note(self, cycle: Cycle, status: int) -> None:
+        """Log an answer where that is wanted."""
+        if self.access_log:
+            scope = cycle.scope
+            target = scope["raw_path"].decode("latin-1")
+            if query := scope["query_string"]:
+                target += "?" + query.decode("latin-1")
+            _access.info('%s:%s - "%s %s HTTP/%s" %d', *self._client, scope["method"], target, scope["http_version"], status)
+
+    async def drained(self) -> None:
+        """Wait until the client has read enough, or is gone."""
+        while self.write_paused:
+            if self._drained is None:
+                self._drained = asyncio.Event()
+            self._drained.clear()
+            await self._drained.wait()
+
+    def shutdown(self) -> None:
+        """Finish what is being answered and close."""
+        if self._cycle is None or self._cycle.complete:
+            self.transport.close()
+        else:
+            self._last_request()
+
+    def _last_request(self) -> None:
+        for cycle in (self._cycle, *self._waiting):
+            if cycle is not None:
+                cycle.keep_alive = False
+
+    def _scope(self, version: str) -> Scope:
+        url = httptools.parse_url(self._url)
+        path = url.path.decode("ascii")
+        return {
+            "type": "http",
+            "asgi": _ASGI,
+            "http_version": version,
+            "server": self._server,
+            "client": self._client,
+            "scheme": "http",
+            "root_path": "",
+            "method": self._parser.get_method().decode("ascii"),
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": url.path,
+            "query_string": url.query or b"",
+            "headers": self._headers,
+        }
+
+    def _begin(self, cycle: Cycle) -> None:
+        self._cycle = cycle
+        task = self.loop.create_task(cycle.run(self._app))
+        self._state.tasks.add(task)
+        task.add_done_callback(self._state.tasks.discard)
+
+    def _pause_reading(self) -> None:
+        if not self._reading_paused:
+            self._reading_paused = True
+            self.transport.pause_reading()
+
+    def _goes_on(self) -> None:
+        self.write_paused = False
+        if self._drained is not None:
+            self._drained.set()
+
+    def _parsed_head_bytes(self) -> int:
+        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+
+    def _await_head(self) -> None:
+        """A whole head has to come from now on in time. The timer is set once and set anew when it goes off too early."""
+        self._waits_since = self.loop.time()
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_seconds_max, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self.transport.is_closing() or (self._cycle is not None and not self._cycle.complete):
+            return
+        left = self._waits_since + self.head_seconds_max - self.loop.time()
+        if left > 0:
+            self._head_timer = self.loop.call_later(left, self._head_is_late)
+        else:
+            self.transport.close()
+
+    def _reject(self, error: ApiError) -> None:
+        """Answer and close. A request before this one that is still being answered loses its connection."""
+        if self._rejected or self.transport.is_closing():
+            return
+        self._rejected = True
+        if self._cycle is None or self._cycle.complete:
+            body = error.body()
+            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+            headers["x-request-id"] = sane_request_id(dict(self._headers).get(b"x-request-id"))
+            lines = [f"HTTP/1.1 {error.status} Rejected"]
+            lines += [f"{name}: {value}" for name, value in (headers | error.headers).items()]
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()
