@@ -92,4 +92,4 @@ async def _collect(exchange: Exchange, response: EngineConnection, bytes_max: in
 
 
 def _kept(headers: RawHeaders) -> RawHeaders:
-    return [(name, value) for name, value in headers if name.lower() not in _DROPPED_HEADERS]
+    return [(lower, value) for name, value in headers if (lower := name.lower()) not in _DROPPED_HEADERS]
