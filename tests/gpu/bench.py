@@ -490,7 +490,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     ),
     "ttft": with_pair(ttft, busy_owner),
     "interference": interference,
-    "interference-24": lambda bench: interference(bench, 24),
+    "interference-32": lambda bench: interference(bench, 32),
     "races": races,
     "churned": churned,
     "kills": kills,
