@@ -9,12 +9,13 @@ tokens has 38. What is found is at most a quarter shorter than what was sent.
 """
 
 import secrets
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
 import xxhash
+
+from gateway.token_ids import TokenIds
 
 STEP_TOKENS = 16
 PROMPT_TOKENS_MAX = 1 << 20
@@ -78,7 +79,8 @@ class SeenPrefixes:
     def digests(self, ids: Sequence[int], kind: str = "") -> list[bytes]:
         """Digests of the beginnings of `ids` at LENGTHS; `kind` is what else tells prompts apart, such as an adapter."""
         hasher = xxhash.xxh3_128(kind.encode("utf-8", "surrogatepass") + b"\0", seed=self._secret)
-        raw = memoryview(array("i", ids[: LENGTHS[-1]])).cast("B")
+        whole = ids if isinstance(ids, TokenIds) else TokenIds.of(ids[: LENGTHS[-1]])
+        raw = memoryview(whole.raw)
         found = []
         for start, end in pairwise((0, *LENGTHS)):
             if 4 * end > len(raw):
