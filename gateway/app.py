@@ -30,6 +30,7 @@ from gateway.errors import (
 )
 from gateway.explain import Explanation
 from gateway.openapi import describe
+from gateway.prefix_routes import PrefixKeeper, add_prefix_routes
 from gateway.prefixes import PrefixReport
 from gateway.shapes import ErrorAnswer
 from gateway.stats import KvStats
@@ -98,14 +99,21 @@ def build_app(
     upstream: Upstream,
     sight: Sight,
     access: AdminAccess,
+    keeper: PrefixKeeper,
+    body_bytes_max: int,
     draining: Callable[[], bool],
 ) -> FastAPI:
-    """The FastAPI application. It describes `/v1/*` too, which the front door serves."""
+    """The FastAPI application. It describes `/v1/*` too, which the front door serves.
+
+    `body_bytes_max` bounds the bodies that it reads.
+    """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_error_forms(app)
     app.include_router(v1_routes.router)
     _add_open_routes(app, fleet, draining)
-    _add_admin_routes(app, fleet, upstream, sight, access)
+    guard = _Guard(access)
+    _add_admin_routes(app, fleet, upstream, sight, guard)
+    add_prefix_routes(app, keeper, body_bytes_max, refusals=guard.refusals, guarded=guard.guarded)
     document = describe(app)
 
     @app.get("/openapi.json", include_in_schema=False)
@@ -134,15 +142,22 @@ def _add_open_routes(app: FastAPI, fleet: FleetView, draining: Callable[[], bool
         return readiness
 
 
-def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, sight: Sight, access: AdminAccess) -> None:
-    async def admin(request: Request) -> None:
-        access.check(request.scope)
+class _Guard:
+    """The admin rule: `guarded` goes to a route, `refusals` into its responses."""
 
-    refusals: dict[int | str, dict[str, Any]] = {
-        401: {"model": ErrorAnswer, "description": "The admin key is missing or wrong"},
-        403: {"model": ErrorAnswer, "description": "There is no admin key, and the caller is not on this machine"},
-    }
-    guarded: dict[str, Any] = {"tags": ["admin"], "dependencies": [Depends(admin)]}
+    def __init__(self, access: AdminAccess) -> None:
+        async def admin(request: Request) -> None:
+            access.check(request.scope)
+
+        self.refusals: dict[int | str, dict[str, Any]] = {
+            401: {"model": ErrorAnswer, "description": "The admin key is missing or wrong"},
+            403: {"model": ErrorAnswer, "description": "There is no admin key, and the caller is not on this machine"},
+        }
+        self.guarded: dict[str, Any] = {"tags": ["admin"], "dependencies": [Depends(admin)]}
+
+
+def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, sight: Sight, guard: _Guard) -> None:
+    refusals, guarded = guard.refusals, guard.guarded
 
     @app.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse, responses=refusals, **guarded)
     async def metrics() -> Response:
@@ -153,7 +168,12 @@ def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, sight:
     async def stats() -> KvStats:
         return sight.stats()
 
-    @app.get("/kv/prefixes", summary="The most used prefixes and who holds them", responses=refusals, **guarded)
+    @app.get(
+        "/kv/prefixes",
+        summary="The most used prefixes and who holds them, and those that are kept",
+        responses=refusals,
+        **guarded,
+    )
     async def prefixes(limit: Annotated[int, Query(ge=1, le=PREFIXES_SHOWN_MAX)] = 50) -> PrefixReport:
         return sight.prefixes(limit)
 

@@ -10,6 +10,8 @@ from gateway.access import AdminAccess
 from gateway.app import build_app
 from gateway.explain import Explanation
 from gateway.openapi import describe
+from gateway.pins import KeptPrefix
+from gateway.prefix_shapes import PrefixRemoved, PrefixRequest
 from gateway.prefixes import PrefixReport
 from gateway.settings import Settings
 from gateway.stats import KvStats
@@ -34,6 +36,16 @@ class NothingToSee:
         raise NotImplementedError
 
 
+class NothingKept:
+    """Stands where the running gateway's keeper is."""
+
+    async def keep(self, wanted: PrefixRequest) -> KeptPrefix:
+        raise NotImplementedError
+
+    async def undo(self, prefix_id: str) -> PrefixRemoved:
+        raise NotImplementedError
+
+
 def document() -> dict[str, Any]:
     """The document that every gateway of this version serves."""
     settings = Settings.model_construct()
@@ -42,6 +54,8 @@ def document() -> dict[str, Any]:
         upstream=Upstream(settings),
         sight=NothingToSee(),
         access=AdminAccess(None),
+        keeper=NothingKept(),
+        body_bytes_max=0,
         draining=lambda: False,
     )
     return describe(app)

@@ -13,7 +13,7 @@ from gateway import __version__
 from gateway.errors import GatewayError
 
 DEFAULT_PATH = Path("openapi/openapi.json")
-_METHODS = ("get", "post")
+_METHODS = ("get", "post", "delete")
 _DESCRIPTION = (
     "OpenAI's API over vLLM replicas that import each other's KV cache. "
     "`/v1/*` takes and gives what vLLM does; fields that are not listed are passed on."

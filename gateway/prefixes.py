@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import BaseModel, Field
 
+from gateway.prefix_shapes import KeptPrefixAnswer
 from transport.keys import KEY_BYTES, Keys
 
 DEPTHS_MAX = 128
@@ -60,6 +61,7 @@ class PrefixReport(BaseModel):
     tracked_blocks: int = Field(description="block keys counted now")
     tracked_blocks_max: int = Field(description="bound on them; the least recently used go first")
     prefixes: list[Prefix] = Field(description="most requested first")
+    kept: list[KeptPrefixAnswer] = Field(default_factory=list, description="those of POST /kv/prefixes, oldest first")
 
 
 class PrefixCounts:

@@ -116,11 +116,13 @@ async def _open(
     """Wire the front door and serve it from now on; at the stack's end it is drained."""
     door = build_door(settings, fleet, model=model, table_dir=table_dir)
     stack.push_async_callback(_drain, door, server, settings.drain_seconds)
-    parity = asyncio.create_task(
-        ParityWatch(fleet, door.planner, door.tokens, interval_seconds=settings.parity_interval_seconds).run()
-    )
+    watch = ParityWatch(fleet, door.planner, door.tokens, interval_seconds=settings.parity_interval_seconds)
+    parity = asyncio.create_task(watch.run(), name="the comparison of token ids with an engine's")
     parity.add_done_callback(_tell_of_defect)
     stack.push_async_callback(_end, parity)
+    keeping = asyncio.create_task(door.keeper.run(), name="the renewal of kept prefixes")
+    keeping.add_done_callback(_tell_of_defect)
+    stack.push_async_callback(_end, keeping)
     switch.app = door.app
 
 
@@ -135,7 +137,7 @@ async def _drain(door: Door, server: DoorServer, seconds: float) -> None:
 def _tell_of_defect(task: asyncio.Task[None]) -> None:
     """A task that goes on for ever ended by itself."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        _logger.error("token ids are no longer compared with an engine's", exc_info=error)
+        _logger.error("%s ended: what it looked after stays as it is", task.get_name(), exc_info=error)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -125,6 +125,9 @@ class Settings(BaseSettings):
     ledger_prefixes_max: int = Field(
         65536, ge=0, description="beginnings of prompts that the ledger knows evictions and tenant boundaries by"
     )
+    prefixes_kept_max: int = Field(256, ge=0, description="prefixes that POST /kv/prefixes keeps at one time")
+    prefixes_kept_tokens_max: int = Field(4_000_000, ge=0, description="tokens of all kept prefixes, 4 bytes each")
+    prefix_seconds_max: float = Field(600.0, gt=0, description="for a replica to compute a prefix that is to be kept")
     prefixes_tracked_max: int = Field(65536, ge=1, description="prefixes in /kv/prefixes' memory")
     tokenize_inline_chars_max: int = Field(
         16384, ge=0, description="more text that was not seen before is tokenised in a thread, off the event loop"

@@ -6,8 +6,10 @@ from typing import Any
 
 from engine.fleet import FleetView
 from gateway.explain import Explanation, explain
+from gateway.keeper import Keeper
 from gateway.metrics import CONTENT_TYPE, Metrics
 from gateway.planner import Planner
+from gateway.prefix_shapes import kept_answer
 from gateway.prefixes import PrefixReport
 from gateway.recorder import Recorder
 from gateway.registry import key_array
@@ -23,13 +25,14 @@ class FleetSight:
     """
 
     def __init__(
-        self, *, fleet: FleetView, planner: Planner, tokens: TokenService, relay: Relay[Any], recorder: Recorder
+        self, *, fleet: FleetView, planner: Planner, tokens: TokenService, relay: Relay[Any], recorder: Recorder, keeper: Keeper
     ) -> None:
         self.measured = Metrics()
         recorder.feed.add(self.measured.imports.delivered)
         self._planner = planner
         self._relay = relay
         self._recorder = recorder
+        self._keeper = keeper
         self._view = StatsView(fleet, planner, tokens, recorder, self._door)
         self.measured.attach(self.stats)
 
@@ -38,8 +41,9 @@ class FleetSight:
         return self._view.snapshot()
 
     def prefixes(self, limit: int) -> PrefixReport:
-        """The body of GET /kv/prefixes: the `limit` most requested ones."""
-        return self._planner.prefixes.report(limit, self._holders)
+        """The body of GET /kv/prefixes: the `limit` most requested ones, and all that are kept."""
+        report = self._planner.prefixes.report(limit, self._holders)
+        return report.model_copy(update={"kept": [kept_answer(kept) for kept in self._keeper.all()]})
 
     def explain(self, request_id: str) -> Explanation | None:
         """The body of GET /kv/explain/{request_id}; None if nothing is kept under that id."""

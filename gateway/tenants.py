@@ -82,7 +82,14 @@ class Tenants:
 
     def salt_of(self, name: str) -> str | None:
         """The salt of the tenant of that name, None if there is none."""
-        return next((context.salt for _, context in self._entries if context.name == name), None)
+        found = self.named(name)
+        return found.salt if found else None
+
+    def named(self, name: str) -> TenantContext | None:
+        """The tenant of that name, None if there is none; where nobody needs a key, "" is the one that there is."""
+        if self.open:
+            return ANONYMOUS if name in ("", ANONYMOUS.name) else None
+        return next((context for _, context in self._entries if context.name == name), None)
 
     @property
     def open(self) -> bool:

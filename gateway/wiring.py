@@ -10,11 +10,14 @@ from gateway.access import AdminAccess
 from gateway.app import build_app
 from gateway.feed import DeliveryFeed
 from gateway.frontdoor import FrontDoor
+from gateway.keeper import Keeper
 from gateway.ledger import Ledger
 from gateway.model_files import source_from_arguments
+from gateway.pins import PinBook
 from gateway.plan import Plan
 from gateway.plan_witness import PlanWitness
 from gateway.planner import Planner
+from gateway.prefix_reader import PrefixReader
 from gateway.recorder import Recorder
 from gateway.relay import Relay
 from gateway.seen import SeenPrefixes
@@ -38,6 +41,7 @@ class Door:
     planner: Planner
     tokens: TokenService
     tables: TableDirectory
+    keeper: Keeper
 
     async def close(self) -> None:
         """Close connections and tables."""
@@ -71,15 +75,27 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
         planner.registry,
         tenants.salt_of,
     )
-    relay.witness = PlanWitness(recorder, planner)
-    sight = FleetSight(fleet=fleet, planner=planner, tokens=tokens, relay=relay, recorder=recorder)
+    witness = relay.witness = PlanWitness(recorder, planner)
+    keeper = Keeper(
+        PinBook(settings.prefixes_kept_max, settings.prefixes_kept_tokens_max),
+        fleet=fleet,
+        planner=planner,
+        upstream=upstream,
+        reader=PrefixReader(planner, tokens, tenants, models),
+        tenants=tenants,
+        witness=witness,
+        seconds_max=settings.prefix_seconds_max,
+    )
+    sight = FleetSight(fleet=fleet, planner=planner, tokens=tokens, relay=relay, recorder=recorder, keeper=keeper)
     relay.meter = sight.measured
     admin = build_app(
         fleet=fleet,
         upstream=upstream,
         sight=sight,
         access=access,
+        keeper=keeper,
+        body_bytes_max=settings.body_bytes_max,
         draining=lambda: relay.draining,
     )
     app = FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin)
-    return Door(app, relay, models, upstream, planner, tokens, tables)
+    return Door(app, relay, models, upstream, planner, tokens, tables, keeper)

@@ -24,6 +24,7 @@ from gateway.explain import Explanation, explain
 from gateway.frontdoor import FrontDoor
 from gateway.ledger_stats import LedgerStats
 from gateway.metrics import Metrics
+from gateway.offline_document import NothingKept
 from gateway.prefixes import PrefixReport
 from gateway.relay import Relay
 from gateway.served_models import ModelsCache
@@ -250,6 +251,8 @@ async def running_door(directory: Path, **values: Any) -> AsyncIterator[Door]:
         upstream=upstream,
         sight=FakeSight(),
         access=access,
+        keeper=NothingKept(),
+        body_bytes_max=settings.body_bytes_max,
         draining=lambda: relay.draining,
     )
     server = build_server(FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin), settings)

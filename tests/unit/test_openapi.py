@@ -40,6 +40,8 @@ def test_every_endpoint_is_described() -> None:
         ("get", "/kv/stats"),
         ("get", "/kv/explain/{request_id}"),
         ("get", "/kv/prefixes"),
+        ("post", "/kv/prefixes"),
+        ("delete", "/kv/prefixes/{prefix_id}"),
         ("post", "/kv/flush"),
     }
 

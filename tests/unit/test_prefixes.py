@@ -86,6 +86,7 @@ def test_the_report_names_the_holders_and_carries_no_tokens() -> None:
                 "holders": ["a", "b"],
             }
         ],
+        "kept": [],
     }
 
 
