@@ -153,11 +153,11 @@ class CostModel:
 
     def terms(self, key: ModelKey) -> PrefillTerms:
         """The coefficients for a model; those of its kind of device before anything was learnt."""
-        return self._terms.get(key) or _kind(key).prefill
+        return self._terms.get(key) or device_kind(key).prefill
 
     def free_tokens(self, key: ModelKey) -> int:
         """New tokens that cost no more than one does."""
-        return _kind(key).free_tokens
+        return device_kind(key).free_tokens
 
     def prefill_seconds(self, key: ModelKey, cached_tokens: int, new_tokens: int, decoding: int = 0) -> float:
         """From the first step of a prompt to its first token, `cached_tokens` of it being there; handling included."""
@@ -178,10 +178,9 @@ class CostModel:
 
     def queue_seconds(self, key: ModelKey, load: ReplicaLoad, now: float) -> float:
         """Until a new prompt's first step, behind the work ahead of it."""
-        terms = self.terms(key)
-        tokens, ahead_pairs = load.ahead(now, terms.new_token, terms.pair)
-        slowed = terms.decode_step * load.decoding * (1 + tokens / CHUNK_TOKENS)
-        return terms.new_token * tokens + terms.pair * ahead_pairs + slowed
+        _, _, new_token, pair, decode_step = self.terms(key)
+        tokens, ahead_pairs = load.ahead(now, new_token, pair)
+        return new_token * tokens + pair * ahead_pairs + decode_step * load.decoding * (1 + tokens / CHUNK_TOKENS)
 
     def transfer_seconds(
         self, taker: str, source: str, transport: str, tokens: int, *, sharing: int = 1, device: str = ""
@@ -191,6 +190,11 @@ class CostModel:
             return 0.0
         kv_bytes = tokens * self.kv_token_bytes(device) * max(1, sharing)
         return self._transfer_fit(taker, source, transport).predict((1.0, kv_bytes))
+
+    def transfer_terms(self, taker: str, source: str, transport: str, device: str) -> tuple[float, float]:
+        """Seconds for each import, and seconds for each token of it, while no other import uses these replicas."""
+        fixed, a_byte = self._transfer_fit(taker, source, transport).coefficients
+        return fixed, a_byte * self.kv_token_bytes(device)
 
     def kv_token_bytes(self, device: str) -> float:
         """Bytes of KV that one token has; from the imports so far."""
@@ -261,7 +265,7 @@ class CostModel:
     def _fit(self, key: ModelKey) -> Fit:
         fit = self._prefill.get(key)
         if fit is None:
-            fit = self._prefill[key] = Fit(_kind(key).prefill, MEMORY)
+            fit = self._prefill[key] = Fit(device_kind(key).prefill, MEMORY)
         return fit
 
     def _transport_fit(self, transport: str) -> Fit:
@@ -301,7 +305,8 @@ def pairs(cached_tokens: float, new_tokens: float) -> float:
     return new_tokens * (cached_tokens + new_tokens / 2)
 
 
-def _kind(key: ModelKey) -> DeviceKind:
+def device_kind(key: ModelKey) -> DeviceKind:
+    """What was believed of the device beforehand; an unknown kind is taken for a GPU."""
     return DEVICE_KINDS.get(key.device, _CUDA)
 
 

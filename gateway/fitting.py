@@ -22,7 +22,7 @@ _SECONDS_MIN = 1e-9
 class Fit:
     """Coefficients of at least 0, from `prior`, all above 0; a sample has faded to 1/e after `memory` further ones."""
 
-    __slots__ = ("_a", "_b", "_memory", "_scale", "_unsolved", "_usual", "_z", "samples")
+    __slots__ = ("_a", "_b", "_memory", "_scale", "_unsolved", "_usual", "_z", "coefficients", "samples")
 
     def __init__(self, prior: Sequence[float], memory: int) -> None:
         if min(prior) <= 0:
@@ -36,11 +36,8 @@ class Fit:
         self._usual = 1.0
         self._unsolved = 0
         self.samples = 0
-
-    @property
-    def coefficients(self) -> tuple[float, ...]:
+        self.coefficients = tuple(prior)
         """The fit as it is now, in the order of the prior."""
-        return tuple(scale * z for scale, z in zip(self._scale, self._z, strict=True))
 
     @property
     def usual_error(self) -> float:
@@ -49,7 +46,7 @@ class Fit:
 
     def predict(self, x: Sequence[float]) -> float:
         """What the fit expects for `x`."""
-        return sum(value * scale * z for value, scale, z in zip(x, self._scale, self._z, strict=True))
+        return sum(value * coefficient for value, coefficient in zip(x, self.coefficients, strict=True))
 
     def observe(self, x: Sequence[float], y: float) -> None:
         """Learn that `x` gave `y` above 0; `x` has no negative number."""
@@ -86,3 +83,4 @@ class Fit:
                     pull -= value * other
                 z[j] = max(0.0, pull / (row[j] + stay[j]))
         self._unsolved = 0
+        self.coefficients = tuple(scale * value for scale, value in zip(self._scale, z, strict=True))

@@ -1,0 +1,100 @@
+"""What steering weighs and what it decides: plain values."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from gateway.costs import ModelKey
+from gateway.load import IDLE, ReplicaLoad
+from gateway.promises import Promise
+
+CUDA = ModelKey("cuda")
+
+
+class Action(StrEnum):
+    """What becomes of the prefix."""
+
+    HIT = "hit"  # the replica holds it, or is computing it
+    PULL = "pull"  # imported from the source, all that it holds
+    SPLIT = "split"  # the head is imported, the tail computed although the source holds it
+    RECOMPUTE = "recompute"  # nobody's cache is used
+
+
+@dataclass(frozen=True, slots=True)
+class PromptView:
+    """What steering needs to know of a prompt.
+
+    `affinity` is the caller's hint which requests belong together. `rate` is how many requests a second begin with the
+    prefix that the best holder holds, `decode_seconds` how long answers take behind their first token.
+    """
+
+    tokens: int
+    affinity: str = ""
+    rate: float = 0.0
+    decode_seconds: float = 0.0
+    block_size: int = 1
+
+
+class Candidate(NamedTuple):
+    """A ready replica. It holds the first `held_tokens` of the prompt and can import from the replicas in `exchanges_with`.
+
+    `promise` is what it computes now for another request, `takes` says whether it may get this one (or be a source only).
+    Between nodes KV goes over REMOTE_TRANSPORT, within one over the source's `transport`. A tuple, not a dataclass, because one
+    is made for each replica and request, and this takes a third of the time.
+    """
+
+    name: str
+    held_tokens: int = 0
+    load: ReplicaLoad = IDLE
+    exchanges_with: frozenset[str] = frozenset()
+    key: ModelKey = CUDA
+    transport: str = "cuda_ipc"
+    promise: Promise | None = None
+    takes: bool = True
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What is expected of a request: seconds, and prompt tokens by where their KV comes from."""
+
+    queue_seconds: float
+    transfer_seconds: float
+    prefill_seconds: float
+    local_tokens: int
+    peer_tokens: int
+    computed_tokens: int
+
+    @property
+    def seconds(self) -> float:
+        """Until the first token."""
+        return self.queue_seconds + self.transfer_seconds + self.prefill_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One thing that could be done. `score` is in seconds: the time to the first token, and what the choice costs others."""
+
+    replica: str
+    source: str | None
+    action: Action
+    import_tokens_max: int | None
+    expected: Expected
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Send the request to `replica`; import from `source` up to `import_tokens_max` prompt tokens in all (None: what it holds).
+
+    `best_available_tokens` is the longest prefix that any replica held or computed; `options` what was weighed, best first.
+    """
+
+    replica: str
+    source: str | None
+    action: Action
+    import_tokens_max: int | None
+    expected: Expected
+    best_available_tokens: int
+    reason: str
+    options: tuple[Option, ...] = ()
