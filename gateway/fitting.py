@@ -1,7 +1,8 @@
 """A robust linear fit that goes on for ever: non-negative coefficients, relative errors, old samples fade away.
 
 Each sample is `y ≈ Σ x_j·c_j`. What is minimised is the relative error, because 10 ms matter at 30 ms and not at 10 s; a sample
-whose error is unusual for the fit counts less (Huber); coefficients that the samples say nothing about stay where they were.
+whose error is unusual for the fit counts less (Huber), unless they all err to one side: then what is measured has changed, and
+the past fades fast. Coefficients that the samples say nothing about stay where they were.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ USUAL_SHARE = 0.05
 """Weight of the newest sample in the usual error."""
 STAY = 0.01
 """How firmly a coefficient stays, in samples that it alone explains."""
+STREAK = 12
+"""So many errors to one side in a row are no chance (1 in 2,048)."""
+STREAK_FADE = 0.85
 SWEEPS = 12
 WARM_UP = 64
 """So many samples are solved one by one; later ones in groups of `SOLVE_EVERY`."""
@@ -22,7 +26,7 @@ _SECONDS_MIN = 1e-9
 class Fit:
     """Coefficients of at least 0, from `prior`, all above 0; a sample has faded to 1/e after `memory` further ones."""
 
-    __slots__ = ("_a", "_b", "_memory", "_scale", "_unsolved", "_usual", "_z", "coefficients", "samples")
+    __slots__ = ("_a", "_b", "_memory", "_scale", "_streak", "_unsolved", "_usual", "_z", "coefficients", "samples")
 
     def __init__(self, prior: Sequence[float], memory: int) -> None:
         if min(prior) <= 0:
@@ -34,6 +38,7 @@ class Fit:
         self._a = [[0.0] * size for _ in range(size)]
         self._b = [0.0] * size
         self._usual = 1.0
+        self._streak = 0  # errors in a row to one side, below 0 if the samples are smaller
         self._unsolved = 0
         self.samples = 0
         self.coefficients = tuple(prior)
@@ -53,15 +58,17 @@ class Fit:
         y = max(y, _SECONDS_MIN)
         u = [value * scale for value, scale in zip(x, self._scale, strict=True)]
         expected = sum(value * z for value, z in zip(u, self._z, strict=True))
-        # relative to the geometric mean of both: neither a slow nor a fast outlier rules
-        weight = 1 / (y * min(max(expected, y / 4), 4 * y))
+        # relative to what was expected, so that noise in y biases nothing; a prior that was far too low must not rule for long
+        weight = 1 / max(expected, y / 4) ** 2
         error = abs(y - expected) * weight**0.5
         limit = HUBER * self._usual
-        if error > limit:
+        self._streak = max(1, self._streak + 1) if y > expected else min(-1, self._streak - 1)
+        changed = abs(self._streak) >= STREAK
+        if error > limit and not changed:
             weight *= limit / error
         self.samples += 1
         self._usual += max(USUAL_SHARE, 1 / (self.samples + 1)) * (min(error, 2 * limit) - self._usual)
-        fade = 1 - 1 / min(self._memory, self.samples + 8)
+        fade = STREAK_FADE if changed else 1 - 1 / min(self._memory, self.samples + 8)
         for j, (row, value) in enumerate(zip(self._a, u, strict=True)):
             factor = weight * value
             self._b[j] = fade * self._b[j] + factor * y
