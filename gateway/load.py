@@ -42,6 +42,7 @@ class ReplicaLoad:
     since: float = 0.0
     engine_tokens: float = 0.0
     engine_pairs: float = 0.0
+    waiting: int = 0
     requests: int = 0
     decoding: int = 0
     importing: int = 0
@@ -215,6 +216,7 @@ def _summed(place: _Replica) -> ReplicaLoad:
         since=place.since,
         engine_tokens=float(tokens),
         engine_pairs=tokens * tokens / (2 * max(1, requests)),
+        waiting=max(len(place.waiting), requests),
         requests=len(place.waiting) + len(place.decoding),
         decoding=max(len(place.decoding), decoding),
         importing=sum(ticket.source is not None for ticket in waiting),

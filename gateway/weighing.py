@@ -16,6 +16,8 @@ SPLIT_GAIN_SECONDS_MIN = 5e-4
 """A split that saves less is not worth its name: over NVLink a token's KV comes in less than a microsecond."""
 BUSY_MAX = 0.95
 """A hot prefix is not reckoned to keep its holders busier than this, so that the wait expected of it stays finite."""
+WORK_PRICE_MAX = 3.0
+"""Bound on the price of a second of computing. The price is how many requests wait a replica: they wait so much longer."""
 REMOTE_TRANSPORT = "rdma"
 
 
@@ -48,6 +50,9 @@ class Weighing:
         self._useful = max(0, prompt.tokens - 1)  # at least one token is always computed
         self._candidates = candidates
         self._prefills: dict[tuple[ModelKey, int], float] = {}
+        self._works: dict[tuple[ModelKey, int], float] = {}
+        waiting = sum(candidate.load.waiting for candidate in candidates)
+        self._price = min(WORK_PRICE_MAX, waiting / max(1, len(candidates)))
         sources = [candidate for candidate in candidates if candidate.held_tokens > 0]
         sources.sort(key=lambda holder: (-holder.held_tokens, holder.load.reading, holder.name))
         self._sources = sources
@@ -84,10 +89,17 @@ class Weighing:
         """The best that can be done on `taker`; an import only if it is sooner than computing."""
         candidate, local = taker.candidate, taker.local_tokens
         prefill = self._prefill(candidate, local)
-        best = _Way(prefill, 0.0, prefill, local, None, Action.HIT if local else Action.RECOMPUTE)
+        best = _Way(
+            prefill + self._price * self._work(candidate.key, local),
+            0.0,
+            prefill,
+            local,
+            None,
+            Action.HIT if local else Action.RECOMPUTE,
+        )
         for source in self._readable(candidate, local):
             way = self._import(candidate, local, source)
-            if way.score < best.score:
+            if way.score < best.score and way.transfer + way.prefill < prefill:
                 best = way
         peer = best.cached - local
         expected = Expected(taker.queue_seconds, best.transfer, best.prefill, local, peer, self._prompt.tokens - best.cached)
@@ -122,13 +134,17 @@ class Weighing:
         a_token *= 1 + max(taker.load.importing, source.load.reading)
         held = min(source.held_tokens, self._useful)
         transfer, prefill = fixed + a_token * (held - local), self._prefill(taker, held)
-        whole = _Way(transfer + prefill, transfer, prefill, held, source, Action.PULL)
+        whole = _Way(
+            transfer + prefill + self._price * self._work(taker.key, held), transfer, prefill, held, source, Action.PULL
+        )
         size = self._prompt.block_size
         cut = (self._prompt.tokens - self._costs.free_tokens(taker.key)) // size * size
         if not local < cut < held:
             return whole
         transfer, prefill = fixed + a_token * (cut - local), self._prefill(taker, cut)
-        split = _Way(transfer + prefill, transfer, prefill, cut, source, Action.SPLIT)
+        split = _Way(
+            transfer + prefill + self._price * self._work(taker.key, cut), transfer, prefill, cut, source, Action.SPLIT
+        )
         return split if split.score < whole.score - SPLIT_GAIN_SECONDS_MIN else whole
 
     def _prefill(self, taker: Candidate, cached: int) -> float:
@@ -138,6 +154,13 @@ class Weighing:
             known = self._prefills[key, cached] = self._costs.prefill_seconds(key, cached, new)
         decoding = taker.load.decoding
         return known + self._costs.terms(key).decode_step * decoding * new / CHUNK_TOKENS if decoding else known
+
+    def _work(self, key: ModelKey, cached: int) -> float:
+        known = self._works.get((key, cached))
+        if known is None:
+            new = max(0, self._prompt.tokens - cached - self._costs.free_tokens(key))
+            known = self._works[key, cached] = self._costs.work_seconds(key, new, pairs(cached, new))
+        return known
 
     def _wait(self, key: ModelKey, one_more: bool) -> float:
         """The wait to expect of further requests for a hot prefix: less once one replica more holds it."""

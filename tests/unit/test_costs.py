@@ -1,0 +1,153 @@
+"""The cost model: sane before the first request, right after some, and not led astray."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from gateway.costs import CostModel, ModelKey, Outcome, PrefillTerms, pairs
+from gateway.load import IDLE, ReplicaLoad
+
+GPU, CPU = ModelKey("cuda", "m"), ModelKey("cpu", "m")
+
+
+@pytest.mark.parametrize(
+    ("cached", "new", "measured"),
+    [(0, 2048, 0.072), (0, 8192, 0.222), (0, 32_768, 1.244), (2047, 1, 0.028), (8191, 1, 0.034), (32_767, 1, 0.086)],
+)
+def test_the_first_request_on_a_gpu_is_expected_as_an_h200_takes_for_it(cached: int, new: int, measured: float) -> None:
+    assert CostModel().prefill_seconds(GPU, cached, new) == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("cached", "new", "measured"), [(0, 1000, 1.786), (0, 2000, 4.382), (1000, 26, 0.060), (1984, 16, 0.119)]
+)
+def test_the_first_request_on_a_cpu_is_expected_as_two_cores_take_for_it(cached: int, new: int, measured: float) -> None:
+    assert CostModel().prefill_seconds(CPU, cached, new) == pytest.approx(measured, rel=0.35)
+
+
+def test_an_unknown_kind_of_device_and_transport_have_a_prior_too() -> None:
+    costs = CostModel()
+    assert costs.prefill_seconds(ModelKey("tpu"), 0, 1000) > 0
+    assert costs.transfer_seconds("a", "b", "pigeon", 1000) > 0
+    assert costs.median_error() is None
+    assert costs.report().prefill == ()
+
+
+def test_nothing_to_import_takes_no_time_and_sharing_takes_more() -> None:
+    costs = CostModel()
+    assert costs.transfer_seconds("a", "b", "cuda_ipc", 0) == 0
+    alone, shared = (costs.transfer_seconds("a", "b", "cuda_ipc", 32_000, sharing=n) for n in (1, 3))
+    assert alone < shared < 3 * alone
+
+
+def test_a_queue_is_the_work_ahead_and_the_decodes_beside_it() -> None:
+    costs = CostModel()
+    load = ReplicaLoad(tokens=16_000, pairs=pairs(0, 16_000), head_tokens=16_000, head_pairs=pairs(0, 16_000), requests=1)
+    assert costs.queue_seconds(GPU, IDLE, 0.0) == 0
+    waited = costs.queue_seconds(GPU, load, 0.0)
+    assert waited == pytest.approx(costs.work_seconds(GPU, 16_000, pairs(0, 16_000)))
+    assert costs.queue_seconds(GPU, load, 0.1) == pytest.approx(waited - 0.1)
+    assert costs.queue_seconds(GPU, replace(load, decoding=100), 0.0) > waited
+
+
+class Machine:
+    """An engine and its links as they really are, with noise; plays requests and tells the model."""
+
+    terms = PrefillTerms(0.04, 5e-6, 9e-5, 4e-9, 5e-4)  # four times an H200's, more or less
+    import_seconds, bytes_second, token_bytes = 0.02, 20e9, 98_304
+
+    def __init__(self, costs: CostModel, noise: float = 0.1, seed: int = 3) -> None:
+        self.costs = costs
+        self.rng = random.Random(seed)
+        self.noise = noise
+
+    def play(self, count: int, *, reports: bool = True, outliers: float = 0.0) -> None:
+        for _ in range(count):
+            prompt = self.rng.choice([200, 2000, 8000, 30_000])
+            cached = int(prompt * self.rng.choice([0, 0, 0.5, 0.95])) // 16 * 16
+            source = "b" if cached and self.rng.random() < 0.5 else None
+            ahead = self.rng.choice([0, 0, 0, 4000, 12_000])
+            work = pairs(0, ahead)
+            load = ReplicaLoad(ahead, work, ahead, work, requests=1, decoding=self.rng.randint(0, 30))
+            self.request(prompt, cached, source, load, reports, outliers)
+
+    def request(self, prompt: int, cached: int, source: str | None, load: ReplicaLoad, reports: bool, outliers: float) -> None:
+        costs, new = self.costs, prompt - cached
+        queue = costs.queue_seconds(GPU, load, 0.0)
+        transfer = costs.transfer_seconds("a", source, "cuda_ipc", cached, device="cuda") if source else 0.0
+        expected = queue + transfer + costs.prefill_seconds(GPU, cached, new, load.decoding)
+        noise = self.rng.lognormvariate(0, self.noise)
+        imported = (self.import_seconds + cached * self.token_bytes / self.bytes_second) * noise if source else 0.0
+        paid = max(0, new - costs.free_tokens(GPU))
+        features = (1.0, prompt, load.tokens + paid, load.pairs + pairs(prompt - paid, paid))
+        took = sum(value * term for value, term in zip(features, self.terms, strict=False))
+        took += self.terms.decode_step * load.decoding * (1 + (load.tokens + new) / 8192)
+        took = took * self.rng.lognormvariate(0, self.noise) + imported
+        if self.rng.random() < outliers:
+            took *= 30
+        costs.observe(
+            Outcome(
+                GPU, "a", source, "cuda_ipc", load, 0.0, prompt, new, cached if source else 0, expected, took,
+                imported if source and reports else None, cached * self.token_bytes if source and reports else 0,
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("reports", [True, False])
+def test_after_a_hundred_requests_the_median_error_is_small(reports: bool) -> None:
+    costs = CostModel()
+    machine = Machine(costs)
+    machine.play(100, reports=reports)
+    machine.play(100, reports=reports)
+    error = costs.median_error()
+    assert error is not None
+    assert error < 0.15
+    assert costs.uncertainty() == pytest.approx(error, rel=0.3)
+
+
+def test_outliers_do_not_lead_it_astray() -> None:
+    costs = CostModel()
+    Machine(costs).play(200, outliers=0.1)
+    error = costs.median_error()
+    assert error is not None
+    assert error < 0.2
+
+
+def test_the_terms_are_those_of_the_machine() -> None:
+    costs = CostModel()
+    Machine(costs, noise=0.03).play(400)
+    for cached, new in ((0, 2000), (0, 30_000), (28_000, 2000), (0, 8000)):
+        fixed, prompt_token, new_token, pair, _ = Machine.terms
+        paid = new - costs.free_tokens(GPU)
+        real = fixed + prompt_token * (cached + new) + new_token * paid + pair * pairs(cached + new - paid, paid)
+        assert costs.prefill_seconds(GPU, cached, new) == pytest.approx(real, rel=0.1)
+    real = Machine.import_seconds + 16_000 * Machine.token_bytes / Machine.bytes_second
+    assert costs.transfer_seconds("a", "b", "cuda_ipc", 16_000, device="cuda") == pytest.approx(real, rel=0.1)
+
+
+def test_a_pair_without_transfers_is_expected_to_be_like_the_others() -> None:
+    costs = CostModel()
+    Machine(costs).play(200)
+    known = costs.transfer_seconds("a", "b", "cuda_ipc", 16_000, device="cuda")
+    assert costs.transfer_seconds("c", "d", "cuda_ipc", 16_000, device="cuda") == pytest.approx(known, rel=0.2)
+
+
+def test_models_do_not_teach_each_other() -> None:
+    costs = CostModel()
+    Machine(costs).play(100)
+    assert costs.terms(CPU) == CostModel().terms(CPU)
+    assert costs.terms(ModelKey("cuda", "other")) == CostModel().terms(GPU)
+
+
+def test_the_report_names_every_model_and_pair() -> None:
+    costs = CostModel()
+    Machine(costs).play(50)
+    report = costs.report()
+    assert (report.samples, report.samples_kept) == (50, 50)
+    assert [(found.device, found.model) for found in report.prefill] == [("cuda", "m")]
+    assert [(found.taker, found.source, found.transport) for found in report.transfers] == [
+        ("", "", "cuda_ipc"),
+        ("a", "b", "cuda_ipc"),
+    ]
+    assert all(found.samples > 0 for found in (*report.prefill, *report.transfers))

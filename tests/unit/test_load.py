@@ -1,0 +1,196 @@
+"""What is in front of a request: tickets, the engines' own words, promises, and how popular a prefix is."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.load import IDLE, FleetLoad, Ticket
+from gateway.popularity import FADE_SECONDS, Popularity
+from gateway.promises import Promises, shared_blocks
+from transport.deliveries import EngineLoad
+from transport.keys import Keys, chain_keys
+
+BLOCK = 4
+NEW_TOKEN, PAIR = 1e-3, 0.0
+
+
+def keys_of(*tokens: int) -> Keys:
+    return chain_keys(b"root", tokens, BLOCK)
+
+
+def ticket(tag: int, replica: str = "a", new: int = 1000, cached: int = 0, source: str | None = None, **more: object) -> Ticket:
+    return Ticket(tag, replica, source, new + cached, cached, 10.0, **more)  # type: ignore[arg-type]
+
+
+def ahead(load: FleetLoad, replica: str, now: float) -> float:
+    return load.load(replica, now).ahead(now, NEW_TOKEN, PAIR)[0]
+
+
+def test_a_replica_without_requests_is_idle() -> None:
+    assert FleetLoad().load("a", 0.0) is IDLE
+    assert not IDLE.busy
+
+
+def test_prompts_that_were_not_answered_are_ahead() -> None:
+    load = FleetLoad()
+    load.started(ticket(1, new=1000, cached=500), 0.0)
+    load.started(ticket(2, new=200), 0.0)
+    found = load.load("a", 0.0)
+    assert (found.tokens, found.pairs, found.waiting, found.requests, found.decoding) == (
+        1200,
+        1000 * 1000 + 200 * 100,
+        2,
+        2,
+        0,
+    )
+    load.first_byte(1, 1.0)
+    found = load.load("a", 1.0)
+    assert (found.tokens, found.waiting, found.requests, found.decoding) == (200, 1, 2, 1)
+    load.finished(1, 2.0)
+    load.finished(2, 2.0)
+    assert load.load("a", 2.0).requests == 0
+    assert load.in_flight() == {}
+
+
+def test_time_that_passes_is_work_that_is_done_but_the_first_token_is_waited_for() -> None:
+    load = FleetLoad()
+    load.started(ticket(1, new=1000), 0.0)
+    load.started(ticket(2, new=1000), 0.2)
+    assert ahead(load, "a", 0.2) == pytest.approx(1800)
+    assert ahead(load, "a", 0.5) == pytest.approx(1500)
+    assert ahead(load, "a", 50.0) == pytest.approx(1100)
+    load.first_byte(1, 50.0)
+    assert ahead(load, "a", 50.0) == pytest.approx(1000)
+    assert ahead(load, "a", 50.4) == pytest.approx(600)
+
+
+def test_what_the_engine_says_counts_where_it_is_more() -> None:
+    load = FleetLoad()
+    load.heard("a", EngineLoad(waiting_requests=2, waiting_tokens=5000, decoding_requests=7))
+    assert ahead(load, "a", 0.0) == 5000
+    assert load.load("a", 0.0).decoding == 7
+    load.started(ticket(1, new=9000), 0.0)
+    assert ahead(load, "a", 0.0) == 9000
+    load.heard("a", EngineLoad())
+    assert ahead(load, "a", 0.0) == 9000
+    load.finished(1, 0.0)
+    assert ahead(load, "a", 0.0) == 0
+
+
+def test_words_of_an_engine_that_is_gone_do_not_count() -> None:
+    load = FleetLoad()
+    load.heard("a", EngineLoad(waiting_tokens=5000))
+    load.forget("a")
+    assert ahead(load, "a", 0.0) == 0
+
+
+def test_imports_count_at_both_ends_until_the_first_token() -> None:
+    load = FleetLoad()
+    load.started(ticket(1, "b", new=10, cached=990, source="a"), 0.0)
+    assert (load.load("b", 0.0).importing, load.load("a", 0.0).reading) == (1, 1)
+    load.first_byte(1, 1.0)
+    assert (load.load("b", 1.0).importing, load.load("a", 1.0).reading) == (0, 0)
+
+
+def test_a_first_byte_counts_once_and_of_known_requests_only() -> None:
+    load = FleetLoad()
+    load.first_byte(5, 0.0)
+    load.finished(5, 0.0)
+    load.started(ticket(1), 0.0)
+    load.first_byte(1, 1.0)
+    load.first_byte(1, 2.0)
+    load.finished(1, 3.0)
+    assert load.decode_seconds == pytest.approx(2.0)
+
+
+def test_a_silent_request_is_taken_to_have_its_first_token_when_it_was_expected() -> None:
+    load = FleetLoad()
+    load.started(ticket(1, new=1000), 0.0, silent=True)
+    assert load.load("a", 9.0).decoding == 0
+    assert (load.load("a", 10.0).decoding, load.load("a", 10.0).tokens) == (1, 0)
+    load.finished(1, 12.0)
+    assert load.in_flight() == {}
+
+
+def test_what_is_being_computed_is_promised_until_it_is_there() -> None:
+    load = FleetLoad()
+    load.started(ticket(1, keys=keys_of(*range(40)), block_size=BLOCK), 0.0)
+    promised = load.promised(keys_of(*range(30), *range(100, 120)), BLOCK)
+    assert {name: (promise.tokens, promise.tag) for name, promise in promised.items()} == {"a": (28, 1)}
+    assert load.promised(keys_of(*range(7, 40)), BLOCK) == {}
+    assert load.promised(keys_of(*range(40)), 2 * BLOCK) == {}
+    load.first_byte(1, 1.0)
+    assert load.promised(keys_of(*range(40)), BLOCK) == {}
+
+
+def test_the_longest_promise_of_a_replica_is_the_one_that_counts() -> None:
+    promises = Promises()
+    promises.add(1, "a", keys_of(*range(16), 99, 99, 99, 99), BLOCK, 1.0)
+    promises.add(2, "a", keys_of(*range(24)), BLOCK, 2.0)
+    promises.add(3, "b", keys_of(*range(24)), BLOCK, 3.0)
+    promises.add(4, "b", keys_of(*range(24)), BLOCK, 2.5)
+    found = promises.find(keys_of(*range(28)), BLOCK)
+    assert (found["a"].tokens, found["a"].tag) == (24, 2)
+    assert (found["b"].tokens, found["b"].tag) == (24, 4)
+
+
+def test_promises_leave_nothing_behind() -> None:
+    promises = Promises()
+    for tag in range(50):
+        promises.add(tag, "a", keys_of(*range(tag)), BLOCK, 1.0)
+    for tag in range(50):
+        promises.remove(tag)
+        promises.remove(tag)
+    assert promises._anchors == {}
+    assert promises._chains == {}
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60))
+def test_shared_blocks_are_those_before_the_first_difference(same: int, ours: int, theirs: int) -> None:
+    one = keys_of(*range(same * BLOCK), *range(1000, 1000 + ours * BLOCK))
+    other = keys_of(*range(same * BLOCK), *range(5000, 5000 + theirs * BLOCK))
+    assert shared_blocks(one, other) == same
+    assert shared_blocks(one, one) == len(one)
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12)), min_size=1, max_size=20), st.integers(1, 12))
+def test_a_promise_is_never_longer_than_what_is_computed_and_never_half_as_long_as_it_could_be(
+    chains: list[tuple[int, int]], asked: int
+) -> None:
+    promises, wanted = Promises(), keys_of(*range(asked * BLOCK))
+    for tag, (same, rest) in enumerate(chains):
+        tokens = [*range(same * BLOCK), *range(1000 * (tag + 1), 1000 * (tag + 1) + rest * BLOCK)]
+        promises.add(tag, "a", keys_of(*tokens), BLOCK, 1.0)
+    found = promises.find(wanted, BLOCK)
+    best = max(min(same, asked) for same, _ in chains)
+    promised = found["a"].tokens // BLOCK if found else 0
+    assert promised <= best
+    assert 2 * promised >= best
+
+
+def test_popularity_rises_with_requests_and_fades_with_time() -> None:
+    popularity, keys = Popularity(1000), keys_of(*range(64))
+    for place in range(40):
+        popularity.note(keys, place * 0.5)
+    rate = popularity.rate(keys, 16, 20.0)
+    assert 1.0 < rate < 2.0  # two a second, and the count has not run for long
+    assert popularity.rate(keys, 16, 20.0 + 5 * FADE_SECONDS) < 0.02
+    assert popularity.rate(keys_of(*range(9, 64)), 13, 20.0) == 0.0
+
+
+def test_the_popularity_of_a_prefix_counts_all_that_begin_with_it() -> None:
+    popularity = Popularity(1000)
+    for place in range(100):
+        popularity.note(keys_of(*range(32), *range(1000 * place, 1000 * place + 32)), 0.0)
+    keys = keys_of(*range(32), *range(7, 39))
+    assert popularity.rate(keys, 8, 0.0) == pytest.approx(100 / FADE_SECONDS)
+    assert popularity.rate(keys, 16, 0.0) == pytest.approx(100 / FADE_SECONDS)
+
+
+def test_popularity_keeps_a_bounded_number_of_prefixes() -> None:
+    popularity = Popularity(10)
+    for place in range(100):
+        popularity.note(keys_of(*range(1000 * place, 1000 * place + 32)), 0.0)
+    assert len(popularity._counts) == 10
+    assert np.isfinite(popularity.rate(keys_of(*range(99_000, 99_032)), 8, 0.0))
