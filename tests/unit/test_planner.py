@@ -299,10 +299,10 @@ async def test_only_ready_replicas_are_chosen(place: Place) -> None:
 
 
 async def test_a_pinned_request_goes_where_it_says_and_imports_from_the_best_holder(place: Place) -> None:
-    place.tables.hold("b", IDS)
-    plan = await place.plan(IDS, pinned="a")
-    assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", "b", 20)
-    plan = await place.plan(IDS, pinned="b")
+    place.tables.hold("b", LONG)
+    plan = await place.plan(LONG, pinned="a")
+    assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", "b", 600)
+    plan = await place.plan(LONG, pinned="b")
     assert (plan.replica.name, plan.source) == ("b", None)
 
 
@@ -349,16 +349,50 @@ async def test_prefixes_are_counted_once_a_request(place: Place) -> None:
 
 
 async def test_decisions_are_counted(place: Place) -> None:
-    place.tables.hold("b", IDS)
-    await place.plan(IDS)
-    await place.plan(IDS, pinned="a")
+    place.tables.hold("b", LONG)
+    await place.plan(LONG)
+    await place.plan(LONG, pinned="a")
     await place.planner.plan("embeddings", {"input": "x"}, ANONYMOUS)
     counts = place.planner.counts
     assert (counts.planned, counts.to_holder, counts.with_source, counts.pinned, counts.without_ids) == (3, 1, 1, 1, 1)
-    assert (counts.prompt_tokens, counts.predicted_tokens) == (42, 40)
+    assert (counts.prompt_tokens, counts.predicted_tokens) == (1202, 1200)
 
 
 async def test_the_body_stays_as_it_is(place: Place) -> None:
     body = {"prompt": "hello", "model": "m"}
     await place.planner.plan("completions", body, TENANT)
     assert body == {"prompt": "hello", "model": "m"}
+
+
+async def test_a_burst_of_equal_prompts_is_computed_once(place: Place) -> None:
+    plans = []
+    for _ in range(50):
+        plans.append(await place.plan(LONG))
+        place.planner.started(plans[-1])
+    computed = [plan for plan in plans if plan.decision.expected.computed_tokens > len(LONG) // 2]
+    assert len(computed) <= 2  # at most once a replica
+    assert len({plan.tag for plan in plans}) == 50
+
+
+async def test_a_prompt_cache_key_keeps_together_what_nobody_holds(place: Place) -> None:
+    prompts = [[first, *LONG] for first in range(8)]
+    homes = {(await place.plan(prompt, prompt_cache_key="session")).replica.name for prompt in prompts}
+    assert len(homes) == 1
+    spread = {(await place.plan(prompt, prompt_cache_key=f"session {prompt[0]}")).replica.name for prompt in prompts}
+    assert spread == {"a", "b"}
+    malformed = {(await place.plan(prompt, prompt_cache_key=["session"])).replica.name for prompt in prompts}
+    assert malformed == {"a", "b"}
+
+
+async def test_a_promise_ends_with_the_request_that_made_it(place: Place) -> None:
+    first = await place.plan(LONG)
+    place.planner.started(first)
+    assert (await place.plan(LONG)).predicted_tokens == 600
+    place.planner.finished(first)
+    assert (await place.plan(LONG)).predicted_tokens == 0
+
+
+async def test_an_engines_own_words_send_requests_elsewhere(place: Place) -> None:
+    place.tables.writers["a"].tell_load((1, 0, 4000, 0))
+    chosen = {(await place.plan([first, *LONG])).replica.name for first in range(4)}
+    assert chosen == {"b"}
