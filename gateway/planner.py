@@ -128,7 +128,7 @@ class Planner:
         return self.load.in_flight()
 
     def _listen(self, replica: str) -> None:
-        table = self.registry.tables().get(replica)
+        table = self.registry.table(replica)
         if table is not None:
             self._flights.listen(replica, table)
 

@@ -48,13 +48,18 @@ class Registry:
         self._directory = directory
         self._chains = ChainCache(key_cache_bytes_max)
         self.ledger = CounterLedger()
+        self._last: Mapping[str, Table] = {}
         self._exchanges: tuple[tuple[tuple[str, int], ...], dict[str, frozenset[str]]] = ((), {})
 
     def tables(self) -> Mapping[str, Table]:
         """Return the live tables by replica name; their counters go into the ledger."""
-        tables = self._directory.tables()
-        self.ledger.observe(tables)
-        return tables
+        self._last = self._directory.tables()
+        self.ledger.observe(self._last)
+        return self._last
+
+    def table(self, name: str) -> Table | None:
+        """Return one replica's table as `tables` last had it, which costs nothing; its owner may have died since."""
+        return self._last.get(name)
 
     def look_up(self, ids: Sequence[int], salt: str = "", lora: str = "", tables: Mapping[str, Table] | None = None) -> LookUp:
         """Find who holds how much of a prompt. The chain is hashed once per distinct fingerprint, block size and hash.

@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     prefix_seconds_max: float = Field(600.0, gt=0, description="for a replica to compute a prefix that is to be kept")
     prefixes_tracked_max: int = Field(65536, ge=1, description="prefixes in /kv/prefixes' memory")
     tokenize_inline_chars_max: int = Field(
-        16384, ge=0, description="more text that was not seen before is tokenised in a thread, off the event loop"
+        8192, ge=0, description="more text that was not seen before is tokenised in a thread, off the event loop"
     )
     key_cache_bytes_max: int = Field(32 << 20, ge=0, description="block keys of prompts seen before; a million take 21 MB")
     token_cache_bytes_max: int = Field(128 << 20, ge=0, description="token ids of texts seen before; a million ids take 11 MB")
