@@ -25,7 +25,7 @@ from gateway.planner import HINT, Planner
 from gateway.prefix_reader import Callers, PrefixReader
 from gateway.prefix_shapes import PrefixRemoved, PrefixRequest
 from gateway.token_ids import TokenIds
-from gateway.upstream import Upstream, UpstreamLost, broken
+from gateway.upstream import Upstream, UpstreamLost
 from gateway.witness import Asked, Witness
 
 _logger = logging.getLogger(__name__)
@@ -219,21 +219,16 @@ class Keeper:
 
     async def _send(self, plan: Plan, body: dict[str, Any]) -> int:
         """The status of the replica's answer, which is 200. Raises ApiError."""
-        name, headers = plan.replica.name, {"content-type": "application/json"}
+        name = plan.replica.name
         try:
-            async with asyncio.timeout(self._seconds_max):
-                response = await self._upstream.post(plan.replica, _PATH, msgspec.json.encode(body), headers)
-                with broken(plan.replica), contextlib.closing(response):
-                    answer = await response.read()
-        except TimeoutError:
-            raise Unavailable(f"{name} did not compute it in {self._seconds_max:g} s.") from None
+            status, answer = await self._upstream.post_json(plan.replica, _PATH, msgspec.json.encode(body), self._seconds_max)
         except UpstreamLost as error:
             self._fleet.suspect(name)
-            raise Unavailable(f"{name} was lost.") from error
-        if response.status != 200:
-            _logger.warning("%s answered %d to a prefix: %s", name, response.status, answer[:200])
-            raise InvalidRequest(f"{name} refused it with status {response.status}.")
-        return response.status
+            raise Unavailable(f"{error}.") from error
+        if status != 200:
+            _logger.warning("%s answered %d to a prefix: %s", name, status, answer[:200])
+            raise InvalidRequest(f"{name} refused it with status {status}.")
+        return status
 
     def _refusals(self, replica: str) -> int:
         table = self._planner.registry.tables().get(replica)

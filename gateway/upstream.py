@@ -114,20 +114,31 @@ class Upstream:
         """The body of the 200 answer to a POST without a body. Raises UpstreamLost, also for any other status."""
         return await self._control(replica, path, _head("POST", f"{path}?{urlencode(query)}", (), 0))
 
+    async def post_json(self, replica: Replica, path: str, payload: bytes, seconds_max: float) -> tuple[int, bytes]:
+        """The status and body of the answer to a JSON POST. Raises UpstreamLost, also when it takes longer."""
+        head = _head("POST", path, ((b"content-type", b"application/json"),), len(payload))
+        return await self._whole_answer(replica, path, head, payload, seconds_max)
+
     async def _control(self, replica: Replica, path: str, head: bytes) -> bytes:
+        status, content = await self._whole_answer(replica, path, head, b"", self._settings.control_seconds)
+        if status != 200:
+            raise UpstreamLost(f"{replica.name} answered {status} to {path}", connected=True)
+        return content
+
+    async def _whole_answer(
+        self, replica: Replica, path: str, head: bytes, payload: bytes, seconds_max: float
+    ) -> tuple[int, bytes]:
         try:
-            async with asyncio.timeout(self._settings.control_seconds):
-                connection = await self._exchange(replica, head, b"")
+            async with asyncio.timeout(seconds_max):
+                connection = await self._exchange(replica, head, payload)
                 try:
                     with broken(replica):
-                        content = await _whole(connection)
+                        return connection.status, await _whole(connection)
                 finally:
                     self.release(replica, connection)
         except TimeoutError as error:
-            raise UpstreamLost(f"{replica.name} did not answer {path} in time", connected=True) from error
-        if connection.status != 200:
-            raise UpstreamLost(f"{replica.name} answered {connection.status} to {path}", connected=True)
-        return content
+            text = f"{replica.name} did not answer {path} within {seconds_max:g} s"
+            raise UpstreamLost(text, connected=True) from error
 
     async def close(self) -> None:
         """Close all connections."""
