@@ -35,6 +35,18 @@ _REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = 
 )
 
 
+class _Children(dict[str, Histogram]):
+    """The children of a histogram by their one label: looking them up in it takes longer than an observation."""
+
+    def __init__(self, parent: Histogram) -> None:
+        super().__init__()
+        self._parent = parent
+
+    def __missing__(self, label: str) -> Histogram:
+        child = self[label] = self._parent.labels(label)
+        return child
+
+
 class Metrics:
     """What the front door measures of each request. One a process; `attach` adds everything that /kv/stats counts."""
 
@@ -57,15 +69,21 @@ class Metrics:
             registry=self.registry,
         )
         self.imports = ImportTimes(self.registry)
+        self._answers_of: dict[tuple[str, int], Counter] = {}
+        self._seconds_of = _Children(self._seconds)
+        self._first_of = _Children(self._first)
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
         """A request was answered, completely or as far as it went, `seconds` after it came. `endpoint` is of a fixed set."""
-        self._answers.labels(endpoint, str(status)).inc()
-        self._seconds.labels(endpoint).observe(seconds)
+        answers = self._answers_of.get((endpoint, status))
+        if answers is None:
+            answers = self._answers_of[endpoint, status] = self._answers.labels(endpoint, str(status))
+        answers.inc()
+        self._seconds_of[endpoint].observe(seconds)
 
     def first_byte(self, endpoint: str, seconds: float) -> None:
         """The first byte of an answer went out `seconds` after the request came."""
-        self._first.labels(endpoint).observe(seconds)
+        self._first_of[endpoint].observe(seconds)
 
     def attach(self, snapshot: Callable[[], KvStats]) -> None:
         """Show what `snapshot` counts too, read at each scrape."""

@@ -18,6 +18,7 @@ from gateway.plan import Plan
 from gateway.plan_witness import PlanWitness
 from gateway.planner import Planner
 from gateway.prefix_reader import PrefixReader
+from gateway.recent import RecentTables
 from gateway.recorder import Recorder
 from gateway.relay import Relay
 from gateway.seen import SeenPrefixes
@@ -56,7 +57,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
     models = ModelsCache(fleet, upstream)
     tables = TableDirectory(table_dir)
     tokens = TokenService(source_from_arguments(model, settings.vllm_args), settings.token_cache_bytes_max)
-    planner = Planner(fleet, tables, tokens, settings, lambda: models.known)
+    planner = Planner(fleet, RecentTables(tables), tokens, settings, lambda: models.known)
     access = AdminAccess(settings.admin_key)
     tenants = Tenants(settings.tenants, settings.admin_key)
     relay: Relay[Plan] = Relay(
