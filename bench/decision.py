@@ -1,6 +1,6 @@
 """What a decision costs the gateway, from body to plan, by length of prompt, number of replicas and what was seen.
 
-    python -m bench.decision --model DIR            a table of median milliseconds
+    python -m bench.decision --model DIR            a table of milliseconds
     python -m bench.decision --model DIR --memory   the memory of a gateway that steers a million blocks
 
 DIR holds the model's tokenizer.json. The planner, the tables and the tokenizer are the real ones; the replicas are tables that
@@ -92,8 +92,8 @@ def a_text(seed: object, tokens: int, service: TokenService) -> str:
     return " ".join(words[: tokens * min(500, tokens) // ids])
 
 
-async def milliseconds(planner: Planner, bodies: Iterator[Mapping[str, Any]], rounds: int) -> float:
-    """The median time of a plan."""
+async def milliseconds(planner: Planner, bodies: Iterator[Mapping[str, Any]], rounds: int) -> str:
+    """The median time of a plan, and the least."""
     taken = []
     for body in bodies:
         begun = time.perf_counter()
@@ -101,10 +101,10 @@ async def milliseconds(planner: Planner, bodies: Iterator[Mapping[str, Any]], ro
         taken.append(time.perf_counter() - begun)
         if len(taken) == rounds:
             break
-    return statistics.median(taken) * 1e3
+    return f"{statistics.median(taken) * 1e3:.2f} ({min(taken) * 1e3:.2f})"
 
 
-async def row(replicas: int, tokens: int, service: TokenService, rounds: int) -> list[float]:
+async def row(replicas: int, tokens: int, service: TokenService, rounds: int) -> list[str]:
     """The milliseconds of a plan for ids, text that is new, goes on from what was seen, and was seen before."""
     with a_fleet(replicas, max(64, min(40_000, 2_000_000 // replicas)), service) as (planner, writers):
         text = a_text((replicas, tokens), tokens, service)
@@ -123,12 +123,12 @@ async def row(replicas: int, tokens: int, service: TokenService, rounds: int) ->
 
 async def times(service: TokenService, lengths: Sequence[int], fleets: Sequence[int], rounds: int) -> None:
     """Print the table."""
-    print(f"median milliseconds of {rounds} plans")
-    print(f"{'replicas':>8} {'tokens':>8} {'ids given':>10} {'new text':>10} {'next turn':>10} {'seen text':>10}")
+    print(f"milliseconds, median and (least) of {rounds} plans")
+    print(f"{'replicas':>8} {'tokens':>8} {'ids given':>16} {'new text':>16} {'next turn':>16} {'seen text':>16}")
     for replicas in fleets:
         for tokens in lengths:
             found = await row(replicas, tokens, service, rounds)
-            print(f"{replicas:8} {tokens:8} " + " ".join(f"{each:10.2f}" for each in found), flush=True)
+            print(f"{replicas:8} {tokens:8} " + " ".join(f"{each:>16}" for each in found), flush=True)
 
 
 def megabytes() -> dict[str, float]:

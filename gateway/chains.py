@@ -6,7 +6,7 @@ from gateway.token_ids import TokenIds
 from transport.keys import HASHES, KEY_BYTES, Keys, as_keys, hash_blocks
 
 SECTION_BLOCKS = 64
-_ENTRY_BYTES = SECTION_BLOCKS * KEY_BYTES + 320
+SECTION_BYTES = SECTION_BLOCKS * KEY_BYTES + 160
 """What a section takes, measured: its keys, its name, and its place in an ordered dictionary."""
 
 
@@ -18,7 +18,7 @@ class ChainCache:
     """
 
     def __init__(self, bytes_max: int) -> None:
-        self._sections_max = bytes_max // _ENTRY_BYTES
+        self._sections_max = bytes_max // SECTION_BYTES
         self._sections: OrderedDict[bytes, bytes] = OrderedDict()
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ from threading import Lock
 
 from gateway.token_ids import TokenIds
 
-ENTRY_BYTES = 400
+ENTRY_BYTES = 310
 """What an entry takes beside its ids, measured: the key, the objects, and its place in an ordered dictionary."""
 
 

@@ -132,7 +132,7 @@ class Settings(BaseSettings):
     tokenize_inline_chars_max: int = Field(
         8192, ge=0, description="more text that was not seen before is tokenised in a thread, off the event loop"
     )
-    key_cache_bytes_max: int = Field(32 << 20, ge=0, description="block keys of prompts seen before; a million take 21 MB")
+    key_cache_bytes_max: int = Field(32 << 20, ge=0, description="block keys of prompts seen before; a million take 19 MB")
     token_cache_bytes_max: int = Field(128 << 20, ge=0, description="token ids of texts seen before; a million ids take 11 MB")
 
     # The supervisor.

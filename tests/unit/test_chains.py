@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.chains import SECTION_BLOCKS, ChainCache
+from gateway.chains import SECTION_BLOCKS, SECTION_BYTES, ChainCache
 from gateway.token_ids import TokenIds
 from transport.keys import HASH_NAMES, chain_keys, root_key
 
@@ -25,7 +25,7 @@ def test_keys_are_the_chains_whatever_was_hashed_before(prompts: list[Prompt], b
 
 
 def test_a_chain_goes_on_from_what_is_known_of_it_and_the_oldest_sections_go_first() -> None:
-    cache, ids = ChainCache(3 * (SECTION_BLOCKS * 16 + 320)), TokenIds.of(range(10 * SECTION_BLOCKS))
+    cache, ids = ChainCache(3 * SECTION_BYTES), TokenIds.of(range(10 * SECTION_BLOCKS))
     cache.keys(ROOTS[0], ids, 2 * SECTION_BLOCKS + 5, 1, "sha256")
     assert len(cache) == 2
     cache.keys(ROOTS[0], ids, 3 * SECTION_BLOCKS, 1, "sha256")

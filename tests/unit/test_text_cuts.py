@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from gateway.encoder import cuts_are_exact, encode_all, find_affixes, make_encoder
-from gateway.id_cache import IdCache
+from gateway.id_cache import ENTRY_BYTES, IdCache
 from gateway.text_cuts import Places, TextCuts, find_cuts
 from gateway.token_ids import TokenIds
 from tests.unit.tokenizer_kinds import CUT, SPECIALS, WHOLE, tokenizer_of
@@ -124,7 +124,7 @@ def test_bos_is_put_before_a_text_and_eos_behind_it() -> None:
 
 
 def test_the_cache_forgets_the_least_recently_used_text_first() -> None:
-    one, entry = TokenIds.of([1, 2, 3, 4]), 400 + 4 * 11
+    one, entry = TokenIds.of([1, 2, 3, 4]), ENTRY_BYTES + 4 * 11
     cache = IdCache(2 * entry)
     cache.put([(b"a", one), (b"b", one)])
     assert cache.get([b"a"]) == [one]
@@ -132,4 +132,4 @@ def test_the_cache_forgets_the_least_recently_used_text_first() -> None:
     assert cache.get([b"a", b"b", b"c"]) == [one, None, one]
     assert (len(cache), cache.held_bytes) == (2, 2 * entry)
     cache.put([(b"a", TokenIds.of([5]))])
-    assert (cache.get([b"a"]), cache.held_bytes) == ([TokenIds.of([5])], entry + 400 + 11)
+    assert (cache.get([b"a"]), cache.held_bytes) == ([TokenIds.of([5])], entry + ENTRY_BYTES + 11)
