@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
-from gateway.simulate.decisions import print_decisions
 from gateway.simulate.flags import parser
 from gateway.simulate.profiles import ProfileRefused, read_profile
 from gateway.simulate.report import Run, as_json, draw, print_runs, say
@@ -19,9 +18,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; return the exit status."""
     options = parser().parse_args(arguments)
     try:
-        if options.decisions:
-            print_decisions(options.decisions)
-            return 0
         runs = list(_make(list(_tasks(options)), options.jobs))
         print_runs(runs)
         if options.json:

@@ -32,9 +32,6 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1; with more, µs a decision mislead)")
     flags.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     flags.add_argument("--plot", type=Path, metavar="FILE", help="write a chart there, SVG: p90 over the rate")
-    flags.add_argument(
-        "--decisions", type=integers, metavar="N,…", help="only time one decision over real block tables of so many replicas"
-    )
     return flags
 
 

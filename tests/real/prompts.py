@@ -22,6 +22,10 @@ class Words:
         """A prompt as token ids."""
         return self._random.choices(self._ids, k=tokens)
 
+    def choices(self, tokens: int, seed: str) -> list[int]:
+        """Token ids that are the same for the same seed."""
+        return random.Random(seed).choices(self._ids, k=tokens)
+
     def text(self, tokens: int) -> str:
         """A prompt as text that the tokenizer turns into exactly `tokens` ids."""
         text: str = self.tokenizer.decode(self.ids(tokens))

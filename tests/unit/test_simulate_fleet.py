@@ -207,9 +207,3 @@ def test_options_that_make_no_sense_are_refused(flags: list[str]) -> None:
 def test_a_missing_trace_is_said_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "absent.jsonl")]) == 2
     assert "absent.jsonl" in capsys.readouterr().err
-
-
-def test_a_decision_over_real_tables_is_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.simulate.decisions.PROMPTS", (2048,))
-    assert main(["--decisions", "3"]) == 0
-    assert "2048" in capsys.readouterr().out
