@@ -47,6 +47,7 @@ class PeerKV:
     _key: ModelKey = field(init=False)
     _transport: str = field(init=False)
     _numbers: dict[str, int] = field(init=False)
+    _said: list[tuple[int, int, int]] = field(init=False)
     _decisions: dict[int, tuple[Decision, Candidate, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,6 +57,7 @@ class PeerKV:
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._exchanges = frozenset(self._names) if self.imports else frozenset()
         self._key = ModelKey(self.device)
+        self._said = [(0, 0, 0)] * self.fleet.replicas
         self._transport = "cuda_ipc" if self.device == "cuda" else "shared_memory"
 
     def choose(self, job: Job, now: float) -> Choice:
@@ -91,26 +93,24 @@ class PeerKV:
         """Every replica as steering sees it, in order; and the most blocks of the prompt that one of them holds."""
         size, fleet = self.fleet.trace_block_tokens, self.fleet
         runs = fleet.published.runs(job.chain)
-        held = [
-            covered_tokens(count, job.request.prompt_tokens, size, fleet.profile.engine.block_tokens) for count in runs.tolist()
+        whole = covered_tokens(len(job.chain), job.request.prompt_tokens, size, fleet.profile.engine.block_tokens)
+        self._listen()
+        loads, promised = self.load.load, self.load.promised(keys, size).get
+        exchanges, key, transport = self._exchanges, self._key, self._transport
+        candidates = [
+            Candidate(name, tokens, loads(name, now), exchanges, key, transport, promised(name), True, node)
+            for name, node, tokens in zip(self._names, self._nodes, np.minimum(runs * size, whole).tolist(), strict=True)
         ]
-        promises = self.load.promised(keys, size)
-        candidates = []
-        for engine, name, node, tokens in zip(fleet.engines, self._names, self._nodes, held, strict=True):
-            self.load.heard(name, _Words(len(engine.waiting), engine.waiting_tokens, engine.decoding))
-            candidates.append(
-                Candidate(
-                    name,
-                    tokens,
-                    self.load.load(name, now),
-                    self._exchanges,
-                    self._key,
-                    self._transport,
-                    promises.get(name),
-                    node=node,
-                )
-            )
         return candidates, int(runs.max(initial=0))
+
+    def _listen(self) -> None:
+        """Read every table's words, and pass on those that changed."""
+        said = self._said
+        for engine in self.fleet.engines:
+            words = (len(engine.waiting), engine.waiting_tokens, engine.decoding)
+            if words != said[engine.number]:
+                said[engine.number] = words
+                self.load.heard(self._names[engine.number], _Words(*words))
 
     def first_byte(self, job: Job, now: float) -> None:
         """The cost model learns from what was delivered."""

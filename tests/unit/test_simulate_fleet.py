@@ -16,7 +16,7 @@ from gateway.simulate.summary import Setting, Summary, summarize
 from gateway.simulate.traces import Conversations, Trace, TraceRequest, made_up, scaled
 
 SMALL = replace(H200_LLAMA_8B, engine=replace(H200_LLAMA_8B.engine, kv_blocks=12000))
-CONVERSATIONS = Conversations(conversations=150, turns=4, blocks_each_turn=(4, 40), requests_second=2.0, pause_seconds=6.0)
+CONVERSATIONS = Conversations(conversations=80, turns=4, blocks_each_turn=(4, 40), requests_second=2.0, pause_seconds=6.0)
 POLICIES = (*FIELD_POLICIES, *OWN_POLICIES)
 
 
@@ -118,7 +118,7 @@ def test_peerkv_is_not_later_than_any_other_at_a_low_rate(seed: int) -> None:
 
 def test_one_hot_prefix_is_spread_by_imports() -> None:
     system = tuple(range(40))
-    hot = Trace("hot", 512, tuple(TraceRequest(0.02 * n, 40 * 512 + 100, 200, (*system, 100 + n), n) for n in range(400)))
+    hot = Trace("hot", 512, tuple(TraceRequest(0.02 * n, 40 * 512 + 100, 200, (*system, 100 + n), n) for n in range(150)))
     played, _ = play("peerkv", hot, profile=H200_LLAMA_8B)
     computed_whole = [job for job in played.jobs if job.computed_tokens > 20 * 512]
     assert 1 <= len(computed_whole) <= 4  # at most once a replica
@@ -126,7 +126,7 @@ def test_one_hot_prefix_is_spread_by_imports() -> None:
 
 
 def test_a_fleet_over_many_hosts_counts_what_crosses_them() -> None:
-    many = made_up(replace(CONVERSATIONS, conversations=400, requests_second=60.0), 3)
+    many = made_up(replace(CONVERSATIONS, conversations=120, requests_second=12.0), 3)
     result = summary("peerkv", many, replicas=16)
     assert result.bytes_across_hosts + result.bytes_within_host > 0
     assert result.imbalance >= 1.0
