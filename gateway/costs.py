@@ -9,6 +9,7 @@ computes: new·(cached + new/2). Pure: times come in as arguments, all in second
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 from typing import NamedTuple
 
@@ -42,6 +43,10 @@ class PrefillTerms(NamedTuple):
     new_token: float
     pair: float
     decode_step: float
+
+
+PREFILL_FACTORS_MAX = PrefillTerms(inf, inf, inf, inf, 10.0)
+"""Decodes come with whatever else slows a machine down; their own cost is known well enough to bound it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +271,7 @@ class CostModel:
     def _fit(self, key: ModelKey) -> Fit:
         fit = self._prefill.get(key)
         if fit is None:
-            fit = self._prefill[key] = Fit(device_kind(key).prefill, MEMORY)
+            fit = self._prefill[key] = Fit(device_kind(key).prefill, MEMORY, PREFILL_FACTORS_MAX)
         return fit
 
     def _transport_fit(self, transport: str) -> Fit:

@@ -6,6 +6,7 @@ the past fades fast. Coefficients that the samples say nothing about stay where 
 """
 
 from collections.abc import Sequence
+from math import inf
 
 HUBER = 1.5
 """Errors beyond so many times the usual one count linearly: Huber's own choice loses 5 % on normal errors."""
@@ -24,15 +25,20 @@ _SECONDS_MIN = 1e-9
 
 
 class Fit:
-    """Coefficients of at least 0, from `prior`, all above 0; a sample has faded to 1/e after `memory` further ones."""
+    """Coefficients of at least 0, from `prior`, all above 0; a sample has faded to 1/e after `memory` further ones.
 
-    __slots__ = ("_a", "_b", "_memory", "_scale", "_streak", "_unsolved", "_usual", "_z", "coefficients", "samples")
+    None becomes more than `factors_max` times its prior: where two things always come together, the samples can not tell which
+    of them takes the time, and one that is known to be small must not get it all.
+    """
 
-    def __init__(self, prior: Sequence[float], memory: int) -> None:
+    __slots__ = ("_a", "_b", "_memory", "_most", "_scale", "_streak", "_unsolved", "_usual", "_z", "coefficients", "samples")
+
+    def __init__(self, prior: Sequence[float], memory: int, factors_max: Sequence[float] = ()) -> None:
         if min(prior) <= 0:
             raise ValueError("a prior has to be above 0")
         size = len(prior)
         self._memory = memory
+        self._most = tuple(factors_max) or (inf,) * size
         self._scale = tuple(prior)
         self._z = [1.0] * size  # the coefficients in units of the prior
         self._a = [[0.0] * size for _ in range(size)]
@@ -88,6 +94,6 @@ class Fit:
                 pull = self._b[j] + drawn[j] + row[j] * z[j]
                 for value, other in zip(row, z, strict=True):
                     pull -= value * other
-                z[j] = max(0.0, pull / (row[j] + stay[j]))
+                z[j] = min(max(0.0, pull / (row[j] + stay[j])), self._most[j])
         self._unsolved = 0
         self.coefficients = tuple(scale * value for scale, value in zip(self._scale, z, strict=True))

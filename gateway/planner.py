@@ -236,7 +236,7 @@ class Planner:
             decision=decision,
             tag=tag,
             prompt=known.sent,
-            kv_transfer_params=_hint(asked, decision, tag) if flight.reports else None,
+            kv_transfer_params=_hint(asked, decision, tag, holding.tokens if holding else 0) if flight.reports else None,
             cache_salt=asked.salt or None,
             prompt_tokens=len(known.ids or ()),
             predicted_tokens=cached,
@@ -247,14 +247,18 @@ class Planner:
         )
 
 
-def _hint(asked: Asked, decision: Decision, tag: int) -> dict[str, Any]:
-    """Tell the connector what to import. Without a source, it is told to look no further only if we know for certain."""
+def _hint(asked: Asked, decision: Decision, tag: int, held_tokens: int) -> dict[str, Any]:
+    """Tell the connector what to import.
+
+    Without a source, it is told to look no further only if we know for certain what the replica holds: what it is still
+    computing or importing may not be there in time, and then another replica may have it.
+    """
     hint: dict[str, Any] = {"tag": tag}
     if decision.source is not None and asked.known.cacheable:
         hint["source"] = decision.source
         if decision.import_tokens_max is not None:
             hint["tokens"] = decision.import_tokens_max
-    elif asked.known.certain and asked.known.count == 1:
+    elif asked.known.certain and asked.known.count == 1 and held_tokens >= decision.expected.local_tokens:
         hint["source"] = ""
     return {HINT: hint}
 

@@ -76,3 +76,10 @@ def test_the_usual_error_is_that_of_the_samples() -> None:
 def test_a_prior_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="above 0"):
         Fit((0.0, 1.0), 10)
+
+
+def test_a_coefficient_stays_below_its_bound_whatever_comes_with_it() -> None:
+    fit = Fit((0.05, 0.001), 400, (float("inf"), 5.0))
+    for place in range(100):
+        fit.observe((1.0, float(place % 2)), 0.05 + 0.5 * (place % 2))
+    assert fit.coefficients[1] == pytest.approx(0.005)

@@ -15,6 +15,7 @@ from gateway.parity import KindVerdict, Parity, ParityVerdict
 from gateway.plan import Plan
 from gateway.planner import Planner
 from gateway.served_models import ServedModels
+from gateway.steering import Action
 from gateway.tenants import ANONYMOUS, TenantContext
 from gateway.tokens import TokenService
 from tests.unit.replica_tables import ReplicaTables, StandingFleet, replica_tables
@@ -382,6 +383,13 @@ async def test_a_prompt_cache_key_keeps_together_what_nobody_holds(place: Place)
     assert spread == {"a", "b"}
     malformed = {(await place.plan(prompt, prompt_cache_key=["session"])).replica.name for prompt in prompts}
     assert malformed == {"a", "b"}
+
+
+async def test_a_request_that_relies_on_a_promise_may_be_served_by_another_holder(place: Place) -> None:
+    place.planner.started(await place.plan(LONG, pinned="a"))
+    relying = await place.plan(LONG, pinned="a")
+    assert (relying.decision.action, relying.predicted_tokens) == (Action.HIT, 600)
+    assert relying.kv_transfer_params == {"peerkv": {"tag": relying.tag}}
 
 
 async def test_a_promise_ends_with_the_request_that_made_it(place: Place) -> None:
