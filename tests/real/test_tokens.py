@@ -1,0 +1,26 @@
+"""The real model's tokenizer: text that was cut up gets the ids of the whole, also when part of it was seen before."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from gateway.encoder import make_encoder
+from gateway.id_cache import IdCache
+
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "gateway/text_cuts.py", "tests/unit/test_text_cuts.py")
+
+
+def test_documents_and_turns_get_the_ids_of_the_whole(running_fleet) -> None:
+    check(Path(running_fleet.model_dir))
+
+
+def check(model: Path) -> None:
+    """Compare for documents, one by one and growing turn by turn."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    encoder = make_encoder(tokenizer, IdCache(64 << 20))
+    assert encoder.cuts_texts
+    here, so_far = Path(__file__).parents[2], ""
+    for name in DOCUMENTS:
+        so_far += f"<|im_start|>user\n{(here / name).read_text('utf-8')}<|im_end|>\n"
+        for text in (so_far, so_far[: len(so_far) // 2], so_far):
+            assert encoder.encode(text, False) == tokenizer.encode(text, add_special_tokens=False).ids
