@@ -122,7 +122,7 @@ def unpin_before_reset(pool: Any, unpin: Callable[[], None]) -> None:
 
     vLLM (0.26 and 0.32, v1/core/sched/scheduler.py, reset_prefix_cache) refuses a reset while any block has a reference, raises
     if it had preempted everybody for it, as on sleep and pause, and asks connectors only afterwards. So this one pool gets a
-    method of its own in place of its class's.
+    method of its own in place of its class's. A reset that vLLM refuses all the same, since requests run, costs the pins too.
     """
     reset = pool.reset_prefix_cache
 
