@@ -28,7 +28,7 @@ class KnownPrompt:
     """`ids` steer a request (None: unknown); `sent` replaces the text in the body.
 
     `certain` says that `ids` are exactly the engine's, `cacheable` that the engine may take any of them from a cache. `tokens`
-    is its length, by estimate where the ids are not known.
+    is its length, by estimate where the ids are not known. `chat_ids` says that they may stand for a chat's messages.
     """
 
     ids: TokenIds | None
@@ -38,6 +38,7 @@ class KnownPrompt:
     count: int = 1
     tokens: int = 0
     why_unknown: str = ""
+    chat_ids: bool = False
 
 
 class PromptReader:
@@ -125,7 +126,8 @@ class PromptReader:
             return KnownPrompt(None, cacheable=cacheable, tokens=guess, why_unknown=str(long))
         except NoTokenIds as unknown:
             return KnownPrompt(None, cacheable=cacheable, tokens=guess, why_unknown=str(unknown))
-        return KnownPrompt(ids, None, certain, cacheable, tokens=len(ids))
+        chat_ids = certain and not body.get("echo") and len(ids) > 0
+        return KnownPrompt(ids, None, certain, cacheable, tokens=len(ids), chat_ids=chat_ids)
 
     def _context_tokens(self) -> int | None:
         models = self._models()

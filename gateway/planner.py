@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Set
 from typing import Any, Protocol
@@ -30,6 +31,10 @@ HINT = "peerkv"
 
 {"source": a replica's name, "" to import nothing; "tag": int, comes back with the delivery; "tokens": import no further}.
 """
+CHAT_IDS = "prompt_token_ids"
+"""The key in kv_transfer_params under which vLLM's server takes a chat's token ids."""
+CHAT_IDS_SINCE = (0, 32)
+"""The first version known to do so. Version 0.26 does not, and would hand them on to the engine."""
 AFFINITY_CHARS_MAX = 512
 _TAG_BITS = 62
 
@@ -43,6 +48,8 @@ class PlannerSettings(Protocol):
     def tokenize_inline_chars_max(self) -> int: ...
     @property
     def key_cache_bytes_max(self) -> int: ...
+    @property
+    def send_chat_ids(self) -> bool: ...
 
 
 class Planner:
@@ -61,6 +68,7 @@ class Planner:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
+        self._send_chat_ids = settings.send_chat_ids
         self.registry = Registry(tables, settings.key_cache_bytes_max)
         self._reader = PromptReader(tokens, settings.tokenize_inline_chars_max, models)
         self._clock = clock
@@ -231,12 +239,15 @@ class Planner:
             teaches=known.count == 1 and not asked.embeds,
             reports=table is not None and not asked.embeds,
         )
+        params = _hint(asked, decision, tag, holding.tokens if holding else 0) if flight.reports else None
+        if params is not None and known.chat_ids and self._send_chat_ids and table is not None and _takes_chat_ids(table):
+            params[CHAT_IDS] = known.ids
         return Plan(
             replica=replica,
             decision=decision,
             tag=tag,
             prompt=known.sent,
-            kv_transfer_params=_hint(asked, decision, tag, holding.tokens if holding else 0) if flight.reports else None,
+            kv_transfer_params=params,
             cache_salt=asked.salt or None,
             prompt_tokens=len(known.ids or ()),
             predicted_tokens=cached,
@@ -261,6 +272,12 @@ def _hint(asked: Asked, decision: Decision, tag: int, held_tokens: int) -> dict[
     elif asked.known.certain and asked.known.count == 1 and held_tokens >= decision.expected.local_tokens:
         hint["source"] = ""
     return {HINT: hint}
+
+
+def _takes_chat_ids(table: Table) -> bool:
+    """Tell whether an engine takes token ids in place of rendering and tokenising a chat's messages."""
+    found = re.match(r"(\d+)\.(\d+)", table.fingerprint_fields.get("vllm", ""))
+    return found is not None and (int(found[1]), int(found[2])) >= CHAT_IDS_SINCE
 
 
 def _affinity(body: Mapping[str, Any], salt: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from engine.fleet import ReplicaState
+from gateway.body import encode_body
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, PromptTooLong, ReplicaNotReady, UnknownReplica
 from gateway.model_files import TokenizerSource
 from gateway.parity import KindVerdict, Parity, ParityVerdict
@@ -18,7 +19,7 @@ from gateway.served_models import ServedModels
 from gateway.steering import Action
 from gateway.tenants import ANONYMOUS, TenantContext
 from gateway.tokens import TokenService
-from tests.unit.replica_tables import ReplicaTables, StandingFleet, replica_tables
+from tests.unit.replica_tables import FIELDS, ReplicaTables, StandingFleet, replica_tables
 from tests.unit.tiny_model import make_model
 from transport.directory import TableDirectory
 
@@ -33,6 +34,7 @@ class Bounds:
     prefixes_tracked_max: int = 1000
     tokenize_inline_chars_max: int = 100
     key_cache_bytes_max: int = 1 << 20
+    send_chat_ids: bool = True
 
 
 class Place:
@@ -100,6 +102,26 @@ async def test_requests_that_nobody_holds_spread_by_what_is_in_flight(place: Pla
     for first in range(4):
         place.planner.started(await place.plan([first, *LONG]))
     assert place.planner.in_flight() == {"a": 2, "b": 2}
+
+
+async def test_a_chats_ids_go_with_it_to_an_engine_that_takes_them(place: Place) -> None:
+    place.tables.start("c", fields={**FIELDS, "vllm": "0.32.0+cpu"})
+    place.tables.start("d", fields={**FIELDS, "vllm": "0.26.1"})
+    place.fleet = place.planner._fleet = StandingFleet("a", "c", "d", directory=place.tables.directory)
+
+    async def sent(replica: str, **body: Any) -> Any:
+        body = {"messages": [{"role": "user", "content": "this"}], **body}
+        plan = await place.planner.plan("chat", body, ANONYMOUS, pinned=replica)
+        assert plan.kv_transfer_params is not None
+        return plan.kv_transfer_params.get("prompt_token_ids")
+
+    assert await sent("c") == place.tokens.encode_chat({"messages": [{"role": "user", "content": "this"}]})
+    assert b'"prompt_token_ids":[0,' in encode_body({"kv_transfer_params": {"prompt_token_ids": await sent("c")}})
+    assert [await sent("d"), await sent("a"), await sent("c", echo=True)] == [None, None, None]
+    place.planner.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.DEGRADED))
+    assert await sent("c") is None
+    place.planner.parity, place.planner._send_chat_ids = EXACT, False
+    assert await sent("c") is None
 
 
 async def test_a_text_goes_as_the_engines_ids(place: Place) -> None:
