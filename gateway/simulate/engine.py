@@ -100,8 +100,8 @@ class Engine:
         decodes = profile.decode_seconds_sequence * decoding + profile.decode_seconds_context_token * context
         self._began, self._slowdown = now, slowdown
         if tokens:
-            computing = profile.prefill_seconds_token * tokens + profile.attention_seconds_pair * pairs + decodes
-            self._first_step_seconds = max(profile.prefill_step_seconds_min, computing)
+            computing = profile.prefill_seconds_token * tokens + profile.attention_seconds_pair * pairs
+            self._first_step_seconds = max(profile.prefill_step_seconds_min, profile.prefill_step_seconds + computing + decodes)
             self._taken = 1
         else:
             self._first_step_seconds = profile.decode_step_seconds + decodes

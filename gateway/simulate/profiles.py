@@ -17,7 +17,8 @@ class ProfileRefused(Exception):
 class EngineProfile:
     """One replica. A step that computes n prompt tokens behind c earlier ones beside B running decodes of C tokens in all takes
 
-        max(prefill_step_seconds_min, prefill_seconds_token n + attention_seconds_pair n (c + n/2) + decodes)
+        max(prefill_step_seconds_min, prefill_step_seconds + prefill_seconds_token n
+            + attention_seconds_pair n (c + n/2) + decodes)
 
     and one without prompt tokens `decode_step_seconds + decodes`, where decodes is
     `decode_seconds_sequence B + decode_seconds_context_token C`.
@@ -29,6 +30,7 @@ class EngineProfile:
     batched_tokens_max: int = 8192
     sequences_max: int = 1024
     prefill_step_seconds_min: float = 0.019
+    prefill_step_seconds: float = 0.4e-3
     prefill_seconds_token: float = 22.3e-6
     attention_seconds_pair: float = 0.865e-9
     decode_step_seconds: float = 5.2e-3
@@ -92,6 +94,7 @@ CPU_SMOLLM2 = Profile(
         batched_tokens_max=2048,
         sequences_max=16,
         prefill_step_seconds_min=0.03,
+        prefill_step_seconds=0.02,
         prefill_seconds_token=1.4e-3,
         attention_seconds_pair=0.8e-6,
         decode_step_seconds=0.025,

@@ -4,6 +4,7 @@ Every time is from sending a request to the gateway to the first data of its eve
 the gateway and the client.
 """
 
+import contextlib
 import json
 import statistics
 import threading
@@ -26,6 +27,7 @@ DECODING_TOGETHER = 4
 CONTENDED_TOKENS = 1100
 BATCHED_TOKENS_MAX = 2048
 BLOCK_TOKENS = 32
+IMPORT_TOKENS_MIN = 200  # smaller copies are lost in the noise
 KV_TOKEN_BYTES = 46080
 """Of the default model, in float32; only the ratio to the fitted bandwidth matters."""
 
@@ -54,6 +56,19 @@ def stream(client: httpx.Client, body: dict[str, Any], replica: str = "") -> Str
     return Streamed(first, time.perf_counter() - began, cached)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Median seconds to the first token by prompt size, and of decode steps; by what share a busy neighbour slows a replica."""
+
+    cold: dict[int, float]
+    hit: dict[int, float]
+    imported: dict[int, float]
+    decode_alone: float
+    decode_together: float
+    contention: float
+    kv_blocks: int
+
+
 class Calibration:
     """Asks a quiet fleet."""
 
@@ -71,33 +86,10 @@ class Calibration:
         for size in SIZES:
             cold[size], hit[size], imported[size] = (statistics.median(times) for times in zip(*self._sizes(size), strict=True))
             self._say(f"{size} tokens: cold {cold[size]:.3f} s, hit {hit[size]:.3f} s, import {imported[size]:.3f} s")
-        fixed, token, square = _least_squares(lambda n: (1.0, n, n * n), cold)
-        hit_fixed, hit_token = _least_squares(lambda n: (1.0, n), hit)
-        import_fixed, import_token = _least_squares(
-            lambda n: (1.0, n), {n: max(1e-4, imported[n] - hit[n]) for n in SIZES if n > BLOCK_TOKENS * 4}
-        )
-        step, sequence = self._decode_steps()
-        least = max(0.0, min(hit_fixed, step))
-        handling = max(0.0, hit_fixed - least)
-        engine = EngineProfile(
-            block_tokens=BLOCK_TOKENS,
-            kv_blocks=int(self._fleet.table(REPLICAS[0]).num_blocks),
-            kv_bytes_token=KV_TOKEN_BYTES,
-            batched_tokens_max=BATCHED_TOKENS_MAX,
-            sequences_max=16,
-            prefill_step_seconds_min=least,
-            prefill_seconds_token=max(1e-6, token - hit_token),
-            attention_seconds_pair=2 * square,
-            decode_step_seconds=step,
-            decode_seconds_sequence=sequence,
-            decode_seconds_context_token=0.0,
-            request_seconds=max(0.0, handling, fixed - least),
-            request_seconds_token=max(0.0, hit_token),
-            response_seconds=0.0,
-            contention=self._contention(cold[CONTENDED_TOKENS]),
-        )
-        links = LinkProfile(within_host_seconds=import_fixed, within_host_bytes_second=KV_TOKEN_BYTES / max(import_token, 1e-9))
-        return Profile("calibrated", engine, links)
+        alone, together = self._decode_steps()
+        contention = self._contention(cold[CONTENDED_TOKENS])
+        with contextlib.closing(self._fleet.table(REPLICAS[0])) as table:
+            return fitted(Measured(cold, hit, imported, alone, together, contention, table.num_blocks))
 
     def _sizes(self, size: int) -> list[tuple[float, float, float]]:
         """Seconds cold, by a local hit, and by an import, each time with a prompt of its own."""
@@ -112,12 +104,12 @@ class Calibration:
         return times
 
     def _decode_steps(self) -> tuple[float, float]:
-        """Seconds of a step for one sequence, and for each further one."""
-        alone = statistics.median(self._decode(1) for _ in range(REPEATS))
-        together = statistics.median(self._decode(DECODING_TOGETHER) for _ in range(REPEATS))
-        sequence = max(0.0, (together - alone) / (DECODING_TOGETHER - 1))
-        self._say(f"a decode step: {alone * 1e3:.1f} ms, {sequence * 1e3:.1f} ms more for each further sequence")
-        return max(1e-4, alone - sequence), sequence
+        """Seconds of a step for one sequence, and for DECODING_TOGETHER."""
+        alone, together = (
+            statistics.median(self._decode(sequences) for _ in range(REPEATS)) for sequences in (1, DECODING_TOGETHER)
+        )
+        self._say(f"a decode step: {alone * 1e3:.1f} ms, of {DECODING_TOGETHER} sequences {together * 1e3:.1f} ms")
+        return alone, together
 
     def _decode(self, sequences: int) -> float:
         prompts = [self._words.ids(40) for _ in range(sequences)]
@@ -146,6 +138,39 @@ class Calibration:
             thread.join()
         assert len(answers) == len(asked), "a request failed"
         return answers
+
+
+def fitted(measured: Measured) -> Profile:
+    """Return the profile whose engine would take those times."""
+    fixed, token, square = _least_squares(lambda n: (1.0, n, n * n), measured.cold)
+    hit_fixed, hit_token = _least_squares(lambda n: (1.0, n), measured.hit)
+    sizes = [size for size in measured.imported if size >= IMPORT_TOKENS_MIN]
+    copies = {size: max(1e-4, measured.imported[size] - measured.hit[size]) for size in sizes}
+    import_fixed, import_token = _least_squares(lambda n: (1.0, n), copies)
+    sequence = max(0.0, (measured.decode_together - measured.decode_alone) / (DECODING_TOGETHER - 1))
+    step = max(1e-4, measured.decode_alone - sequence)
+    least = min(hit_fixed, step)
+    handling = hit_fixed - least
+    engine = EngineProfile(
+        block_tokens=BLOCK_TOKENS,
+        kv_blocks=measured.kv_blocks,
+        kv_bytes_token=KV_TOKEN_BYTES,
+        batched_tokens_max=BATCHED_TOKENS_MAX,
+        sequences_max=16,
+        prefill_step_seconds_min=least,
+        prefill_step_seconds=max(0.0, fixed - handling),
+        prefill_seconds_token=max(1e-6, token - hit_token),
+        attention_seconds_pair=2 * square,
+        decode_step_seconds=step,
+        decode_seconds_sequence=sequence,
+        decode_seconds_context_token=0.0,
+        request_seconds=handling,
+        request_seconds_token=hit_token,
+        response_seconds=0.0,
+        contention=measured.contention,
+    )
+    links = LinkProfile(within_host_seconds=import_fixed, within_host_bytes_second=KV_TOKEN_BYTES / max(import_token, 1e-9))
+    return Profile("calibrated", engine, links)
 
 
 def _least_squares(terms: Callable[[int], tuple[float, ...]], seconds: dict[int, float]) -> tuple[float, ...]:

@@ -129,10 +129,10 @@ def measure(fleet: Fleet, options: argparse.Namespace, say: Callable[[str], None
     """Calibrate, play for real, simulate."""
     profile = Calibration(fleet, say).profile()
     shape = made_up(_shape(options.requests), options.seed, block_tokens=BLOCK_TOKENS)
-    trace = _faster(shape, rate_for(profile, shape, options.load))
+    trace = sped_up(shape, rate_for(profile, shape, options.load))
     say(f"{len(trace.requests)} requests in {trace.seconds:.0f} s, {trace.prompt_tokens} prompt tokens")
     real = play_real(fleet, trace, options.seed)
-    warm = _faster(made_up(_shape(100), options.seed + 1, block_tokens=BLOCK_TOKENS), rate_for(profile, shape, options.load))
+    warm = sped_up(made_up(_shape(100), options.seed + 1, block_tokens=BLOCK_TOKENS), rate_for(profile, shape, options.load))
     return profile, real, play_simulated(profile, trace, warm)
 
 
@@ -141,7 +141,8 @@ def _shape(requests: int) -> Conversations:
     return Conversations(**values)
 
 
-def _faster(trace: Trace, rate: float) -> Trace:
+def sped_up(trace: Trace, rate: float) -> Trace:
+    """Return the trace with its arrivals `rate` times as fast."""
     requests = tuple(
         TraceRequest(it.arrival / rate, it.prompt_tokens, it.output_tokens, it.blocks, it.session) for it in trace.requests
     )

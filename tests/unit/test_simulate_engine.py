@@ -20,6 +20,7 @@ PLAIN = EngineProfile(
     batched_tokens_max=256,
     sequences_max=8,
     prefill_step_seconds_min=0.0,
+    prefill_step_seconds=0.0,
     prefill_seconds_token=1e-3,
     attention_seconds_pair=0.0,
     decode_step_seconds=0.01,
@@ -66,6 +67,11 @@ def test_a_prompt_alone_takes_what_its_tokens_cost() -> None:
     (job,) = play(request(1.0, 200)).jobs
     assert job.first_token == pytest.approx(1.2)
     assert (job.computed_tokens, job.local_tokens) == (200, 0)
+
+
+def test_each_step_of_a_prompt_has_its_fixed_cost() -> None:
+    (job,) = play(request(0.0, 600), engine=replace(PLAIN, prefill_step_seconds=0.05)).jobs
+    assert job.first_token == pytest.approx(0.6 + 3 * 0.05)
 
 
 def test_attention_grows_with_the_square_whatever_the_chunks() -> None:
