@@ -58,13 +58,13 @@ class Flights:
         aloft.first_byte_at = now
         self._load.first_byte(tag, now)
         if aloft.flight.streamed:
-            self._teach(aloft, final=False)
+            self._teach(aloft)
 
     def finished(self, tag: int, now: float) -> None:
         """The request ended, well or not."""
         aloft = self._aloft.pop(tag, None)
         if aloft is not None:
-            self._teach(aloft, final=True)
+            self._teach(aloft)
             self._load.finished(tag, now)
 
     def listen(self, replica: str, table: Table) -> None:
@@ -90,10 +90,10 @@ class Flights:
         aloft.delivery = delivery
         self._load.first_byte(delivery.tag, delivery.first_token_ns / 1e9)
         if not aloft.flight.streamed or aloft.first_byte_at:
-            self._teach(aloft, final=False)
+            self._teach(aloft)
 
-    def _teach(self, aloft: _Aloft, *, final: bool) -> None:
-        """Tell the cost model once: as soon as the time and the tokens are both known, at the end with what is known."""
+    def _teach(self, aloft: _Aloft) -> None:
+        """Tell the cost model once, as soon as the time and the tokens are both known."""
         flight, delivery = aloft.flight, aloft.delivery
         ticket = flight.ticket
         if aloft.taught or not flight.teaches or (delivery is None and (flight.reports or not flight.streamed)):

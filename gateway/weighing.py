@@ -17,7 +17,7 @@ SPLIT_GAIN_SECONDS_MIN = 5e-4
 BUSY_MAX = 0.95
 """A hot prefix is not reckoned to keep its holders busier than this, so that the wait expected of it stays finite."""
 WORK_PRICE_MAX = 3.0
-"""Bound on the price of a second of computing. The price is how many requests wait a replica: they wait so much longer."""
+"""Bound on the price of a second of computing: one for each request that waits there, as they all wait that much longer."""
 REMOTE_TRANSPORT = "rdma"
 
 
@@ -51,8 +51,6 @@ class Weighing:
         self._candidates = candidates
         self._prefills: dict[tuple[ModelKey, int], float] = {}
         self._works: dict[tuple[ModelKey, int], float] = {}
-        waiting = sum(candidate.load.waiting for candidate in candidates)
-        self._price = min(WORK_PRICE_MAX, waiting / max(1, len(candidates)))
         sources = [candidate for candidate in candidates if candidate.held_tokens > 0]
         sources.sort(key=lambda holder: (-holder.held_tokens, holder.load.reading, holder.name))
         self._sources = sources
@@ -90,7 +88,7 @@ class Weighing:
         candidate, local = taker.candidate, taker.local_tokens
         prefill = self._prefill(candidate, local)
         best = _Way(
-            prefill + self._price * self._work(candidate.key, local),
+            prefill + _price(candidate) * self._work(candidate.key, local),
             0.0,
             prefill,
             local,
@@ -135,7 +133,7 @@ class Weighing:
         held = min(source.held_tokens, self._useful)
         transfer, prefill = fixed + a_token * (held - local), self._prefill(taker, held)
         whole = _Way(
-            transfer + prefill + self._price * self._work(taker.key, held), transfer, prefill, held, source, Action.PULL
+            transfer + prefill + _price(taker) * self._work(taker.key, held), transfer, prefill, held, source, Action.PULL
         )
         size = self._prompt.block_size
         cut = (self._prompt.tokens - self._costs.free_tokens(taker.key)) // size * size
@@ -143,7 +141,7 @@ class Weighing:
             return whole
         transfer, prefill = fixed + a_token * (cut - local), self._prefill(taker, cut)
         split = _Way(
-            transfer + prefill + self._price * self._work(taker.key, cut), transfer, prefill, cut, source, Action.SPLIT
+            transfer + prefill + _price(taker) * self._work(taker.key, cut), transfer, prefill, cut, source, Action.SPLIT
         )
         return split if split.score < whole.score - SPLIT_GAIN_SECONDS_MIN else whole
 
@@ -173,3 +171,7 @@ class Weighing:
             busy = min(prompt.rate * service / (max(1, len(self._sources)) + one_more), BUSY_MAX)
             known = self._waits[key, one_more] = service * busy / (2 * (1 - busy))  # M/D/1
         return known
+
+
+def _price(taker: Candidate) -> float:
+    return min(WORK_PRICE_MAX, taker.load.waiting)

@@ -101,6 +101,12 @@ def test_a_prompt_that_is_being_computed_is_waited_for_and_not_computed_again() 
     assert decide(fleet).replica == "b"
 
 
+@pytest.mark.parametrize(("waiting_there", "chosen"), [(0, "b"), (3, "a")])
+def test_computing_where_others_wait_costs_what_they_wait_longer(waiting_there: int, chosen: str) -> None:
+    there = replica("b", load=waiting(2000, waiting=waiting_there), others=frozenset())
+    assert decide([replica("a", 12_000, 20_000), there]).replica == chosen
+
+
 def test_a_cold_fleet_spreads_over_all_replicas() -> None:
     fleet = [replica(name) for name in "abc"]
     assert [decide(fleet, turn=turn).replica for turn in range(6)] == ["a", "b", "c", "a", "b", "c"]
