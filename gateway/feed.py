@@ -42,9 +42,12 @@ class DeliveryFeed:
         if place is not None:
             self._read(replica, place)
 
-    def refresh(self) -> None:
-        """Take note of tables that came or were replaced, and hand on everything that is new."""
-        for replica, table in self._tables().items():
+    def refresh(self, tables: Mapping[str, Table] | None = None) -> None:
+        """Take note of tables that came or were replaced, and hand on everything that is new.
+
+        `tables` are the live ones of this moment; without them they are asked for.
+        """
+        for replica, table in (self._tables() if tables is None else tables).items():
             place = self._places.get(replica)
             if place is None or place.table is not table:
                 if place is not None:
@@ -52,11 +55,6 @@ class DeliveryFeed:
                 self._places[replica] = _Place(table)
         for replica, place in self._places.items():
             self._read(replica, place)
-
-    def knows(self, replica: str, table: Table | None) -> bool:
-        """Whether that table is the one that is read."""
-        place = self._places.get(replica)
-        return place is not None and place.table is table
 
     def _read(self, replica: str, place: _Place) -> None:
         after = place.after

@@ -43,7 +43,7 @@ class Flights:
         self._load = load
         self._costs = costs
         self._aloft: dict[int, _Aloft] = {}
-        self._cursors: dict[str, tuple[int, int]] = {}
+        self._heard: set[str] = set()
 
     def started(self, flight: Flight, now: float) -> None:
         """The request is about to be sent."""
@@ -68,22 +68,18 @@ class Flights:
             self._load.finished(tag, now)
 
     def listen(self, replica: str, table: Table) -> None:
-        """Take in what an engine wrote since the last call: its load, and what it delivered."""
+        """Take in what an engine says of its load."""
+        self._heard.add(replica)
         self._load.heard(replica, table.load())
-        epoch, after = self._cursors.get(replica, (0, 0))
-        cursor, deliveries = table.deliveries(after if epoch == table.epoch else 0)
-        if (epoch, after) != (table.epoch, cursor):
-            self._cursors[replica] = (table.epoch, cursor)
-        for delivery in deliveries:
-            self._delivered(delivery)
 
     def keep(self, replicas: Container[str]) -> None:
         """Forget what engines said that are gone."""
-        for name in [name for name in self._cursors if name not in replicas]:
-            del self._cursors[name]
+        for name in [name for name in self._heard if name not in replicas]:
+            self._heard.discard(name)
             self._load.forget(name)
 
-    def _delivered(self, delivery: Delivery) -> None:
+    def delivered(self, replica: str, table: Table, delivery: Delivery) -> None:
+        """Take in what an engine tells of a request, each record once."""
         aloft = self._aloft.get(delivery.tag)
         if aloft is None or not delivery.first_token_ns or aloft.delivery is not None:
             return

@@ -27,7 +27,7 @@ class PlanWitness:
         """The request is about to be sent to the plan's replica."""
         table = self._planner.registry.ledger.table(plan.replica.name)
         planned = planned_of(plan, asked, table, self._planner.parity, self._wall_clock())
-        return self._recorder.sent(planned, Origin(asked.tenant, plan.asked.known.ids, plan.asked.lora), table)
+        return self._recorder.sent(planned, Origin(asked.tenant, plan.asked.known.ids, plan.asked.lora))
 
     def first_byte(self, entry: Entry) -> bytes:
         """The replica's answer begins; returns the value of x-peerkv-cache, empty if not known."""

@@ -11,6 +11,7 @@ from engine.fleet import FleetView, Replica, ReplicaState
 from gateway.body import Endpoint
 from gateway.costs import CostModel, ModelKey
 from gateway.errors import NoReplicaReady, ReplicaNotReady, UnknownReplica
+from gateway.feed import DeliveryFeed
 from gateway.flights import Flight, Flights
 from gateway.known_prompt import PromptReader
 from gateway.load import FleetLoad, Ticket
@@ -78,6 +79,8 @@ class Planner:
         self.costs = CostModel()
         self.load = FleetLoad()
         self._flights = Flights(self.load, self.costs)
+        self.feed = DeliveryFeed(self.registry.tables)
+        self.feed.add(self._flights.delivered)
         self._popularity = Popularity(settings.prefixes_tracked_max)
         self.parity_counts = ParityCounts()
         self.counts = SteeringCounts()
@@ -139,6 +142,7 @@ class Planner:
         table = self.registry.table(replica)
         if table is not None:
             self._flights.listen(replica, table)
+            self.feed.poll(replica)
 
     def _ready(self, pinned: str | None, exclude: Set[str]) -> list[Replica]:
         snapshot = self._fleet.snapshot()
@@ -162,6 +166,7 @@ class Planner:
         self._flights.keep(tables)
         for name, table in tables.items():
             self._flights.listen(name, table)
+        self.feed.refresh(tables)
         look_up = LookUp()
         if known.ids is not None:
             look_up = self.registry.look_up(known.ids, asked.salt, asked.lora, tables)

@@ -52,10 +52,8 @@ class Recorder:
         self._origins: dict[int, Origin] = {}
         feed.add(self._delivered)
 
-    def sent(self, planned: Planned, origin: Origin, table: Table | None) -> Entry:
-        """An attempt goes to its replica, whose block table is `table`."""
-        if not self.feed.knows(planned.replica, table):
-            self.feed.refresh()
+    def sent(self, planned: Planned, origin: Origin) -> Entry:
+        """An attempt goes to its replica."""
         self._origins[planned.tag] = origin
         return self.ledger.open(planned, self._clock())
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from engine.fleet import FleetView
 from gateway.access import AdminAccess
 from gateway.app import build_app
-from gateway.feed import DeliveryFeed
 from gateway.frontdoor import FrontDoor
 from gateway.keeper import Keeper
 from gateway.ledger import Ledger
@@ -72,7 +71,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
     recorder = Recorder(
         Ledger(settings.ledger_requests_max),
         SeenPrefixes(settings.ledger_prefixes_max),
-        DeliveryFeed(planner.registry.tables),
+        planner.feed,
         planner.registry,
         tenants.salt_of,
     )

@@ -43,6 +43,8 @@ class Delivery:
     token was done, 0 if the request was aborted before. Tokens are the prompt's, prompt = local + peer + computed once it was
     scheduled. `planned_tokens` is what the last look-up promised from `source`, `import_ns` the time of the copy alone,
     `import_wait_ns` from the allocation of its blocks to its end as the scheduler sees it.
+
+    The order of the fields is part of the table's version.
     """
 
     tag: int = 0

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from transport import liveness
 from transport.deliveries import Delivery, EngineLoad, PeerCounters
-from transport.delivery_ring import delivery
+from transport.delivery_ring import delivery, source_place
 from transport.errors import TableError
 from transport.fence import fence
 from transport.fingerprint import fingerprint_digest
@@ -230,10 +230,10 @@ class TableReader:
         `new - after` that were written, those not in the list were overwritten before they could be read.
         """
         newest, rows = self._deliveries.read(after)
-        if not len(rows):
+        if not rows:
             return newest, []
-        names = self._peers.names()
-        found = (delivery(words, names) for words in rows.tolist())
+        names = self._peers.names() if any(source_place(words) for words in rows) else []
+        found = (delivery(words, names) for words in rows)
         return newest, [each for each in found if each is not None]
 
     def peers(self) -> tuple[PeerCounters, ...]:

@@ -3,6 +3,7 @@
 import pytest
 
 from gateway.costs import CostModel, ModelKey
+from gateway.feed import DeliveryFeed
 from gateway.flights import Flight, Flights
 from gateway.load import IDLE, FleetLoad, Ticket
 from transport.deliveries import Delivery, EngineLoad
@@ -29,6 +30,8 @@ class Sky:
     def __init__(self) -> None:
         self.load, self.costs, self.table = FleetLoad(), CostModel(), StandingTable()
         self.flights = Flights(self.load, self.costs)
+        self.feed = DeliveryFeed(lambda: {"a": self.table})  # type: ignore[dict-item]
+        self.feed.add(self.flights.delivered)
 
     def start(self, tag: int, *, streamed: bool = True, reports: bool = True, teaches: bool = True) -> None:
         ticket = Ticket(tag, "a", None, 1000, 0, 1.0)
@@ -41,6 +44,7 @@ class Sky:
 
     def listen(self) -> None:
         self.flights.listen("a", self.table)  # type: ignore[arg-type]
+        self.feed.refresh()
 
     @property
     def learnt(self) -> int:
@@ -117,7 +121,7 @@ def test_deliveries_are_read_once_and_a_new_epoch_begins_anew(sky: Sky) -> None:
     sky.deliver(1, 0.2)
     sky.listen()
     sky.listen()
-    sky.table.epoch, sky.table.written = 2, []
+    sky.table = StandingTable()
     sky.start(2)
     sky.deliver(2, 0.3)
     sky.listen()

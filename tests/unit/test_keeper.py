@@ -15,7 +15,6 @@ from aiohttp import web
 from engine.fleet import ReplicaState
 from gateway.access import AdminAccess
 from gateway.app import build_app
-from gateway.feed import DeliveryFeed
 from gateway.keeper import Keeper
 from gateway.ledger import Ledger
 from gateway.model_files import TokenizerSource
@@ -87,7 +86,7 @@ class Scene:
         self.planner = Planner(self.fleet, TableDirectory(tables.directory), tokens, Bounds())
         self.planner.parity = EXACT
         registry = self.planner.registry
-        recorder = Recorder(Ledger(10), SeenPrefixes(10), DeliveryFeed(registry.tables), registry, tenants.salt_of)
+        recorder = Recorder(Ledger(10), SeenPrefixes(10), self.planner.feed, registry, tenants.salt_of)
         self.ledger = recorder.ledger
         self.now = 1000.0
         self.keeper = Keeper(

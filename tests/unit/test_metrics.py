@@ -92,8 +92,9 @@ def test_losses_peers_load_costs_and_verdicts_have_metrics(scene: Scene) -> None
     writer = scene.tables.writers["a"]
     writer.imported("b", "shared_memory", blocks=3, size=6_000_000, nanoseconds=2_000_000, failed=True)
     writer.tell_load([1, 2, 300, 4, 5, 6])
+    scene.recorder.feed.refresh()
     planned = Planned("r", 7, 0.0, "completions", "one", "", "a", "", "recompute", "", 100, 4)
-    entry = scene.recorder.sent(planned, Origin("one", None, ""), scene.planner.registry.tables()["a"])
+    entry = scene.recorder.sent(planned, Origin("one", None, ""))
     record = Delivery(
         tag=7, scheduled_ns=1, first_token_ns=2, prompt_tokens=100, computed_tokens=100,
         import_ns=2_000_000, import_wait_ns=30_000_000, source="b",

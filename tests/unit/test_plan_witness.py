@@ -8,7 +8,6 @@ import pytest
 
 from gateway.costs import ModelKey, Outcome
 from gateway.explain import explain
-from gateway.feed import DeliveryFeed
 from gateway.ledger import Entry, Ledger
 from gateway.load import IDLE
 from gateway.losses import LossReason
@@ -41,8 +40,7 @@ class Scene:
         self.planner = Planner(fleet, TableDirectory(tables.directory), tokens, Bounds())
         self.planner.parity = EXACT
         registry = self.planner.registry
-        feed = DeliveryFeed(registry.tables)
-        self.recorder = Recorder(Ledger(100), SeenPrefixes(100), feed, registry, lambda name: "")
+        self.recorder = Recorder(Ledger(100), SeenPrefixes(100), self.planner.feed, registry, lambda name: "")
         self.witness = PlanWitness(self.recorder, self.planner)
 
     async def send(

@@ -34,8 +34,8 @@ class Scene:
 
     def send(self, tag: int, tenant: str = "one", ids: list[int] = IDS, **changes: object) -> Entry:
         planned = replace(PLAN, tag=tag, tenant=tenant, prompt_tokens=len(ids), **changes)  # type: ignore[arg-type]
-        table = self.registry.tables().get(planned.replica)
-        return self.recorder.sent(planned, Origin(tenant, ids, ""), table)
+        self.recorder.feed.refresh()
+        return self.recorder.sent(planned, Origin(tenant, ids, ""))
 
     def deliver(self, tag: int, replica: str = "a", tokens: int = len(IDS), **figures: object) -> None:
         local, peer = figures.get("local_tokens", 0), figures.get("peer_tokens", 0)

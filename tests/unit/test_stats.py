@@ -7,7 +7,6 @@ import pytest
 
 from engine.fleet import ReplicaState
 from gateway import __version__
-from gateway.feed import DeliveryFeed
 from gateway.ledger import Ledger, Planned
 from gateway.ledger_stats import LoadStats
 from gateway.losses import LossReason
@@ -35,8 +34,7 @@ class Scene:
         self.now = 100.0
         self.door = {"requests": 7, "retries": 1, "in_flight": 2, "unheard_of": 5}
         registry = self.planner.registry
-        feed = DeliveryFeed(registry.tables)
-        self.recorder = Recorder(Ledger(10), SeenPrefixes(10), feed, registry, lambda name: None, lambda: self.now)
+        self.recorder = Recorder(Ledger(10), SeenPrefixes(10), self.planner.feed, registry, lambda name: None, lambda: self.now)
         self.view = StatsView(self.fleet, self.planner, tokens, self.recorder, lambda: self.door, lambda: self.now)
 
     def count(self, name: str, **counts: int) -> None:
@@ -159,8 +157,9 @@ def test_the_engines_load_is_shown_and_that_of_a_replica_without_a_table_is_noth
 
 
 def test_the_ledger_shows_every_reason_and_the_costs_what_was_learnt(scene: Scene) -> None:
+    scene.recorder.feed.refresh()
     planned = Planned("r", 7, 0.0, "completions", "one", "", "a", "", "recompute", "", 100, 4)
-    entry = scene.recorder.sent(planned, Origin("one", list(range(100)), ""), scene.planner.registry.tables()["a"])
+    entry = scene.recorder.sent(planned, Origin("one", list(range(100)), ""))
     record = Delivery(tag=7, scheduled_ns=1, first_token_ns=2, prompt_tokens=100, computed_tokens=100)
     scene.tables.writers["a"].deliver(record, "shared_memory")
     scene.recorder.ended(entry, 200)
