@@ -26,6 +26,7 @@ from typing import Any
 
 from tests.gpu.races import race
 from tests.gpu.replica import Replica, median, prompt, write_model
+from transport.deliveries import Delivery
 from transport.directory import TableDirectory
 from transport.table import TableReader
 
@@ -136,38 +137,48 @@ def exact(bench: Bench, **variant: Any) -> None:
 
 
 def ttft(bench: Bench, pair: list[Replica]) -> None:
-    """Time to the first token in the engine: computed, from the local cache, from the peer; and what the link carried."""
+    """Time to the first token: computed, from the local cache, from the peer; and what the link carried.
+
+    As the engine's client sees it, and (`engine_*`) as the scheduler does, from the request's arrival there.
+    """
     a, b = pair
     rng = random.Random(5)
     for tokens in bench.scale.sizes:
         times: dict[str, list[float]] = {"cold": [], "local": [], "import": []}
-        rates: list[float] = []
+        inside: dict[str, list[float]] = {"cold": [], "local": [], "import": []}
+        imports: list[Delivery] = []
         for turn in range(bench.scale.repeats):
             ids, fresh = prompt(tokens, 10 * tokens + turn), prompt(tokens, 10 * tokens + turn + 5000)
             a.ask(ids)
-            imported, cold = (lambda: _import_and_hit(bench, b, ids)), (lambda: b.ask(fresh, source="").first_seconds)  # noqa: B023
-            for action in rng.sample((imported, cold), 2):
-                found = action()
-                if isinstance(found, float):
-                    times["cold"].append(found)
-                else:
-                    times["import"].append(found[0])
-                    times["local"].append(found[1])
-                    rates.append(found[2])
+            for first in rng.sample(("import", "cold"), 2):
+                for kind in ("import", "local") if first == "import" else ("cold",):
+                    cursor, _ = bench.directory.tables()["replica-1"].deliveries(1 << 62)
+                    times[kind].append(
+                        b.ask(ids if kind != "cold" else fresh, source="" if kind == "cold" else None).first_seconds
+                    )
+                    delivery = _delivery(bench, cursor)
+                    inside[kind].append((delivery.first_token_ns - delivery.arrived_ns) / 1e9)
+                    if kind == "import":
+                        imports.append(delivery)
         cold, local, peer = (median(times[kind]) * 1e3 for kind in ("cold", "local", "import"))
         bench.row(
             "ttft", tokens=tokens, cold_ms=cold, local_ms=local, import_ms=peer, import_over_local=peer / local,
-            cold_over_import=cold / peer, gb_per_s=median(rates), repeats=bench.scale.repeats,
+            cold_over_import=cold / peer, gb_per_s=median([d.import_bytes / max(1, d.import_ns) for d in imports]),
+            **{f"engine_{kind}_ms": median(found) * 1e3 for kind, found in inside.items()},
+            copy_ms=median([d.import_ns / 1e6 for d in imports]),
+            import_wait_ms=median([d.import_wait_ns / 1e6 for d in imports]),
+            repeats=bench.scale.repeats,
         )  # fmt: skip
 
 
-def _import_and_hit(bench: Bench, b: Replica, ids: list[int]) -> tuple[float, float, float]:
-    """Return seconds to the first token by import and then by local hit, and the GB/s of the copy."""
-    before = bench.counters()
-    peer = b.ask(ids).first_seconds
-    after = bench.counters()
-    copied, took = (after[name] - before[name] for name in ("import_bytes", "import_nanoseconds"))
-    return peer, b.ask(ids).first_seconds, copied / max(1, took)
+def _delivery(bench: Bench, after: int) -> Delivery:
+    """Wait for the importer's record of the request that was just answered."""
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        _, found = bench.directory.tables()["replica-1"].deliveries(after)
+        if found:
+            return found[-1]
+    raise TimeoutError("the engine left no record of a request")
 
 
 def busy_owner(bench: Bench, pair: list[Replica]) -> None:
