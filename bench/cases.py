@@ -66,13 +66,23 @@ def bodies(case: Case, prompts: Prompts, endpoint: Endpoint, seed: int) -> Itera
     while True:
         head, tail = frames[number % DOCUMENTS]
         if prompts == "tail":
-            yield b"%s Question %016x?%s" % (head, number * 0x9E3779B97F4A7C15 % (1 << 64), tail)
+            yield b"%s Question: %s?%s" % (head, _question(number), tail)
         elif prompts == "same":
             yield head + tail
         else:
             opening = head.index(b"Document")
             yield b"%s%016x %s%s" % (head[:opening], number, head[opening:], tail)
         number += 1
+
+
+def _question(number: int) -> bytes:
+    """Eight words that no other number below 18 ** 8 has."""
+    number = number * 0x9E3779B1 % len(_WORDS) ** 8
+    words = []
+    for _ in range(8):
+        number, place = divmod(number, len(_WORDS))
+        words.append(_WORDS[place])
+    return " ".join(words).encode()
 
 
 def _frame(text: str, stream: bool, endpoint: Endpoint) -> tuple[bytes, bytes]:

@@ -92,7 +92,7 @@ class Bench:
 
     async def _case(self, arm: Arm, turn: int, case: Case, target: load.Target, proxy: Pinned | None) -> Figures:
         given = self._given
-        self._seed += 1 << 32
+        self._seed += 1 << 20
         source = bodies(case, given.prompts, given.endpoint, self._seed)
         await load.run(target, case, given.endpoint, source, given.warm_seconds, 0.0)
         cpu = proxy.cpu_seconds() if proxy else 0.0

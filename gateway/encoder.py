@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from itertools import islice
 
 from tokenizers import Tokenizer
 
@@ -14,6 +15,11 @@ _logger = logging.getLogger(__name__)
 
 CACHED_CHARS_MIN = 64
 """A shorter text is tokenised in 20 us, which is not worth an entry."""
+
+PIECE_CHARS_MIN = 40
+"""Pieces of what is new: tokenising takes ten times as long as looking up so many characters."""
+PIECED_CHARS_MAX = 8192
+"""A longer new text is mostly new: its pieces would only fill the cache."""
 
 _CANARIES = (
     "The first line\nSecond line of it.\n\nThird, after an empty one\nfourth: \n  indented \n\tFifth\r\nSixth\n",
@@ -38,6 +44,7 @@ class Encoder:
         self._cache = cache
         self._cuts = cuts
         self._affixes = affixes
+        self._fine = None if cuts is None else cuts.sized(PIECE_CHARS_MIN)
 
     @property
     def cuts_texts(self) -> bool:
@@ -68,10 +75,28 @@ class Encoder:
             new = {key: text for key, text, ids in zip(keys, texts, parts, strict=True) if ids is None}
             if new_chars_max is not None and sum(map(len, new.values())) > new_chars_max:
                 return None
-            fresh = dict(zip(new, encode_all(self._tokenizer, list(new.values()), special), strict=True))
+            fresh = dict(zip(new, self._fresh(list(new.values()), special), strict=True))
             self._cache.put((key, ids) for key, ids in fresh.items() if len(new[key]) >= CACHED_CHARS_MIN)
             parts = [fresh[key] if ids is None else ids for key, ids in zip(keys, parts, strict=True)]
         return TokenIds.joined([part for part in parts if part is not None])
+
+
+    def _fresh(self, texts: list[str], special: bool) -> list[TokenIds]:
+        """Tokenise texts that are not known as they are. Of a few, what is known is looked up in pieces of a line or less."""
+        if special or self._fine is None or sum(map(len, texts)) > PIECED_CHARS_MAX:
+            return encode_all(self._tokenizer, texts, special)
+        pieces = [self._fine.chunks(text) for text in texts]
+        sha256 = hashlib.sha256
+        keys = [sha256(piece.encode()).digest() for cut in pieces for piece in cut]
+        ids = self._cache.get(keys)
+        if None in ids:
+            every = [piece for cut in pieces for piece in cut]
+            new = {key: piece for key, piece, known in zip(keys, every, ids, strict=True) if known is None}
+            fresh = dict(zip(new, encode_all(self._tokenizer, list(new.values()), False), strict=True))
+            self._cache.put(fresh.items())
+            ids = [fresh[key] if known is None else known for key, known in zip(keys, ids, strict=True)]
+        parts = iter([known for known in ids if known is not None])
+        return [TokenIds.joined(list(islice(parts, len(cut)))) for cut in pieces]
 
 
 def encode_all(tokenizer: Tokenizer, texts: list[str], special: bool) -> list[TokenIds]:
