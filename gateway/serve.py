@@ -82,7 +82,7 @@ async def engine(settings: Settings) -> None:
 @contextlib.asynccontextmanager
 async def _serving(settings: Settings, first: StartingDoor) -> AsyncIterator[tuple[DoorServer, Switch]]:
     """An HTTP server on the settings' address. Raises SettingsError when the address cannot be had."""
-    listener = bind(settings.host, settings.port)
+    listener = bind(settings.host, settings.port, reuse_port=settings.reuse_port)
     switch = Switch(first)
     server = build_server(switch, settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))

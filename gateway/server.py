@@ -54,8 +54,11 @@ def build_server(app: Any, settings: Settings) -> DoorServer:
     return DoorServer(config)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens on the address. Raises SettingsError when it cannot be had."""
+def bind(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
+    """A socket that listens on the address; with `reuse_port` several processes may have one.
+
+    Raises SettingsError when it cannot be had.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
@@ -63,6 +66,8 @@ def bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:

@@ -78,6 +78,7 @@ class Settings(BaseSettings):
     # The front door.
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=1, le=65535, description="port to listen on")
+    reuse_port: bool = Field(False, description="share the port with other gateways that do so too")
     admin_key: SecretStr | None = Field(
         None, min_length=8, description="guards /metrics, /kv/* and replica pinning; unset: loopback callers only"
     )

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,32 @@ async def test_gateway_and_engine_run_as_two_processes(tmp_path: Path) -> None:
             assert (await gateway.complete())[0] == 200
         gateway.signal(signal.SIGTERM)
         assert await gateway.ended() == 0
+
+
+def _serves(gateway: Process) -> bool:
+    assert gateway.process.returncode is None, "".join(gateway.err)
+    return any("peerkv serves" in line for line in gateway.out)
+
+
+async def test_several_gateways_share_a_port_and_the_replicas(tmp_path: Path) -> None:
+    async def completes(port: int) -> bool:
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        # A connection of its own, so that the kernel deals it out anew.
+        async with aiohttp.ClientSession() as session, session.post(url, json=COMPLETION) as answer:
+            return answer.status == 200
+
+    shared = {"PEERKV_REUSE_PORT": "1"}
+    async with (
+        peerkv(tmp_path, command="gateway", **shared) as first,
+        peerkv(tmp_path, command="gateway", port=first.port, **shared) as second,
+        peerkv(tmp_path, command="engine"),
+    ):
+        for gateway in (first, second):
+            await until(partial(_serves, gateway), 60)
+        assert all([await completes(first.port) for _ in range(40)])
+        first.signal(signal.SIGTERM)
+        assert await first.ended() == 0
+        assert all([await completes(second.port) for _ in range(40)])
 
 
 @pytest.mark.parametrize("what", ["PEERKV_MODEL", "PEERKV_TABLE_DIR"])
