@@ -68,6 +68,21 @@ def encode_body(body: dict[str, Any]) -> bytes:
         raise InvalidJson(f"The body cannot be passed on: {error}.") from None
 
 
+def request_parts(body: dict[str, Any], raw: bytes | None, changes: Mapping[str, Any]) -> list[bytes]:
+    """The request for the engine, `body` with `changes`, in parts to be sent one behind the other.
+
+    `raw` is what `body` was decoded from, None if something was taken out since. If nothing in it is replaced it is passed on
+    as it came, with what is new behind: of a name that occurs twice vLLM takes the last one too. Raises InvalidJson.
+    """
+    prompt = changes.get("prompt")
+    if raw is not None and body and prompt is None:
+        return [raw[: raw.rindex(b"}")], b"," + encode_body(dict(changes))[1:]] if changes else [raw]
+    if isinstance(prompt, TokenIds):
+        rest = {name: value for name, value in {**body, **changes}.items() if name != "prompt"}
+        return [b'{"prompt":[', prompt.text, b"]," if rest else b"]", encode_body(rest)[1:]]
+    return [encode_body({**body, **changes})]
+
+
 def check_body(endpoint: Endpoint, body: dict[str, Any]) -> None:
     """Refuse what a client may not set, and wrong types of what the gateway reads; nulls of the former are dropped.
 

@@ -8,7 +8,7 @@ breaks.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum, auto
 from typing import cast
 
@@ -62,15 +62,15 @@ class EngineConnection(asyncio.Protocol):
 
     # Called by the relay.
 
-    async def send(self, head: bytes, body: bytes) -> None:
-        """Send a request and wait for the head of its answer. Raises ConnectionBroke."""
+    async def send(self, head: bytes, body: Sequence[bytes]) -> None:
+        """Send a request, its body in parts, and wait for the head of its answer. Raises ConnectionBroke."""
         if self._state is not _State.IDLE:
             raise ConnectionBroke(self._why)
         self._state = _State.HEAD
-        if len(body) <= _JOINED_BYTES_MAX:
-            self._transport.write(head + body)
+        if sum(map(len, body)) <= _JOINED_BYTES_MAX:
+            self._transport.write(b"".join((head, *body)))
         else:
-            self._transport.writelines((head, body))
+            self._transport.writelines((head, *body))
         while self._state is _State.HEAD:
             await self._news()
         if self._state is _State.BROKEN:

@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol
 from engine.fleet import FleetView
 from gateway.access import AdminAccess
 from gateway.answer import Answer, pass_on
-from gateway.body import Endpoint, check_body, decode_body, encode_body
+from gateway.body import FORBIDDEN_FIELDS, Endpoint, check_body, decode_body, request_parts
 from gateway.cycle import Scope
 from gateway.errors import (
     ApiError,
@@ -73,11 +73,12 @@ class RelayCounters:
 
 @dataclass(slots=True)
 class Journey(Generic[PlanT]):
-    """A request on its way over one replica or more."""
+    """A request on its way over one replica or more. `raw` is its body as it came, None if something was taken out of it."""
 
     exchange: Exchange
     path: str
     body: dict[str, Any]
+    raw: bytes | None
     plan: PlanT
     asked: Asked
     excluded: set[str] = field(default_factory=set)
@@ -211,6 +212,7 @@ class Relay(Generic[PlanT]):
         raw = await exchange.read_body(self._hold, bytes_max=settings.body_bytes_max, seconds_max=settings.body_seconds_max)
         exchange.watch()
         body = decode_body(raw)
+        untouched = None if FORBIDDEN_FIELDS.keys() & body.keys() else raw  # else the check takes them out
         del raw
         check_body(endpoint, body)
         if body.get("model"):
@@ -218,7 +220,7 @@ class Relay(Generic[PlanT]):
         plan = await self._planner.plan(endpoint, body, tenant, pinned=exchange.pinned)
         path: str = exchange.scope["path"]
         asked = Asked(exchange.request_id, endpoint, tenant.name, str(body.get("model") or ""))
-        await self._travel(Journey(exchange, path, body, plan, asked))
+        await self._travel(Journey(exchange, path, body, untouched, plan, asked))
 
     def _hold(self, size: int) -> None:
         if self._held_bytes + size > self._settings.bodies_bytes_max:
@@ -282,11 +284,11 @@ class Relay(Generic[PlanT]):
             "cache_salt": plan.cache_salt,
             "kv_transfer_params": plan.kv_transfer_params,
         }
-        body = journey.body | {name: value for name, value in changes.items() if value is not None}
+        parts = request_parts(journey.body, journey.raw, {name: new for name, new in changes.items() if new is not None})
         headers = [(b"content-type", b"application/json"), (b"x-request-id", exchange.request_id.encode())]
         if exchange.accept:
             headers.append((b"accept", exchange.accept))
-        response = await self._upstream.post(plan.replica, journey.path, encode_body(body), headers)
+        response = await self._upstream.post(plan.replica, journey.path, parts, headers)
         exchange.replica = plan.replica.name.encode()
         exchange.answering = partial(self._first_byte, plan, entry)
         try:

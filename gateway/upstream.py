@@ -35,13 +35,13 @@ class Upstream:
         self._idle: dict[str, list[EngineConnection]] = {}
         self._busy: set[EngineConnection] = set()
 
-    async def post(self, replica: Replica, path: str, payload: bytes, headers: Headers) -> EngineConnection:
+    async def post(self, replica: Replica, path: str, payload: Sequence[bytes], headers: Headers) -> EngineConnection:
         """Send the request and return the connection when the answer's head is there; the caller gives it to `release`.
 
         A connection from the pool may have been closed by the replica a moment ago, which shows only when it is used.
         So a connection that breaks before the head is tried once more, on a new one. Raises UpstreamLost, ReplicaTooSlow.
         """
-        head = _head("POST", path, headers, len(payload))
+        head = _head("POST", path, headers, sum(map(len, payload)))
         seconds = self._settings.response_head_seconds_max
         if seconds is None:
             return await self._exchange(replica, head, payload)
@@ -51,14 +51,14 @@ class Upstream:
         except TimeoutError:
             raise ReplicaTooSlow(seconds) from None
 
-    async def _exchange(self, replica: Replica, head: bytes, payload: bytes) -> EngineConnection:
+    async def _exchange(self, replica: Replica, head: bytes, payload: Sequence[bytes]) -> EngineConnection:
         try:
             return await self._attempt(self._pooled(replica) or await self._connect(replica), head, payload)
         except ConnectionBroke:
             with broken(replica):
                 return await self._attempt(await self._connect(replica), head, payload)
 
-    async def _attempt(self, connection: EngineConnection, head: bytes, payload: bytes) -> EngineConnection:
+    async def _attempt(self, connection: EngineConnection, head: bytes, payload: Sequence[bytes]) -> EngineConnection:
         self._busy.add(connection)
         try:
             await connection.send(head, payload)
@@ -130,7 +130,7 @@ class Upstream:
     ) -> tuple[int, bytes]:
         try:
             async with asyncio.timeout(seconds_max):
-                connection = await self._exchange(replica, head, payload)
+                connection = await self._exchange(replica, head, [payload])
                 try:
                     with broken(replica):
                         return connection.status, await _whole(connection)

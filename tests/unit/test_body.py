@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from gateway.body import FORBIDDEN_FIELDS, check_body, decode_body, encode_body
+from gateway.body import FORBIDDEN_FIELDS, check_body, decode_body, encode_body, request_parts
 from gateway.errors import ApiError, UnsupportedParameter
+from gateway.token_ids import TokenIds
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -128,6 +130,38 @@ def test_what_is_not_looked_at_comes_out_as_it_came_in(body: dict[str, Any]) -> 
     # A lone surrogate has no bytes, and a huge integer no place in the encoder.
     status, raw = statuses(encode_body, body)
     assert status == 400 or (isinstance(raw, bytes) and decode_body(raw) == body)
+
+
+@PATIENT
+@given(
+    st.dictionaries(st.text(max_size=8) | st.just("prompt"), JSON, max_size=5),
+    st.dictionaries(st.sampled_from(["cache_salt", "kv_transfer_params", "prompt"]), JSON, max_size=3),
+    st.sampled_from(["", " ", "\r\n\t "]),
+    st.booleans(),
+)
+def test_a_request_in_parts_is_the_body_with_its_changes(
+    body: dict[str, Any], changes: dict[str, Any], space: str, untouched: bool
+) -> None:
+    changes = {name: value for name, value in changes.items() if value is not None}
+    raw = (space + json.dumps(body) + space).encode()
+    assume(statuses(decode_body, raw)[0] == 200)
+    status, parts = statuses(request_parts, body, raw if untouched else None, changes)
+    assume(status == 200)
+    assert json.loads(b"".join(parts)) == {**body, **changes}
+
+
+@pytest.mark.parametrize("body", [{}, {"n": 2}, {"prompt": "a text", "n": 2}])
+@pytest.mark.parametrize("ids", [[], [7], [1, 2, 3]])
+def test_token_ids_take_the_place_of_a_text(body: dict[str, Any], ids: list[int]) -> None:
+    parts = request_parts(body, json.dumps(body).encode(), {"prompt": TokenIds.of(ids), "cache_salt": "s"})
+    assert json.loads(b"".join(parts)) == {**body, "prompt": ids, "cache_salt": "s"}
+
+
+def test_an_untouched_body_is_passed_on_as_it_came() -> None:
+    raw = b' {"a" : 1.50, "a":"\\u0041}" }\n'
+    assert request_parts(decode_body(raw), raw, {}) == [raw]
+    salted = b"".join(request_parts(decode_body(raw), raw, {"cache_salt": "s"}))
+    assert salted == b' {"a" : 1.50, "a":"\\u0041}" ,"cache_salt":"s"}'
 
 
 def test_of_a_key_that_occurs_twice_the_last_counts() -> None:

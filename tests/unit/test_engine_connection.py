@@ -63,7 +63,7 @@ class Server:
         return script
 
     async def post(self, body: bytes = b"{}") -> EngineConnection:
-        return await self.upstream.post(self.replica, "/v1/completions", body, [(b"x-test", b"1")])
+        return await self.upstream.post(self.replica, "/v1/completions", [body], [(b"x-test", b"1")])
 
 
 @pytest.fixture
