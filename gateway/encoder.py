@@ -80,7 +80,6 @@ class Encoder:
             parts = [fresh[key] if ids is None else ids for key, ids in zip(keys, parts, strict=True)]
         return TokenIds.joined([part for part in parts if part is not None])
 
-
     def _fresh(self, texts: list[str], special: bool) -> list[TokenIds]:
         """Tokenise texts that are not known as they are. Of a few, what is known is looked up in pieces of a line or less."""
         if special or self._fine is None or sum(map(len, texts)) > PIECED_CHARS_MAX:

@@ -118,6 +118,26 @@ def test_nothing_is_tokenised_when_more_is_new_than_may_be() -> None:
     assert encoder.encode("Other" + text, False, new_chars_max=3000) is None
 
 
+@pytest.mark.parametrize("kind", ["Llama 3", "Qwen 2"])
+def test_behind_known_text_only_what_is_new_is_tokenised(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_of(kind)
+    encoder = make_encoder(tokenizer, IdCache(1 << 20))
+    known = "The long known line that comes first\n" * 20
+    encoder.encode(known + "Another question was asked here before", True)
+    tokenised: list[str] = []
+
+    def watched(tokenizer: Tokenizer, texts: list[str], special: bool) -> list[TokenIds]:
+        tokenised.extend(texts)
+        return encode_all(tokenizer, texts, special)
+
+    monkeypatch.setattr("gateway.encoder.encode_all", watched)
+    text = known + "What was it that you did not ask?"
+    assert encoder.encode(text, True) == whole(tokenizer, text, True)
+    assert 0 < sum(map(len, tokenised)) < 200
+    assert encoder.encode(text, True) == whole(tokenizer, text, True)
+    assert sum(map(len, tokenised)) < 200
+
+
 def test_bos_is_put_before_a_text_and_eos_behind_it() -> None:
     tokenizer = Tokenizer.from_str(tokenizer_of("Qwen 2").to_str())
     assert find_affixes(tokenizer) == ([tokenizer.token_to_id(SPECIALS[0])], [])
