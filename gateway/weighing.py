@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gateway.choices import Action, Candidate, Expected, Option, PromptView
-from gateway.costs import CHUNK_TOKENS, CostModel, ModelKey, device_kind, pairs
+from gateway.cost_priors import device_kind
+from gateway.costs import CHUNK_TOKENS, CostModel, ModelKey, pairs
 
 SOURCES_MAX = 4
 """Sources weighed for a replica: those that hold most, the least read first."""

@@ -1,0 +1,63 @@
+"""What is believed of devices and transports before anything was measured, with the source of each figure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
+
+
+class ModelKey(NamedTuple):
+    """Whose prefill terms: a kind of device ("cpu", "cuda") and the model on it (any name, fingerprints do)."""
+
+    device: str
+    model: str = ""
+
+
+class PrefillTerms(NamedTuple):
+    """Coefficients of the time to first token, seconds each."""
+
+    fixed: float
+    prompt_token: float
+    new_token: float
+    pair: float
+    decode_step: float
+
+
+PREFILL_FACTORS_MAX = PrefillTerms(inf, inf, inf, inf, 10.0)
+"""Decodes come with whatever else slows a machine down; their own cost is known well enough to bound it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKind:
+    """What is believed of a kind of device before anything was measured, with the source of each figure.
+
+    `free_tokens` cost nothing beyond the step that computes one token, because that step reads all weights anyway (roofline).
+    `decodes_full` answers decoded at a time make each of them take twice as long.
+    """
+
+    prefill: PrefillTerms
+    free_tokens: int
+    kv_token_bytes: int
+    decodes_full: int
+
+
+# H200, 8B Llama in bf16, vLLM 0.26's server: 72 ms at 2,048 tokens, 222 at 8,192, 1,244 at 32,768; hits 28 to 86 ms
+# (BENCHMARKS.md). 4.8 TB/s against about 600 TFLOP/s in bf16 (2 bytes a weight, 2 operations a token) are free_tokens.
+_CUDA = DeviceKind(PrefillTerms(0.022, 1.9e-6, 1.9e-5, 9.9e-10, 2e-5), 128, 131072, 256)
+# SmolLM2-135M on two CPU cores: 1.786 s at 1,000 tokens, 4.382 at 2,000; hits 0.060 and 0.119 (ARCHITECTURE.md).
+# About 150 GFLOP/s against 20 GB/s in float32.
+_CPU = DeviceKind(PrefillTerms(0.030, 2.5e-5, 1.3e-3, 8e-7, 1e-2), 16, 46080, 4)
+DEVICE_KINDS: Mapping[str, DeviceKind] = {"cuda": _CUDA, "cpu": _CPU}
+
+# (seconds for each import, seconds a byte): CUDA IPC from the 32k-token import of BENCHMARKS.md, shared memory from
+# `make bench`, a network of 200 Gbit/s at half its rate.
+TRANSPORT_PRIORS: Mapping[str, tuple[float, float]] = {
+    "cuda_ipc": (3e-3, 1 / 300e9),
+    "shared_memory": (1e-2, 1 / 1.5e9),
+    "rdma": (1e-2, 1 / 12e9),
+}
+
+
+def device_kind(key: ModelKey) -> DeviceKind:
+    """What was believed of the device beforehand; an unknown kind is taken for a GPU."""
+    return DEVICE_KINDS.get(key.device, _CUDA)
