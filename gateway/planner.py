@@ -51,6 +51,8 @@ class PlannerSettings(Protocol):
     def key_cache_bytes_max(self) -> int: ...
     @property
     def send_chat_ids(self) -> bool: ...
+    @property
+    def imports(self) -> bool: ...
 
 
 class Planner:
@@ -71,6 +73,7 @@ class Planner:
         self._fleet = fleet
         self._send_chat_ids = settings.send_chat_ids
         self.registry = Registry(tables, settings.key_cache_bytes_max)
+        self._imports = settings.imports
         self._reader = PromptReader(tokens, settings.tokenize_inline_chars_max, models)
         self._clock = clock
         self._turns = itertools.count()
@@ -197,7 +200,7 @@ class Planner:
                     name,
                     holding.tokens if holding else 0,
                     self.load.load(name, now),
-                    holding.exchanges_with if holding else frozenset(),
+                    holding.exchanges_with if holding and self._imports else frozenset(),
                     self._key(replica, table),
                     table.transport if table else "",
                     promises.get(name),
@@ -244,7 +247,8 @@ class Planner:
             teaches=known.count == 1 and not asked.embeds,
             reports=table is not None and not asked.embeds,
         )
-        params = _hint(asked, decision, tag, holding.tokens if holding else 0) if flight.reports else None
+        held = holding.tokens if holding else 0
+        params = _hint(asked, decision, tag, held, imports=self._imports) if flight.reports else None
         if params is not None and known.chat_ids and self._send_chat_ids and table is not None and _takes_chat_ids(table):
             params[CHAT_IDS] = known.ids
         return Plan(
@@ -263,8 +267,8 @@ class Planner:
         )
 
 
-def _hint(asked: Asked, decision: Decision, tag: int, held_tokens: int) -> dict[str, Any]:
-    """Tell the connector what to import.
+def _hint(asked: Asked, decision: Decision, tag: int, held_tokens: int, *, imports: bool) -> dict[str, Any]:
+    """Tell the connector what to import, nothing where `imports` is off.
 
     Without a source, it is told to look no further only if we know for certain what the replica holds: what it is still
     computing or importing may not be there in time, and then another replica may have it.
@@ -274,7 +278,7 @@ def _hint(asked: Asked, decision: Decision, tag: int, held_tokens: int) -> dict[
         hint["source"] = decision.source
         if decision.import_tokens_max is not None:
             hint["tokens"] = decision.import_tokens_max
-    elif asked.known.certain and asked.known.count == 1 and held_tokens >= decision.expected.local_tokens:
+    elif not imports or (asked.known.certain and asked.known.count == 1 and held_tokens >= decision.expected.local_tokens):
         hint["source"] = ""
     return {HINT: hint}
 

@@ -32,6 +32,7 @@ TENANT = TenantContext("t", "salty")
 @dataclass(frozen=True)
 class Bounds:
     prefixes_tracked_max: int = 1000
+    imports: bool = True
     tokenize_inline_chars_max: int = 100
     key_cache_bytes_max: int = 1 << 20
     send_chat_ids: bool = True
@@ -87,6 +88,16 @@ async def test_a_busy_holder_becomes_the_source_of_a_free_replica(place: Place) 
     plan = await place.plan(LONG)
     assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", "b", 600)
     assert plan.kv_transfer_params == {"peerkv": {"source": "b", "tag": plan.tag}}
+
+
+async def test_with_imports_switched_off_nobody_is_a_source(place: Place) -> None:
+    place.planner = Planner(place.fleet, TableDirectory(place.tables.directory), place.tokens, Bounds(imports=False))
+    place.planner.parity = EXACT
+    place.tables.hold("b", LONG)
+    await place.occupy("b")
+    plans = [await place.plan(LONG), await place.plan(LONG, pinned="a")]
+    assert [plan.source for plan in plans] == [None, None]
+    assert [plan.kv_transfer_params["peerkv"]["source"] for plan in plans if plan.kv_transfer_params] == ["", ""]
 
 
 async def test_in_flight_counts_go_back_when_requests_finish(place: Place) -> None:
