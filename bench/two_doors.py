@@ -1,0 +1,35 @@
+"""`python -m bench.two_doors …`: vLLM's server, on a TCP port beside its unix socket.
+
+So one engine process serves peerkv, which speaks to unix sockets, and routers that speak TCP alone. The port is that of the
+socket's name in the variable BENCH_DOORS, a JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from engine.launch import VLLM_SERVER_MODULE
+
+DOORS = "BENCH_DOORS"
+_serve = uvicorn.Server.serve
+
+
+async def serve(self: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
+    """uvicorn's serve, with our port's socket beside those given."""
+    path = Path(sys.argv[sys.argv.index("--uds") + 1])
+    door = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    door.bind(("127.0.0.1", json.loads(os.environ[DOORS])[path.stem]))
+    await _serve(self, [*(sockets or []), door])
+
+
+if __name__ == "__main__":
+    uvicorn.Server.serve = serve  # type: ignore[method-assign]
+    runpy.run_module(VLLM_SERVER_MODULE, run_name="__main__", alter_sys=True)

@@ -1,0 +1,107 @@
+"""Workloads for a comparison: who asks what, and when. A seed gives every arm the same times and shapes; words differ."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gateway.measure.words import Words
+
+TURNS = 4
+HOT_SHARE = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much a workload asks for. Lengths are in tokens, `rate` in requests a second, over `seconds`.
+
+    `turn_tokens` is what a user adds in a turn of a conversation, `think_seconds` the mean pause before it. `cache_tokens` is
+    what one replica's cache holds.
+    """
+
+    rate: float
+    seconds: float
+    prefix_tokens: int
+    suffix_tokens: int
+    answer_tokens: int
+    background_tokens: int
+    turn_tokens: int
+    think_seconds: float
+    cache_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One request: after `pause` seconds, `text` follows what the conversation has so far."""
+
+    pause: float
+    text: str
+    answer_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """Begins `at` seconds after the run does; each turn waits for the answer before. One turn and no chat: a completion."""
+
+    at: float
+    turns: tuple[Turn, ...]
+    chat: bool = False
+
+
+def arrivals(shape: random.Random, rate: float, seconds: float) -> list[float]:
+    """Poisson arrivals: times from 0 to `seconds`."""
+    times, now = [], shape.expovariate(rate)
+    while now < seconds:
+        times.append(now)
+        now += shape.expovariate(rate)
+    return times
+
+
+def shared(size: Size, shape: random.Random, words: Words) -> list[Talk]:
+    """Prefixes equally often, 1.4 times as many tokens in all as one replica's cache holds, and a new question each."""
+    prefixes = [words.text(size.prefix_tokens) for _ in range(max(2, round(1.4 * size.cache_tokens / size.prefix_tokens)))]
+    return [
+        _single(at, f"{shape.choice(prefixes)} {words.text(size.suffix_tokens)}", size)
+        for at in arrivals(shape, size.rate, size.seconds)
+    ]
+
+
+def hot(size: Size, shape: random.Random, words: Words) -> list[Talk]:
+    """HOT_SHARE of the requests begin with the same prefix; the others share nothing."""
+    prefix = words.text(size.prefix_tokens)
+    talks = []
+    for at in arrivals(shape, size.rate, size.seconds):
+        if shape.random() < HOT_SHARE:
+            talks.append(_single(at, f"{prefix} {words.text(size.suffix_tokens)}", size))
+        else:
+            talks.append(_single(at, words.text(size.background_tokens), size))
+    return talks
+
+
+def conversations(size: Size, shape: random.Random, words: Words) -> list[Talk]:
+    """Chats of TURNS turns, each with all that was said before; they begin so that turns come at the rate, roughly."""
+    talks = []
+    for at in arrivals(shape, size.rate / TURNS, size.seconds):
+        first = Turn(0.0, words.text(3 * size.turn_tokens), size.answer_tokens)
+        more = [
+            Turn(shape.expovariate(1 / size.think_seconds), words.text(size.turn_tokens), size.answer_tokens)
+            for _ in range(TURNS - 1)
+        ]
+        talks.append(Talk(at, (first, *more), chat=True))
+    return talks
+
+
+def _single(at: float, text: str, size: Size) -> Talk:
+    return Talk(at, (Turn(0.0, text, size.answer_tokens),))
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A name and how its talks are made."""
+
+    name: str
+    talks: Callable[[Size, random.Random, Words], list[Talk]]
+
+
+WORKLOADS: Sequence[Workload] = (Workload("shared", shared), Workload("hot", hot), Workload("conversations", conversations))
