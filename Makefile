@@ -16,8 +16,8 @@ test: install ## run every test, real vLLM replicas included, GPU tests where tw
 	@command -v curl >/dev/null || { echo 'the tests use curl: apt-get install curl' >&2; exit 1; }
 	@$(BIN)/python -m pytest tests/unit tests/gpu tests/real $(ARGS)
 
-bench: install ## measure time to first token cold, by import and by local hit
-	@$(BIN)/python -m tests.real.bench $(ARGS)
+bench: install ## start replicas, measure them with `peerkv bench`, end them (MODEL=…, ARGS='--json FILE --plot FILE')
+	@$(BIN)/peerkv bench --start $(MODEL) --lengths 1000 2000 --samples 7 $(ARGS)
 
 bench-gpu: install ## measure imports between two GPUs (needs TARGET=gpu and two GPUs that can reach each other)
 	@$(BIN)/python -m tests.gpu.bench $(ARGS)

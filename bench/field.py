@@ -112,10 +112,8 @@ class Field:
         return workload.talks(self._given.size, shape, self._words(f"{self._given.seed} {workload.name} {turn} {arm.name}"))
 
 
-def measure(given: argparse.Namespace, console: Console) -> tuple[list[Figures], list[str]]:
-    """All rounds; the order of the arms is turned around in every second one. Returns the figures and what failed."""
-    figures: list[Figures] = []
-    failed: list[str] = []
+def measure(given: argparse.Namespace, console: Console, figures: list[Figures], failed: list[str]) -> None:
+    """All rounds; the order of the arms is turned around in every second one. Figures and failures go into the lists."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pkv-", dir="/tmp")))
         model = given.model if not given.numbered else str(write_chat_model(directory / "model"))
@@ -133,13 +131,12 @@ def measure(given: argparse.Namespace, console: Console) -> tuple[list[Figures],
                         progress.update(bar, description=f"round {turn + 1}, {workload.name}: {arm.name}")
                         try:
                             figures.append(field.run(arm, workload, turn))
-                            console.print(figures[-1].line(), highlight=False, markup=False)
+                            console.print(figures[-1].line(), highlight=False, markup=False, soft_wrap=True)
                         except (StartFailed, ArmFailed, httpx.HTTPError, OSError) as error:
                             failed.append(f"round {turn + 1}, {workload.name}: {arm.name}: {error}")
-                            console.print(failed[-1], highlight=False, markup=False, style="red")
+                            console.print(failed[-1], highlight=False, markup=False, soft_wrap=True, style="red")
                         progress.advance(bar)
                         _save(given, figures, failed)
-    return figures, failed
 
 
 def _save(given: argparse.Namespace, figures: Sequence[Figures], failed: Sequence[str]) -> None:
@@ -158,11 +155,15 @@ def main() -> int:
         f"{runs} runs of {given.size.seconds:g} s and what is around them: about {runs * given.run_seconds / 60:.0f} min"
     )
     given.size = replace(given.size, cache_tokens=given.cache_tokens)
+    figures: list[Figures] = []
+    failed: list[str] = []
     try:
-        figures, failed = measure(given, console)
+        measure(given, console, figures, failed)
     except (StartFailed, httpx.HTTPError) as error:
+        failed.append(str(error))
         console.print(f"field: {error}", highlight=False, markup=False)
-        return 1
+    except KeyboardInterrupt:
+        failed.append("stopped")
     print(markdown(figures, given.arms[0].name, about(given)))
     return 1 if failed else 0
 

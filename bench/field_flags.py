@@ -27,7 +27,7 @@ NUMBERED = tuple(f"w{number}" for number in range(10, 128_000))
 """The vocabulary of tests.gpu.replica.write_model."""
 
 CPU_SIZE = Size(
-    rate=1.6,
+    rate=1.2,
     seconds=30.0,
     prefix_tokens=600,
     suffix_tokens=40,

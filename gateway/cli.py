@@ -1,4 +1,4 @@
-"""The command line: `peerkv serve`, `engine`, `gateway`, `doctor`, `kv stats`, `openapi`.
+"""The command line: `peerkv serve`, `engine`, `gateway`, `doctor`, `bench`, `kv stats`, `openapi`.
 
 Exit status: 0 after a clean end, 1 when something failed, 2 for wrong usage or settings, 130 when ended at once.
 """
@@ -14,11 +14,17 @@ from pathlib import Path
 from gateway import __version__, kv_explain, kv_live
 from gateway.errors import GatewayError, SettingsError
 from gateway.flags import add_settings_flags, given_settings
+from gateway.measure import flags as bench_flags
 from gateway.settings import Settings, load
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 _MAIN_FLAGS = ("replicas", "host", "port", "served_model_name", "admin_key")
+_BENCH_ABOUT = (
+    "Measure a running installation from outside: the time to the first token of prompts that nobody has (cold), that another "
+    "replica computed (import) and that the same one did (local hit); what the gateway adds to a small request; and what comes "
+    "of requests at a fixed rate that share prefixes. Prompts are random words. Takes about two minutes on two CPU cores."
+)
 _SERVE_EPILOG = "What follows -- is given to every vLLM server, for example: peerkv serve MODEL -- --max-model-len 8192"
 
 
@@ -56,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_runner(commands, "engine", _engine, "start the replicas alone, for a gateway with the same run_dir", vllm=True)
     _add_runner(commands, "gateway", _gateway, "start the gateway alone, for replicas that `peerkv engine` runs")
     _add_doctor(commands)
+    _add_bench(commands)
     _add_kv(commands)
     _add_openapi(commands)
     return parser
@@ -88,6 +95,13 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--run-dir", help="the gateway's run_dir (default: as for serve)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
     parser.set_defaults(run=_doctor)
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "measure a running installation: time to first token, the gateway's share, throughput"
+    parser = commands.add_parser("bench", help=summary, description=_BENCH_ABOUT, allow_abbrev=False)
+    bench_flags.add_arguments(parser)
+    parser.set_defaults(run=_bench)
 
 
 def _add_kv(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -150,6 +164,12 @@ def _doctor(parsed: argparse.Namespace) -> int:
     from gateway import doctor
 
     return doctor.run(_settings(parsed), as_json=parsed.json, measure_links=not parsed.quick)
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from gateway.measure import command
+
+    return command.run(parsed)
 
 
 def _openapi(parsed: argparse.Namespace) -> int:
