@@ -15,6 +15,7 @@ import httpx
 from bench.machine import free_ports
 from bench.started import Started
 from bench.two_doors import DOORS
+from engine.fleet import FileFleet, ReplicaState
 
 START_SECONDS_MAX = 600.0
 RESET_SECONDS_MAX = 30.0
@@ -64,7 +65,8 @@ class Engines:
         self.ports: Mapping[str, int] = dict(zip(names, free_ports(len(names)), strict=True))
         self.urls = tuple(f"http://127.0.0.1:{port}" for port in self.ports.values())
         settings = directory / "engine.toml"
-        settings.write_text(f"launcher = {json.dumps([sys.executable, '-m', 'bench.two_doors'])}\n")
+        launcher = json.dumps([sys.executable, "-m", "bench.two_doors"])
+        settings.write_text(f"launcher = {launcher}\nstart_failures_max = 1\n")
         argv = [sys.executable, "-m", "gateway.cli", "engine", model, "--replicas", str(len(names)), "--config", str(settings)]
         argv += ["--served-model-name", served_model_name, "--run-dir", str(self.run_dir)]
         argv += ["--table-dir", f"/dev/shm/peerkv-field-{os.getpid()}", "--log-dir", str(directory / "logs")]
@@ -76,7 +78,7 @@ class Engines:
         deadline = time.monotonic() + START_SECONDS_MAX
         for url in self.urls:
             while not self._serves(url):
-                self._process.check(time.monotonic() < deadline, self._tails())
+                self._process.check(time.monotonic() < deadline and not self._given_up(), self._tails())
                 time.sleep(0.2)
 
     def _serves(self, url: str) -> bool:
@@ -84,6 +86,9 @@ class Engines:
             return httpx.get(f"{url}/health", timeout=5.0).status_code == 200
         except httpx.HTTPError:
             return False
+
+    def _given_up(self) -> bool:
+        return any(replica.state is ReplicaState.FAILED for replica in FileFleet(self.run_dir).snapshot().replicas)
 
     def _tails(self) -> str:
         return "".join(f"\n{path.name}: …{path.read_text(errors='replace')[-1500:]}" for path in self._logs.glob("*.log"))

@@ -35,7 +35,7 @@ class Started:
         ended = self._process.poll() is not None
         if ended or not in_time:
             tail = self._log.read_text(errors="replace")[-LOG_CHARS_SHOWN:]
-            raise StartFailed(f"{'it ended' if ended else 'it is not ready in time'}; its log: {tail}{more}")
+            raise StartFailed(f"{'it ended' if ended else 'it did not get ready'}; its log: {tail}{more}")
 
     def end(self) -> None:
         """End it, by force if need be."""
