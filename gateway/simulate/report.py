@@ -97,6 +97,13 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         target.write_text(picture)
 
 
+def in_a_line(run: Run) -> str:
+    """Return what matters of a run, for whoever waits for the others."""
+    it, network = run.summary, run.summary.bytes_across_hosts / 1e9
+    ttft = f"p50 {it.ttft_p50:.3f}, p90 {it.ttft_p90:.3f}, p99 {it.ttft_p99:.2f} s"
+    return f"{ttft}; {it.hit_share:.1%} hit, {network:.0f} GB across hosts, {run.decisions.p50 * 1e6:.0f} µs a decision"
+
+
 def say(text: str) -> None:
     """Tell whoever waits."""
     print(text, file=sys.stderr, flush=True)

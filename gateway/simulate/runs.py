@@ -8,7 +8,7 @@ from pathlib import Path
 from gateway.simulate.peerkv import PeerKV
 from gateway.simulate.policies import FIELD_POLICIES, Policy
 from gateway.simulate.profiles import Profile
-from gateway.simulate.report import Run
+from gateway.simulate.report import Run, in_a_line
 from gateway.simulate.simulation import Fleet, Simulation
 from gateway.simulate.summary import Setting, decision_cost, summarize
 from gateway.simulate.traces import Conversations, Trace, made_up, read_mooncake, scaled
@@ -44,7 +44,9 @@ def make_run(task: Task, say: Callable[[str], None]) -> Run:
     played = Simulation(trace, fleet, policy, stopwatch=time.perf_counter, progress=tell).run()
     setting = Setting(trace.name, task.profile.name, task.policy, task.replicas, task.rate, copies, task.seed)
     actions = dict(sorted(policy.actions.items())) if isinstance(policy, PeerKV) else {}
-    return Run(summarize(played, setting), decision_cost(played), time.perf_counter() - began, actions)
+    run = Run(summarize(played, setting), decision_cost(played), time.perf_counter() - began, actions)
+    say(f"{what}: {in_a_line(run)}")
+    return run
 
 
 def build_policy(name: str, fleet: Fleet, seed: int) -> Policy:
