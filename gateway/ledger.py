@@ -126,7 +126,8 @@ class Ledger:
         self._requests_max = requests_max
         self._entries: OrderedDict[int, Entry] = OrderedDict()
         self._by_request: dict[str, list[Entry]] = {}
-        self._unreported: OrderedDict[int, Entry] = OrderedDict()
+        self._unreported: OrderedDict[int, Entry] = OrderedDict()  # by the time at which they are given up
+        self._late: list[Entry] = []
         self.sums = LedgerSums()
 
     def __len__(self) -> int:
@@ -151,6 +152,8 @@ class Ledger:
             self.sums.unmatched_deliveries += delivery.tag != 0
         elif len(entry.deliveries) < DELIVERIES_KEPT:
             entry.deliveries.append(delivery)
+            if self._unreported.pop(delivery.tag, None) is not None:
+                self._late.append(entry)
         return entry
 
     def first_byte(self, entry: Entry, now: float) -> None:
@@ -172,10 +175,13 @@ class Ledger:
 
     def due(self, now: float) -> list[Entry]:
         """Ended attempts to settle: whose record came late, or will not come any more."""
-        waiting = self._unreported
-        found = [entry for entry in waiting.values() if entry.deliveries or entry.settle_until <= now]
-        for entry in found:
-            del waiting[entry.planned.tag]
+        found, self._late = self._late, []
+        while self._unreported:
+            tag, entry = next(iter(self._unreported.items()))
+            if entry.settle_until > now:
+                break
+            del self._unreported[tag]
+            found.append(entry)
         return found
 
     def settle(self, entry: Entry, formerly: int = 0, elsewhere: int = 0) -> Loss:
