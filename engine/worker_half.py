@@ -15,7 +15,8 @@ from transport.shared_memory import SharedMemoryTransport
 _logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5
-"""How often the memory of owners that ended is looked for and closed: it stays allocated for as long as it is mapped here."""
+"""How often owners are looked for: of those that ended the memory is closed, which stays allocated for as long as it is mapped
+here, and of those that came it is opened."""
 
 
 class WorkerHalf:
@@ -120,9 +121,17 @@ class WorkerHalf:
             try:
                 with self._lock:
                     if self._transport is not None and not self._closing.is_set():
-                        self._transport.retain({(name, table.epoch) for name, table in self._peers.tables().items()})
+                        self._meet(self._transport)
             except Exception as error:  # noqa: BLE001 - without this thread the dead would keep their memory
                 _logger.error("looking for owners that ended: %r", error)
+
+    def _meet(self, transport: Transport) -> None:
+        """Let go of owners that ended, and open the memory of those that came."""
+        peers = self._peers.tables()
+        transport.retain({(name, table.epoch) for name, table in peers.items()})
+        for table in peers.values():
+            if (table.status, table.transport) == ("ok", transport.name):
+                transport.prepare(table)
 
     def _end(self, result: ImportResult) -> None:
         self._load_errors.update(result.failed_blocks)

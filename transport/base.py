@@ -52,6 +52,12 @@ class Transport(Protocol):
     def memory(self) -> Memory:
         """Return where this rank's KV memory is, for the block table."""
 
+    def prepare(self, reader: TableReader) -> None:
+        """Open an owner's memory ahead of the first import from it, which then does not wait for that.
+
+        Memory that can not be opened, or has another shape, is no fault here: `start` tells of it.
+        """
+
     def start(self, job: ImportJob, reader: TableReader, *, gently: bool) -> None:
         """Begin an import; `gently` if other requests are being computed beside it.
 

@@ -87,11 +87,11 @@ class CudaIpcTransport:
     def memory(self) -> Memory:
         return self._memory
 
+    def prepare(self, reader: TableReader) -> None:
+        self._peer(reader)
+
     def start(self, job: ImportJob, reader: TableReader, *, gently: bool) -> None:
-        owner = (job.source, job.epoch)
-        peer = self._peers.get(owner)
-        if peer is None:
-            peer = self._peers[owner] = self._opener.submit(self._open, reader.name, reader.num_blocks, reader.memories)
+        peer = self._peer(reader)
         programs = PROGRAMS_BESIDE_DECODES if gently else PROGRAMS_ALONE
         copy = _Copy(job, reader, peer, programs, time.monotonic() + OPEN_SECONDS_MAX)
         self._copies.append(copy)
@@ -131,6 +131,13 @@ class CudaIpcTransport:
         self._copies.clear()
         self.retain(set())
         self._opener.shutdown(wait=True)
+
+    def _peer(self, reader: TableReader) -> "Future[_Peer]":
+        owner = (reader.name, reader.epoch)
+        peer = self._peers.get(owner)
+        if peer is None:
+            peer = self._peers[owner] = self._opener.submit(self._open, reader.name, reader.num_blocks, reader.memories)
+        return peer
 
     def _launch(self, copy: _Copy, peer: _Peer) -> None:
         """Enqueue the gather behind all that the engine enqueued before: the target blocks may still be read by it."""

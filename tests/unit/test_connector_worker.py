@@ -1,5 +1,6 @@
 """The worker half: every import that came in is reported once, whatever happens to it."""
 
+import time
 from contextlib import closing
 
 import numpy as np
@@ -57,6 +58,21 @@ def test_an_import_is_reported_once_with_what_it_cost(owner, worker):
     assert worker.tensors["layer"][6:].eq(0.0).all()
     assert worker.poll() == set()
     assert worker.take_report() == WorkerReport(3, {}, {})
+
+
+def test_owners_are_opened_when_they_come_and_let_go_when_they_end(owner, worker):
+    def peers():
+        with worker._lock:
+            return list(worker._transport._peers)
+
+    until = time.monotonic() + 10
+    while not peers() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert peers() == [("owner", owner.epoch)]
+    owner.close()
+    while peers() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert peers() == []
 
 
 @pytest.mark.parametrize("about", [{"source": "nobody"}, {"source": ""}, {"epoch": 1}])
