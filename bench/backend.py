@@ -156,12 +156,11 @@ class BackendProtocol(asyncio.Protocol):
 async def _serve(model: str, ports: list[int], sockets: list[str]) -> None:
     loop = asyncio.get_running_loop()
     engine = Engine(model)
-    for port in ports:
-        await loop.create_server(lambda: BackendProtocol(engine, loop), "127.0.0.1", port, backlog=1024)
-    for path in sockets:
-        await loop.create_unix_server(lambda: BackendProtocol(engine, loop), path, backlog=1024)
+    # A server that nobody holds on to is collected, and closes.
+    tcp = [await loop.create_server(lambda: BackendProtocol(engine, loop), "127.0.0.1", port, backlog=1024) for port in ports]
+    unix = [await loop.create_unix_server(lambda: BackendProtocol(engine, loop), path, backlog=1024) for path in sockets]
     print("ready", flush=True)
-    await asyncio.Event().wait()
+    await asyncio.gather(*(server.serve_forever() for server in (*tcp, *unix)))
 
 
 def main() -> None:
