@@ -18,7 +18,7 @@ from bench.workloads import WORKLOADS, Size
 from tests.gpu.replica import write_model
 
 CPU_BLOCK_TOKENS = 32
-CPU_BLOCKS = 256
+CPU_BLOCKS = 128
 GPU_BLOCK_TOKENS = 16
 GPU_BLOCKS = 16384
 OVERHEAD_SECONDS = 15.0
@@ -27,10 +27,10 @@ NUMBERED = tuple(f"w{number}" for number in range(10, 128_000))
 """The vocabulary of tests.gpu.replica.write_model."""
 
 CPU_SIZE = Size(
-    rate=1.2,
-    seconds=30.0,
-    prefix_tokens=600,
-    suffix_tokens=40,
+    rate=1.8,
+    seconds=35.0,
+    prefix_tokens=480,
+    suffix_tokens=32,
     answer_tokens=6,
     background_tokens=150,
     turn_tokens=60,
@@ -48,7 +48,7 @@ GPU_SIZE = Size(
     think_seconds=1.0,
     cache_tokens=GPU_BLOCKS * GPU_BLOCK_TOKENS,
 )
-CPU_VLLM = f"--num-gpu-blocks-override {CPU_BLOCKS} --max-model-len 4096"
+CPU_VLLM = f"--num-gpu-blocks-override {CPU_BLOCKS} --max-model-len 2048"
 GPU_VLLM = (
     f"--load-format dummy --block-size {GPU_BLOCK_TOKENS} --num-gpu-blocks-override {GPU_BLOCKS} "
     "--max-model-len 65536 --max-num-batched-tokens 8192"

@@ -36,18 +36,21 @@ def print_results(results: Results, console: Console) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
 
 
 def first_token_table(found: Sequence[Row]) -> Table:
-    """Medians with least and most, and how many times faster a hit is."""
-    heads = ("prompt tokens", *(kind.value for kind in Kind), "cold / import", "import / local")
-    table = _table("seconds to the first token: median (least to most)", *heads)
+    """A line for each length and kind; the last columns say how many times sooner it came than cold and than an import."""
+    heads = ("prompt tokens", "kind", "median", "least", "most", "samples", "cold/this", "import/this")
+    table = _table("seconds to the first token", *heads)
     for row in found:
-        cells = [with_spread(row.seconds.get(kind)) for kind in Kind]
-        ratios = [_ratio(row.ratio(Kind.COLD, Kind.IMPORT)), _ratio(row.ratio(Kind.IMPORT, Kind.LOCAL))]
-        table.add_row(f"{row.prompt_tokens:,}", *cells, *ratios)
+        for kind, each in row.seconds.items():
+            times = [_short(value) for value in (each.median, each.least, each.most)]
+            sooner = {Kind.COLD: (), Kind.IMPORT: (Kind.COLD,), Kind.LOCAL: (Kind.COLD, Kind.IMPORT)}[kind]
+            ratios = [_ratio(row.ratio(slower, kind)) for slower in sooner]
+            table.add_row(f"{row.prompt_tokens:,}", kind.value, *times, str(each.count), *ratios)
+        table.add_section()
     return table
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from gateway import __version__
 from gateway.measure.installation import Described
-from gateway.measure.kinds import Sample, rows
+from gateway.measure.kinds import Kind, Row, Sample, rows
 from gateway.measure.overhead import Overhead
 from gateway.measure.throughput import Throughput
 
@@ -36,7 +36,7 @@ class Results:
         """Everything, with where and how it was measured."""
         return {
             "about": surroundings(arguments) | {"installation": asdict(self.described) if self.described else None},
-            "first_token": [asdict(row) | {"seconds": _seconds(row.seconds)} for row in rows(self.samples)],
+            "first_token": [_row(row) for row in rows(self.samples)],
             "overhead": asdict(self.overhead) if self.overhead else None,
             "throughput": asdict(self.throughput) if self.throughput else None,
             "notes": self.notes,
@@ -44,8 +44,14 @@ class Results:
         }
 
 
-def _seconds(by_kind: Any) -> dict[str, Any]:
-    return {kind.value: asdict(each) for kind, each in by_kind.items()}
+def _row(row: Row) -> dict[str, Any]:
+    pairs = ((Kind.COLD, Kind.IMPORT), (Kind.IMPORT, Kind.LOCAL), (Kind.COLD, Kind.LOCAL))
+    return {
+        "tokens": row.tokens,
+        "prompt_tokens": row.prompt_tokens,
+        "seconds": {kind.value: asdict(each) for kind, each in row.seconds.items()},
+        "ratios": {f"{above} / {below}": row.ratio(above, below) for above, below in pairs},
+    }
 
 
 def surroundings(arguments: Sequence[str]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ async def test_cold_import_and_local_hit_are_measured_and_told_apart(tmp_path: P
     assert len(written["samples"]) == 2 * 2 * 3
     assert written["throughput"]["failures"] == 0
     assert written["throughput"]["requests"] > 1
-    assert "cold / import" in output
+    assert "cold/this" in output
     assert "answered by the gateway itself" in output
     assert "open loop" in output
 

@@ -1,13 +1,16 @@
 """The pure parts of `peerkv bench`: kinds, lengths, arrivals, words, spreads."""
 
+import io
 import random
 
 import pytest
+from rich.console import Console
 
 from gateway.measure.arrivals import arrivals, modest_rate, shared_prefixes
 from gateway.measure.installation import Answer, PromptTokens
 from gateway.measure.kinds import Kind, Sample, kind_of, rows
 from gateway.measure.lengths import choose_lengths
+from gateway.measure.report import first_token_table
 from gateway.measure.results import hidden
 from gateway.measure.spread import Spread, quantile, spread
 from gateway.measure.throughput import summary
@@ -113,3 +116,16 @@ def test_a_run_is_summed_up_by_its_answers_and_failures_count_as_requests() -> N
 def test_keys_are_not_written_into_results() -> None:
     given = ["--api-key", "secret-1", "--admin-key=secret-2", "--samples", "3"]
     assert hidden(given) == ["--api-key", "…", "--admin-key=…", "--samples", "3"]
+
+
+def test_the_table_fits_into_eighty_columns() -> None:
+    long = [sample(kind, kind, 123.456, tokens=128_000) for kind in Kind]
+    console = Console(file=io.StringIO(), width=80, no_color=True)
+    console.print(first_token_table(rows(long)))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert any("128,005 local hit" in line and line.rstrip().endswith("1.00 1.00") for line in map(_squeezed, lines)), lines
+
+
+def _squeezed(line: str) -> str:
+    return " ".join(line.split())
