@@ -116,7 +116,7 @@ def measure(given: argparse.Namespace, console: Console, figures: list[Figures],
     """All rounds; the order of the arms is turned around in every second one. Figures and failures go into the lists."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pkv-", dir="/tmp")))
-        model = given.model if not given.numbered else str(write_chat_model(directory / "model"))
+        model = given.model or str(write_chat_model(directory / "model"))
         engines = Engines(directory, model, given.vllm_args, MODEL)
         stack.callback(engines.end)
         with console.status("the replicas start"):

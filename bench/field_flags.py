@@ -62,6 +62,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.field", description=about, allow_abbrev=False)
     parser.add_argument("--engines", choices=("cpu", "gpu"), default="cpu", help="cpu: the default model; gpu: 8B shape, dummy")
     parser.add_argument("--model", default="", help="a model directory (default: peerkv's default model; gpu: written anew)")
+    parser.add_argument(
+        "--numbered", action="store_true", help="the model's words are w0, w1, … (default: if it is written anew)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="each arm once in each (default: 3)")
     parser.add_argument("--arms", help=f"with commas between, of: {', '.join(arm.name for arm in ARMS)}")
     parser.add_argument("--workloads", help=f"of: {', '.join(each.name for each in WORKLOADS)} (default: all)")
@@ -90,7 +93,7 @@ def _filled(given: argparse.Namespace) -> argparse.Namespace:
     given.vllm_args = shlex.split(given.vllm_args if given.vllm_args is not None else GPU_VLLM if gpu else CPU_VLLM)
     given.arms = _chosen(given.arms, ARMS) if given.arms else list(GPU_ARMS if gpu else CPU_ARMS)
     given.workloads = _chosen(given.workloads, WORKLOADS) if given.workloads else list(WORKLOADS)
-    given.numbered = gpu and not given.model
+    given.numbered = given.numbered or (gpu and not given.model)
     given.model = given.model or ("" if gpu else default_model())
     given.run_seconds = given.size.seconds + OVERHEAD_SECONDS
     return given

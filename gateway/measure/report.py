@@ -13,6 +13,8 @@ from gateway.measure.spread import Spread
 from gateway.measure.throughput import Throughput
 from gateway.simulate.plot import line_chart
 
+TITLE_COLUMNS = 60
+
 
 def print_results(results: Results, console: Console) -> None:
     """Print what there is."""
@@ -34,7 +36,9 @@ def print_results(results: Results, console: Console) -> None:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(
+        title=title, min_width=TITLE_COLUMNS, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
@@ -42,8 +46,8 @@ def _table(title: str, *columns: str) -> Table:
 
 def first_token_table(found: Sequence[Row]) -> Table:
     """A line for each length and kind; the last columns say how many times sooner it came than cold and than an import."""
-    heads = ("prompt tokens", "kind", "median", "least", "most", "samples", "cold/this", "import/this")
-    table = _table("seconds to the first token", *heads)
+    heads = ("prompt", "kind", "median", "least", "most", "n", "cold/this", "import/this")
+    table = _table("seconds to the first token, prompts in tokens", *heads)
     for row in found:
         for kind, each in row.seconds.items():
             times = [_short(value) for value in (each.median, each.least, each.most)]

@@ -124,6 +124,7 @@ def test_the_table_fits_into_eighty_columns() -> None:
     console.print(first_token_table(rows(long)))
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
+    assert "…" not in console.file.getvalue()
     assert any("128,005 local hit" in line and line.rstrip().endswith("1.00 1.00") for line in map(_squeezed, lines)), lines
 
 
