@@ -17,8 +17,6 @@ SPLIT_GAIN_SECONDS_MIN = 5e-4
 """A split that saves less is not worth its name: over NVLink a token's KV comes in less than a microsecond."""
 BUSY_MAX = 0.95
 """A hot prefix is not reckoned to keep its holders busier than this, so that the wait expected of it stays finite."""
-WORK_PRICE_MAX = 3.0
-"""Bound on the price of a second of computing: one for each request that waits there, as they all wait that much longer."""
 REMOTE_TRANSPORT = "rdma"
 
 
@@ -175,4 +173,5 @@ class Weighing:
 
 
 def _price(taker: Candidate) -> float:
-    return min(WORK_PRICE_MAX, taker.load.waiting)
+    """What a second of computing costs others: one for each request that waits there, as they all wait that much longer."""
+    return float(taker.load.waiting)
