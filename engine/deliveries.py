@@ -25,7 +25,7 @@ class Phase(enum.Enum):
 class Account:
     """One request. `left`: tokens of its prompt that no step was given yet and that are not known to be cached.
 
-    `whole`: some step was given the last of its prompt; the report of that step brings its record.
+    `whole`: some step was given the last of its prompt; the report of that step brings its record. `closed`: vLLM forgot it.
     """
 
     hint: Hint
@@ -50,6 +50,7 @@ class Account:
     failed_blocks: int = 0
     whole: bool = False
     aborted: bool = False
+    closed: bool = False
     delivered: bool = False
 
     def delivery(self, first_token_ns: int) -> Delivery:
@@ -141,7 +142,8 @@ class Accounts:
         account.stale_blocks, account.failed_blocks = report.stale_blocks, len(report.failed_blocks)
         if report.failed_blocks:
             account.why = DeliveryReason.CHECK_FAILED if report.stale_blocks else DeliveryReason.COPY_FAILED
-            self._leave(account, account.prompt_tokens - begin - good)
+            if not account.closed:  # else nobody would ever take it out of what waits
+                self._leave(account, account.prompt_tokens - begin - good)
 
     def scheduled(self, request_id: str, computed_tokens: int, tokens: int, now_ns: int) -> None:
         """A step computes `tokens` more of a request behind the first `computed_tokens`."""
@@ -194,7 +196,7 @@ class Accounts:
         self.asked.pop(request_id, None)
         self._phases[account.phase] -= 1
         self._leave(account, 0)
-        account.aborted = aborted
+        account.aborted, account.closed = aborted, True
         if not account.whole:
             self._deliver(account, 0)
 

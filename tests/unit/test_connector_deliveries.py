@@ -321,6 +321,16 @@ def test_what_is_about_to_be_imported_does_not_wait_and_does_again_if_that_fails
     assert b.reader.load() == EngineLoad(waiting_requests=1, waiting_tokens=10)
 
 
+def test_an_import_that_fails_after_its_request_was_aborted_leaves_nothing_that_waits(pair):
+    a, b = pair
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    request = hinted(source="replica-0")
+    _, meta = import_all(b, request, [20, 21, 22, 23])
+    b.half.finished("s", aborted=True)
+    b.done(meta.step, s=ImportReport(frozenset({21, 22}), 0, 1000, 500, "its owner ended"))
+    assert b.reader.load() == EngineLoad()
+
+
 def test_malformed_fields_of_a_hint_are_counted_once_and_the_rest_holds(pair):
     a, b = pair
     a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
