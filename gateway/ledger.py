@@ -227,7 +227,8 @@ class Ledger:
     def _forget(self, entry: Entry) -> None:
         plan = entry.planned
         self._entries.pop(plan.tag, None)
-        self._unreported.pop(plan.tag, None)
+        if self._unreported.pop(plan.tag, None) is not None:
+            self._late.append(entry)  # its record would not find it any more
         attempts = self._by_request[plan.request_id]
         attempts.remove(entry)
         if not attempts:

@@ -52,6 +52,11 @@ class Recorder:
         self._origins: dict[int, Origin] = {}
         feed.add(self._delivered)
 
+    @property
+    def waiting(self) -> int:
+        """Attempts whose prompts are kept, as they are not settled yet."""
+        return len(self._origins)
+
     def sent(self, planned: Planned, origin: Origin) -> Entry:
         """An attempt goes to its replica."""
         self._origins[planned.tag] = origin

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.feed import DeliveryFeed
-from gateway.ledger import LEFT_STATUS, Entry, Ledger, Planned
+from gateway.ledger import ATTEMPTS_KEPT, LEFT_STATUS, UNREPORTED_SECONDS, Entry, Ledger, Planned
 from gateway.losses import LossReason
 from gateway.recorder import Origin, Recorder
 from gateway.registry import Registry
@@ -154,6 +154,17 @@ def test_a_replica_that_came_back_is_read_from_its_new_table(scene: Scene) -> No
     scene.tables.start("a")
     entry = scene.serve(2)
     assert entry.deliveries[0].tag == 2
+
+
+def test_an_attempt_that_is_forgotten_while_its_record_is_waited_for_is_settled_and_keeps_nothing(scene: Scene) -> None:
+    """Or a client that gives all its requests one id and leaves them would fill the memory with their token ids."""
+    for tag in range(1, 4 * ATTEMPTS_KEPT):
+        scene.recorder.ended(scene.send(tag), LEFT_STATUS)
+    assert scene.recorder.waiting == ATTEMPTS_KEPT
+    scene.now += 2 * UNREPORTED_SECONDS
+    scene.recorder.catch_up()
+    assert scene.recorder.waiting == 0
+    assert scene.recorder.ledger.sums.requests_by_reason == {"left": 4 * ATTEMPTS_KEPT - 1}
 
 
 def test_a_late_record_is_found_when_somebody_looks(scene: Scene) -> None:
