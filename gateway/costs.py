@@ -10,18 +10,16 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
-from gateway.cost_priors import PREFILL_FACTORS_MAX, TRANSPORT_PRIORS, ModelKey, PrefillTerms, device_kind
+from gateway.cost_priors import PREFILL_FACTORS_MAX, ModelKey, PrefillTerms, device_kind
 from gateway.fitting import Fit
 from gateway.load import ReplicaLoad
+from gateway.transfers import Transfers
 
 __all__ = ["CostModel", "CostReport", "ModelKey", "Outcome", "PrefillTerms", "pairs"]
 
 MEMORY = 400
 """Samples after which one has faded to 1/e."""
 ERRORS_KEPT = 100
-PAIR_SAMPLES_MIN = 3
-"""Fewer transfers between two replicas than this, and what all pairs of that transport took speaks for them."""
-PAIRS_MAX = 4096
 CHUNK_TOKENS = 8192
 """Prompt tokens of a scheduling step, for counting the steps that running decodes slow down."""
 UNCERTAINTY_MIN = 0.02
@@ -96,12 +94,15 @@ class CostModel:
     def __init__(self) -> None:
         self._prefill: dict[ModelKey, Fit] = {}
         self._terms: dict[ModelKey, PrefillTerms] = {}
-        self._pairs: dict[tuple[str, str, str], Fit] = {}
-        self._transports: dict[str, Fit] = {}
+        self._transfers = Transfers(MEMORY)
         self._kv_token_bytes: dict[str, float] = {}
         self._errors: deque[float] = deque(maxlen=ERRORS_KEPT)
         self._samples = 0
         self._uncertainty = UNCERTAINTY_MAX
+
+    def pass_time(self, now: float) -> None:
+        """It is `now`: what was learnt of imports fades, so that one that seemed slow is tried again some time."""
+        self._transfers.pass_time(now)
 
     # What it expects
 
@@ -143,11 +144,12 @@ class CostModel:
         if tokens <= 0:
             return 0.0
         kv_bytes = tokens * self.kv_token_bytes(device) * max(1, sharing)
-        return self._transfer_fit(taker, source, transport).predict((1.0, kv_bytes))
+        fixed, a_byte = self._transfers.terms(taker, source, transport)
+        return fixed + a_byte * kv_bytes
 
     def transfer_terms(self, taker: str, source: str, transport: str, device: str) -> tuple[float, float]:
         """Seconds for each import, and seconds for each token of it, while no other import uses these replicas."""
-        fixed, a_byte = self._transfer_fit(taker, source, transport).coefficients
+        fixed, a_byte = self._transfers.terms(taker, source, transport)
         return fixed, a_byte * self.kv_token_bytes(device)
 
     def kv_token_bytes(self, device: str) -> float:
@@ -206,32 +208,13 @@ class CostModel:
             self._kv_token_bytes[device] = outcome.import_bytes / outcome.peer_tokens
         kv_bytes = outcome.peer_tokens * self.kv_token_bytes(device) * max(1, outcome.load.importing + 1)
         assert outcome.source is not None
-        pair = (outcome.replica, outcome.source, outcome.transport)
-        common = self._transport_fit(outcome.transport)
-        fit = self._pairs.get(pair)
-        if fit is None:
-            if len(self._pairs) >= PAIRS_MAX:
-                del self._pairs[next(iter(self._pairs))]
-            fit = self._pairs[pair] = Fit(_above_zero(common), MEMORY)
-        fit.observe((1.0, kv_bytes), seconds)
-        common.observe((1.0, kv_bytes), seconds)
+        self._transfers.observe((outcome.replica, outcome.source, outcome.transport), kv_bytes, seconds, outcome.now)
 
     def _fit(self, key: ModelKey) -> Fit:
         fit = self._prefill.get(key)
         if fit is None:
             fit = self._prefill[key] = Fit(device_kind(key).prefill, MEMORY, PREFILL_FACTORS_MAX)
         return fit
-
-    def _transport_fit(self, transport: str) -> Fit:
-        fit = self._transports.get(transport)
-        if fit is None:
-            prior = TRANSPORT_PRIORS.get(transport, TRANSPORT_PRIORS["rdma"])
-            fit = self._transports[transport] = Fit(prior, MEMORY)
-        return fit
-
-    def _transfer_fit(self, taker: str, source: str, transport: str) -> Fit:
-        fit = self._pairs.get((taker, source, transport))
-        return fit if fit is not None and fit.samples >= PAIR_SAMPLES_MIN else self._transport_fit(transport)
 
     # What it shows
 
@@ -245,11 +228,9 @@ class CostModel:
             PrefillReport(key.device, key.model, fit.samples, fit.usual_error, *fit.coefficients)
             for key, fit in sorted(self._prefill.items())
         )
-        whole = {("", "", transport): fit for transport, fit in self._transports.items()}
         transfers = tuple(
             TransferReport(*pair, fit.samples, fit.usual_error, fixed, 1 / a_byte if a_byte else 0.0)
-            for pair, fit in sorted((whole | self._pairs).items())
-            for fixed, a_byte in (fit.coefficients,)
+            for pair, fit, (fixed, a_byte) in self._transfers.known()
         )
         return CostReport(self._samples, len(self._errors), self.median_error(), prefill, transfers)
 
@@ -257,7 +238,3 @@ class CostModel:
 def pairs(cached_tokens: float, new_tokens: float) -> float:
     """Pairs of a new token and one before it: what attention computes for `new_tokens` behind `cached_tokens`."""
     return new_tokens * (cached_tokens + new_tokens / 2)
-
-
-def _above_zero(fit: Fit) -> tuple[float, ...]:
-    return tuple(max(value, 1e-12) for value in fit.coefficients)

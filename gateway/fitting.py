@@ -6,7 +6,8 @@ the past fades fast. Coefficients that the samples say nothing about stay where 
 """
 
 from collections.abc import Sequence
-from math import inf
+from math import inf, log
+from operator import mul
 
 HUBER = 1.5
 """Errors beyond so many times the usual one count linearly: Huber's own choice loses 5 % on normal errors."""
@@ -59,11 +60,17 @@ class Fit:
         """What the fit expects for `x`."""
         return sum(value * coefficient for value, coefficient in zip(x, self.coefficients, strict=True))
 
-    def observe(self, x: Sequence[float], y: float) -> None:
-        """Learn that `x` gave `y` above 0; `x` has no negative number."""
+    def observe(self, x: Sequence[float], y: float, holds: float = 1.0) -> None:
+        """Learn that `x` gave `y` above 0; `x` has no negative number.
+
+        `holds` is the share of what was learnt that is still thought to hold, for what was learnt long ago. The sample decides:
+        if it is unusual for the fit and nearer to what `faded` expects, the rest is forgotten.
+        """
         y = max(y, _SECONDS_MIN)
         u = [value * scale for value, scale in zip(x, self._scale, strict=True)]
-        expected = sum(value * z for value, z in zip(u, self._z, strict=True))
+        if holds < 1:
+            self._doubt(u, y, holds)
+        expected = _expected(u, self._z)
         # relative to what was expected, so that noise in y biases nothing; a prior that was far too low must not rule for long
         weight = 1 / max(expected, y / 4) ** 2
         error = abs(y - expected) * weight**0.5
@@ -84,6 +91,27 @@ class Fit:
         if self.samples <= WARM_UP or self._unsolved >= SOLVE_EVERY:
             self._solve()
 
+    def faded(self, share: float) -> tuple[float, ...]:
+        """The coefficients if only `share`, 0 to 1, of what was learnt still holds: on their way back to the prior.
+
+        Large ones go by their ratio to it, so that one that is 100 times too large does not take 100 times as long.
+        """
+        return tuple(scale * value for scale, value in zip(self._scale, self._faded(share), strict=True))
+
+    def _faded(self, share: float) -> list[float]:
+        return [value**share if value > 1 else 1 - share * (1 - value) for value in self._z]
+
+    def _doubt(self, u: Sequence[float], y: float, share: float) -> None:
+        """Forget all but `share` of what was learnt, if the sample says so."""
+        faded = self._faded(share)
+        off, off_if_faded = (abs(log(y / max(_expected(u, z), _SECONDS_MIN))) for z in (self._z, faded))
+        if off <= log(1 + HUBER * self._usual) or off_if_faded >= off:
+            return
+        self._z = faded
+        self._a = [[share * value for value in row] for row in self._a]
+        # the samples that are left speak for where the coefficients are now
+        self._b = [sum(value * other for value, other in zip(row, self._z, strict=True)) for row in self._a]
+
     def _solve(self) -> None:
         """Coordinate descent from the last solution, which also is what the coefficients are drawn to."""
         z = self._z
@@ -97,3 +125,7 @@ class Fit:
                 z[j] = min(max(0.0, pull / (row[j] + stay[j])), self._most[j])
         self._unsolved = 0
         self.coefficients = tuple(scale * value for scale, value in zip(self._scale, z, strict=True))
+
+
+def _expected(u: Sequence[float], z: Sequence[float]) -> float:
+    return sum(map(mul, u, z))

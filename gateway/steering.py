@@ -34,6 +34,7 @@ def steer(prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel,
 
     `turn` rotates among equals; let it grow by one with each request. The order of `candidates` does not matter.
     """
+    costs.pass_time(now)
     weighing = Weighing(prompt, candidates, costs, now)
     holding, others = weighing.takers(turn)
     if not holding and not others:

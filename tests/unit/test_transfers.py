@@ -1,0 +1,100 @@
+"""What imports are expected to take, and that a wrong estimate does not keep itself wrong by keeping anybody from importing."""
+
+import random
+
+import pytest
+
+from gateway.cost_priors import TRANSPORT_PRIORS
+from gateway.costs import CostModel, ModelKey, Outcome, pairs
+from gateway.load import IDLE, ReplicaLoad
+from gateway.steering import Candidate, PromptView, steer
+from gateway.transfers import FADE_SECONDS, Transfers
+
+GPU = ModelKey("cuda", "m")
+PAIR = ("b", "a", "cuda_ipc")
+KV_BYTES = 8000 * 131072
+HELD, PROMPT = 8000, 8064
+
+
+def expected(transfers: Transfers, taker: str = "b", source: str = "a") -> float:
+    fixed, a_byte = transfers.terms(taker, source, "cuda_ipc")
+    return fixed + a_byte * KV_BYTES
+
+
+PRIOR = expected(Transfers(400))
+
+
+def slow(transfers: Transfers, factor: float, count: int = 20, now: float = 0.0) -> None:
+    for _ in range(count):
+        transfers.observe(PAIR, KV_BYTES, factor * PRIOR, now)
+
+
+def test_before_any_import_the_prior_speaks() -> None:
+    assert Transfers(400).terms("b", "a", "cuda_ipc") == TRANSPORT_PRIORS["cuda_ipc"]
+
+
+def test_what_was_learnt_fades_when_nothing_is_imported_and_a_pair_is_forgotten() -> None:
+    transfers = Transfers(400)
+    slow(transfers, 100)
+    assert expected(transfers) == pytest.approx(100 * PRIOR, rel=0.05)
+    transfers.pass_time(0.9 * FADE_SECONDS)
+    assert expected(transfers) == pytest.approx(100 * PRIOR, rel=0.05)  # this pair still knows
+    assert expected(transfers, "c") < 20 * PRIOR
+    transfers.pass_time(2 * FADE_SECONDS)
+    assert expected(transfers) == expected(transfers, "c") < 3 * PRIOR
+    assert [pair for pair, _, _ in transfers.known()] == [("", "", "cuda_ipc")]
+
+
+def test_after_a_long_time_one_import_tells_what_holds() -> None:
+    for factor in (1, 100):
+        transfers = Transfers(400)
+        slow(transfers, 100)
+        transfers.observe(PAIR, KV_BYTES, factor * PRIOR, 2 * FADE_SECONDS)
+        transfers.pass_time(2 * FADE_SECONDS)
+        assert expected(transfers) == pytest.approx(factor * PRIOR, rel=0.5)
+
+
+@pytest.mark.parametrize("every", [1.0, 60.0, 300.0])
+def test_a_transport_unlike_its_prior_is_known_as_it_is_however_seldom_it_is_used(every: float) -> None:
+    transfers, rng = Transfers(400), random.Random(5)
+    now = 0.0
+    for _ in range(200):
+        now += every
+        transfers.observe(PAIR, KV_BYTES, 5 * PRIOR * rng.lognormvariate(0, 0.1), now)
+    assert expected(transfers) == pytest.approx(5 * PRIOR, rel=0.1)
+    assert expected(transfers, "c") == pytest.approx(5 * PRIOR, rel=0.1)
+
+
+def pulls_in_each_ten_minutes(slow_until: float, *, hours: float = 1.0) -> list[int]:
+    """A busy holder, an idle replica, a request every 5 s; each import takes 100 times as long until `slow_until`."""
+    costs, counts = CostModel(), [0] * int(hours * 6)
+    exchanging = frozenset("ab")
+    for turn in range(int(hours * 720)):
+        now = 5.0 * turn
+        busy = ReplicaLoad(tokens=60_000, pairs=pairs(0, 60_000), requests=1, waiting=1, since=now)
+        holder = Candidate("a", HELD, busy, exchanging, GPU, "cuda_ipc")
+        decision = steer(
+            PromptView(PROMPT, block_size=16), [holder, Candidate("b", 0, IDLE, exchanging, GPU, "cuda_ipc")], costs, now, turn
+        )
+        assert decision.replica == "b"
+        peer = decision.expected.peer_tokens
+        took = PRIOR * (100 if now < slow_until else 1) if peer else 0.0
+        prefill = CostModel().prefill_seconds(GPU, peer, PROMPT - peer)
+        outcome = Outcome(
+            GPU, "b", decision.source, "cuda_ipc", IDLE, now, PROMPT, PROMPT - peer, peer, decision.expected.seconds,
+            prefill + took, took if peer else None, peer * 131072,
+        )  # fmt: skip
+        costs.observe(outcome)
+        counts[int(now // 600)] += peer > 0
+    return counts
+
+
+def test_a_slow_start_does_not_end_imports_for_ever() -> None:
+    counts = pulls_in_each_ten_minutes(slow_until=60.0)
+    assert counts[1:] == [120] * 5
+
+
+def test_imports_that_stay_slow_are_tried_now_and_then() -> None:
+    counts = pulls_in_each_ten_minutes(slow_until=1e9)
+    assert all(0 <= count <= 4 for count in counts)
+    assert 3 <= sum(counts[1:]) <= 15
