@@ -32,6 +32,7 @@ class Outcome:
 
     `load` is what was ahead of it when it was sent, `computed_tokens` and `peer_tokens` were delivered; `import_seconds` is the
     engine's word for the wait for the import, None if it is not known. `first_byte_seconds` counts from the sending.
+    `import_failed`: not all of it came, so that its time and bytes are not those of `peer_tokens`.
     """
 
     key: ModelKey
@@ -47,6 +48,7 @@ class Outcome:
     first_byte_seconds: float
     import_seconds: float | None = None
     import_bytes: int = 0
+    import_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +173,9 @@ class CostModel:
         if self._samples % 8 == 0 or self._samples < 16:
             self._uncertainty = min(max(median(self._errors), UNCERTAINTY_MIN), UNCERTAINTY_MAX)
         imported = outcome.source is not None and outcome.peer_tokens > 0
-        if outcome.import_seconds is not None and imported:
-            self._observe_transfer(outcome, outcome.import_seconds)
+        if outcome.import_seconds is not None:
+            if imported and not outcome.import_failed:
+                self._observe_transfer(outcome, outcome.import_seconds)
             seconds -= outcome.import_seconds
         elif imported:  # only the sum is known: the model is believed, and the pair gets the rest
             rest = seconds - self._fit(outcome.key).predict(self._features(outcome))

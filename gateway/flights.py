@@ -123,4 +123,5 @@ def _outcome(flight: Flight, ticket: Ticket, delivery: Delivery | None, seconds:
         first_byte_seconds=seconds,
         import_seconds=delivery.import_wait_ns / 1e9 if delivery and delivery.import_wait_ns else None,
         import_bytes=delivery.import_bytes if delivery else 0,
+        import_failed=delivery is not None and delivery.failed_blocks > 0,
     )

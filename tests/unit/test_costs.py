@@ -140,6 +140,23 @@ def test_models_do_not_teach_each_other() -> None:
     assert costs.terms(ModelKey("cuda", "other")) == CostModel().terms(GPU)
 
 
+def test_an_import_of_which_little_came_says_nothing_of_the_size_of_tokens_or_of_the_pair() -> None:
+    """Its bytes are those that were copied, its tokens those that were good: 100 MB a token would end all imports."""
+    costs = CostModel()
+    Machine(costs, noise=0.03).play(100)
+    before = costs.transfer_seconds("a", "b", "cuda_ipc", 16_000, device="cuda")
+    computing = costs.prefill_seconds(GPU, 0, 16_000)
+    copied = 16_000 * Machine.token_bytes
+    for good in (16, 0) * 10:
+        failed = Outcome(
+            GPU, "a", "b", "cuda_ipc", IDLE, 0.0, 16_000, 16_000 - good, good, 1.0, computing + 3.0, 3.0, copied,
+            import_failed=True,
+        )  # fmt: skip
+        costs.observe(failed)
+    assert costs.transfer_seconds("a", "b", "cuda_ipc", 16_000, device="cuda") == before
+    assert costs.prefill_seconds(GPU, 0, 16_000) == pytest.approx(computing, rel=0.05)
+
+
 def test_the_report_names_every_model_and_pair() -> None:
     costs = CostModel()
     Machine(costs).play(50)

@@ -135,3 +135,24 @@ def test_the_words_of_an_engine_that_is_gone_are_forgotten(sky: Sky) -> None:
     assert sky.load.load("a", 0.0).engine_tokens == 5000
     sky.flights.keep({"b"})
     assert sky.load.load("a", 0.0).engine_tokens == 0
+
+
+def test_an_import_that_fell_short_does_not_teach_how_large_a_tokens_kv_is(sky: Sky) -> None:
+    sky.start(1, streamed=False)
+    sky.table.written.append(
+        Delivery(
+            tag=1,
+            first_token_ns=int(0.9e9),
+            prompt_tokens=1000,
+            peer_tokens=16,
+            computed_tokens=984,
+            source="b",
+            import_bytes=100_000_000,
+            import_wait_ns=int(0.4e9),
+            failed_blocks=60,
+        )  # fmt: skip
+    )
+    before = sky.costs.kv_token_bytes("cuda")
+    sky.listen()
+    assert (sky.learnt, sky.costs.kv_token_bytes("cuda")) == (1, before)
+    assert sky.costs.report().transfers == ()
