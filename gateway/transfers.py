@@ -15,8 +15,10 @@ PAIR_SAMPLES_MIN = 3
 """Fewer transfers between two replicas than this, and what all pairs of that transport took speaks for them."""
 PAIRS_MAX = 4096
 FADE_SECONDS = 600.0
-"""So long after its last import, what was learnt of a transport has gone back to 1/e of the way from what is believed beforehand,
-and what was learnt of a pair is forgotten. So one import in about that time is what it costs to find out that nothing changed."""
+"""So long after its last import, 1/e is left of what was learnt of a transport, and nothing of what was learnt of a pair.
+
+An import or a few in about that time is what it costs to find out that nothing changed.
+"""
 FADE_STEP_SECONDS = 1.0
 
 Pair = tuple[str, str, str]

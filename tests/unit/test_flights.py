@@ -150,7 +150,7 @@ def test_an_import_that_fell_short_does_not_teach_how_large_a_tokens_kv_is(sky: 
             import_bytes=100_000_000,
             import_wait_ns=int(0.4e9),
             failed_blocks=60,
-        )  # fmt: skip
+        )
     )
     before = sky.costs.kv_token_bytes("cuda")
     sky.listen()
