@@ -7,7 +7,6 @@ the past fades fast. Coefficients that the samples say nothing about stay where 
 
 from collections.abc import Sequence
 from math import inf, log
-from operator import mul
 
 HUBER = 1.5
 """Errors beyond so many times the usual one count linearly: Huber's own choice loses 5 % on normal errors."""
@@ -128,4 +127,4 @@ class Fit:
 
 
 def _expected(u: Sequence[float], z: Sequence[float]) -> float:
-    return sum(map(mul, u, z))
+    return sum(value * other for value, other in zip(u, z, strict=True))

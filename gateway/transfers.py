@@ -14,7 +14,7 @@ from gateway.fitting import Fit
 PAIR_SAMPLES_MIN = 3
 """Fewer transfers between two replicas than this, and what all pairs of that transport took speaks for them."""
 PAIRS_MAX = 4096
-FADE_SECONDS = 600.0
+FADE_SECONDS = 1800.0
 """So long after its last import, 1/e is left of what was learnt of a transport, and nothing of what was learnt of a pair.
 
 An import or a few in about that time is what it costs to find out that nothing changed.
