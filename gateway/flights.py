@@ -1,12 +1,15 @@
 """Requests between their sending and their end: they weigh on their replica, and what became of them teaches the cost model."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from gateway.costs import CostModel, ModelKey, Outcome
 from gateway.load import FleetLoad, ReplicaLoad, Ticket
 from gateway.tables import Table
-from transport.deliveries import Delivery
+from transport.deliveries import Delivery, DeliveryReason
+
+REFUSALS = frozenset({DeliveryReason.SOURCE_UNREADABLE, DeliveryReason.NOT_EXCHANGING})
+"""With these an engine says that it will not import from that source as long as both live."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +40,17 @@ class _Aloft:
 
 
 class Flights:
-    """Feeds `load` and `costs`. Times are CLOCK_MONOTONIC seconds, which the engines' are too. Belongs to one thread."""
+    """Feeds `load` and `costs`; `refused` is told which replica does not import from which.
 
-    def __init__(self, load: FleetLoad, costs: CostModel) -> None:
+    Times are CLOCK_MONOTONIC seconds, which the engines' are too. Belongs to one thread.
+    """
+
+    def __init__(
+        self, load: FleetLoad, costs: CostModel, refused: Callable[[str, str], None] = lambda taker, source: None
+    ) -> None:
         self._load = load
         self._costs = costs
+        self._refused = refused
         self._aloft: dict[int, _Aloft] = {}
         self._heard: set[str] = set()
 
@@ -84,6 +93,9 @@ class Flights:
         if aloft is None or not delivery.first_token_ns or aloft.delivery is not None:
             return
         aloft.delivery = delivery
+        source = aloft.flight.ticket.source
+        if source is not None and delivery.why in REFUSALS:
+            self._refused(replica, source)
         self._load.first_byte(delivery.tag, delivery.first_token_ns / 1e9)
         if not aloft.flight.streamed or aloft.first_byte_at:
             self._teach(aloft)

@@ -81,7 +81,7 @@ class Planner:
         self._keys: dict[str, tuple[int, ModelKey]] = {}
         self.costs = CostModel()
         self.load = FleetLoad()
-        self._flights = Flights(self.load, self.costs)
+        self._flights = Flights(self.load, self.costs, self.registry.refused)
         self.feed = DeliveryFeed(self.registry.tables)
         self.feed.add(self._flights.delivered)
         self._popularity = Popularity(settings.prefixes_tracked_max)

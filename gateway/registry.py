@@ -50,6 +50,7 @@ class Registry:
         self.ledger = CounterLedger()
         self._last: Mapping[str, Table] = {}
         self._exchanges: tuple[tuple[tuple[str, int], ...], dict[str, frozenset[str]]] = ((), {})
+        self._refused: set[tuple[tuple[str, int], tuple[str, int]]] = set()
 
     def tables(self) -> Mapping[str, Table]:
         """Return the live tables by replica name; their counters go into the ledger."""
@@ -91,12 +92,26 @@ class Registry:
         """For each replica, the others that it can import from. Worked out anew only when a table came, went or restarted."""
         stamp = tuple((name, table.epoch) for name, table in tables.items())
         if stamp != self._exchanges[0]:
+            self._refused = {pair for pair in self._refused if set(pair) <= set(stamp)}
             fresh = {
-                name: frozenset(other for other, theirs in tables.items() if other != name and not obstacles(table, theirs))
-                for name, table in tables.items()
+                ours[0]: frozenset(
+                    theirs[0]
+                    for theirs in stamp
+                    if theirs != ours
+                    and (ours, theirs) not in self._refused
+                    and not obstacles(tables[ours[0]], tables[theirs[0]])
+                )
+                for ours in stamp
             }
             self._exchanges = (stamp, fresh)
         return self._exchanges[1]
+
+    def refused(self, taker: str, source: str) -> None:
+        """The taker's engine said that it does not import from the source: so it is until one of the two is restarted."""
+        ours, theirs = self._last.get(taker), self._last.get(source)
+        if ours is not None and theirs is not None:
+            self._refused.add(((taker, ours.epoch), (source, theirs.epoch)))
+            self._exchanges = ((), {})
 
     def holders(self, keys: Keys) -> list[list[str]]:
         """For each key alone, who holds that block now. `keys` has shape (n, 2)."""

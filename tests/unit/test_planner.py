@@ -21,6 +21,7 @@ from gateway.tenants import ANONYMOUS, TenantContext
 from gateway.tokens import TokenService
 from tests.unit.replica_tables import FIELDS, ReplicaTables, StandingFleet, replica_tables
 from tests.unit.tiny_model import make_model
+from transport.deliveries import Delivery, DeliveryReason
 from transport.directory import TableDirectory
 
 EXACT = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
@@ -88,6 +89,21 @@ async def test_a_busy_holder_becomes_the_source_of_a_free_replica(place: Place) 
     plan = await place.plan(LONG)
     assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", "b", 600)
     assert plan.kv_transfer_params == {"peerkv": {"source": "b", "tag": plan.tag}}
+
+
+@pytest.mark.parametrize("why", [DeliveryReason.SOURCE_UNREADABLE, DeliveryReason.NOT_EXCHANGING])
+async def test_a_source_that_the_engine_refused_is_offered_to_it_no_more(place: Place, why: DeliveryReason) -> None:
+    """Two GPUs without a way between them: each import that is planned would be a prompt computed whole."""
+    place.tables.hold("b", LONG)
+    await place.occupy("b")
+    plan = await place.plan(LONG)
+    assert plan.source == "b"
+    place.planner.started(plan)
+    place.tables.writers["a"].deliver(
+        Delivery(tag=plan.tag, scheduled_ns=1, first_token_ns=2, prompt_tokens=601, computed_tokens=601, why=why), ""
+    )
+    place.planner.finished(plan)
+    assert (await place.plan(LONG, pinned="a")).source is None
 
 
 async def test_with_imports_switched_off_nobody_is_a_source(place: Place) -> None:

@@ -105,3 +105,17 @@ def test_the_holders_of_a_block_in_the_middle_of_a_chain_are_found(tables: Repli
     keys = registry.look_up([*PROMPT, 1]).keys[0][0]
     raw = [keys[row].tobytes() for row in (1, 4)]
     assert registry.holders(key_array(raw)) == [["a", "b"], ["a"]]
+
+
+def test_a_source_that_an_engine_refuses_is_none_for_it_until_one_of_them_is_restarted(
+    tables: ReplicaTables, registry: Registry
+) -> None:
+    for name in "abc":
+        tables.start(name)
+    registry.tables()
+    registry.refused("b", "a")
+    registry.refused("b", "nobody")
+    assert registry.exchanges(registry.tables()) == {"a": {"b", "c"}, "b": {"c"}, "c": {"a", "b"}}
+    tables.stop("a")
+    tables.start("a")
+    assert registry.exchanges(registry.tables()) == {"a": {"b", "c"}, "b": {"a", "c"}, "c": {"a", "b"}}
