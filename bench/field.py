@@ -64,11 +64,12 @@ class Field:
             before = self._engines.counts()
             player, wall = self._play(arm, url, self._talks(arm, workload, turn), "run")
             counts = self._engines.counts().since(before)
+            ledger = httpx.get(f"{url}/kv/stats", timeout=ARM_SECONDS_MAX).json()["ledger"] if arm.peerkv else None
         finally:
             process.end()
         if counts.peer and not arm.imports:
             raise ArmFailed(f"{counts.peer} tokens were imported though nothing should be")
-        return figures_of(arm.name, workload.name, turn, player.samples, wall, counts)
+        return replace(figures_of(arm.name, workload.name, turn, player.samples, wall, counts), ledger=ledger)
 
     def _wait(self, process: Started, url: str, arm: FieldArm) -> None:
         deadline = time.monotonic() + ARM_SECONDS_MAX

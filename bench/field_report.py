@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -37,6 +37,8 @@ class Figures:
     answer_tokens_per_second: float
     prompt_tokens: int
     counts: Counts
+    ledger: Mapping[str, Any] | None = None
+    """Of peerkv: why prompts were not cached, with the warm-up's."""
 
     def line(self) -> str:
         """The figures in a line, for people who wait."""
