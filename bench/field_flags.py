@@ -23,7 +23,8 @@ GPU_BLOCK_TOKENS = 16
 GPU_BLOCKS = 16384
 OVERHEAD_SECONDS = 15.0
 """Around a run: the arm's start, the warm-up, the last answers."""
-NUMBERED = tuple(f"w{number}" for number in range(10, 128_000))
+SPECIALS = 10
+NUMBERED = tuple(f"w{number}" for number in range(20, 128_000))
 """The vocabulary of tests.gpu.replica.write_model."""
 
 CPU_SIZE = Size(
@@ -111,9 +112,19 @@ def default_model() -> str:
 
 
 def write_chat_model(folder: Path) -> Path:
-    """The 8B shape of the GPU tests, with a chat template, so that conversations work."""
+    """The 8B shape of the GPU tests, with a chat template, and special tokens that are not the beginning of a word.
+
+    Otherwise a w2 that ends texts would cut w20 in two, in some tokenizers and not in others.
+    """
     write_model(folder)
+    names = {f"w{number}": f"<{number}>" for number in range(SPECIALS)}
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"] = {names.get(word, word): number for word, number in tokenizer["model"]["vocab"].items()}
+    tokenizer["model"]["unk_token"] = names["w0"]
+    path.write_text(json.dumps(tokenizer))
     path = folder / "tokenizer_config.json"
-    template = "{% for m in messages %} w3 {{ m['content'] }} w4 {% endfor %} w5 "
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    template = "{% for m in messages %} w10 {{ m['content'] }} w11 {% endfor %} w12 "
+    changed = {"chat_template": template, "unk_token": names["w0"], "eos_token": names["w2"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     return folder

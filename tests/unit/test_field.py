@@ -4,18 +4,21 @@ import asyncio
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from bench.engines import Counts, parse_counts
 from bench.field_arms import CPU_ARMS, PEERKV, PEERKV_ALONE, ROUND_ROBIN
-from bench.field_flags import CPU_SIZE, NUMBERED, parse
+from bench.field_flags import CPU_SIZE, NUMBERED, parse, write_chat_model
 from bench.field_report import figures_of, markdown
 from bench.open_loop import Player, Sample
 from bench.policy_relay import place
 from bench.workloads import TURNS, WORKLOADS, Talk, Turn, Workload, conversations, hot, shared
 from gateway.measure.words import COMMON, Words
+from gateway.model_files import source_from_arguments
+from gateway.tokens import TokenService
 
 SIZE = replace(CPU_SIZE, seconds=200.0)
 METRICS = """
@@ -65,7 +68,20 @@ def test_conversations_have_their_turns_at_the_rate() -> None:
 
 def test_the_numbered_vocabulary_is_known_to_the_dummy_model() -> None:
     made = talks(WORKLOADS[0], 1, 1, NUMBERED)
-    assert all(word[0] == "w" and 10 <= int(word[1:]) < 128_000 for word in made[0].turns[0].text.split())
+    assert all(word[0] == "w" and 20 <= int(word[1:]) < 128_000 for word in made[0].turns[0].text.split())
+
+
+def test_the_dummy_models_words_are_the_same_tokens_for_the_gateway_and_for_everybody(tmp_path: Path) -> None:
+    tokens = TokenService(source_from_arguments(str(write_chat_model(tmp_path)), ()))
+    tokens.load()
+    assert list(tokens.encode("w20 w2000 w127999")) == [20, 2000, 127999]
+    assert not any(f"w{number}" in tokens_of(tmp_path) for number in range(10))
+    assert list(tokens.encode_chat({"messages": [{"role": "user", "content": "w25"}]})) == [10, 25, 11, 12]
+
+
+def tokens_of(model: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    return found
 
 
 def test_counts_are_read_from_the_engines_own_metrics() -> None:
