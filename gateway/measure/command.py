@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -128,8 +129,12 @@ class _Bench:
         )
         bar = progress.add_task("first token", total=len(planned))
 
+        done = itertools.count(1)
+
         def step(trial: first_token.Trial) -> None:
-            progress.update(bar, advance=1, description=f"first token, {trial.tokens:,} tokens")
+            ran = next(done)  # more than planned where trials were disturbed
+            total = max(ran, len(planned))
+            progress.update(bar, completed=ran, total=total, description=f"first token, {trial.tokens:,} tokens")
 
         await first_token.measure(installation, described, self._words, planned, self._results.samples, step)
         self._note_what_is_missing(imports=not described.obstacles)
