@@ -153,6 +153,8 @@ class Accounts:
         self.asked.pop(request_id, None)
         if not account.scheduled_ns:
             account.scheduled_ns = now_ns
+            if account.import_wait_ns:  # the steps between its end and this one are what the import takes as well
+                account.import_wait_ns = now_ns - account.import_begun_ns
             self._count(account, computed_tokens)
         end, prompt = computed_tokens + tokens, account.prompt_tokens
         self._work.tokens += max(0, min(end, prompt) - computed_tokens)

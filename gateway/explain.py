@@ -47,7 +47,7 @@ class Delivered(BaseModel):
     failed_blocks: int = Field(description="blocks that were computed because their import failed")
     import_bytes: int
     import_seconds: float = Field(description="the copy alone")
-    import_wait_seconds: float = Field(description="from the allocation of its blocks until the import was settled")
+    import_wait_seconds: float = Field(description="from the allocation of its blocks to the first step behind the import")
     queue_seconds: float | None = Field(description="from its arrival in the engine to its first step, null if it had none")
     first_token_seconds: float | None = Field(description="from its arrival in the engine, null if there was none")
 

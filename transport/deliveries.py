@@ -42,7 +42,7 @@ class Delivery:
     `scheduled_ns`: the first step that computes some of it; `first_token_ns`: that the step which computed the prompt's last
     token was done, 0 if the request was aborted before. Tokens are the prompt's, prompt = local + peer + computed once it was
     scheduled. `planned_tokens` is what the last look-up promised from `source`, `import_ns` the time of the copy alone,
-    `import_wait_ns` from the allocation of its blocks to its end as the scheduler sees it.
+    `import_wait_ns` from the allocation of its blocks to the first step, or to its end if none came.
 
     The order of the fields is part of the table's version.
     """

@@ -76,19 +76,22 @@ def test_a_local_hit_misses_nothing(pair):
     assert (split(found), found.why) == ((12, 0, 2), DeliveryReason.NONE)
 
 
-def test_an_import_is_recorded_with_its_source_its_bytes_and_its_times(pair):
+def test_an_import_is_recorded_with_its_source_its_bytes_and_its_times(pair, ticks):
     a, b = pair
     a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
     request = hinted(source="replica-0")
     tokens, meta = import_all(b, request, [20, 21, 22, 23])
     assert b.reader.load().imports_under_way == 1
+    begun = next(ticks)
     b.done(meta.step, s=report())
+    ended = next(ticks)
     assert b.reader.load().imports_under_way == 0
     run_on(b, request, [20, 21, 22, 23], tokens)
     found = record(b)
     assert (split(found), found.why) == ((0, 12, 2), DeliveryReason.NONE)
     assert (found.source, found.planned_tokens, found.import_bytes, found.import_ns) == ("replica-0", 12, 1000, 500)
-    assert 0 < found.import_wait_ns < found.scheduled_ns
+    assert found.asked_ns < found.scheduled_ns - found.import_wait_ns < begun
+    assert ended - begun < found.import_wait_ns  # to the first step, not to the end of the copy
     (peer,) = b.reader.peers()
     assert (peer.name, peer.transport, peer.imports, peer.blocks, peer.bytes) == ("replica-0", "shared_memory", 1, 3, 1000)
     assert (peer.nanoseconds, peer.failures) == (500, 0)
