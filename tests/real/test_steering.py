@@ -1,14 +1,19 @@
-"""Steering on two real replicas: what it expects comes true, a loaded holder is relieved, a burst is computed once."""
+"""Steering on two real replicas: what it expects comes true, a loaded holder is relieved, a burst is computed once, and a small
+miss is computed where an import takes longer."""
 
 import random
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 
 import pytest
 
-from tests.real.fleet import Fleet, until
+from tests.real.conftest import assert_no_trace
+from tests.real.fleet import REPLICAS, Fleet, until
+from tests.real.leftovers import shared_files
+from tests.unit.tiny_model import LLAMA, make_llama
 
 BLOCK = 32
 CONVERGED = 0.25
@@ -18,6 +23,7 @@ NOISE_MAX = 0.15
 ALIKE_MIN = 3
 REQUESTS_MIN, REQUESTS_MAX = 100, 180
 SENT_SECONDS_MAX = 30.0
+LARGE = 4000
 
 
 @dataclass(frozen=True)
@@ -126,3 +132,64 @@ def test_a_burst_of_equal_prompts_is_computed_at_most_once_a_replica(fleet, word
     assert one.prompt + other.prompt == requests * len(prompt)
     tail = len(prompt) - (len(prompt) - 1) // BLOCK * BLOCK
     assert one.computed + other.computed <= 2 * len(prompt) + (requests - 2) * tail
+
+
+@pytest.fixture(scope="module")
+def quick_fleet(tmp_path_factory) -> Iterator[Fleet]:
+    """Two replicas of a model that computes a block sooner than an engine takes the steps that an import needs."""
+    before = shared_files()
+    fleet = Fleet(flags=(str(make_llama(tmp_path_factory.mktemp("llama"))),), vllm_args=("--load-format", "dummy"))
+    try:
+        fleet.start()
+        fleet.wait_ready()
+        yield fleet
+        assert fleet.stop() == 0, fleet.logs()
+        assert_no_trace(fleet, before)
+    finally:
+        fleet.stop()
+        fleet.remove()
+
+
+def letters(tokens: int) -> list[int]:
+    """A prompt of the quick fleet's ids that nobody has seen."""
+    return random.SystemRandom().choices(range(2, LLAMA["vocab_size"]), k=tokens)
+
+
+def asked_again(fleet: Fleet, tokens: int, missing: int, place: int) -> tuple[float, float, dict]:
+    """Ask one replica for a new prompt, the other for all of it but its last `missing` full blocks, and then for it.
+
+    Returns the seconds of the first and the last answer, and how the last is explained.
+    """
+    prompt, holder, taker = letters(tokens), REPLICAS[place % 2], REPLICAS[1 - place % 2]
+    cold = stream(fleet, prompt, holder)
+    known = (tokens - 1) // BLOCK * BLOCK - missing * BLOCK
+    if known > 0:
+        stream(fleet, prompt[:known] + letters(BLOCK // 2), taker)
+    again = stream(fleet, prompt, taker)
+    return cold.seconds, again.seconds, explained(fleet, again.request_id)
+
+
+def test_a_small_miss_is_recomputed_and_a_large_one_pulled(quick_fleet):
+    fleet, tokens = quick_fleet, 330
+    full = (tokens - 1) // BLOCK * BLOCK
+    for place, length in enumerate([100, 500, 1000, 2000, LARGE, 2 * LARGE] * 4):
+        asked_again(fleet, length, length, place // 2)
+    assert fleet.stats()["costs"]["samples"] >= 48
+
+    for place, missing in enumerate([1, 2] * 4):
+        _, _, small = asked_again(fleet, tokens, missing, place // 2)
+        [delivered] = small["delivered"]
+        held = full - missing * BLOCK
+        assert (small["expected"]["best_available_tokens"], small["expected"]["local_tokens"]) == (full, held), small
+        assert (small["action"], small["source"]) == ("hit", ""), (small, fleet.stats()["costs"])
+        assert (delivered["local_tokens"], delivered["peer_tokens"]) == (held, 0), small
+        assert delivered["computed_tokens"] == tokens - held
+
+    full, seconds = (LARGE - 1) // BLOCK * BLOCK, []
+    for place in range(4):
+        cold, pulled, large = asked_again(fleet, LARGE, LARGE, place)
+        seconds.append((cold, pulled))
+        [delivered] = large["delivered"]
+        assert (large["action"], large["source"]) == ("pull", REPLICAS[place % 2]), (large, fleet.stats()["costs"])
+        assert (delivered["local_tokens"], delivered["peer_tokens"]) == (0, full), large
+    assert median(pulled for _, pulled in seconds) < median(cold for cold, _ in seconds) / 1.5, seconds

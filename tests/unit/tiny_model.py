@@ -1,4 +1,4 @@
-"""A model directory with a tiny tokenizer, for tests: byte-level, so that every text has ids."""
+"""A model directory with a tiny tokenizer, for tests: byte-level, so that every text has ids. With a config engines load it."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,22 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 259,
+    "max_position_embeddings": 8192,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "dtype": "float32",
+}
+"""Two small layers; the weights are for the engine to make up."""
 
 
 def tiny_tokenizer() -> Tokenizer:
@@ -35,4 +51,11 @@ def make_model(directory: Path, *, tokenizer: Tokenizer | None = None, template:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
     if template is not None:
         (directory / "chat_template.jinja").write_text(template, "utf-8")
+    return directory
+
+
+def make_llama(directory: Path) -> Path:
+    """Write a model that an engine can load with made-up weights."""
+    make_model(directory)
+    (directory / "config.json").write_text(json.dumps(LLAMA), "utf-8")
     return directory
