@@ -10,7 +10,7 @@ from gateway.counters import CounterLedger
 from gateway.tables import Table, Tables
 from gateway.token_ids import TokenIds
 from transport.fingerprint import fingerprint_difference
-from transport.keys import Keys, root_key
+from transport.keys import HASHES, Keys, root_key
 
 STATUS_OK = "ok"
 KEY_CACHE_BYTES_MAX = 32 << 20
@@ -35,7 +35,7 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class LookUp:
-    """Holdings by replica name, for each with a live table; `keys` are the chains that were looked up, with block sizes."""
+    """Holdings by replica name, for each with a live table whose hash we know; `keys` are the chains that were looked up, with block sizes."""
 
     holdings: Mapping[str, Holding] = field(default_factory=dict)
     keys: tuple[tuple[Keys, int], ...] = ()
@@ -77,6 +77,8 @@ class Registry:
         places: dict[tuple[bytes, int, str], int] = {}
         holdings: dict[str, Holding] = {}
         for name, table in tables.items():
+            if table.hash_name not in HASHES:  # of a later version, or damaged: it holds nothing that we could name
+                continue
             kind = (table.fingerprint, table.block_size, table.hash_name)
             keys = chains.get(kind)
             if keys is None:

@@ -32,8 +32,9 @@ class ReplicaTables:
         transport: str = "shared_memory",
         block_size: int = BLOCK_SIZE,
         blocks: int = 256,
+        hash_name: str = "xxh3_128",
     ) -> TableWriter:
-        about = Description(name, os.getpid(), "xxh3_128", transport, status, dict(fields), ())
+        about = Description(name, os.getpid(), hash_name, transport, status, dict(fields), ())
         self.writers[name] = TableWriter(self.directory, about, block_size, blocks)
         return self.writers[name]
 

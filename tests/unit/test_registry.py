@@ -119,3 +119,10 @@ def test_a_source_that_an_engine_refuses_is_none_for_it_until_one_of_them_is_res
     tables.stop("a")
     tables.start("a")
     assert registry.exchanges(registry.tables()) == {"a": {"b", "c"}, "b": {"a", "c"}, "c": {"a", "b"}}
+
+
+def test_a_table_of_a_hash_that_is_not_known_holds_nothing_and_harms_nobody(tables: ReplicaTables, registry: Registry) -> None:
+    tables.start("a")
+    tables.start("b", hash_name="of_tomorrow")
+    tables.hold("a", PROMPT)
+    assert {name: held.blocks for name, held in registry.look_up([*PROMPT, 1]).holdings.items()} == {"a": 5}
