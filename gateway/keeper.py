@@ -146,7 +146,8 @@ class Keeper:
     def _candidates(self, kept: KeptPrefix) -> list[Replica]:
         """Ready replicas: those that keep it, then those that hold most of it, then the least busy."""
         tenant = self._tenants.named(kept.tenant)
-        look_up = self._planner.registry.look_up(kept.ids, tenant.salt if tenant else "")
+        lora = self._planner.adapter({"model": kept.model})
+        look_up = self._planner.registry.look_up(kept.ids, tenant.salt if tenant else "", lora)
         busy = self._planner.in_flight()
 
         def rank(replica: Replica) -> tuple[bool, int, int, str]:

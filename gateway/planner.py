@@ -98,6 +98,10 @@ class Planner:
     def parity(self, verdict: ParityVerdict) -> None:
         self._reader.parity = verdict
 
+    def adapter(self, body: Mapping[str, Any]) -> str:
+        """The adapter that a request names, as keys spell it; "" for none."""
+        return self._reader.adapter(body)
+
     async def plan(
         self, endpoint: Endpoint, body: Mapping[str, Any], tenant: TenantContext, *, pinned: str | None = None
     ) -> Plan:
@@ -110,7 +114,7 @@ class Planner:
         asked = Asked(
             known=await self._reader.read(endpoint, body),
             salt=tenant.salt,
-            lora=self._reader.adapter(body),
+            lora=self.adapter(body),
             affinity=_affinity(body, tenant.salt),
             pinned=pinned,
             streamed=body.get("stream") is True,

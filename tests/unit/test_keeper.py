@@ -52,7 +52,7 @@ class Engine:
         self.status = 200
         self.refuses_pins = False
         self.seconds = 0.0
-        self._tables = tables
+        self.tables = tables
         tables.start(name)
 
     @property
@@ -64,14 +64,17 @@ class Engine:
         self.bodies.append(body)
         await asyncio.sleep(self.seconds)
         hint = body["kv_transfer_params"]["peerkv"]
-        writer, tokens = self._tables.writers[self.name], len(body["prompt"])
+        writer, tokens = self.tables.writers[self.name], len(body["prompt"])
         peer = 36 if hint.get("source") else 0
         record = Delivery(hint["tag"], 1, 1, 2, 3, tokens, 0, peer, tokens - peer, source=hint.get("source", ""))
         writer.deliver(record, "shared_memory")
-        self._tables.hold(self.name, body["prompt"], body.get("cache_salt", ""))
+        self.tables.hold(self.name, body["prompt"], body.get("cache_salt", ""))
         if "pin" in hint:
             writer.count("pins_refused" if self.refuses_pins else "pins")
         return web.json_response({"choices": []}, status=self.status)
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m"}, {"id": "poet", "root": "/loras/poet", "parent": "m"}]})
 
 
 class Scene:
@@ -83,7 +86,8 @@ class Scene:
         tokens.load()
         upstream, tenants = Upstream(settings), Tenants([ONE, TWO])
         self.upstream = upstream
-        self.planner = Planner(self.fleet, TableDirectory(tables.directory), tokens, Bounds())
+        models = ModelsCache(self.fleet, upstream)
+        self.planner = Planner(self.fleet, TableDirectory(tables.directory), tokens, Bounds(), lambda: models.known)
         self.planner.parity = EXACT
         registry = self.planner.registry
         recorder = Recorder(Ledger(10), SeenPrefixes(10), self.planner.feed, registry, tenants.salt_of)
@@ -94,7 +98,7 @@ class Scene:
             fleet=self.fleet,
             planner=self.planner,
             upstream=upstream,
-            reader=PrefixReader(self.planner, tokens, tenants, ModelsCache(self.fleet, upstream)),
+            reader=PrefixReader(self.planner, tokens, tenants, models),
             tenants=tenants,
             witness=PlanWitness(recorder, self.planner),
             seconds_max=settings.prefix_seconds_max,
@@ -114,7 +118,7 @@ class Scene:
     async def listen(self, stack: AsyncExitStack) -> None:
         for name, engine in self.engines.items():
             app = web.Application(client_max_size=1 << 30)
-            app.add_routes([web.post("/v1/completions", engine.complete)])
+            app.add_routes([web.post("/v1/completions", engine.complete), web.get("/v1/models", engine.models)])
             runner = web.AppRunner(app)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
@@ -182,6 +186,14 @@ async def test_it_is_put_where_it_already_is(scene: Scene) -> None:
     (holder,) = [name for name, engine in scene.engines.items() if engine.bodies]
     kept = await scene.keep()
     assert [place["replica"] for place in kept["places"]] == [holder]
+
+
+async def test_an_adapters_prefix_is_put_where_that_adapters_blocks_are(scene: Scene) -> None:
+    tables = scene.engines["a"].tables
+    tables.hold("a", IDS, SALT)
+    tables.hold("b", IDS, SALT, lora="poet=/loras/poet")
+    homes = {model: (await scene.keep(model=model, pin=False))["places"][0]["replica"] for model in ("", "poet")}
+    assert homes == {"": "a", "poet": "b"}
 
 
 async def test_without_a_pin_it_is_only_warm(scene: Scene) -> None:
