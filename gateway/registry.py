@@ -35,7 +35,10 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class LookUp:
-    """Holdings by replica name, for each with a live table whose hash we know; `keys` are the chains that were looked up, with block sizes."""
+    """Holdings by replica name, for each with a live table whose hash is known.
+
+    `keys` are the chains that were looked up, with block sizes.
+    """
 
     holdings: Mapping[str, Holding] = field(default_factory=dict)
     keys: tuple[tuple[Keys, int], ...] = ()
