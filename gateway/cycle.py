@@ -168,6 +168,10 @@ class Cycle:
         if self.begun:
             raise RuntimeError("the answer has begun already")
         self.begun = True
+        if self._expects_continue:
+            # The client may send its body or not, so what comes next could be either that or a request.
+            self._expects_continue = False
+            self.keep_alive = self.keep_alive and not self.more_body
         self._has_body = self.scope["method"] != "HEAD" and status not in _BODILESS
         length: int | None = None
         for name, value in headers:

@@ -17,11 +17,13 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from gateway.cycle import EXTENSION, Asgi, Cycle, RawHeaders, Scope
-from gateway.errors import ApiError, InvalidRequest, Unavailable
+from gateway.errors import ApiError, InvalidRequest, TooManyRequests, Unavailable
 from gateway.exchange import sane_request_id
 
 BODY_READ_AHEAD_BYTES_MAX = 256 << 10
 """Bytes of a request's body that are held before the application asks for them."""
+PIPELINED_MAX = 1024
+"""Requests that wait for the answer before theirs; nothing is read meanwhile, so all of them came in one piece."""
 
 _access = logging.getLogger("uvicorn.access")
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
@@ -60,8 +62,7 @@ class DoorProtocol(asyncio.Protocol):
         self.write_paused = False
         self._app = cast(Asgi, config.loaded_app)
         self._state = server_state
-        self._parser = httptools.HttpRequestParser(self)
-        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)  # else it costs the answer before
+        self._parser = self._new_parser()
         self._cycle: Cycle | None = None
         self._waiting: deque[Cycle] = deque()
         self._upload: Cycle | None = None  # whose body comes in
@@ -72,7 +73,7 @@ class DoorProtocol(asyncio.Protocol):
         self._expects_continue = False
         self._in_message = False
         self._rejected = False
-        self._head_bytes = 0
+        self._head_bytes = 0  # since the last byte of a body: those of a head, of trailers, of chunks' extensions
         self._waits_since = 0.0
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -81,7 +82,10 @@ class DoorProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self._server, self._client = (tuple(transport.get_extra_info(side)[:2]) for side in ("sockname", "peername"))
+        # A client that is gone already has no name any more.
+        self._server, self._client = (
+            tuple((transport.get_extra_info(side) or ("", 0))[:2]) for side in ("sockname", "peername")
+        )
         self._state.connections.add(self)  # type: ignore[arg-type]
         if len(self._state.connections) > self.connections_max:
             self._reject(Unavailable(f"{self.connections_max} connections are open already."))
@@ -95,32 +99,31 @@ class DoorProtocol(asyncio.Protocol):
                 timer.cancel()
         self._head_timer = self._stall_timer = None
         self._goes_on()
-        for cycle in (self._cycle, *self._waiting):
-            if cycle is not None:
-                cycle.client_left()
-        self._waiting.clear()
+        self._client_left()
 
     def data_received(self, data: bytes) -> None:
         if self._rejected:
             return
-        if not self._in_message:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._last_request()  # an upgrade is not had here: it is answered as if it had not been asked for
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on_without_upgrade(data[upgrade.args[0] :])
+            return
         except httptools.HttpParserError:
             self._reject(InvalidRequest("Invalid HTTP request received.", code="invalid_http"))
             return
-        if self._in_message or self._rejected or self._head_bytes == 0:
+        if self._rejected or self._head_bytes == 0:
             return
         if self._head_bytes > self.head_bytes_max:
             self._reject(HeadTooLarge(self.head_bytes_max))
-        elif self._head_bytes == len(data):
+        elif not self._in_message and self._head_bytes == len(data):
             self._await_head()
 
     def eof_received(self) -> None:
-        """The client sends no more; uvloop and asyncio then close."""
+        """The client sends no more, and is taken for gone even if bytes for it are left; uvloop and asyncio then close."""
+        self._client_left()
+        self.close()
 
     def pause_writing(self) -> None:
         self.write_paused = True
@@ -131,6 +134,11 @@ class DoorProtocol(asyncio.Protocol):
             self._stall_timer.cancel()
             self._stall_timer = None
         self._goes_on()
+        if self.transport.is_closing():
+            self.close()
+        elif self._waiting and (self._cycle is None or self._cycle.complete):
+            self._begin(self._waiting.popleft())
+            self.resume_reading()
 
     # Called by the parser.
 
@@ -143,30 +151,39 @@ class DoorProtocol(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_message:
+            return  # a trailer: whoever judged the head before us did not see it
         name = name.lower()
         if name == b"expect" and value.lower() == b"100-continue":
             self._expects_continue = True
         self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        if self._parser.should_upgrade():
+            return  # the head comes once more, without
         self._in_message = True
         # Bytes of a body may have come with the head, so only a suspicion leads to the exact count.
         if self._head_bytes > self.head_bytes_max and self._parsed_head_bytes() > self.head_bytes_max:
             self._reject(HeadTooLarge(self.head_bytes_max))
         if self._rejected:
             return
+        self._head_bytes = 0
         version = self._parser.get_http_version()
         keep_alive = version != "1.0" and self._parser.should_keep_alive()
-        cycle = Cycle(self, self._scope(version), keep_alive=keep_alive, expects_continue=self._expects_continue)
+        expects_continue = self._expects_continue and version != "1.0"
+        cycle = Cycle(self, self._scope(version), keep_alive=keep_alive, expects_continue=expects_continue)
         cycle.scope["extensions"] = {EXTENSION: cycle}
         self._upload = cycle
-        if self._cycle is None or self._cycle.complete:
+        if (self._cycle is None or self._cycle.complete) and not self.write_paused:
             self._begin(cycle)
-        else:  # pipelined: answers go out in the order of the requests
+        elif len(self._waiting) < PIPELINED_MAX:  # answers go out in the order of the requests, and when those before were read
             self._waiting.append(cycle)
             self._pause_reading()
+        else:
+            self._reject(TooManyRequests(PIPELINED_MAX))
 
     def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
         cycle = self._upload
         if self._rejected or cycle is None or cycle.complete:
             return
@@ -175,6 +192,8 @@ class DoorProtocol(asyncio.Protocol):
             self._pause_reading()
 
     def on_message_complete(self) -> None:
+        if not self._in_message:
+            return  # as in on_headers_complete
         self._in_message = False
         self._head_bytes = 0
         if not self._rejected and self._upload is not None:
@@ -189,8 +208,10 @@ class DoorProtocol(asyncio.Protocol):
         self.transport.write(data)
 
     def close(self) -> None:
-        """Close when all is sent."""
+        """Close when all is sent, or was left unread for too long."""
         self.transport.close()
+        if self._stall_timer is None and self.transport.get_write_buffer_size():
+            self._stall_timer = self.loop.call_later(self.stall_seconds_max, self.transport.abort)
 
     def resume_reading(self) -> None:
         """Take more of a request's body."""
@@ -203,10 +224,10 @@ class DoorProtocol(asyncio.Protocol):
         self._state.total_requests += 1
         if self.transport.is_closing():
             return
-        if self._waiting:
-            self._begin(self._waiting.popleft())
-        else:
+        if not self._waiting:
             self._await_head()
+        elif not self.write_paused:
+            self._begin(self._waiting.popleft())
         self.resume_reading()
 
     def date_headers(self) -> RawHeaders:
@@ -233,14 +254,29 @@ class DoorProtocol(asyncio.Protocol):
     def shutdown(self) -> None:
         """Finish what is being answered and close."""
         if self._cycle is None or self._cycle.complete:
-            self.transport.close()
+            self.close()
         else:
-            self._last_request()
+            self._cycle.keep_alive = False
 
-    def _last_request(self) -> None:
-        for cycle in (self._cycle, *self._waiting):
-            if cycle is not None:
-                cycle.keep_alive = False
+    def _new_parser(self) -> Any:
+        parser = httptools.HttpRequestParser(self)
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # it is passed over; else it costs the answer before
+        return parser
+
+    def _go_on_without_upgrade(self, rest: bytes) -> None:
+        """An upgrade is not had here: its request is answered as if it had not been asked for, and is the connection's last.
+
+        The parser would take the request's body for the other protocol's, so another one gets the head without that wish.
+        """
+        method, version = self._parser.get_method(), self._parser.get_http_version().encode()
+        if method == b"CONNECT":
+            self._reject(InvalidRequest("There are no tunnels here.", code="invalid_http"))
+            return
+        lines = [b"%b %b HTTP/%b\r\n" % (method, self._url, version), b"connection: close\r\n"]
+        lines += [b"%b: %b\r\n" % header for header in self._headers if header[0] not in (b"upgrade", b"connection")]
+        self._head_bytes = 0
+        self._parser = self._new_parser()
+        self.data_received(b"".join((*lines, b"\r\n", rest)))
 
     def _scope(self, version: str) -> Scope:
         url = httptools.parse_url(self._url)
@@ -266,6 +302,12 @@ class DoorProtocol(asyncio.Protocol):
         self._state.tasks.add(task)
         task.add_done_callback(self._state.tasks.discard)
 
+    def _client_left(self) -> None:
+        for cycle in (self._cycle, *self._waiting):
+            if cycle is not None:
+                cycle.client_left()
+        self._waiting.clear()
+
     def _pause_reading(self) -> None:
         if not self._reading_paused:
             self._reading_paused = True
@@ -287,24 +329,28 @@ class DoorProtocol(asyncio.Protocol):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        if self.transport.is_closing() or (self._cycle is not None and not self._cycle.complete):
+        if self.transport.is_closing() or self._waiting or (self._cycle is not None and not self._cycle.complete):
             return
         left = self._waits_since + self.head_seconds_max - self.loop.time()
         if left > 0:
             self._head_timer = self.loop.call_later(left, self._head_is_late)
         else:
-            self.transport.close()
+            self.close()
 
     def _reject(self, error: ApiError) -> None:
         """Answer and close. A request before this one that is still being answered loses its connection."""
         if self._rejected or self.transport.is_closing():
             return
         self._rejected = True
-        if self._cycle is None or self._cycle.complete:
+        cycle = self._cycle
+        in_its_body = cycle is not None and cycle is self._upload and not cycle.begun
+        is_next = not self._waiting and (cycle is None or cycle.complete or in_its_body)
+        self._client_left()
+        if is_next:
             body = error.body()
             headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
             headers["x-request-id"] = sane_request_id(dict(self._headers).get(b"x-request-id"))
             lines = [f"HTTP/1.1 {error.status} Rejected"]
             lines += [f"{name}: {value}" for name, value in (headers | error.headers).items()]
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
-        self.transport.close()
+        self.close()

@@ -60,7 +60,7 @@ class Exchange:
                 case b"content-type":
                     self.content_type = value
                 case b"content-length":
-                    self.content_length = int(value) if value.isdigit() else None
+                    self.content_length = int(value.lstrip(b"0") or b"0") if value.isdigit() else None
                 case b"accept":
                     self.accept = value
                 case b"x-request-id":
