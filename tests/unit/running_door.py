@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Set
@@ -198,7 +197,7 @@ class Door:
         socket = self.directory / f"{name}.sock"
         process = await asyncio.create_subprocess_exec(sys.executable, str(FAKE_ENGINE), "--uds", str(socket), *arguments)
         self.stack.push_async_callback(end, process)
-        await until(lambda: os.path.exists(socket))
+        await until(lambda: _listens(socket))
         self.fleet.put(name, socket)
         return process
 
@@ -219,6 +218,16 @@ class Door:
         """Status, JSON and headers of the answer to a GET."""
         async with self.session.get(self.url + path, **options) as answer:
             return answer.status, await answer.json(), answer.headers
+
+
+async def _listens(path: Path) -> bool:
+    """Whether connections are taken there. The socket's file is there a moment earlier, and refuses them until then."""
+    try:
+        _, writer = await asyncio.open_unix_connection(path)
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 async def end(process: asyncio.subprocess.Process) -> None:
