@@ -14,6 +14,8 @@ HEAD_DONE_MAX = 0.9
 """Of the prompt that is being computed at most this share is taken to be done while its first token is not there."""
 DECODE_SHARE = 0.1
 """Weight of the newest answer in the mean time that answers take behind their first token."""
+DECODE_FACTOR_MAX = 4.0
+"""One answer counts as at most so many mean ones: a client may take an hour to read what was decoded in a second."""
 
 
 class EngineWords(Protocol):
@@ -101,7 +103,7 @@ class _Replica:
     since: float = 0.0
     reading: int = 0
     silent: dict[int, float] = field(default_factory=dict)
-    words: tuple[int, int, int] = (0, 0, 0)
+    words: tuple[int, int, int] | None = None
     load: ReplicaLoad | None = IDLE
 
 
@@ -151,8 +153,8 @@ class FleetLoad:
             return
         _, began = place.decoding.pop(tag)
         place.load = None
-        share = DECODE_SHARE if self.decode_seconds else 1.0
-        self.decode_seconds += share * (now - began - self.decode_seconds)
+        mean = self.decode_seconds
+        self.decode_seconds += DECODE_SHARE * (min(now - began, DECODE_FACTOR_MAX * mean) - mean) if mean else now - began
 
     def heard(self, replica: str, words: EngineWords) -> None:
         """Take in what an engine says of itself now."""
@@ -164,7 +166,7 @@ class FleetLoad:
     def forget(self, replica: str) -> None:
         """An engine is gone: what it said of itself counts no more. Its tickets end on their own."""
         place = self._place(replica)
-        place.words, place.load = (0, 0, 0), None
+        place.words, place.load = None, None
 
     def load(self, replica: str, now: float) -> ReplicaLoad:
         """What is in front of a request there; the time that passes since is the cost model's to reckon with."""
@@ -209,7 +211,8 @@ class FleetLoad:
 def _summed(place: _Replica) -> ReplicaLoad:
     waiting = place.waiting.values()
     head = next(iter(waiting), None)
-    requests, tokens, decoding = place.words
+    # an engine knows best what it decodes: other gateways' answers too, and none that a slow client still reads
+    requests, tokens, decoding = place.words or (0, 0, len(place.decoding))
     load = ReplicaLoad(
         tokens=float(sum(ticket.new_tokens for ticket in waiting)),
         pairs=sum(ticket.pairs for ticket in waiting),
@@ -217,8 +220,8 @@ def _summed(place: _Replica) -> ReplicaLoad:
         engine_tokens=float(tokens),
         engine_pairs=tokens * tokens / (2 * max(1, requests)),
         waiting=max(len(place.waiting), requests),
-        requests=len(place.waiting) + len(place.decoding),
-        decoding=max(len(place.decoding), decoding),
+        requests=max(len(place.waiting), requests) + decoding,
+        decoding=decoding,
         importing=sum(ticket.source is not None for ticket in waiting),
         reading=place.reading,
     )

@@ -72,7 +72,7 @@ def test_a_delivery_before_the_first_byte_waits_for_it(sky: Sky) -> None:
     sky.start(1)
     sky.deliver(1, 0.79)
     sky.listen()
-    assert (sky.learnt, sky.load.load("a", 0.8).decoding) == (0, 1)
+    assert (sky.learnt, sky.load.load("a", 0.8).waiting) == (0, 0)
     sky.flights.first_byte(1, 0.8)
     assert sky.learnt == 1
 
@@ -81,7 +81,7 @@ def test_an_answer_that_is_no_stream_teaches_by_the_engines_time(sky: Sky) -> No
     sky.start(1, streamed=False)
     sky.deliver(1, 0.7)
     sky.listen()
-    assert (sky.learnt, sky.load.load("a", 0.8).decoding) == (1, 1)
+    assert (sky.learnt, sky.load.load("a", 0.8).waiting) == (1, 0)
     sky.flights.first_byte(1, 9.0)
     sky.flights.finished(1, 9.0)
     assert sky.learnt == 1
@@ -125,7 +125,7 @@ def test_deliveries_are_read_once_and_a_new_epoch_begins_anew(sky: Sky) -> None:
     sky.start(2)
     sky.deliver(2, 0.3)
     sky.listen()
-    assert sky.load.load("a", 0.5).decoding == 2
+    assert (sky.load.load("a", 0.5).waiting, sky.load.in_flight()) == (0, {"a": 2})
 
 
 def test_the_words_of_an_engine_that_is_gone_are_forgotten(sky: Sky) -> None:

@@ -78,6 +78,30 @@ def test_what_the_engine_says_counts_where_it_is_more() -> None:
     assert ahead(load, "a", 0.0) == 0
 
 
+def test_an_engine_knows_best_what_it_decodes() -> None:
+    """Clients that read slowly would make an idle replica look crowded, and other gateways' answers a crowded one idle."""
+    load = FleetLoad()
+    for tag in range(1, 51):
+        load.started(ticket(tag), 0.0)
+        load.first_byte(tag, 1.0)
+    assert (load.load("a", 1.0).decoding, load.load("a", 1.0).requests) == (50, 50)
+    load.heard("a", EngineLoad(decoding_requests=2))
+    assert (load.load("a", 1.0).decoding, load.load("a", 1.0).requests) == (2, 2)
+    load.heard("b", EngineLoad(waiting_requests=3, decoding_requests=70))
+    assert load.load("b", 1.0).requests == 73
+    load.forget("a")
+    assert load.load("a", 1.0).decoding == 50
+
+
+def test_an_answer_that_its_client_reads_for_an_hour_does_not_stand_for_all() -> None:
+    load = FleetLoad()
+    for tag, seconds in enumerate([4.0, 4.0, 3600.0], 1):
+        load.started(ticket(tag), 0.0)
+        load.first_byte(tag, 0.0)
+        load.finished(tag, seconds)
+    assert load.decode_seconds == pytest.approx(4.0 + 0.1 * 12.0)
+
+
 def test_words_of_an_engine_that_is_gone_do_not_count() -> None:
     load = FleetLoad()
     load.heard("a", EngineLoad(waiting_tokens=5000))
