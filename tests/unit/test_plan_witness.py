@@ -1,5 +1,6 @@
 """From plans to the ledger: what the planner decides over real tables is what the ledger tells of."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ async def test_computing_because_imports_are_slow_is_load(scene: Scene) -> None:
     key = ModelKey("cpu", table.fingerprint.hex()[:16])
     for _ in range(50):
         scene.planner.costs.observe(
-            Outcome(key, "b", "a", "shared_memory", IDLE, 0.0, 400, 4, HELD, 60.0, 60.1, 60.0, 1_000_000)
+            Outcome(key, "b", "a", "shared_memory", IDLE, time.monotonic(), 400, 4, HELD, 60.0, 60.1, 60.0, 1_000_000)
         )
     plan, entry = await scene.send({"prompt": IDS}, pinned="b")
     assert (entry.planned.action, entry.planned.best_available_tokens) == ("recompute", HELD)
