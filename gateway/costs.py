@@ -8,11 +8,13 @@ computes: new·(cached + new/2). Pure: times come in as arguments, all in second
 
 from collections import deque
 from dataclasses import dataclass
+from math import sqrt
 from statistics import median
 
 from gateway.cost_priors import PREFILL_FACTORS_MAX, ModelKey, PrefillTerms, device_kind
 from gateway.fitting import Fit
 from gateway.load import ReplicaLoad
+from gateway.pace import Pace
 from gateway.transfers import Transfers
 
 __all__ = ["CostModel", "CostReport", "ModelKey", "Outcome", "PrefillTerms", "pairs"]
@@ -22,6 +24,7 @@ MEMORY = 400
 ERRORS_KEPT = 100
 CHUNK_TOKENS = 8192
 """Prompt tokens of a scheduling step, for counting the steps that running decodes slow down."""
+SECONDS_MIN = 1e-9
 UNCERTAINTY_MIN = 0.02
 UNCERTAINTY_MAX = 0.2
 
@@ -53,12 +56,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class PrefillReport:
-    """Fitted prefill terms of one model, seconds each; `usual_error` is relative."""
+    """Fitted prefill terms of one model, seconds each; `usual_error` is relative, `pace` as of the last answer."""
 
     device: str
     model: str
     samples: int
     usual_error: float
+    pace: float
     fixed_seconds: float
     seconds_per_prompt_token: float
     seconds_per_new_token: float
@@ -99,6 +103,7 @@ class CostModel:
         self._transfers = Transfers(MEMORY)
         self._kv_token_bytes: dict[str, float] = {}
         self._errors: deque[float] = deque(maxlen=ERRORS_KEPT)
+        self._paces: dict[ModelKey, Pace] = {}
         self._samples = 0
         self._uncertainty = UNCERTAINTY_MAX
 
@@ -159,6 +164,11 @@ class CostModel:
         known = self._kv_token_bytes.get(device)
         return device_kind(ModelKey(device)).kv_token_bytes if known is None else known
 
+    def pace(self, key: ModelKey, now: float) -> float:
+        """What to multiply all expected times of this model with just now; 1 if nothing was heard of late."""
+        pace = self._paces.get(key)
+        return 1.0 if pace is None else pace.factor(now)
+
     def uncertainty(self) -> float:
         """The relative error to reckon with: options that differ by less are equal."""
         return self._uncertainty
@@ -168,15 +178,38 @@ class CostModel:
     def observe(self, outcome: Outcome) -> None:
         """Learn from an answered request; its import, when it had one, tells of the pair and the rest of the model."""
         self._samples += 1
-        seconds = outcome.first_byte_seconds
-        self._errors.append(abs(outcome.expected_seconds - seconds) / max(seconds, 1e-9))
+        seconds = max(outcome.first_byte_seconds, SECONDS_MIN)
+        self._errors.append(abs(outcome.expected_seconds - seconds) / seconds)
         if self._samples % 8 == 0 or self._samples < 16:
             self._uncertainty = min(max(median(self._errors), UNCERTAINTY_MIN), UNCERTAINTY_MAX)
+        pace = self._paces.setdefault(outcome.key, Pace())
+        slowed = sqrt(pace.factor(outcome.now))  # so the terms follow what stays, and what goes again moves them by half
+        if not outcome.import_failed:
+            pace.heard(seconds / self._expected(outcome), outcome.now + seconds)
+        self._learn(outcome, slowed)
+
+    def _expected(self, outcome: Outcome) -> float:
+        """What the terms say of what was delivered, above 0, whatever the pace."""
+        transfer = 0.0
+        if outcome.source is not None:
+            transfer = self.transfer_seconds(
+                outcome.replica,
+                outcome.source,
+                outcome.transport,
+                outcome.peer_tokens,
+                sharing=outcome.load.importing + 1,
+                device=outcome.key.device,
+            )
+        return max(transfer + self._fit(outcome.key).predict(self._features(outcome)), SECONDS_MIN)
+
+    def _learn(self, outcome: Outcome, slowed: float) -> None:
+        """Learn the terms from times that are `slowed` times what they usually are."""
+        seconds = outcome.first_byte_seconds / slowed
         imported = outcome.source is not None and outcome.peer_tokens > 0
         if outcome.import_seconds is not None:
             if imported and not outcome.import_failed:
-                self._observe_transfer(outcome, outcome.import_seconds)
-            seconds -= outcome.import_seconds
+                self._observe_transfer(outcome, outcome.import_seconds / slowed)
+            seconds -= outcome.import_seconds / slowed
         elif imported:  # only the sum is known: the model is believed, and the pair gets the rest
             rest = seconds - self._fit(outcome.key).predict(self._features(outcome))
             self._observe_transfer(outcome, max(rest, seconds * 0.05))
@@ -228,7 +261,7 @@ class CostModel:
     def report(self) -> CostReport:
         """Everything fitted, for people."""
         prefill = tuple(
-            PrefillReport(key.device, key.model, fit.samples, fit.usual_error, *fit.coefficients)
+            PrefillReport(key.device, key.model, fit.samples, fit.usual_error, self._paces[key].last, *fit.coefficients)
             for key, fit in sorted(self._prefill.items())
         )
         transfers = tuple(

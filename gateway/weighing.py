@@ -53,6 +53,7 @@ class Weighing:
         sources = [candidate for candidate in candidates if candidate.held_tokens > 0]
         sources.sort(key=lambda holder: (-holder.held_tokens, holder.load.reading, holder.name))
         self._sources = sources
+        self._paces: dict[ModelKey, float] = {}
         self._waits: dict[tuple[ModelKey, bool], float] = {}
         promised = max((candidate.promise.tokens for candidate in candidates if candidate.promise is not None), default=0)
         self.best_available = min(max(promised, sources[0].held_tokens if sources else 0), self._useful)
@@ -71,8 +72,10 @@ class Weighing:
             name, held, load, _, key, _, promise, takes, _ = candidate
             if not takes:
                 continue
-            queue = costs.queue_seconds(key, load, now) if load.busy else 0.0
-            crowd = decode_seconds * load.requests / device_kind(key).decodes_full if load.requests else 0.0
+            queue = costs.queue_seconds(key, load, now) * self._pace(key) if load.busy else 0.0
+            crowd = 0.0
+            if load.requests and decode_seconds:
+                crowd = decode_seconds * self._pace(key) * load.requests / device_kind(key).decodes_full
             if promise is not None and promise.tokens > held:
                 held = promise.tokens
             if held:
@@ -99,10 +102,18 @@ class Weighing:
             if way.score < best.score and way.transfer + way.prefill < prefill:
                 best = way
         peer = best.cached - local
-        expected = Expected(taker.queue_seconds, best.transfer, best.prefill, local, peer, self._prompt.tokens - best.cached)
-        score = best.score + taker.queue_seconds + taker.crowd_seconds
+        pace = self._pace(candidate.key)
+        expected = Expected(
+            taker.queue_seconds,
+            best.transfer * pace,
+            best.prefill * pace,
+            local,
+            peer,
+            self._prompt.tokens - best.cached,
+        )
+        score = best.score * pace + taker.queue_seconds + taker.crowd_seconds
         if self._prompt.rate > 0 and self.best_available:
-            score += self._wait(candidate.key, local == 0)
+            score += self._wait(candidate.key, local == 0) * pace
         return Option(
             candidate.name,
             best.source.name if best.source is not None else None,
@@ -157,6 +168,13 @@ class Weighing:
         if known is None:
             new = max(0, self._prompt.tokens - cached - self._costs.free_tokens(key))
             known = self._works[key, cached] = self._costs.work_seconds(key, new, pairs(cached, new))
+        return known
+
+    def _pace(self, key: ModelKey) -> float:
+        """One factor for all replicas with that model: it changes what is expected, and nothing in whom it is expected of."""
+        known = self._paces.get(key)
+        if known is None:
+            known = self._paces[key] = self._costs.pace(key, self._now)
         return known
 
     def _wait(self, key: ModelKey, one_more: bool) -> float:

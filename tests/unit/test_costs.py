@@ -61,6 +61,8 @@ class Machine:
         self.costs = costs
         self.rng = random.Random(seed)
         self.noise = noise
+        self.slower = 1.0
+        self.now = 0.0
 
     def play(self, count: int, *, reports: bool = True, outliers: float = 0.0) -> None:
         for _ in range(count):
@@ -74,21 +76,24 @@ class Machine:
 
     def request(self, prompt: int, cached: int, source: str | None, load: ReplicaLoad, reports: bool, outliers: float) -> None:
         costs, new = self.costs, prompt - cached
-        queue = costs.queue_seconds(GPU, load, 0.0)
+        self.now += 0.5
+        load = replace(load, since=self.now)
+        queue = costs.queue_seconds(GPU, load, self.now)
         transfer = costs.transfer_seconds("a", source, "cuda_ipc", cached, device="cuda") if source else 0.0
-        expected = queue + transfer + costs.prefill_seconds(GPU, cached, new, load.decoding)
+        expected = (queue + transfer + costs.prefill_seconds(GPU, cached, new, load.decoding)) * costs.pace(GPU, self.now)
         noise = self.rng.lognormvariate(0, self.noise)
+        noise *= self.slower
         imported = (self.import_seconds + cached * self.token_bytes / self.bytes_second) * noise if source else 0.0
         paid = max(0, new - costs.free_tokens(GPU))
         features = (1.0, prompt, load.tokens + paid, load.pairs + pairs(prompt - paid, paid))
         took = sum(value * term for value, term in zip(features, self.terms, strict=False))
         took += self.terms.decode_step * load.decoding * (1 + (load.tokens + new) / 8192)
-        took = took * self.rng.lognormvariate(0, self.noise) + imported
+        took = took * self.slower * self.rng.lognormvariate(0, self.noise) + imported
         if self.rng.random() < outliers:
             took *= 30
         costs.observe(
             Outcome(
-                GPU, "a", source, "cuda_ipc", load, 0.0, prompt, new, cached if source else 0, expected, took,
+                GPU, "a", source, "cuda_ipc", load, self.now, prompt, new, cached if source else 0, expected, took,
                 imported if source and reports else None, cached * self.token_bytes if source and reports else 0,
             )
         )  # fmt: skip
@@ -104,6 +109,44 @@ def test_after_a_hundred_requests_the_median_error_is_small(reports: bool) -> No
     assert error is not None
     assert error < 0.15
     assert costs.uncertainty() == pytest.approx(error, rel=0.3)
+
+
+def test_a_machine_that_is_slow_for_a_while_is_expected_to_be_and_changes_little_of_what_was_learnt() -> None:
+    costs = CostModel()
+    machine = Machine(costs)
+    machine.play(300)
+    usual = costs.prefill_seconds(GPU, 0, 8000)
+    machine.slower = 1.8
+    machine.play(10)
+    assert costs.pace(GPU, machine.now) == pytest.approx(1.8 * usual / costs.prefill_seconds(GPU, 0, 8000), rel=0.2)
+    assert costs.prefill_seconds(GPU, 0, 8000) < 1.25 * usual
+    assert costs.report().prefill[0].pace > 1.3
+    assert costs.pace(CPU, machine.now) == 1.0
+    machine.slower, machine.now = 1.0, machine.now + 120
+    assert costs.pace(GPU, machine.now) == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_machine_that_stays_slow_is_learnt() -> None:
+    costs = CostModel()
+    machine = Machine(costs)
+    machine.play(300)
+    usual = costs.prefill_seconds(GPU, 0, 8000)
+    machine.slower = 1.8
+    machine.play(200)
+    assert costs.prefill_seconds(GPU, 0, 8000) == pytest.approx(1.8 * usual, rel=0.15)
+    assert costs.pace(GPU, machine.now) == pytest.approx(1.0, abs=0.2)
+
+
+def test_in_waves_the_error_stays_small() -> None:
+    costs = CostModel()
+    machine = Machine(costs)
+    machine.play(100)
+    for _ in range(4):
+        machine.slower = 1.6 if machine.slower == 1.0 else 1.0
+        machine.play(25)
+    error = costs.median_error()
+    assert error is not None
+    assert error < 0.16
 
 
 def test_outliers_do_not_lead_it_astray() -> None:

@@ -262,3 +262,18 @@ def test_more_work_on_the_chosen_replica_never_makes_it_expected_sooner(fleet: l
     after = steer(PromptView(tokens), busier, CostModel(), 0.0, turn)
     if len(fleet) > 1:
         assert after.replica != before.replica  # a million tokens ahead: everybody else is sooner
+
+
+class SlowedDown(CostModel):
+    """A model of machines that all are slow just now."""
+
+    def pace(self, key: ModelKey, now: float) -> float:
+        return 1.75
+
+
+@given(fleets(), views, st.integers(0, 100))
+def test_a_pace_changes_what_is_expected_and_no_decision(fleet: list[Candidate], view: PromptView, turn: int) -> None:
+    usual, slow = (steer(view, fleet, costs, 0.0, turn) for costs in (CostModel(), SlowedDown()))
+    assert (slow.replica, slow.source, slow.action) == (usual.replica, usual.source, usual.action)
+    assert slow.expected.seconds == pytest.approx(1.75 * usual.expected.seconds)
+    assert [option.score for option in slow.options] == pytest.approx([1.75 * option.score for option in usual.options])
