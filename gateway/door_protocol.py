@@ -22,8 +22,10 @@ from gateway.exchange import sane_request_id
 
 BODY_READ_AHEAD_BYTES_MAX = 256 << 10
 """Bytes of a request's body that are held before the application asks for them."""
+PIPELINED_READ_MAX = 8
+"""Requests that wait for the answer before theirs while more is read: only who reads learns that the client left."""
 PIPELINED_MAX = 1024
-"""Requests that wait for the answer before theirs; nothing is read meanwhile, so all of them came in one piece."""
+"""All that may wait: those that came in one piece with the last one that was read for."""
 
 _access = logging.getLogger("uvicorn.access")
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
@@ -178,7 +180,8 @@ class DoorProtocol(asyncio.Protocol):
             self._begin(cycle)
         elif len(self._waiting) < PIPELINED_MAX:  # answers go out in the order of the requests, and when those before were read
             self._waiting.append(cycle)
-            self._pause_reading()
+            if self.write_paused or len(self._waiting) > PIPELINED_READ_MAX:
+                self._pause_reading()
         else:
             self._reject(TooManyRequests(PIPELINED_MAX))
 
@@ -188,7 +191,8 @@ class DoorProtocol(asyncio.Protocol):
         if self._rejected or cycle is None or cycle.complete:
             return
         cycle.feed(body)
-        if cycle.unread_bytes > BODY_READ_AHEAD_BYTES_MAX:
+        unread = sum(waiting.unread_bytes for waiting in self._waiting) if self._waiting else cycle.unread_bytes
+        if unread > BODY_READ_AHEAD_BYTES_MAX:
             self._pause_reading()
 
     def on_message_complete(self) -> None:

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import uvloop
 
-from gateway.door_protocol import PIPELINED_MAX, DoorProtocol
+from gateway.door_protocol import BODY_READ_AHEAD_BYTES_MAX, PIPELINED_MAX, DoorProtocol
 from tests.unit.running_door import Door, running_door, until
 from tests.unit.test_door_protocol import BODY, CLOSE, POST, post, said
 
 CHUNKED = POST + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n"
 ONE_CHUNK = b"%x\r\n%b\r\n" % (len(BODY), BODY)
-LONG = json.dumps({"prompt": "x", "max_tokens": 10_000, "stream": True, "fake": {"token_delay": 0.02}}).encode()
 
 
 @pytest.fixture
@@ -180,12 +179,29 @@ async def test_a_client_that_leaves_its_last_answer_unread_is_cut_off(tmp_path: 
         client.close()
 
 
-async def test_an_engine_request_ends_with_its_client_also_when_more_requests_wait(door: Door) -> None:
+@pytest.mark.parametrize("fake", [{"delay": 30}, {"token_delay": 0.02}], ids=["before the head", "while generating"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_request_ends_with_its_client_also_when_more_requests_wait(
+    door: Door, fake: dict[str, float], stream: bool
+) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", door.port)
-    writer.write(post(LONG) + CLOSE)
+    writer.write(post(json.dumps({"prompt": "x", "max_tokens": 10_000, "stream": stream, "fake": fake}).encode()) + CLOSE)
     await until(lambda: door.relay.in_flight == 1)
     writer.close()
     await until(lambda: door.relay.in_flight == 0, 1.0)
+
+
+async def test_bodies_of_requests_that_wait_are_read_ahead_only_so_far(door: Door) -> None:
+    slow = json.dumps({"prompt": "x", "max_tokens": 1, "fake": {"delay": 0.3}}).encode()
+    large = json.dumps({"prompt": "x" * 1_000_000}).encode()
+    pieces = [post(large) for _ in range(4)]
+    _, writer = await asyncio.open_connection("127.0.0.1", door.port)
+    (connection,) = await connections_of(door)
+    writer.write(post(slow) + b"".join(pieces))
+    await until(lambda: connection._reading_paused)
+    assert sum(cycle.unread_bytes for cycle in connection._waiting) < 3 * BODY_READ_AHEAD_BYTES_MAX
+    await until(lambda: door.server.server_state.total_requests == 5)
+    writer.close()
 
 
 def test_a_client_that_is_gone_before_it_is_taken_in_is_no_defect(tmp_path: Path) -> None:
