@@ -39,7 +39,8 @@ class Upstream:
         """Send the request and return the connection when the answer's head is there; the caller gives it to `release`.
 
         A connection from the pool may have been closed by the replica a moment ago, which shows only when it is used.
-        So a connection that breaks before the head is tried once more, on a new one. Raises UpstreamLost, ReplicaTooSlow.
+        So a connection that breaks before the head is tried once more, on a new one. The replica may then compute the request
+        twice, which costs time and nothing else: an answer is all that a request leaves. Raises UpstreamLost, ReplicaTooSlow.
         """
         head = _head("POST", path, headers, sum(map(len, payload)))
         seconds = self._settings.response_head_seconds_max
