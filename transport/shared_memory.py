@@ -4,7 +4,6 @@ The memory has no name in /dev/shm: peers open it as /proc/<pid>/fd/<fd>, so not
 need the same user and the same PID namespace.
 """
 
-import contextlib
 import ctypes
 import mmap
 import os
@@ -78,11 +77,12 @@ class SharedMemoryTransport:
         return self._memory
 
     def prepare(self, reader: TableReader) -> None:
-        with contextlib.suppress(MemoryUnreachable):  # `start` says so to whom it matters
-            self._peer(reader)
+        """Nothing is gained ahead: memory is mapped in microseconds."""
 
     def start(self, job: ImportJob, reader: TableReader, *, gently: bool) -> None:
-        peer = self._peer(reader)
+        peer = self._peers.get((job.source, job.epoch))
+        if peer is None:
+            peer = self._peers[job.source, job.epoch] = self._map(reader)
         block_bytes = sum(size for _, _, size in self._layers)
         pieces = _pieces(_runs(job.source_blocks, job.target_blocks), peer.layers, self._layers)
         self._copies.append(_Copy(job, reader, pieces, block_bytes * len(job), time.monotonic_ns()))
@@ -113,12 +113,6 @@ class SharedMemoryTransport:
     def close(self) -> None:
         self._copies.clear()
         self._peers.clear()
-
-    def _peer(self, reader: TableReader) -> _Peer:
-        owner = (reader.name, reader.epoch)
-        if owner not in self._peers:
-            self._peers[owner] = self._map(reader)
-        return self._peers[owner]
 
     def _map(self, reader: TableReader) -> _Peer:
         memory = next((m for m in reader.memories if m.rank == self._rank and m.transport == self.name), None)

@@ -1,6 +1,6 @@
 """The worker half: every import that came in is reported once, whatever happens to it."""
 
-import time
+import queue
 from contextlib import closing
 
 import numpy as np
@@ -60,19 +60,18 @@ def test_an_import_is_reported_once_with_what_it_cost(owner, worker):
     assert worker.take_report() == WorkerReport(3, {}, {})
 
 
-def test_owners_are_opened_when_they_come_and_let_go_when_they_end(owner, worker):
-    def peers():
-        with worker._lock:
-            return list(worker._transport._peers)
-
-    until = time.monotonic() + 10
-    while not peers() and time.monotonic() < until:
-        time.sleep(0.01)
-    assert peers() == [("owner", owner.epoch)]
+def test_owners_are_prepared_for_when_they_come_and_let_go_when_they_end(owner, worker, monkeypatch):
+    seen = queue.Queue()
+    monkeypatch.setattr(worker._transport, "prepare", lambda reader: seen.put(("prepare", reader.name, reader.epoch)))
+    monkeypatch.setattr(worker._transport, "retain", lambda live: seen.put(("retain", live)))
+    epoch = owner.epoch
+    while seen.get(timeout=10) != ("retain", {("owner", epoch)}):
+        pass
+    assert seen.get(timeout=10) == ("prepare", "owner", epoch)
     owner.close()
-    while peers() and time.monotonic() < until:
-        time.sleep(0.01)
-    assert peers() == []
+    while seen.get(timeout=10) != ("retain", set()):
+        pass
+    assert seen.get(timeout=10) == ("retain", set())
 
 
 @pytest.mark.parametrize("about", [{"source": "nobody"}, {"source": ""}, {"epoch": 1}])

@@ -121,26 +121,6 @@ def test_a_block_reallocated_before_the_check_is_reported_as_failed(tmp_path, ag
     assert "reallocated" in result.reason
 
 
-def test_an_owner_prepared_for_is_read_without_opening_its_memory_again(tmp_path):
-    owner, importer = Owner(tmp_path, own_allocations), SharedMemoryTransport(own_allocations(), BLOCKS)
-    with closing(owner.table):
-        importer.prepare(owner.reader)
-        (opened,) = importer._peers.values()
-        importer.start(owner.job([3], [0]), owner.reader, gently=False)
-        (result,) = drain(importer)
-        assert list(importer._peers.values()) == [opened]
-    assert result.failed_blocks == ()
-
-
-def test_preparing_for_an_owner_of_another_shape_is_no_fault_and_importing_is(tmp_path):
-    owner = Owner(tmp_path, own_allocations)
-    importer = SharedMemoryTransport({"layer": torch.zeros(BLOCKS, 2, 4, 16)}, BLOCKS)
-    with closing(owner.table):
-        importer.prepare(owner.reader)
-        with pytest.raises(MemoryUnreachable):
-            importer.start(owner.job([3], [0]), owner.reader, gently=False)
-
-
 def test_an_owner_that_ends_before_the_check_fails_the_whole_import(tmp_path):
     owner, importer = Owner(tmp_path, own_allocations), SharedMemoryTransport(own_allocations(), BLOCKS)
     importer.start(owner.job([3, 9], [0, 15]), owner.reader, gently=False)
