@@ -140,7 +140,9 @@ def test_a_pinned_prefix_outlives_what_evicts_another_and_ends_when_it_is_unpinn
 
 
 def test_a_pin_ends_by_itself(one, words):
+    pins = one.table.counters()["pins"]
     one.ask(words.ids(PROMPT), pin={"id": 6, "seconds": 0.2})
+    assert one.table.counters()["pins"] == pins + 1
     until(lambda: bool(one.ask(words.ids(8))) and one.table.load().pinned_blocks == 0, 30.0, "the pin ended")
 
 
