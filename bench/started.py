@@ -19,14 +19,14 @@ class Started:
     def __init__(self, argv: Sequence[str], log: Path, env: Mapping[str, str], end_seconds_max: float = 30.0) -> None:
         self._log, self._end_seconds_max = log, end_seconds_max
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PEERKV_")}
-        root = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=kept | {"PYTHONPATH": root} | dict(env),
+                env=kept | {"PYTHONPATH": path} | dict(env),
                 start_new_session=True,
             )
 
