@@ -1,8 +1,9 @@
 """What steering weighs and what it decides: plain values."""
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
+
+import msgspec
 
 from gateway.costs import ModelKey
 from gateway.load import IDLE, ReplicaLoad
@@ -20,8 +21,7 @@ class Action(StrEnum):
     RECOMPUTE = "recompute"  # nobody's cache is used
 
 
-@dataclass(frozen=True, slots=True)
-class PromptView:
+class PromptView(msgspec.Struct, frozen=True, gc=False):
     """What steering needs to know of a prompt.
 
     `affinity` is the caller's hint which requests belong together. `rate` is how many requests a second begin with the
@@ -54,8 +54,7 @@ class Candidate(NamedTuple):
     node: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
+class Expected(msgspec.Struct, frozen=True, gc=False):
     """What is expected of a request: seconds, and prompt tokens by where their KV comes from."""
 
     queue_seconds: float
@@ -71,8 +70,7 @@ class Expected:
         return self.queue_seconds + self.transfer_seconds + self.prefill_seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(msgspec.Struct, frozen=True, gc=False):
     """One thing that could be done. `score` is in seconds: the time to the first token, and what the choice costs others."""
 
     replica: str
@@ -83,8 +81,7 @@ class Option:
     score: float
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """Send the request to `replica`; import from `source` up to `import_tokens_max` prompt tokens in all (None: what it holds).
 
     `best_available_tokens` is the longest prefix that any replica held or computed; `options` what was weighed, best first.

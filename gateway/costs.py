@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import median
 
+import msgspec
+
 from gateway.cost_priors import PREFILL_FACTORS_MAX, ModelKey, PrefillTerms, device_kind
 from gateway.fitting import Fit
 from gateway.load import ReplicaLoad
@@ -29,8 +31,7 @@ UNCERTAINTY_MIN = 0.02
 UNCERTAINTY_MAX = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """One answered request, as it was expected and as it came.
 
     `load` is what was ahead of it when it was sent, `computed_tokens` and `peer_tokens` were delivered; `import_seconds` is the

@@ -1,7 +1,8 @@
 """Requests between their sending and their end: they weigh on their replica, and what became of them teaches the cost model."""
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+
+import msgspec
 
 from gateway.costs import CostModel, ModelKey, Outcome
 from gateway.load import FleetLoad, ReplicaLoad, Ticket
@@ -12,8 +13,7 @@ REFUSALS = frozenset({DeliveryReason.SOURCE_UNREADABLE, DeliveryReason.NOT_EXCHA
 """With these an engine says that it will not import from that source as long as both live."""
 
 
-@dataclass(frozen=True, slots=True)
-class Flight:
+class Flight(msgspec.Struct, frozen=True, gc=False, eq=False):
     """A planned request: its `ticket`, what `load` was ahead of it at `decided_at`, and what was expected.
 
     `streamed` says that the replica's first byte is the first token; `teaches` that the plan speaks of all that the
@@ -31,8 +31,7 @@ class Flight:
     reports: bool
 
 
-@dataclass(slots=True)
-class _Aloft:
+class _Aloft(msgspec.Struct, gc=False, eq=False):
     flight: Flight
     first_byte_at: float = 0.0
     delivery: Delivery | None = None

@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from gateway.body import Endpoint
 from gateway.errors import PromptTooLong
@@ -23,8 +24,7 @@ CHARS_PER_TOKEN = 4
 """Of English text, roughly: for the weight of a prompt whose ids are not known."""
 
 
-@dataclass(frozen=True, slots=True)
-class KnownPrompt:
+class KnownPrompt(msgspec.Struct, frozen=True, gc=False, eq=False):
     """`ids` steer a request (None: unknown); `sent` replaces the text in the body.
 
     `certain` says that `ids` are exactly the engine's, `cacheable` that the engine may take any of them from a cache. `tokens`

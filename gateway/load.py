@@ -4,8 +4,10 @@ Pure bookkeeping in CLOCK_MONOTONIC seconds. A ticket stands for a request from 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from gateway.promises import Promise, Promises
 from transport.keys import Keys
@@ -29,8 +31,7 @@ class EngineWords(Protocol):
     def decoding_requests(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaLoad:
+class ReplicaLoad(msgspec.Struct, frozen=True, gc=False):
     """One replica's load. `tokens` and `pairs` are the work of the prompts sent there and not answered yet.
 
     Of these the first, `head_tokens` and `head_pairs`, is being computed since `since`. `engine_tokens` and `engine_pairs` are
@@ -69,8 +70,7 @@ class ReplicaLoad:
 IDLE = ReplicaLoad()
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(msgspec.Struct, frozen=True, gc=False, eq=False):
     """A request that was sent. `cached_tokens` of its prompt are expected out of a cache, from `source` if there is one.
 
     `keys`, shape (n, 2), are of its full blocks of `block_size` tokens: what the replica will hold at `ready_at`.
@@ -98,7 +98,12 @@ class Ticket:
 
 @dataclass(slots=True)
 class _Replica:
+    """One replica's tickets. `tokens`, `pairs` and `importing` are sums over those `waiting`, exact: pairs are halves."""
+
     waiting: dict[int, Ticket] = field(default_factory=dict)
+    tokens: int = 0
+    pairs: float = 0.0
+    importing: int = 0
     decoding: dict[int, tuple[Ticket, float]] = field(default_factory=dict)
     since: float = 0.0
     reading: int = 0
@@ -123,9 +128,8 @@ class FleetLoad:
         if not place.waiting:
             place.since = now
         place.waiting[ticket.tag] = ticket
-        place.load = None
         self._places[ticket.tag] = ticket.replica
-        self._read(ticket, 1)
+        self._weigh(place, ticket, 1)
         if silent:
             place.silent[ticket.tag] = ticket.ready_at
         if ticket.keys is not None:
@@ -197,32 +201,39 @@ class FleetLoad:
 
     def _answered(self, place: _Replica, ticket: Ticket, now: float) -> None:
         place.since = now
-        place.load = None
-        self._read(ticket, -1)
+        self._weigh(place, ticket, -1)
         self._promises.remove(ticket.tag)
 
-    def _read(self, ticket: Ticket, change: int) -> None:
+    def _weigh(self, place: _Replica, ticket: Ticket, change: int) -> None:
+        """Add a waiting ticket's work to its replica's and its source's, or take it off again."""
+        place.load = None
+        place.tokens += change * ticket.new_tokens
+        place.pairs += change * ticket.pairs
         if ticket.source is not None:
+            place.importing += change
             source = self._place(ticket.source)
             source.reading += change
             source.load = None
 
 
 def _summed(place: _Replica) -> ReplicaLoad:
-    waiting = place.waiting.values()
-    head = next(iter(waiting), None)
+    head = next(iter(place.waiting.values()), None)
+    waiting = len(place.waiting)
     # an engine knows best what it decodes: other gateways' answers too, and none that a slow client still reads
     requests, tokens, decoding = place.words or (0, 0, len(place.decoding))
-    load = ReplicaLoad(
-        tokens=float(sum(ticket.new_tokens for ticket in waiting)),
-        pairs=sum(ticket.pairs for ticket in waiting),
-        since=place.since,
-        engine_tokens=float(tokens),
-        engine_pairs=tokens * tokens / (2 * max(1, requests)),
-        waiting=max(len(place.waiting), requests),
-        requests=max(len(place.waiting), requests) + decoding,
-        decoding=decoding,
-        importing=sum(ticket.source is not None for ticket in waiting),
-        reading=place.reading,
+    if requests > waiting:
+        waiting = requests
+    return ReplicaLoad(
+        float(place.tokens),
+        place.pairs,
+        float(head.new_tokens) if head is not None else 0.0,
+        head.pairs if head is not None else 0.0,
+        place.since,
+        float(tokens),
+        tokens * tokens / (2 * max(1, requests)),
+        waiting,
+        waiting + decoding,
+        decoding,
+        place.importing,
+        place.reading,
     )
-    return replace(load, head_tokens=float(head.new_tokens), head_pairs=head.pairs) if head else load

@@ -1,8 +1,10 @@
 """A plan: where a request goes, what is put into its body, and why."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from engine.fleet import Replica
 from gateway.flights import Flight
@@ -10,8 +12,7 @@ from gateway.known_prompt import KnownPrompt
 from gateway.steering import Decision
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True, gc=False, eq=False):
     """What of a request outlives its first plan."""
 
     known: KnownPrompt
@@ -23,8 +24,7 @@ class Asked:
     embeds: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, eq=False):
     """Where a request goes. `prompt` (token ids in place of text), `kv_transfer_params` and `cache_salt` go into its body.
 
     `predicted_tokens` of `prompt_tokens` are expected out of a cache, the replica's own or the source's; `held_tokens_max` were
@@ -42,8 +42,8 @@ class Plan:
     predicted_tokens: int
     held_tokens_max: int
     reason: str
-    flight: Flight = field(repr=False)
-    asked: Asked = field(repr=False)
+    flight: Flight
+    asked: Asked
 
     @property
     def source(self) -> str | None:

@@ -6,7 +6,8 @@ found by halving.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from transport.keys import Keys
 
@@ -14,8 +15,7 @@ EXAMINED_MAX = 32
 """Requests in flight that are compared with a new one; the oldest that share the longest prefix by powers of two."""
 
 
-@dataclass(frozen=True, slots=True)
-class Promise:
+class Promise(msgspec.Struct, frozen=True, gc=False):
     """`tokens` leading tokens of a prompt will be held once the request `tag` has its first token, at about `ready_at`."""
 
     tokens: int
@@ -23,8 +23,7 @@ class Promise:
     ready_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Chain:
+class _Chain(msgspec.Struct, frozen=True, gc=False, eq=False):
     replica: str
     keys: Keys
     block_size: int

@@ -1,9 +1,9 @@
 """The cost model: sane before the first request, right after some, and not led astray."""
 
 import random
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from gateway.costs import CostModel, ModelKey, Outcome, PrefillTerms, pairs
 from gateway.load import IDLE, ReplicaLoad
