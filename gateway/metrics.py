@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -10,6 +10,7 @@ from gateway.cost_stats import cost_metrics
 from gateway.ledger_metrics import ImportTimes, ledger_metrics
 from gateway.parity import Parity
 from gateway.stats import KvStats, ParityStats, ReplicaStats
+from gateway.tallies import Histogram, Tally
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -35,55 +36,33 @@ _REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = 
 )
 
 
-class _Children(dict[str, Histogram]):
-    """The children of a histogram by their one label: looking them up in it takes longer than an observation."""
-
-    def __init__(self, parent: Histogram) -> None:
-        super().__init__()
-        self._parent = parent
-
-    def __missing__(self, label: str) -> Histogram:
-        child = self[label] = self._parent.labels(label)
-        return child
-
-
 class Metrics:
     """What the front door measures of each request. One a process; `attach` adds everything that /kv/stats counts."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        labels = ("endpoint",)
-        self._answers = Counter("peerkv_gateway_answers", "Answered requests.", ("endpoint", "status"), registry=self.registry)
+        self._answers = Tally("peerkv_gateway_answers", "Answered requests.", ("endpoint", "status"))
         self._seconds = Histogram(
-            "peerkv_gateway_request_seconds",
-            "From a request's arrival to the end of its answer.",
-            labels,
-            buckets=_SECONDS,
-            registry=self.registry,
+            "peerkv_gateway_request_seconds", "From a request's arrival to the end of its answer.", "endpoint", _SECONDS
         )
         self._first = Histogram(
             "peerkv_gateway_first_byte_seconds",
             "From a request's arrival to the first byte of its answer.",
-            labels,
-            buckets=_SECONDS,
-            registry=self.registry,
+            "endpoint",
+            _SECONDS,
         )
+        for collector in (self._answers, self._seconds, self._first):
+            self.registry.register(collector)
         self.imports = ImportTimes(self.registry)
-        self._answers_of: dict[tuple[str, int], Counter] = {}
-        self._seconds_of = _Children(self._seconds)
-        self._first_of = _Children(self._first)
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
         """A request was answered, completely or as far as it went, `seconds` after it came. `endpoint` is of a fixed set."""
-        answers = self._answers_of.get((endpoint, status))
-        if answers is None:
-            answers = self._answers_of[endpoint, status] = self._answers.labels(endpoint, str(status))
-        answers.inc()
-        self._seconds_of[endpoint].observe(seconds)
+        self._answers.add(endpoint, status)
+        self._seconds.add(endpoint, seconds)
 
     def first_byte(self, endpoint: str, seconds: float) -> None:
         """The first byte of an answer went out `seconds` after the request came."""
-        self._first_of[endpoint].observe(seconds)
+        self._first.add(endpoint, seconds)
 
     def attach(self, snapshot: Callable[[], KvStats]) -> None:
         """Show what `snapshot` counts too, read at each scrape."""
