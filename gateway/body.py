@@ -35,6 +35,7 @@ FORBIDDEN_FIELDS: Mapping[str, str] = {
     "logits_processors": "it would load code by name",
 }
 
+_FORBIDDEN = frozenset(FORBIDDEN_FIELDS)
 _decode = msgspec.json.Decoder().decode
 
 
@@ -83,12 +84,17 @@ def request_parts(body: dict[str, Any], raw: bytes | None, changes: Mapping[str,
     return [encode_body({**body, **changes})]
 
 
+def names_forbidden(body: dict[str, Any]) -> bool:
+    """Whether a body has a field that a client may not set, be it null."""
+    return not _FORBIDDEN.isdisjoint(body)
+
+
 def check_body(endpoint: Endpoint, body: dict[str, Any]) -> None:
     """Refuse what a client may not set, and wrong types of what the gateway reads; nulls of the former are dropped.
 
     Raises UnsupportedParameter and InvalidRequest.
     """
-    for name in FORBIDDEN_FIELDS.keys() & body.keys():
+    for name in _FORBIDDEN.intersection(body):
         if body[name] is not None:
             raise UnsupportedParameter(name, FORBIDDEN_FIELDS[name])
         del body[name]

@@ -105,8 +105,12 @@ class Cycle:
         if self.on_left is not None:
             self.on_left()
 
-    async def run(self, app: Asgi) -> None:
-        """Have the application answer. What it raises is a defect: it is logged, and a client that got nothing gets a 500."""
+    async def run(self, app: Asgi, running: set[asyncio.Task[None]]) -> None:
+        """Have the application answer. What it raises is a defect: it is logged, and a client that got nothing gets a 500.
+
+        In the end the task is taken out of `running`, and the scope lets go of the cycle: else each request would leave
+        objects that refer to each other, and a body with them, for the collector to find.
+        """
         try:
             await app(self.scope, self.receive, self.send)
         except Exception as error:  # whatever it is, the connection must not stay open without an answer
@@ -114,6 +118,9 @@ class Cycle:
         finally:
             if not self.complete and not self.left:
                 self._end_badly()
+            self.scope["extensions"].pop(EXTENSION, None)
+            if (task := asyncio.current_task()) is not None:
+                running.discard(task)
 
     def _end_badly(self) -> None:
         if self.begun:
@@ -142,6 +149,10 @@ class Cycle:
             self._line.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         while not self._parts and self.more_body and not self.left and not self.complete:
             await self._news()
+        return self.take()
+
+    def take(self) -> bytes | None:
+        """What is at hand of the body, as `part` gives it."""
         if self.left or self.complete:
             return None
         parts = self._parts

@@ -18,7 +18,7 @@ from uvicorn.server import ServerState
 
 from gateway.cycle import EXTENSION, Asgi, Cycle, RawHeaders, Scope
 from gateway.errors import ApiError, InvalidRequest, TooManyRequests, Unavailable
-from gateway.exchange import sane_request_id
+from gateway.request_ids import sane_request_id
 
 BODY_READ_AHEAD_BYTES_MAX = 256 << 10
 """Bytes of a request's body that are held before the application asks for them."""
@@ -302,9 +302,8 @@ class DoorProtocol(asyncio.Protocol):
 
     def _begin(self, cycle: Cycle) -> None:
         self._cycle = cycle
-        task = self.loop.create_task(cycle.run(self._app))
+        task = self.loop.create_task(cycle.run(self._app, self._state.tasks))
         self._state.tasks.add(task)
-        task.add_done_callback(self._state.tasks.discard)
 
     def _client_left(self) -> None:
         for cycle in (self._cycle, *self._waiting):

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-import uuid
 from collections.abc import Callable, Iterable
 
 from gateway.cycle import RawHeaders, Scope, cycle_of
 from gateway.errors import ApiError, BodyTooLarge, InvalidRequest, error_body
+from gateway.request_ids import sane_request_id
 
-_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _JSON = (b"content-type", b"application/json")
 
 
 class ClientLeft(Exception):
     """The client closed the connection; nobody waits for an answer."""
-
-
-def sane_request_id(given: bytes | None) -> str:
-    """The client's request id if it is harmless, else a new one of 32 hex digits."""
-    if given is not None and _SANE_ID.fullmatch(given):
-        return given.decode("ascii")
-    return uuid.uuid4().hex
 
 
 class Exchange:
@@ -36,11 +27,6 @@ class Exchange:
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
-        self.authorization: bytes | None = None
-        self.content_type = b""
-        self.content_length: int | None = None
-        self.accept = b""
-        self.pinned: str | None = None
         self.replica = b""
         self.answering: Callable[[], bytes] | None = None
         self.left = False
@@ -52,22 +38,15 @@ class Exchange:
         self.body_bytes = 0
         self._cycle = cycle_of(scope)
         self._task = asyncio.current_task()
-        given_id: bytes | None = None
-        for name, value in scope["headers"]:
-            match name:
-                case b"authorization":
-                    self.authorization = value
-                case b"content-type":
-                    self.content_type = value
-                case b"content-length":
-                    self.content_length = int(value.lstrip(b"0") or b"0") if value.isdigit() else None
-                case b"accept":
-                    self.accept = value
-                case b"x-request-id":
-                    given_id = value
-                case b"x-peerkv-replica":
-                    self.pinned = value.decode("latin-1")
-        self.request_id = sane_request_id(given_id)
+        header = dict(scope["headers"]).get  # of a header that occurs twice the last one counts
+        self.authorization: bytes | None = header(b"authorization")
+        self.content_type: bytes = header(b"content-type", b"")
+        length: bytes = header(b"content-length", b"")
+        self.content_length = int(length.lstrip(b"0") or b"0") if length.isdigit() else None
+        self.accept: bytes = header(b"accept", b"")
+        pinned: bytes | None = header(b"x-peerkv-replica")
+        self.pinned = None if pinned is None else pinned.decode("latin-1")
+        self.request_id = sane_request_id(header(b"x-request-id"))
 
     @property
     def begun(self) -> bool:
@@ -83,7 +62,7 @@ class Exchange:
             raise BodyTooLarge(bytes_max)
         cycle = self._cycle
         if not cycle.more_body:
-            return self._counted(await cycle.part(), hold, bytes_max)
+            return self._counted(cycle.take(), hold, bytes_max)
         try:
             async with asyncio.timeout(seconds_max):
                 return await self._read_parts(hold, bytes_max)

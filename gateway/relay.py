@@ -10,16 +10,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Generic, Protocol
 
 from engine.fleet import FleetView
 from gateway.access import AdminAccess
 from gateway.answer import Answer, pass_on
-from gateway.body import FORBIDDEN_FIELDS, Endpoint, check_body, decode_body, request_parts
+from gateway.body import Endpoint, check_body, decode_body, names_forbidden, request_parts
 from gateway.cycle import Scope
+from gateway.engine_connection import ConnectionBroke
 from gateway.errors import (
     ApiError,
     InternalError,
@@ -47,6 +47,8 @@ PATHS: dict[str, Endpoint] = {
     "/v1/embeddings": "embeddings",
 }
 ENDING_SECONDS_MAX = 2.0  # for requests that are ended to tell their clients so
+_JSON = b"application/json"
+_JSON_HEADER = (b"content-type", _JSON)
 # The replica is in trouble and another one may not be; every other answer is the client's.
 RETRIED_STATUSES = frozenset({500, 502, 503})
 
@@ -71,7 +73,7 @@ class RelayCounters:
     internal_errors: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Journey(Generic[PlanT]):
     """A request on its way over one replica or more. `raw` is its body as it came, None if something was taken out of it."""
 
@@ -81,6 +83,7 @@ class Journey(Generic[PlanT]):
     raw: bytes | None
     plan: PlanT
     asked: Asked
+    entry: Entry | None = None
     excluded: set[str] = field(default_factory=set)
 
 
@@ -119,10 +122,10 @@ class Relay(Generic[PlanT]):
         """Requests being served now."""
         return len(self._exchanges)
 
-    async def __call__(self, endpoint: Endpoint, scope: Scope) -> None:
-        """Serve one POST request to `endpoint`."""
+    def __call__(self, endpoint: Endpoint, scope: Scope) -> Awaitable[None]:
+        """Serve one POST request to `endpoint`; to be called and awaited by the task that does so."""
         exchange = Exchange(scope)
-        await self.guard(endpoint, exchange, self._serve(endpoint, exchange))
+        return self.guard(endpoint, exchange, self._serve(endpoint, exchange))
 
     async def guard(self, label: str, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
         """Run `work`, measure it as `label`, and turn whatever it raises into the right end of the exchange."""
@@ -206,21 +209,22 @@ class Relay(Generic[PlanT]):
         tenant = self._tenants.authenticate(exchange.authorization)
         if exchange.pinned is not None:
             self._access.check(exchange.scope)
-        if exchange.content_type.partition(b";")[0].strip().lower() != b"application/json":
+        kind = exchange.content_type
+        if kind != _JSON and kind.partition(b";")[0].strip().lower() != _JSON:
             raise InvalidRequest("Send the header 'Content-Type: application/json'.", code="invalid_content_type")
         settings = self._settings
         raw = await exchange.read_body(self._hold, bytes_max=settings.body_bytes_max, seconds_max=settings.body_seconds_max)
         exchange.watch()
         body = decode_body(raw)
-        untouched = None if FORBIDDEN_FIELDS.keys() & body.keys() else raw  # else the check takes them out
+        untouched = None if names_forbidden(body) else raw  # else the check takes them out
         del raw
         check_body(endpoint, body)
-        if body.get("model"):
-            await self._models.card(body["model"])
+        model = body.get("model") or ""
+        if model and not self._models.lists(model):
+            await self._models.card(model)
         plan = await self._planner.plan(endpoint, body, tenant, pinned=exchange.pinned)
-        path: str = exchange.scope["path"]
-        asked = Asked(exchange.request_id, endpoint, tenant.name, str(body.get("model") or ""))
-        await self._travel(Journey(exchange, path, body, untouched, plan, asked))
+        asked = Asked(exchange.request_id, endpoint, tenant.name, model)
+        await self._travel(Journey(exchange, exchange.scope["path"], body, untouched, plan, asked))
 
     def _hold(self, size: int) -> None:
         if self._held_bytes + size > self._settings.bodies_bytes_max:
@@ -231,22 +235,21 @@ class Relay(Generic[PlanT]):
         """Try replicas until one has answered."""
         exchange = journey.exchange
         for attempts_left in range(self._settings.retry_attempts_max, -1, -1):
-            replica = journey.plan.replica
             answer: Answer | None = None
-            lost: ApiError = ReplicaLost()
+            lost: ApiError | None = None
             self._planner.started(journey.plan)
-            entry = self.witness.sent(journey.plan, journey.asked) if self.witness else None
+            entry = journey.entry = self.witness.sent(journey.plan, journey.asked) if self.witness else None
             try:
-                answer = await self._attempt(journey, entry)
+                answer = await self._attempt(journey)
                 if exchange.begun:
                     return
             except UpstreamLost as error:
                 self.counters.replicas_lost += 1
                 _logger.warning("request %s lost its replica: %s", exchange.request_id, error)
-                self._fleet.suspect(replica.name)
+                self._fleet.suspect(journey.plan.replica.name)
                 if exchange.begun:
                     self.counters.streams_broken += 1
-                    raise lost from error
+                    raise ReplicaLost from error
             finally:
                 self._planner.finished(journey.plan)
                 if self.witness and entry:
@@ -259,7 +262,7 @@ class Relay(Generic[PlanT]):
                 if retried:
                     continue
             if answer is None:
-                raise lost
+                raise lost or ReplicaLost()
             if answer.status == 404 and b'"error"' not in answer.body:  # not vLLM's handler: it has no such route
                 raise NotOfThisModel(journey.path)
             exchange.answer(answer.status, answer.headers, answer.body)
@@ -271,32 +274,35 @@ class Relay(Generic[PlanT]):
         self.counters.retries += 1
         return True
 
-    def _first_byte(self, plan: PlanT, entry: Entry | None) -> bytes:
+    def _first_byte(self, journey: Journey[PlanT]) -> bytes:
         """The answer of a replica begins; returns what its header says of where the prompt's tokens came from."""
-        self._planner.first_byte(plan)
-        return self.witness.first_byte(entry) if self.witness and entry else b""
+        self._planner.first_byte(journey.plan)
+        return self.witness.first_byte(journey.entry) if self.witness and journey.entry else b""
 
-    async def _attempt(self, journey: Journey[PlanT], entry: Entry | None) -> Answer | None:
+    async def _attempt(self, journey: Journey[PlanT]) -> Answer | None:
         """The replica's answer, or None when it was streamed to the client. Raises UpstreamLost."""
         exchange, plan = journey.exchange, journey.plan
-        changes = {
-            "prompt": plan.prompt,
-            "cache_salt": plan.cache_salt,
-            "kv_transfer_params": plan.kv_transfer_params,
-        }
-        parts = request_parts(journey.body, journey.raw, {name: new for name, new in changes.items() if new is not None})
-        headers = [(b"content-type", b"application/json"), (b"x-request-id", exchange.request_id.encode())]
+        changes: dict[str, Any] = {}
+        if plan.prompt is not None:
+            changes["prompt"] = plan.prompt
+        if plan.cache_salt is not None:
+            changes["cache_salt"] = plan.cache_salt
+        if plan.kv_transfer_params is not None:
+            changes["kv_transfer_params"] = plan.kv_transfer_params
+        parts = request_parts(journey.body, journey.raw, changes)
+        headers = [_JSON_HEADER, (b"x-request-id", exchange.request_id.encode())]
         if exchange.accept:
             headers.append((b"accept", exchange.accept))
         response = await self._upstream.post(plan.replica, journey.path, parts, headers)
         exchange.replica = plan.replica.name.encode()
-        exchange.answering = partial(self._first_byte, plan, entry)
+        exchange.answering = lambda: self._first_byte(journey)
         try:
-            with broken(plan.replica):
-                answer = await pass_on(exchange, response, bytes_max=self._settings.answer_bytes_max)
+            answer = await pass_on(exchange, response, bytes_max=self._settings.answer_bytes_max)
             if answer is not None and (cache := exchange.answering()):
                 answer.headers.append((b"x-peerkv-cache", cache))
             return answer
+        except ConnectionBroke as error:
+            raise broken(plan.replica, error) from error
         finally:
             exchange.answering = None
             self._upstream.release(plan.replica, response)

@@ -64,6 +64,11 @@ class ModelsCache:
             raise NoReplicaReady
         return self._models
 
+    def lists(self, name: object) -> bool:
+        """Whether the list at hand has a model of that name. A list that is out of date is renewed in the background."""
+        self._renew()
+        return self._models is not None and name in self._models.cards
+
     async def card(self, name: str) -> Mapping[str, Any]:
         """The card of a model, looked up anew before it is refused. Raises UnknownModel and NoReplicaReady."""
         models = await self.current()

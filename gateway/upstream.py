@@ -6,8 +6,7 @@ What a dead, dying or silent replica does becomes `UpstreamLost`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from urllib.parse import urlencode
 
 from engine.fleet import Replica
@@ -56,8 +55,10 @@ class Upstream:
         try:
             return await self._attempt(self._pooled(replica) or await self._connect(replica), head, payload)
         except ConnectionBroke:
-            with broken(replica):
+            try:
                 return await self._attempt(await self._connect(replica), head, payload)
+            except ConnectionBroke as error:
+                raise broken(replica, error) from error
 
     async def _attempt(self, connection: EngineConnection, head: bytes, payload: Sequence[bytes]) -> EngineConnection:
         self._busy.add(connection)
@@ -133,8 +134,9 @@ class Upstream:
             async with asyncio.timeout(seconds_max):
                 connection = await self._exchange(replica, head, [payload])
                 try:
-                    with broken(replica):
-                        return connection.status, await _whole(connection)
+                    return connection.status, await _whole(connection)
+                except ConnectionBroke as error:
+                    raise broken(replica, error) from error
                 finally:
                     self.release(replica, connection)
         except TimeoutError as error:
@@ -158,16 +160,12 @@ async def _whole(connection: EngineConnection) -> bytes:
 
 
 def _head(method: str, path: str, headers: Headers, length: int | None) -> bytes:
-    lines = [b"%s: %s\r\n" % header for header in headers]
+    lines = [b"%b: %b\r\n" % header for header in headers]
     if length is not None:
         lines.append(b"content-length: %d\r\n" % length)
-    return b"%s %s HTTP/1.1\r\nhost: localhost\r\n%s\r\n" % (method.encode(), path.encode(), b"".join(lines))
+    return b"%b %b HTTP/1.1\r\nhost: localhost\r\n%b\r\n" % (method.encode(), path.encode(), b"".join(lines))
 
 
-@contextmanager
-def broken(replica: Replica) -> Iterator[None]:
-    """Turn a connection that breaks into UpstreamLost."""
-    try:
-        yield
-    except ConnectionBroke as error:
-        raise UpstreamLost(f"{replica.name}: {error}", connected=True) from error
+def broken(replica: Replica, error: ConnectionBroke) -> UpstreamLost:
+    """What a connection that breaks is to the callers."""
+    return UpstreamLost(f"{replica.name}: {error}", connected=True)

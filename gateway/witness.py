@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
+
+import msgspec
 
 from gateway.body import Endpoint
 from gateway.ledger import Entry
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True, gc=False):
     """Whose request it is and for what: `tenant` by name, `model` as the client named it, "" for the served one."""
 
     request_id: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 
 from engine.fleet import ReplicaState
 from gateway.body import FORBIDDEN_FIELDS
+from gateway.cycle import Cycle
+from gateway.exchange import Exchange
+from gateway.relay import Journey
 from tests.unit.running_door import Door, end, running_door, until
 
 COMPLETION = {"model": "fake-model", "prompt": "hello", "max_tokens": 3}
@@ -198,6 +202,29 @@ async def test_a_sane_request_id_is_kept_everywhere(door: Door) -> None:
 async def test_a_strange_request_id_is_replaced(door: Door, given: str) -> None:
     _, _, headers = await door.post("/v1/completions", COMPLETION, headers={"x-request-id": given})
     assert len(headers["x-request-id"]) == 32
+
+
+async def test_new_request_ids_are_all_different(door: Door) -> None:
+    answers = [await door.post("/v1/completions", COMPLETION) for _ in range(3)]
+    ids = {headers["x-request-id"] for _, _, headers in answers}
+    assert len(ids) == 3
+    assert all(len(each) == 32 and int(each, 16) for each in ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_leaves_nothing_for_the_garbage_collector(door: Door, stream: bool) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            async with door.session.post(door.url + "/v1/completions", json=COMPLETION | {"stream": stream}) as answer:
+                await answer.read()
+        await until(lambda: not door.server.server_state.tasks)
+        left = [each for each in gc.get_objects() if isinstance(each, Exchange | Journey | Cycle)]
+        assert len([each for each in left if not isinstance(each, Cycle)]) == 0
+        assert len(left) <= 1  # the last cycle of the connection, which is still open
+    finally:
+        gc.enable()
 
 
 async def test_client_headers_do_not_reach_the_engine(door: Door) -> None:
