@@ -1,8 +1,8 @@
 """A stand-in for vLLM servers that costs next to nothing: `python -m bench.backend`.
 
 Each replica listens on a TCP port and on a unix socket. A completion gets a ready-made answer, whole or as EVENTS events, each
-written by itself. A request whose `user` is PROOF is decoded, and its answer carries the SHA-256 of the prompt's text: the
-proof that a proxy passes prompts on as they were.
+written by itself. Each replica has a block table, and tells there what it delivered. A request whose `user` is PROOF is decoded,
+and its answer carries the SHA-256 of the prompt's text: the proof that a proxy passes prompts on as they were.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import argparse
 import asyncio
 import hashlib
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 from typing import Any, cast
 
 import httptools
@@ -18,7 +20,8 @@ import msgspec
 import uvloop
 from tokenizers import Tokenizer
 
-from bench.cases import EVENTS, MODEL
+from bench.cases import EVENTS, MODEL, PATHS
+from bench.replicas import Holders
 from gateway.model_files import source_from_arguments
 from gateway.tokens import NoTokenIds, TokenService
 
@@ -98,10 +101,10 @@ class Engine:
 
 
 class BackendProtocol(asyncio.Protocol):
-    """One connection; requests are not pipelined."""
+    """One connection to replica `place`; requests are not pipelined."""
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, holders: Holders, place: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._engine, self._holders, self._place = engine, holders, place
         self._later: Callable[..., Any] = loop.call_soon
         self._parser = httptools.HttpRequestParser(self)
         self._path = b""
@@ -136,6 +139,7 @@ class BackendProtocol(asyncio.Protocol):
                 self._transport.close()
             return
         self._engine.requests += 1
+        self._holders.deliver(self._place, body)
         if b'"stream":true' in ends or b'"stream": true' in ends:
             self._transport.write(_STREAM_HEAD)
             self._later(self._next_event, EVENTS)
@@ -153,12 +157,16 @@ class BackendProtocol(asyncio.Protocol):
             self._transport.write(_STREAM_END)
 
 
-async def _serve(model: str, ports: list[int], sockets: list[str]) -> None:
+async def _serve(model: str, holders: Holders, ports: list[int], sockets: list[str]) -> None:
     loop = asyncio.get_running_loop()
     engine = Engine(model)
+
+    def replica(place: int) -> Callable[[], BackendProtocol]:
+        return lambda: BackendProtocol(engine, holders, place, loop)
+
     # A server that nobody holds on to is collected, and closes.
-    tcp = [await loop.create_server(lambda: BackendProtocol(engine, loop), "127.0.0.1", port, backlog=1024) for port in ports]
-    unix = [await loop.create_unix_server(lambda: BackendProtocol(engine, loop), path, backlog=1024) for path in sockets]
+    tcp = [await loop.create_server(replica(place), "127.0.0.1", port, backlog=1024) for place, port in enumerate(ports)]
+    unix = [await loop.create_unix_server(replica(place), path, backlog=1024) for place, path in enumerate(sockets)]
     print("ready", flush=True)
     await asyncio.gather(*(server.serve_forever() for server in (*tcp, *unix)))
 
@@ -167,10 +175,13 @@ def main() -> None:
     """Serve until killed; prints "ready"."""
     parser = argparse.ArgumentParser(prog="bench.backend", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="directory with the tokenizer")
+    parser.add_argument("--table-dir", type=Path, required=True, help="for the replicas' block tables")
+    parser.add_argument("--endpoint", choices=tuple(PATHS), default="completions", help="whose prompts the tables hold")
     parser.add_argument("--port", type=int, action="append", default=[])
     parser.add_argument("--socket", action="append", default=[])
     given = parser.parse_args()
-    uvloop.run(_serve(given.model, given.port, given.socket))
+    with closing(Holders(given.table_dir, given.model, given.endpoint)) as holders:
+        uvloop.run(_serve(given.model, holders, given.port, given.socket))
 
 
 if __name__ == "__main__":

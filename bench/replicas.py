@@ -1,10 +1,15 @@
-"""Two mock replicas as peerkv knows them: sockets, fleet.json, and block tables that hold the documents' blocks."""
+"""Two mock replicas as peerkv knows them: sockets, fleet.json, and block tables that hold the documents' blocks and say what
+was delivered."""
 
 from __future__ import annotations
 
 import os
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import msgspec
 
 from bench.arms import KEY, TENANT
 from bench.cases import CASES, MODEL, Endpoint, documents
@@ -12,6 +17,7 @@ from engine.fleet import FleetSnapshot, Replica, ReplicaState, write_fleet
 from gateway.model_files import source_from_arguments
 from gateway.tenants import Tenant, default_salt
 from gateway.tokens import TokenService
+from transport.deliveries import Delivery
 from transport.fingerprint import fingerprint_digest
 from transport.keys import chain_keys, root_key
 from transport.table_layout import Description
@@ -20,7 +26,13 @@ from transport.table_writer import TableWriter
 NAMES = ("replica-0", "replica-1")
 BLOCK_SIZE = 16
 BLOCKS = 1 << 17
+TRANSPORT = "shared_memory"
 _FIELDS = {"weights": "bench", "dtype": "bfloat16"}
+_TAG = re.compile(rb'"peerkv":\{[^}]*"tag":(\d+)')
+_PROMPT = re.compile(rb'"(?:prompt|content)":["\[]')
+_OPENING_BYTES = 64
+"""So many bytes of a prompt's JSON, text or ids, tell the documents apart."""
+_TEXT_BYTES_PER_TOKEN = 4
 
 
 def write_config(directory: Path) -> Path:
@@ -50,21 +62,48 @@ class Holders:
         salts = ("", default_salt(Tenant(name=TENANT, api_key=KEY)))  # type: ignore[arg-type]
         fingerprint = fingerprint_digest(_FIELDS)
         self._writers = [
-            TableWriter(
-                table_dir, Description(name, os.getpid(), "xxh3_128", "shared_memory", "ok", _FIELDS, ()), BLOCK_SIZE, BLOCKS
-            )
+            TableWriter(table_dir, Description(name, os.getpid(), "xxh3_128", TRANSPORT, "ok", _FIELDS, ()), BLOCK_SIZE, BLOCKS)
             for name in NAMES
         ]
+        self._held: list[dict[bytes, int]] = [{} for _ in NAMES]
         used = [0 for _ in NAMES]
         for size in sorted({case.characters for case in CASES}):
             for number, text in enumerate(documents(size)):
                 ids = _ids(tokens, text, endpoint)
+                held = len(ids) // BLOCK_SIZE * BLOCK_SIZE
+                for opening in (text.encode(), msgspec.json.encode(list(ids))[1:]):
+                    self._held[number % len(NAMES)][opening[:_OPENING_BYTES]] = held
                 for salt in salts:
                     keys = chain_keys(root_key(fingerprint, salt), ids, BLOCK_SIZE)
                     place = number % len(NAMES)
                     first = used[place]
                     used[place] += len(keys)
                     self._writers[place].publish(range(first, first + len(keys)), keys)
+
+    def deliver(self, place: int, body: bytes) -> None:
+        """Account for a request to replica `place` as an engine does before its first token, if the gateway tagged it."""
+        tag = _TAG.search(body)
+        prompt = _PROMPT.search(body)
+        if tag is None or prompt is None:
+            return
+        now = time.monotonic_ns()
+        start = prompt.end()
+        local = self._held[place].get(body[start : start + _OPENING_BYTES], 0)
+        if body[start - 1] == ord("["):
+            tokens = body.count(b",", start, body.index(b"]", start)) + 1
+        else:
+            tokens = max(local + 1, len(body) // _TEXT_BYTES_PER_TOKEN)
+        delivery = Delivery(
+            tag=int(tag.group(1)),
+            arrived_ns=now,
+            asked_ns=now,
+            scheduled_ns=now,
+            first_token_ns=now,
+            prompt_tokens=tokens,
+            local_tokens=local,
+            computed_tokens=tokens - local,
+        )
+        self._writers[place].deliver(delivery, TRANSPORT)
 
     def close(self) -> None:
         """Remove the tables."""

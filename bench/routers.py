@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import httpx
 import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,7 +33,7 @@ from bench import load
 from bench.arms import ARMS, DIRECT, KEY, Arm, Backends, launch
 from bench.cases import CASES, Case, bodies, documents
 from bench.machine import LOAD_CORE, PROXY_CORE, Pinned, StartFailed, free_ports
-from bench.replicas import Holders, write_config, write_run_dir
+from bench.replicas import write_config, write_run_dir
 from bench.report import Figures, as_json, medians, quantile, table
 
 START_SECONDS_MAX = 30.0
@@ -63,6 +64,8 @@ class Bench:
             await self._until_it_serves(proxy, target)
             await self._prove(arm, target)
             await self._cases(arm, turn, target, proxy, done)
+            if arm.name == "peerkv":
+                self._prove_steering(port)
         finally:
             proxy.end()
 
@@ -84,6 +87,12 @@ class Bench:
             await load.prove(target, self._given.endpoint, text)
         if arm.authenticates and await load.status_without_key(target.port, self._given.endpoint) != 401:
             raise load.WrongAnswer(f"{arm.name} serves callers without a key")
+
+    def _prove_steering(self, port: int) -> None:
+        """Whether what the replicas said of their prefix hits arrived. Raises WrongAnswer."""
+        told = httpx.get(f"http://127.0.0.1:{port}/kv/stats", timeout=START_SECONDS_MAX).json()["ledger"]
+        if not told["settled"] or (self._given.prompts != "fresh" and not told["local_tokens"]):
+            raise load.WrongAnswer(f"no prefix hit was delivered: {told}")
 
     async def _cases(self, arm: Arm, turn: int, target: load.Target, proxy: Pinned | None, done: Callable[[], None]) -> None:
         for case in self._given.cases:
@@ -125,9 +134,8 @@ async def measure(given: argparse.Namespace, console: Console) -> tuple[list[Fig
         shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pkv-tables-", dir="/dev/shm")))
         ports = free_ports(2)
         sockets = write_run_dir(directory / "run", shared, given.model, os.getpid())
-        holders = Holders(shared, given.model, given.endpoint)
-        stack.callback(holders.close)
         argv = [sys.executable, "-m", "bench.backend", "--model", given.model]
+        argv += ["--table-dir", str(shared), "--endpoint", given.endpoint]
         for port, socket in zip(ports, sockets, strict=True):
             argv += ["--port", str(port), "--socket", socket]
         backend = Pinned(argv, LOAD_CORE, directory / "backend.log", {})

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from gateway.measure.words import Words
 
 TURNS = 4
+HOT_RATE = 2.5
+"""The hot workload's rate, times that of the others: most of its prompts are cached."""
 HOT_SHARE = 0.6
 
 
@@ -68,10 +70,10 @@ def shared(size: Size, shape: random.Random, words: Words) -> list[Talk]:
 
 
 def hot(size: Size, shape: random.Random, words: Words) -> list[Talk]:
-    """HOT_SHARE of the requests begin with the same prefix; the others share nothing."""
+    """HOT_SHARE of the requests begin with the same prefix, the others share nothing; HOT_RATE times as many as elsewhere."""
     prefix = words.text(size.prefix_tokens)
     talks = []
-    for at in arrivals(shape, size.rate, size.seconds):
+    for at in arrivals(shape, HOT_RATE * size.rate, size.seconds):
         if shape.random() < HOT_SHARE:
             talks.append(_single(at, f"{prefix} {words.text(size.suffix_tokens)}", size))
         else:
