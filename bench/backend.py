@@ -1,8 +1,8 @@
 """A stand-in for vLLM servers that costs next to nothing: `python -m bench.backend`.
 
 Each replica listens on a TCP port and on a unix socket. A completion gets a ready-made answer, whole or as EVENTS events, each
-written by itself. Each replica has a block table, and tells there what it delivered. A request whose `user` is PROOF is decoded,
-and its answer carries the SHA-256 of the prompt's text: the proof that a proxy passes prompts on as they were.
+written by itself. Each replica has a block table, and tells there what it delivered. A request whose `user` is PROOF is
+decoded, and its answer carries the SHA-256 of the prompt's text: the proof that a proxy passes prompts on as they were.
 """
 
 from __future__ import annotations
