@@ -3,23 +3,26 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from itertools import islice
 
 from tokenizers import Tokenizer
 
 from gateway.id_cache import IdCache
 from gateway.text_cuts import TextCuts, find_cuts
 from gateway.token_ids import TokenIds
+from gateway.word_ids import WordIds
 
 _logger = logging.getLogger(__name__)
 
-CACHED_CHARS_MIN = 64
-"""A shorter text is tokenised in 20 us, which is not worth an entry."""
-
-PIECE_CHARS_MIN = 40
-"""Pieces of what is new: tokenising takes ten times as long as looking up so many characters."""
+SHORT_CHARS_MAX = 256
+"""A shorter text is put together from its words."""
+PIECE_CHARS_MIN = 128
+"""Pieces of what is new, which are put together from their words if they are new too."""
 PIECED_CHARS_MAX = 8192
-"""A longer new text is mostly new: its pieces would only fill the cache."""
+"""A longer new text is mostly new: its words would only fill the cache."""
+WORDS_BYTES_MAX = 16 << 20
+FEW = 4
+"""So many short texts are tokenised one by one before it pays to wake other cores."""
+FEW_CHARS_MAX = 1024
 
 _CANARIES = (
     "The first line\nSecond line of it.\n\nThird, after an empty one\nfourth: \n  indented \n\tFifth\r\nSixth\n",
@@ -45,6 +48,7 @@ class Encoder:
         self._cuts = cuts
         self._affixes = affixes
         self._fine = None if cuts is None else cuts.sized(PIECE_CHARS_MIN)
+        self._words = WordIds(self._tokenise, cuts is not None and cuts.places.words, WORDS_BYTES_MAX)
 
     @property
     def cuts_texts(self) -> bool:
@@ -57,15 +61,20 @@ class Encoder:
         `add_special_tokens` adds BOS and the like. Raises UnicodeEncodeError for half a surrogate pair.
         """
         if not add_special_tokens:
-            return self._parts(self._chunks(text), False, new_chars_max)
+            return self._plain(text, new_chars_max)
         if self._affixes is None:
             return self._parts([text], True, new_chars_max)
-        ids = self._parts(self._chunks(text), False, new_chars_max)
+        ids = self._plain(text, new_chars_max)
         before, behind = self._affixes
         return ids if ids is None or not (before or behind) else TokenIds.joined([before, ids, behind])
 
-    def _chunks(self, text: str) -> list[str]:
-        return [text] if self._cuts is None else self._cuts.chunks(text)
+    def _plain(self, text: str, new_chars_max: int | None) -> TokenIds | None:
+        if self._cuts is None:
+            return self._parts([text], False, new_chars_max)
+        if len(text) > SHORT_CHARS_MAX:
+            return self._parts(self._cuts.chunks(text), False, new_chars_max)
+        raw = self._words.raw([text], new_chars_max)
+        return None if raw is None else TokenIds(raw)
 
     def _parts(self, texts: list[str], special: bool, new_chars_max: int | None) -> TokenIds | None:
         sha256, kind = hashlib.sha256, b"\1" if special else b""
@@ -76,31 +85,25 @@ class Encoder:
             if new_chars_max is not None and sum(map(len, new.values())) > new_chars_max:
                 return None
             fresh = dict(zip(new, self._fresh(list(new.values()), special), strict=True))
-            self._cache.put((key, ids) for key, ids in fresh.items() if len(new[key]) >= CACHED_CHARS_MIN)
+            self._cache.put(fresh.items())
             parts = [fresh[key] if ids is None else ids for key, ids in zip(keys, parts, strict=True)]
         return TokenIds.joined([part for part in parts if part is not None])
 
     def _fresh(self, texts: list[str], special: bool) -> list[TokenIds]:
         """Tokenise texts that are not known as they are. Of a few, what is known is looked up in pieces of a line or less."""
         if special or self._fine is None or sum(map(len, texts)) > PIECED_CHARS_MAX:
-            return encode_all(self._tokenizer, texts, special)
-        pieces = [self._fine.chunks(text) for text in texts]
-        sha256 = hashlib.sha256
-        keys = [sha256(piece.encode()).digest() for cut in pieces for piece in cut]
-        ids = self._cache.get(keys)
-        if None in ids:
-            every = [piece for cut in pieces for piece in cut]
-            new = {key: piece for key, piece, known in zip(keys, every, ids, strict=True) if known is None}
-            fresh = dict(zip(new, encode_all(self._tokenizer, list(new.values()), False), strict=True))
-            self._cache.put(fresh.items())
-            ids = [fresh[key] if known is None else known for key, known in zip(keys, ids, strict=True)]
-        parts = iter([known for known in ids if known is not None])
-        return [TokenIds.joined(list(islice(parts, len(cut)))) for cut in pieces]
+            return self._tokenise(texts, special)
+        return [TokenIds(self._words.raw(self._fine.chunks(text)) or b"") for text in texts]
+
+    def _tokenise(self, texts: list[str], special: bool = False) -> list[TokenIds]:
+        return encode_all(self._tokenizer, texts, special)
 
 
 def encode_all(tokenizer: Tokenizer, texts: list[str], special: bool) -> list[TokenIds]:
     """Return the ids of each text."""
     # The fast batch form skips character offsets, leaves the interpreter lock to others meanwhile, and uses several cores.
+    if 1 < len(texts) <= FEW and sum(map(len, texts)) <= FEW_CHARS_MAX:
+        return [ids for text in texts for ids in encode_all(tokenizer, [text], special)]
     return [TokenIds.of(found.ids) for found in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
 

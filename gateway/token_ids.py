@@ -16,15 +16,16 @@ _encode = msgspec.json.Encoder().encode
 class TokenIds(Sequence[int]):
     """Token ids as little-endian int32, four bytes each, in `raw`. Not changed once made; equal to a list of the same ids.
 
-    Those that were joined from `parts` share with them the work of writing the numbers out.
+    Those that were joined from parts hold nothing but these, which others share: their forms are put together anew each time.
     """
 
-    __slots__ = ("_parts", "_text", "raw")
+    __slots__ = ("_count", "_parts", "_raw", "_text")
 
     def __init__(self, raw: bytes, parts: Sequence[TokenIds] = ()) -> None:
-        self.raw = raw
+        self._raw = raw
         self._parts = parts
         self._text: bytes | None = None
+        self._count: int = sum([part._count for part in parts]) if parts else len(raw) >> 2
 
     @classmethod
     def of(cls, ids: Iterable[int]) -> TokenIds:
@@ -39,21 +40,30 @@ class TokenIds(Sequence[int]):
         """Return the ids of all parts in order."""
         if len(parts) == 1:
             return parts[0]
-        return cls(b"".join([part.raw for part in parts]), parts)
+        return cls(b"", [whole for part in parts for whole in part._parts or (part,)])
+
+    @property
+    def raw(self) -> bytes:
+        """The ids as int32, little-endian."""
+        return b"".join([part._raw for part in self._parts]) if self._parts else self._raw
+
+    @property
+    def parts(self) -> Sequence[TokenIds]:
+        """What they were joined from, none of it joined itself; themselves if they were not."""
+        return self._parts or (self,)
 
     @property
     def held_bytes(self) -> int:
         """The memory that its forms take at most: four bytes an id, and up to seven when it is written out."""
-        return len(self.raw) * 11 // 4
+        return self._count * 11
 
     @property
     def text(self) -> bytes:
-        """The ids in decimals, with commas between them. Worked out once."""
+        """The ids in decimals, with commas between them. Worked out once for each part."""
+        if self._parts:
+            return b",".join([part._text or part.text for part in self._parts if part._count])
         if self._text is None:
-            if self._parts:
-                self._text = b",".join([part.text for part in self._parts if part.raw])
-            else:
-                self._text = _encode(self.tolist())[1:-1]
+            self._text = _encode(self.tolist())[1:-1]
         return self._text
 
     def json(self) -> msgspec.Raw:
@@ -69,7 +79,7 @@ class TokenIds(Sequence[int]):
         return self.numpy().tolist()
 
     def __len__(self) -> int:
-        return len(self.raw) >> 2
+        return self._count
 
     @overload
     def __getitem__(self, place: int) -> int: ...
@@ -81,6 +91,8 @@ class TokenIds(Sequence[int]):
         return int(self.numpy()[place])
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         if isinstance(other, TokenIds):
             return self.raw == other.raw
         return self.tolist() == other if isinstance(other, list) else NotImplemented

@@ -1,0 +1,125 @@
+"""Ids of short texts, put together from those of their words.
+
+Behind a known beginning a prompt's text is new, but its words are not, and looking them up takes a tenth of tokenising them.
+Where a text may be cut between words is for text_cuts.py to say: before a space between two ASCII letters. A word with anything
+else beside that space is taken together with its neighbour.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from gateway.token_ids import TokenIds
+
+ENTRY_BYTES = 220
+"""What an entry takes beside the characters of its text and its ids, measured: two objects and their place in a dictionary."""
+PARTS_MIN = 8
+"""A text of fewer parts is not worth an entry of its own."""
+
+_New = list[tuple[int, str]]
+
+
+class WordIds:
+    """Ids under exact texts, in two generations: when the younger one is full, the older one is dropped. Thread safe.
+
+    `tokenise` gives the ids of texts, one by one; `words` says whether texts may be cut between words. `bytes_max` bounds both
+    generations together.
+    """
+
+    def __init__(self, tokenise: Callable[[list[str]], list[TokenIds]], words: bool, bytes_max: int) -> None:
+        self._tokenise = tokenise
+        self._cuts_words = words
+        self._generation_bytes_max = bytes_max // 2
+        self._bytes = 0
+        self._words: dict[str, bytes] = {}  # of ASCII letters alone; the ids are those of the word with a space before it
+        self._texts: dict[str, bytes] = {}
+        self._older: tuple[dict[str, bytes], dict[str, bytes]] = ({}, {})
+
+    def raw(self, texts: Sequence[str], new_chars_max: int | None = None) -> bytes | None:
+        """Return the ids of `texts`, one behind the other, as int32; None if more than `new_chars_max` characters are new.
+
+        `texts` are whole, or parts between places where a text may be cut. Raises UnicodeEncodeError for half a surrogate pair.
+        """
+        parts: list[bytes] = []
+        new: _New = []
+        apart: list[tuple[str, int, int]] = []
+        for text in texts:
+            known = self._texts.get(text)
+            if known is not None:
+                parts.append(known)
+                continue
+            begin = len(parts)
+            self._take_apart(text, parts, new)
+            if len(parts) - begin >= PARTS_MIN:
+                apart.append((text, begin, len(parts)))
+        if new:
+            if new_chars_max is not None and sum(len(text) for _, text in new) > new_chars_max:
+                return None
+            self._learn(parts, new)
+        for text, begin, end in apart:
+            self._keep(text, b"".join(parts[begin:end]))
+        return b"".join(parts)
+
+    def _take_apart(self, text: str, parts: list[bytes], new: _New) -> None:
+        """Append the ids of what `text` consists of to `parts`, and what is not known to `new` with its place there."""
+        words = text.split(" ") if self._cuts_words else [text]
+        found = list(map(self._words.get, words))
+        found[0] = None  # no space stands before it
+        done, count = 0, len(words)
+        found.append(None)  # so that one is always found
+        while (unknown := found.index(None, done)) < count:
+            begin, end = unknown, unknown + 1
+            while begin > done and not _place(words[begin - 1], words[begin]):
+                begin -= 1
+            while end < count and not _place(words[end - 1], words[end]):
+                end += 1
+            parts += _known(found[done:begin])
+            group = " ".join(words[begin:end])
+            if begin:
+                group = " " + group
+            ids = self._find(group)
+            if ids is None:
+                new.append((len(parts), group))
+            parts.append(ids or b"")
+            done = end
+        parts += _known(found[done:count])
+
+    def _learn(self, parts: list[bytes], new: _New) -> None:
+        texts = list(dict.fromkeys(text for _, text in new))
+        for text in texts:
+            text.encode()  # raises for half a surrogate pair, which the tokenizer would take for a wrong type
+        ids = dict(zip(texts, (found.raw for found in self._tokenise(texts)), strict=True))
+        for text, raw in ids.items():
+            self._keep(text, raw)
+        for place, text in new:
+            parts[place] = ids[text]
+
+    def _find(self, text: str) -> bytes | None:
+        """Return the ids of a text, and bring it over into the younger generation."""
+        known = self._texts.get(text)
+        if known is not None:
+            return known
+        words, texts = self._older
+        known = texts.get(text) or words.get(text[1:]) if text[:1] == " " else texts.get(text)
+        if known is not None:
+            self._keep(text, known)
+        return known
+
+    def _keep(self, text: str, ids: bytes) -> None:
+        word = text[1:]
+        if text[:1] == " " and word.isascii() and word.isalpha():
+            self._words[word] = ids
+        else:
+            self._texts[text] = ids
+        self._bytes += ENTRY_BYTES + len(text) + len(ids)
+        if self._bytes > self._generation_bytes_max:
+            self._older = (self._words, self._texts)
+            self._words, self._texts, self._bytes = {}, {}, 0
+
+
+def _place(before: str, behind: str) -> bool:
+    """Tell whether a text may be cut before the space between these two words."""
+    around = before[-1:] + behind[:1]
+    return len(around) == 2 and around.isascii() and around.isalpha()
+
+
+def _known(found: Iterable[bytes | None]) -> list[bytes]:
+    return [ids for ids in found if ids is not None]
