@@ -66,7 +66,7 @@ def test_a_word_in_use_outlives_any_number_of_others() -> None:
     words = Words("Llama 3", bytes_max=20 * ENTRY_BYTES)
     words.of("a kept")
     for number in range(100):
-        words.of(f"a kept {number}")
+        words.of(f"a kept {'x' * number}y")
     words.tokenised.clear()
     words.of("a kept")
     assert words.tokenised == []
