@@ -18,6 +18,8 @@ from uvicorn.server import ServerState
 
 from gateway.cycle import EXTENSION, Asgi, Cycle, RawHeaders, Scope
 from gateway.errors import ApiError, InvalidRequest, TooManyRequests, Unavailable
+from gateway.known_head import KnownHead
+from gateway.rejection import HeadTooLarge, rejection
 from gateway.request_ids import sane_request_id
 
 BODY_READ_AHEAD_BYTES_MAX = 256 << 10
@@ -26,18 +28,11 @@ PIPELINED_READ_MAX = 8
 """Requests that wait for the answer before theirs while more is read: only who reads learns that the client left."""
 PIPELINED_MAX = 1024
 """All that may wait: those that came in one piece with the last one that was read for."""
+HEADS_REMEMBERED_MAX = 4
+"""Heads of a connection in a row that are remembered in vain: if they all differ, it is given up."""
 
 _access = logging.getLogger("uvicorn.access")
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
-
-
-class HeadTooLarge(InvalidRequest):
-    """The request line and headers are larger than the settings allow."""
-
-    code = "head_too_large"
-
-    def __init__(self, bytes_max: int) -> None:
-        super().__init__(f"The request's head is larger than the {bytes_max} bytes that are taken.", status=431)
 
 
 class DoorProtocol(asyncio.Protocol):
@@ -75,6 +70,10 @@ class DoorProtocol(asyncio.Protocol):
         self._expects_continue = False
         self._in_message = False
         self._rejected = False
+        self._known: KnownHead | None = None
+        self._remembered_in_vain = 0
+        self._unparsed: bytes | None = None  # what begins with the head that is being parsed
+        self._missing = 0  # bytes of a body whose head was known
         self._head_bytes = 0  # since the last byte of a body: those of a head, of trailers, of chunks' extensions
         self._waits_since = 0.0
         self._head_timer: asyncio.TimerHandle | None = None
@@ -104,8 +103,42 @@ class DoorProtocol(asyncio.Protocol):
         self._client_left()
 
     def data_received(self, data: bytes) -> None:
-        if self._rejected:
-            return
+        while data and not self._rejected:
+            if self._missing:
+                data = self._take_body(data)
+            elif self._known is not None and self._is_between and (start := self._known.body_starts(data)) is not None:
+                data = self._open_known(self._known, data, start)
+            else:
+                self._parse(data)
+                return
+
+    def _open_known(self, known: KnownHead, data: bytes, start: int) -> bytes:
+        """Begin a request with a head that was parsed before; returns its body and what follows."""
+        self._remembered_in_vain = 0
+        scope, self._missing = known.scope(data, start)
+        self._headers = scope["headers"]
+        self._open(Cycle(self, scope, keep_alive=True, expects_continue=False))
+        if not self._missing:
+            self.on_message_complete()
+        return data[start:]
+
+    def _take_body(self, data: bytes) -> bytes:
+        """Feed the body of a request whose head was known, past the parser, which would copy it; returns what follows it."""
+        body = data[: self._missing]  # `data` itself if it is no longer
+        self._missing -= len(body)
+        self.on_body(body)
+        if not self._missing:
+            self.on_message_complete()
+        return data[len(body) :]
+
+    @property
+    def _is_between(self) -> bool:
+        """Whether what comes next begins a request."""
+        return not self._in_message and self._head_bytes == 0
+
+    def _parse(self, data: bytes) -> None:
+        worth_it = self._remembered_in_vain < HEADS_REMEMBERED_MAX and self._is_between
+        self._unparsed = data if worth_it else None
         self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
@@ -169,11 +202,20 @@ class DoorProtocol(asyncio.Protocol):
             self._reject(HeadTooLarge(self.head_bytes_max))
         if self._rejected:
             return
-        self._head_bytes = 0
         version = self._parser.get_http_version()
         keep_alive = version != "1.0" and self._parser.should_keep_alive()
         expects_continue = self._expects_continue and version != "1.0"
-        cycle = Cycle(self, self._scope(version), keep_alive=keep_alive, expects_continue=expects_continue)
+        scope = self._scope(version)
+        if self._unparsed is not None and version == "1.1" and keep_alive and not expects_continue:
+            self._known = KnownHead.of(self._unparsed, scope)
+            self._remembered_in_vain += 1
+        self._unparsed = None
+        self._open(Cycle(self, scope, keep_alive=keep_alive, expects_continue=expects_continue))
+
+    def _open(self, cycle: Cycle) -> None:
+        """A request's head is there."""
+        self._in_message = True
+        self._head_bytes = 0
         cycle.scope["extensions"] = {EXTENSION: cycle}
         self._upload = cycle
         if (self._cycle is None or self._cycle.complete) and not self.write_paused:
@@ -350,10 +392,6 @@ class DoorProtocol(asyncio.Protocol):
         is_next = not self._waiting and (cycle is None or cycle.complete or in_its_body)
         self._client_left()
         if is_next:
-            body = error.body()
-            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-            headers["x-request-id"] = sane_request_id(dict(self._headers).get(b"x-request-id"))
-            lines = [f"HTTP/1.1 {error.status} Rejected"]
-            lines += [f"{name}: {value}" for name, value in (headers | error.headers).items()]
-            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+            given_id = dict(self._headers).get(b"x-request-id")
+            self.transport.write(rejection(error, sane_request_id(given_id)))
         self.close()
