@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 
 from gateway.ledger import Entry, Option, Planned
+from gateway.origins import Origin
 from gateway.parity import Parity, ParityVerdict
 from gateway.plan import Plan
 from gateway.planner import Planner
-from gateway.recorder import Origin, Recorder
+from gateway.recorder import Recorder
 from gateway.steering import Option as SteeringOption
 from gateway.tables import Table
 from gateway.witness import Asked

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.feed import DeliveryFeed
 from gateway.ledger import Entry, Ledger, Planned
 from gateway.losses import judge
+from gateway.origins import PROMPTS_BYTES_MAX, Origin, Origins
 from gateway.registry import LookUp
 from gateway.seen import SeenPrefixes
 from gateway.tables import Table
 from transport.deliveries import Delivery
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Whose prompt an attempt computes: what its token ids are worth, and to whom."""
-
-    tenant: str
-    ids: Sequence[int] | None
-    lora: str
 
 
 class Prefixes(Protocol):
@@ -42,6 +33,7 @@ class Recorder:
         prefixes: Prefixes,
         salt_of: Callable[[str], str | None],
         clock: Callable[[], float] = time.monotonic,
+        prompts_bytes_max: int = PROMPTS_BYTES_MAX,
     ) -> None:
         self.ledger = ledger
         self.feed = feed
@@ -49,7 +41,7 @@ class Recorder:
         self._prefixes = prefixes
         self._salt_of = salt_of
         self._clock = clock
-        self._origins: dict[int, Origin] = {}
+        self._origins = Origins(prompts_bytes_max)
         feed.add(self._delivered)
 
     @property
@@ -59,7 +51,7 @@ class Recorder:
 
     def sent(self, planned: Planned, origin: Origin) -> Entry:
         """An attempt goes to its replica."""
-        self._origins[planned.tag] = origin
+        self._origins.keep(planned.tag, origin)
         return self.ledger.open(planned, self._clock())
 
     def first_byte(self, entry: Entry) -> bytes:
@@ -90,7 +82,7 @@ class Recorder:
         self.ledger.delivered(delivery)
 
     def _settle(self, entry: Entry) -> None:
-        origin = self._origins.pop(entry.planned.tag, None)
+        origin = self._origins.pop(entry.planned.tag)
         formerly, elsewhere = self._history(entry, origin) if origin is not None else (0, 0)
         self.ledger.settle(entry, formerly, elsewhere)
 

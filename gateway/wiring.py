@@ -74,6 +74,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
         planner.feed,
         planner.registry,
         tenants.salt_of,
+        prompts_bytes_max=settings.ledger_prompts_bytes_max,
     )
     witness = relay.witness = PlanWitness(recorder, planner)
     keeper = Keeper(

@@ -9,7 +9,8 @@ import pytest
 from gateway.feed import DeliveryFeed
 from gateway.ledger import ATTEMPTS_KEPT, LEFT_STATUS, UNREPORTED_SECONDS, Entry, Ledger, Planned
 from gateway.losses import LossReason
-from gateway.recorder import Origin, Recorder
+from gateway.origins import Origin, Origins
+from gateway.recorder import Recorder
 from gateway.registry import Registry
 from gateway.seen import SeenPrefixes
 from tests.unit.replica_tables import BLOCK_SIZE, ReplicaTables, replica_tables
@@ -183,3 +184,21 @@ def test_records_that_were_overwritten_are_counted(scene: Scene) -> None:
     scene.recorder.catch_up()
     assert scene.recorder.feed.missed > 0
     assert scene.recorder.feed.missed + scene.recorder.ledger.sums.unmatched_deliveries == 5000
+
+
+def test_prompts_of_unsettled_attempts_are_bounded_in_bytes_and_the_oldest_go_first() -> None:
+    origins = Origins(bytes_max=4 * 250)
+    for tag in (1, 2, 3):
+        origins.keep(tag, Origin("one", IDS, ""))
+    assert origins.pop(1) is None
+    assert [len(origins), origins.pop(2) is not None, origins.pop(2)] == [2, True, None]
+    origins.keep(4, Origin("one", IDS, ""))
+    assert origins.pop(3) is not None  # what was popped counts no more
+
+
+def test_an_attempt_whose_prompt_was_dropped_is_settled_without_its_history(scene: Scene) -> None:
+    scene.serve(1)
+    scene.recorder._origins = Origins(bytes_max=0)
+    entry = scene.serve(2)
+    assert entry.loss is not None
+    assert entry.loss.reason is LossReason.COLD
