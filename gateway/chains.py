@@ -2,8 +2,9 @@
 
 from collections import OrderedDict
 
+from gateway.chain import EMPTY, Chain
 from gateway.token_ids import TokenIds
-from transport.keys import HASHES, KEY_BYTES, Keys, as_keys, hash_blocks
+from transport.keys import HASHES, KEY_BYTES, hash_blocks
 
 SECTION_BLOCKS = 64
 SECTION_BYTES = SECTION_BLOCKS * KEY_BYTES + 160
@@ -24,8 +25,10 @@ class ChainCache:
     def __len__(self) -> int:
         return len(self._sections)
 
-    def keys(self, root: bytes, ids: TokenIds, blocks: int, block_size: int, hash_name: str) -> Keys:
-        """Return the keys of the first `blocks` blocks of `ids`, of which there have to be so many, shape (blocks, 2)."""
+    def chain(self, root: bytes, ids: TokenIds, blocks: int, block_size: int, hash_name: str) -> Chain:
+        """Return the keys of the first `blocks` blocks of `ids`, of which there have to be so many."""
+        if not blocks:
+            return EMPTY
         hash_, sections, raw = HASHES[hash_name], self._sections, ids.raw
         width, end = SECTION_BLOCKS * block_size * 4, blocks * block_size * 4
         last, parts = root, []
@@ -44,4 +47,4 @@ class ChainCache:
             last = known[-KEY_BYTES:]
         while len(sections) > self._sections_max:
             sections.popitem(last=False)
-        return as_keys(b"".join(parts))
+        return Chain(b"".join(parts))

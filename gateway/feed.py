@@ -30,6 +30,7 @@ class DeliveryFeed:
         self._tables = tables
         self._places: dict[str, _Place] = {}
         self._takers: list[Taker] = []
+        self._seen: Mapping[str, Table] | None = None
         self.missed = 0
 
     def add(self, taker: Taker) -> None:
@@ -45,16 +46,23 @@ class DeliveryFeed:
     def refresh(self, tables: Mapping[str, Table] | None = None) -> None:
         """Take note of tables that came or were replaced, and hand on everything that is new.
 
-        `tables` are the live ones of this moment; without them they are asked for.
+        `tables` are the live ones of this moment, an object that does not change; without them they are asked for.
         """
-        for replica, table in (self._tables() if tables is None else tables).items():
+        if tables is None:
+            tables = self._tables()
+        if tables is not self._seen:
+            self._seen = tables
+            self._take_note(tables)
+        for replica, place in self._places.items():
+            self._read(replica, place)
+
+    def _take_note(self, tables: Mapping[str, Table]) -> None:
+        for replica, table in tables.items():
             place = self._places.get(replica)
             if place is None or place.table is not table:
                 if place is not None:
                     self._read(replica, place)
                 self._places[replica] = _Place(table)
-        for replica, place in self._places.items():
-            self._read(replica, place)
 
     def _read(self, replica: str, place: _Place) -> None:
         after = place.after

@@ -1,13 +1,13 @@
 """Requests between their sending and their end: they weigh on their replica, and what became of them teaches the cost model."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Mapping
 
 import msgspec
 
 from gateway.costs import CostModel, ModelKey, Outcome
 from gateway.load import FleetLoad, ReplicaLoad, Ticket
 from gateway.tables import Table
-from transport.deliveries import Delivery, DeliveryReason
+from transport.deliveries import Delivery, DeliveryReason, EngineLoad
 
 REFUSALS = frozenset({DeliveryReason.SOURCE_UNREADABLE, DeliveryReason.NOT_EXCHANGING})
 """With these an engine says that it will not import from that source as long as both live."""
@@ -51,7 +51,8 @@ class Flights:
         self._costs = costs
         self._refused = refused
         self._aloft: dict[int, _Aloft] = {}
-        self._heard: set[str] = set()
+        self._said: dict[str, EngineLoad] = {}
+        self._tables: Mapping[str, Table] | None = None
 
     def started(self, flight: Flight, now: float) -> None:
         """The request is about to be sent."""
@@ -75,16 +76,22 @@ class Flights:
             self._teach(aloft)
             self._load.finished(tag, now)
 
+    def listen_to(self, tables: Mapping[str, Table]) -> None:
+        """Take in what all engines say of their load, and forget what those said that are gone; `tables` does not change."""
+        if tables is not self._tables:
+            self._tables = tables
+            for name in [name for name in self._said if name not in tables]:
+                del self._said[name]
+                self._load.forget(name)
+        for name, table in tables.items():
+            self.listen(name, table)
+
     def listen(self, replica: str, table: Table) -> None:
         """Take in what an engine says of its load."""
-        self._heard.add(replica)
-        self._load.heard(replica, table.load())
-
-    def keep(self, replicas: Container[str]) -> None:
-        """Forget what engines said that are gone."""
-        for name in [name for name in self._heard if name not in replicas]:
-            self._heard.discard(name)
-            self._load.forget(name)
+        said = table.load()
+        if said is not self._said.get(replica):
+            self._said[replica] = said
+            self._load.heard(replica, said)
 
     def delivered(self, replica: str, table: Table, delivery: Delivery) -> None:
         """Take in what an engine tells of a request, each record once."""

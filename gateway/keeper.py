@@ -18,10 +18,11 @@ import msgspec
 
 from engine.fleet import FleetView, Replica
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, Unavailable
+from gateway.hint import HINT
 from gateway.ledger import LOST_STATUS, Entry
 from gateway.pins import KeptPrefix, PinBook, Place, PlaceState
 from gateway.plan import Plan
-from gateway.planner import HINT, Planner
+from gateway.planner import Planner
 from gateway.prefix_reader import Callers, PrefixReader
 from gateway.prefix_shapes import PrefixRemoved, PrefixRequest
 from gateway.token_ids import TokenIds

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import msgspec
 
+from gateway.chain import Chain
 from gateway.promises import Promise, Promises
-from transport.keys import Keys
 
 HEAD_DONE_MAX = 0.9
 """Of the prompt that is being computed at most this share is taken to be done while its first token is not there."""
@@ -73,7 +73,7 @@ IDLE = ReplicaLoad()
 class Ticket(msgspec.Struct, frozen=True, gc=False, eq=False):
     """A request that was sent. `cached_tokens` of its prompt are expected out of a cache, from `source` if there is one.
 
-    `keys`, shape (n, 2), are of its full blocks of `block_size` tokens: what the replica will hold at `ready_at`.
+    `chain` has the keys of its full blocks of `block_size` tokens: what the replica will hold at `ready_at`.
     """
 
     tag: int
@@ -82,7 +82,7 @@ class Ticket(msgspec.Struct, frozen=True, gc=False, eq=False):
     prompt_tokens: int
     cached_tokens: int
     ready_at: float
-    keys: Keys | None = None
+    chain: Chain | None = None
     block_size: int = 0
 
     @property
@@ -132,8 +132,8 @@ class FleetLoad:
         self._weigh(place, ticket, 1)
         if silent:
             place.silent[ticket.tag] = ticket.ready_at
-        if ticket.keys is not None:
-            self._promises.add(ticket.tag, ticket.replica, ticket.keys, ticket.block_size, ticket.ready_at)
+        if ticket.chain is not None:
+            self._promises.add(ticket.tag, ticket.replica, ticket.chain, ticket.block_size, ticket.ready_at)
 
     def first_byte(self, tag: int, now: float) -> None:
         """The first token came: the prompt is computed, the answer is being decoded. Once or more often, or never."""
@@ -184,9 +184,9 @@ class FleetLoad:
             place.load = _summed(place)
         return place.load
 
-    def promised(self, keys: Keys, block_size: int) -> Mapping[str, Promise]:
-        """For each replica that computes a prefix of `keys` now, the longest such one."""
-        return self._promises.find(keys, block_size)
+    def promised(self, chain: Chain, block_size: int) -> Mapping[str, Promise]:
+        """For each replica that computes a prefix of `chain` now, the longest such one."""
+        return self._promises.find(chain, block_size)
 
     def in_flight(self) -> dict[str, int]:
         """Requests with each replica now, replicas without any left out."""

@@ -41,9 +41,14 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
     prompt_tokens: int
     predicted_tokens: int
     held_tokens_max: int
-    reason: str
     flight: Flight
     asked: Asked
+
+    @property
+    def reason(self) -> str:
+        """The decision in words."""
+        known = self.asked.known
+        return self.decision.reason if known.ids is not None else f"{self.decision.reason} ({known.why_unknown})"
 
     @property
     def source(self) -> str | None:

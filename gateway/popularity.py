@@ -3,8 +3,7 @@
 from collections import OrderedDict
 from math import exp
 
-from gateway.promises import anchor_depths
-from transport.keys import Keys
+from gateway.chain import Chain
 
 FADE_SECONDS = 20.0
 """A request counts 1/e after this time."""
@@ -17,20 +16,19 @@ class Popularity:
         self._prefixes_max = prefixes_max
         self._counts: OrderedDict[int, tuple[float, float]] = OrderedDict()
 
-    def note(self, keys: Keys, now: float) -> None:
-        """A request with `keys`, shape (n, 2), came."""
+    def note(self, chain: Chain, now: float) -> None:
+        """A request with the keys of `chain` came."""
         counts = self._counts
-        for depth in anchor_depths(len(keys)):
-            key = int(keys[depth - 1, 0])
-            count, at = counts.pop(key, (0.0, now))
-            counts[key] = (1.0 + count * exp((at - now) / FADE_SECONDS), now)
+        for key in chain.anchors:
+            known = counts.pop(key, None)
+            counts[key] = (1.0, now) if known is None else (1.0 + known[0] * exp((known[1] - now) / FADE_SECONDS), now)
         while len(counts) > self._prefixes_max:
             counts.popitem(last=False)
 
-    def rate(self, keys: Keys, blocks: int, now: float) -> float:
-        """Requests a second that begin with the first `blocks` of `keys`, or with what is at most half of that prefix."""
-        for depth in reversed(anchor_depths(min(blocks, len(keys)))):
-            known = self._counts.get(int(keys[depth - 1, 0]))
+    def rate(self, chain: Chain, blocks: int, now: float) -> float:
+        """Requests a second that begin with the first `blocks` of `chain`, or with what is at most half of that prefix."""
+        for key in reversed(chain.anchors[: blocks.bit_length()]):
+            known = self._counts.get(key)
             if known is not None:
                 count, at = known
                 return count * exp((at - now) / FADE_SECONDS) / FADE_SECONDS

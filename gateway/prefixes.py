@@ -6,13 +6,13 @@ A prompt is counted at some depths only (16,384 tokens at 46 of 1,024 blocks), f
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
+import msgspec
 from pydantic import BaseModel, Field
 
+from gateway.chain import Chain
 from gateway.prefix_shapes import KeptPrefixAnswer
-from transport.keys import KEY_BYTES, Keys
+from transport.keys import KEY_BYTES
 
 DEPTHS_MAX = 128
 """Depths at which a prompt is counted, at most: enough for 16 million blocks."""
@@ -36,8 +36,7 @@ def counted_depths(blocks: int) -> list[int]:
     return _DEPTHS[: bisect_right(_DEPTHS, blocks)]
 
 
-@dataclass(slots=True)
-class _Block:
+class _Block(msgspec.Struct, gc=False, eq=False):
     depth: int
     block_size: int
     parent: bytes
@@ -74,18 +73,18 @@ class PrefixCounts:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def note(self, keys: Keys, block_size: int, now: float) -> None:
-        """Count one request whose prompt has `keys`, shape (n, 2); `now` is Unix time in seconds."""
-        depths = counted_depths(len(keys))[: self._blocks_max]
-        raw = keys[np.array(depths, np.int64) - 1].tobytes()
-        blocks = self._blocks
+    def note(self, chain: Chain, block_size: int, now: float) -> None:
+        """Count one request whose prompt has the keys of `chain`; `now` is Unix time in seconds."""
+        blocks, raw = self._blocks, chain.raw
+        depths = counted_depths(len(chain))[: self._blocks_max]
         # From the end to the front, so that of a prefix the front is the last to be forgotten.
-        for depth, start in zip(reversed(depths), range(len(raw) - KEY_BYTES, -1, -KEY_BYTES), strict=True):
-            key = raw[start : start + KEY_BYTES]
+        for place in range(len(depths) - 1, -1, -1):
+            end = depths[place] * KEY_BYTES
+            key = raw[end - KEY_BYTES : end]
             block = blocks.get(key)
             if block is None:
-                parent = raw[start - KEY_BYTES : start] if start else b""
-                blocks[key] = _Block(depth, block_size, parent, 1, now)
+                above = depths[place - 1] * KEY_BYTES if place else 0
+                blocks[key] = _Block(depths[place], block_size, raw[max(0, above - KEY_BYTES) : above], 1, now)
             else:
                 block.requests += 1
                 block.last_used = now

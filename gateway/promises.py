@@ -4,12 +4,12 @@ A chain's key stands for all before it, so two chains agree up to some block and
 found by halving.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 
 import msgspec
 
-from transport.keys import Keys
+from gateway.chain import Chain
 
 EXAMINED_MAX = 32
 """Requests in flight that are compared with a new one; the oldest that share the longest prefix by powers of two."""
@@ -23,9 +23,9 @@ class Promise(msgspec.Struct, frozen=True, gc=False):
     ready_at: float
 
 
-class _Chain(msgspec.Struct, frozen=True, gc=False, eq=False):
+class _Computed(msgspec.Struct, frozen=True, gc=False, eq=False):
     replica: str
-    keys: Keys
+    chain: Chain
     block_size: int
     ready_at: float
 
@@ -34,69 +34,66 @@ class Promises:
     """The chains of requests in flight, found by their keys at depths that are powers of two. Belongs to one thread."""
 
     def __init__(self) -> None:
-        self._chains: dict[int, _Chain] = {}
-        self._anchors: dict[int, OrderedDict[int, None]] = {}
+        self._computed: dict[int, _Computed] = {}
+        self._anchors: dict[int, dict[int, None]] = {}
 
-    def add(self, tag: int, replica: str, keys: Keys, block_size: int, ready_at: float) -> None:
-        """A replica was asked to compute the blocks of `keys`, shape (n, 2)."""
-        if not len(keys):
+    def add(self, tag: int, replica: str, chain: Chain, block_size: int, ready_at: float) -> None:
+        """A replica was asked to compute the blocks of `chain`."""
+        if not chain.anchors:
             return
-        self._chains[tag] = _Chain(replica, keys, block_size, ready_at)
-        for depth in anchor_depths(len(keys)):
-            self._anchors.setdefault(int(keys[depth - 1, 0]), OrderedDict())[tag] = None
+        self._computed[tag] = _Computed(replica, chain, block_size, ready_at)
+        anchors = self._anchors
+        for key in chain.anchors:
+            tags = anchors.get(key)
+            if tags is None:
+                anchors[key] = {tag: None}
+            else:
+                tags[tag] = None
 
     def remove(self, tag: int) -> None:
         """The request has its first token, or ended without one. Idempotent."""
-        chain = self._chains.pop(tag, None)
-        if chain is None:
+        computed = self._computed.pop(tag, None)
+        if computed is None:
             return
-        for depth in anchor_depths(len(chain.keys)):
-            key = int(chain.keys[depth - 1, 0])
+        for key in computed.chain.anchors:
             tags = self._anchors[key]
             tags.pop(tag, None)
             if not tags:
                 del self._anchors[key]
 
-    def find(self, keys: Keys, block_size: int) -> Mapping[str, Promise]:
-        """For each replica, the longest prefix of `keys` that it computes now; of equal ones what is ready first."""
+    def find(self, chain: Chain, block_size: int) -> Mapping[str, Promise]:
+        """For each replica, the longest prefix of `chain` that it computes now; of equal ones what is ready first."""
         found: dict[str, Promise] = {}
-        if not self._chains:
+        if not self._computed:
             return found
-        for depth in reversed(anchor_depths(len(keys))):
-            tags = self._anchors.get(int(keys[depth - 1, 0]))
-            if tags is None:
-                continue
-            for tag in _first(tags, EXAMINED_MAX):
-                chain = self._chains[tag]
-                if chain.block_size != block_size:
-                    continue
-                promise = Promise(shared_blocks(chain.keys, keys) * block_size, tag, chain.ready_at)
-                known = found.get(chain.replica)
-                if known is None or (-promise.tokens, promise.ready_at) < (-known.tokens, known.ready_at):
-                    found[chain.replica] = promise
-            break
+        for key in reversed(chain.anchors):
+            tags = self._anchors.get(key)
+            if tags is not None:
+                self._compare(chain, block_size, tags, found)
+                break
         return found
 
+    def _compare(self, chain: Chain, block_size: int, tags: Iterable[int], found: dict[str, Promise]) -> None:
+        for tag in islice(tags, EXAMINED_MAX):
+            computed = self._computed[tag]
+            if computed.block_size != block_size:
+                continue
+            tokens, ready_at = shared_blocks(computed.chain, chain) * block_size, computed.ready_at
+            known = found.get(computed.replica)
+            if known is None or (-tokens, ready_at) < (-known.tokens, known.ready_at):
+                found[computed.replica] = Promise(tokens, tag, ready_at)
 
-def anchor_depths(blocks: int) -> list[int]:
-    """Return the depths, in blocks from 1, at which a chain of that many blocks is indexed: the powers of two."""
-    return [1 << power for power in range(blocks.bit_length())]
 
-
-def shared_blocks(ours: Keys, theirs: Keys) -> int:
+def shared_blocks(ours: Chain, theirs: Chain) -> int:
     """Return how many leading blocks two chains have in common."""
-    low, high = 0, min(len(ours), len(theirs))
+    mine, other = ours.words, theirs.words
+    low, high = 0, min(ours.blocks, theirs.blocks)
+    if high and mine[2 * high - 2] == other[2 * high - 2] and mine[2 * high - 1] == other[2 * high - 1]:
+        return high
     while low < high:
         middle = (low + high + 1) // 2
-        if ours[middle - 1, 0] == theirs[middle - 1, 0] and ours[middle - 1, 1] == theirs[middle - 1, 1]:
+        if mine[2 * middle - 2] == other[2 * middle - 2] and mine[2 * middle - 1] == other[2 * middle - 1]:
             low = middle
         else:
             high = middle - 1
     return low
-
-
-def _first(tags: OrderedDict[int, None], count: int) -> Iterator[int]:
-    for place, tag in enumerate(tags):
-        if place == count:
-            return
-        yield tag

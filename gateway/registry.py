@@ -1,10 +1,13 @@
 """What the block tables say about one request: who holds how much of its prefix, and who can import from whom."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
+from gateway.chain import Chain
 from gateway.chains import ChainCache
 from gateway.counters import CounterLedger
 from gateway.tables import Table, Tables
@@ -16,8 +19,11 @@ STATUS_OK = "ok"
 KEY_CACHE_BYTES_MAX = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
+ROOTS_MAX = 4096
+_root_key = lru_cache(maxsize=ROOTS_MAX)(root_key)
+
+
+class Holding(msgspec.Struct, frozen=True, gc=False):
     """`blocks` leading blocks of `block_size` tokens are held; imports are possible from `exchanges_with`.
 
     `chain` says which of the look-up's chains is the replica's.
@@ -33,15 +39,28 @@ class Holding:
         return self.blocks * self.block_size
 
 
-@dataclass(frozen=True, slots=True)
-class LookUp:
+class LookUp(msgspec.Struct, frozen=True):
     """Holdings by replica name, for each with a live table whose hash is known.
 
-    `keys` are the chains that were looked up, with block sizes.
+    `chains` are those that were looked up, with block sizes; `held_tokens_max` the tokens that somebody holds.
     """
 
-    holdings: Mapping[str, Holding] = field(default_factory=dict)
-    keys: tuple[tuple[Keys, int], ...] = ()
+    holdings: Mapping[str, Holding]
+    chains: tuple[tuple[Chain, int], ...]
+    held_tokens_max: int
+
+
+NOTHING = LookUp({}, (), 0)
+
+
+class _Kind(NamedTuple):
+    """Tables in which the same chain is looked up. `nothing` has each one's holding when it holds no block of it."""
+
+    fingerprint: bytes
+    block_size: int
+    hash_name: str
+    tables: dict[str, Table]
+    nothing: dict[str, Holding]
 
 
 class Registry:
@@ -54,11 +73,15 @@ class Registry:
         self._last: Mapping[str, Table] = {}
         self._exchanges: tuple[tuple[tuple[str, int], ...], dict[str, frozenset[str]]] = ((), {})
         self._refused: set[tuple[tuple[str, int], tuple[str, int]]] = set()
+        self._exchanging: Mapping[str, Table] | None = None
+        self._kinds: tuple[Mapping[str, Table], Mapping[str, frozenset[str]], list[_Kind]] = ({}, {}, [])
 
     def tables(self) -> Mapping[str, Table]:
-        """Return the live tables by replica name; their counters go into the ledger."""
-        self._last = self._directory.tables()
-        self.ledger.observe(self._last)
+        """Return the live tables by replica name; their counters go into the ledger. The same object while none changes."""
+        found = self._directory.tables()
+        if found != self._last:
+            self._last = dict(found)
+            self.ledger.observe(self._last)
         return self._last
 
     def table(self, name: str) -> Table | None:
@@ -75,26 +98,46 @@ class Registry:
             ids = TokenIds.of(ids)
         if tables is None:
             tables = self.tables()
-        exchanges = self.exchanges(tables)
-        chains: dict[tuple[bytes, int, str], Keys] = {}
-        places: dict[tuple[bytes, int, str], int] = {}
+        tokens = max(0, len(ids) - 1)
+        chains: list[tuple[Chain, int]] = []
         holdings: dict[str, Holding] = {}
+        most = 0
+        for place, (fingerprint, block_size, hash_name, alike, nothing) in enumerate(self._kinds_of(tables)):
+            root = _root_key(fingerprint, salt, lora, hash_name)
+            chain = self._chains.chain(root, ids, tokens // block_size, block_size, hash_name)
+            chains.append((chain, block_size))
+            holdings |= nothing
+            if not chain.blocks:
+                continue
+            words = chain.words
+            for name, table in alike.items():
+                held = table.held_blocks(words)
+                if held:
+                    holdings[name] = Holding(held, block_size, nothing[name].exchanges_with, place)
+                    most = max(most, held * block_size)
+        return LookUp(holdings, tuple(chains), most)
+
+    def _kinds_of(self, tables: Mapping[str, Table]) -> list[_Kind]:
+        """Return the tables by what their chains are made of, worked out anew when one came, went or exchanges otherwise."""
+        exchanges = self.exchanges(tables)
+        former, said, kinds = self._kinds
+        if former is tables and said is exchanges:
+            return kinds
+        by_chain: dict[tuple[bytes, int, str], _Kind] = {}
         for name, table in tables.items():
             if table.hash_name not in HASHES:  # of a later version, or damaged: it holds nothing that we could name
                 continue
-            kind = (table.fingerprint, table.block_size, table.hash_name)
-            keys = chains.get(kind)
-            if keys is None:
-                root = root_key(table.fingerprint, salt, lora, table.hash_name)
-                blocks = max(0, len(ids) - 1) // table.block_size
-                keys = chains[kind] = self._chains.keys(root, ids, blocks, table.block_size, table.hash_name)
-                places[kind] = len(places)
-            held = table.run_length(keys)
-            holdings[name] = Holding(held, table.block_size, exchanges[name], places[kind])
-        return LookUp(holdings, tuple((keys, kind[1]) for kind, keys in chains.items()))
+            key = (table.fingerprint, table.block_size, table.hash_name)
+            kind = by_chain.setdefault(key, _Kind(*key, {}, {}))
+            kind.tables[name] = table
+            kind.nothing[name] = Holding(0, table.block_size, exchanges[name], list(by_chain).index(key))
+        self._kinds = (tables, exchanges, list(by_chain.values()))
+        return self._kinds[2]
 
     def exchanges(self, tables: Mapping[str, Table]) -> Mapping[str, frozenset[str]]:
         """For each replica, the others that it can import from. Worked out anew only when a table came, went or restarted."""
+        if tables is self._exchanging:
+            return self._exchanges[1]
         stamp = tuple((name, table.epoch) for name, table in tables.items())
         if stamp != self._exchanges[0]:
             self._refused = {pair for pair in self._refused if set(pair) <= set(stamp)}
@@ -109,6 +152,8 @@ class Registry:
                 for ours in stamp
             }
             self._exchanges = (stamp, fresh)
+        if tables is self._last:  # which is never changed
+            self._exchanging = tables
         return self._exchanges[1]
 
     def refused(self, taker: str, source: str) -> None:
@@ -116,14 +161,15 @@ class Registry:
         ours, theirs = self._last.get(taker), self._last.get(source)
         if ours is not None and theirs is not None:
             self._refused.add(((taker, ours.epoch), (source, theirs.epoch)))
-            self._exchanges = ((), {})
+            self._exchanges, self._exchanging = ((), {}), None
 
     def holders(self, keys: Keys) -> list[list[str]]:
         """For each key alone, who holds that block now. `keys` has shape (n, 2)."""
         found: list[list[str]] = [[] for _ in range(len(keys))]
+        words = Chain.of(keys).words
         for name, table in sorted(self.tables().items()):
             for row, names in enumerate(found):
-                if table.run_length(keys[row : row + 1]):
+                if table.held_blocks(words[2 * row : 2 * row + 2]):
                     names.append(name)
         return found
 

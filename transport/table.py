@@ -33,6 +33,7 @@ from transport.table_layout import (
     LOAD,
     LOAD_OFFSET,
     MAGIC,
+    NEWEST_OFFSET,
     PAGE_BYTES,
     SUFFIX,
     VALID_OFFSET,
@@ -49,6 +50,9 @@ __all__ = ["COUNTERS", "SUFFIX", "Run", "TableReader"]
 
 _CHUNK_BLOCKS_MAX = 4096
 _ONE = np.uint64(1)
+_LOAD_END = LOAD_OFFSET + 8 * len(LOAD)
+_BUCKET_BYTES = 4 * WAYS
+_SLOTS = struct.Struct(f"={WAYS}I").unpack_from
 _VERIFIED = 16
 """Places of a chain that was found by halving, evenly spread, at which it is verified."""
 
@@ -104,7 +108,9 @@ class TableReader:
         # single words are read several times faster this way than out of an array
         self._state_words = self._states.data
         self._key_words = self._keys.reshape(-1).data
-        self._slots = self._index.reshape(-1).data
+        self._index_at = layout.index
+        self._newest = self._words[NEWEST_OFFSET // 8 :].data
+        self._told = (b"", EngineLoad())
         self.fingerprint = fingerprint_digest(self.description.fingerprint)
 
     @property
@@ -167,34 +173,39 @@ class TableReader:
         states[rows] = before[match][::-1]
         return found, block_ids, states
 
-    def run_length(self, keys: Keys) -> int:
-        """Return how many leading blocks of `keys`, shape (n, 2), the table holds, found by halving: for steering.
+    def held_blocks(self, words: memoryview) -> int:
+        """Return how many leading blocks of a chain the table holds; `words` are its keys, two uint64 each: for steering.
 
-        Engines give up the end of a chain before its front, so where its end is held, so is the rest. That is verified at
-        `_VERIFIED` places, and looked up in full if one of them is not held; between them a missing block may go unseen.
+        A long run is found by halving: engines give up the end of a chain before its front, so where its end is held, so is the
+        rest. That is verified at `_VERIFIED` places, and looked up in full if one of them is not held; between them a missing
+        block may go unseen.
         """
-        words = np.ascontiguousarray(keys).reshape(-1).data
-        low, high = 0, len(keys)  # the block at low is held, that at high is not or does not exist
-        if not high or not self._holds(words[0], words[1]):
+        blocks, holds = len(words) // 2, self._holds
+        if not blocks or not holds(words[0], words[1]):
             return 0
-        if self._holds(words[2 * high - 2], words[2 * high - 1]):
+        if blocks < 2 * _VERIFIED:
+            for place in range(2, 2 * blocks, 2):
+                if not holds(words[place], words[place + 1]):
+                    return place // 2
+            return blocks
+        low, high = 0, blocks  # the block at low is held, that at high is not or does not exist
+        if holds(words[2 * high - 2], words[2 * high - 1]):
             low = high
         while high - low > 1:
             middle = (low + high) // 2
-            if self._holds(words[2 * middle], words[2 * middle + 1]):
+            if holds(words[2 * middle], words[2 * middle + 1]):
                 low = middle
             else:
                 high = middle
         step = max(1, high // _VERIFIED)
-        if all(self._holds(words[2 * place], words[2 * place + 1]) for place in range(step, high, step)):
+        if all(holds(words[2 * place], words[2 * place + 1]) for place in range(step, high, step)):
             return high
-        return len(self.longest_run(keys[:high]))
+        return len(self.longest_run(np.asarray(words[: 2 * high]).reshape(-1, 2)))
 
     def _holds(self, low: int, high: int) -> bool:
         """Tell whether the block under the key of these two words is held."""
-        bucket = (low & self._bucket_mask) * WAYS
-        for slot in self._slots[bucket : bucket + WAYS].tolist():
-            if 0 < slot <= self.num_blocks and self._state_words[slot - 1] & 1 == 0:
+        for slot in _SLOTS(self._map, self._index_at + (low & self._bucket_mask) * _BUCKET_BYTES):
+            if slot and slot <= self.num_blocks and self._state_words[slot - 1] & 1 == 0:
                 place = 2 * slot - 2
                 if self._key_words[place] == low and self._key_words[place + 1] == high:
                     return True
@@ -220,8 +231,11 @@ class TableReader:
         return dict(zip(COUNTERS, self._words[start : start + len(COUNTERS)].tolist(), strict=True))
 
     def load(self) -> EngineLoad:
-        """Return what the owner has to do, as it last told."""
-        return EngineLoad(*self._words[LOAD_OFFSET // 8 : LOAD_OFFSET // 8 + len(LOAD)].tolist())
+        """Return what the owner has to do, as it last told: the same object as before if it told the same."""
+        told = self._map[LOAD_OFFSET:_LOAD_END]
+        if told != self._told[0]:
+            self._told = (told, EngineLoad(*memoryview(told).cast("Q").tolist()))
+        return self._told[1]
 
     def deliveries(self, after: int) -> tuple[int, list[Delivery]]:
         """Return the number of the newest delivery record, and the records after number `after`, oldest first.
@@ -229,6 +243,8 @@ class TableReader:
         Numbers count from 1 in each epoch: begin with 0 for a new reader. The last DELIVERIES records are kept; of
         `new - after` that were written, those not in the list were overwritten before they could be read.
         """
+        if self._newest[0] == after:
+            return after, []
         newest, rows = self._deliveries.read(after)
         if not rows:
             return newest, []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gateway.chain import Chain
 from gateway.costs import CostModel, ModelKey, Outcome
 from gateway.load import FleetLoad, Ticket
 from gateway.popularity import Popularity
@@ -15,7 +16,6 @@ from gateway.simulate.jobs import Job, covered_tokens
 from gateway.simulate.policies import Choice
 from gateway.simulate.simulation import Fleet
 from gateway.steering import REMOTE_TRANSPORT, Candidate, Decision, PromptView, steer
-from transport.keys import Keys
 
 PREFIXES_MAX = 65536
 
@@ -65,11 +65,12 @@ class PeerKV:
         request, size = job.request, self.fleet.trace_block_tokens
         keys = np.zeros((len(job.chain), 2), dtype="<u8")
         keys[:, 0] = job.chain
-        candidates, held_most = self._candidates(job, keys, now)
-        self.popularity.note(keys, now)
+        chain = Chain.of(keys)
+        candidates, held_most = self._candidates(job, chain, now)
+        self.popularity.note(chain, now)
         prompt = PromptView(
             tokens=request.prompt_tokens,
-            rate=self.popularity.rate(keys, held_most, now) if held_most else 0.0,
+            rate=self.popularity.rate(chain, held_most, now) if held_most else 0.0,
             decode_seconds=self.load.decode_seconds,
             block_size=self.fleet.profile.engine.block_tokens,
         )
@@ -82,20 +83,20 @@ class PeerKV:
         self._decisions[job.tag] = (decision, candidates[replica], now)
         self.load.started(
             Ticket(
-                job.tag, decision.replica, decision.source, request.prompt_tokens, cached, now + expected.seconds, keys, size
+                job.tag, decision.replica, decision.source, request.prompt_tokens, cached, now + expected.seconds, chain, size
             ),
             now,
         )
         source = None if decision.source is None else self._numbers[decision.source]
         return Choice(replica, source, decision.import_tokens_max, cached)
 
-    def _candidates(self, job: Job, keys: Keys, now: float) -> tuple[list[Candidate], int]:
+    def _candidates(self, job: Job, chain: Chain, now: float) -> tuple[list[Candidate], int]:
         """Every replica as steering sees it, in order; and the most blocks of the prompt that one of them holds."""
         size, fleet = self.fleet.trace_block_tokens, self.fleet
         runs = fleet.published.runs(job.chain)
         whole = covered_tokens(len(job.chain), job.request.prompt_tokens, size, fleet.profile.engine.block_tokens)
         self._listen()
-        loads, promised = self.load.load, self.load.promised(keys, size).get
+        loads, promised = self.load.load, self.load.promised(chain, size).get
         exchanges, key, transport = self._exchanges, self._key, self._transport
         candidates = [
             Candidate(name, tokens, loads(name, now), exchanges, key, transport, promised(name), True, node)

@@ -64,12 +64,17 @@ class StandingFleet:
     """A fleet whose replicas are in the states they are set to."""
 
     def __init__(self, *names: str, directory: Path = Path("/nowhere")) -> None:
+        self._snapshot = FleetSnapshot(0, "org/model", "model", str(directory), ())
+        self.suspects: list[str] = []
+        self.become(*names)
+
+    def become(self, *names: str) -> None:
+        """Consist of these replicas from now on."""
         replicas = tuple(
             Replica(name, ReplicaState.READY, f"/run/{name}.sock", 100 + place, 0, "", "cpu", "")
             for place, name in enumerate(names)
         )
-        self._snapshot = FleetSnapshot(1, "org/model", "model", str(directory), replicas)
-        self.suspects: list[str] = []
+        self._snapshot = replace(self._snapshot, version=self._snapshot.version + 1, replicas=replicas)
 
     def snapshot(self) -> FleetSnapshot:
         return self._snapshot

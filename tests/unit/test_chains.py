@@ -20,15 +20,15 @@ def test_keys_are_the_chains_whatever_was_hashed_before(prompts: list[Prompt], b
     for root, block_size, hash_name, differs_at, length in prompts:
         ids = [token if token < differs_at * 200 else token + 1 for token in range(length)]
         blocks = length // block_size
-        found = cache.keys(root, TokenIds.of(ids), blocks, block_size, hash_name)
-        assert found.tolist() == chain_keys(root, ids, block_size, hash_name).tolist()
+        found = cache.chain(root, TokenIds.of(ids), blocks, block_size, hash_name)
+        assert found.keys.tolist() == chain_keys(root, ids, block_size, hash_name).tolist()
 
 
 def test_a_chain_goes_on_from_what_is_known_of_it_and_the_oldest_sections_go_first() -> None:
     cache, ids = ChainCache(3 * SECTION_BYTES), TokenIds.of(range(10 * SECTION_BLOCKS))
-    cache.keys(ROOTS[0], ids, 2 * SECTION_BLOCKS + 5, 1, "sha256")
+    cache.chain(ROOTS[0], ids, 2 * SECTION_BLOCKS + 5, 1, "sha256")
     assert len(cache) == 2
-    cache.keys(ROOTS[0], ids, 3 * SECTION_BLOCKS, 1, "sha256")
+    cache.chain(ROOTS[0], ids, 3 * SECTION_BLOCKS, 1, "sha256")
     assert len(cache) == 3
-    cache.keys(ROOTS[1], ids, 10 * SECTION_BLOCKS, 1, "sha256")
+    cache.chain(ROOTS[1], ids, 10 * SECTION_BLOCKS, 1, "sha256")
     assert len(cache) == 3

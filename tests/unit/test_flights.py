@@ -133,7 +133,7 @@ def test_the_words_of_an_engine_that_is_gone_are_forgotten(sky: Sky) -> None:
     sky.deliver(99, 0.1)
     sky.listen()
     assert sky.load.load("a", 0.0).engine_tokens == 5000
-    sky.flights.keep({"b"})
+    sky.flights.listen_to({})
     assert sky.load.load("a", 0.0).engine_tokens == 0
 
 

@@ -5,18 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.chain import Chain
 from gateway.load import IDLE, FleetLoad, Ticket
 from gateway.popularity import FADE_SECONDS, Popularity
 from gateway.promises import Promises, shared_blocks
 from transport.deliveries import EngineLoad
-from transport.keys import Keys, chain_keys
+from transport.keys import chain_keys
 
 BLOCK = 4
 NEW_TOKEN, PAIR = 1e-3, 0.0
 
 
-def keys_of(*tokens: int) -> Keys:
-    return chain_keys(b"root", tokens, BLOCK)
+def chain_of(*tokens: int) -> Chain:
+    return Chain.of(chain_keys(b"root", tokens, BLOCK))
 
 
 def ticket(tag: int, replica: str = "a", new: int = 1000, cached: int = 0, source: str | None = None, **more: object) -> Ticket:
@@ -139,22 +140,22 @@ def test_a_silent_request_is_taken_to_have_its_first_token_when_it_was_expected(
 
 def test_what_is_being_computed_is_promised_until_it_is_there() -> None:
     load = FleetLoad()
-    load.started(ticket(1, keys=keys_of(*range(40)), block_size=BLOCK), 0.0)
-    promised = load.promised(keys_of(*range(30), *range(100, 120)), BLOCK)
+    load.started(ticket(1, chain=chain_of(*range(40)), block_size=BLOCK), 0.0)
+    promised = load.promised(chain_of(*range(30), *range(100, 120)), BLOCK)
     assert {name: (promise.tokens, promise.tag) for name, promise in promised.items()} == {"a": (28, 1)}
-    assert load.promised(keys_of(*range(7, 40)), BLOCK) == {}
-    assert load.promised(keys_of(*range(40)), 2 * BLOCK) == {}
+    assert load.promised(chain_of(*range(7, 40)), BLOCK) == {}
+    assert load.promised(chain_of(*range(40)), 2 * BLOCK) == {}
     load.first_byte(1, 1.0)
-    assert load.promised(keys_of(*range(40)), BLOCK) == {}
+    assert load.promised(chain_of(*range(40)), BLOCK) == {}
 
 
 def test_the_longest_promise_of_a_replica_is_the_one_that_counts() -> None:
     promises = Promises()
-    promises.add(1, "a", keys_of(*range(16), 99, 99, 99, 99), BLOCK, 1.0)
-    promises.add(2, "a", keys_of(*range(24)), BLOCK, 2.0)
-    promises.add(3, "b", keys_of(*range(24)), BLOCK, 3.0)
-    promises.add(4, "b", keys_of(*range(24)), BLOCK, 2.5)
-    found = promises.find(keys_of(*range(28)), BLOCK)
+    promises.add(1, "a", chain_of(*range(16), 99, 99, 99, 99), BLOCK, 1.0)
+    promises.add(2, "a", chain_of(*range(24)), BLOCK, 2.0)
+    promises.add(3, "b", chain_of(*range(24)), BLOCK, 3.0)
+    promises.add(4, "b", chain_of(*range(24)), BLOCK, 2.5)
+    found = promises.find(chain_of(*range(28)), BLOCK)
     assert (found["a"].tokens, found["a"].tag) == (24, 2)
     assert (found["b"].tokens, found["b"].tag) == (24, 4)
 
@@ -162,18 +163,18 @@ def test_the_longest_promise_of_a_replica_is_the_one_that_counts() -> None:
 def test_promises_leave_nothing_behind() -> None:
     promises = Promises()
     for tag in range(50):
-        promises.add(tag, "a", keys_of(*range(tag)), BLOCK, 1.0)
+        promises.add(tag, "a", chain_of(*range(tag)), BLOCK, 1.0)
     for tag in range(50):
         promises.remove(tag)
         promises.remove(tag)
     assert promises._anchors == {}
-    assert promises._chains == {}
+    assert promises._computed == {}
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60))
 def test_shared_blocks_are_those_before_the_first_difference(same: int, ours: int, theirs: int) -> None:
-    one = keys_of(*range(same * BLOCK), *range(1000, 1000 + ours * BLOCK))
-    other = keys_of(*range(same * BLOCK), *range(5000, 5000 + theirs * BLOCK))
+    one = chain_of(*range(same * BLOCK), *range(1000, 1000 + ours * BLOCK))
+    other = chain_of(*range(same * BLOCK), *range(5000, 5000 + theirs * BLOCK))
     assert shared_blocks(one, other) == same
     assert shared_blocks(one, one) == len(one)
 
@@ -182,10 +183,10 @@ def test_shared_blocks_are_those_before_the_first_difference(same: int, ours: in
 def test_a_promise_is_never_longer_than_what_is_computed_and_never_half_as_long_as_it_could_be(
     chains: list[tuple[int, int]], asked: int
 ) -> None:
-    promises, wanted = Promises(), keys_of(*range(asked * BLOCK))
+    promises, wanted = Promises(), chain_of(*range(asked * BLOCK))
     for tag, (same, rest) in enumerate(chains):
         tokens = [*range(same * BLOCK), *range(1000 * (tag + 1), 1000 * (tag + 1) + rest * BLOCK)]
-        promises.add(tag, "a", keys_of(*tokens), BLOCK, 1.0)
+        promises.add(tag, "a", chain_of(*tokens), BLOCK, 1.0)
     found = promises.find(wanted, BLOCK)
     best = max(min(same, asked) for same, _ in chains)
     promised = found["a"].tokens // BLOCK if found else 0
@@ -194,20 +195,20 @@ def test_a_promise_is_never_longer_than_what_is_computed_and_never_half_as_long_
 
 
 def test_popularity_rises_with_requests_and_fades_with_time() -> None:
-    popularity, keys = Popularity(1000), keys_of(*range(64))
+    popularity, keys = Popularity(1000), chain_of(*range(64))
     for place in range(40):
         popularity.note(keys, place * 0.5)
     rate = popularity.rate(keys, 16, 20.0)
     assert 1.0 < rate < 2.0  # two a second, and the count has not run for long
     assert popularity.rate(keys, 16, 20.0 + 5 * FADE_SECONDS) < 0.02
-    assert popularity.rate(keys_of(*range(9, 64)), 13, 20.0) == 0.0
+    assert popularity.rate(chain_of(*range(9, 64)), 13, 20.0) == 0.0
 
 
 def test_the_popularity_of_a_prefix_counts_all_that_begin_with_it() -> None:
     popularity = Popularity(1000)
     for place in range(100):
-        popularity.note(keys_of(*range(32), *range(1000 * place, 1000 * place + 32)), 0.0)
-    keys = keys_of(*range(32), *range(7, 39))
+        popularity.note(chain_of(*range(32), *range(1000 * place, 1000 * place + 32)), 0.0)
+    keys = chain_of(*range(32), *range(7, 39))
     assert popularity.rate(keys, 8, 0.0) == pytest.approx(100 / FADE_SECONDS)
     assert popularity.rate(keys, 16, 0.0) == pytest.approx(100 / FADE_SECONDS)
 
@@ -215,6 +216,6 @@ def test_the_popularity_of_a_prefix_counts_all_that_begin_with_it() -> None:
 def test_popularity_keeps_a_bounded_number_of_prefixes() -> None:
     popularity = Popularity(10)
     for place in range(100):
-        popularity.note(keys_of(*range(1000 * place, 1000 * place + 32)), 0.0)
+        popularity.note(chain_of(*range(1000 * place, 1000 * place + 32)), 0.0)
     assert len(popularity._counts) == 10
-    assert np.isfinite(popularity.rate(keys_of(*range(99_000, 99_032)), 8, 0.0))
+    assert np.isfinite(popularity.rate(chain_of(*range(99_000, 99_032)), 8, 0.0))

@@ -134,7 +134,7 @@ async def test_requests_that_nobody_holds_spread_by_what_is_in_flight(place: Pla
 async def test_a_chats_ids_go_with_it_to_an_engine_that_takes_them(place: Place) -> None:
     place.tables.start("c", fields={**FIELDS, "vllm": "0.32.0+cpu"})
     place.tables.start("d", fields={**FIELDS, "vllm": "0.26.1"})
-    place.fleet = place.planner._fleet = StandingFleet("a", "c", "d", directory=place.tables.directory)
+    place.fleet.become("a", "c", "d")
 
     async def sent(replica: str, **body: Any) -> Any:
         body = {"messages": [{"role": "user", "content": "this"}], **body}

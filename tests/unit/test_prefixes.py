@@ -4,14 +4,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.chain import Chain
 from gateway.prefixes import DEPTHS_MAX, PrefixCounts, counted_depths
-from transport.keys import Keys, chain_keys
+from transport.keys import chain_keys
 
 SIZE = 4
 
 
-def keys_of(*blocks: int) -> Keys:
-    return chain_keys(b"root" * 4, [token for block in blocks for token in [block] * SIZE], SIZE)
+def chain_of(*blocks: int) -> Chain:
+    return Chain.of(chain_keys(b"root" * 4, [token for block in blocks for token in [block] * SIZE], SIZE))
 
 
 def top(counts: PrefixCounts, count: int = 10) -> list[tuple[int, int]]:
@@ -21,32 +22,32 @@ def top(counts: PrefixCounts, count: int = 10) -> list[tuple[int, int]]:
 def test_a_prefix_whose_extension_was_asked_for_as_often_is_left_out() -> None:
     counts = PrefixCounts(100)
     for _ in range(3):
-        counts.note(keys_of(1, 2), SIZE, 1.0)
+        counts.note(chain_of(1, 2), SIZE, 1.0)
     assert top(counts) == [(2 * SIZE, 3)]
 
 
 def test_a_common_prefix_is_shown_beside_its_extensions() -> None:
     counts = PrefixCounts(100)
-    counts.note(keys_of(1, 2, 3), SIZE, 1.0)
-    counts.note(keys_of(1, 2, 4), SIZE, 2.0)
-    counts.note(keys_of(1, 2, 4), SIZE, 3.0)
+    counts.note(chain_of(1, 2, 3), SIZE, 1.0)
+    counts.note(chain_of(1, 2, 4), SIZE, 2.0)
+    counts.note(chain_of(1, 2, 4), SIZE, 3.0)
     assert top(counts) == [(2 * SIZE, 3), (3 * SIZE, 2), (3 * SIZE, 1)]
     assert [last_used for *_, last_used in counts.top(10)] == [3.0, 3.0, 1.0]
 
 
 def test_no_more_blocks_are_kept_than_the_bound_and_recent_ones_stay() -> None:
     counts = PrefixCounts(4)
-    counts.note(keys_of(1, 2), SIZE, 1.0)
-    counts.note(keys_of(3, 4), SIZE, 2.0)
-    counts.note(keys_of(1, 2), SIZE, 3.0)
-    counts.note(keys_of(5), SIZE, 4.0)
+    counts.note(chain_of(1, 2), SIZE, 1.0)
+    counts.note(chain_of(3, 4), SIZE, 2.0)
+    counts.note(chain_of(1, 2), SIZE, 3.0)
+    counts.note(chain_of(5), SIZE, 4.0)
     assert len(counts) == 4
     assert top(counts) == [(2 * SIZE, 2), (SIZE, 1), (SIZE, 1)]
 
 
 def test_of_a_prompt_longer_than_the_bound_the_front_is_kept() -> None:
     counts = PrefixCounts(3)
-    counts.note(keys_of(1, 2, 3, 4, 5), SIZE, 1.0)
+    counts.note(chain_of(1, 2, 3, 4, 5), SIZE, 1.0)
     assert top(counts) == [(3 * SIZE, 1)]
 
 
@@ -58,28 +59,28 @@ def test_a_long_prompt_is_counted_at_a_few_depths_that_longer_ones_share() -> No
     assert counted_depths(1000) == [depth for depth in depths if depth <= 1000]
     assert len(counted_depths(1 << 40)) == DEPTHS_MAX
     counts = PrefixCounts(1000)
-    counts.note(keys_of(*range(50)), SIZE, 1.0)
-    counts.note(keys_of(*range(40), *range(100, 110)), SIZE, 2.0)
+    counts.note(chain_of(*range(50)), SIZE, 1.0)
+    counts.note(chain_of(*range(40), *range(100, 110)), SIZE, 2.0)
     assert top(counts, 1) == [(37 * SIZE, 2)]
 
 
 def test_a_prompt_without_a_full_block_counts_nothing() -> None:
     counts = PrefixCounts(3)
-    counts.note(keys_of(), SIZE, 1.0)
+    counts.note(chain_of(), SIZE, 1.0)
     assert len(counts) == 0
     assert counts.report(5, lambda keys: []).prefixes == []
 
 
 def test_the_report_names_the_holders_and_carries_no_tokens() -> None:
     counts = PrefixCounts(10)
-    counts.note(keys_of(1, 2), SIZE, 5.0)
+    counts.note(chain_of(1, 2), SIZE, 5.0)
     report = counts.report(1, lambda keys: [["a", "b"] for _ in keys])
     assert report.model_dump() == {
         "tracked_blocks": 2,
         "tracked_blocks_max": 10,
         "prefixes": [
             {
-                "key": keys_of(1, 2)[1].tobytes().hex(),
+                "key": chain_of(1, 2).keys[1].tobytes().hex(),
                 "tokens": 2 * SIZE,
                 "requests": 1,
                 "last_used": 5.0,
@@ -94,7 +95,7 @@ def test_the_report_names_the_holders_and_carries_no_tokens() -> None:
 def test_the_most_requested_prefix_is_counted_exactly_while_nothing_is_forgotten(prompts: list[list[int]]) -> None:
     counts = PrefixCounts(10_000)
     for prompt in prompts:
-        counts.note(keys_of(*prompt), SIZE, 0.0)
+        counts.note(chain_of(*prompt), SIZE, 0.0)
     expected = max((sum(prompt[:1] == [first] for prompt in prompts) for first in range(3)), default=0)
     found = counts.top(1)
     assert (found[0][2] if found else 0) == expected

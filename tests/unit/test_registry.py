@@ -68,7 +68,7 @@ def test_a_chain_is_looked_up_for_each_fingerprint(tables: ReplicaTables, regist
     tables.hold("b", PROMPT)
     look_up = registry.look_up([*PROMPT, 1])
     assert (look_up.holdings["a"].blocks, look_up.holdings["b"].blocks) == (5, 2)
-    assert sorted((len(keys), size) for keys, size in look_up.keys) == [(2, 8), (5, 4)]
+    assert sorted((len(keys), size) for keys, size in look_up.chains) == [(2, 8), (5, 4)]
 
 
 def test_what_stands_between_two_replicas_is_said_in_words(tables: ReplicaTables, registry: Registry) -> None:
@@ -102,7 +102,7 @@ def test_the_holders_of_a_block_in_the_middle_of_a_chain_are_found(tables: Repli
     tables.start("b")
     tables.hold("a", PROMPT)
     tables.hold("b", PROMPT[: 2 * BLOCK_SIZE])
-    keys = registry.look_up([*PROMPT, 1]).keys[0][0]
+    keys = registry.look_up([*PROMPT, 1]).chains[0][0].keys
     raw = [keys[row].tobytes() for row in (1, 4)]
     assert registry.holders(key_array(raw)) == [["a", "b"], ["a"]]
 

@@ -1,0 +1,39 @@
+"""The keys of one prompt's full blocks, in the forms that are wanted of them on each request."""
+
+from __future__ import annotations
+
+from transport.keys import KEY_BYTES, Keys, as_keys
+
+
+class Chain:
+    """Keys of 16 bytes each, one behind the other in `raw`; as many as there are `blocks`. Not changed once made.
+
+    `words` are the same as numbers of 8 bytes, two a key. `anchors` are the first words of the keys at the depths 1, 2, 4 …,
+    which is where prompts are compared: a key stands for all before it, so two chains agree up to some block and nowhere
+    behind it.
+    """
+
+    __slots__ = ("anchors", "blocks", "raw", "words")
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self.blocks = len(raw) // KEY_BYTES
+        self.words = memoryview(raw).cast("Q")
+        words = self.words
+        self.anchors = [words[(2 << power) - 2] for power in range(self.blocks.bit_length())]
+
+    @classmethod
+    def of(cls, keys: Keys) -> Chain:
+        """Return keys of shape (n, 2) in this form."""
+        return cls(keys.tobytes())
+
+    def __len__(self) -> int:
+        return self.blocks
+
+    @property
+    def keys(self) -> Keys:
+        """The keys as an array of shape (blocks, 2)."""
+        return as_keys(self.raw)
+
+
+EMPTY = Chain(b"")

@@ -1,0 +1,40 @@
+"""What a plan tells the connector in the engine, in a request's kv_transfer_params."""
+
+import re
+from typing import Any
+
+from gateway.plan import Asked
+from gateway.steering import Decision
+from gateway.tables import Table
+
+HINT = "peerkv"
+"""The key in kv_transfer_params that our connector reads.
+
+{"source": a replica's name, "" to import nothing; "tag": int, comes back with the delivery; "tokens": import no further}.
+"""
+CHAT_IDS = "prompt_token_ids"
+"""The key in kv_transfer_params under which vLLM's server takes a chat's token ids."""
+CHAT_IDS_SINCE = (0, 32)
+"""The first version known to do so. Version 0.26 does not, and would hand them on to the engine."""
+
+
+def hint(asked: Asked, decision: Decision, tag: int, held_tokens: int, *, imports: bool) -> dict[str, Any]:
+    """Tell the connector what to import, nothing where `imports` is off.
+
+    Without a source, it is told to look no further only if we know for certain what the replica holds: what it is still
+    computing or importing may not be there in time, and then another replica may have it.
+    """
+    told: dict[str, Any] = {"tag": tag}
+    if decision.source is not None and asked.known.cacheable:
+        told["source"] = decision.source
+        if decision.import_tokens_max is not None:
+            told["tokens"] = decision.import_tokens_max
+    elif not imports or (asked.known.certain and asked.known.count == 1 and held_tokens >= decision.expected.local_tokens):
+        told["source"] = ""
+    return {HINT: told}
+
+
+def takes_chat_ids(table: Table) -> bool:
+    """Tell whether an engine takes token ids in place of rendering and tokenising a chat's messages."""
+    found = re.match(r"(\d+)\.(\d+)", table.fingerprint_fields.get("vllm", ""))
+    return found is not None and (int(found[1]), int(found[2])) >= CHAT_IDS_SINCE
