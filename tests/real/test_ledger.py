@@ -10,14 +10,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.real.conftest import ONE, TWO
-from tests.real.fleet import ANSWER_SECONDS_MAX, RESTART_SECONDS_MAX, ROOT, free_port, until
+from tests.real.fleet import ROOT, until
+from tests.real.gateways import another_gateway
 from tests.real.owner import OwnMemory, held, keys_of, table_like
 from tests.real.test_changed_blocks import one_core_for, withdraw_when_opened
 from transport.table import SUFFIX
@@ -214,41 +214,13 @@ def test_blocks_that_change_under_the_copy_fail_the_check(fleet, words, salt):
     raise AssertionError(f"none of {ATTEMPTS_MAX} imports was caught by a change")
 
 
-@contextmanager
-def gateway_with_another_template(fleet, directory: Path) -> Iterator[httpx.Client]:
-    """A second gateway before the same replicas; it renders chats otherwise than they do."""
-    (directory / "other.jinja").write_text(OTHER_TEMPLATE)
-    (directory / "peerkv.toml").write_text(f'vllm_args = ["--chat-template", "{directory / "other.jinja"}"]\n')
-    port = free_port()
-    command = [sys.executable, "-m", "gateway.cli", "gateway", "--port", str(port), "--config", str(directory / "peerkv.toml")]
-    command += ["--run-dir", str(fleet.run_dir)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PEERKV_")}
-    with (directory / "gateway.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=environment | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_SECONDS_MAX) as client:
-
-            def compared() -> bool:
-                assert process.poll() is None, (directory / "gateway.log").read_text()
-                try:
-                    return client.get("/kv/stats").json()["parity"]["chat"]["parity"] != "unknown"
-                except (httpx.TransportError, KeyError, ValueError):
-                    return False
-
-            until(compared, RESTART_SECONDS_MAX, "the second gateway has compared its token ids")
-            yield client
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
 def test_token_ids_that_are_not_the_engines_are_a_parity_loss(fleet, words, tmp_path):
     messages = [{"role": "user", "content": words.text(LENGTH)}]
-    with gateway_with_another_template(fleet, tmp_path) as client:
-        told = ask(fleet, None, messages=messages, client=client)
-        stats = client.get("/kv/stats").json()
+    template = tmp_path / "other.jinja"
+    template.write_text(OTHER_TEMPLATE)
+    with another_gateway(fleet, tmp_path, f'vllm_args = ["--chat-template", "{template}"]\n') as other:
+        told = ask(fleet, None, messages=messages, client=other.client)
+        stats = other.stats()
     reason, lost = told.loss
     assert (reason, told.header["reason"]) == ("parity", "parity")
     assert lost >= WHOLE
