@@ -31,12 +31,13 @@ async def pass_on(exchange: Exchange, response: EngineConnection, *, bytes_max: 
     An answer of more than `bytes_max` bytes is streamed. Raises ConnectionBroke when the replica breaks off.
     """
     status, headers = response.status, response.headers
-    content_type = next((value for name, value in headers if name.lower() == b"content-type"), b"")
-    if content_type.startswith(_EVENT_STREAM):
+    if dict(headers).get(b"content-type", b"").startswith(_EVENT_STREAM):
         events = _Events(exchange, status, _kept(headers), bytes_max)
         await response.pump(events.take, exchange.drained)
         events.end()
         return None
+    if (body := response.at_hand()) is not None:
+        return Answer(status, _kept(headers), body)
     return await _collect(exchange, response, bytes_max)
 
 
@@ -46,6 +47,7 @@ class _Events:
     def __init__(self, exchange: Exchange, status: int, headers: RawHeaders, bytes_max: int) -> None:
         self._exchange, self._status, self._headers, self._bytes_max = exchange, status, headers, bytes_max
         self._held = b""
+        self._begun = False
 
     def take(self, chunk: bytes) -> bool:
         """Send what is whole; False when the client does not keep up."""
@@ -57,17 +59,19 @@ class _Events:
                 self._held = chunk
                 return True
             chunk, self._held = chunk[:whole], chunk[whole:]
-        self._begin()
+        if not self._begun:
+            self._begin()
         return self._exchange.write(chunk)
 
     def end(self) -> None:
         """The replica's answer is complete."""
-        self._begin()
+        if not self._begun:
+            self._begin()
         self._exchange.finish(self._held)
 
     def _begin(self) -> None:
-        if not self._exchange.begun:
-            self._exchange.begin(self._status, self._headers, is_event_stream=True)
+        self._begun = True
+        self._exchange.begin(self._status, self._headers, is_event_stream=True)
 
 
 async def _collect(exchange: Exchange, response: EngineConnection, bytes_max: int) -> Answer | None:
@@ -92,4 +96,4 @@ async def _collect(exchange: Exchange, response: EngineConnection, bytes_max: in
 
 
 def _kept(headers: RawHeaders) -> RawHeaders:
-    return [(lower, value) for name, value in headers if (lower := name.lower()) not in _DROPPED_HEADERS]
+    return [header for header in headers if header[0] not in _DROPPED_HEADERS]

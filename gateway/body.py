@@ -79,7 +79,8 @@ def request_parts(body: dict[str, Any], raw: bytes | None, changes: Mapping[str,
     if raw is not None and body and prompt is None:
         return [raw[: raw.rindex(b"}")], b"," + encode_body(dict(changes))[1:]] if changes else [raw]
     if isinstance(prompt, TokenIds):
-        rest = {name: value for name, value in {**body, **changes}.items() if name != "prompt"}
+        rest = {**body, **changes}
+        del rest["prompt"]
         return [b'{"prompt":[', prompt.text, b"]," if rest else b"]", encode_body(rest)[1:]]
     return [encode_body({**body, **changes})]
 

@@ -36,7 +36,7 @@ class Line(Protocol):
     def close(self) -> None: ...
     def resume_reading(self) -> None: ...
     def answered(self) -> None: ...
-    def date_headers(self) -> RawHeaders: ...
+    def date_head(self) -> bytes: ...
     def note(self, cycle: Cycle, status: int) -> None: ...
     async def drained(self) -> None: ...
 
@@ -61,11 +61,13 @@ class Cycle:
         "more_body",
         "on_left",
         "scope",
+        "task",
         "unread_bytes",
     )
 
     def __init__(self, line: Line, scope: Scope, *, keep_alive: bool, expects_continue: bool) -> None:
         self.scope = scope
+        self.task: asyncio.Task[None] | None = None  # in which the application runs
         self.keep_alive = keep_alive
         self.more_body = True
         self.unread_bytes = 0
@@ -119,8 +121,9 @@ class Cycle:
             if not self.complete and not self.left:
                 self._end_badly()
             self.scope["extensions"].pop(EXTENSION, None)
-            if (task := asyncio.current_task()) is not None:
-                running.discard(task)
+            if self.task is not None:
+                running.discard(self.task)
+                self.task = None
 
     def _end_badly(self) -> None:
         if self.begun:
@@ -185,12 +188,14 @@ class Cycle:
             self.keep_alive = self.keep_alive and not self.more_body
         self._has_body = self.scope["method"] != "HEAD" and status not in _BODILESS
         length: int | None = None
-        for name, value in headers:
-            if name == b"content-length":
-                length = int(value)
-            elif name == b"connection" and value.lower() == b"close":
-                self.keep_alive = False
-        lines = [b"%s: %s\r\n" % header for header in self._line.date_headers() + headers if header[0] != b"connection"]
+        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, self._line.date_head()]
+        for header in headers:
+            if header[0] == b"connection":
+                self.keep_alive = self.keep_alive and header[1].lower() != b"close"
+                continue
+            if header[0] == b"content-length":
+                length = int(header[1])
+            lines.append(b"%b: %b\r\n" % header)
         self._missing = length or 0
         self._chunked = self._has_body and length is None
         if self._chunked and self.scope["http_version"] == "1.0":
@@ -202,7 +207,7 @@ class Cycle:
             lines.append(b"connection: close\r\n")
         lines.append(b"\r\n")
         self._line.note(self, status)
-        self._head = (_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status) + b"".join(lines)
+        self._head = b"".join(lines)
 
     def write(self, data: bytes) -> bool:
         """Send a part of the body; False when the client does not keep up: wait for `drained` before the next one."""

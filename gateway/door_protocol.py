@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -45,6 +46,8 @@ class DoorProtocol(asyncio.Protocol):
     head_seconds_max: float
     stall_seconds_max: float
     access_log: bool
+    write: Callable[[bytes], None]
+    """Sends bytes: the transport's own, without a call in between."""
 
     def __init__(
         self,
@@ -74,6 +77,8 @@ class DoorProtocol(asyncio.Protocol):
         self._remembered_in_vain = 0
         self._unparsed: bytes | None = None  # what begins with the head that is being parsed
         self._missing = 0  # bytes of a body whose head was known
+        self._dated: RawHeaders | None = None
+        self._date_head = b""
         self._head_bytes = 0  # since the last byte of a body: those of a head, of trailers, of chunks' extensions
         self._waits_since = 0.0
         self._head_timer: asyncio.TimerHandle | None = None
@@ -83,6 +88,7 @@ class DoorProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.write = self.transport.write
         # A client that is gone already has no name any more.
         self._server, self._client = (
             tuple((transport.get_extra_info(side) or ("", 0))[:2]) for side in ("sockname", "peername")
@@ -249,10 +255,6 @@ class DoorProtocol(asyncio.Protocol):
 
     # Called by a cycle, and by uvicorn's server.
 
-    def write(self, data: bytes) -> None:
-        """Send bytes."""
-        self.transport.write(data)
-
     def close(self) -> None:
         """Close when all is sent, or was left unread for too long."""
         self.transport.close()
@@ -276,9 +278,13 @@ class DoorProtocol(asyncio.Protocol):
             self._begin(self._waiting.popleft())
         self.resume_reading()
 
-    def date_headers(self) -> RawHeaders:
-        """Headers of every answer."""
-        return self._state.default_headers
+    def date_head(self) -> bytes:
+        """The lines that every answer's head has: uvicorn makes them anew each second."""
+        headers = self._state.default_headers
+        if headers is not self._dated:
+            self._dated = headers
+            self._date_head = b"".join(b"%b: %b\r\n" % header for header in headers)
+        return self._date_head
 
     def note(self, cycle: Cycle, status: int) -> None:
         """Log an answer where that is wanted."""
@@ -344,7 +350,7 @@ class DoorProtocol(asyncio.Protocol):
 
     def _begin(self, cycle: Cycle) -> None:
         self._cycle = cycle
-        task = self.loop.create_task(cycle.run(self._app, self._state.tasks))
+        cycle.task = task = self.loop.create_task(cycle.run(self._app, self._state.tasks))
         self._state.tasks.add(task)
 
     def _client_left(self) -> None:

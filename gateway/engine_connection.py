@@ -19,6 +19,8 @@ READ_AHEAD_BYTES_MAX = 256 << 10
 """Bytes of an answer that are held before they are asked for; then the replica has to wait."""
 _JOINED_BYTES_MAX = 64 << 10
 
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+
 Sink = Callable[[bytes], bool]
 
 
@@ -38,7 +40,7 @@ _IDLE, _HEAD, _BODY, _WHOLE, _BROKEN = _State  # found faster than as attributes
 
 
 class EngineConnection(asyncio.Protocol):
-    """One connection. `status` and `headers` are of the last answer, names as they came.
+    """One connection. `status` and `headers` are of the last answer, names in lower case.
 
     Call `send`, then `read` to the end or `pump`, then hand it back to its pool if `reusable`, or `close` it.
     """
@@ -89,6 +91,12 @@ class EngineConnection(asyncio.Protocol):
             await self._news()
         return self._take()
 
+    def at_hand(self) -> bytes | None:
+        """All of the answer's body if the rest of it is there, as `read` would give it; else None."""
+        if self._state is not _WHOLE:
+            return None
+        return self._take() if self._pieces else b""
+
     async def pump(self, sink: Sink, drained: Callable[[], Awaitable[None]]) -> None:
         """Give all of the body to `sink` as it comes, without a task in between.
 
@@ -120,7 +128,7 @@ class EngineConnection(asyncio.Protocol):
         return whole and self._transport.get_write_buffer_size() == 0 and not self._transport.is_closing()
 
     def reset(self, now: float) -> None:
-        """Be ready for another request; `now` is the loop's time."""
+        """Be ready for another request; `now` is time.monotonic's."""
         self._state = _IDLE
         self.idle_since = now
 
@@ -169,13 +177,13 @@ class EngineConnection(asyncio.Protocol):
         self._head_bytes += len(name) + len(value)
         if self._head_bytes > HEAD_BYTES_MAX:
             raise ConnectionBroke("the answer's head is too large")
-        self.headers.append((name, value))
+        self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if status >= 200:
             self.status = status
-            self._framed = any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
+            self._framed = not _FRAMING.isdisjoint(dict(self.headers))
             self._state = _BODY
 
     def on_body(self, body: bytes) -> None:

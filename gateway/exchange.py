@@ -20,7 +20,9 @@ class ClientLeft(Exception):
 class Exchange:
     """One request and its answer.
 
-    Belongs to the task that makes it. While it is watched, the client's leaving sets `left` and cancels that task;
+    `write` sends a part of the answer, and is False when the client does not keep up: wait for `drained`.
+
+    Belongs to the task of its cycle. While it is watched, the client's leaving sets `left` and cancels that task;
     `end` does the same with an error that the client shall get. `answering` is called when the answer begins, and gives the
     value of its header x-peerkv-cache, or nothing.
     """
@@ -37,7 +39,8 @@ class Exchange:
         self.is_event_stream = False
         self.body_bytes = 0
         self._cycle = cycle_of(scope)
-        self._task = asyncio.current_task()
+        self.write: Callable[[bytes], bool] = self._cycle.write
+        self._task = self._cycle.task
         header = dict(scope["headers"]).get  # of a header that occurs twice the last one counts
         self.authorization: bytes | None = header(b"authorization")
         self.content_type: bytes = header(b"content-type", b"")
@@ -118,10 +121,6 @@ class Exchange:
         if self.answering is not None and (cache := self.answering()):
             headers.append((b"x-peerkv-cache", cache))
         self._cycle.start(status, headers)
-
-    def write(self, data: bytes) -> bool:
-        """Send a part of the answer; False when the client does not keep up: wait for `drained`."""
-        return self._cycle.write(data)
 
     async def drained(self) -> None:
         """Wait until the client has read enough for more, or is gone."""

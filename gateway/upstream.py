@@ -6,6 +6,7 @@ What a dead, dying or silent replica does becomes `UpstreamLost`.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlencode
 
@@ -76,7 +77,7 @@ class Upstream:
         if not idle:
             return None
         connection = idle.pop()
-        if asyncio.get_running_loop().time() - connection.idle_since <= self._settings.upstream_idle_seconds:
+        if time.monotonic() - connection.idle_since <= self._settings.upstream_idle_seconds:
             return connection
         connection.close()
         for older in idle:
@@ -103,7 +104,7 @@ class Upstream:
         """Keep a connection whose answer was read to its end for the next request; close any other."""
         self._busy.discard(connection)
         if connection.reusable:
-            connection.reset(asyncio.get_running_loop().time())
+            connection.reset(time.monotonic())
             self._idle.setdefault(replica.socket, []).append(connection)
         else:
             connection.close()
