@@ -80,6 +80,11 @@ class Option(msgspec.Struct, frozen=True, gc=False):
     expected: Expected
     score: float
 
+    @property
+    def seconds(self) -> float:
+        """Until the first token."""
+        return self.expected.seconds
+
 
 class Decision(msgspec.Struct, frozen=True, gc=False):
     """Send the request to `replica`; import from `source` up to `import_tokens_max` prompt tokens in all (None: what it holds).

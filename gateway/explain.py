@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from gateway.ledger import Entry, Option
+from gateway.ledger import Considered, Entry
 from gateway.losses import LossReason, judge
 from transport.deliveries import Delivery
 
@@ -129,8 +129,8 @@ def _expected(entry: Entry) -> Expected:
     )
 
 
-def _option(option: Option) -> OptionConsidered:
-    return OptionConsidered(replica=option.replica, source=option.source, action=option.action, seconds=option.seconds)
+def _option(option: Considered) -> OptionConsidered:
+    return OptionConsidered(replica=option.replica, source=option.source or "", action=option.action, seconds=option.seconds)
 
 
 def _delivered(delivery: Delivery) -> Delivered:

@@ -7,6 +7,9 @@ One entry is one attempt: a request that is tried on a second replica has two, u
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
 
 from gateway.losses import Case, Loss, LossReason, judge
 from transport.deliveries import Delivery, DeliveryReason
@@ -19,18 +22,20 @@ LOST_STATUS = 0  # the attempt ended without an answer
 _NOT_SERVED = frozenset({LOST_STATUS, 500, 502, 503, 504})
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Considered(Protocol):
     """A way that was considered, with what it was expected to take until the first token."""
 
-    replica: str
-    source: str
-    action: str
-    seconds: float
+    @property
+    def replica(self) -> str: ...
+    @property
+    def source(self) -> str | None: ...
+    @property
+    def action(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(msgspec.Struct, frozen=True, gc=False):
     """A decision as the ledger keeps it. Tokens are the prompt's, `*_seconds` what was expected."""
 
     request_id: str
@@ -56,21 +61,22 @@ class Planned:
     parity_exact: bool = True
     reads_cache: bool = True
     reports: bool = True  # the replica has a table, and so tells what it delivers
-    options: tuple[Option, ...] = ()
+    options: tuple[Considered, ...] = ()
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
+class Entry(msgspec.Struct, eq=False):
     """One attempt. Seconds are since it was sent to its replica; `status` is None while it runs."""
 
     planned: Planned
     sent_at: float
-    deliveries: list[Delivery] = field(default_factory=list)
+    deliveries: list[Delivery] = []
     first_byte_seconds: float | None = None
     ended_seconds: float | None = None
     status: int | None = None
     loss: Loss | None = None
     settle_until: float = 0.0
+    plain_case: tuple[int, Case] | None = None
+    """What it is judged by without any history, and of how many deliveries that is."""
 
     @property
     def settled(self) -> bool:
@@ -79,10 +85,20 @@ class Entry:
     @property
     def steered(self) -> Delivery | None:
         """The delivery that the plan speaks of: that of the longest prompt, and the first of its choices."""
-        return max(self.deliveries, key=lambda delivery: delivery.prompt_tokens, default=None)
+        found = self.deliveries
+        if len(found) == 1:
+            return found[0]
+        return max(found, key=lambda delivery: delivery.prompt_tokens, default=None)
 
     def case(self, formerly: int = 0, elsewhere: int = 0) -> Case:
         """What the attempt is judged by; see Case for the arguments."""
+        if formerly or elsewhere:
+            return self._case(formerly, elsewhere)
+        if self.plain_case is None or self.plain_case[0] != len(self.deliveries):
+            self.plain_case = (len(self.deliveries), self._case(0, 0))
+        return self.plain_case[1]
+
+    def _case(self, formerly: int, elsewhere: int) -> Case:
         plan, got = self.planned, self.steered
         return Case(
             prompt_tokens=got.prompt_tokens if got else plan.prompt_tokens,

@@ -1,7 +1,8 @@
 """Why a prompt was not served from a cache as far as it could have been. A pure function of what was planned and delivered."""
 
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from transport.deliveries import DeliveryReason
 
@@ -28,8 +29,7 @@ _STALE = frozenset({DeliveryReason.SOURCE_GONE, DeliveryReason.SOURCE_HELD_LESS}
 _CHECK_FAILED = frozenset({DeliveryReason.CHECK_FAILED, DeliveryReason.COPY_FAILED, DeliveryReason.SOURCE_UNREADABLE})
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(msgspec.Struct, frozen=True, gc=False):
     """All that a loss is judged by; counts are prompt tokens.
 
     `best_available` is the longest prefix that any replica held or was computing when the request was planned, `best_held` the
@@ -63,8 +63,7 @@ class Case:
         return max(0, self.prompt_tokens - 1) // max(1, self.block_size) * self.block_size
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
+class Loss(msgspec.Struct, frozen=True, gc=False):
     """`tokens` were computed though they had been computed before; of a parity loss that is the most it can be."""
 
     reason: LossReason

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from gateway.ledger import Entry, Option, Planned
+from gateway.ledger import Entry, Planned
 from gateway.origins import Origin
 from gateway.parity import Parity, ParityVerdict
 from gateway.plan import Plan
 from gateway.planner import Planner
 from gateway.recorder import Recorder
-from gateway.steering import Option as SteeringOption
 from gateway.tables import Table
 from gateway.witness import Asked
 
@@ -68,9 +67,5 @@ def planned_of(plan: Plan, asked: Asked, table: Table | None, parity: ParityVerd
         parity_exact=known.certain or verdict.parity is Parity.EXACT,
         reads_cache=known.cacheable,
         reports=table is not None,
-        options=tuple(map(_option, decision.options)),
+        options=decision.options,
     )
-
-
-def _option(option: SteeringOption) -> Option:
-    return Option(option.replica, option.source or "", option.action, option.expected.seconds)

@@ -3,6 +3,8 @@
 import enum
 from dataclasses import dataclass
 
+import msgspec
+
 
 class DeliveryReason(enum.StrEnum):
     """Why a request did not import all of its prompt that this engine lacked. The order is part of the table's version."""
@@ -34,8 +36,7 @@ class DeliveryReason(enum.StrEnum):
 REASONS = tuple(DeliveryReason)
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True, gc=False):
     """What became of one request's prompt. Times `*_ns` of events are CLOCK_MONOTONIC, 0 if it never came so far.
 
     `tag` is the gateway's, 0 if it gave none. `arrived_ns`: handed to the scheduler; `asked_ns`: first looked up;

@@ -5,7 +5,6 @@ that a reader that finds the number it expects before and after its copy has the
 of the newest, raised. A reader that is overtaken misses records, and can tell how many.
 """
 
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from transport.deliveries import REASONS, Delivery
 from transport.fence import fence
 
 DELIVERIES = 4096
-_NUMBERS = tuple(field.name for field in fields(Delivery))[:-2]  # all but `source` and `why`
+_NUMBERS = Delivery.__struct_fields__[:-2]  # all but `source` and `why`
 WORDS = 1 + len(_NUMBERS) + 2
 """Words of 8 bytes in a row: its number, the numbers of a Delivery, the place of its source plus 1, the place of its reason."""
 

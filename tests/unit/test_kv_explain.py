@@ -1,16 +1,17 @@
 """/kv/explain in words: the shape, and `peerkv kv explain`."""
 
 import io
-from dataclasses import replace
 
 import httpx
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from gateway import kv_explain
+from gateway.choices import Action, Expected, Option
 from gateway.cli import build_parser
 from gateway.explain import Explanation, explain
-from gateway.ledger import Entry, Ledger, Option, Planned
+from gateway.ledger import Entry, Ledger, Planned
 from transport.deliveries import Delivery, DeliveryReason
 
 PLAN = Planned(
@@ -32,7 +33,10 @@ PLAN = Planned(
     queue_seconds=0.01,
     transfer_seconds=0.02,
     prefill_seconds=0.03,
-    options=(Option("replica-1", "replica-0", "pull", 0.06), Option("replica-0", "", "hit", 1.5)),
+    options=(
+        Option("replica-1", "replica-0", Action.PULL, None, Expected(0.0, 0.0, 0.06, 0, 960, 40), 0.06),
+        Option("replica-0", None, Action.HIT, None, Expected(1.0, 0.0, 0.5, 960, 0, 40), 1.5),
+    ),
 )
 RECORD = Delivery(
     tag=5,

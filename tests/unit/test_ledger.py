@@ -1,6 +1,6 @@
 """The ledger: what it keeps, what it adds up, and when an attempt is settled."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from gateway.ledger import ATTEMPTS_KEPT, LEFT_STATUS, LOST_STATUS, UNREPORTED_SECONDS, Ledger, Planned
 from gateway.losses import LossReason

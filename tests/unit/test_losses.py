@@ -1,10 +1,9 @@
 """Why a prompt was not served from a cache: each reason under its name."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from gateway.losses import Case, LossReason, judge
 from transport.deliveries import DeliveryReason

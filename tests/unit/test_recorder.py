@@ -1,10 +1,10 @@
 """The recorder over real block tables: records are matched to their requests, losses judged by what tables and history say."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from gateway.feed import DeliveryFeed
 from gateway.ledger import ATTEMPTS_KEPT, LEFT_STATUS, UNREPORTED_SECONDS, Entry, Ledger, Planned

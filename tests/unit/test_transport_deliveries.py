@@ -3,12 +3,13 @@
 import itertools
 import threading
 from contextlib import closing
-from dataclasses import astuple, fields, replace
+from dataclasses import astuple
 
 import hypothesis
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from tests.unit.table_fixtures import writer
 from transport.deliveries import OTHER_PEERS, Delivery, DeliveryReason, EngineLoad
@@ -18,7 +19,7 @@ from transport.table import TableReader
 
 RING = 4  # rows of the rings whose stores are taken apart
 WORD = st.integers(0, 2**64 - 1)
-NUMBERS = [field.name for field in fields(Delivery) if field.name not in ("source", "why")]
+NUMBERS = [name for name in Delivery.__struct_fields__ if name not in ("source", "why")]
 RECORDS = st.builds(
     Delivery,
     **dict.fromkeys(NUMBERS, WORD),
@@ -134,7 +135,7 @@ def record_of(number):
 
 
 def whole(rows):
-    return all(row[1:-2] == list(astuple(record_of(row[0]))[: len(NUMBERS)]) for row in rows)
+    return all(row[1:-2] == list(structs.astuple(record_of(row[0]))[: len(NUMBERS)]) for row in rows)
 
 
 def read_while_written(pace, before, during, *, checked=True):
@@ -207,7 +208,7 @@ def test_threads_read_no_torn_record_while_one_writes(tmp_path):
                 ended = done.is_set()
                 cursor, records = reader.deliveries(cursor)
                 for record in records:
-                    if len(set(astuple(record)[: len(NUMBERS)])) != 1 or record.tag <= last:
+                    if len(set(structs.astuple(record)[: len(NUMBERS)])) != 1 or record.tag <= last:
                         wrong.append(record)
                     last = record.tag
                 found += len(records)
@@ -266,7 +267,7 @@ def test_peers_beyond_the_tables_room_are_counted_together(tmp_path):
 
 def test_a_source_without_an_import_is_known_by_its_first_record(tmp_path):
     with closing(writer(tmp_path)) as table, closing(TableReader(table.path)) as reader:
-        record = replace(Delivery(tag=9), source="replica-4", why=DeliveryReason.SOURCE_GONE)
+        record = structs.replace(Delivery(tag=9), source="replica-4", why=DeliveryReason.SOURCE_GONE)
         table.deliver(record, "cuda_ipc")
         assert reader.deliveries(0) == (1, [record])
         assert astuple(reader.peers()[0]) == ("replica-4", "cuda_ipc", 0, 0, 0, 0, 0)
