@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +20,7 @@ from engine.logs import log_lines
 from engine.supervisor import Supervisor
 from gateway.banner import banner, say
 from gateway.default_model import with_model
+from gateway.memory import settle_memory
 from gateway.parity_watch import ParityWatch
 from gateway.recent import RecentFleet
 from gateway.server import DoorServer, bind, build_server
@@ -32,7 +32,6 @@ SETTLE_SECONDS_MAX = 20.0  # from the first ready replica to the banner, while o
 HEARTBEAT_SECONDS = 15.0
 WATCH_SECONDS = 0.2
 LOG_LINE_SHOWN = 120
-COLLECTOR_THRESHOLDS = (5_000, 10, 100)  # objects, then collections of the generation before
 
 _logger = logging.getLogger(__name__)
 
@@ -127,19 +126,7 @@ async def _open(
     keeping.add_done_callback(_tell_of_defect)
     stack.push_async_callback(_end, keeping)
     switch.app = door.app
-    _spare_the_collector()
-
-
-def _spare_the_collector() -> None:
-    """Have the garbage collector stop requests for less time.
-
-    What there is by now stays: it need not look at that again, 0.1 s each time. What comes later leaves by its reference
-    counts, as no request leaves objects that refer to each other. So there is little to find, and it looks seldom: at
-    everything, 40 ms with a full ledger, least of all.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*COLLECTOR_THRESHOLDS)
+    settle_memory()
 
 
 async def _drain(door: Door, server: DoorServer, seconds: float) -> None:
