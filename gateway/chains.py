@@ -1,50 +1,93 @@
 """Chains of keys, of which the parts that were hashed before are looked up."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from gateway.chain import EMPTY, Chain
 from gateway.token_ids import TokenIds
 from transport.keys import HASHES, KEY_BYTES, hash_blocks
 
 SECTION_BLOCKS = 64
-SECTION_BYTES = SECTION_BLOCKS * KEY_BYTES + 160
-"""What a section takes, measured: its keys, its name, and its place in an ordered dictionary."""
+ENTRY_BYTES = 260
+"""What an entry takes beside its keys, measured: its name, the objects, and its place in an ordered dictionary."""
+SECTION_BYTES = SECTION_BLOCKS * KEY_BYTES + ENTRY_BYTES
+
+
+class _Hashed(NamedTuple):
+    """The keys of the full blocks of some tokens, the last of them (or the one before), and the tokens that fill no block."""
+
+    keys: bytes
+    last: bytes
+    rest: bytes
 
 
 class ChainCache:
-    """Keys of sections of 64 blocks, the least recently used out first. Belongs to one thread.
+    """Keys of token ids that were seen before, the least recently used out first. Belongs to one thread.
 
-    A section is known by the hash of the key before it and its token ids: as certain as the keys themselves, which are made
-    by the same hash. What is hashed once a section instead of once a block takes a tenth of the time.
+    Ids that have a serial are known by it, with the key before them and the tokens behind that key that filled no block. Others
+    are known in sections of 64 blocks, by the hash of the key before it and its token ids: as certain as the keys themselves,
+    which are made by the same hash. What is hashed once a section instead of once a block takes a tenth of the time.
     """
 
     def __init__(self, bytes_max: int) -> None:
-        self._sections_max = bytes_max // SECTION_BYTES
-        self._sections: OrderedDict[bytes, bytes] = OrderedDict()
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._hashed: OrderedDict[bytes, _Hashed] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._sections)
+        return len(self._hashed)
 
     def chain(self, root: bytes, ids: TokenIds, blocks: int, block_size: int, hash_name: str) -> Chain:
         """Return the keys of the first `blocks` blocks of `ids`, of which there have to be so many."""
         if not blocks:
             return EMPTY
-        hash_, sections, raw = HASHES[hash_name], self._sections, ids.raw
-        width, end = SECTION_BLOCKS * block_size * 4, blocks * block_size * 4
-        last, parts = root, []
-        for start in range(0, end, width):
-            section = raw[start : min(start + width, end)]
+        last, rest, found, place, parts = root, b"", list[bytes](), 0, ids.parts
+        left = blocks * block_size * 4
+        if len(parts) > 1 and len(parts[0]) < block_size and not parts[0].serial:  # what begins every text
+            rest, place = parts[0].raw, 1
+            left -= len(rest)
+        while place < len(parts) and parts[place].serial and 4 * len(parts[place]) <= left:
+            keys, last, rest = self._of_part(last, rest, parts[place], block_size, hash_name)
+            found.append(keys)
+            left -= 4 * len(parts[place])
+            place += 1
+        left += len(rest)
+        found += self._sections(last, b"".join([rest, *[part.raw for part in parts[place:]]])[:left], block_size, hash_name)
+        while self._bytes > self._bytes_max:
+            _, oldest = self._hashed.popitem(last=False)
+            self._bytes -= len(oldest.keys) + ENTRY_BYTES
+        return Chain(b"".join(found))
+
+    def _of_part(self, last: bytes, rest: bytes, part: TokenIds, block_size: int, hash_name: str) -> _Hashed:
+        name = b"%b%b%d %b" % (last, part.serial, block_size, rest)
+        known = self._hashed.get(name)
+        if known is not None:
+            self._hashed.move_to_end(name)
+            return known
+        raw = rest + part.raw
+        whole = len(raw) - len(raw) % (4 * block_size)
+        keys = hash_blocks(last, raw[:whole], block_size, hash_name)
+        return self._keep(name, _Hashed(keys, keys[-KEY_BYTES:] or last, raw[whole:]))
+
+    def _sections(self, last: bytes, raw: bytes, block_size: int, hash_name: str) -> Iterator[bytes]:
+        hash_, width = HASHES[hash_name], SECTION_BLOCKS * block_size * 4
+        for start in range(0, len(raw), width):
+            section = raw[start : start + width]
             if len(section) < width:
-                parts.append(hash_blocks(last, section, block_size, hash_name))
+                yield hash_blocks(last, section, block_size, hash_name)
                 break
             name = hash_(last + section)
-            known = sections.get(name)
+            known = self._hashed.get(name)
             if known is None:
-                known = sections[name] = hash_blocks(last, section, block_size, hash_name)
+                keys = hash_blocks(last, section, block_size, hash_name)
+                known = self._keep(name, _Hashed(keys, keys[-KEY_BYTES:], b""))
             else:
-                sections.move_to_end(name)
-            parts.append(known)
-            last = known[-KEY_BYTES:]
-        while len(sections) > self._sections_max:
-            sections.popitem(last=False)
-        return Chain(b"".join(parts))
+                self._hashed.move_to_end(name)
+            yield known.keys
+            last = known.last
+
+    def _keep(self, name: bytes, hashed: _Hashed) -> _Hashed:
+        self._hashed[name] = hashed
+        self._bytes += len(hashed.keys) + ENTRY_BYTES
+        return hashed

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from gateway.id_cache import IdCache
+from gateway.pages import PAGE_CHARS_MIN, Pages
 from gateway.text_cuts import TextCuts, find_cuts
 from gateway.token_ids import TokenIds
 from gateway.word_ids import WordIds
@@ -19,7 +20,8 @@ PIECE_CHARS_MIN = 128
 """Pieces of what is new, which are put together from their words if they are new too."""
 PIECED_CHARS_MAX = 8192
 """A longer new text is mostly new: its words would only fill the cache."""
-WORDS_BYTES_MAX = 16 << 20
+TEXTS_BYTES_MAX = 64 << 20
+"""Texts that are found by comparing them: a quarter of it words, the rest pages."""
 FEW = 4
 """So many short texts are tokenised one by one before it pays to wake other cores."""
 FEW_CHARS_MAX = 1024
@@ -42,13 +44,21 @@ class Encoder:
     tokens before and behind a text; None: not known to be the same for all texts.
     """
 
-    def __init__(self, tokenizer: Tokenizer, cache: IdCache, cuts: TextCuts | None, affixes: tuple[TokenIds, TokenIds] | None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        cache: IdCache,
+        cuts: TextCuts | None,
+        affixes: tuple[TokenIds, TokenIds] | None,
+        texts_bytes_max: int = TEXTS_BYTES_MAX,
+    ) -> None:
         self._tokenizer = tokenizer
         self._cache = cache
         self._cuts = cuts
         self._affixes = affixes
         self._fine = None if cuts is None else cuts.sized(PIECE_CHARS_MIN)
-        self._words = WordIds(self._tokenise, cuts is not None and cuts.places.words, WORDS_BYTES_MAX)
+        self._words = WordIds(self._tokenise, cuts is not None and cuts.places.words, texts_bytes_max // 4)
+        self._pages = Pages(texts_bytes_max * 3 // 4, cuts.behind_chars if cuts is not None else 0)
 
     @property
     def cuts_texts(self) -> bool:
@@ -71,15 +81,19 @@ class Encoder:
     def _plain(self, text: str, new_chars_max: int | None) -> TokenIds | None:
         if self._cuts is None:
             return self._parts([text], False, new_chars_max)
-        if len(text) > SHORT_CHARS_MAX:
-            return self._parts(self._cuts.chunks(text), False, new_chars_max)
-        raw = self._words.raw([text], new_chars_max)
-        return None if raw is None else TokenIds(raw)
+        if len(text) <= SHORT_CHARS_MAX:
+            raw = self._words.raw([text], new_chars_max)
+            return None if raw is None else TokenIds(raw)
+        start, pages = self._pages.leading(text)
+        ids = self._parts(self._cuts.chunks(text[start:]), False, new_chars_max)
+        return TokenIds.joined([*pages, ids]) if ids is not None and pages else ids
 
     def _parts(self, texts: list[str], special: bool, new_chars_max: int | None) -> TokenIds | None:
         sha256, kind = hashlib.sha256, b"\1" if special else b""
         keys = [sha256(text.encode()).digest() + kind for text in texts]
         parts = self._cache.get(keys)
+        if len(texts) > 1:
+            self._keep_pages(texts, parts)
         if None in parts:
             new = {key: text for key, text, ids in zip(keys, texts, parts, strict=True) if ids is None}
             if new_chars_max is not None and sum(map(len, new.values())) > new_chars_max:
@@ -88,6 +102,17 @@ class Encoder:
             self._cache.put(fresh.items())
             parts = [fresh[key] if ids is None else ids for key, ids in zip(keys, parts, strict=True)]
         return TokenIds.joined([part for part in parts if part is not None])
+
+    def _keep_pages(self, texts: list[str], parts: list[TokenIds | None]) -> None:
+        """Make pages of the chunks, from the front, that are known: of a text that comes for the second time."""
+        known = parts.index(None) if None in parts else len(parts)
+        first = start = end = 0
+        for place in range(min(known, len(texts) - 1)):
+            end += len(texts[place])
+            if end - start >= PAGE_CHARS_MIN:
+                ids = TokenIds.joined([part for part in parts[first : place + 1] if part is not None])
+                self._pages.keep("".join(texts[first : place + 2]), 0, end - start, ids)
+                first, start = place + 1, end
 
     def _fresh(self, texts: list[str], special: bool) -> list[TokenIds]:
         """Tokenise texts that are not known as they are. Of a few, what is known is looked up in pieces of a line or less."""
@@ -107,14 +132,14 @@ def encode_all(tokenizer: Tokenizer, texts: list[str], special: bool) -> list[To
     return [TokenIds.of(found.ids) for found in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
 
-def make_encoder(tokenizer: Tokenizer, cache: IdCache) -> Encoder:
+def make_encoder(tokenizer: Tokenizer, cache: IdCache, texts_bytes_max: int = TEXTS_BYTES_MAX) -> Encoder:
     """Return an encoder that cuts texts if that is exact, by what is known of this kind of tokenizer and by a trial."""
     affixes = find_affixes(tokenizer)
     cuts = find_cuts(tokenizer)
     if cuts is not None and not cuts_are_exact(tokenizer, cuts):
         _logger.error("texts are tokenised as a whole: cut up, some would get other token ids (please report this tokenizer)")
         cuts = None
-    return Encoder(tokenizer, cache, cuts, affixes)
+    return Encoder(tokenizer, cache, cuts, affixes, texts_bytes_max)
 
 
 def find_affixes(tokenizer: Tokenizer) -> tuple[TokenIds, TokenIds] | None:

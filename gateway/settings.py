@@ -141,6 +141,9 @@ class Settings(BaseSettings):
         False, description="vLLM 0.32 and later: send a chat's token ids with it, for the engine to render and tokenise nothing"
     )
     key_cache_bytes_max: int = Field(32 << 20, ge=0, description="block keys of prompts seen before; a million take 19 MB")
+    text_cache_bytes_max: int = Field(
+        64 << 20, ge=0, description="texts seen before, kept as they are to be recognised: words and long prompts"
+    )
     token_cache_bytes_max: int = Field(128 << 20, ge=0, description="token ids of texts seen before; a million ids take 11 MB")
 
     # The supervisor.

@@ -19,9 +19,11 @@ class TokenIds(Sequence[int]):
     Those that were joined from parts hold nothing but these, which others share: their forms are put together anew each time.
     """
 
-    __slots__ = ("_count", "_parts", "_raw", "_text")
+    __slots__ = ("_count", "_parts", "_raw", "_text", "serial")
 
-    def __init__(self, raw: bytes, parts: Sequence[TokenIds] = ()) -> None:
+    def __init__(self, raw: bytes, parts: Sequence[TokenIds] = (), serial: bytes = b"") -> None:
+        self.serial = serial
+        """Names these very ids, where they are long and used often: what is worked out of them can be kept under it."""
         self._raw = raw
         self._parts = parts
         self._text: bytes | None = None

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from gateway.chat import ChatNotRendered, ChatTemplate
-from gateway.encoder import Encoder, make_encoder
+from gateway.encoder import TEXTS_BYTES_MAX, Encoder, make_encoder
 from gateway.id_cache import IdCache
 from gateway.model_files import ModelFiles, ModelFilesError, TokenizerSource, read_model_files, token_text
 from gateway.token_ids import TokenIds
@@ -58,9 +58,12 @@ class TokenService:
     when a replica is ready. Until then every request raises NoTokenIds.
     """
 
-    def __init__(self, source: TokenizerSource, cache_bytes_max: int = CACHE_BYTES_MAX) -> None:
+    def __init__(
+        self, source: TokenizerSource, cache_bytes_max: int = CACHE_BYTES_MAX, texts_bytes_max: int = TEXTS_BYTES_MAX
+    ) -> None:
         self._source = source
         self.cache = IdCache(cache_bytes_max)
+        self._texts_bytes_max = texts_bytes_max
         self._encoder: Encoder | None = None
         self._template: ChatTemplate | None = None
         self._chars_per_token_max = 1
@@ -92,7 +95,7 @@ class TokenService:
             chat_reason = str(error)
             _logger.warning("chats are steered by load alone: %s", error)
         try:
-            self._encoder = make_encoder(tokenizer, self.cache)
+            self._encoder = make_encoder(tokenizer, self.cache, self._texts_bytes_max)
         except Exception as error:  # the tokenizers library raises the bare class: no unknown token where one is needed, say
             raise ModelFilesError(f"{files.tokenizer}: {error}") from error
         self.state = TokenizerState(True, self._template is not None, str(files.directory), "", chat_reason)

@@ -55,7 +55,9 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
     upstream = Upstream(settings)
     models = ModelsCache(fleet, upstream)
     tables = TableDirectory(table_dir)
-    tokens = TokenService(source_from_arguments(model, settings.vllm_args), settings.token_cache_bytes_max)
+    tokens = TokenService(
+        source_from_arguments(model, settings.vllm_args), settings.token_cache_bytes_max, settings.text_cache_bytes_max
+    )
     planner = Planner(fleet, RecentTables(tables), tokens, settings, lambda: models.known)
     access = AdminAccess(settings.admin_key)
     tenants = Tenants(settings.tenants, settings.admin_key)
