@@ -58,7 +58,7 @@ class Encoder:
         self._affixes = affixes
         self._fine = None if cuts is None else cuts.sized(PIECE_CHARS_MIN)
         self._words = WordIds(self._tokenise, cuts is not None and cuts.places.words, texts_bytes_max // 4)
-        self._pages = Pages(texts_bytes_max * 3 // 4, cuts.behind_chars if cuts is not None else 0)
+        self._pages = Pages(texts_bytes_max * 3 // 4, cuts.places.specials if cuts is not None else ())
 
     @property
     def cuts_texts(self) -> bool:
@@ -92,9 +92,10 @@ class Encoder:
         sha256, kind = hashlib.sha256, b"\1" if special else b""
         keys = [sha256(text.encode()).digest() + kind for text in texts]
         parts = self._cache.get(keys)
-        if len(texts) > 1:
-            self._keep_pages(texts, parts)
-        if None in parts:
+        unknown = next((place for place, ids in enumerate(parts) if ids is None), len(parts))
+        if unknown > 1:
+            self._keep_pages(texts, parts, unknown)
+        if unknown < len(parts):
             new = {key: text for key, text, ids in zip(keys, texts, parts, strict=True) if ids is None}
             if new_chars_max is not None and sum(map(len, new.values())) > new_chars_max:
                 return None
@@ -103,16 +104,15 @@ class Encoder:
             parts = [fresh[key] if ids is None else ids for key, ids in zip(keys, parts, strict=True)]
         return TokenIds.joined([part for part in parts if part is not None])
 
-    def _keep_pages(self, texts: list[str], parts: list[TokenIds | None]) -> None:
-        """Make pages of the chunks, from the front, that are known: of a text that comes for the second time."""
-        known = parts.index(None) if None in parts else len(parts)
-        first = start = end = 0
+    def _keep_pages(self, texts: list[str], parts: list[TokenIds | None], known: int) -> None:
+        """Make pages of the first `known` chunks, which were seen before: of a text that comes for the second time."""
+        first = chars = 0
         for place in range(min(known, len(texts) - 1)):
-            end += len(texts[place])
-            if end - start >= PAGE_CHARS_MIN:
-                ids = TokenIds.joined([part for part in parts[first : place + 1] if part is not None])
-                self._pages.keep("".join(texts[first : place + 2]), 0, end - start, ids)
-                first, start = place + 1, end
+            chars += len(texts[place])
+            if chars >= PAGE_CHARS_MIN:
+                ids = [part for part in parts[first : place + 1] if part is not None]
+                self._pages.keep(texts[first : place + 1], ids, texts[place + 1])
+                first, chars = place + 1, 0
 
     def _fresh(self, texts: list[str], special: bool) -> list[TokenIds]:
         """Tokenise texts that are not known as they are. Of a few, what is known is looked up in pieces of a line or less."""

@@ -6,6 +6,7 @@ be cut there: what follows it is cut as it would be without pages.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from itertools import count
 from threading import Lock
 
@@ -17,6 +18,8 @@ PAGE_CHARS_MIN = 16384
 """A page ends with the first chunk that makes it so long."""
 ENTRY_BYTES = 900
 """What a page takes beside its text and its ids: its samples, the objects, and its place in an ordered dictionary."""
+REPLACED_EVERY = 8
+"""One page in so many takes the place of another one that looks the same, so that those that come by turns cost little."""
 _SAMPLES = tuple(PAGE_CHARS_MIN * part // 5 for part in range(5))
 _SAMPLE_CHARS = 24
 _serials = count(1)
@@ -37,15 +40,15 @@ class Page(msgspec.Struct, frozen=True, gc=False, eq=False):
 class Pages:
     """At most `bytes_max` bytes of them, least recently used out first. Thread safe.
 
-    Of pages that look the same in all samples the last one is kept. `behind_chars` is how much text behind a place decides that
-    it is one.
+    Of pages that look the same in all samples one is kept. `specials` are those that texts are cut before.
     """
 
-    def __init__(self, bytes_max: int, behind_chars: int) -> None:
+    def __init__(self, bytes_max: int, specials: Sequence[str] = ()) -> None:
         self._bytes_max = bytes_max
-        self._behind_chars = behind_chars
+        self._special_chars = {special[0]: max(map(len, specials)) for special in specials}
         self._pages: OrderedDict[str, Page] = OrderedDict()
         self._bytes = 0
+        self._alike = 0
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -65,14 +68,21 @@ class Pages:
                 start += page.chars
         return start, found
 
-    def keep(self, text: str, start: int, end: int, ids: TokenIds) -> None:
-        """Keep `text` from `start` to `end`, both places where it is cut, more than PAGE_CHARS_MIN apart, with its ids."""
-        named = TokenIds(ids.raw, serial=next(_serials).to_bytes(8, "little"))
-        page = Page(text[start : end + self._behind_chars], end - start, named)
-        samples = _samples(text, start)
+    def keep(self, chunks: Sequence[str], ids: Sequence[TokenIds], behind: str) -> None:
+        """Keep `chunks`, more than PAGE_CHARS_MIN characters, as a page with their ids; `behind` is the chunk behind them."""
+        text = "".join(chunks)
+        samples = _samples(text, 0)
         with self._lock:
-            former = self._pages.pop(samples, None)
-            self._bytes += page.held_bytes - (former.held_bytes if former is not None else 0)
+            former = self._pages.get(samples)
+            if former is not None:
+                self._alike += 1
+                if self._alike % REPLACED_EVERY:
+                    return
+                self._bytes -= self._pages.pop(samples).held_bytes
+            behind = behind[: self._special_chars.get(behind[0], 2)]  # two: a space and a letter
+            raw = b"".join([part.raw for part in ids])
+            page = Page(text + behind, len(text), TokenIds(raw, serial=next(_serials).to_bytes(8, "little")))
+            self._bytes += page.held_bytes
             self._pages[samples] = page
             while self._bytes > self._bytes_max:
                 _, oldest = self._pages.popitem(last=False)

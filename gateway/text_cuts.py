@@ -97,11 +97,6 @@ class TextCuts:
         self._chars_min = chars_min
         self._chars_max = chars_max
 
-    @property
-    def behind_chars(self) -> int:
-        """How many characters behind a place decide, at most, that the text is cut there."""
-        return max(2, *map(len, self.places.specials), 2)
-
     def sized(self, chars_min: int, chars_max: int = CHUNK_CHARS_MAX) -> "TextCuts":
         """Return one for the same places that makes chunks of another size."""
         return TextCuts(self.places, chars_min, chars_max)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from gateway.chains import ChainCache
 from gateway.encoder import Encoder, make_encoder
 from gateway.id_cache import IdCache
-from gateway.pages import PAGE_CHARS_MIN, Pages
+from gateway.pages import PAGE_CHARS_MIN, REPLACED_EVERY, Pages
 from gateway.token_ids import TokenIds
 from tests.unit.test_text_cuts import whole
 from tests.unit.tokenizer_kinds import CUT, tokenizer_of
@@ -65,12 +65,23 @@ def test_a_page_of_another_text_with_the_same_samples_is_not_taken() -> None:
 
 def test_pages_are_bounded_in_bytes_and_the_least_recently_used_go_first() -> None:
     texts = [chr(ord("a") + number) * (PAGE_CHARS_MIN + 10) for number in range(4)]
-    pages, ids = Pages(3 * (PAGE_CHARS_MIN + 2000), 2), TokenIds.of(range(10))
+    pages, ids = Pages(3 * (PAGE_CHARS_MIN + 2000)), TokenIds.of(range(10))
     for text in texts[:3]:
-        pages.keep(text, 0, PAGE_CHARS_MIN + 5, ids)
+        pages.keep([text[:-5]], [ids], text[-5:])
     assert pages.leading(texts[0]) == (PAGE_CHARS_MIN + 5, [ids])
-    pages.keep(texts[3], 0, PAGE_CHARS_MIN + 5, ids)
+    pages.keep([texts[3][:-5]], [ids], texts[3][-5:])
     assert [len(pages.leading(text)[1]) for text in texts] == [1, 0, 1, 1]
+
+
+def test_of_pages_that_look_the_same_one_is_kept_and_replaced_after_a_while() -> None:
+    text, ids = "x" * PAGE_CHARS_MIN, TokenIds.of([1])
+    pages = Pages(1 << 20)
+    pages.keep([text + "old"], [ids], " y")
+    for _ in range(REPLACED_EVERY):
+        assert pages.leading(text + "new y") == (0, [])
+        pages.keep([text + "new"], [ids], " y")
+    assert pages.leading(text + "new y") == (PAGE_CHARS_MIN + 3, [ids])
+    assert (len(pages), pages.leading(text + "old y")) == (1, (0, []))
 
 
 def test_the_keys_of_pages_are_the_chains() -> None:
