@@ -3,6 +3,9 @@
 Each replica listens on a TCP port and on a unix socket. A completion gets a ready-made answer, whole or as EVENTS events, each
 written by itself. Each replica has a block table, and tells there what it delivered. A request whose `user` is PROOF is
 decoded, and its answer carries the SHA-256 of the prompt's text: the proof that a proxy passes prompts on as they were.
+
+The TCP ports have no route /tokenize: vllm-router 0.1.17 with cache_aware would ask there for every prompt's ids, and what the
+stand-in's tokenizer takes would be counted against it. So it goes by the text.
 """
 
 from __future__ import annotations
@@ -101,10 +104,10 @@ class Engine:
 
 
 class BackendProtocol(asyncio.Protocol):
-    """One connection to replica `place`; requests are not pipelined."""
+    """One connection to replica `place`; requests are not pipelined. Unless it `tokenizes` there is no such route."""
 
-    def __init__(self, engine: Engine, holders: Holders, place: int, loop: asyncio.AbstractEventLoop) -> None:
-        self._engine, self._holders, self._place = engine, holders, place
+    def __init__(self, engine: Engine, holders: Holders, place: int, tokenizes: bool, loop: asyncio.AbstractEventLoop) -> None:
+        self._engine, self._holders, self._place, self._tokenizes = engine, holders, place, tokenizes
         self._later: Callable[..., Any] = loop.call_soon
         self._parser = httptools.HttpRequestParser(self)
         self._path = b""
@@ -131,6 +134,8 @@ class BackendProtocol(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         path = self._path.partition(b"?")[0]
+        if path == b"/tokenize" and not self._tokenizes:
+            path = b""
         body = b"".join(self._parts)
         ends = body[:256] + body[-1024:]
         if not path.endswith(b"/completions") or PROOF.encode() in ends:
@@ -161,12 +166,12 @@ async def _serve(model: str, holders: Holders, ports: list[int], sockets: list[s
     loop = asyncio.get_running_loop()
     engine = Engine(model)
 
-    def replica(place: int) -> Callable[[], BackendProtocol]:
-        return lambda: BackendProtocol(engine, holders, place, loop)
+    def replica(place: int, tokenizes: bool) -> Callable[[], BackendProtocol]:
+        return lambda: BackendProtocol(engine, holders, place, tokenizes, loop)
 
     # A server that nobody holds on to is collected, and closes.
-    tcp = [await loop.create_server(replica(place), "127.0.0.1", port, backlog=1024) for place, port in enumerate(ports)]
-    unix = [await loop.create_unix_server(replica(place), path, backlog=1024) for place, path in enumerate(sockets)]
+    tcp = [await loop.create_server(replica(place, False), "127.0.0.1", port, backlog=1024) for place, port in enumerate(ports)]
+    unix = [await loop.create_unix_server(replica(place, True), path, backlog=1024) for place, path in enumerate(sockets)]
     print("ready", flush=True)
     await asyncio.gather(*(server.serve_forever() for server in (*tcp, *unix)))
 
