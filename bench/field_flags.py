@@ -21,7 +21,7 @@ CPU_BLOCK_TOKENS = 32
 CPU_BLOCKS = 128
 GPU_BLOCK_TOKENS = 16
 GPU_BLOCKS = 16384
-OVERHEAD_SECONDS = 15.0
+OVERHEAD_SECONDS = 10.0
 """Around a run: the arm's start, the warm-up, the last answers."""
 SPECIALS = 10
 NUMBERED = tuple(f"w{number}" for number in range(20, 128_000))
@@ -39,8 +39,8 @@ CPU_SIZE = Size(
     cache_tokens=CPU_BLOCKS * CPU_BLOCK_TOKENS,
 )
 GPU_SIZE = Size(
-    rate=4.0,
-    seconds=30.0,
+    rate=6.0,
+    seconds=15.0,
     prefix_tokens=24_000,
     suffix_tokens=200,
     answer_tokens=48,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,6 +79,42 @@ def table(rows: Sequence[dict[str, Any]], case: str) -> Table:
 
 def _number(value: float | None, digits: int = 0) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
+
+
+def markdown(figures: Sequence[Figures], rows: Sequence[dict[str, Any]], ours: Sequence[str]) -> str:
+    """Tables of the medians with a column a case, and of what arms cost in CPU time relative to `ours` in the same round."""
+    cases = [case.name for case in CASES if any(row["case"] == case.name for row in rows)]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    at = {(row["arm"], row["case"]): row for row in rows}
+
+    def lines(title: str, cell: Callable[[str, str], str], chosen: Sequence[str] = cases) -> list[str]:
+        made = [f"| {title} | {' | '.join(chosen)} |", "|---" * (1 + len(chosen)) + "|"]
+        for arm in arms:
+            cells = [cell(arm, case) if (arm, case) in at else "" for case in chosen]
+            made += [f"| {arm} | {' | '.join(cells)} |"] if any(cells) else []
+        return [*made, ""]
+
+    def median(name: str, digits: int = 0) -> Callable[[str, str], str]:
+        return lambda arm, case: _number(at[arm, case][name], digits)
+
+    lonely = [case.name for case in CASES if case.connections == 1 and case.name in cases]
+    found = lines("CPU µs a request", median("proxy_cpu_us"))
+    for mine in ours:
+        found += lines(f"its CPU / that of {mine}", lambda arm, case, mine=mine: _ratio(figures, arm, mine, case))  # type: ignore[misc]
+    found += lines("requests a second, the load on the other core", median("per_second"))
+    found += lines("added p50, ms", median("added_p50_ms", 2), lonely)
+    found += lines("added p99, ms", median("added_p99_ms", 2), lonely)
+    found += lines("the longest, ms", median("longest_ms", 1), lonely)
+    found += lines("resident MiB", median("resident_mib"), [case for case in cases if case not in lonely])
+    return "\n".join(found)
+
+
+def _ratio(figures: Sequence[Figures], arm: str, ours: str, case: str) -> str:
+    """The median of the rounds' ratios, with the least and the most."""
+    spent = {(each.arm, each.round): each.proxy_cpu_us for each in figures if each.case == case}
+    pairs = [(spent[arm, turn], mine) for (name, turn), mine in spent.items() if name == ours and (arm, turn) in spent]
+    ratios = [theirs / mine for theirs, mine in pairs if theirs and mine]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios and arm != ours else ""
 
 
 def as_json(figures: Sequence[Figures], rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from bench.arms import ARMS, DIRECT, KEY, Arm, Backends, launch
 from bench.cases import CASES, Case, bodies, documents
 from bench.machine import LOAD_CORE, PROXY_CORE, Pinned, StartFailed, free_ports
 from bench.replicas import write_config, write_run_dir
-from bench.report import Figures, as_json, medians, quantile, table
+from bench.report import Figures, as_json, markdown, medians, quantile, table
 
 START_SECONDS_MAX = 30.0
 SETTLE_SECONDS = 0.3
@@ -206,7 +206,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model", default=os.environ.get("PEERKV_MODEL", ""), help="directory with the tokenizer")
     parser.add_argument("--venv", type=Path, default=cache / "bench-routers", help="the other routers' environment")
     parser.add_argument("--install", action="store_true", help="make that environment first")
-    parser.add_argument("--output", type=Path, help="write all figures there as JSON")
+    parser.add_argument("--output", type=Path, help="write all figures there as JSON, and tables beside it as Markdown")
     return parser.parse_args()
 
 
@@ -236,7 +236,9 @@ def main() -> int:
             console.print(table(rows, case.name))
     if given.output is not None:
         given.output.write_text(json.dumps(as_json(figures, rows, about | {"failed": failed}), indent=1))
-        console.print(f"all figures: {given.output}")
+        ours = [arm.name for arm in given.arms if arm.name.startswith("peerkv")]
+        given.output.with_suffix(".md").write_text(markdown(figures, rows, ours))
+        console.print(f"all figures: {given.output}, as tables: {given.output.with_suffix('.md')}")
     return 1 if failed else 0
 
 
