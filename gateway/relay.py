@@ -236,7 +236,6 @@ class Relay(Generic[PlanT]):
         exchange = journey.exchange
         for attempts_left in range(self._settings.retry_attempts_max, -1, -1):
             answer: Answer | None = None
-            lost: ApiError | None = None
             self._planner.started(journey.plan)
             entry = journey.entry = self.witness.sent(journey.plan, journey.asked) if self.witness else None
             try:
@@ -245,7 +244,8 @@ class Relay(Generic[PlanT]):
                     return
             except UpstreamLost as error:
                 self.counters.replicas_lost += 1
-                _logger.warning("request %s lost its replica: %s", exchange.request_id, error)
+                # As text: a handler that keeps what is logged shall not keep the request's frames, and its body.
+                _logger.warning("request %s lost its replica: %s", exchange.request_id, str(error))
                 self._fleet.suspect(journey.plan.replica.name)
                 if exchange.begun:
                     self.counters.streams_broken += 1
@@ -257,12 +257,14 @@ class Relay(Generic[PlanT]):
             if answer is None or answer.status in RETRIED_STATUSES:
                 try:
                     retried = attempts_left > 0 and exchange.pinned is None and self._replan(journey)
-                except NoReplicaReady as error:
-                    retried, lost = False, error
+                except NoReplicaReady:
+                    if answer is None:
+                        raise
+                    retried = False
                 if retried:
                     continue
             if answer is None:
-                raise lost or ReplicaLost()
+                raise ReplicaLost
             if answer.status == 404 and b'"error"' not in answer.body:  # not vLLM's handler: it has no such route
                 raise NotOfThisModel(journey.path)
             exchange.answer(answer.status, answer.headers, answer.body)

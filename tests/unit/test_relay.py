@@ -7,6 +7,7 @@ import gc
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import openai
@@ -225,6 +226,57 @@ async def test_a_request_leaves_nothing_for_the_garbage_collector(door: Door, st
         assert len(left) <= 1  # the last cycle of the connection, which is still open
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"prompt": "x", ' + b" " * 100_000, 400),
+        (json.dumps(COMPLETION | {"priority": 1}).encode(), 400),
+        (json.dumps(COMPLETION | {"prompt": 1}).encode(), 400),
+        (json.dumps(COMPLETION | {"model": "another"}).encode(), 404),
+        (json.dumps(COMPLETION | {"fake": {"status": 422}}).encode(), 422),
+        (json.dumps(COMPLETION | {"fake": {"drop": "before"}}).encode(), 503),
+        (json.dumps(COMPLETION | {"stream": True, "fake": {"drop": "middle"}}).encode(), 200),
+    ],
+)
+async def test_a_request_that_fails_leaves_its_body_to_nobody(door: Door, body: bytes, status: int) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            sent = {"content-type": "application/json"}
+            async with door.session.post(door.url + "/v1/completions", data=body, headers=sent) as answer:
+                assert answer.status == status
+                await answer.read()
+        await until(lambda: not door.server.server_state.tasks)
+        assert kept_by_errors() == []
+    finally:
+        gc.enable()
+
+
+async def test_a_client_that_leaves_leaves_its_body_to_nobody(door: Door) -> None:
+    body = COMPLETION | {"stream": True, "max_tokens": 1000, "fake": {"token_delay": 0.05}}
+    gc.collect()
+    gc.disable()
+    try:
+        async with door.session.post(door.url + "/v1/completions", json=body) as answer:
+            await answer.content.readany()
+        await until(lambda: door.relay.in_flight == 0 and not door.server.server_state.tasks)
+        assert kept_by_errors() == []
+    finally:
+        gc.enable()
+
+
+def kept_by_errors() -> list[str]:
+    """What of requests is still there: they themselves, and frames of the gateway that an error's traceback holds."""
+    found = []
+    for each in gc.get_objects():
+        if type(each) in (Exchange, Journey):
+            found.append(type(each).__name__)
+        elif type(each) is FrameType and "/gateway/" in each.f_code.co_filename:
+            found.append(each.f_code.co_qualname)
+    return found
 
 
 async def test_client_headers_do_not_reach_the_engine(door: Door) -> None:
