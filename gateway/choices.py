@@ -1,11 +1,13 @@
 """What steering weighs and what it decides: plain values."""
 
 from enum import StrEnum
+from math import inf
 from typing import NamedTuple
 
 import msgspec
 
 from gateway.costs import ModelKey
+from gateway.evictions import NOTHING_AGAIN, Again
 from gateway.load import IDLE, ReplicaLoad
 from gateway.promises import Promise
 
@@ -25,7 +27,8 @@ class PromptView(msgspec.Struct, frozen=True, gc=False):
     """What steering needs to know of a prompt.
 
     `affinity` is the caller's hint which requests belong together. `rate` is how many requests a second begin with the
-    prefix that the best holder holds, `decode_seconds` how long answers take behind their first token.
+    prefix that the best holder holds, `decode_seconds` how long answers take behind their first token. `again` is what has to
+    be computed again for each token of KV that a cache gives up.
     """
 
     tokens: int
@@ -33,12 +36,14 @@ class PromptView(msgspec.Struct, frozen=True, gc=False):
     rate: float = 0.0
     decode_seconds: float = 0.0
     block_size: int = 1
+    again: Again = NOTHING_AGAIN
 
 
 class Candidate(NamedTuple):
     """A ready replica. It holds the first `held_tokens` of the prompt and can import from the replicas in `exchanges_with`.
 
     `promise` is what it computes now for another request, `takes` says whether it may get this one (or be a source only).
+    `room_tokens` of its cache hold nothing: some are for what `load` has ahead, what more comes makes it give something up.
     Between nodes KV goes over REMOTE_TRANSPORT, within one over the source's `transport`. A tuple, not a dataclass, because one
     is made for each replica and request, and this takes a third of the time.
     """
@@ -52,6 +57,7 @@ class Candidate(NamedTuple):
     promise: Promise | None = None
     takes: bool = True
     node: str = ""
+    room_tokens: float = inf
 
 
 class Expected(msgspec.Struct, frozen=True, gc=False):

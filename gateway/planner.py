@@ -4,11 +4,14 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Set
 from functools import lru_cache
+from math import inf
 from typing import Any, Protocol
 
 from engine.fleet import FleetView, Replica
 from gateway.body import Endpoint
+from gateway.chain import Chain
 from gateway.costs import CostModel, ModelKey
+from gateway.evictions import Evictions
 from gateway.feed import DeliveryFeed
 from gateway.flights import Flight, Flights
 from gateway.hint import CHAT_IDS, hint, takes_chat_ids
@@ -71,12 +74,14 @@ class Planner:
         self._clock = clock
         self._turns = itertools.count()
         self._tags = Tags()
-        self._stood: tuple[Mapping[str, Replica], Mapping[str, Table], list[tuple[str, ModelKey, str]]] = ({}, {}, [])
+        self._stood: tuple[Mapping[str, Replica], Mapping[str, Table], list[tuple[str, ModelKey, Table | None]]] = ({}, {}, [])
         self.costs = CostModel()
         self.load = FleetLoad()
         self._flights = Flights(self.load, self.costs, self.registry.refused)
         self.feed = DeliveryFeed(self.registry.tables)
+        self.evictions = Evictions()
         self.feed.add(self._flights.delivered)
+        self.feed.add(self.evictions.delivered)
         self._popularity = Popularity(settings.prefixes_tracked_max)
         self.parity_counts = ParityCounts()
         self.counts = SteeringCounts()
@@ -153,10 +158,12 @@ class Planner:
         look_up = NOTHING
         if known.ids is not None:
             look_up = self.registry.look_up(known.ids, asked.salt, asked.lora, tables)
-            for chain, block_size in look_up.chains[:1] if first else ():
-                self.prefixes.note(chain, block_size, time.time())
-                self._popularity.note(chain, now)
         candidates = self._candidates(ready, asked, look_up if known.cacheable else NOTHING, tables, now)
+        for chain, block_size in look_up.chains[:1] if first else ():
+            if known.cacheable:
+                self._note_missed(chain, block_size, look_up.held_tokens_max, candidates, now)
+            self.prefixes.note(chain, block_size, time.time())
+            self._popularity.note(chain, now)
         view = self._view(asked, look_up, candidates, now)
         decision = steer(view, candidates, self.costs, now, next(self._turns))
         plan = self._plan(asked, ready[decision.replica], decision, look_up if known.cacheable else NOTHING, tables, now)
@@ -171,31 +178,46 @@ class Planner:
             promises.update(self.load.promised(chain, block_size))
         holdings, load, pinned, imports = look_up.holdings, self.load.load, asked.pinned, self._imports
         found = []
-        for name, key, transport in self._standing(ready, tables):
+        for name, key, table in self._standing(ready, tables):
             holding = holdings.get(name)
+            ahead, room = load(name, now), inf
+            if table is not None:  # the null block and what is being decoded hold something without a key
+                room = (table.num_blocks - 1 - table.cached_blocks() - ahead.decoding) * table.block_size
             found.append(
                 Candidate(
                     name,
                     holding.blocks * holding.block_size if holding is not None else 0,
-                    load(name, now),
+                    ahead,
                     holding.exchanges_with if holding is not None and imports else _NOBODY,
                     key,
-                    transport,
+                    table.transport if table is not None else "",
                     promises.get(name),
                     pinned is None or pinned == name,
+                    "",
+                    room,
                 )
             )
         return found
 
-    def _standing(self, ready: Mapping[str, Replica], tables: Mapping[str, Table]) -> list[tuple[str, ModelKey, str]]:
-        """Name, key and transport of the replicas, worked out anew only when there are others."""
+    def _standing(self, ready: Mapping[str, Replica], tables: Mapping[str, Table]) -> list[tuple[str, ModelKey, Table | None]]:
+        """Name, key and table of the replicas, worked out anew only when there are others."""
         if ready is not self._stood[0] or tables is not self._stood[1]:
             found = []
             for name, replica in ready.items():
                 table = tables.get(name)
-                found.append((name, _model_key(replica, table), table.transport if table is not None else ""))
+                found.append((name, _model_key(replica, table), table))
             self._stood = (ready, tables, found)
+            self.evictions.caches({name: table.num_blocks * table.block_size for name, table in tables.items()})
         return self._stood[2]
+
+    def _note_missed(self, chain: Chain, block_size: int, held: int, candidates: list[Candidate], now: float) -> None:
+        """Learn what of a prompt was asked for before, and is neither held by anybody nor being computed."""
+        for candidate in candidates:
+            if candidate.promise is not None and candidate.promise.tokens > held:
+                held = candidate.promise.tokens
+        formerly = self._popularity.formerly(chain, held // block_size, self.evictions.counts_since(now)) * block_size
+        if formerly > held:
+            self.evictions.missed(formerly - held, held)
 
     def _view(self, asked: Asked, look_up: LookUp, candidates: list[Candidate], now: float) -> PromptView:
         rate, block_size = 0.0, 1
@@ -207,7 +229,8 @@ class Planner:
                     held = candidate.held_tokens
             if held:
                 rate = self._popularity.rate(chain, held // block_size, now)
-        return PromptView(asked.known.tokens, asked.affinity, rate, self.load.decode_seconds, block_size)
+        again = self.evictions.again()
+        return PromptView(asked.known.tokens, asked.affinity, rate, self.load.decode_seconds, block_size, again)
 
     def _plan(
         self, asked: Asked, replica: Replica, decision: Decision, look_up: LookUp, tables: Mapping[str, Table], now: float

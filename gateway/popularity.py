@@ -25,6 +25,20 @@ class Popularity:
         while len(counts) > self._prefixes_max:
             counts.popitem(last=False)
 
+    def formerly(self, chain: Chain, blocks: int, since: float) -> int:
+        """About how many leading blocks of `chain`, more than `blocks`, were asked for at `since` or later; 0 if no more were.
+
+        They are known at depths that are powers of two: what was asked for ends half-way to the next one, for all we know.
+        """
+        for power in range(len(chain.anchors) - 1, -1, -1):
+            depth = 1 << power
+            if depth <= blocks:
+                break
+            known = self._counts.get(chain.anchors[power])
+            if known is not None and known[1] >= since:
+                return (depth + min(2 * depth - 1, len(chain))) // 2
+        return 0
+
     def rate(self, chain: Chain, blocks: int, now: float) -> float:
         """Requests a second that begin with the first `blocks` of `chain`, or with what is at most half of that prefix."""
         for key in reversed(chain.anchors[: blocks.bit_length()]):

@@ -1,12 +1,13 @@
 """One request against one fleet: what each replica's best option is, and which replicas are worth a look. Pure."""
 
 from collections.abc import Sequence
-from math import sqrt
+from math import inf, sqrt
 from typing import NamedTuple
 
 from gateway.choices import Action, Candidate, Expected, Option, PromptView
 from gateway.cost_priors import device_kind
 from gateway.costs import CHUNK_TOKENS, CostModel, ModelKey, pairs
+from gateway.popularity import FADE_SECONDS
 
 SOURCES_MAX = 4
 """Sources weighed for a replica: those that hold most, the least read first."""
@@ -57,6 +58,7 @@ class Weighing:
         self._sources = sources
         self._paces: dict[ModelKey, float] = {}
         self._waits: dict[tuple[ModelKey, bool], float] = {}
+        self._again: dict[ModelKey, float] = {}
         promised = max((candidate.promise.tokens for candidate in candidates if candidate.promise is not None), default=0)
         self.best_available = min(max(promised, sources[0].held_tokens if sources else 0), self._useful)
 
@@ -72,7 +74,7 @@ class Weighing:
         holding: list[Taker] = []
         others: list[Taker] = []
         for candidate in self._candidates:
-            name, held, load, _, key, _, promise, takes, _ = candidate
+            name, held, load, _, key, _, promise, takes, _, _ = candidate
             if not takes:
                 continue
             queue = costs.queue_seconds(key, load, now) * self._pace(key) if load.busy else 0.0
@@ -115,9 +117,14 @@ class Weighing:
             peer,
             self._prompt.tokens - best.cached,
         )
-        score = best.score * pace + taker.queue_seconds + taker.crowd_seconds
+        later = self._evictions(candidate, local)
         if self._prompt.rate > 0 and self.best_available:
-            score += self._wait(candidate.key, local == 0) * pace
+            wait = self._wait(candidate.key, local == 0)
+            if later and not local:  # what a copy spares those who ask for it soon pays for what it pushes out
+                spared = self._wait(candidate.key, one_more=False) - wait
+                later = max(0.0, later - spared * self._prompt.rate * FADE_SECONDS)
+            later += wait
+        score = (best.score + later) * pace + taker.queue_seconds + taker.crowd_seconds
         return Option(
             candidate.name,
             best.source.name if best.source is not None else None,
@@ -179,6 +186,28 @@ class Weighing:
         known = self._paces.get(key)
         if known is None:
             known = self._paces[key] = self._costs.pace(key, self._now)
+        return known
+
+    def _evictions(self, taker: Candidate, local: int) -> float:
+        """What it costs later that a full cache gives up others' KV for what it lacks of the prompt, however that comes.
+
+        All of it or nothing: whichever of the full ones has a little room would get everything.
+        """
+        room = taker.room_tokens
+        if room == inf:
+            return 0.0
+        new, load = self._prompt.tokens - local, taker.load
+        if new + max(load.tokens, load.engine_tokens) <= room:
+            return 0.0
+        return new * self._a_token_again(taker.key)
+
+    def _a_token_again(self, key: ModelKey) -> float:
+        """Seconds for each token given up: those that it takes to compute it again if it must be, for all that will wait."""
+        known = self._again.get(key)
+        if known is None:
+            waiting = sum(candidate.load.waiting for candidate in self._candidates) / len(self._candidates)
+            seconds = self._costs.work_seconds(key, *self._prompt.again)
+            known = self._again[key] = seconds * (1 + waiting)
         return known
 
     def _wait(self, key: ModelKey, one_more: bool) -> float:

@@ -51,6 +51,7 @@ __all__ = ["COUNTERS", "SUFFIX", "Run", "TableReader"]
 _CHUNK_BLOCKS_MAX = 4096
 _ONE = np.uint64(1)
 _LOAD_END = LOAD_OFFSET + 8 * len(LOAD)
+_EVICTIONS = COUNTERS_OFFSET // 8 + COUNTERS.index("evictions")
 _BUCKET_BYTES = 4 * WAYS
 _SLOTS = struct.Struct(f"={WAYS}I").unpack_from
 _VERIFIED = 16
@@ -109,6 +110,7 @@ class TableReader:
         self._state_words = self._states.data
         self._key_words = self._keys.reshape(-1).data
         self._index_at = layout.index
+        self._head = self._words.data
         self._newest = self._words[NEWEST_OFFSET // 8 :].data
         self._told = (b"", EngineLoad())
         self.fingerprint = fingerprint_digest(self.description.fingerprint)
@@ -219,7 +221,11 @@ class TableReader:
 
     def cached_blocks(self) -> int:
         """Return how many blocks the table holds."""
-        return int(self._words[VALID_OFFSET // 8])
+        return self._head[VALID_OFFSET // 8]
+
+    def evicted_blocks(self) -> int:
+        """Return how many blocks that it held the owner has given to others, or withdrawn, since its epoch began."""
+        return self._head[_EVICTIONS]
 
     def heartbeat_ns(self) -> int:
         """Return the CLOCK_MONOTONIC nanoseconds of the owner's last step, 0 if it has made none."""

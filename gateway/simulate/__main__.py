@@ -35,7 +35,17 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
     for replicas in options.replicas:
         for rate in options.rates:
             for policy in options.policies:
-                yield Task(options.trace, options.requests, profile, policy, replicas, rate, options.copies, options.seed)
+                yield Task(
+                    options.trace,
+                    options.requests,
+                    profile,
+                    policy,
+                    replicas,
+                    rate,
+                    options.copies,
+                    options.seed,
+                    options.workload,
+                )
 
 
 def _make(tasks: Sequence[Task], jobs: int) -> Iterator[Run]:

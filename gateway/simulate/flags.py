@@ -7,6 +7,7 @@ from pathlib import Path
 from gateway.simulate.policies import FIELD_POLICIES
 from gateway.simulate.profiles import PROFILES
 from gateway.simulate.runs import OWN_POLICIES
+from gateway.simulate.workloads import WORKLOADS
 
 REPLICAS_MAX = 4096
 
@@ -21,6 +22,9 @@ def parser() -> argparse.ArgumentParser:
     names = [*FIELD_POLICIES, *OWN_POLICIES]
     flags = argparse.ArgumentParser(prog="python -m gateway.simulate", description=_DESCRIPTION, epilog=_EPILOG)
     flags.add_argument("trace", nargs="?", type=Path, help="a file in Mooncake's format; without it, conversations are made up")
+    flags.add_argument(
+        "--workload", choices=WORKLOADS, default="", help="without a trace: caches too small, 1 request/s, 300 in all"
+    )
     flags.add_argument("--replicas", type=integers, default=[8], metavar="N,…", help="fleet sizes (8)")
     flags.add_argument("--rates", type=positives, default=[1.0], metavar="X,…", help="times the trace's own rate (1)")
     flags.add_argument("--copies", type=int, help="groups of users, each with prompts of its own, that play the trace at once")

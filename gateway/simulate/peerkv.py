@@ -10,6 +10,7 @@ import numpy as np
 
 from gateway.chain import Chain
 from gateway.costs import CostModel, ModelKey, Outcome
+from gateway.evictions import Evictions
 from gateway.load import FleetLoad, Ticket
 from gateway.popularity import Popularity
 from gateway.simulate.jobs import Job, covered_tokens
@@ -39,6 +40,7 @@ class PeerKV:
     costs: CostModel = field(default_factory=CostModel)
     load: FleetLoad = field(default_factory=FleetLoad)
     popularity: Popularity = field(default_factory=lambda: Popularity(PREFIXES_MAX))
+    evictions: Evictions = field(default_factory=Evictions)
     actions: dict[str, int] = field(default_factory=dict)
     _turn: int = 0
     _names: list[str] = field(init=False)
@@ -58,6 +60,7 @@ class PeerKV:
         self._exchanges = frozenset(self._names) if self.imports else frozenset()
         self._key = ModelKey(self.device)
         self._said = [(0, 0, 0)] * self.fleet.replicas
+        self.evictions.caches(dict.fromkeys(self._names, self.fleet.profile.engine.kv_tokens))
         self._transport = "cuda_ipc" if self.device == "cuda" else "shared_memory"
 
     def choose(self, job: Job, now: float) -> Choice:
@@ -67,12 +70,14 @@ class PeerKV:
         keys[:, 0] = job.chain
         chain = Chain.of(keys)
         candidates, held_most = self._candidates(job, chain, now)
+        self._note_missed(chain, candidates, held_most, now)
         self.popularity.note(chain, now)
         prompt = PromptView(
             tokens=request.prompt_tokens,
             rate=self.popularity.rate(chain, held_most, now) if held_most else 0.0,
             decode_seconds=self.load.decode_seconds,
             block_size=self.fleet.profile.engine.block_tokens,
+            again=self.evictions.again(),
         )
         decision = steer(prompt, candidates, self.costs, now, self._turn)
         self._turn += 1
@@ -99,10 +104,26 @@ class PeerKV:
         loads, promised = self.load.load, self.load.promised(chain, size).get
         exchanges, key, transport = self._exchanges, self._key, self._transport
         candidates = [
-            Candidate(name, tokens, loads(name, now), exchanges, key, transport, promised(name), True, node)
-            for name, node, tokens in zip(self._names, self._nodes, np.minimum(runs * size, whole).tolist(), strict=True)
+            Candidate(name, tokens, loads(name, now), exchanges, key, transport, promised(name), True, node, room)
+            for name, node, tokens, room in zip(
+                self._names, self._nodes, np.minimum(runs * size, whole).tolist(), self._room(), strict=True
+            )
         ]
         return candidates, int(runs.max(initial=0))
+
+    def _note_missed(self, chain: Chain, candidates: list[Candidate], held_most: int, now: float) -> None:
+        """Learn what of a prompt was given up by all: asked for before, and neither held nor being computed."""
+        size = self.fleet.trace_block_tokens
+        promised = max((each.promise.tokens for each in candidates if each.promise is not None), default=0)
+        held = max(held_most, promised // size)
+        formerly = self.popularity.formerly(chain, held, self.evictions.counts_since(now))
+        if formerly > held:
+            self.evictions.missed((formerly - held) * size, held * size)
+
+    def _room(self) -> list[int]:
+        """Tokens of each cache that hold nothing."""
+        caches = [engine.cache for engine in self.fleet.engines]
+        return [cache.capacity_tokens - cache.used_tokens for cache in caches]
 
     def _listen(self) -> None:
         """Read every table's words, and pass on those that changed."""
@@ -116,6 +137,8 @@ class PeerKV:
     def first_byte(self, job: Job, now: float) -> None:
         """The cost model learns from what was delivered."""
         self.load.first_byte(job.tag, now)
+        given_up = self.fleet.engines[job.replica].cache.evicted_tokens
+        self.evictions.gave_up(self._names[job.replica], 0, given_up, now)
         decision, candidate, asked = self._decisions.pop(job.tag)
         across = job.source is not None and self.fleet.links.across_hosts(job.source, job.replica)
         self.costs.observe(

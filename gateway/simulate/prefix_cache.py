@@ -12,12 +12,23 @@ class PrefixCache:
     `evicted(block)` is called when a block is given up.
     """
 
-    __slots__ = ("_evicted", "_idle", "_idle_tokens", "_tokens", "_users", "cached_tokens", "capacity_tokens", "private_tokens")
+    __slots__ = (
+        "_evicted",
+        "_idle",
+        "_idle_tokens",
+        "_tokens",
+        "_users",
+        "cached_tokens",
+        "capacity_tokens",
+        "evicted_tokens",
+        "private_tokens",
+    )
 
     def __init__(self, capacity_tokens: int, evicted: Callable[[int], None]) -> None:
         self.capacity_tokens = capacity_tokens
         self.cached_tokens = 0
         self.private_tokens = 0
+        self.evicted_tokens = 0
         self._evicted = evicted
         self._tokens: dict[int, int] = {}
         self._users: dict[int, int] = {}
@@ -99,4 +110,5 @@ class PrefixCache:
         del self._users[block]
         self._idle_tokens -= tokens
         self.cached_tokens -= tokens
+        self.evicted_tokens += tokens
         self._evicted(block)

@@ -69,6 +69,11 @@ class Profile:
     engine: EngineProfile = EngineProfile()
     links: LinkProfile = LinkProfile()
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the engines compute on CPUs, as their names tell."""
+        return self.name.startswith("cpu")
+
 
 H200_LLAMA_8B = Profile("h200-llama-8b")
 """H200s with NVLink, vLLM 0.26.0, Llama of the 8B shape in bf16 (BENCHMARKS.md, sections "Two GPUs").

@@ -12,15 +12,17 @@ from gateway.simulate.report import Run, in_a_line
 from gateway.simulate.simulation import Fleet, Simulation
 from gateway.simulate.summary import Setting, decision_cost, summarize
 from gateway.simulate.traces import Conversations, Trace, made_up, read_mooncake, scaled
+from gateway.simulate.workloads import shape_for, workload
 
 OWN_POLICIES = ("peerkv", "peerkv-no-imports")
 REPLICAS_EACH_COPY = 8
 PROGRESS_SECONDS = 5.0
+WORKLOAD_REQUESTS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One run. `trace` None: conversations are made up. `copies` None: one for every 8 replicas."""
+    """One run. `trace` None: a workload, or conversations, are made up. `copies` None: one for every 8 replicas."""
 
     trace: Path | None
     requests_max: int | None
@@ -30,6 +32,7 @@ class Task:
     rate: float
     copies: int | None
     seed: int
+    workload: str = ""
 
 
 def make_run(task: Task, say: Callable[[str], None]) -> Run:
@@ -52,13 +55,15 @@ def make_run(task: Task, say: Callable[[str], None]) -> Run:
 def build_policy(name: str, fleet: Fleet, seed: int) -> Policy:
     """Return the policy of that name for the fleet. Raises KeyError if there is none."""
     if name in OWN_POLICIES:
-        return PeerKV(fleet, imports=name == "peerkv")
+        return PeerKV(fleet, imports=name == "peerkv", device="cpu" if fleet.profile.on_cpu else "cuda")
     return FIELD_POLICIES[name](fleet.replicas, fleet.trace_block_tokens, seed)
 
 
 def _read(task: Task) -> Trace:
     if task.trace is not None:
         return read_mooncake(task.trace, requests_max=task.requests_max)
+    if task.workload:
+        return workload(task.workload, shape_for(task.profile), task.requests_max or WORKLOAD_REQUESTS, task.seed)
     shape = Conversations(conversations=(task.requests_max or 2000) // Conversations().turns)
     return made_up(shape, task.seed)
 

@@ -453,3 +453,40 @@ async def test_an_engines_own_words_send_requests_elsewhere(place: Place) -> Non
     place.tables.writers["a"].tell_load((1, 0, 4000, 0))
     chosen = {(await place.plan([first, *LONG])).replica.name for first in range(4)}
     assert chosen == {"b"}
+
+
+async def test_a_full_cache_is_dear_once_what_it_gave_up_was_asked_for_again(place: Place) -> None:
+    """Until then its price is a belief; a request for what nobody holds any more confirms it, and others soon wear it away."""
+    planner, writer = place.planner, place.tables.writers["a"]
+    await place.plan(LONG)
+    assert planner.evictions.again().tokens == 1.0
+
+    def give_up(tag: int) -> None:
+        writer.count("evictions", 64)
+        writer.deliver(Delivery(tag=tag, arrived_ns=tag * 10**9, first_token_ns=tag * 10**9), "")
+
+    for tag in range(1, 40):
+        give_up(tag)
+    await place.plan(IDS)
+    cheap = planner.evictions.again().tokens
+    assert cheap < 0.1
+    await place.plan(LONG)
+    assert planner.evictions.again().tokens > 2 * cheap
+
+
+async def test_a_prompt_that_somebody_holds_or_computes_was_not_given_up(place: Place) -> None:
+    planner = place.planner
+    planner.started(await place.plan(LONG))
+    place.tables.writers["a"].count("evictions", 1000)
+    place.tables.writers["a"].deliver(Delivery(tag=1, first_token_ns=1), "")
+    await place.plan(IDS)
+    before = planner.evictions.again()
+    await place.plan(LONG)
+    place.tables.hold("b", IDS)
+    await place.plan(IDS)
+    assert planner.evictions.again() == before
+
+
+async def test_a_full_cache_keeps_what_it_has_and_a_free_one_takes_the_prompt(place: Place) -> None:
+    place.tables.hold("a", list(range(9000, 9000 + 250 * 4)))
+    assert [(await place.plan(LONG)).replica.name for _ in range(4)] == ["b"] * 4

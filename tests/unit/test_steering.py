@@ -1,10 +1,12 @@
 """Steering: a table of cases, and properties that hold for every fleet."""
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.costs import CostModel, ModelKey
+from gateway.evictions import Again
 from gateway.load import ReplicaLoad
 from gateway.promises import Promise
 from gateway.steering import Action, Candidate, Decision, PromptView, affinity_weight, steer
@@ -139,6 +141,60 @@ def test_a_hot_prefix_does_not_move_the_others() -> None:
     assert decide(fleet, rate=0.0).replica == "a"
 
 
+ALL_AGAIN = Again(1.0, 8000.0)
+FULL = 0.0
+
+
+@pytest.mark.parametrize(
+    ("ahead", "room", "again", "chosen"),
+    [
+        (6000, FULL, ALL_AGAIN, "a"),  # a copy in a full cache pushes out what will be computed again: waiting is cheaper
+        (6000, FULL, Again(0.5, 4000.0), "a"),
+        (6000, FULL, Again(0.0, 0.0), "b"),  # what goes is not missed
+        (6000, PROMPT, ALL_AGAIN, "b"),  # nothing has to go
+        (6000, PROMPT - 1, ALL_AGAIN, "a"),
+        (40_000, FULL, ALL_AGAIN, "b"),  # its holder is loaded: an idle replica is used all the same
+    ],
+)
+def test_a_copy_in_a_full_cache_costs_what_it_pushes_out(ahead: int, room: float, again: Again, chosen: str) -> None:
+    fleet = [replica("a", 12_000, ahead, room_tokens=FULL), replica("b", room_tokens=room)]
+    assert decide(fleet, again=again).replica == chosen
+
+
+def test_what_is_ahead_of_a_request_takes_its_share_of_the_room() -> None:
+    fleet = [replica("a", 12_000, 6000, room_tokens=FULL), replica("b", 0, 100, room_tokens=PROMPT)]
+    assert decide(fleet, again=ALL_AGAIN).replica == "a"
+    fleet = [replica("a", 12_000, 6000, room_tokens=FULL), replica("b", 0, 100, room_tokens=PROMPT + 100)]
+    assert decide(fleet, again=ALL_AGAIN).replica == "b"
+
+
+def test_a_hot_prefix_is_copied_into_a_full_cache_before_its_holder_queues() -> None:
+    fleet = [replica("a", 15_000, room_tokens=FULL), replica("b", room_tokens=FULL)]
+    hot = decide(fleet, rate=18.0, again=ALL_AGAIN)
+    assert (hot.replica, hot.source) == ("b", "a")
+    assert decide(fleet, rate=0.5, again=ALL_AGAIN).replica == "a"
+
+
+def test_what_nobody_holds_goes_where_nothing_has_to_go() -> None:
+    fleet = [replica("a", room_tokens=FULL), replica("b", room_tokens=PROMPT), replica("c", room_tokens=FULL)]
+    assert {decide(fleet, turn=turn, again=ALL_AGAIN).replica for turn in range(6)} == {"b"}
+
+
+def test_full_caches_share_what_nobody_holds_and_a_little_room_in_one_does_not_matter() -> None:
+    fleet = [replica(name, room_tokens=room) for name, room in (("a", 0.0), ("b", 900.0), ("c", 100.0))]
+    assert [decide(fleet, turn=turn, again=ALL_AGAIN).replica for turn in range(6)] == ["a", "b", "c", "a", "b", "c"]
+
+
+def test_where_others_wait_what_is_computed_again_costs_them_too() -> None:
+    def chosen(waiting_there: int) -> str:
+        crowd = ReplicaLoad(engine_tokens=2000, waiting=waiting_there)
+        busy = [replica(name, load=crowd, room_tokens=FULL, takes=False) for name in "cde"]
+        fleet = [replica("a", 12_000, 14_000, room_tokens=FULL), replica("b", room_tokens=FULL), *busy]
+        return decide(fleet, again=Again(0.5, 4000.0)).replica
+
+    assert (chosen(0), chosen(8)) == ("b", "a")
+
+
 def test_affinity_decides_among_equals_for_what_nobody_holds() -> None:
     fleet = [replica(name) for name in NAMES]
     chosen = {decide(fleet, turn=turn, affinity="conversation").replica for turn in range(7)}
@@ -271,6 +327,36 @@ def test_more_work_on_the_chosen_replica_never_makes_it_expected_sooner(fleet: l
         assert after.replica != before.replica  # a million tokens ahead: everybody else is sooner
 
 
+rooms = st.lists(st.sampled_from([0.0, 100.0, 10_000.0, 1e6]), min_size=len(NAMES), max_size=len(NAMES))
+agains = st.builds(Again, st.floats(0, 1), st.floats(0, 60_000))
+
+
+@given(fleets(), views, rooms, agains)
+def test_neither_room_for_all_nor_what_is_not_missed_changes_a_decision(
+    fleet: list[Candidate], view: PromptView, room: list[float], again: Again
+) -> None:
+    free = [candidate._replace(room_tokens=1e9) for candidate in fleet]
+    full = [candidate._replace(room_tokens=tokens) for candidate, tokens in zip(fleet, room, strict=False)]
+    priced = msgspec.structs.replace(view, again=again)
+    usual = steer(view, fleet, CostModel(), 0.0, 0)
+    assert steer(priced, free, CostModel(), 0.0, 0) == usual
+    assert steer(view, full, CostModel(), 0.0, 0) == usual
+
+
+@given(fleets(), views, rooms, agains)
+def test_the_price_of_what_is_given_up_is_bounded_by_computing_as_much(
+    fleet: list[Candidate], view: PromptView, room: list[float], again: Again
+) -> None:
+    costs = CostModel()
+    full = [candidate._replace(room_tokens=tokens) for candidate, tokens in zip(fleet, room, strict=False)]
+    waiting = sum(candidate.load.waiting for candidate in fleet) / len(fleet)
+    bound = costs.work_seconds(GPU, view.tokens, view.tokens * again.pairs) * (1 + waiting)
+    usual = {option.replica: option for option in steer(view, full, costs, 0.0, 0).options}
+    for option in steer(msgspec.structs.replace(view, again=again), full, costs, 0.0, 0).options:
+        assert option.expected == usual[option.replica].expected  # a price, and no time that anybody waits here
+        assert -1e-9 <= option.score - usual[option.replica].score <= bound + 1e-9
+
+
 class SlowedDown(CostModel):
     """A model of machines that all are slow just now."""
 
@@ -280,6 +366,8 @@ class SlowedDown(CostModel):
 
 @given(fleets(), views, st.integers(0, 100))
 def test_a_pace_changes_what_is_expected_and_no_decision(fleet: list[Candidate], view: PromptView, turn: int) -> None:
+    fleet = [candidate._replace(room_tokens=1000.0 * place) for place, candidate in enumerate(fleet)]
+    view = msgspec.structs.replace(view, again=Again(0.5, 4000.0))
     usual, slow = (steer(view, fleet, costs, 0.0, turn) for costs in (CostModel(), SlowedDown()))
     assert (slow.replica, slow.source, slow.action) == (usual.replica, usual.source, usual.action)
     assert slow.expected.seconds == pytest.approx(1.75 * usual.expected.seconds)

@@ -84,6 +84,14 @@ def test_blocks_of_the_same_content_do_not_push_others_out_of_the_index(tmp_path
         assert len(reader.longest_run(keys)) == len(keys)
 
 
+def test_a_reader_sees_how_many_blocks_were_given_to_others(tmp_path):
+    with closing(writer(tmp_path)) as table, closing(TableReader(table.path)) as reader:
+        assert reader.evicted_blocks() == 0
+        table.publish([3, 9], KEYS[:2])
+        table.count("evictions", table.invalidate([3, 4]))
+        assert (reader.evicted_blocks(), reader.cached_blocks()) == (1, 1)
+
+
 def test_a_block_that_the_index_lost_is_found_again_when_it_is_offered_again(tmp_path):
     with closing(writer(tmp_path)) as table, closing(TableReader(table.path)) as reader:
         table.publish([3, 9], KEYS[:2])
