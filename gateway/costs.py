@@ -185,11 +185,12 @@ class CostModel:
             self._uncertainty = min(max(median(self._errors), UNCERTAINTY_MIN), UNCERTAINTY_MAX)
         pace = self._paces.setdefault(outcome.key, Pace())
         slowed = sqrt(pace.factor(outcome.now))  # so the terms follow what stays, and what goes again moves them by half
+        features = self._features(outcome)
         if not outcome.import_failed:
-            pace.heard(seconds / self._expected(outcome), outcome.now + seconds)
-        self._learn(outcome, slowed)
+            pace.heard(seconds / self._expected(outcome, features), outcome.now + seconds)
+        self._learn(outcome, features, slowed)
 
-    def _expected(self, outcome: Outcome) -> float:
+    def _expected(self, outcome: Outcome, features: tuple[float, ...]) -> float:
         """What the terms say of what was delivered, above 0, whatever the pace."""
         transfer = 0.0
         if outcome.source is not None:
@@ -201,9 +202,9 @@ class CostModel:
                 sharing=outcome.load.importing + 1,
                 device=outcome.key.device,
             )
-        return max(transfer + self._fit(outcome.key).predict(self._features(outcome)), SECONDS_MIN)
+        return max(transfer + self._fit(outcome.key).predict(features), SECONDS_MIN)
 
-    def _learn(self, outcome: Outcome, slowed: float) -> None:
+    def _learn(self, outcome: Outcome, features: tuple[float, ...], slowed: float) -> None:
         """Learn the terms from times that are `slowed` times what they usually are."""
         seconds = outcome.first_byte_seconds / slowed
         imported = outcome.source is not None and outcome.peer_tokens > 0
@@ -212,12 +213,12 @@ class CostModel:
                 self._observe_transfer(outcome, outcome.import_seconds / slowed)
             seconds -= outcome.import_seconds / slowed
         elif imported:  # only the sum is known: the model is believed, and the pair gets the rest
-            rest = seconds - self._fit(outcome.key).predict(self._features(outcome))
+            rest = seconds - self._fit(outcome.key).predict(features)
             self._observe_transfer(outcome, max(rest, seconds * 0.05))
             return
         if seconds > 0:
             fit = self._fit(outcome.key)
-            fit.observe(self._features(outcome), seconds)
+            fit.observe(features, seconds)
             self._terms[outcome.key] = PrefillTerms(*fit.coefficients)
 
     def _features(self, outcome: Outcome) -> tuple[float, ...]:

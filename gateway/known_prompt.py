@@ -57,7 +57,7 @@ class PromptReader:
             return KnownPrompt(None, cacheable=False, tokens=tokens, why_unknown="embeddings are computed whole")
         param, read = ("prompt", self._completion) if endpoint == "completions" else ("messages", self._chat)
         given = body.get(param)
-        characters = _characters(given)
+        characters = len(given) if type(given) is str else _characters(given)
         if self._may_be_quick(given, characters):
             with contextlib.suppress(NotAtOnce):
                 return read(body, characters, self._inline_chars_max)

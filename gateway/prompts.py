@@ -10,8 +10,10 @@ from gateway.token_ids import TokenIds
 
 _MIXED = "must hold strings, token ids, or lists of token ids, and only one of these"
 # With one of these set the engine's answer depends on the text, or on more than the ids, so the prompt goes as it came.
-_TEXT_FIELDS = ("echo", "suffix", "truncate_prompt_tokens", "truncation_side", "prompt_embeds", "return_token_offsets")
-_TEXT_FIELDS_OF_IDS = ("suffix", "truncate_prompt_tokens", "prompt_embeds")
+_TEXT_FIELDS = frozenset(
+    ("echo", "suffix", "truncate_prompt_tokens", "truncation_side", "prompt_embeds", "return_token_offsets")
+)
+_TEXT_FIELDS_OF_IDS = frozenset(("suffix", "truncate_prompt_tokens", "prompt_embeds"))
 
 
 def split_prompts(prompt: object) -> list[str] | list[TokenIds]:
@@ -58,12 +60,12 @@ def _invalid(what: str) -> InvalidRequest:
 
 def depends_on_text(body: Mapping[str, Any]) -> bool:
     """Tell whether a completion's text has to reach the engine as text."""
-    return any(body.get(name) not in (None, False) for name in _TEXT_FIELDS)
+    return any(body[name] not in (None, False) for name in _TEXT_FIELDS & body.keys())
 
 
 def ids_are_the_prompt(body: Mapping[str, Any]) -> bool:
     """Tell whether the engine's prompt is what the prompt's ids say, neither cut nor extended."""
-    return all(body.get(name) is None for name in _TEXT_FIELDS_OF_IDS)
+    return all(body[name] is None for name in _TEXT_FIELDS_OF_IDS & body.keys())
 
 
 def reads_no_cache(body: Mapping[str, Any]) -> bool:

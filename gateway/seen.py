@@ -31,6 +31,7 @@ def _lengths() -> tuple[int, ...]:
 
 LENGTHS = _lengths()
 """Lengths in tokens at which a prompt is known."""
+_SPANS = tuple(pairwise((0, *LENGTHS)))
 
 
 class SeenPrefixes:
@@ -82,7 +83,7 @@ class SeenPrefixes:
         whole = ids if isinstance(ids, TokenIds) else TokenIds.of(ids[: LENGTHS[-1]])
         raw = memoryview(whole.raw)
         found = []
-        for start, end in pairwise((0, *LENGTHS)):
+        for start, end in _SPANS:
             if 4 * end > len(raw):
                 break
             hasher.update(raw[4 * start : 4 * end])
