@@ -8,14 +8,14 @@ from tokenizers import Tokenizer
 
 from gateway.id_cache import IdCache
 from gateway.pages import PAGE_CHARS_MIN, Pages
-from gateway.text_cuts import TextCuts, find_cuts
+from gateway.text_cuts import CHUNK_CHARS_MIN, TextCuts, find_cuts
 from gateway.token_ids import TokenIds
 from gateway.word_ids import WordIds
 
 _logger = logging.getLogger(__name__)
 
-SHORT_CHARS_MAX = 256
-"""A shorter text is put together from its words."""
+SHORT_CHARS_MAX = CHUNK_CHARS_MIN
+"""A shorter text is put together from its pieces."""
 PIECE_CHARS_MIN = 128
 """Pieces of what is new, which are put together from their words if they are new too."""
 PIECED_CHARS_MAX = 8192
@@ -56,7 +56,7 @@ class Encoder:
         self._cache = cache
         self._cuts = cuts
         self._affixes = affixes
-        self._fine = None if cuts is None else cuts.sized(PIECE_CHARS_MIN)
+        self._pieces = cuts.sized(PIECE_CHARS_MIN).chunks if cuts is not None else lambda text: [text]
         self._words = WordIds(self._tokenise, cuts is not None and cuts.places.words, texts_bytes_max // 4)
         self._pages = Pages(texts_bytes_max * 3 // 4, cuts.places.specials if cuts is not None else ())
 
@@ -82,7 +82,8 @@ class Encoder:
         if self._cuts is None:
             return self._parts([text], False, new_chars_max)
         if len(text) <= SHORT_CHARS_MAX:
-            raw = self._words.raw([text], new_chars_max)
+            pieces = [text] if len(text) <= 2 * PIECE_CHARS_MIN else self._pieces(text)
+            raw = self._words.raw(pieces, new_chars_max)
             return None if raw is None else TokenIds(raw)
         start, pages = self._pages.leading(text)
         ids = self._parts(self._cuts.chunks(text[start:]), False, new_chars_max)
@@ -116,9 +117,9 @@ class Encoder:
 
     def _fresh(self, texts: list[str], special: bool) -> list[TokenIds]:
         """Tokenise texts that are not known as they are. Of a few, what is known is looked up in pieces of a line or less."""
-        if special or self._fine is None or sum(map(len, texts)) > PIECED_CHARS_MAX:
+        if special or self._cuts is None or sum(map(len, texts)) > PIECED_CHARS_MAX:
             return self._tokenise(texts, special)
-        return [TokenIds(self._words.raw(self._fine.chunks(text)) or b"") for text in texts]
+        return [TokenIds(self._words.raw(self._pieces(text)) or b"") for text in texts]
 
     def _tokenise(self, texts: list[str], special: bool = False) -> list[TokenIds]:
         return encode_all(self._tokenizer, texts, special)
