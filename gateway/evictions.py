@@ -53,11 +53,13 @@ class Evictions:
         self._since: float | None = None
         self._tokens = 0.0
         self._pairs = 0.0
+        self._again: Again | None = None
 
     def caches(self, capacities: Mapping[str, int]) -> None:
         """These are the replicas now, with the tokens that their caches hold."""
         self._capacities = dict(capacities)
         self._capacity = sum(self._capacities.values())
+        self._again = None
         self._counted = {name: counted for name, counted in self._counted.items() if name in self._capacities}
 
     def delivered(self, replica: str, table: Table, delivery: Delivery) -> None:
@@ -84,6 +86,7 @@ class Evictions:
         self._given_up = self._given_up * fades + new
         self._tokens *= fades
         self._pairs *= fades
+        self._again = None
 
     def counts_since(self, now: float) -> float:
         """What was asked for last at that time or later, and is not held any more, was given up too early."""
@@ -95,9 +98,15 @@ class Evictions:
         """`tokens` behind `behind` others, given up too early, are computed again."""
         self._tokens += tokens
         self._pairs += tokens * (behind + tokens / 2)
+        self._again = None
 
     def again(self) -> Again:
         """For each token that is given up next; nothing before any cache is known."""
+        if self._again is None:
+            self._again = self._reckoned()
+        return self._again
+
+    def _reckoned(self) -> Again:
         believed = BELIEF * self._capacity
         if not believed:
             return NOTHING_AGAIN

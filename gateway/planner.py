@@ -215,6 +215,8 @@ class Planner:
         for candidate in candidates:
             if candidate.promise is not None and candidate.promise.tokens > held:
                 held = candidate.promise.tokens
+        if held >= len(chain) * block_size:
+            return
         formerly = self._popularity.formerly(chain, held // block_size, self.evictions.counts_since(now)) * block_size
         if formerly > held:
             self.evictions.missed(formerly - held, held)
