@@ -242,6 +242,7 @@ async def test_a_request_leaves_nothing_for_the_garbage_collector(door: Door, st
 )
 async def test_a_request_that_fails_leaves_its_body_to_nobody(door: Door, body: bytes, status: int) -> None:
     gc.collect()
+    before = kept()
     gc.disable()
     try:
         for _ in range(3):
@@ -250,7 +251,7 @@ async def test_a_request_that_fails_leaves_its_body_to_nobody(door: Door, body: 
                 assert answer.status == status
                 await answer.read()
         await until(lambda: not door.server.server_state.tasks)
-        assert kept_by_errors() == []
+        assert names_of_new(before) == []
     finally:
         gc.enable()
 
@@ -258,25 +259,34 @@ async def test_a_request_that_fails_leaves_its_body_to_nobody(door: Door, body: 
 async def test_a_client_that_leaves_leaves_its_body_to_nobody(door: Door) -> None:
     body = COMPLETION | {"stream": True, "max_tokens": 1000, "fake": {"token_delay": 0.05}}
     gc.collect()
+    before = kept()
     gc.disable()
     try:
         async with door.session.post(door.url + "/v1/completions", json=body) as answer:
             await answer.content.readany()
         await until(lambda: door.relay.in_flight == 0 and not door.server.server_state.tasks)
-        assert kept_by_errors() == []
+        assert names_of_new(before) == []
     finally:
         gc.enable()
 
 
-def kept_by_errors() -> list[str]:
-    """What of requests is still there: they themselves, and frames of the gateway that an error's traceback holds."""
-    found = []
-    for each in gc.get_objects():
-        if type(each) in (Exchange, Journey):
-            found.append(type(each).__name__)
-        elif type(each) is FrameType and "/gateway/" in each.f_code.co_filename:
-            found.append(each.f_code.co_qualname)
-    return found
+def kept() -> list[Any]:
+    """What of requests is there: they themselves, and frames of the gateway that an error's traceback holds."""
+    return [
+        each
+        for each in gc.get_objects()
+        if type(each) in (Exchange, Journey) or (type(each) is FrameType and "/gateway/" in each.f_code.co_filename)
+    ]
+
+
+def names_of_new(before: list[Any]) -> list[str]:
+    """What is kept now and was not `before`: errors of other tests may still be there."""
+    known = {id(each) for each in before}
+    return [
+        each.f_code.co_qualname if isinstance(each, FrameType) else type(each).__name__
+        for each in kept()
+        if id(each) not in known
+    ]
 
 
 async def test_client_headers_do_not_reach_the_engine(door: Door) -> None:
