@@ -17,6 +17,7 @@ from gateway.cost_priors import PREFILL_FACTORS_MAX, ModelKey, PrefillTerms, dev
 from gateway.fitting import Fit
 from gateway.load import ReplicaLoad
 from gateway.pace import Pace
+from gateway.sampling import Sampling
 from gateway.transfers import Transfers
 
 __all__ = ["CostModel", "CostReport", "ModelKey", "Outcome", "PrefillTerms", "pairs"]
@@ -105,6 +106,7 @@ class CostModel:
         self._kv_token_bytes: dict[str, float] = {}
         self._errors: deque[float] = deque(maxlen=ERRORS_KEPT)
         self._paces: dict[ModelKey, Pace] = {}
+        self._sampling: dict[ModelKey, Sampling] = {}
         self._samples = 0
         self._uncertainty = UNCERTAINTY_MAX
 
@@ -177,7 +179,15 @@ class CostModel:
     # What it learns
 
     def observe(self, outcome: Outcome) -> None:
-        """Learn from an answered request; its import, when it had one, tells of the pair and the rest of the model."""
+        """Learn from an answered request; its import, when it had one, tells of the pair and the rest of the model.
+
+        Imports always count; of other requests of a model only some, if they come faster than it pays to learn from all.
+        """
+        sampling = self._sampling.get(outcome.key)
+        if sampling is None:
+            sampling = self._sampling[outcome.key] = Sampling()
+        if outcome.source is None and not sampling.takes(outcome.now + outcome.first_byte_seconds):
+            return
         self._samples += 1
         seconds = max(outcome.first_byte_seconds, SECONDS_MIN)
         self._errors.append(abs(outcome.expected_seconds - seconds) / seconds)

@@ -99,6 +99,16 @@ class Machine:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("source", [None, "b"])
+def test_of_a_flood_some_are_learnt_from_but_all_imports(source: str | None) -> None:
+    costs = CostModel()
+    for place in range(4000):
+        load, peer = ReplicaLoad(), 0 if source is None else 160
+        costs.observe(Outcome(GPU, "a", source, "cuda_ipc", load, 1000 + place / 1000, 200, 200 - peer, peer, 0.1, 0.1))
+    learnt = costs.report().samples
+    assert learnt == 4000 if source else 900 <= learnt <= 1100
+
+
 @pytest.mark.parametrize("reports", [True, False])
 def test_after_a_hundred_requests_the_median_error_is_small(reports: bool) -> None:
     costs = CostModel()
