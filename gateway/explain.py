@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, Field
 
 from gateway.ledger import Considered, Entry
-from gateway.losses import LossReason, judge
+from gateway.losses import LossReason
 from transport.deliveries import Delivery
 
 _NS = 1e-9
@@ -90,7 +90,7 @@ def explain(request_id: str, entries: Sequence[Entry]) -> Explanation:
 
 def _attempt(entry: Entry) -> Attempt:
     plan = entry.planned
-    loss = entry.loss or judge(entry.case())
+    loss = entry.loss or entry.judged()
     known = entry.settled or bool(entry.deliveries)
     return Attempt(
         time=plan.at,

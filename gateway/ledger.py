@@ -64,19 +64,19 @@ class Planned(msgspec.Struct, frozen=True, gc=False):
     options: tuple[Considered, ...] = ()
 
 
-class Entry(msgspec.Struct, eq=False):
+class Entry(msgspec.Struct, eq=False, gc=False):
     """One attempt. Seconds are since it was sent to its replica; `status` is None while it runs."""
 
     planned: Planned
     sent_at: float
-    deliveries: list[Delivery] = []
+    deliveries: tuple[Delivery, ...] = ()
     first_byte_seconds: float | None = None
     ended_seconds: float | None = None
     status: int | None = None
     loss: Loss | None = None
     settle_until: float = 0.0
-    plain_case: tuple[int, Case] | None = None
-    """What it is judged by without any history, and of how many deliveries that is."""
+    plain_loss: Loss | None = None
+    """What it loses without any history, by the deliveries so far."""
 
     @property
     def settled(self) -> bool:
@@ -90,15 +90,21 @@ class Entry(msgspec.Struct, eq=False):
             return found[0]
         return max(found, key=lambda delivery: delivery.prompt_tokens, default=None)
 
+    def delivered(self, delivery: Delivery) -> None:
+        """The engine's record of one of its prompts and choices."""
+        self.deliveries += (delivery,)
+        self.plain_loss = None
+
+    def judged(self, formerly: int = 0, elsewhere: int = 0) -> Loss:
+        """Judge it by what was delivered so far; see Case for the arguments."""
+        if formerly or elsewhere:
+            return judge(self.case(formerly, elsewhere))
+        if self.plain_loss is None:
+            self.plain_loss = judge(self.case())
+        return self.plain_loss
+
     def case(self, formerly: int = 0, elsewhere: int = 0) -> Case:
         """What the attempt is judged by; see Case for the arguments."""
-        if formerly or elsewhere:
-            return self._case(formerly, elsewhere)
-        if self.plain_case is None or self.plain_case[0] != len(self.deliveries):
-            self.plain_case = (len(self.deliveries), self._case(0, 0))
-        return self.plain_case[1]
-
-    def _case(self, formerly: int, elsewhere: int) -> Case:
         plan, got = self.planned, self.steered
         return Case(
             prompt_tokens=got.prompt_tokens if got else plan.prompt_tokens,
@@ -167,7 +173,7 @@ class Ledger:
         if entry is None:
             self.sums.unmatched_deliveries += delivery.tag != 0
         elif len(entry.deliveries) < DELIVERIES_KEPT:
-            entry.deliveries.append(delivery)
+            entry.delivered(delivery)
             if self._unreported.pop(delivery.tag, None) is not None:
                 self._late.append(entry)
         return entry
@@ -191,6 +197,8 @@ class Ledger:
 
     def due(self, now: float) -> list[Entry]:
         """Ended attempts to settle: whose record came late, or will not come any more."""
+        if not self._late and not self._unreported:
+            return []
         found, self._late = self._late, []
         while self._unreported:
             tag, entry = next(iter(self._unreported.items()))
@@ -204,7 +212,7 @@ class Ledger:
         """Judge an attempt that is over and add it to the sums, once; see Case for the arguments."""
         if entry.loss is not None:
             return entry.loss
-        loss = self._certain(entry) or judge(entry.case(formerly, elsewhere))
+        loss = self._certain(entry) or entry.judged(formerly, elsewhere)
         entry.loss = loss
         sums, plan = self.sums, entry.planned
         sums.settled += 1
@@ -225,8 +233,9 @@ class Ledger:
 
     def _certain(self, entry: Entry) -> Loss | None:
         """What can be said without a record of what the engine did, None if such a record is there or may still come."""
-        if any(delivery.scheduled_ns for delivery in entry.deliveries):
-            return None
+        for delivery in entry.deliveries:
+            if delivery.scheduled_ns:
+                return None
         status, plan = entry.status, entry.planned
         if status in _NOT_SERVED:
             return Loss(LossReason.RETRIED, 0, "the replica did not serve it")

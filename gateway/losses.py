@@ -59,8 +59,13 @@ class Case(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def useful(self) -> int:
-        """Tokens in full blocks; the last token of a prompt is always computed."""
-        return max(0, self.prompt_tokens - 1) // max(1, self.block_size) * self.block_size
+        """The most that could be delivered."""
+        return useful_tokens(self.prompt_tokens, self.block_size)
+
+
+def useful_tokens(prompt_tokens: int, block_size: int) -> int:
+    """Tokens in full blocks; the last token of a prompt is always computed."""
+    return (prompt_tokens - 1) // block_size * block_size if prompt_tokens > 0 and block_size > 0 else 0
 
 
 class Loss(msgspec.Struct, frozen=True, gc=False):
@@ -72,17 +77,19 @@ class Loss(msgspec.Struct, frozen=True, gc=False):
 
 
 NO_LOSS = Loss(LossReason.NONE)
+COLD = Loss(LossReason.COLD, 0, "nobody held any of it")
 
 
 def judge(case: Case) -> Loss:
     """Tell why less was delivered than could have been, the nearest cause first."""
     if not case.reads_cache or case.why is DeliveryReason.READS_NO_CACHE:
         return Loss(LossReason.OFF, 0, "the engine computes this request's prompt whole")
-    if case.delivered >= case.useful:
+    delivered = case.local + case.peer
+    if delivered >= case.useful:
         return NO_LOSS
     if not case.looked_up:
         return _unseen(case)
-    if case.delivered < case.best_available:
+    if delivered < case.best_available:
         return _short(case)
     return _nothing_better(case)
 
@@ -120,10 +127,9 @@ def _short(case: Case) -> Loss:
 
 def _nothing_better(case: Case) -> Loss:
     """All that anybody held when the request was planned was delivered."""
-    if case.formerly > case.delivered and case.formerly >= case.elsewhere:
-        return Loss(LossReason.EVICTED, case.formerly - case.delivered, "no replica holds any more what was computed before")
-    if case.elsewhere > case.delivered:
-        return Loss(LossReason.TENANT_BOUNDARY, case.elsewhere - case.delivered, "blocks of another tenant hold it")
-    if case.delivered == 0:
-        return Loss(LossReason.COLD, 0, "nobody held any of it")
-    return NO_LOSS
+    delivered = case.local + case.peer
+    if case.formerly > delivered and case.formerly >= case.elsewhere:
+        return Loss(LossReason.EVICTED, case.formerly - delivered, "no replica holds any more what was computed before")
+    if case.elsewhere > delivered:
+        return Loss(LossReason.TENANT_BOUNDARY, case.elsewhere - delivered, "blocks of another tenant hold it")
+    return NO_LOSS if delivered else COLD

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from gateway.feed import DeliveryFeed
 from gateway.ledger import Entry, Ledger, Planned
-from gateway.losses import judge
+from gateway.losses import useful_tokens
 from gateway.origins import PROMPTS_BYTES_MAX, Origin, Origins
 from gateway.registry import LookUp
 from gateway.seen import SeenPrefixes
@@ -91,16 +91,20 @@ class Recorder:
 
         Nothing is looked for where the record explains everything; what the attempt computed is remembered.
         """
-        got, case = entry.steered, entry.case()
-        if got is None or origin.ids is None or not got.first_token_ns or case.delivered >= case.useful:
+        got, planned = entry.steered, entry.planned
+        if got is None or origin.ids is None or not got.first_token_ns:
+            return 0, 0
+        block_size, delivered = planned.block_size, got.local_tokens + got.peer_tokens
+        useful = useful_tokens(got.prompt_tokens, block_size)
+        if delivered >= useful:
             return 0, 0
         digests = self._seen.digests(origin.ids, origin.lora)
         formerly = elsewhere = 0
-        if case.delivered >= case.best_available:
-            own, others = self._seen.longest(digests, origin.tenant, entry.sent_at)
-            formerly = min(own, case.useful) // case.block_size * case.block_size
-            if formerly <= case.delivered:
-                elsewhere = self._held_for(others, origin, case.delivered)
+        if delivered >= planned.best_available_tokens // block_size * block_size:
+            own, others = self._seen.longest(digests, origin.tenant, entry.sent_at, delivered)
+            formerly = min(own, useful) // block_size * block_size
+            if formerly <= delivered:
+                formerly, elsewhere = 0, self._held_for(others, origin, delivered) if others else 0
         self._seen.note(digests, origin.tenant, self._clock())
         return formerly, elsewhere
 
@@ -132,4 +136,4 @@ def cache_header(entry: Entry) -> bytes:
         peer += delivery.peer_tokens
         computed += delivery.computed_tokens
     source = f', source="{steered.source}"' if steered.peer_tokens else ""
-    return f"local={local}, peer={peer}, computed={computed}{source}, reason={judge(entry.case()).reason}".encode("latin-1")
+    return f"local={local}, peer={peer}, computed={computed}{source}, reason={entry.judged().reason}".encode("latin-1")

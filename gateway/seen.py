@@ -9,6 +9,7 @@ tokens has 38. What is found is at most a quarter shorter than what was sent.
 """
 
 import secrets
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -61,20 +62,22 @@ class SeenPrefixes:
         while len(known) > self._prefixes_max:
             known.popitem(last=False)
 
-    def longest(self, digests: Sequence[bytes], tenant: str, before: float) -> tuple[int, dict[str, int]]:
-        """Return how many leading tokens were computed for `tenant` by the time `before`, and for each other tenant."""
+    def longest(self, digests: Sequence[bytes], tenant: str, before: float, more_than: int = 0) -> tuple[int, dict[str, int]]:
+        """Return how many leading tokens were computed for `tenant` by the time `before`, and for each other tenant.
+
+        Those of no more than `more_than` tokens are not looked for, and left out.
+        """
         own, others = 0, dict[str, int]()
-        for digest, length in zip(digests, LENGTHS, strict=False):
-            tenants = self._tenants.get(digest)
+        start = bisect_right(LENGTHS, more_than)  # whoever is known at a longer one is remembered at all shorter ones
+        for place in range(start, len(digests)):
+            tenants = self._tenants.get(digests[place])
             if tenants is None:
                 break
-            for name, first in tenants.items():
-                if first > before:
-                    continue
-                if name == tenant:
-                    own = length
-                else:
-                    others[name] = length
+            first = tenants.get(tenant)
+            if first is not None and first <= before:
+                own = LENGTHS[place]
+            if first is None or len(tenants) > 1:
+                others.update((name, LENGTHS[place]) for name, since in tenants.items() if name != tenant and since <= before)
         return own, others
 
     def digests(self, ids: Sequence[int], kind: str = "") -> list[bytes]:

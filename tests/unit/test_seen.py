@@ -68,3 +68,13 @@ def test_equal_digests_mean_equal_beginnings(one: list[int], two: list[int]) -> 
     seen = SeenPrefixes(1, secret=1)
     for length, ours, theirs in zip(LENGTHS, seen.digests(one), seen.digests(two), strict=False):
         assert (ours == theirs) == (one[:length] == two[:length])
+
+
+def test_only_what_is_longer_than_asked_for_is_told() -> None:
+    seen = SeenPrefixes(20)
+    for tenant, tokens in (("one", 200), ("two", 64), ("three", 2000)):
+        seen.note(seen.digests(LONG[:tokens]), tenant, 1.0)
+    own, others = seen.longest(seen.digests(LONG), "one", 2.0)
+    for more_than in (0, 15, 16, 64, own - 1, own, own + 1, 2000, 1 << 30):
+        rest = {name: length for name, length in others.items() if length > more_than}
+        assert seen.longest(seen.digests(LONG), "one", 2.0, more_than) == (own if own > more_than else 0, rest)
