@@ -6,6 +6,7 @@ supplies (costs.py). Differences that the model is not sure of are ties, and a t
 
 from collections.abc import Iterable, Sequence
 from heapq import nsmallest
+from operator import attrgetter
 
 import xxhash
 
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 OPTIONS_SHOWN_MAX = 8
+_SCORE = attrgetter("score")
 
 
 def steer(prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel, now: float, turn: int = 0) -> Decision:
@@ -40,14 +42,14 @@ def steer(prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel,
     if not holding and not others:
         raise ValueError("no candidates")
     doubt = costs.uncertainty()
-    takers = nsmallest(HOLDERS_MAX, holding) + nsmallest(TAKERS_MAX, others)
+    takers = _first(HOLDERS_MAX, holding) + _first(TAKERS_MAX, others)
     options = [weighing.best_option(taker) for taker in takers]
-    best = min(options, key=lambda option: option.score)
+    best = min(options, key=_SCORE)
     if prompt.affinity and not holding:
         chosen = weighing.best_option(_favourite(prompt.affinity, others, doubt * best.score))
     else:
         chosen = _nearest(options, best, doubt)
-    options.sort(key=lambda option: option.score)
+    options.sort(key=_SCORE)
     return Decision(
         chosen.replica,
         chosen.source,
@@ -58,6 +60,14 @@ def steer(prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel,
         _reason(chosen, best, weighing.best_available),
         tuple(options[:OPTIONS_SHOWN_MAX]),
     )
+
+
+def _first(count: int, takers: list[Taker]) -> list[Taker]:
+    """The first by rank, in order."""
+    if len(takers) > count:
+        return nsmallest(count, takers)
+    takers.sort()
+    return takers
 
 
 def affinity_weight(affinity: str, replica: str) -> int:

@@ -42,25 +42,51 @@ class _Way(NamedTuple):
     action: Action
 
 
+class _Model:
+    """What one model's times are made of at this moment, and those that were reckoned for the prompt, by its cached tokens."""
+
+    __slots__ = ("again", "decode_step", "decodes_full", "free", "pace", "prefills", "terms", "waits", "works")
+
+    def __init__(self, key: ModelKey, costs: CostModel, now: float) -> None:
+        kind = device_kind(key)
+        self.pace = costs.pace(key, now)
+        """One factor for all replicas with that model: it changes what is expected, and nothing in whom it is expected of."""
+        self.terms = costs.terms(key)
+        self.decode_step = self.terms.decode_step
+        self.free = kind.free_tokens
+        self.decodes_full = kind.decodes_full
+        self.prefills: dict[int, float] = {}
+        self.works: dict[int, float] = {}
+        self.waits: dict[bool, float] = {}
+        self.again: float | None = None
+
+
 class Weighing:
     """Weighs `candidates` for `prompt` at `now`, CLOCK_MONOTONIC seconds."""
+
+    __slots__ = ("_candidates", "_costs", "_models", "_now", "_prompt", "_sources", "_useful", "best_available")
 
     def __init__(self, prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel, now: float) -> None:
         self._prompt = prompt
         self._costs = costs
         self._now = now
-        self._useful = max(0, prompt.tokens - 1)  # at least one token is always computed
+        self._useful = useful = max(0, prompt.tokens - 1)  # at least one token is always computed
         self._candidates = candidates
-        self._prefills: dict[tuple[ModelKey, int], float] = {}
-        self._works: dict[tuple[ModelKey, int], float] = {}
-        sources = [candidate for candidate in candidates if candidate.held_tokens > 0]
-        sources.sort(key=lambda holder: (-holder.held_tokens, holder.load.reading, holder.name))
+        self._models: dict[ModelKey, _Model] = {}
+        available = 0
+        sources = []
+        for candidate in candidates:
+            if candidate[1] > 0:
+                sources.append(candidate)
+            promise = candidate.promise
+            if promise is not None and promise.tokens > available:
+                available = promise.tokens
+        if len(sources) > 1:
+            sources.sort(key=lambda holder: (-holder.held_tokens, holder.load.reading, holder.name))
+        if sources and sources[0].held_tokens > available:
+            available = sources[0].held_tokens
         self._sources = sources
-        self._paces: dict[ModelKey, float] = {}
-        self._waits: dict[tuple[ModelKey, bool], float] = {}
-        self._again: dict[ModelKey, float] = {}
-        promised = max((candidate.promise.tokens for candidate in candidates if candidate.promise is not None), default=0)
-        self.best_available = min(max(promised, sources[0].held_tokens if sources else 0), self._useful)
+        self.best_available = min(available, useful)
 
     def takers(self, turn: int) -> tuple[list[Taker], list[Taker]]:
         """Return all replicas that may get the request: those with some of the prefix, and the others.
@@ -68,24 +94,27 @@ class Weighing:
         By rank, holders of more come first, then those with less in front of the request; `turn` rotates among equals.
         """
         costs, now, decode_seconds, useful = self._costs, self._now, self._prompt.decode_seconds, self._useful
-        names = [candidate.name for candidate in self._candidates]
+        names = sorted([candidate[0] for candidate in self._candidates])
         chance = _by_chance([candidate.load.requests for candidate in self._candidates if candidate.takes])
-        pivot = sorted(names)[turn % len(names)] if names else ""
+        pivot = names[turn % len(names)] if names else ""
         holding: list[Taker] = []
         others: list[Taker] = []
         for candidate in self._candidates:
             name, held, load, _, key, _, promise, takes, _, _ = candidate
             if not takes:
                 continue
-            queue = costs.queue_seconds(key, load, now) * self._pace(key) if load.busy else 0.0
-            ahead, crowd = queue, 0.0
-            if load.requests and decode_seconds:
-                each = decode_seconds * self._pace(key) / device_kind(key).decodes_full
-                ahead, crowd = queue + each * load.requests, each * max(0.0, load.requests - chance)
+            model = self._models.get(key) or self._model(key)
+            queue = costs.queue_seconds(key, load, now) * model.pace if load.busy else 0.0
+            ahead, crowd, requests = queue, 0.0, load.requests
+            if requests and decode_seconds:
+                each = decode_seconds * model.pace / model.decodes_full
+                ahead = queue + each * requests
+                if requests > chance:
+                    crowd = each * (requests - chance)
             if promise is not None and promise.tokens > held:
                 held = promise.tokens
             if held:
-                local = min(held, useful)
+                local = held if held < useful else useful
                 holding.append(Taker((-local, ahead, name < pivot, name), queue, crowd, local, candidate))
             else:
                 others.append(Taker((0, ahead, name < pivot, name), queue, crowd, 0, candidate))
@@ -93,45 +122,30 @@ class Weighing:
 
     def best_option(self, taker: Taker) -> Option:
         """The best that can be done on `taker`; an import only if it is sooner than computing."""
-        candidate, local = taker.candidate, taker.local_tokens
-        prefill = self._prefill(candidate, local)
-        best = _Way(
-            prefill + _price(candidate) * self._work(candidate.key, local),
-            0.0,
-            prefill,
-            local,
-            None,
-            Action.HIT if local else Action.RECOMPUTE,
-        )
-        for source in self._readable(candidate, local):
-            way = self._import(candidate, local, source)
-            if way.score < best.score and way.transfer + way.prefill < prefill:
-                best = way
-        peer = best.cached - local
-        pace = self._pace(candidate.key)
-        expected = Expected(
-            taker.queue_seconds,
-            best.transfer * pace,
-            best.prefill * pace,
-            local,
-            peer,
-            self._prompt.tokens - best.cached,
-        )
-        later = self._evictions(candidate, local)
-        if self._prompt.rate > 0 and self.best_available:
-            wait = self._wait(candidate.key, local == 0)
+        _, queue, crowd, local, candidate = taker
+        prompt, model = self._prompt, self._models[candidate.key]
+        pace, prefill = model.pace, self._prefill(model, candidate, local)
+        score, transfer, computing, cached = self._priced(prefill, model, candidate, local), 0.0, prefill, local
+        source, action = None, Action.HIT if local else Action.RECOMPUTE
+        if candidate.exchanges_with and self._sources and self._sources[0].held_tokens > local:
+            for readable in self._readable(candidate, local):
+                way = self._import(model, candidate, local, readable)
+                if way.score < score and way.transfer + way.prefill < prefill:
+                    score, transfer, computing, cached, source, action = way
+        later = 0.0 if candidate.room_tokens == inf else self._evictions(model, candidate, local)
+        if prompt.rate > 0 and self.best_available:
+            wait = self._wait(model, local == 0)
             if later and not local:  # what a copy spares those who ask for it soon pays for what it pushes out
-                spared = self._wait(candidate.key, one_more=False) - wait
-                later = max(0.0, later - spared * self._prompt.rate * FADE_SECONDS)
+                spared = self._wait(model, one_more=False) - wait
+                later = max(0.0, later - spared * prompt.rate * FADE_SECONDS)
             later += wait
-        score = (best.score + later) * pace + taker.queue_seconds + taker.crowd_seconds
         return Option(
             candidate.name,
-            best.source.name if best.source is not None else None,
-            best.action,
-            best.cached if best.action is Action.SPLIT else None,
-            expected,
-            score,
+            source.name if source is not None else None,
+            action,
+            cached if action is Action.SPLIT else None,
+            Expected(queue, transfer * pace, computing * pace, local, cached - local, prompt.tokens - cached),
+            (score + later) * pace + queue + crowd,
         )
 
     def _readable(self, taker: Candidate, local: int) -> list[Candidate]:
@@ -143,7 +157,7 @@ class Weighing:
                 found.append(source)
         return found
 
-    def _import(self, taker: Candidate, local: int, source: Candidate) -> _Way:
+    def _import(self, model: _Model, taker: Candidate, local: int, source: Candidate) -> _Way:
         """The best way to import from `source`: all it holds, or the head up to where computing the rest begins to cost.
 
         The time is linear or concave in the cut on both sides of that place, so the best cut is there or at an end.
@@ -152,80 +166,68 @@ class Weighing:
         fixed, a_token = self._costs.transfer_terms(taker.name, source.name, transport, taker.key.device)
         a_token *= 1 + max(taker.load.importing, source.load.reading)
         held = min(source.held_tokens, self._useful)
-        transfer, prefill = fixed + a_token * (held - local), self._prefill(taker, held)
-        whole = _Way(
-            transfer + prefill + _price(taker) * self._work(taker.key, held), transfer, prefill, held, source, Action.PULL
-        )
+        transfer, prefill = fixed + a_token * (held - local), self._prefill(model, taker, held)
+        whole = _Way(self._priced(transfer + prefill, model, taker, held), transfer, prefill, held, source, Action.PULL)
         size = self._prompt.block_size
-        cut = (self._prompt.tokens - self._costs.free_tokens(taker.key)) // size * size
+        cut = (self._prompt.tokens - model.free) // size * size
         if not local < cut < held:
             return whole
-        transfer, prefill = fixed + a_token * (cut - local), self._prefill(taker, cut)
-        split = _Way(
-            transfer + prefill + _price(taker) * self._work(taker.key, cut), transfer, prefill, cut, source, Action.SPLIT
-        )
+        transfer, prefill = fixed + a_token * (cut - local), self._prefill(model, taker, cut)
+        split = _Way(self._priced(transfer + prefill, model, taker, cut), transfer, prefill, cut, source, Action.SPLIT)
         return split if split.score < whole.score - SPLIT_GAIN_SECONDS_MIN else whole
 
-    def _prefill(self, taker: Candidate, cached: int) -> float:
-        key, new = taker.key, self._prompt.tokens - cached
-        known = self._prefills.get((key, cached))
+    def _model(self, key: ModelKey) -> _Model:
+        known = self._models[key] = _Model(key, self._costs, self._now)
+        return known
+
+    def _prefill(self, model: _Model, taker: Candidate, cached: int) -> float:
+        new = self._prompt.tokens - cached
+        known = model.prefills.get(cached)
         if known is None:
-            known = self._prefills[key, cached] = self._costs.prefill_seconds(key, cached, new)
+            known = model.prefills[cached] = self._costs.prefill_seconds(taker.key, cached, new)
         decoding = taker.load.decoding
-        return known + self._costs.terms(key).decode_step * decoding * new / CHUNK_TOKENS if decoding else known
+        return known + model.decode_step * decoding * new / CHUNK_TOKENS if decoding else known
 
-    def _work(self, key: ModelKey, cached: int) -> float:
-        known = self._works.get((key, cached))
-        if known is None:
-            new = max(0, self._prompt.tokens - cached - self._costs.free_tokens(key))
-            known = self._works[key, cached] = self._costs.work_seconds(key, new, pairs(cached, new))
-        return known
+    def _priced(self, seconds: float, model: _Model, taker: Candidate, cached: int) -> float:
+        """`seconds`, and what its computing costs others: as much for each request that waits there, as all wait longer."""
+        waiting = taker.load.waiting
+        if not waiting:
+            return seconds
+        work = model.works.get(cached)
+        if work is None:
+            new = max(0, self._prompt.tokens - cached - model.free)
+            work = model.works[cached] = self._costs.work_seconds(taker.key, new, pairs(cached, new))
+        return seconds + waiting * work
 
-    def _pace(self, key: ModelKey) -> float:
-        """One factor for all replicas with that model: it changes what is expected, and nothing in whom it is expected of."""
-        known = self._paces.get(key)
-        if known is None:
-            known = self._paces[key] = self._costs.pace(key, self._now)
-        return known
-
-    def _evictions(self, taker: Candidate, local: int) -> float:
+    def _evictions(self, model: _Model, taker: Candidate, local: int) -> float:
         """What it costs later that a full cache gives up others' KV for what it lacks of the prompt, however that comes.
 
         All of it or nothing: whichever of the full ones has a little room would get everything.
         """
-        room = taker.room_tokens
-        if room == inf:
-            return 0.0
         new, load = self._prompt.tokens - local, taker.load
-        if new + max(load.tokens, load.engine_tokens) <= room:
+        tokens = load.tokens
+        if new + (load.engine_tokens if load.engine_tokens > tokens else tokens) <= taker.room_tokens:
             return 0.0
-        return new * self._a_token_again(taker.key)
+        if model.again is None:
+            model.again = self._a_token_again(taker.key)
+        return new * model.again
 
     def _a_token_again(self, key: ModelKey) -> float:
         """Seconds for each token given up: those that it takes to compute it again if it must be, for all that will wait."""
-        known = self._again.get(key)
-        if known is None:
-            waiting = sum(candidate.load.waiting for candidate in self._candidates) / len(self._candidates)
-            seconds = self._costs.work_seconds(key, *self._prompt.again)
-            known = self._again[key] = seconds * (1 + waiting)
-        return known
+        waiting = sum(candidate.load.waiting for candidate in self._candidates) / len(self._candidates)
+        return self._costs.work_seconds(key, *self._prompt.again) * (1 + waiting)
 
-    def _wait(self, key: ModelKey, one_more: bool) -> float:
+    def _wait(self, model: _Model, one_more: bool) -> float:
         """The wait to expect of further requests for a hot prefix: less once one replica more holds it."""
-        known = self._waits.get((key, one_more))
+        known = model.waits.get(one_more)
         if known is None:
             prompt, available = self._prompt, self.best_available
             new = prompt.tokens - available
-            work = self._costs.work_seconds(key, new, pairs(available, new))
-            service = work + prompt.decode_seconds / device_kind(key).decodes_full
+            work = model.terms.new_token * new + model.terms.pair * pairs(available, new)
+            service = work + prompt.decode_seconds / model.decodes_full
             busy = min(prompt.rate * service / (max(1, len(self._sources)) + one_more), BUSY_MAX)
-            known = self._waits[key, one_more] = service * busy / (2 * (1 - busy))  # M/D/1
+            known = model.waits[one_more] = service * busy / (2 * (1 - busy))  # M/D/1
         return known
-
-
-def _price(taker: Candidate) -> float:
-    """What a second of computing costs others: one for each request that waits there, as they all wait that much longer."""
-    return float(taker.load.waiting)
 
 
 def _by_chance(requests: Sequence[int]) -> float:
@@ -233,5 +235,7 @@ def _by_chance(requests: Sequence[int]) -> float:
 
     Such a difference goes as it came. A copy of a prefix made for it would stay, and push others out of the cache.
     """
-    mean = sum(requests) / max(1, len(requests))
+    if not requests:
+        return 0.0
+    mean = sum(requests) / len(requests)
     return mean + CHANCE_DEVIATIONS * sqrt(mean)
