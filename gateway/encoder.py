@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from gateway.id_cache import IdCache
-from gateway.pages import PAGE_CHARS_MIN, Pages
+from gateway.pages import LEAF_CHARS_MIN, PAGE_CHARS_MIN, Page, Pages
 from gateway.text_cuts import CHUNK_CHARS_MIN, TextCuts, find_cuts
 from gateway.token_ids import TokenIds
 from gateway.word_ids import WordIds
@@ -21,7 +21,7 @@ PIECE_CHARS_MIN = 128
 PIECED_CHARS_MAX = 8192
 """A longer new text is mostly new: its words would only fill the cache."""
 TEXTS_BYTES_MAX = 64 << 20
-"""Texts that are found by comparing them: a quarter of it words, the rest pages."""
+"""Texts that are found by comparing them: a quarter of it words, a quarter leaves, the rest pages."""
 FEW = 4
 """So many short texts are tokenised one by one before it pays to wake other cores."""
 FEW_CHARS_MAX = 1024
@@ -58,7 +58,9 @@ class Encoder:
         self._affixes = affixes
         self._pieces = cuts.sized(PIECE_CHARS_MIN).chunks if cuts is not None else lambda text: [text]
         self._words = WordIds(self._tokenise, cuts is not None and cuts.places.words, texts_bytes_max // 4)
-        self._pages = Pages(texts_bytes_max * 3 // 4, cuts.places.specials if cuts is not None else ())
+        specials = cuts.places.specials if cuts is not None else ()
+        self._pages = Pages(texts_bytes_max // 2, specials)
+        self._leaves = Pages(texts_bytes_max // 4, specials, LEAF_CHARS_MIN)
 
     @property
     def cuts_texts(self) -> bool:
@@ -85,16 +87,31 @@ class Encoder:
             pieces = [text] if len(text) <= 2 * PIECE_CHARS_MIN else self._pieces(text)
             raw = self._words.raw(pieces, new_chars_max)
             return None if raw is None else TokenIds(raw)
-        start, pages = self._pages.leading(text)
-        ids = self._parts(self._cuts.chunks(text[start:]), False, new_chars_max)
-        return TokenIds.joined([*pages, ids]) if ids is not None and pages else ids
+        begin, pages = self._pages.leading(text)
+        start, leaves = self._leaves.leading(text, begin)
+        if start - begin >= PAGE_CHARS_MIN:
+            self._keep_page_of(leaves, text, begin)
+        rest = self._cuts.chunks(text[start:] if start else text)
+        ids = self._parts(rest, False, new_chars_max)
+        return TokenIds.joined([*[page.ids for page in (*pages, *leaves)], ids]) if ids is not None and start else ids
+
+    def _keep_page_of(self, leaves: Sequence[Page], text: str, start: int) -> None:
+        """Make a page of the first leaves at `start`, of those that are long enough together."""
+        texts, ends = list[str](), start
+        for leaf in leaves:
+            texts.append(leaf.text[: leaf.chars])
+            ends += leaf.chars
+            if ends - start >= PAGE_CHARS_MIN:
+                break
+        if ends < len(text):
+            self._pages.keep(texts, [leaf.ids for leaf in leaves[: len(texts)]], text[ends : ends + LEAF_CHARS_MIN])
 
     def _parts(self, texts: list[str], special: bool, new_chars_max: int | None) -> TokenIds | None:
         sha256, kind = hashlib.sha256, b"\1" if special else b""
         keys = [sha256(text.encode()).digest() + kind for text in texts]
         parts = self._cache.get(keys)
         unknown = next((place for place, ids in enumerate(parts) if ids is None), len(parts))
-        if unknown > 1:
+        if unknown and len(texts) > 1:
             self._keep_pages(texts, parts, unknown)
         if unknown < len(parts):
             new = {key: text for key, text, ids in zip(keys, texts, parts, strict=True) if ids is None}
@@ -107,13 +124,16 @@ class Encoder:
 
     def _keep_pages(self, texts: list[str], parts: list[TokenIds | None], known: int) -> None:
         """Make pages of the first `known` chunks, which were seen before: of a text that comes for the second time."""
+        known_ids = [part for part in parts[:known] if part is not None]
         first = chars = 0
-        for place in range(min(known, len(texts) - 1)):
+        last = min(known, len(texts) - 1)
+        for place in range(last):
             chars += len(texts[place])
             if chars >= PAGE_CHARS_MIN:
-                ids = [part for part in parts[first : place + 1] if part is not None]
-                self._pages.keep(texts[first : place + 1], ids, texts[place + 1])
+                self._pages.keep(texts[first : place + 1], known_ids[first : place + 1], texts[place + 1])
                 first, chars = place + 1, 0
+        if chars >= LEAF_CHARS_MIN:
+            self._leaves.keep(texts[first:last], known_ids[first:last], texts[last])
 
     def _fresh(self, texts: list[str], special: bool) -> list[TokenIds]:
         """Tokenise texts that are not known as they are. Of a few, what is known is looked up in pieces of a line or less."""

@@ -16,11 +16,13 @@ from gateway.token_ids import TokenIds
 
 PAGE_CHARS_MIN = 16384
 """A page ends with the first chunk that makes it so long."""
+LEAF_CHARS_MIN = 2048
+"""What is no page behind the pages is kept as a shorter one, a leaf, if it is so long."""
 ENTRY_BYTES = 900
 """What a page takes beside its text and its ids: its samples, the objects, and its place in an ordered dictionary."""
 REPLACED_EVERY = 8
 """One page in so many takes the place of another one that looks the same, so that those that come by turns cost little."""
-_SAMPLES = tuple(PAGE_CHARS_MIN * part // 5 for part in range(5))
+_SAMPLES = 5
 _SAMPLE_CHARS = 24
 _serials = count(1)
 
@@ -40,11 +42,14 @@ class Page(msgspec.Struct, frozen=True, gc=False, eq=False):
 class Pages:
     """At most `bytes_max` bytes of them, least recently used out first. Thread safe.
 
-    Of pages that look the same in all samples one is kept. `specials` are those that texts are cut before.
+    Of pages that look the same in all samples, taken of the first `chars_min` characters, one is kept: what both begin
+    with if that is long enough, else one of the two. `specials` are those that texts are cut before.
     """
 
-    def __init__(self, bytes_max: int, specials: Sequence[str] = ()) -> None:
+    def __init__(self, bytes_max: int, specials: Sequence[str] = (), chars_min: int = PAGE_CHARS_MIN) -> None:
         self._bytes_max = bytes_max
+        self._chars_min = chars_min
+        self._sampled = tuple(slice(at, at + _SAMPLE_CHARS) for at in range(0, chars_min, -(-chars_min // _SAMPLES)))
         self._special_chars = {special[0]: max(map(len, specials)) for special in specials}
         self._pages: OrderedDict[str, Page] = OrderedDict()
         self._bytes = 0
@@ -54,31 +59,36 @@ class Pages:
     def __len__(self) -> int:
         return len(self._pages)
 
-    def leading(self, text: str) -> tuple[int, list[TokenIds]]:
-        """Return how many characters of `text` are pages, and the ids of these, page by page."""
-        start, found = 0, list[TokenIds]()
+    def leading(self, text: str, start: int = 0) -> tuple[int, list[Page]]:
+        """Return where the pages of `text` from `start` on end, and these."""
+        found = list[Page]()
         with self._lock:
-            while len(text) - start > PAGE_CHARS_MIN:
-                samples = _samples(text, start)
+            while len(text) - start > self._chars_min:
+                samples = self._samples(text[start : start + self._chars_min] if start else text)
                 page = self._pages.get(samples)
                 if page is None or not text.startswith(page.text, start):
                     break
                 self._pages.move_to_end(samples)
-                found.append(page.ids)
+                found.append(page)
                 start += page.chars
         return start, found
 
     def keep(self, chunks: Sequence[str], ids: Sequence[TokenIds], behind: str) -> None:
-        """Keep `chunks`, more than PAGE_CHARS_MIN characters, as a page with their ids; `behind` is the chunk behind them."""
-        text = "".join(chunks)
-        samples = _samples(text, 0)
+        """Keep `chunks`, of `chars_min` characters or more, as a page with their ids; `behind` is the chunk behind them."""
+        samples = self._samples(chunks[0] if len(chunks[0]) >= self._chars_min else "".join(chunks))
         with self._lock:
             former = self._pages.get(samples)
             if former is not None:
-                self._alike += 1
-                if self._alike % REPLACED_EVERY:
-                    return
+                common, chars = _common(chunks, former.text)
+                if self._chars_min <= chars < former.chars and common < len(chunks):
+                    behind = chunks[common]
+                    chunks, ids = chunks[:common], ids[:common]
+                else:
+                    self._alike += 1
+                    if self._alike % REPLACED_EVERY:
+                        return
                 self._bytes -= self._pages.pop(samples).held_bytes
+            text = "".join(chunks)
             behind = behind[: self._special_chars.get(behind[0], 2)]  # two: a space and a letter
             raw = b"".join([part.raw for part in ids])
             page = Page(text + behind, len(text), TokenIds(raw, serial=next(_serials).to_bytes(8, "little")))
@@ -88,6 +98,15 @@ class Pages:
                 _, oldest = self._pages.popitem(last=False)
                 self._bytes -= oldest.held_bytes
 
+    def _samples(self, text: str) -> str:
+        return "".join([text[place] for place in self._sampled])
 
-def _samples(text: str, start: int) -> str:
-    return "".join([text[start + at : start + at + _SAMPLE_CHARS] for at in _SAMPLES])
+
+def _common(chunks: Sequence[str], text: str) -> tuple[int, int]:
+    """How many leading chunks are what `text` begins with, and how many characters these have."""
+    chars = 0
+    for place, chunk in enumerate(chunks):
+        if not text.startswith(chunk, chars):
+            return place, chars
+        chars += len(chunk)
+    return len(chunks), chars

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from gateway.chains import ChainCache
 from gateway.encoder import Encoder, make_encoder
 from gateway.id_cache import IdCache
-from gateway.pages import PAGE_CHARS_MIN, REPLACED_EVERY, Pages
+from gateway.pages import LEAF_CHARS_MIN, PAGE_CHARS_MIN, REPLACED_EVERY, Pages
 from gateway.token_ids import TokenIds
 from tests.unit.test_text_cuts import whole
 from tests.unit.tokenizer_kinds import CUT, tokenizer_of
@@ -23,6 +23,11 @@ def long_text(seed: int, chars: int) -> str:
     while sum(map(len, parts)) < chars:
         parts.append(" ".join(source.choices(FRAGMENTS, k=20)))
     return " ".join(parts)
+
+
+def leading(pages: Pages, text: str) -> tuple[int, list[TokenIds]]:
+    end, found = pages.leading(text)
+    return end, [page.ids for page in found]
 
 
 def seen(tokenizer: Tokenizer, *texts: str) -> Encoder:
@@ -68,7 +73,7 @@ def test_pages_are_bounded_in_bytes_and_the_least_recently_used_go_first() -> No
     pages, ids = Pages(3 * (PAGE_CHARS_MIN + 2000)), TokenIds.of(range(10))
     for text in texts[:3]:
         pages.keep([text[:-5]], [ids], text[-5:])
-    assert pages.leading(texts[0]) == (PAGE_CHARS_MIN + 5, [ids])
+    assert leading(pages, texts[0]) == (PAGE_CHARS_MIN + 5, [ids])
     pages.keep([texts[3][:-5]], [ids], texts[3][-5:])
     assert [len(pages.leading(text)[1]) for text in texts] == [1, 0, 1, 1]
 
@@ -78,10 +83,10 @@ def test_of_pages_that_look_the_same_one_is_kept_and_replaced_after_a_while() ->
     pages = Pages(1 << 20)
     pages.keep([text + "old"], [ids], " y")
     for _ in range(REPLACED_EVERY):
-        assert pages.leading(text + "new y") == (0, [])
+        assert leading(pages, text + "new y") == (0, [])
         pages.keep([text + "new"], [ids], " y")
-    assert pages.leading(text + "new y") == (PAGE_CHARS_MIN + 3, [ids])
-    assert (len(pages), pages.leading(text + "old y")) == (1, (0, []))
+    assert leading(pages, text + "new y") == (PAGE_CHARS_MIN + 3, [ids])
+    assert (len(pages), leading(pages, text + "old y")) == (1, (0, []))
 
 
 def test_the_keys_of_pages_are_the_chains() -> None:
@@ -99,3 +104,37 @@ def test_the_keys_of_pages_are_the_chains() -> None:
                         found = cache.chain(root, whole_ids, blocks, block_size, "xxh3_128")
                         expected = chain_keys(root, whole_ids[: blocks * block_size], block_size)
                         assert found.keys.tolist() == expected.tolist()
+
+
+def test_what_is_no_page_is_a_leaf_and_gets_the_ids_of_the_whole_however_it_goes_on() -> None:
+    tokenizer, text = tokenizer_of("Llama 3"), long_text(5, 3 * LEAF_CHARS_MIN)
+    encoder = make_encoder(tokenizer, IdCache(64 << 20))
+    for tail in (" one", " two"):
+        encoder.encode(text + tail, False)
+    chars, found = encoder._leaves.leading(text + " three")
+    assert (len(encoder._pages), len(found)) == (0, 1)
+    assert chars >= 2 * LEAF_CHARS_MIN
+    for place in (*range(chars - 3, chars + 4), 1, LEAF_CHARS_MIN + 1, len(text)):
+        for behind in ("", "Z", " z", "\nA", "<|im_start|>", "\u0308", "<|im_"):
+            for known in (text[:place] + behind, text[:place] + behind + text[place:]):
+                assert encoder.encode(known, False) == whole(tokenizer, known)
+
+
+def test_texts_with_a_beginning_in_common_share_its_leaf() -> None:
+    tokenizer, common = tokenizer_of("Llama 3"), long_text(6, 2 * LEAF_CHARS_MIN)
+    encoder = make_encoder(tokenizer, IdCache(64 << 20))
+    texts = [f"{common} {long_text(seed, 3 * LEAF_CHARS_MIN)}" for seed in (7, 8, 9)]
+    for text in texts * 3:
+        assert encoder.encode(text, False) == whole(tokenizer, text)
+    found = [encoder._leaves.leading(text)[1] for text in texts]
+    assert [len(leaves) for leaves in found] == [2, 2, 2]
+    assert found[0][0] is found[1][0] is found[2][0]
+
+
+def test_a_conversation_that_grows_leaf_by_leaf_becomes_pages() -> None:
+    tokenizer, text = tokenizer_of("Llama 3"), long_text(10, 3 * PAGE_CHARS_MIN)
+    encoder = make_encoder(tokenizer, IdCache(64 << 20))
+    for end in range(2 * LEAF_CHARS_MIN, len(text), 2 * LEAF_CHARS_MIN):
+        for _ in range(2):
+            assert encoder.encode(text[:end], False) == whole(tokenizer, text[:end])
+    assert encoder._pages.leading(text)[0] > PAGE_CHARS_MIN
