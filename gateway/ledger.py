@@ -164,7 +164,7 @@ class Ledger:
         if len(attempts) > ATTEMPTS_KEPT:
             self._forget(attempts[0])
         if len(self._entries) > self._requests_max:
-            self._forget(next(iter(self._entries.values())))
+            self._forget(self._entries.popitem(last=False)[1])
         return entry
 
     def delivered(self, delivery: Delivery) -> Entry | None:
@@ -255,8 +255,9 @@ class Ledger:
         if self._unreported.pop(plan.tag, None) is not None:
             self._late.append(entry)  # its record would not find it any more
         attempts = self._by_request[plan.request_id]
-        attempts.remove(entry)
-        if not attempts:
+        if len(attempts) > 1:
+            attempts.remove(entry)
+        else:
             del self._by_request[plan.request_id]
         self.sums.dropped += not entry.settled
 

@@ -34,6 +34,9 @@ LENGTHS = _lengths()
 """Lengths in tokens at which a prompt is known."""
 _SPANS = tuple(pairwise((0, *LENGTHS)))
 
+Marks = tuple[tuple[str, float], ...]
+"""Tenants with the time by which they first had it, the last to come last."""
+
 
 class SeenPrefixes:
     """At most `prefixes_max` digests, least recently seen out first."""
@@ -41,24 +44,25 @@ class SeenPrefixes:
     def __init__(self, prefixes_max: int, secret: int | None = None) -> None:
         self._prefixes_max = prefixes_max
         self._secret = secrets.randbits(64) if secret is None else secret
-        self._tenants: OrderedDict[bytes, dict[str, float]] = OrderedDict()
+        self._marks: OrderedDict[bytes, Marks] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._tenants)
+        return len(self._marks)
 
     def note(self, digests: Sequence[bytes], tenant: str, now: float) -> None:
         """Remember that a prompt of `tenant` with these `digests` was computed by `now`, in seconds of any one clock."""
-        known = self._tenants
+        known, mark = self._marks, ((tenant, now),)
         for digest in reversed(digests):  # so that of a prefix the front is the last to be forgotten
-            before = known.get(digest)
-            if before is None:
-                known[digest] = {tenant: now}
+            marks = known.get(digest)
+            if marks is None:
+                known[digest] = mark
+                continue
+            for name, _ in marks:
+                if name == tenant:
+                    break
             else:
-                if tenant not in before:
-                    before[tenant] = now
-                    if len(before) > TENANTS_KEPT:
-                        del before[next(iter(before))]
-                known.move_to_end(digest)
+                known[digest] = (marks + mark)[-TENANTS_KEPT:]
+            known.move_to_end(digest)
         while len(known) > self._prefixes_max:
             known.popitem(last=False)
 
@@ -70,14 +74,16 @@ class SeenPrefixes:
         own, others = 0, dict[str, int]()
         start = bisect_right(LENGTHS, more_than)  # whoever is known at a longer one is remembered at all shorter ones
         for place in range(start, len(digests)):
-            tenants = self._tenants.get(digests[place])
-            if tenants is None:
+            marks = self._marks.get(digests[place])
+            if marks is None:
                 break
-            first = tenants.get(tenant)
-            if first is not None and first <= before:
-                own = LENGTHS[place]
-            if first is None or len(tenants) > 1:
-                others.update((name, LENGTHS[place]) for name, since in tenants.items() if name != tenant and since <= before)
+            for name, since in marks:
+                if since > before:
+                    continue
+                if name == tenant:
+                    own = LENGTHS[place]
+                else:
+                    others[name] = LENGTHS[place]
         return own, others
 
     def digests(self, ids: Sequence[int], kind: str = "") -> list[bytes]:

@@ -254,6 +254,9 @@ class TableReader:
         newest, rows = self._deliveries.read(after)
         if not rows:
             return newest, []
+        if len(rows) == 1:  # the usual case
+            only = delivery(rows[0], self._peers.names() if source_place(rows[0]) else [])
+            return newest, [only] if only is not None else []
         names = self._peers.names() if any(source_place(words) for words in rows) else []
         found = (delivery(words, names) for words in rows)
         return newest, [each for each in found if each is not None]
