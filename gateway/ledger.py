@@ -106,13 +106,14 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     def case(self, formerly: int = 0, elsewhere: int = 0) -> Case:
         """What the attempt is judged by; see Case for the arguments."""
         plan, got = self.planned, self.steered
+        size = plan.block_size  # predictions count in whole blocks, as engines deliver them
         return Case(
             prompt_tokens=got.prompt_tokens if got else plan.prompt_tokens,
-            block_size=plan.block_size,
-            predicted_local=_whole_blocks(plan.local_tokens, plan.block_size),
-            predicted_peer=_whole_blocks(plan.peer_tokens, plan.block_size),
-            best_available=_whole_blocks(plan.best_available_tokens, plan.block_size),
-            best_held=_whole_blocks(plan.best_held_tokens, plan.block_size),
+            block_size=size,
+            predicted_local=plan.local_tokens // size * size,
+            predicted_peer=plan.peer_tokens // size * size,
+            best_available=plan.best_available_tokens // size * size,
+            best_held=plan.best_held_tokens // size * size,
             local=got.local_tokens if got else 0,
             peer=got.peer_tokens if got else 0,
             looked_up=plan.looked_up,
@@ -260,7 +261,3 @@ class Ledger:
         else:
             del self._by_request[plan.request_id]
         self.sums.dropped += not entry.settled
-
-
-def _whole_blocks(tokens: int, block_size: int) -> int:
-    return tokens // block_size * block_size

@@ -130,10 +130,10 @@ def cache_header(entry: Entry) -> bytes:
     steered = entry.steered
     if steered is None or not steered.scheduled_ns:
         return b""
-    local = peer = computed = 0
-    for delivery in entry.deliveries:
-        local += delivery.local_tokens
-        peer += delivery.peer_tokens
-        computed += delivery.computed_tokens
+    local, peer, computed = steered.local_tokens, steered.peer_tokens, steered.computed_tokens
+    if len(entry.deliveries) > 1:
+        local = sum(delivery.local_tokens for delivery in entry.deliveries)
+        peer = sum(delivery.peer_tokens for delivery in entry.deliveries)
+        computed = sum(delivery.computed_tokens for delivery in entry.deliveries)
     source = f', source="{steered.source}"' if steered.peer_tokens else ""
     return f"local={local}, peer={peer}, computed={computed}{source}, reason={entry.judged().reason}".encode("latin-1")
