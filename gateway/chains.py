@@ -44,6 +44,8 @@ class ChainCache:
             return EMPTY
         last, rest, found, place, parts = root, b"", list[bytes](), 0, ids.parts
         left = blocks * block_size * 4
+        if len(parts) == 1 and blocks < SECTION_BLOCKS and not parts[0].serial:
+            return Chain(hash_blocks(root, parts[0].raw[:left], block_size, hash_name))
         if len(parts) > 1 and len(parts[0]) < block_size and not parts[0].serial:  # what begins every text
             rest, place = parts[0].raw, 1
             left -= len(rest)

@@ -56,6 +56,8 @@ _BUCKET_BYTES = 4 * WAYS
 _SLOTS = struct.Struct(f"={WAYS}I").unpack_from
 _VERIFIED = 16
 """Places of a chain that was found by halving, evenly spread, at which it is verified."""
+_ENDS_MAX = 4096
+"""Chains of which it is remembered where they ended, to look there first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ class TableReader:
         self._key_words = self._keys.reshape(-1).data
         self._index_at = layout.index
         self._head = self._words.data
+        self._ends: dict[int, int] = {}
         self._newest = self._words[NEWEST_OFFSET // 8 :].data
         self._told = (b"", EngineLoad())
         self.fingerprint = fingerprint_digest(self.description.fingerprint)
@@ -193,16 +196,36 @@ class TableReader:
         low, high = 0, blocks  # the block at low is held, that at high is not or does not exist
         if holds(words[2 * high - 2], words[2 * high - 1]):
             low = high
+        else:
+            low, high = self._near_end(words, high)
         while high - low > 1:
             middle = (low + high) // 2
             if holds(words[2 * middle], words[2 * middle + 1]):
                 low = middle
             else:
                 high = middle
-        step = max(1, high // _VERIFIED)
-        if all(holds(words[2 * place], words[2 * place + 1]) for place in range(step, high, step)):
-            return high
-        return len(self.longest_run(np.asarray(words[: 2 * high]).reshape(-1, 2)))
+        if len(self._ends) >= _ENDS_MAX:
+            self._ends.clear()
+        self._ends[words[0]] = high
+        step = 2 * max(1, high // _VERIFIED)
+        for place in range(step, 2 * high, step):
+            if not holds(words[place], words[place + 1]):
+                return len(self.longest_run(np.asarray(words[: 2 * high]).reshape(-1, 2)))
+        return high
+
+    def _near_end(self, words: memoryview, blocks: int) -> tuple[int, int]:
+        """Return a block that is held and a later one that is not: next to each other if the run ends where the last one did.
+
+        That is the last one with the same first block; of `words`, the first block is held, and the one before `blocks` is not.
+        """
+        end = self._ends.get(words[0], 0)
+        if not 1 < end < blocks:
+            return 0, blocks - 1
+        if not self._holds(words[2 * end - 2], words[2 * end - 1]):
+            return 0, end - 1
+        if self._holds(words[2 * end], words[2 * end + 1]):
+            return end, blocks - 1
+        return end - 1, end
 
     def _holds(self, low: int, high: int) -> bool:
         """Tell whether the block under the key of these two words is held."""

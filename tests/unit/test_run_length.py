@@ -55,6 +55,17 @@ def test_a_gap_as_wide_as_the_places_verified_are_apart_is_seen(
     assert reader.held_blocks(words(KEYS)) == len(reader.longest_run(KEYS)) == gap
 
 
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.tuples(st.integers(0, BLOCKS), st.integers(0, BLOCKS)), min_size=2, max_size=6))
+def test_where_a_run_ended_before_misleads_nobody(table: tuple[TableWriter, TableReader], runs: list[tuple[int, int]]) -> None:
+    made, reader = table
+    for held, asked in runs:
+        made.clear()
+        made.publish(range(held), KEYS[:held])
+        chain = np.concatenate([KEYS[:asked], OTHERS[:20]])
+        assert reader.held_blocks(words(chain)) == min(held, asked)
+
+
 def test_an_index_that_points_outside_of_the_table_is_a_miss(table: tuple[TableWriter, TableReader]) -> None:
     made, reader = table
     made.publish([0], KEYS[:1])
