@@ -15,7 +15,7 @@ from gateway.word_ids import WordIds
 _logger = logging.getLogger(__name__)
 
 SHORT_CHARS_MAX = CHUNK_CHARS_MIN
-"""A shorter text is put together from its pieces."""
+"""A shorter text, or what is left of one behind its pages, is put together from pieces."""
 PIECE_CHARS_MIN = 128
 """Pieces of what is new, which are put together from their words if they are new too."""
 PIECED_CHARS_MAX = 8192
@@ -84,16 +84,22 @@ class Encoder:
         if self._cuts is None:
             return self._parts([text], False, new_chars_max)
         if len(text) <= SHORT_CHARS_MAX:
-            pieces = [text] if len(text) <= 2 * PIECE_CHARS_MIN else self._pieces(text)
-            raw = self._words.raw(pieces, new_chars_max)
-            return None if raw is None else TokenIds(raw)
+            return self._short(text, new_chars_max)
         begin, pages = self._pages.leading(text)
         start, leaves = self._leaves.leading(text, begin)
         if start - begin >= PAGE_CHARS_MIN:
             self._keep_page_of(leaves, text, begin)
-        rest = self._cuts.chunks(text[start:] if start else text)
-        ids = self._parts(rest, False, new_chars_max)
+        rest = text[start:] if start else text
+        if len(rest) <= SHORT_CHARS_MAX:
+            ids = self._short(rest, new_chars_max)
+        else:
+            ids = self._parts(self._cuts.chunks(rest), False, new_chars_max)
         return TokenIds.joined([*[page.ids for page in (*pages, *leaves)], ids]) if ids is not None and start else ids
+
+    def _short(self, text: str, new_chars_max: int | None) -> TokenIds | None:
+        pieces = [text] if len(text) <= 2 * PIECE_CHARS_MIN else self._pieces(text)
+        raw = self._words.raw(pieces, new_chars_max)
+        return None if raw is None else TokenIds(raw)
 
     def _keep_page_of(self, leaves: Sequence[Page], text: str, start: int) -> None:
         """Make a page of the first leaves at `start`, of those that are long enough together."""
