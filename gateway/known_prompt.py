@@ -93,7 +93,8 @@ class PromptReader:
         special = body.get("add_special_tokens", True)
         try:
             ids = [self._encode(prompt, special, new_chars_max) if isinstance(prompt, str) else prompt for prompt in prompts]
-            self._check_length("prompt", max(map(len, ids)), certain)
+            longest = ids[0] if len(ids) == 1 else max(ids, key=len)
+            self._check_length("prompt", len(longest), certain)
         except TextTooLong as long:
             self._check_length("prompt", long.tokens_min, certain)
             return unknown(str(long))
@@ -102,7 +103,6 @@ class PromptReader:
         sent: Sequence[Any] | None = None
         if text and certain and not depends_on_text(body) and all(ids):
             sent = ids[0] if isinstance(body["prompt"], str) else ids
-        longest = max(ids, key=len)
         return KnownPrompt(longest, sent, certain, cacheable, len(prompts), len(longest))
 
     def _encode(self, prompt: str, special: object, new_chars_max: int | None) -> TokenIds:

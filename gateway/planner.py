@@ -173,9 +173,10 @@ class Planner:
     def _candidates(
         self, ready: Mapping[str, Replica], asked: Asked, look_up: LookUp, tables: Mapping[str, Table], now: float
     ) -> list[Candidate]:
-        promises: dict[str, Promise] = {}
+        promises: Mapping[str, Promise] = {}
         for chain, block_size in look_up.chains:
-            promises.update(self.load.promised(chain, block_size))
+            promised = self.load.promised(chain, block_size)
+            promises = {**promises, **promised} if promises else promised
         holdings, load, pinned, imports = look_up.holdings, self.load.load, asked.pinned, self._imports
         found = []
         for name, key, table in self._standing(ready, tables):

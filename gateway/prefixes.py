@@ -26,6 +26,8 @@ def _all_depths() -> list[int]:
 
 
 _DEPTHS = _all_depths()
+_SPANS = tuple(slice(depth * KEY_BYTES - KEY_BYTES, depth * KEY_BYTES) for depth in reversed(_DEPTHS))
+"""Where the key of each depth is, from the last one to the first."""
 
 
 def counted_depths(blocks: int) -> list[int]:
@@ -76,19 +78,20 @@ class PrefixCounts:
     def note(self, chain: Chain, block_size: int, now: float) -> None:
         """Count one request whose prompt has the keys of `chain`; `now` is Unix time in seconds."""
         blocks, raw = self._blocks, chain.raw
-        depths = counted_depths(len(chain))[: self._blocks_max]
+        find, move_to_end = blocks.get, blocks.move_to_end
+        place = min(len(counted_depths(len(chain))), self._blocks_max)
         # From the end to the front, so that of a prefix the front is the last to be forgotten.
-        for place in range(len(depths) - 1, -1, -1):
-            end = depths[place] * KEY_BYTES
-            key = raw[end - KEY_BYTES : end]
-            block = blocks.get(key)
+        for span in _SPANS[-place:] if place else ():
+            place -= 1
+            key = raw[span]
+            block = find(key)
             if block is None:
-                above = depths[place - 1] * KEY_BYTES if place else 0
-                blocks[key] = _Block(depths[place], block_size, raw[max(0, above - KEY_BYTES) : above], 1, now)
+                parent = raw[_SPANS[-place]] if place else b""
+                blocks[key] = _Block(_DEPTHS[place], block_size, parent, 1, now)
             else:
                 block.requests += 1
                 block.last_used = now
-                blocks.move_to_end(key)
+                move_to_end(key)
         while len(blocks) > self._blocks_max:
             blocks.popitem(last=False)
 

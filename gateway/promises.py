@@ -78,10 +78,10 @@ class Promises:
             computed = self._computed[tag]
             if computed.block_size != block_size:
                 continue
-            tokens, ready_at = shared_blocks(computed.chain, chain) * block_size, computed.ready_at
             known = found.get(computed.replica)
-            if known is None or (-tokens, ready_at) < (-known.tokens, known.ready_at):
-                found[computed.replica] = Promise(tokens, tag, ready_at)
+            tokens = shared_blocks(computed.chain, chain) * block_size
+            if known is None or tokens > known.tokens or (tokens == known.tokens and computed.ready_at < known.ready_at):
+                found[computed.replica] = Promise(tokens, tag, computed.ready_at)
 
 
 def shared_blocks(ours: Chain, theirs: Chain) -> int:

@@ -60,12 +60,12 @@ def _invalid(what: str) -> InvalidRequest:
 
 def depends_on_text(body: Mapping[str, Any]) -> bool:
     """Tell whether a completion's text has to reach the engine as text."""
-    return any(body[name] not in (None, False) for name in _TEXT_FIELDS & body.keys())
+    return not _TEXT_FIELDS.isdisjoint(body) and any(body[name] not in (None, False) for name in _TEXT_FIELDS & body.keys())
 
 
 def ids_are_the_prompt(body: Mapping[str, Any]) -> bool:
     """Tell whether the engine's prompt is what the prompt's ids say, neither cut nor extended."""
-    return all(body[name] is None for name in _TEXT_FIELDS_OF_IDS & body.keys())
+    return _TEXT_FIELDS_OF_IDS.isdisjoint(body) or all(body[name] is None for name in _TEXT_FIELDS_OF_IDS & body.keys())
 
 
 def reads_no_cache(body: Mapping[str, Any]) -> bool:
