@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.engines import Engines
 from bench.field_arms import FieldArm, command
 from bench.field_flags import NUMBERED, parse, write_chat_model
-from bench.field_report import Figures, about, as_json, figures_of, markdown
+from bench.field_report import Figures, about, as_json, figures_of, from_json, markdown
 from bench.machine import StartFailed, free_ports
 from bench.open_loop import Player
 from bench.routers import install
@@ -149,6 +149,10 @@ def main() -> int:
     """Measure and print; status 1 when something failed."""
     given = parse()
     console = Console(width=150, stderr=True)
+    if given.show is not None:
+        shown, where = from_json(json.loads(given.show.read_text()))
+        print(markdown(shown, shown[0].arm, where))
+        return 0
     if given.install:
         install(given.venv, console)
     runs = given.rounds * len(given.arms) * len(given.workloads)

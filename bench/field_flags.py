@@ -74,6 +74,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--venv", type=Path, default=cache / "bench-routers", help="the other routers' environment")
     parser.add_argument("--install", action="store_true", help="make that environment first")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, after each run")
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="measure nothing: print the tables of a JSON file made before"
+    )
     for field in fields(Size):
         flag = "--" + field.name.replace("_", "-")
         values = f"cpu: {getattr(CPU_SIZE, field.name):g}; gpu: {getattr(GPU_SIZE, field.name):g}"
@@ -95,7 +98,7 @@ def _filled(given: argparse.Namespace) -> argparse.Namespace:
     given.arms = _chosen(given.arms, ARMS) if given.arms else list(GPU_ARMS if gpu else CPU_ARMS)
     given.workloads = _chosen(given.workloads, WORKLOADS) if given.workloads else list(WORKLOADS)
     given.numbered = given.numbered or (gpu and not given.model)
-    given.model = given.model or ("" if gpu else default_model())
+    given.model = given.model or ("" if gpu or given.show else default_model())
     given.run_seconds = given.size.seconds + OVERHEAD_SECONDS
     return given
 

@@ -155,3 +155,8 @@ def _gpus() -> str:
 def as_json(figures: Sequence[Figures], failed: Sequence[str], said: dict[str, Any]) -> dict[str, Any]:
     """What is written to the JSON file."""
     return {"about": said, "failed": list(failed), "runs": [asdict(run) for run in figures]}
+
+
+def from_json(told: dict[str, Any]) -> tuple[list[Figures], dict[str, Any]]:
+    """What as_json made, back again: the figures, and where they were measured."""
+    return [Figures(**(run | {"counts": Counts(**run["counts"])})) for run in told["runs"]], told["about"]

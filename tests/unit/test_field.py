@@ -12,7 +12,7 @@ from aiohttp import web
 from bench.engines import Counts, parse_counts
 from bench.field_arms import CPU_ARMS, PEERKV, PEERKV_ALONE, ROUND_ROBIN
 from bench.field_flags import CPU_SIZE, NUMBERED, parse, write_chat_model
-from bench.field_report import figures_of, markdown
+from bench.field_report import as_json, figures_of, from_json, markdown
 from bench.open_loop import Player, Sample
 from bench.policy_relay import place
 from bench.workloads import TURNS, WORKLOADS, Talk, Turn, Workload, conversations, hot, shared
@@ -180,6 +180,17 @@ def test_ratios_are_taken_within_a_round() -> None:
     table = markdown([*runs("peerkv", 1.0, 10.0), *runs("other", 2.0, 30.0)], "peerkv", said)
     row = next(line for line in table.splitlines() if line.startswith("| other"))
     assert row.split("|")[2].strip() == "2.5 (2 to 3)"
+
+
+def test_what_was_written_as_json_is_read_again() -> None:
+    samples = [Sample(0.0, 0.5, 1.0, 8, 100), Sample(0.1, 0.7, 1.2, 8, 100)]
+    runs = [
+        replace(figures_of(arm, "hot", turn, samples, 2.0, Counts(computed=120 + turn, local=80)), ledger={"settled": 2})
+        for turn in range(2)
+        for arm in ("peerkv", "relay sticky")
+    ]
+    written = json.loads(json.dumps(as_json(runs, ["a failure"], {"date": "today"})))
+    assert from_json(written) == (runs, {"date": "today"})
 
 
 def test_arms_and_workloads_can_be_chosen() -> None:
