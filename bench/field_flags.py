@@ -74,9 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--venv", type=Path, default=cache / "bench-routers", help="the other routers' environment")
     parser.add_argument("--install", action="store_true", help="make that environment first")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, after each run")
-    parser.add_argument(
-        "--show", type=Path, metavar="FILE", help="measure nothing: print the tables of a JSON file made before"
-    )
+    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing, print the tables of such a file")
     for field in fields(Size):
         flag = "--" + field.name.replace("_", "-")
         values = f"cpu: {getattr(CPU_SIZE, field.name):g}; gpu: {getattr(GPU_SIZE, field.name):g}"
