@@ -1,0 +1,191 @@
+"""What planning and accounting cost a request, step by step, in process: `python -m bench.planning --model DIR`.
+
+The planner, the tokenizer, the ledger and two replicas' block tables are the real ones; an engine's part is a record in its
+table that says what was delivered. Each prompt is one of eight known documents and a question that was never asked before; 32
+are in flight. Figures are microseconds of this process, the 20th percentile, since others use the same caches and cores.
+`--profile` prints where the time goes, by cProfile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import os
+import pstats
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bench.cases import Case, Endpoint, bodies, documents
+from bench.decision import BLOCK_SIZE, FIELDS, ROOT, StandingFleet
+from bench.field_flags import default_model
+from bench.report import quantile
+from gateway.body import decode_body
+from gateway.ledger import Entry, Ledger
+from gateway.model_files import TokenizerSource
+from gateway.parity import KindVerdict, Parity, ParityVerdict
+from gateway.plan import Plan
+from gateway.plan_witness import PlanWitness
+from gateway.planner import Planner
+from gateway.recent import RecentTables
+from gateway.recorder import Recorder
+from gateway.seen import SeenPrefixes
+from gateway.settings import load
+from gateway.tenants import ANONYMOUS
+from gateway.tokens import TokenService
+from gateway.witness import Asked
+from transport.deliveries import Delivery
+from transport.directory import TableDirectory
+from transport.keys import chain_keys
+from transport.table_layout import Description
+from transport.table_writer import TableWriter
+
+NAMES = ("replica-0", "replica-1")
+BLOCKS = 1 << 16
+IN_FLIGHT = 32
+CASES: tuple[tuple[str, int, Endpoint], ...] = (
+    ("small", 200, "completions"),
+    ("small chat", 200, "chat"),
+    ("16 KB", 16 << 10, "completions"),
+    ("16 KB chat", 16 << 10, "chat"),
+    ("220 KB", 220 << 10, "completions"),
+)
+STEPS = ("plan", "sent", "first byte", "ended")
+T = TypeVar("T")
+
+
+class Steps:
+    """A planner and a witness over tables that hold the documents; `seconds` has the times of each of STEPS."""
+
+    def __init__(self, stack: ExitStack, service: TokenService, characters: int, endpoint: Endpoint) -> None:
+        self.seconds: dict[str, list[float]] = {step: [] for step in STEPS}
+        self._endpoint: Endpoint = endpoint
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix="peerkv-planning-")))
+        self._writers: dict[str, TableWriter] = {}
+        for name in NAMES:
+            about = Description(name, os.getpid(), "xxh3_128", "shared_memory", "ok", FIELDS, ())
+            self._writers[name] = stack.enter_context(closing(TableWriter(directory, about, BLOCK_SIZE, BLOCKS)))
+        tables = stack.enter_context(closing(TableDirectory(directory)))
+        settings = load()
+        self._planner = Planner(StandingFleet(directory, list(NAMES)), RecentTables(tables), service, settings)
+        self._planner.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
+        ledger, seen = Ledger(settings.ledger_requests_max), SeenPrefixes(settings.ledger_prefixes_max)
+        recorder = Recorder(ledger, seen, self._planner.feed, self._planner.registry, lambda name: "")
+        self._witness = PlanWitness(recorder, self._planner)
+        self._flying: deque[tuple[Plan, Entry]] = deque()
+        self._number = 0
+        used = dict.fromkeys(NAMES, 0)
+        for number, text in enumerate(documents(characters)):
+            name = NAMES[number % len(NAMES)]
+            messages = {"messages": [{"role": "user", "content": text}]}
+            ids = service.encode(text) if endpoint == "completions" else service.encode_chat(messages)
+            keys = chain_keys(ROOT, ids, BLOCK_SIZE)
+            self._writers[name].publish(range(used[name], used[name] + len(keys)), keys)
+            used[name] += len(keys)
+
+    def request(self, body: dict[str, Any]) -> None:
+        """Plan one more request; what came IN_FLIGHT requests before is answered first."""
+        if len(self._flying) == IN_FLIGHT:
+            self._answer()
+        self._number += 1
+        plan = self._timed("plan", lambda: self._planned(body))
+        asked = Asked(f"id-{self._number}", self._endpoint, "", "model")
+
+        def sent() -> Entry:
+            self._planner.started(plan)
+            return self._witness.sent(plan, asked)
+
+        self._flying.append((plan, self._timed("sent", sent)))
+
+    def _planned(self, body: dict[str, Any]) -> Plan:
+        work = self._planner.plan(self._endpoint, body, ANONYMOUS)
+        try:
+            work.send(None)
+        except StopIteration as stop:
+            plan: Plan = stop.value
+        else:
+            raise RuntimeError("the prompt was tokenised in a thread: it is not like one that was seen before")
+        if plan.prompt is not None:
+            plan.prompt.text  # noqa: B018  the ids as JSON, as the relay sends them
+        return plan
+
+    def _answer(self) -> None:
+        plan, entry = self._flying.popleft()
+        self._deliver(plan)
+
+        def first_byte() -> None:
+            self._planner.first_byte(plan)
+            self._witness.first_byte(entry)
+
+        def ended() -> None:
+            self._planner.finished(plan)
+            self._witness.ended(entry, 200)
+
+        self._timed("first byte", first_byte)
+        self._timed("ended", ended)
+
+    def _deliver(self, plan: Plan) -> None:
+        now, expected = time.monotonic_ns(), plan.decision.expected
+        delivery = Delivery(
+            tag=plan.tag,
+            arrived_ns=now - 30_000_000,
+            asked_ns=now - 30_000_000,
+            scheduled_ns=now - 29_000_000,
+            first_token_ns=now,
+            prompt_tokens=plan.prompt_tokens,
+            local_tokens=expected.local_tokens,
+            peer_tokens=expected.peer_tokens,
+            computed_tokens=expected.computed_tokens,
+        )
+        self._writers[plan.replica.name].deliver(delivery, "shared_memory")
+
+    def _timed(self, step: str, work: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        result = work()
+        self.seconds[step].append(time.perf_counter() - began)
+        return result
+
+
+def run(steps: Steps, source: Iterator[bytes], requests: int) -> None:
+    """Plan and answer `requests` requests; the bodies are read beforehand."""
+    for body in [decode_body(next(source)) for _ in range(requests)]:
+        steps.request(body)
+
+
+def main() -> int:
+    """Measure and print a table; status 1 when the model has no tokenizer."""
+    parser = argparse.ArgumentParser(prog="bench.planning", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", default="", help="directory with the tokenizer (default: peerkv's default model)")
+    parser.add_argument("--rounds", type=int, default=12, help="of 300 small, 100 of 16 KB, 40 of 220 KB (default: 12)")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, by function")
+    given = parser.parse_args()
+    service = TokenService(TokenizerSource(given.model or default_model()))
+    if not (state := service.load()).loaded:
+        print(f"bench.planning: {state.reason}", file=sys.stderr)
+        return 1
+    print(f"| prompt | {' | '.join(STEPS)} | in all |\n|{'---|' * (len(STEPS) + 2)}")
+    for name, characters, endpoint in CASES:
+        requests = 300 if characters < 10_000 else 100 if characters < 100_000 else 40
+        with ExitStack() as stack:
+            steps = Steps(stack, service, characters, endpoint)
+            source = bodies(Case(name, characters, IN_FLIGHT), "tail", endpoint, 1 << 20)
+            run(steps, source, requests)  # nobody's first requests count
+            steps.seconds = {step: [] for step in STEPS}
+            profile = cProfile.Profile() if given.profile else None
+            with profile or nullcontext():
+                for _ in range(given.rounds):
+                    run(steps, source, requests)
+            found = [quantile(steps.seconds[step], 0.2) * 1e6 for step in STEPS]
+            print(f"| {name} | {' | '.join(f'{each:.0f}' for each in found)} | {sum(found):.0f} |", flush=True)
+            if profile is not None:
+                pstats.Stats(profile).sort_stats("tottime").print_stats(30)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
