@@ -138,7 +138,7 @@ class Settings(BaseSettings):
         8192, ge=0, description="more text that was not seen before is tokenised in a thread, off the event loop"
     )
     send_chat_ids: bool = Field(
-        False, description="vLLM 0.32 and later: send a chat's token ids with it, for the engine to render and tokenise nothing"
+        True, description="vLLM 0.32 and later: send a chat's token ids with it, for the engine to render and tokenise nothing"
     )
     key_cache_bytes_max: int = Field(32 << 20, ge=0, description="block keys of prompts seen before; a million take 19 MB")
     text_cache_bytes_max: int = Field(
