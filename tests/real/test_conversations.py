@@ -51,3 +51,22 @@ def test_turn_two_of_a_chat_imports_prompt_and_answer(fleet, client, words):
     fleet.flush()
     cold = turn(messages, "replica-1", 20)
     assert second.choices[0].message.content == cold.choices[0].message.content
+
+
+def test_a_chats_token_ids_stand_for_its_messages_in_the_engine(fleet, words):
+    asked, other = ({"role": "user", "content": words.text(200)} for _ in range(2))
+    body = {"model": fleet.model, "temperature": 0, "max_tokens": 12}
+
+    def told(client, message, headers=None, **more) -> tuple[str, int]:
+        answer = client.post("/v1/chat/completions", json=body | {"messages": [message]} | more, headers=headers)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["message"]["content"], answer.json()["usage"]["prompt_tokens"]
+
+    with fleet.socket_client("replica-0") as engine:
+        ids = engine.post("/tokenize", json={"model": fleet.model, "messages": [asked]}).json()["tokens"]
+        plain = told(engine, asked)
+        by_ids = told(engine, other, kv_transfer_params={"prompt_token_ids": ids})
+    through = told(fleet.client, asked, fleet.headers() | {"x-peerkv-replica": "replica-0"})
+    assert plain[1] == len(ids)
+    assert by_ids == plain
+    assert through == plain
