@@ -112,7 +112,10 @@ def start(stack: ExitStack, directory: Path, model: Path, rust: str, tokens_max:
     engine += ["--max-model-len", str(tokens_max + 1024), "--max-num-batched-tokens", "8192", "--enforce-eager"]
     where = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # threads that wait for each other disturb more than help
+    env |= {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     if rust:
         argv = [rust, "serve", str(model), *where, "--python", sys.executable, "--", *engine]
         env |= {"PYTHONPATH": str(_named_vllm(directory))}

@@ -103,9 +103,13 @@ class Cycle:
         if self.complete or self.left:
             return
         self.left = True
+        self._parts.clear()
+        self.unread_bytes = 0
         self._wake()
         if self.on_left is not None:
             self.on_left()
+        if self.task is None:  # it was never run
+            self.scope["extensions"].pop(EXTENSION, None)
 
     async def run(self, app: Asgi, running: set[asyncio.Task[None]]) -> None:
         """Have the application answer. What it raises is a defect: it is logged, and a client that got nothing gets a 500.

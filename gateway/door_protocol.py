@@ -71,6 +71,7 @@ class DoorProtocol(asyncio.Protocol):
         self._url = b""
         self._headers: RawHeaders = []
         self._expects_continue = False
+        self._begins_behind = False
         self._in_message = False
         self._rejected = False
         self._known: KnownHead | None = None
@@ -107,6 +108,8 @@ class DoorProtocol(asyncio.Protocol):
         self._head_timer = self._stall_timer = None
         self._goes_on()
         self._client_left()
+        # These refer to this connection: without them it is gone at once, and not when the collector finds it.
+        self._cycle = self._upload = self._parser = None
 
     def data_received(self, data: bytes) -> None:
         while data and not self._rejected:
@@ -184,6 +187,9 @@ class DoorProtocol(asyncio.Protocol):
     # Called by the parser.
 
     def on_message_begin(self) -> None:
+        # A head that begins behind another message, in the same piece: from here on we are within it.
+        self._begins_behind = self._head_bytes == 0
+        self._head_bytes = self._head_bytes or 1
         self._url = b""
         self._headers = []
         self._expects_continue = False
@@ -203,8 +209,9 @@ class DoorProtocol(asyncio.Protocol):
         if self._parser.should_upgrade():
             return  # the head comes once more, without
         self._in_message = True
-        # Bytes of a body may have come with the head, so only a suspicion leads to the exact count.
-        if self._head_bytes > self.head_bytes_max and self._parsed_head_bytes() > self.head_bytes_max:
+        # Bytes of a body may have come with the head, or the head behind others': only a suspicion leads to the exact count.
+        suspicious = self._begins_behind or self._head_bytes > self.head_bytes_max
+        if suspicious and self._parsed_head_bytes() > self.head_bytes_max:
             self._reject(HeadTooLarge(self.head_bytes_max))
         if self._rejected:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from uvicorn.server import ServerState
 
 from gateway import door_protocol
-from gateway.cycle import Receive, Scope, Send
+from gateway.cycle import Cycle, Receive, Scope, Send
 from gateway.known_head import HEAD_BYTES_MAX, KnownHead
 from gateway.server import build_server
 from gateway.settings import Settings
@@ -110,12 +111,52 @@ async def test_whatever_is_sent_is_understood_as_if_each_head_was_parsed(
     source = random.Random(5)
     for _ in range(400):
         stream = requests_of(source)
-        cuts = sorted(source.sample(range(1, len(stream)), min(source.choice([0, 1, 3, 9]), len(stream) - 1)))
+        lines = [found.end() for found in re.finditer(rb"\r\n", stream[:-1])]
+        places = source.choice([range(1, len(stream)), lines])  # anywhere, or where lines of heads end
+        cuts = sorted(source.sample(places, min(source.choice([0, 1, 3, 9]), len(places))))
         pieces = [stream[start:end] for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
         with monkeypatch.context() as parsed:
             parsed.setattr(door_protocol, "HEADS_REMEMBERED_MAX", 0)
             wanted = await answers_to(pieces, tmp_path)
         assert await answers_to(pieces, tmp_path) == wanted, pieces
+
+
+ONE, TWO = (b"POST /%b HTTP/1.1\r\nauthorization: %b\r\n" % names for names in ((b"one", b"alice"), (b"two", b"bob")))
+TAIL = b"x-t: 1\r\nContent-Length: 5\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [HEAD % 5 + b"hello" + ONE, TAIL + b"hello" + TWO, TAIL + b"world"],
+        [HEAD % 5 + b"hello" + b"POST /other HTTP/1.1\r\nX-Foo: ", HEAD % 5 + b"world"],
+        [HEAD % 5 + b"hello" + b"P", HEAD % 5 + b"world"],
+    ],
+)
+async def test_the_rest_of_a_head_is_no_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[bytes]) -> None:
+    got = await answers_to(pieces, tmp_path)
+    monkeypatch.setattr(door_protocol, "HEADS_REMEMBERED_MAX", 0)
+    assert got == await answers_to(pieces, tmp_path)
+    assert got[0].count(b"HTTP/1.1 ") >= 2
+
+
+async def test_a_head_behind_another_request_has_the_same_bound(tmp_path: Path) -> None:
+    piece = HEAD % 5 + b"hello" + b"GET / HTTP/1.1\r\nx: " + b"y" * 200_000 + b"\r\n"
+    got, closed = await answers_to([piece, b"z: 1\r\n\r\n"], tmp_path)
+    assert [line.split()[1] for line in re.findall(rb"HTTP/1.1 \d+", got)] == [b"200", b"431"]
+    assert closed
+
+
+async def test_a_connection_that_is_gone_leaves_nothing_for_the_collector(tmp_path: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            await answers_to([HEAD % 5 + b"hello" + HEAD % 500 + b"a part"], tmp_path)
+        left = [each for each in gc.get_objects() if isinstance(each, (Cycle, door_protocol.DoorProtocol))]
+    finally:
+        gc.enable()
+    assert left == []
 
 
 async def test_a_head_that_comes_again_is_not_parsed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
