@@ -10,8 +10,8 @@ from transport.keys import HASHES, KEY_BYTES, hash_blocks
 
 SECTION_BLOCKS = 64
 ENTRY_BYTES = 260
-"""What an entry takes beside its keys, measured: its name, the objects, and its place in an ordered dictionary."""
-SECTION_BYTES = SECTION_BLOCKS * KEY_BYTES + ENTRY_BYTES
+"""What an entry takes beside its bytes, measured: the objects, and its place in an ordered dictionary."""
+SECTION_BYTES = (SECTION_BLOCKS + 1) * KEY_BYTES + ENTRY_BYTES
 
 
 class _Hashed(NamedTuple):
@@ -57,8 +57,7 @@ class ChainCache:
         left += len(rest)
         found += self._sections(last, b"".join([rest, *[part.raw for part in parts[place:]]])[:left], block_size, hash_name)
         while self._bytes > self._bytes_max:
-            _, oldest = self._hashed.popitem(last=False)
-            self._bytes -= len(oldest.keys) + ENTRY_BYTES
+            self._bytes -= _size(*self._hashed.popitem(last=False))
         return Chain(b"".join(found))
 
     def _of_part(self, last: bytes, rest: bytes, part: TokenIds, block_size: int, hash_name: str) -> _Hashed:
@@ -91,5 +90,10 @@ class ChainCache:
 
     def _keep(self, name: bytes, hashed: _Hashed) -> _Hashed:
         self._hashed[name] = hashed
-        self._bytes += len(hashed.keys) + ENTRY_BYTES
+        self._bytes += _size(name, hashed)
         return hashed
+
+
+def _size(name: bytes, hashed: _Hashed) -> int:
+    """In bytes; names and rests are as long as a block's ids."""
+    return ENTRY_BYTES + len(hashed.keys) + len(name) + len(hashed.rest)

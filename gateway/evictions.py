@@ -60,7 +60,6 @@ class Evictions:
         self._capacities = dict(capacities)
         self._capacity = sum(self._capacities.values())
         self._again = None
-        self._counted = {name: counted for name, counted in self._counted.items() if name in self._capacities}
 
     def delivered(self, replica: str, table: Table, delivery: Delivery) -> None:
         """A replica served a request: see what it has given up meanwhile."""
@@ -68,20 +67,25 @@ class Evictions:
         self.gave_up(replica, table.epoch, table.evicted_blocks() * table.block_size, now_ns / 1e9)
 
     def gave_up(self, replica: str, epoch: int, tokens: int, now: float) -> None:
-        """A replica's cache gave up `tokens` since `epoch` began; with an epoch's end, all that it held is gone."""
+        """A replica's cache gave up `tokens` since `epoch` began; with an epoch's end, all that it held is gone.
+
+        What it had given up before it was first asked is not counted: nobody knows when, nor what of it was missed.
+        """
         capacity = self._capacities.get(replica)
         if not capacity:
             return
         known = self._counted.get(replica)
         self._counted[replica] = (epoch, tokens)
-        new = tokens
-        if known is not None:
-            new = tokens - known[1] if known[0] == epoch else tokens + capacity
+        if known is None:
+            return
+        new = tokens - known[1] if known[0] == epoch else tokens + capacity
         if new <= 0:
             return
         fades = exp(-new / self._capacity)
-        if self._since is not None:
-            self._seconds = self._seconds * fades + max(0.0, now - self._since)
+        if self._since is None:
+            self._since = now
+        now = max(now, self._since)  # replicas are asked one after the other, each for what came since
+        self._seconds = self._seconds * fades + now - self._since
         self._since = now
         self._given_up = self._given_up * fades + new
         self._tokens *= fades

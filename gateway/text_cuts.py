@@ -132,6 +132,8 @@ def find_cuts(tokenizer: Tokenizer) -> TextCuts | None:
     within = list(_contents(tokenizer, added))
     marks = [step for step in normalizers if step["type"] not in _NORMAL_FORMS]
     if marks:
+        if model.ignore_merges:  # tokens that merges do not lead to may begin with a space and go on behind a place
+            return None
         vocabulary = tokenizer.get_vocab(with_added_tokens=False)
         one_piece = all(map(_marks_spaces, marks)) and all(map(_splits_at_spaces, splits))
         if not one_piece or not {"\n", "▁"} <= vocabulary.keys():  # unknown characters may fuse

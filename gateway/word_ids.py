@@ -95,6 +95,8 @@ class WordIds:
     def _find(self, text: str) -> bytes | None:
         """Return the ids of a text, and bring it over into the younger generation."""
         known = self._texts.get(text)
+        if known is None and text[:1] == " ":  # what a piece begins with
+            known = self._words.get(text[1:])
         if known is not None:
             return known
         words, texts = self._older

@@ -48,6 +48,33 @@ def test_what_was_lost_long_ago_counts_no_more() -> None:
     assert made.again().tokens < 0.1
 
 
+def test_what_was_given_up_before_anybody_looked_counts_nothing() -> None:
+    made = evictions()
+    made.gave_up("a", 1, 1000 * CACHE, 1.0)
+    made.gave_up("b", 1, 1000 * CACHE, 1.0)
+    assert made.again().tokens == 1.0
+    assert made.counts_since(2.0) == float("-inf")
+
+
+def test_time_does_not_go_back_when_replicas_are_asked_one_after_the_other() -> None:
+    in_order, by_turns = evictions(), evictions()
+    for now in range(200):
+        for name, early, late in (("a", 0.0, 0.9), ("b", 0.3, 0.1)):
+            in_order.gave_up(name, 1, now * CACHE // 50, float(now))
+            by_turns.gave_up(name, 1, now * CACHE // 50, now + (early if now % 2 else late))
+    assert by_turns.counts_since(200.0) == pytest.approx(in_order.counts_since(200.0), rel=0.03)
+
+
+def test_a_replica_that_was_away_gave_up_all_that_it_held() -> None:
+    stayed, away = settled(0.5), settled(0.5)
+    away.caches({"b": CACHE})
+    away.caches(FLEET)
+    for made in (stayed, away):
+        made.gave_up("a", 2, 0, 2000.0)
+    assert away.again() == stayed.again()
+    assert away.counts_since(2000.0) == stayed.counts_since(2000.0)
+
+
 def test_long_prompts_are_dearer_a_token() -> None:
     short, long = evictions(), evictions()
     for made, behind in ((short, 0), (long, 50_000)):

@@ -77,6 +77,13 @@ def test_other_kinds_are_not_cut(kind: str) -> None:
     assert find_cuts(tokenizer_of(kind)) is None
 
 
+def test_tokens_that_merges_do_not_lead_to_rule_cuts_of_one_piece_out() -> None:
+    tokenizer = tokenizer_of("Gemma")
+    assert find_cuts(tokenizer) is not None
+    tokenizer.model.ignore_merges = True
+    assert find_cuts(tokenizer) is None
+
+
 def test_tokens_across_places_rule_these_places_out() -> None:
     places = cuts_of("added across places").places
     assert (places.lines, places.words, set(places.specials)) == (False, False, {*SPECIALS, "<unk>"})

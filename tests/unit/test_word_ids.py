@@ -49,6 +49,14 @@ def test_words_that_were_seen_are_not_tokenised_again() -> None:
     assert words.tokenised == ["two", " one? four"]  # no space before the first, no letters around the space in the other
 
 
+def test_a_word_that_was_seen_is_known_where_a_piece_begins_with_it() -> None:
+    words = Words("GPT-2")
+    first = words.of("x alpha beta gamma")
+    words.tokenised.clear()
+    assert words.of("x", " alpha beta", " gamma") == first
+    assert words.tokenised == []
+
+
 def test_pieces_of_a_text_are_put_one_behind_the_other() -> None:
     words = Words("Llama 3")
     assert words.of("one two", " three") == whole(words.tokenizer, "one two three")
