@@ -61,6 +61,10 @@ class Evictions:
         self._capacity = sum(self._capacities.values())
         self._again = None
 
+    def appeared(self, replica: str, table: Table) -> None:
+        """A replica's table is here: what it gives up counts from now on, if it was not known before."""
+        self._counted.setdefault(replica, (table.epoch, table.evicted_blocks() * table.block_size))
+
     def delivered(self, replica: str, table: Table, delivery: Delivery) -> None:
         """A replica served a request: see what it has given up meanwhile."""
         now_ns = max(delivery.first_token_ns, delivery.arrived_ns)

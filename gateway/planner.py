@@ -209,6 +209,8 @@ class Planner:
                 found.append((name, _model_key(replica, table), table))
             self._stood = (ready, tables, found)
             self.evictions.caches({name: table.num_blocks * table.block_size for name, table in tables.items()})
+            for name, table in tables.items():
+                self.evictions.appeared(name, table)
         return self._stood[2]
 
     def _note_missed(self, chain: Chain, block_size: int, held: int, candidates: list[Candidate], now: float) -> None:
