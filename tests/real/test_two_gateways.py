@@ -27,7 +27,7 @@ def held_blocks(stats) -> dict[str, int]:
     return {replica["name"]: replica["cached_blocks"] for replica in stats["replicas"]}
 
 
-def test_what_one_gateway_had_computed_is_a_hit_through_the_other(fleet, words, tmp_path):
+def test_what_one_gateway_had_computed_is_not_computed_again_through_the_other(fleet, words, tmp_path):
     with another_gateway(fleet, tmp_path, config_of(fleet)) as other:
         doors = (fleet.client, other.client)
         prompts = [words.text(LENGTH) for _ in range(ROUNDS)]
@@ -36,7 +36,6 @@ def test_what_one_gateway_had_computed_is_a_hit_through_the_other(fleet, words, 
         assert held_blocks(other.stats()) == held_blocks(fleet.stats())
     assert [cached for _, cached in first] == [0] * ROUNDS
     assert [cached for _, cached in second] == [WHOLE] * ROUNDS
-    assert [replica for replica, _ in second] == [replica for replica, _ in first]
 
 
 def test_of_two_gateways_on_one_port_each_serves_when_the_other_is_killed(fleet, words, tmp_path):
@@ -57,4 +56,4 @@ def test_of_two_gateways_on_one_port_each_serves_when_the_other_is_killed(fleet,
             second.process.wait()
             hits += all_served(third)
     assert computed[1] == 0
-    assert set(hits) == {(computed[0], WHOLE)}
+    assert {cached for _, cached in hits} == {WHOLE}
