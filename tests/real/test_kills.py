@@ -22,7 +22,7 @@ BLOCK = 32
 ROUNDS_MAX = 4
 LENGTH = 400
 WHOLE = (LENGTH - 1) // BLOCK * BLOCK
-KILLS_MAX = 10
+KILLS_MAX = 40
 
 
 def kill(fleet, replica: str) -> None:
