@@ -15,43 +15,36 @@ from typing import Any
 
 from bench.field_arms import ARMS, CPU_ARMS, GPU_ARMS
 from bench.workloads import WORKLOADS, Size
+from gateway.simulate.workloads import CPU_SHAPE, GPU_SHAPE, WorkloadShape
 from tests.gpu.replica import write_model
 
-CPU_BLOCK_TOKENS = 32
-CPU_BLOCKS = 128
-GPU_BLOCK_TOKENS = 16
-GPU_BLOCKS = 16384
 OVERHEAD_SECONDS = 10.0
 """Around a run: the arm's start, the warm-up, the last answers."""
 SPECIALS = 10
 NUMBERED = tuple(f"w{number}" for number in range(20, 128_000))
 """The vocabulary of tests.gpu.replica.write_model."""
 
-CPU_SIZE = Size(
-    rate=1.8,
-    seconds=35.0,
-    prefix_tokens=480,
-    suffix_tokens=32,
-    answer_tokens=6,
-    background_tokens=150,
-    turn_tokens=60,
-    think_seconds=2.0,
-    cache_tokens=CPU_BLOCKS * CPU_BLOCK_TOKENS,
-)
-GPU_SIZE = Size(
-    rate=6.0,
-    seconds=15.0,
-    prefix_tokens=24_000,
-    suffix_tokens=200,
-    answer_tokens=48,
-    background_tokens=4_000,
-    turn_tokens=4_000,
-    think_seconds=1.0,
-    cache_tokens=GPU_BLOCKS * GPU_BLOCK_TOKENS,
-)
-CPU_VLLM = f"--num-gpu-blocks-override {CPU_BLOCKS} --max-model-len 2048"
+
+def _size(shape: WorkloadShape, rate: float, seconds: float, think_seconds: float) -> Size:
+    return Size(
+        rate=rate,
+        seconds=seconds,
+        prefix_tokens=shape.prefix_tokens,
+        suffix_tokens=shape.suffix_tokens,
+        answer_tokens=shape.answer_tokens,
+        background_tokens=shape.background_tokens,
+        turn_tokens=shape.turn_tokens,
+        think_seconds=think_seconds,
+        cache_tokens=shape.cache_tokens,
+    )
+
+
+CPU_SIZE = _size(CPU_SHAPE, rate=1.8, seconds=35.0, think_seconds=2.0)
+GPU_SIZE = _size(GPU_SHAPE, rate=6.0, seconds=15.0, think_seconds=1.0)
+CPU_VLLM = f"--num-gpu-blocks-override {CPU_SHAPE.cache_tokens // CPU_SHAPE.block_tokens} --max-model-len 2048"
 GPU_VLLM = (
-    f"--load-format dummy --block-size {GPU_BLOCK_TOKENS} --num-gpu-blocks-override {GPU_BLOCKS} "
+    f"--load-format dummy --block-size {GPU_SHAPE.block_tokens} "
+    f"--num-gpu-blocks-override {GPU_SHAPE.cache_tokens // GPU_SHAPE.block_tokens} "
     "--max-model-len 65536 --max-num-batched-tokens 8192"
 )
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gateway.measure.words import Words
+from gateway.simulate.workloads import HOT_SHARE, SHARED_FACTOR, TURNS
 
-TURNS = 4
 HOT_RATE = 2.5
 """The hot workload's rate, times that of the others: most of its prompts are cached."""
-HOT_SHARE = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +60,9 @@ def arrivals(shape: random.Random, rate: float, seconds: float) -> list[float]:
 
 
 def shared(size: Size, shape: random.Random, words: Words) -> list[Talk]:
-    """Prefixes equally often, 1.4 times as many tokens in all as one replica's cache holds, and a new question each."""
-    prefixes = [words.text(size.prefix_tokens) for _ in range(max(2, round(1.4 * size.cache_tokens / size.prefix_tokens)))]
+    """Prefixes equally often, SHARED_FACTOR times the tokens that one replica's cache holds in all, and a new question each."""
+    count = max(2, round(SHARED_FACTOR * size.cache_tokens / size.prefix_tokens))
+    prefixes = [words.text(size.prefix_tokens) for _ in range(count)]
     return [
         _single(at, f"{shape.choice(prefixes)} {words.text(size.suffix_tokens)}", size)
         for at in arrivals(shape, size.rate, size.seconds)

@@ -11,7 +11,6 @@ from transport.keys import HASHES, KEY_BYTES, hash_blocks
 SECTION_BLOCKS = 64
 ENTRY_BYTES = 260
 """What an entry takes beside its bytes, measured: the objects, and its place in an ordered dictionary."""
-SECTION_BYTES = (SECTION_BLOCKS + 1) * KEY_BYTES + ENTRY_BYTES
 
 
 class _Hashed(NamedTuple):

@@ -84,7 +84,7 @@ def judge(case: Case) -> Loss:
     """Tell why less was delivered than could have been, the nearest cause first."""
     if not case.reads_cache or case.why is DeliveryReason.READS_NO_CACHE:
         return Loss(LossReason.OFF, 0, "the engine computes this request's prompt whole")
-    delivered = case.local + case.peer
+    delivered = case.delivered
     if delivered >= case.useful:
         return NO_LOSS
     if not case.looked_up:
@@ -127,7 +127,7 @@ def _short(case: Case) -> Loss:
 
 def _nothing_better(case: Case) -> Loss:
     """All that anybody held when the request was planned was delivered."""
-    delivered = case.local + case.peer
+    delivered = case.delivered
     if case.formerly > delivered and case.formerly >= case.elsewhere:
         return Loss(LossReason.EVICTED, case.formerly - delivered, "no replica holds any more what was computed before")
     if case.elsewhere > delivered:

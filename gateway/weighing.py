@@ -76,7 +76,7 @@ class Weighing:
         available = 0
         sources = []
         for candidate in candidates:
-            if candidate[1] > 0:
+            if candidate.held_tokens > 0:
                 sources.append(candidate)
             promise = candidate.promise
             if promise is not None and promise.tokens > available:
@@ -94,7 +94,7 @@ class Weighing:
         By rank, holders of more come first, then those with less in front of the request; `turn` rotates among equals.
         """
         costs, now, decode_seconds, useful = self._costs, self._now, self._prompt.decode_seconds, self._useful
-        names = sorted([candidate[0] for candidate in self._candidates])
+        names = sorted([candidate.name for candidate in self._candidates])
         chance = _by_chance([candidate.load.requests for candidate in self._candidates if candidate.takes])
         pivot = names[turn % len(names)] if names else ""
         holding: list[Taker] = []

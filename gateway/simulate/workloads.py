@@ -31,7 +31,7 @@ class WorkloadShape:
 
 CPU_SHAPE = WorkloadShape(32, 128 * 32, 480, 32, 6, 150, 60)
 GPU_SHAPE = WorkloadShape(16, 16384 * 16, 24_000, 200, 48, 4_000, 4_000)
-"""The sizes of bench.field."""
+"""Those that bench.field plays to real replicas too."""
 
 
 def shape_for(profile: Profile) -> WorkloadShape:

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.chains import SECTION_BLOCKS, SECTION_BYTES, ChainCache
+from gateway.chains import ENTRY_BYTES, SECTION_BLOCKS, ChainCache
 from gateway.token_ids import TokenIds
-from transport.keys import HASH_NAMES, chain_keys, root_key
+from transport.keys import HASH_NAMES, KEY_BYTES, chain_keys, root_key
 
 ROOTS = [root_key(b"fingerprint", salt) for salt in ("", "another tenant")]
 Prompt = tuple[bytes, int, str, int, int]
@@ -25,7 +25,8 @@ def test_keys_are_the_chains_whatever_was_hashed_before(prompts: list[Prompt], b
 
 
 def test_a_chain_goes_on_from_what_is_known_of_it_and_the_oldest_sections_go_first() -> None:
-    cache, ids = ChainCache(3 * SECTION_BYTES), TokenIds.of(range(10 * SECTION_BLOCKS))
+    section_bytes = (SECTION_BLOCKS + 1) * KEY_BYTES + ENTRY_BYTES
+    cache, ids = ChainCache(3 * section_bytes), TokenIds.of(range(10 * SECTION_BLOCKS))
     cache.chain(ROOTS[0], ids, 2 * SECTION_BLOCKS + 5, 1, "sha256")
     assert len(cache) == 2
     cache.chain(ROOTS[0], ids, 3 * SECTION_BLOCKS, 1, "sha256")
