@@ -41,7 +41,8 @@ class ChainCache:
         """Return the keys of the first `blocks` blocks of `ids`, of which there have to be so many."""
         if not blocks:
             return EMPTY
-        last, rest, found, place, parts = root, b"", list[bytes](), 0, ids.parts
+        found: list[bytes] = []
+        last, rest, place, parts = root, b"", 0, ids.parts
         left = blocks * block_size * 4
         if len(parts) == 1 and blocks < SECTION_BLOCKS and not parts[0].serial:
             return Chain(hash_blocks(root, parts[0].raw[:left], block_size, hash_name))

@@ -67,8 +67,9 @@ class Evictions:
 
     def delivered(self, replica: str, table: Table, delivery: Delivery) -> None:
         """A replica served a request: see what it has given up meanwhile."""
-        now_ns = max(delivery.first_token_ns, delivery.arrived_ns)
-        self.gave_up(replica, table.epoch, table.evicted_blocks() * table.block_size, now_ns / 1e9)
+        epoch, tokens = table.epoch, table.evicted_blocks() * table.block_size
+        if self._counted.get(replica) != (epoch, tokens):
+            self.gave_up(replica, epoch, tokens, max(delivery.first_token_ns, delivery.arrived_ns) / 1e9)
 
     def gave_up(self, replica: str, epoch: int, tokens: int, now: float) -> None:
         """A replica's cache gave up `tokens` since `epoch` began; with an epoch's end, all that it held is gone.

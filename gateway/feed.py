@@ -54,7 +54,9 @@ class DeliveryFeed:
             self._seen = tables
             self._take_note(tables)
         for replica, place in self._places.items():
-            self._read(replica, place)
+            newest, found = place.table.deliveries(place.after)
+            if newest != place.after:
+                self._hand_on(replica, place, newest, found)
 
     def _take_note(self, tables: Mapping[str, Table]) -> None:
         for replica, table in tables.items():
@@ -65,10 +67,14 @@ class DeliveryFeed:
                 self._places[replica] = _Place(table)
 
     def _read(self, replica: str, place: _Place) -> None:
-        after = place.after
-        place.after, found = place.table.deliveries(after)
-        if found or place.after != after:
-            self.missed += max(0, place.after - after - len(found))
-            for delivery in found:
-                for take in self._takers:
-                    take(replica, place.table, delivery)
+        newest, found = place.table.deliveries(place.after)
+        if newest != place.after:
+            self._hand_on(replica, place, newest, found)
+
+    def _hand_on(self, replica: str, place: _Place, newest: int, found: list[Delivery]) -> None:
+        self.missed += max(0, newest - place.after - len(found))
+        place.after = newest
+        table = place.table
+        for delivery in found:
+            for take in self._takers:
+                take(replica, table, delivery)

@@ -71,7 +71,8 @@ class SeenPrefixes:
 
         Those of no more than `more_than` tokens are not looked for, and left out.
         """
-        own, others = 0, dict[str, int]()
+        own = 0
+        others: dict[str, int] = {}
         start = bisect_right(LENGTHS, more_than)  # whoever is known at a longer one is remembered at all shorter ones
         for place in range(start, len(digests)):
             marks = self._marks.get(digests[place])

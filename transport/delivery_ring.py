@@ -5,6 +5,8 @@ that a reader that finds the number it expects before and after its copy has the
 of the newest, raised. A reader that is overtaken misses records, and can tell how many.
 """
 
+import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,13 @@ _NUMBERS = Delivery.__struct_fields__[:-2]  # all but `source` and `why`
 WORDS = 1 + len(_NUMBERS) + 2
 """Words of 8 bytes in a row: its number, the numbers of a Delivery, the place of its source plus 1, the place of its reason."""
 
+Row = tuple[int, ...]
+_load = struct.Struct(f"={WORDS}Q").unpack_from
 _REASON_INDEX = {reason: index for index, reason in enumerate(REASONS)}
 
 
 class DeliveryRing:
-    """`head` is uint64 (1,), `rows` uint64 (n, WORDS), both in the table's memory; only the owner calls `write`."""
+    """`head` is uint64 (1,), `rows` uint64 (n, WORDS), both in the table's memory. Only the owner has one."""
 
     def __init__(self, head: npt.NDArray[np.uint64], rows: npt.NDArray[np.uint64]) -> None:
         self._head: Any = head
@@ -43,46 +47,54 @@ class DeliveryRing:
         fence()
         self._head[0] = number
 
-    def read(self, after: int) -> tuple[int, list[list[int]]]:
+
+class RingReader:
+    """The same ring as others read it: `head` is one word, `rows` n * WORDS words, both in the table's memory.
+
+    `load` copies WORDS words out of `rows`, from an offset in bytes.
+    """
+
+    def __init__(self, head: memoryview, rows: memoryview, load: Callable[[memoryview, int], Row] = _load) -> None:
+        self._head = head
+        self._rows = rows
+        self._size = len(rows) // WORDS
+        self._load = load
+
+    def read(self, after: int) -> tuple[int, list[Row]]:
         """Return the newest record's number, and the rows of WORDS words after number `after` that could be read whole.
 
         A number that was not reached yet is one of an earlier epoch: everything is returned then.
         """
-        head = int(self._head[0])
+        head, rows = self._head[0], self._rows
+        whole: list[Row] = []
         if head == after:
-            return head, []
+            return head, whole
         fence()
-        first = max(after if after < head else 0, head - self._size)
-        if head - first == 1:
-            return head, self._read_one(head)
-        numbers = np.arange(first + 1, head + 1, dtype=np.uint64)
-        slots = ((numbers - np.uint64(1)) % np.uint64(self._size)).astype(np.int64)
-        before = self._rows[slots, 0]
-        fence()
-        rows = self._rows[slots]
-        fence()
-        whole = (before == numbers) & (self._rows[slots, 0] == numbers)
-        return head, rows[whole].tolist()
-
-    def _read_one(self, number: int) -> list[list[int]]:
-        """The usual case, at a third of the time."""
-        slot = (number - 1) % self._size
-        before = self._rows[slot, 0]
-        fence()
-        words: list[int] = self._rows[slot].tolist()
-        fence()
-        return [words] if before == number and self._rows[slot, 0] == number else []
+        number = after if after < head else 0
+        if head - number > self._size:
+            number = head - self._size
+        while number < head:
+            number += 1
+            start = (number - 1) % self._size * WORDS
+            before = rows[start]
+            fence()
+            words = self._load(rows, 8 * start)
+            fence()
+            if before == number and rows[start] == number:
+                whole.append(words)
+        return head, whole
 
 
-def source_place(words: list[int]) -> int:
-    """Return the place of a row's source among the table's peers, from 1 on; 0 for none."""
-    return words[-2]
-
-
-def delivery(words: list[int], sources: list[str]) -> Delivery | None:
-    """Return a row as a Delivery, `sources` being the names of the table's peers; None if it names what there is not."""
-    *numbers, source, reason = words[1:]
-    if source > len(sources) or reason >= len(REASONS):
+def delivery(words: Row, names: Callable[[], list[str]]) -> Delivery | None:
+    """Return a row as a Delivery, `names` giving those of the table's peers; None if it names what there is not."""
+    place, reason = words[-2], words[-1]
+    source = ""
+    if place:
+        sources = names()
+        if place > len(sources):
+            return None
+        source = sources[place - 1]
+    if reason >= len(REASONS):
         return None
-    values: list[Any] = [*numbers, sources[source - 1] if source else "", REASONS[reason]]
+    values: list[Any] = [*words[1:-2], source, REASONS[reason]]
     return Delivery(*values)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from transport import liveness
 from transport.deliveries import Delivery, EngineLoad, PeerCounters
-from transport.delivery_ring import delivery, source_place
+from transport.delivery_ring import DELIVERIES, WORDS, RingReader, delivery
 from transport.errors import TableError
 from transport.fence import fence
 from transport.fingerprint import fingerprint_digest
@@ -105,7 +105,7 @@ class TableReader:
         self.description = msgspec.json.decode(self._map[PAGE_BYTES : PAGE_BYTES + length], type=Description)
         self.name = self.description.replica
         self._words = np.frombuffer(self._map, np.uint64, PAGE_BYTES // 8)
-        self._states, self._keys, self._index, self._peers, self._deliveries = areas(self._map, layout)
+        self._states, self._keys, self._index, self._peers, _ = areas(self._map, layout)
         self._mask = np.uint64(buckets - 1)
         self._bucket_mask = buckets - 1
         # single words are read several times faster this way than out of an array
@@ -115,6 +115,8 @@ class TableReader:
         self._head = self._words.data
         self._ends: dict[int, int] = {}
         self._newest = self._words[NEWEST_OFFSET // 8 :].data
+        rows = DELIVERIES * WORDS
+        self._ring = RingReader(self._newest, np.frombuffer(self._map, np.uint64, rows, layout.deliveries).data)
         self._told = (b"", EngineLoad())
         self.fingerprint = fingerprint_digest(self.description.fingerprint)
 
@@ -274,15 +276,13 @@ class TableReader:
         """
         if self._newest[0] == after:
             return after, []
-        newest, rows = self._deliveries.read(after)
-        if not rows:
-            return newest, []
-        if len(rows) == 1:  # the usual case
-            only = delivery(rows[0], self._peers.names() if source_place(rows[0]) else [])
-            return newest, [only] if only is not None else []
-        names = self._peers.names() if any(source_place(words) for words in rows) else []
-        found = (delivery(words, names) for words in rows)
-        return newest, [each for each in found if each is not None]
+        newest, rows = self._ring.read(after)
+        found = []
+        for words in rows:
+            told = delivery(words, self._peers.names)
+            if told is not None:
+                found.append(told)
+        return newest, found
 
     def peers(self) -> tuple[PeerCounters, ...]:
         """Return what the owner imported from each peer since its epoch began."""
