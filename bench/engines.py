@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from bench.machine import free_ports
+from bench.machine import held_port
 from bench.started import Started
 from bench.two_doors import DOORS
 from engine.fleet import FileFleet, ReplicaState
@@ -62,7 +62,8 @@ class Engines:
         self.run_dir = directory / "run"
         self.model = served_model_name
         names = ("replica-0", "replica-1")
-        self.ports: Mapping[str, int] = dict(zip(names, free_ports(len(names)), strict=True))
+        self._held = {name: held_port() for name in names}  # an engine takes minutes before it binds its own
+        self.ports: Mapping[str, int] = {name: held.getsockname()[1] for name, held in self._held.items()}
         self.urls = tuple(f"http://127.0.0.1:{port}" for port in self.ports.values())
         settings = directory / "engine.toml"
         launcher = json.dumps([sys.executable, "-m", "bench.two_doors"])
@@ -109,3 +110,5 @@ class Engines:
     def end(self) -> None:
         """End the replicas."""
         self._process.end()
+        for held in self._held.values():
+            held.close()

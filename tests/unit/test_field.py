@@ -3,6 +3,8 @@
 import asyncio
 import json
 import random
+import socket
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from bench.engines import Counts, parse_counts
 from bench.field_arms import CPU_ARMS, PEERKV, PEERKV_ALONE, ROUND_ROBIN
 from bench.field_flags import CPU_SIZE, NUMBERED, parse, write_chat_model
 from bench.field_report import as_json, figures_of, from_json, markdown
+from bench.machine import held_port
 from bench.open_loop import Player, Sample
 from bench.policy_relay import place
 from bench.workloads import TURNS, WORKLOADS, Talk, Turn, Workload, conversations, hot, shared
@@ -93,6 +96,17 @@ def test_counts_are_read_from_the_engines_own_metrics() -> None:
 def test_a_source_that_is_not_known_is_not_passed_over() -> None:
     with pytest.raises(KeyError):
         parse_counts(METRICS.replace("local_compute", "elsewhere"))
+
+
+def test_a_held_port_can_be_served_and_is_nobody_elses() -> None:
+    with closing(held_port()) as held, closing(socket.socket()) as other, closing(socket.socket()) as door:
+        with pytest.raises(OSError, match="in use"):
+            other.bind(held.getsockname())
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind(held.getsockname())
+        door.listen()
+        with closing(socket.create_connection(held.getsockname())) as client:
+            assert door.accept()[1] == client.getsockname()
 
 
 def test_sticky_keeps_a_prefix_together_and_round_robin_does_not() -> None:
