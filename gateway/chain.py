@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
 from transport.keys import KEY_BYTES, Keys, as_keys
+
+_DEPTHS = [(2 << power) - 2 for power in range(32)]
+_ANCHORS: list[Callable[[Any], Any]] = [itemgetter(slice(0)), itemgetter(slice(1))]
+_ANCHORS += [itemgetter(*_DEPTHS[:powers]) for powers in range(2, len(_DEPTHS))]
+"""By the number of anchors: takes them out of a chain's words."""
 
 
 class Chain:
@@ -10,17 +19,17 @@ class Chain:
 
     `words` are the same as numbers of 8 bytes, two a key. `anchors` are the first words of the keys at the depths 1, 2, 4 …,
     which is where prompts are compared: a key stands for all before it, so two chains agree up to some block and nowhere
-    behind it.
+    behind it. The first `known` blocks were met before, with the same end: what is found out of them is worth remembering.
     """
 
-    __slots__ = ("anchors", "blocks", "raw", "words")
+    __slots__ = ("anchors", "blocks", "known", "raw", "words")
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes, known: int = 0) -> None:
         self.raw = raw
         self.blocks = len(raw) // KEY_BYTES
+        self.known = known
         self.words = memoryview(raw).cast("Q")
-        words = self.words
-        self.anchors = [words[(2 << power) - 2] for power in range(self.blocks.bit_length())]
+        self.anchors: tuple[int, ...] = tuple(_ANCHORS[self.blocks.bit_length()](self.words))
 
     @classmethod
     def of(cls, keys: Keys) -> Chain:

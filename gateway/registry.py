@@ -109,9 +109,9 @@ class Registry:
             holdings |= nothing
             if not chain.blocks:
                 continue
-            words = chain.words
+            words, known = chain.words, chain.known
             for name, table in alike.items():
-                held = table.held_blocks(words)
+                held = table.held_blocks(words, known)
                 if held:
                     holdings[name] = Holding(held, block_size, nothing[name].exchanges_with, place)
                     most = max(most, held * block_size)

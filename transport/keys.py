@@ -23,15 +23,11 @@ Keys = npt.NDArray[np.uint64]
 Hash = Callable[[bytes], bytes]
 
 
-def _xxh3_128(data: bytes) -> bytes:
-    return xxhash.xxh3_128_digest(data)
-
-
 def _sha256(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()[:KEY_BYTES]
 
 
-HASHES: Mapping[str, Hash] = {"xxh3_128": _xxh3_128, "sha256": _sha256}
+HASHES: Mapping[str, Hash] = {"xxh3_128": xxhash.xxh3_128_digest, "sha256": _sha256}
 HASH_NAMES = tuple(HASHES)
 
 
@@ -49,8 +45,8 @@ def hash_blocks(last: bytes, raw: bytes, block_size: int, hash_name: str = "xxh3
     """Return the keys, 16 bytes each, of the full blocks in `raw`, token ids as little-endian int32, that follow key `last`."""
     hash_, width = HASHES[hash_name], block_size * 4
     keys = []
-    for start in range(0, len(raw) - len(raw) % width, width):
-        last = hash_(last + raw[start : start + width])
+    for end in range(width, len(raw) + 1, width):
+        last = hash_(last + raw[end - width : end])
         keys.append(last)
     return b"".join(keys)
 

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -54,10 +55,25 @@ _LOAD_END = LOAD_OFFSET + 8 * len(LOAD)
 _EVICTIONS = COUNTERS_OFFSET // 8 + COUNTERS.index("evictions")
 _BUCKET_BYTES = 4 * WAYS
 _SLOTS = struct.Struct(f"={WAYS}I").unpack_from
+_NO_SLOTS = bytes(_BUCKET_BYTES)
 _VERIFIED = 16
 """Places of a chain that was found by halving, evenly spread, at which it is verified."""
+_KNOWN_MIN = 32
+"""Blocks of a chain that are remembered: fewer are found sooner one by one."""
+_PLACES = 64
+"""Places of a known run, evenly spread, of which the states are remembered."""
+_KNOWN_RUNS_MAX = 1024
+"""Known runs that are remembered, with some 1.3 KB each."""
 _ENDS_MAX = 4096
 """Chains of which it is remembered where they ended, to look there first."""
+
+
+class _KnownRun(NamedTuple):
+    """The second word of its last key, some of its blocks from the first to the last, int64 (n,), and their states then."""
+
+    last: int
+    blocks: npt.NDArray[np.int64]
+    states: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +130,7 @@ class TableReader:
         self._index_at = layout.index
         self._head = self._words.data
         self._ends: dict[int, int] = {}
+        self._known: dict[int, _KnownRun | None] = {}
         self._newest = self._words[NEWEST_OFFSET // 8 :].data
         rows = DELIVERIES * WORDS
         self._ring = RingReader(self._newest, np.frombuffer(self._map, np.uint64, rows, layout.deliveries).data)
@@ -180,24 +197,54 @@ class TableReader:
         states[rows] = before[match][::-1]
         return found, block_ids, states
 
-    def held_blocks(self, words: memoryview) -> int:
+    def held_blocks(self, words: memoryview, known: int = 0) -> int:
         """Return how many leading blocks of a chain the table holds; `words` are its keys, two uint64 each: for steering.
 
         A long run is found by halving: engines give up the end of a chain before its front, so where its end is held, so is the
         rest. That is verified at `_VERIFIED` places, and looked up in full if one of them is not held; between them a missing
-        block may go unseen.
+        block may go unseen. The first `known` blocks were often asked for: if they are held, the states of some of them are
+        remembered, and while none of these changes, they are.
         """
-        blocks, holds = len(words) // 2, self._holds
-        if not blocks or not holds(words[0], words[1]):
+        blocks, begin = len(words) // 2, 0
+        if known >= _KNOWN_MIN:
+            run = self._known.get(words[2 * known - 2])
+            if run is not None and run.last == words[2 * known - 1] and self._states[run.blocks].tobytes() == run.states:
+                begin = known
+        if not begin and blocks:
+            bucket = self._index_at + (words[0] & self._bucket_mask) * _BUCKET_BYTES
+            if self._map[bucket : bucket + _BUCKET_BYTES] == _NO_SLOTS:  # so it is in most tables for most prompts
+                return 0
+        if blocks - begin < 2 * _VERIFIED:
+            return self._leading(words, begin, blocks)
+        if not begin and not self._holds(words[0], words[1]):
             return 0
-        if blocks < 2 * _VERIFIED:
-            for place in range(2, 2 * blocks, 2):
-                if not holds(words[place], words[place + 1]):
-                    return place // 2
-            return blocks
-        low, high = 0, blocks  # the block at low is held, that at high is not or does not exist
+        held = self._halved(words, begin, blocks)
+        if begin < known <= held and known >= _KNOWN_MIN:
+            return self._remember(words, known, held)
+        return held
+
+    def _leading(self, words: memoryview, begin: int, blocks: int) -> int:
+        """Return how many of the first `blocks` blocks are held one by one, those before `begin` being held."""
+        mapped, index, mask, most = self._map, self._index_at, self._bucket_mask, self.num_blocks
+        states, keys = self._state_words, self._key_words
+        for place in range(begin, blocks):
+            low = words[2 * place]
+            for slot in _SLOTS(mapped, index + (low & mask) * _BUCKET_BYTES):
+                if slot and slot <= most and not states[slot - 1] & 1 and keys[2 * slot - 2] == low:
+                    if keys[2 * slot - 1] == words[2 * place + 1]:
+                        break
+            else:
+                return place
+        return blocks
+
+    def _halved(self, words: memoryview, begin: int, blocks: int) -> int:
+        """Return how many of the first `blocks` blocks are held, by halving; those before `begin` are, and so is the first."""
+        holds = self._holds
+        low, high = begin, blocks  # the block at low is held if it is the first, that at high is not or does not exist
         if holds(words[2 * high - 2], words[2 * high - 1]):
             low = high
+        elif begin:
+            low, high = begin - 1, blocks - 1
         else:
             low, high = self._near_end(words, high)
         while high - low > 1:
@@ -209,11 +256,29 @@ class TableReader:
         if len(self._ends) >= _ENDS_MAX:
             self._ends.clear()
         self._ends[words[0]] = high
-        step = 2 * max(1, high // _VERIFIED)
-        for place in range(step, 2 * high, step):
-            if not holds(words[place], words[place + 1]):
-                return len(self.longest_run(np.asarray(words[: 2 * high]).reshape(-1, 2)))
+        step = max(1, (high - begin) // _VERIFIED)
+        for place in range(begin + step, high, step):
+            if not holds(words[2 * place], words[2 * place + 1]):
+                return self._in_full(words, high)
         return high
+
+    def _in_full(self, words: memoryview, blocks: int) -> int:
+        return len(self.longest_run(np.asarray(words[: 2 * blocks]).reshape(-1, 2)))
+
+    def _remember(self, words: memoryview, known: int, held: int) -> int:
+        """Return how many blocks are held, `held` for all we know. From the second time on, remember the `known` first ones."""
+        name = words[2 * known - 2]
+        if name not in self._known:
+            if len(self._known) >= _KNOWN_RUNS_MAX:
+                self._known.clear()
+            self._known[name] = None
+            return held
+        places = np.linspace(0, known - 1, min(known, _PLACES)).astype(np.int64)
+        found, blocks, states = self._look_up(np.asarray(words).reshape(-1, 2)[places])
+        if not found.all():
+            return self._in_full(words, held)
+        self._known[name] = _KnownRun(words[2 * known - 1], blocks.astype(np.int64), states.tobytes())
+        return held
 
     def _near_end(self, words: memoryview, blocks: int) -> tuple[int, int]:
         """Return a block that is held and a later one that is not: next to each other if the run ends where the last one did.
