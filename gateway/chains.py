@@ -25,8 +25,8 @@ class ChainCache:
     """Keys of token ids that were seen before, the least recently used out first. Belongs to one thread.
 
     Ids that have a serial are known by it, with the key before them and the tokens behind that key that filled no block. Others
-    are known in sections of 64 blocks, then of 16, by the hash of the key before it and its token ids: as certain as the keys
-    themselves, which are made by the same hash. What is hashed once a section instead of once a block takes a tenth of the time.
+    are known in sections of 64 blocks, then of 16, by the hash of the key before it and its token ids: as certain as the keys,
+    which are made by the same hash. What is hashed once a section instead of once a block takes a tenth of the time.
     """
 
     def __init__(self, bytes_max: int) -> None:

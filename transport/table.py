@@ -228,11 +228,11 @@ class TableReader:
         mapped, index, mask, most = self._map, self._index_at, self._bucket_mask, self.num_blocks
         states, keys = self._state_words, self._key_words
         for place in range(begin, blocks):
-            low = words[2 * place]
+            low, high = words[2 * place], words[2 * place + 1]
             for slot in _SLOTS(mapped, index + (low & mask) * _BUCKET_BYTES):
-                if slot and slot <= most and not states[slot - 1] & 1 and keys[2 * slot - 2] == low:
-                    if keys[2 * slot - 1] == words[2 * place + 1]:
-                        break
+                valid = slot and slot <= most and not states[slot - 1] & 1
+                if valid and keys[2 * slot - 2] == low and keys[2 * slot - 1] == high:
+                    break
             else:
                 return place
         return blocks
