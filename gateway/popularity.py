@@ -18,10 +18,17 @@ class Popularity:
 
     def note(self, chain: Chain, now: float) -> None:
         """A request with the keys of `chain` came."""
-        counts = self._counts
+        counts, last, faded = self._counts, now, 1.0
         for key in chain.anchors:
-            known = counts.pop(key, None)
-            counts[key] = (1.0, now) if known is None else (1.0 + known[0] * exp((known[1] - now) / FADE_SECONDS), now)
+            known = counts.get(key)
+            if known is None:
+                counts[key] = (1.0, now)
+                continue
+            if known[1] != last:  # most keys of a prompt were last asked for together
+                last = known[1]
+                faded = exp((last - now) / FADE_SECONDS)
+            counts[key] = (1.0 + known[0] * faded, now)
+            counts.move_to_end(key)
         while len(counts) > self._prefixes_max:
             counts.popitem(last=False)
 

@@ -1,5 +1,7 @@
 """The count of prefixes."""
 
+from collections import OrderedDict
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -100,3 +102,33 @@ def test_the_most_requested_prefix_is_counted_exactly_while_nothing_is_forgotten
     found = counts.top(1)
     assert (found[0][2] if found else 0) == expected
     assert np.all([len(key) == 16 for key, *_ in counts.top(100)])
+
+
+PATHS = st.lists(st.integers(0, 2), max_size=24)
+
+
+@given(st.lists(st.tuples(PATHS, st.integers(0, 24), PATHS), max_size=40), st.sampled_from([1, 2, 5, 20, 50]))
+def test_counting_at_the_last_key_tells_what_counting_at_each_key_would(
+    prompts: list[tuple[list[int], int, list[int]]], blocks_max: int
+) -> None:
+    counts = PrefixCounts(blocks_max)
+    each: OrderedDict[bytes, tuple[int, int, float, bytes]] = OrderedDict()
+    last: list[int] = []
+    for now, (fresh, kept, more) in enumerate(prompts):
+        last = last[:kept] + more if kept else fresh
+        chain = chain_of(*last)
+        counts.note(chain, SIZE, now)
+        keys = [chain.raw[16 * depth - 16 : 16 * depth] for depth in counted_depths(len(last))[:blocks_max]]
+        for place in range(len(keys) - 1, -1, -1):  # the front of a prefix is the last to be forgotten
+            requests = each[keys[place]][1] if keys[place] in each else 0
+            parent = keys[place - 1] if place else b""
+            each[keys[place]] = (counted_depths(len(last))[place] * SIZE, requests + 1, now, parent)
+            each.move_to_end(keys[place])
+        while len(each) > blocks_max:
+            each.popitem(last=False)
+        longest: dict[bytes, int] = {}
+        for _, requests, _, parent in each.values():
+            longest[parent] = max(requests, longest.get(parent, 0))
+        told = {(key, *entry[:3]) for key, entry in each.items() if entry[1] > longest.get(key, 0)}
+        assert set(counts.top(blocks_max)) == told
+        assert len(counts) == len(each)
