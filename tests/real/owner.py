@@ -1,17 +1,19 @@
 """Block tables of the tests' own in a fleet's directory: what they say is wrong, or changes while others read.
 
-`python -m tests.real.owner` is an owner in a process of its own that kills itself as soon as somebody begins to import.
+`python -m tests.real.owner` is an owner in a process of its own that is dead before anybody who begins to import can copy.
 """
 
 import argparse
 import contextlib
 import ctypes
+import fcntl
 import json
 import mmap
 import os
 import select
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,8 @@ class OwnMemory:
         self.blocks = len(run)
         sizes = [layer.bytes for layer in theirs.layers]
         starts = np.cumsum([0, *(size * self.blocks for size in sizes)]).tolist()
-        self.fd = os.memfd_create("peerkv-test-owner")
+        self._file = tempfile.TemporaryFile(dir="/dev/shm")  # noqa: SIM115  closed with the memory
+        self.fd = self._file.fileno()
         os.ftruncate(self.fd, starts[-1])
         found = os.fstat(self.fd)
         self._map = mmap.mmap(self.fd, starts[-1])
@@ -100,9 +103,14 @@ class OwnMemory:
         """A descriptor that becomes readable when somebody opens this memory: an import begins."""
         return watch_opens(f"/proc/self/fd/{self.fd}")
 
+    def die_when_opened(self) -> None:
+        """Have this process killed when somebody opens the memory: a lease makes the opening wait until we are dead."""
+        signal.signal(signal.SIGIO, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+
     def close(self) -> None:
         """Let go of the memory."""
-        os.close(self.fd)
+        self._file.close()
 
 
 def wait_readable(fds: list[int], seconds: float | None = None) -> list[int]:
@@ -133,7 +141,7 @@ def _opened(memory: Memory) -> Iterator[list[Bytes]]:
 
 
 def main() -> None:
-    """Offer the blocks that `--like` holds of the ids on stdin; die, by SIGKILL, when somebody opens our memory."""
+    """Offer the blocks that `--like` holds of the ids on stdin, until stdin ends or somebody opens our memory."""
     options = argparse.ArgumentParser()
     options.add_argument("--table-dir", type=Path, required=True)
     options.add_argument("--name", required=True)
@@ -143,12 +151,11 @@ def main() -> None:
     like = TableReader(asked.table_dir / (asked.like + SUFFIX))
     run = held(like, given["ids"], given["salt"])
     memory = OwnMemory(like, run)
-    watch = memory.watch()
+    memory.die_when_opened()
     with table_like(asked.table_dir, asked.name, like, blocks=memory.blocks, memories=(memory.memory,)) as table:
         table.publish(range(memory.blocks), keys_of(like, given["ids"], given["salt"]))
         print("ready", flush=True)
-        if watch in wait_readable([watch, sys.stdin.fileno()]):
-            os.kill(os.getpid(), signal.SIGKILL)
+        wait_readable([sys.stdin.fileno()])
 
 
 if __name__ == "__main__":
