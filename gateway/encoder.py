@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from gateway.heads import KEY_CHARS, Heads
 from gateway.id_cache import IdCache
 from gateway.pages import LEAF_CHARS_MIN, PAGE_CHARS_MIN, Page, Pages
 from gateway.text_cuts import CHUNK_CHARS_MIN, TextCuts, find_cuts
@@ -14,14 +15,14 @@ from gateway.word_ids import WordIds
 
 _logger = logging.getLogger(__name__)
 
-SHORT_CHARS_MAX = CHUNK_CHARS_MIN
-"""A shorter text, or what is left of one behind its pages, is put together from pieces."""
+SHORT_CHARS_MAX = 2 * CHUNK_CHARS_MIN
+"""A shorter text, or what is left of one behind its pages, is put together from heads and pieces."""
 PIECE_CHARS_MIN = 128
 """Pieces of what is new, which are put together from their words if they are new too."""
 PIECED_CHARS_MAX = 8192
 """A longer new text is mostly new: its words would only fill the cache."""
 TEXTS_BYTES_MAX = 64 << 20
-"""Texts that are found by comparing them: a quarter of it words, a quarter leaves, the rest pages."""
+"""Texts that are found by comparing them: an eighth of it words, an eighth heads, a quarter leaves, the rest pages."""
 FEW = 4
 """So many short texts are tokenised one by one before it pays to wake other cores."""
 FEW_CHARS_MAX = 1024
@@ -56,8 +57,10 @@ class Encoder:
         self._cache = cache
         self._cuts = cuts
         self._affixes = affixes
+        self._framed = affixes is None or any(map(len, affixes))
         self._pieces = cuts.sized(PIECE_CHARS_MIN).chunks if cuts is not None else lambda text: [text]
-        self._words = WordIds(self._tokenise, cuts is not None and cuts.places.words, texts_bytes_max // 4)
+        self._words = WordIds(self._tokenise, cuts.places.words if cuts is not None else "", texts_bytes_max // 8)
+        self._heads = Heads(self._of_words, cuts, texts_bytes_max // 8) if cuts is not None else None
         specials = cuts.places.specials if cuts is not None else ()
         self._pages = Pages(texts_bytes_max // 2, specials)
         self._leaves = Pages(texts_bytes_max // 4, specials, LEAF_CHARS_MIN)
@@ -72,34 +75,47 @@ class Encoder:
 
         `add_special_tokens` adds BOS and the like. Raises UnicodeEncodeError for half a surrogate pair.
         """
-        if not add_special_tokens:
+        if not (add_special_tokens and self._framed):
             return self._plain(text, new_chars_max)
         if self._affixes is None:
             return self._parts([text], True, new_chars_max)
         ids = self._plain(text, new_chars_max)
         before, behind = self._affixes
-        return ids if ids is None or not (before or behind) else TokenIds.joined([before, ids, behind])
+        return None if ids is None else TokenIds.joined([before, ids, behind])
 
     def _plain(self, text: str, new_chars_max: int | None) -> TokenIds | None:
-        if self._cuts is None:
+        if self._cuts is None or self._heads is None:
             return self._parts([text], False, new_chars_max)
         if len(text) <= SHORT_CHARS_MAX:
-            return self._short(text, new_chars_max)
+            return self._short(self._heads, text, [], new_chars_max)
         begin, pages = self._pages.leading(text)
         start, leaves = self._leaves.leading(text, begin)
         if start - begin >= PAGE_CHARS_MIN:
             self._keep_page_of(leaves, text, begin)
         rest = text[start:] if start else text
+        known = [page.ids for page in (*pages, *leaves)]
         if len(rest) <= SHORT_CHARS_MAX:
-            ids = self._short(rest, new_chars_max)
-        else:
-            ids = self._parts(self._cuts.chunks(rest), False, new_chars_max)
-        return TokenIds.joined([*[page.ids for page in (*pages, *leaves)], ids]) if ids is not None and start else ids
+            return self._short(self._heads, rest, known, new_chars_max)
+        ids = self._parts(self._cuts.chunks(rest), False, new_chars_max)
+        return TokenIds.joined([*known, ids]) if ids is not None and start else ids
 
-    def _short(self, text: str, new_chars_max: int | None) -> TokenIds | None:
+    def _short(self, heads: Heads, text: str, known: list[TokenIds], new_chars_max: int | None) -> TokenIds | None:
+        """Return the ids of `known`, which stand before `text`, and of this."""
+        start, begins = heads.leading(text)
+        if start:
+            known += begins
+            text = text[start:]
         pieces = [text] if len(text) <= 2 * PIECE_CHARS_MIN else self._pieces(text)
         raw = self._words.raw(pieces, new_chars_max)
-        return None if raw is None else TokenIds(raw)
+        if raw is None:
+            return None
+        if len(text) > KEY_CHARS:
+            heads.note(text)
+        known.append(TokenIds(raw))
+        return TokenIds.joined(known)
+
+    def _of_words(self, text: str) -> bytes:
+        return self._words.raw(self._pieces(text)) or b""
 
     def _keep_page_of(self, leaves: Sequence[Page], text: str, start: int) -> None:
         """Make a page of the first leaves at `start`, of those that are long enough together."""
@@ -145,7 +161,7 @@ class Encoder:
         """Tokenise texts that are not known as they are. Of a few, what is known is looked up in pieces of a line or less."""
         if special or self._cuts is None or sum(map(len, texts)) > PIECED_CHARS_MAX:
             return self._tokenise(texts, special)
-        return [TokenIds(self._words.raw(self._pieces(text)) or b"") for text in texts]
+        return [TokenIds(self._of_words(text)) for text in texts]
 
     def _tokenise(self, texts: list[str], special: bool = False) -> list[TokenIds]:
         return encode_all(self._tokenizer, texts, special)

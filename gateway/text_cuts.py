@@ -3,7 +3,7 @@
 Three kinds of place:
 
 - line: behind a single newline that follows a character that is no whitespace, before a letter;
-- word: behind an ASCII letter, before a space that an ASCII letter follows;
+- word: behind an ASCII letter, or any ASCII character but spaces and controls, before a space that an ASCII letter follows;
 - token: before a special token.
 
 A pre-tokeniser's regular expression is a list of alternatives, tried in order from left to right, without look-behind. Of
@@ -32,15 +32,16 @@ CHUNK_CHARS_MIN = 2048
 """A chunk ends at the first place from here on. Shorter ones cost more to look up, longer ones more to tokenise anew."""
 CHUNK_CHARS_MAX = 65536
 """Without a place up to here the rest of the text is one chunk: looking further would cost more than it saves."""
+LAST_PLACE_CHARS = 512
 _SPECIAL_CHARS_MAX = 256
 
 # Letters of old, none of them a mark, and each begins with a letter in every normal form.
 _LETTER = "A-Za-zÀ-ÖØ-öø-ÿΑ-ΡΣ-Ωα-ωА-яء-غぁ-ゖァ-ヺ一-鿋가-힣"
 # What follows the first character of a match, which the search looks for by itself.
 _LINE = rf"(?<=[^\s\x00-\x1f]\n)(?=[{_LETTER}])"
-_WORD = "(?<=[A-Za-z] )(?=[A-Za-z])"
 _LINE_WITHIN = re.compile(rf"\n[{_LETTER}]")
-_WORD_WITHIN = re.compile("[A-Za-z][ ▁]")
+WORD_ENDS = ("!-~", "A-Za-z")
+"""What may stand before a word place, as a class of a regular expression: the first one that no token reaches over."""
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -71,10 +72,10 @@ _NORMAL_FORMS = frozenset(("NFC", "NFD", "NFKC", "NFKD"))
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Which places may be cut at: of lines, of words, and before which special tokens."""
+    """Which places may be cut at: of lines, of words that end with which characters ("": none), before which special tokens."""
 
     lines: bool
-    words: bool
+    words: str
     specials: tuple[str, ...]
 
     def pattern(self) -> str:
@@ -82,8 +83,8 @@ class Places:
 
         A class of characters comes first, for which the search is quick, and then whether there is a place.
         """
-        firsts = "".join(sorted({*"\n" * self.lines, *" " * self.words, *(text[0] for text in self.specials)}))
-        rest = [_LINE] * self.lines + [_WORD] * self.words
+        firsts = "".join(sorted({*"\n" * self.lines, *" " * bool(self.words), *(text[0] for text in self.specials)}))
+        rest = [_LINE] * self.lines + [f"(?<=[{self.words}] )(?=[A-Za-z])"] * bool(self.words)
         rest += [f"(?<={re.escape(text[0])}){re.escape(text[1:])}" for text in self.specials]
         return f"[{re.escape(firsts)}](?:{'|'.join(rest)})"
 
@@ -93,7 +94,8 @@ class TextCuts:
 
     def __init__(self, places: Places, chars_min: int = CHUNK_CHARS_MIN, chars_max: int = CHUNK_CHARS_MAX) -> None:
         self.places = places
-        self._search = re.compile(places.pattern()).search
+        pattern = re.compile(places.pattern())
+        self._search, self._each = pattern.search, pattern.finditer
         self._chars_min = chars_min
         self._chars_max = chars_max
 
@@ -118,6 +120,21 @@ class TextCuts:
             found.append(text[start:])
         return found
 
+    def last_place(self, text: str, start: int, end: int) -> tuple[int, int]:
+        """Return the last place of `text` from `start` on that what stands before `end` decides, and where that ends.
+
+        It is looked for among the last LAST_PLACE_CHARS; both are 0 if there is none.
+        """
+        match = None
+        for match in self._each(text, max(start, end - LAST_PLACE_CHARS), end):  # noqa: B007
+            pass
+        if match is None:
+            return 0, 0
+        place, decided = match.span()
+        if text[place] == " ":
+            return place, decided + 1
+        return (decided, decided + 1) if text[place] == "\n" else (place, decided)
+
 
 def find_cuts(tokenizer: Tokenizer) -> TextCuts | None:
     """Return where texts for `tokenizer` can be cut, None if it is of no kind for which that is known."""
@@ -141,7 +158,10 @@ def find_cuts(tokenizer: Tokenizer) -> TextCuts | None:
         within += vocabulary
     elif not _bounds_places(splits):
         return None
-    lines, words = (not any(map(pattern.search, within)) for pattern in (_LINE_WITHIN, _WORD_WITHIN))
+    lines = not any(map(_LINE_WITHIN.search, within))
+    words = next((ends for ends in WORD_ENDS if not any(map(re.compile(f"[{ends}][ ▁]").search, within))), "")
+    if any(token.rstrip or token.single_word for token in added):  # they end with none of these (see _reaches_out)
+        words = words and WORD_ENDS[-1]
     specials = () if tokenizer.encode_special_tokens else tuple(_specials_to_cut_at(added))
     return TextCuts(Places(lines, words, specials)) if lines or words or specials else None
 

@@ -1,17 +1,19 @@
 """Ids of short texts, put together from those of their words.
 
 Behind a known beginning a prompt's text is new, but its words are not, and looking them up takes a tenth of tokenising them.
-Where a text may be cut between words is for text_cuts.py to say: before a space between two ASCII letters. A word with anything
-else beside that space is taken together with its neighbour.
+Where a text may be cut between words is for text_cuts.py to say: before a space between characters of certain kinds. A word
+with anything else beside that space is taken together with its neighbour.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from gateway.token_ids import TokenIds
 
 ENTRY_BYTES = 220
 """What an entry takes beside the characters of its text and its ids, measured: two objects and their place in a dictionary."""
-PARTS_MIN = 8
+PARTS_MIN = 16
 """A text of fewer parts is not worth an entry of its own."""
 
 _New = list[tuple[int, str]]
@@ -20,16 +22,18 @@ _New = list[tuple[int, str]]
 class WordIds:
     """Ids under exact texts, in two generations: when the younger one is full, the older one is dropped. Thread safe.
 
-    `tokenise` gives the ids of texts, one by one; `words` says whether texts may be cut between words. `bytes_max` bounds both
-    generations together.
+    `tokenise` gives the ids of texts, one by one; `words` is what may stand before a space that a text is cut at, a class of
+    a regular expression (text_cuts.py), "" if none is cut there. `bytes_max` bounds both generations together.
     """
 
-    def __init__(self, tokenise: Callable[[list[str]], list[TokenIds]], words: bool, bytes_max: int) -> None:
+    def __init__(self, tokenise: Callable[[list[str]], list[TokenIds]], words: str, bytes_max: int) -> None:
         self._tokenise = tokenise
-        self._cuts_words = words
+        self._cuts_words = bool(words)
+        self._is_word = re.compile(rf"[A-Za-z](?:[^ ]*[{words}])?" if words else r"(?!)").fullmatch
+        self._ends_word = re.compile(f"[{words}]" if words else "(?!)").fullmatch
         self._generation_bytes_max = bytes_max // 2
         self._bytes = 0
-        self._words: dict[str, bytes] = {}  # of ASCII letters alone; the ids are those of the word with a space before it
+        self._words: dict[str, bytes] = {}  # with places on both sides; the ids are those of the word with a space before it
         self._texts: dict[str, bytes] = {}
         self._older: tuple[dict[str, bytes], dict[str, bytes]] = ({}, {})
 
@@ -62,16 +66,19 @@ class WordIds:
         """Append the ids of what `text` consists of to `parts`, and what is not known to `new` with its place there."""
         words = text.split(" ") if self._cuts_words else [text]
         found = list(map(self._words.get, words))
-        found[0] = None  # no space stands before it
         done, count = 0, len(words)
+        if not words[0] and count > 1:
+            done = 1  # the text begins with a space
+        else:
+            found[0] = None  # no space stands before it
         found.append(None)  # so that one is always found
         while (unknown := found.index(None, done)) < count:
             begin, end = unknown, unknown + 1
-            while begin > done and not _place(words[begin - 1], words[begin]):
+            while begin > done and not self._place(words[begin - 1], words[begin]):
                 begin -= 1
-            while end < count and not _place(words[end - 1], words[end]):
+            while end < count and not self._place(words[end - 1], words[end]):
                 end += 1
-            parts += _known(found[done:begin])
+            parts += cast("list[bytes]", found[done:begin])
             group = " ".join(words[begin:end])
             if begin:
                 group = " " + group
@@ -80,7 +87,12 @@ class WordIds:
                 new.append((len(parts), group))
             parts.append(ids or b"")
             done = end
-        parts += _known(found[done:count])
+        parts += cast("list[bytes]", found[done:count])
+
+    def _place(self, before: str, behind: str) -> bool:
+        """Tell whether a text may be cut before the space between these two words."""
+        first = behind[:1]
+        return first.isascii() and first.isalpha() and self._ends_word(before[-1:]) is not None
 
     def _learn(self, parts: list[bytes], new: _New) -> None:
         texts = list(dict.fromkeys(text for _, text in new))
@@ -106,22 +118,11 @@ class WordIds:
         return known
 
     def _keep(self, text: str, ids: bytes) -> None:
-        word = text[1:]
-        if text[:1] == " " and word.isascii() and word.isalpha():
-            self._words[word] = ids
+        if text[:1] == " " and self._is_word(text, 1):
+            self._words[text[1:]] = ids
         else:
             self._texts[text] = ids
         self._bytes += ENTRY_BYTES + len(text) + len(ids)
         if self._bytes > self._generation_bytes_max:
             self._older = (self._words, self._texts)
             self._words, self._texts, self._bytes = {}, {}, 0
-
-
-def _place(before: str, behind: str) -> bool:
-    """Tell whether a text may be cut before the space between these two words."""
-    around = before[-1:] + behind[:1]
-    return len(around) == 2 and around.isascii() and around.isalpha()
-
-
-def _known(found: Iterable[bytes | None]) -> list[bytes]:
-    return [ids for ids in found if ids is not None]

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from gateway.encoder import cuts_are_exact, encode_all, find_affixes, make_encoder
 from gateway.id_cache import ENTRY_BYTES, IdCache
-from gateway.text_cuts import Places, TextCuts, find_cuts
+from gateway.text_cuts import WORD_ENDS, Places, TextCuts, find_cuts
 from gateway.token_ids import TokenIds
 from tests.unit.tokenizer_kinds import CUT, SPECIALS, WHOLE, tokenizer_of
 
@@ -86,8 +86,14 @@ def test_tokens_that_merges_do_not_lead_to_rule_cuts_of_one_piece_out() -> None:
 
 def test_tokens_across_places_rule_these_places_out() -> None:
     places = cuts_of("added across places").places
-    assert (places.lines, places.words, set(places.specials)) == (False, False, {*SPECIALS, "<unk>"})
-    assert cuts_of("Llama 3").places.words
+    assert (places.lines, places.words, set(places.specials)) == (False, "", {*SPECIALS, "<unk>"})
+    assert cuts_of("Llama 3").places.words == WORD_ENDS[0]
+
+
+def test_behind_a_token_that_takes_the_space_behind_it_no_text_is_cut() -> None:
+    assert cuts_of("RoBERTa's mask").places.words == WORD_ENDS[1]
+    assert cuts_of("RoBERTa's mask").sized(1).chunks("x. y <mask> z a b") == ["x. y <mask> z", " a", " b"]
+    assert cuts_of("GPT-2").sized(1).chunks("x. y <mask> z a b") == ["x.", " y <mask>", " z", " a", " b"]
 
 
 def test_special_tokens_that_are_taken_as_text_are_no_places() -> None:
@@ -101,11 +107,12 @@ def test_special_tokens_that_are_taken_as_text_are_no_places() -> None:
 
 @pytest.mark.parametrize("kind", ["Metaspace", "Llama 2", "prefix space", "another regular expression"])
 def test_the_trial_at_load_finds_cuts_that_are_not_exact(kind: str) -> None:
-    assert not cuts_are_exact(tokenizer_of(kind), TextCuts(Places(lines=True, words=True, specials=SPECIALS)))
+    assert not cuts_are_exact(tokenizer_of(kind), TextCuts(Places(lines=True, words=WORD_ENDS[-1], specials=SPECIALS)))
 
 
 def test_where_the_trial_fails_texts_are_taken_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.encoder.find_cuts", lambda tokenizer: TextCuts(Places(lines=True, words=True, specials=())))
+    inexact = TextCuts(Places(lines=True, words=WORD_ENDS[-1], specials=()))
+    monkeypatch.setattr("gateway.encoder.find_cuts", lambda tokenizer: inexact)
     assert not make_encoder(tokenizer_of("Metaspace"), IdCache(0)).cuts_texts
 
 
