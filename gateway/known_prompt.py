@@ -1,7 +1,6 @@
 """What is known of a request's prompt: its token ids as the engine will see them, if that can be told."""
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import msgspec
 from gateway.body import Endpoint
 from gateway.errors import PromptTooLong
 from gateway.parity import Parity, ParityVerdict
-from gateway.prompts import depends_on_text, ids_are_the_prompt, reads_no_cache, split_prompts
+from gateway.prompts import depends_on_text, ids_are_the_prompt, is_plain, reads_no_cache, split_prompts
 from gateway.served_models import ServedModels
 from gateway.token_ids import TokenIds
 from gateway.tokens import NotAtOnce, NoTokenIds, TextTooLong, TokenService
@@ -22,6 +21,7 @@ PIECES_INLINE_MAX = 256
 """More messages or prompts than that are worked on in a thread: a chat of 256 messages is rendered in 1 ms."""
 CHARS_PER_TOKEN = 4
 """Of English text, roughly: for the weight of a prompt whose ids are not known."""
+_EXACT = Parity.EXACT  # found faster than as an attribute of the class
 
 
 class KnownPrompt(msgspec.Struct, frozen=True, gc=False, eq=False):
@@ -59,8 +59,10 @@ class PromptReader:
         given = body.get(param)
         characters = len(given) if type(given) is str else _characters(given)
         if self._may_be_quick(given, characters):
-            with contextlib.suppress(NotAtOnce):
+            try:
                 return read(body, characters, self._inline_chars_max)
+            except NotAtOnce:
+                pass
         return await asyncio.to_thread(read, body, characters, None)
 
     def _may_be_quick(self, given: object, characters: int) -> bool:
@@ -79,66 +81,79 @@ class PromptReader:
         return adapter_identity(card["id"], card.get("root") or "") if card and card.get("parent") else ""
 
     def _completion(self, body: Mapping[str, Any], characters: int, new_chars_max: int | None) -> KnownPrompt:
-        prompts = split_prompts(body.get("prompt"))
-        cacheable = not reads_no_cache(body)
-
-        def unknown(why: str) -> KnownPrompt:
-            guess = characters // CHARS_PER_TOKEN
-            return KnownPrompt(None, cacheable=cacheable, count=len(prompts), tokens=guess, why_unknown=why)
-
+        limit, certain = self._context_tokens(), self.parity.completions.parity is _EXACT
+        prompt = body.get("prompt")
+        if type(prompt) is str and is_plain(body):
+            try:
+                only = self._tokens.encode(prompt, True, limit, new_chars_max)
+            except NoTokenIds as error:
+                return self._unknown(error, characters, limit if certain else None)
+            tokens = len(only)
+            if certain and limit is not None and tokens > limit:
+                raise PromptTooLong(tokens, limit, param="prompt")
+            return KnownPrompt(only, only if certain and tokens else None, certain, tokens=tokens)
+        prompts = split_prompts(prompt)
+        cacheable, count = not reads_no_cache(body), len(prompts)
         if not ids_are_the_prompt(body):
-            return unknown("the engine changes the prompt")
+            return self._unknown("the engine changes the prompt", characters, None, cacheable=cacheable, count=count)
         text = isinstance(prompts[0], str)
-        certain = not text or self.parity.completions.parity is Parity.EXACT
+        certain = certain or not text
         special = body.get("add_special_tokens", True)
         try:
-            ids = [self._encode(prompt, special, new_chars_max) if isinstance(prompt, str) else prompt for prompt in prompts]
-            longest = ids[0] if len(ids) == 1 else max(ids, key=len)
-            self._check_length("prompt", len(longest), certain)
-        except TextTooLong as long:
-            self._check_length("prompt", long.tokens_min, certain)
-            return unknown(str(long))
+            ids = [
+                self._encode(prompt, special, limit, new_chars_max) if isinstance(prompt, str) else prompt for prompt in prompts
+            ]
         except NoTokenIds as error:
-            return unknown(str(error))
+            return self._unknown(error, characters, limit if certain else None, cacheable=cacheable, count=count)
+        longest = ids[0] if count == 1 else max(ids, key=len)
+        if certain and limit is not None and len(longest) > limit:
+            raise PromptTooLong(len(longest), limit, param="prompt")
         sent: Sequence[Any] | None = None
         if text and certain and not depends_on_text(body) and all(ids):
-            sent = ids[0] if isinstance(body["prompt"], str) else ids
-        return KnownPrompt(longest, sent, certain, cacheable, len(prompts), len(longest))
+            sent = ids[0] if isinstance(prompt, str) else ids
+        return KnownPrompt(longest, sent, certain, cacheable, count, len(longest))
 
-    def _encode(self, prompt: str, special: object, new_chars_max: int | None) -> TokenIds:
+    def _encode(self, prompt: str, special: object, limit: int | None, new_chars_max: int | None) -> TokenIds:
         if not isinstance(special, bool):
             raise NoTokenIds("add_special_tokens is malformed")
-        return self._tokens.encode(prompt, special, self._context_tokens(), new_chars_max)
+        return self._tokens.encode(prompt, special, limit, new_chars_max)
+
+    def _unknown(
+        self,
+        why: str | NoTokenIds,
+        characters: int,
+        limit: int | None,
+        param: str = "prompt",
+        *,
+        cacheable: bool = True,
+        count: int = 1,
+    ) -> KnownPrompt:
+        """Say that the ids are not known. Raises PromptTooLong if that is because they are more than `limit`, if not None."""
+        if isinstance(why, TextTooLong) and limit is not None and why.tokens_min > limit:
+            raise PromptTooLong(why.tokens_min, limit, param=param)
+        guess = characters // CHARS_PER_TOKEN
+        return KnownPrompt(None, cacheable=cacheable, count=count, tokens=guess, why_unknown=str(why))
 
     def _chat(self, body: Mapping[str, Any], characters: int, new_chars_max: int | None) -> KnownPrompt:
         cacheable = not reads_no_cache(body)
-        guess = characters // CHARS_PER_TOKEN
         parity = self.parity.chat.parity
         if parity is Parity.OFF:
-            why = "chats are not tokenised as the engine does"
-            return KnownPrompt(None, cacheable=cacheable, tokens=guess, why_unknown=why)
-        certain = parity is Parity.EXACT
+            return self._unknown("chats are not tokenised as the engine does", characters, None, cacheable=cacheable)
+        limit, certain = self._context_tokens(), parity is _EXACT
         try:
-            ids = self._tokens.encode_chat(body, self._context_tokens(), new_chars_max)
-            self._check_length("messages", len(ids), certain)
-        except TextTooLong as long:
-            self._check_length("messages", long.tokens_min, certain)
-            return KnownPrompt(None, cacheable=cacheable, tokens=guess, why_unknown=str(long))
-        except NoTokenIds as unknown:
-            return KnownPrompt(None, cacheable=cacheable, tokens=guess, why_unknown=str(unknown))
-        chat_ids = certain and not body.get("echo") and len(ids) > 0
-        return KnownPrompt(ids, None, certain, cacheable, tokens=len(ids), chat_ids=chat_ids)
+            ids = self._tokens.encode_chat(body, limit, new_chars_max)
+        except NoTokenIds as error:
+            return self._unknown(error, characters, limit if certain else None, "messages", cacheable=cacheable)
+        tokens = len(ids)
+        if certain and limit is not None and tokens > limit:
+            raise PromptTooLong(tokens, limit, param="messages")
+        chat_ids = certain and not body.get("echo") and tokens > 0
+        return KnownPrompt(ids, None, certain, cacheable, tokens=tokens, chat_ids=chat_ids)
 
     def _context_tokens(self) -> int | None:
         models = self._models()
         known = models.context_tokens if models else None
         return self.parity.context_tokens if known is None else known
-
-    def _check_length(self, param: str, tokens: int, certain: bool) -> None:
-        """Refuse what the engine is certain to refuse. Raises PromptTooLong."""
-        limit = self._context_tokens()
-        if certain and limit is not None and tokens > limit:
-            raise PromptTooLong(tokens, limit, param=param)
 
 
 def _characters(value: object) -> int:

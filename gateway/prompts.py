@@ -15,6 +15,13 @@ _TEXT_FIELDS = frozenset(
 )
 _TEXT_FIELDS_OF_IDS = frozenset(("suffix", "truncate_prompt_tokens", "prompt_embeds"))
 
+_LOOKED_AT = _TEXT_FIELDS | _TEXT_FIELDS_OF_IDS | {"add_special_tokens", "prompt_logprobs"}
+
+
+def is_plain(body: Mapping[str, Any]) -> bool:
+    """Tell at a glance that nothing in a completion's body but its prompt is looked at here."""
+    return _LOOKED_AT.isdisjoint(body)
+
 
 def split_prompts(prompt: object) -> list[str] | list[TokenIds]:
     """Return the prompts of a request one by one: str, list[str], list[int] and list[list[int]] are taken.

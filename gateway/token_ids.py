@@ -21,13 +21,13 @@ class TokenIds(Sequence[int]):
 
     __slots__ = ("_count", "_parts", "_raw", "_text", "serial")
 
-    def __init__(self, raw: bytes, parts: Sequence[TokenIds] = (), serial: bytes = b"") -> None:
+    def __init__(self, raw: bytes, serial: bytes = b"") -> None:
         self.serial = serial
         """Names these very ids, where they are long and used often: what is worked out of them can be kept under it."""
         self._raw = raw
-        self._parts = parts
+        self._parts: Sequence[TokenIds] = ()
         self._text: bytes | None = None
-        self._count: int = sum([part._count for part in parts]) if parts else len(raw) >> 2
+        self._count = len(raw) >> 2
 
     @classmethod
     def of(cls, ids: Iterable[int]) -> TokenIds:
@@ -42,7 +42,16 @@ class TokenIds(Sequence[int]):
         """Return the ids of all parts in order."""
         if len(parts) == 1:
             return parts[0]
-        return cls(b"", [whole for part in parts for whole in part._parts or (part,)])
+        whole, flat, count = cls(b""), list[TokenIds](), 0
+        for part in parts:
+            if part._count:
+                count += part._count
+                if part._parts:
+                    flat += part._parts
+                else:
+                    flat.append(part)
+        whole._parts, whole._count = flat, count
+        return whole
 
     @property
     def raw(self) -> bytes:
@@ -63,7 +72,7 @@ class TokenIds(Sequence[int]):
     def text(self) -> bytes:
         """The ids in decimals, with commas between them. Worked out once for each part."""
         if self._parts:
-            return b",".join([part._text or part.text for part in self._parts if part._count])
+            return b",".join([part._text or part.text for part in self._parts])
         if self._text is None:
             self._text = _encode(self.tolist())[1:-1]
         return self._text
