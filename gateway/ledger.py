@@ -12,13 +12,14 @@ from typing import Protocol
 import msgspec
 
 from gateway.losses import Case, Loss, LossReason, judge
-from transport.deliveries import Delivery, DeliveryReason
+from transport.deliveries import Delivery
 
 ATTEMPTS_KEPT = 16  # of one request id: clients choose it, and some choose the same one for ever
 DELIVERIES_KEPT = 64  # of one attempt: it has one for each of its prompts and choices
 UNREPORTED_SECONDS = 5.0  # after the answer's end; a record comes before its first byte
 LEFT_STATUS = 499
 LOST_STATUS = 0  # the attempt ended without an answer
+_NOTHING = Delivery()
 _NOT_SERVED = frozenset({LOST_STATUS, 500, 502, 503, 504})
 
 
@@ -90,11 +91,6 @@ class Entry(msgspec.Struct, eq=False, gc=False):
             return found[0]
         return max(found, key=lambda delivery: delivery.prompt_tokens, default=None)
 
-    def delivered(self, delivery: Delivery) -> None:
-        """The engine's record of one of its prompts and choices."""
-        self.deliveries += (delivery,)
-        self.plain_loss = None
-
     def judged(self, formerly: int = 0, elsewhere: int = 0) -> Loss:
         """Judge it by what was delivered so far; see Case for the arguments."""
         if formerly or elsewhere:
@@ -105,23 +101,24 @@ class Entry(msgspec.Struct, eq=False, gc=False):
 
     def case(self, formerly: int = 0, elsewhere: int = 0) -> Case:
         """What the attempt is judged by; see Case for the arguments."""
-        plan, got = self.planned, self.steered
+        plan, steered = self.planned, self.steered
+        got = _NOTHING if steered is None else steered
         size = plan.block_size  # predictions count in whole blocks, as engines deliver them
         return Case(
-            prompt_tokens=got.prompt_tokens if got else plan.prompt_tokens,
-            block_size=size,
-            predicted_local=plan.local_tokens // size * size,
-            predicted_peer=plan.peer_tokens // size * size,
-            best_available=plan.best_available_tokens // size * size,
-            best_held=plan.best_held_tokens // size * size,
-            local=got.local_tokens if got else 0,
-            peer=got.peer_tokens if got else 0,
-            looked_up=plan.looked_up,
-            parity_exact=plan.parity_exact,
-            reads_cache=plan.reads_cache,
-            why=got.why if got else DeliveryReason.NONE,
-            formerly=formerly,
-            elsewhere=elsewhere,
+            plan.prompt_tokens if steered is None else got.prompt_tokens,
+            size,
+            plan.local_tokens // size * size,
+            plan.peer_tokens // size * size,
+            plan.best_available_tokens // size * size,
+            plan.best_held_tokens // size * size,
+            got.local_tokens,
+            got.peer_tokens,
+            plan.looked_up,
+            plan.parity_exact,
+            plan.reads_cache,
+            got.why,
+            formerly,
+            elsewhere,
         )
 
 
@@ -174,8 +171,9 @@ class Ledger:
         if entry is None:
             self.sums.unmatched_deliveries += delivery.tag != 0
         elif len(entry.deliveries) < DELIVERIES_KEPT:
-            entry.delivered(delivery)
-            if self._unreported.pop(delivery.tag, None) is not None:
+            entry.deliveries += (delivery,)
+            entry.plain_loss = None
+            if self._unreported and self._unreported.pop(delivery.tag, None) is not None:
                 self._late.append(entry)
         return entry
 
@@ -196,10 +194,13 @@ class Ledger:
         self._unreported[entry.planned.tag] = entry
         return False
 
+    @property
+    def waits(self) -> bool:
+        """Whether any attempt that ended is not settled: only then may `due` have some."""
+        return bool(self._unreported or self._late)
+
     def due(self, now: float) -> list[Entry]:
         """Ended attempts to settle: whose record came late, or will not come any more."""
-        if not self._late and not self._unreported:
-            return []
         found, self._late = self._late, []
         while self._unreported:
             tag, entry = next(iter(self._unreported.items()))

@@ -25,6 +25,7 @@ class LossReason(StrEnum):
     UNKNOWN = "unknown"  # nothing that we know explains it, or no record came
 
 
+_READS_NO_CACHE = DeliveryReason.READS_NO_CACHE
 _STALE = frozenset({DeliveryReason.SOURCE_GONE, DeliveryReason.SOURCE_HELD_LESS})
 _CHECK_FAILED = frozenset({DeliveryReason.CHECK_FAILED, DeliveryReason.COPY_FAILED, DeliveryReason.SOURCE_UNREADABLE})
 
@@ -82,16 +83,18 @@ COLD = Loss(LossReason.COLD, 0, "nobody held any of it")
 
 def judge(case: Case) -> Loss:
     """Tell why less was delivered than could have been, the nearest cause first."""
-    if not case.reads_cache or case.why is DeliveryReason.READS_NO_CACHE:
+    if not case.reads_cache or case.why is _READS_NO_CACHE:
         return Loss(LossReason.OFF, 0, "the engine computes this request's prompt whole")
-    delivered = case.delivered
-    if delivered >= case.useful:
+    delivered = case.local + case.peer
+    if delivered >= useful_tokens(case.prompt_tokens, case.block_size):
         return NO_LOSS
     if not case.looked_up:
         return _unseen(case)
     if delivered < case.best_available:
         return _short(case)
-    return _nothing_better(case)
+    if case.formerly > delivered or case.elsewhere > delivered:
+        return _held_before(case)
+    return NO_LOSS if delivered else COLD
 
 
 def _unseen(case: Case) -> Loss:
@@ -125,11 +128,9 @@ def _short(case: Case) -> Loss:
     return Loss(LossReason.UNKNOWN, lost, "the engine does not say why it imported less")
 
 
-def _nothing_better(case: Case) -> Loss:
+def _held_before(case: Case) -> Loss:
     """All that anybody held when the request was planned was delivered."""
     delivered = case.delivered
     if case.formerly > delivered and case.formerly >= case.elsewhere:
         return Loss(LossReason.EVICTED, case.formerly - delivered, "no replica holds any more what was computed before")
-    if case.elsewhere > delivered:
-        return Loss(LossReason.TENANT_BOUNDARY, case.elsewhere - delivered, "blocks of another tenant hold it")
-    return NO_LOSS if delivered else COLD
+    return Loss(LossReason.TENANT_BOUNDARY, case.elsewhere - delivered, "blocks of another tenant hold it")

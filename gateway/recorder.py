@@ -67,7 +67,8 @@ class Recorder:
             self.feed.poll(entry.planned.replica)
         if self.ledger.ended(entry, status, self._clock()):
             self._settle(entry)
-        self._settle_due()
+        if self.ledger.waits:
+            self._settle_due()
 
     def catch_up(self) -> None:
         """Read what is new in all tables and settle what can be: before somebody looks at the figures."""

@@ -32,7 +32,8 @@ def _lengths() -> tuple[int, ...]:
 
 LENGTHS = _lengths()
 """Lengths in tokens at which a prompt is known."""
-_SPANS = tuple(pairwise((0, *LENGTHS)))
+_SPANS = tuple((4 * start, 4 * end) for start, end in pairwise((0, *LENGTHS)))
+"""Where the token ids are, in bytes, that each of them adds."""
 
 Marks = tuple[tuple[str, float], ...]
 """Tenants with the time by which they first had it, the last to come last."""
@@ -89,13 +90,12 @@ class SeenPrefixes:
 
     def digests(self, ids: Sequence[int], kind: str = "") -> list[bytes]:
         """Digests of the beginnings of `ids` at LENGTHS; `kind` is what else tells prompts apart, such as an adapter."""
-        hasher = xxhash.xxh3_128(kind.encode("utf-8", "surrogatepass") + b"\0", seed=self._secret)
-        whole = ids if isinstance(ids, TokenIds) else TokenIds.of(ids[: LENGTHS[-1]])
-        raw = memoryview(whole.raw)
-        found = []
+        digest_of, secret = xxhash.xxh3_128_digest, self._secret
+        raw = (ids if isinstance(ids, TokenIds) else TokenIds.of(ids[: LENGTHS[-1]])).raw
+        last, size, found = kind.encode("utf-8", "surrogatepass") + b"\0", len(raw), []
         for start, end in _SPANS:
-            if 4 * end > len(raw):
+            if end > size:
                 break
-            hasher.update(raw[4 * start : 4 * end])
-            found.append(hasher.digest())
+            last = digest_of(last + raw[start:end], secret)
+            found.append(last)
         return found
