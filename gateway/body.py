@@ -5,7 +5,7 @@ Only what the gateway itself uses or must refuse is looked at; every other field
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -39,6 +39,12 @@ _FORBIDDEN = frozenset(FORBIDDEN_FIELDS)
 _decode = msgspec.json.Decoder().decode
 
 
+def _leave_out(value: object) -> msgspec.Raw:
+    if isinstance(value, TokenIds):
+        return _GAP_IN_LIST
+    raise TypeError(f"{type(value).__name__} is no part of a body")
+
+
 def _write(value: object) -> msgspec.Raw:
     if isinstance(value, TokenIds):
         return value.json()
@@ -46,6 +52,9 @@ def _write(value: object) -> msgspec.Raw:
 
 
 _encode = msgspec.json.Encoder(enc_hook=_write).encode
+_GAP = b"\0"  # which JSON has nowhere, not in strings either
+_GAP_IN_LIST = msgspec.Raw(b"[%b]" % _GAP)
+_encode_around = msgspec.json.Encoder(enc_hook=_leave_out).encode
 
 
 def decode_body(raw: bytes | bytearray) -> dict[str, Any]:
@@ -63,10 +72,7 @@ def decode_body(raw: bytes | bytearray) -> dict[str, Any]:
 
 def encode_body(body: dict[str, Any]) -> bytes:
     """The inverse of `decode_body`; token ids may be TokenIds. Raises InvalidJson for what JSON cannot hold: huge integers."""
-    try:
-        return _encode(body)
-    except (OverflowError, RecursionError, ValueError) as error:
-        raise InvalidJson(f"The body cannot be passed on: {error}.") from None
+    return _encoded(body, _encode)
 
 
 def request_parts(body: dict[str, Any], raw: bytes | None, changes: Mapping[str, Any]) -> list[bytes]:
@@ -77,12 +83,32 @@ def request_parts(body: dict[str, Any], raw: bytes | None, changes: Mapping[str,
     """
     prompt = changes.get("prompt")
     if raw is not None and body and prompt is None:
-        return [raw[: raw.rindex(b"}")], b"," + encode_body(dict(changes))[1:]] if changes else [raw]
-    if isinstance(prompt, TokenIds):
+        if not changes:
+            return [raw]
+        parts, rest = [raw[: raw.rindex(b"}")], b","], changes
+        ids = [each for value in changes.values() if type(value) is dict for each in value.values() if type(each) is TokenIds]
+        if ids:
+            before, *behind = _encoded(changes, _encode_around)[1:].split(_GAP)
+            parts.append(before)
+            for known, piece in zip(ids, behind, strict=True):
+                parts += known.texts()
+                parts.append(piece)
+            return parts
+    elif isinstance(prompt, TokenIds):
         rest = {**body, **changes}
         del rest["prompt"]
-        return [b'{"prompt":[', prompt.text, b"]," if rest else b"]", encode_body(rest)[1:]]
-    return [encode_body({**body, **changes})]
+        parts = [b'{"prompt":[', *prompt.texts(), b"]," if rest else b"]"]
+    else:
+        return [_encoded({**body, **changes}, _encode)]
+    parts.append(_encoded(rest, _encode)[1:])
+    return parts
+
+
+def _encoded(value: Mapping[str, Any], encode: Callable[[object], bytes]) -> bytes:
+    try:
+        return encode(value)
+    except (OverflowError, RecursionError, ValueError) as error:
+        raise InvalidJson(f"The body cannot be passed on: {error}.") from None
 
 
 def names_forbidden(body: dict[str, Any]) -> bool:

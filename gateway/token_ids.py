@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 _encode = msgspec.json.Encoder().encode
+_BIG_ENDIAN = sys.byteorder == "big"
 
 
 class TokenIds(Sequence[int]):
@@ -33,7 +34,7 @@ class TokenIds(Sequence[int]):
     def of(cls, ids: Iterable[int]) -> TokenIds:
         """Return `ids` in this form. Raises TypeError for what is no integer, OverflowError for what is no int32."""
         numbers = array("i", ids)
-        if sys.byteorder == "big":
+        if _BIG_ENDIAN:
             numbers.byteswap()
         return cls(numbers.tobytes())
 
@@ -72,10 +73,18 @@ class TokenIds(Sequence[int]):
     def text(self) -> bytes:
         """The ids in decimals, with commas between them. Worked out once for each part."""
         if self._parts:
-            return b",".join([part._text or part.text for part in self._parts])
+            return b"".join(self.texts())
         if self._text is None:
             self._text = _encode(self.tolist())[1:-1]
         return self._text
+
+    def texts(self) -> list[bytes]:
+        """What `text` is joined from, to be sent one behind the other."""
+        if not self._parts:
+            return [self.text]
+        found = [each for part in self._parts for each in (part._text or part.text, b",")]
+        found.pop()
+        return found
 
     def json(self) -> msgspec.Raw:
         """The ids as a JSON list, for msgspec to put where it belongs."""
@@ -87,7 +96,9 @@ class TokenIds(Sequence[int]):
 
     def tolist(self) -> list[int]:
         """The ids as a list."""
-        return self.numpy().tolist()
+        if _BIG_ENDIAN:
+            return self.numpy().tolist()
+        return memoryview(self.raw).cast("i").tolist()
 
     def __len__(self) -> int:
         return self._count

@@ -157,6 +157,29 @@ def test_token_ids_take_the_place_of_a_text(body: dict[str, Any], ids: list[int]
     assert json.loads(b"".join(parts)) == {**body, "prompt": ids, "cache_salt": "s"}
 
 
+@pytest.mark.parametrize(
+    "ids", [TokenIds.of([]), TokenIds.of([7, 8]), TokenIds.joined([TokenIds.of([1, 2]), TokenIds.of([3])])]
+)
+@pytest.mark.parametrize("raw", [b'{"n":"\\u0000"}', None])
+def test_token_ids_are_put_where_a_chats_are(ids: TokenIds, raw: bytes | None) -> None:
+    changes = {
+        "cache_salt": "\0",
+        "kv_transfer_params": {"tag": 1, "ids": ids, "more": [ids] if raw is None else []},
+        "z": {"ids": ids},
+    }
+    told = {"tag": 1, "ids": ids.tolist(), "more": [ids.tolist()] if raw is None else []}
+    found = json.loads(b"".join(request_parts({"n": "\0"}, raw, changes)))
+    assert found == {"n": "\0", "cache_salt": "\0", "kv_transfer_params": told, "z": {"ids": ids.tolist()}}
+
+
+def test_joined_ids_are_sent_part_by_part() -> None:
+    known = TokenIds.of([1, 2])
+    ids = TokenIds.joined([known, TokenIds.of([]), TokenIds.of([3])])
+    parts = request_parts({"prompt": "x", "n": 1}, None, {"prompt": ids})
+    assert b"".join(parts) == b'{"prompt":[1,2,3],"n":1}'
+    assert any(part is known.text for part in parts)
+
+
 def test_an_untouched_body_is_passed_on_as_it_came() -> None:
     raw = b' {"a" : 1.50, "a":"\\u0041}" }\n'
     assert request_parts(decode_body(raw), raw, {}) == [raw]
