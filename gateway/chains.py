@@ -43,10 +43,10 @@ class ChainCache:
         """Return the keys of the first `blocks` blocks of `ids`, of which there have to be so many."""
         if not blocks:
             return EMPTY
-        parts = ids.parts
         left = blocks * block_size * 4
-        if blocks < SHORT_BLOCKS and len(parts) == 1 and not parts[0].serial:
-            return Chain(hash_blocks(root, parts[0].raw[:left], block_size, hash_name))
+        if blocks < SHORT_BLOCKS:
+            return Chain(hash_blocks(root, ids.raw[:left], block_size, hash_name))
+        parts = ids.parts
         found: list[bytes] = []
         last, rest, place, known, self._fresh = root, b"", 0, 0, False
         if len(parts) > 1 and len(parts[0]) < block_size and not parts[0].serial:  # what begins every text

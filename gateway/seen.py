@@ -19,6 +19,7 @@ import xxhash
 from gateway.token_ids import TokenIds
 
 STEP_TOKENS = 16
+COPIED_BYTES_MAX = 8192  # longer beginnings are hashed where they are: two hashes take less time than a copy
 PROMPT_TOKENS_MAX = 1 << 20
 TENANTS_KEPT = 4  # of one prefix: the last ones that were new to it
 
@@ -92,10 +93,14 @@ class SeenPrefixes:
         """Digests of the beginnings of `ids` at LENGTHS; `kind` is what else tells prompts apart, such as an adapter."""
         digest_of, secret = xxhash.xxh3_128_digest, self._secret
         raw = (ids if isinstance(ids, TokenIds) else TokenIds.of(ids[: LENGTHS[-1]])).raw
+        view = memoryview(raw)
         last, size, found = kind.encode("utf-8", "surrogatepass") + b"\0", len(raw), []
         for start, end in _SPANS:
             if end > size:
                 break
-            last = digest_of(last + raw[start:end], secret)
+            if end <= COPIED_BYTES_MAX:
+                last = digest_of(last + raw[start:end], secret)
+            else:
+                last = digest_of(last + digest_of(view[start:end], secret), secret)
             found.append(last)
         return found

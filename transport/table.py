@@ -58,7 +58,7 @@ _SLOTS = struct.Struct(f"={WAYS}I").unpack_from
 _NO_SLOTS = bytes(_BUCKET_BYTES)
 _VERIFIED = 16
 """Places of a chain that was found by halving, evenly spread, at which it is verified."""
-_KNOWN_MIN = 32
+_KNOWN_MIN = 8
 """Blocks of a chain that are remembered: fewer are found sooner one by one."""
 _PLACES = 64
 """Places of a known run, evenly spread, of which the states are remembered."""
@@ -127,7 +127,7 @@ class TableReader:
         # single words are read several times faster this way than out of an array
         self._state_words = self._states.data
         self._key_words = self._keys.reshape(-1).data
-        self._index_at = layout.index
+        self._slots = self._index.reshape(-1).data
         self._head = self._words.data
         self._ends: dict[int, int] = {}
         self._known: dict[int, _KnownRun | None] = {}
@@ -210,43 +210,37 @@ class TableReader:
             run = self._known.get(words[2 * known - 2])
             if run is not None and run.last == words[2 * known - 1] and self._states[run.blocks].tobytes() == run.states:
                 begin = known
-        if not begin and blocks:
-            bucket = self._index_at + (words[0] & self._bucket_mask) * _BUCKET_BYTES
-            if self._map[bucket : bucket + _BUCKET_BYTES] == _NO_SLOTS:  # so it is in most tables for most prompts
+        if not begin:
+            if not blocks or not self._holds(words[0], words[1]):  # as in most tables for most prompts
                 return 0
-        if blocks - begin < 2 * _VERIFIED:
-            return self._leading(words, begin, blocks)
-        if not begin and not self._holds(words[0], words[1]):
-            return 0
-        held = self._halved(words, begin, blocks)
+            begin = 1
+        held = (self._leading if blocks - begin < 2 * _VERIFIED else self._halved)(words, begin, blocks)
         if begin < known <= held and known >= _KNOWN_MIN:
             return self._remember(words, known, held)
         return held
 
     def _leading(self, words: memoryview, begin: int, blocks: int) -> int:
         """Return how many of the first `blocks` blocks are held one by one, those before `begin` being held."""
-        mapped, index, mask, most = self._map, self._index_at, self._bucket_mask, self.num_blocks
+        slots, mask, most = self._slots, self._bucket_mask, self.num_blocks
         states, keys = self._state_words, self._key_words
         for place in range(begin, blocks):
             low, high = words[2 * place], words[2 * place + 1]
-            for slot in _SLOTS(mapped, index + (low & mask) * _BUCKET_BYTES):
-                valid = slot and slot <= most and not states[slot - 1] & 1
-                if valid and keys[2 * slot - 2] == low and keys[2 * slot - 1] == high:
-                    break
-            else:
+            bucket = (low & mask) * WAYS
+            slot = slots[bucket]  # most blocks are the first in their bucket
+            if slot and slot <= most and not states[slot - 1] & 1 and keys[2 * slot - 2] == low and keys[2 * slot - 1] == high:
+                continue
+            if not self._holds(low, high):
                 return place
         return blocks
 
     def _halved(self, words: memoryview, begin: int, blocks: int) -> int:
-        """Return how many of the first `blocks` blocks are held, by halving; those before `begin` are, and so is the first."""
+        """Return how many of the first `blocks` blocks are held, by halving; the first `begin` are, one at least."""
         holds = self._holds
-        low, high = begin, blocks  # the block at low is held if it is the first, that at high is not or does not exist
-        if holds(words[2 * high - 2], words[2 * high - 1]):
-            low = high
-        elif begin:
-            low, high = begin - 1, blocks - 1
-        else:
-            low, high = self._near_end(words, high)
+        low, high = begin - 1, blocks - 1  # the block at low is held, that at high is not or does not exist
+        if holds(words[2 * high], words[2 * high + 1]):
+            low = high = blocks
+        elif begin == 1:
+            low, high = self._near_end(words, blocks)
         while high - low > 1:
             middle = (low + high) // 2
             if holds(words[2 * middle], words[2 * middle + 1]):
@@ -256,8 +250,8 @@ class TableReader:
         if len(self._ends) >= _ENDS_MAX:
             self._ends.clear()
         self._ends[words[0]] = high
-        step = max(1, (high - begin) // _VERIFIED)
-        for place in range(begin + step, high, step):
+        step = max(1, (high - begin + 1) // _VERIFIED)
+        for place in range(begin - 1 + step, high, step):
             if not holds(words[2 * place], words[2 * place + 1]):
                 return self._in_full(words, high)
         return high
@@ -296,7 +290,7 @@ class TableReader:
 
     def _holds(self, low: int, high: int) -> bool:
         """Tell whether the block under the key of these two words is held."""
-        for slot in _SLOTS(self._map, self._index_at + (low & self._bucket_mask) * _BUCKET_BYTES):
+        for slot in _SLOTS(self._slots, (low & self._bucket_mask) * _BUCKET_BYTES):
             if slot and slot <= self.num_blocks and self._state_words[slot - 1] & 1 == 0:
                 place = 2 * slot - 2
                 if self._key_words[place] == low and self._key_words[place + 1] == high:
