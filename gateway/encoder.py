@@ -119,7 +119,8 @@ class Encoder:
 
     def _keep_page_of(self, leaves: Sequence[Page], text: str, start: int) -> None:
         """Make a page of the first leaves at `start`, of those that are long enough together."""
-        texts, ends = list[str](), start
+        texts: list[str] = []
+        ends = start
         for leaf in leaves:
             texts.append(leaf.text[: leaf.chars])
             ends += leaf.chars

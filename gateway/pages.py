@@ -61,7 +61,7 @@ class Pages:
 
     def leading(self, text: str, start: int = 0) -> tuple[int, list[Page]]:
         """Return where the pages of `text` from `start` on end, and these."""
-        found = list[Page]()
+        found: list[Page] = []
         with self._lock:
             while len(text) - start > self._chars_min:
                 samples = self._samples(text[start : start + self._chars_min] if start else text)

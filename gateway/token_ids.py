@@ -43,7 +43,8 @@ class TokenIds(Sequence[int]):
         """Return the ids of all parts in order."""
         if len(parts) == 1:
             return parts[0]
-        whole, flat, count = cls(b""), list[TokenIds](), 0
+        flat: list[TokenIds] = []
+        whole, count = cls(b""), 0
         for part in parts:
             if part._count:
                 count += part._count
