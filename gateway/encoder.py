@@ -62,8 +62,9 @@ class Encoder:
         self._words = WordIds(self._tokenise, cuts.places.words if cuts is not None else "", texts_bytes_max // 8)
         self._heads = Heads(self._of_words, cuts, texts_bytes_max // 8) if cuts is not None else None
         specials = cuts.places.specials if cuts is not None else ()
-        self._pages = Pages(texts_bytes_max // 2, specials)
-        self._leaves = Pages(texts_bytes_max // 4, specials, LEAF_CHARS_MIN)
+        place_at = cuts.at if cuts is not None else None
+        self._pages = Pages(texts_bytes_max // 2, specials, place_at=place_at)
+        self._leaves = Pages(texts_bytes_max // 4, specials, LEAF_CHARS_MIN, place_at=place_at)
 
     @property
     def cuts_texts(self) -> bool:

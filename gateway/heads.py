@@ -2,7 +2,7 @@
 
 A head is what texts with the same first characters agree in, up to a place where they may be cut (text_cuts.py): a system
 prompt, and behind it a document, and behind that what a question begins with. What is left of a text behind its heads is new.
-A head is taken only if the text goes on exactly as the head does, with as much behind it as decides that it may be cut there.
+A head is taken only where the text is exactly the head's, and may be cut behind it.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,7 @@ _serials = count(1 << 62)
 
 
 class Head(msgspec.Struct, frozen=True, gc=False, eq=False):
-    """`text` is the head's own, of `chars` characters, and what has to stand behind it."""
-
     text: str
-    chars: int
     ids: TokenIds
 
 
@@ -40,7 +37,7 @@ class Heads:
 
     def __init__(self, ids_of: Callable[[str], bytes], cuts: TextCuts, bytes_max: int) -> None:
         self._ids_of = ids_of
-        self._last_place = cuts.last_place
+        self._last_place, self._place_at = cuts.last_place, cuts.at
         self._generation_bytes_max = bytes_max // 2
         self._bytes = 0
         self._heads: dict[str, Head] = {}
@@ -57,8 +54,11 @@ class Heads:
             head = heads.get(key) or self._from_older(key)
             if head is None or not text.startswith(head.text, start):
                 break
+            end = start + len(head.text)
+            if self._place_at(text, end) is None:
+                break
             found.append(head.ids)
-            start += head.chars
+            start = end
         return start, found
 
     def note(self, text: str) -> None:
@@ -71,9 +71,9 @@ class Heads:
         if former is None:
             self._keep_text(key, text)
         elif former:
-            place, end = self._last_place(text, HEAD_CHARS_MIN, _common(text, former))
+            place = self._last_place(text, HEAD_CHARS_MIN, _common(text, former))
             if place:
-                self._keep_head(key, text[:end], place)
+                self._keep_head(key, text[:place])
             elif head is None:
                 self._keep_text(key, _NO_PLACE)
 
@@ -83,11 +83,10 @@ class Heads:
             self._keep(key, head)
         return head
 
-    def _keep_head(self, key: str, text: str, chars: int) -> None:
-        ids = self._ids_of(text[:chars])
-        serial = next(_serials).to_bytes(8, "little") if chars >= SERIAL_CHARS_MIN else b""
+    def _keep_head(self, key: str, text: str) -> None:
+        serial = next(_serials).to_bytes(8, "little") if len(text) >= SERIAL_CHARS_MIN else b""
         self._texts.pop(key, None)
-        self._keep(key, Head(text, chars, TokenIds(ids, serial=serial)))
+        self._keep(key, Head(text, TokenIds(self._ids_of(text), serial=serial)))
 
     def _keep(self, key: str, head: Head) -> None:
         self._heads[key] = head

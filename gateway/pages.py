@@ -6,7 +6,7 @@ be cut there: what follows it is cut as it would be without pages.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from threading import Lock
 
@@ -27,8 +27,12 @@ _SAMPLE_CHARS = 24
 _serials = count(1)
 
 
+def _nowhere(text: str, at: int) -> bool:
+    return False
+
+
 class Page(msgspec.Struct, frozen=True, gc=False, eq=False):
-    """`text` is the page's own, of `chars` characters, and what has to stand behind it."""
+    """`text` is the page's own, of `chars` characters, and what stood behind it, so much that it decides of the place."""
 
     text: str
     chars: int
@@ -43,10 +47,18 @@ class Pages:
     """At most `bytes_max` bytes of them, least recently used out first. Thread safe.
 
     Of pages that look the same in all samples, taken of the first `chars_min` characters, one is kept: what both begin
-    with if that is long enough, else one of the two. `specials` are those that texts are cut before.
+    with if that is long enough, else one of the two. `specials` are those that texts are cut before, and
+    `place_at` tells, given a text and where, whether it may be cut there.
     """
 
-    def __init__(self, bytes_max: int, specials: Sequence[str] = (), chars_min: int = PAGE_CHARS_MIN) -> None:
+    def __init__(
+        self,
+        bytes_max: int,
+        specials: Sequence[str] = (),
+        chars_min: int = PAGE_CHARS_MIN,
+        place_at: Callable[[str, int], object] | None = None,
+    ) -> None:
+        self._place_at = place_at or _nowhere
         self._bytes_max = bytes_max
         self._chars_min = chars_min
         self._sampled = tuple(slice(at, at + _SAMPLE_CHARS) for at in range(0, chars_min, -(-chars_min // _SAMPLES)))
@@ -66,12 +78,15 @@ class Pages:
             while len(text) - start > self._chars_min:
                 samples = self._samples(text[start : start + self._chars_min] if start else text)
                 page = self._pages.get(samples)
-                if page is None or not text.startswith(page.text, start):
+                if page is None or not (text.startswith(page.text, start) or self._goes_on_otherwise(page, text, start)):
                     break
                 self._pages.move_to_end(samples)
                 found.append(page)
                 start += page.chars
         return start, found
+
+    def _goes_on_otherwise(self, page: Page, text: str, start: int) -> bool:
+        return bool(self._place_at(text, start + page.chars)) and text.startswith(page.text[: page.chars], start)
 
     def keep(self, chunks: Sequence[str], ids: Sequence[TokenIds], behind: str) -> None:
         """Keep `chunks`, of `chars_min` characters or more, as a page with their ids; `behind` is the chunk behind them."""

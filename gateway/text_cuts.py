@@ -88,6 +88,11 @@ class Places:
         rest += [f"(?<={re.escape(text[0])}){re.escape(text[1:])}" for text in self.specials]
         return f"[{re.escape(firsts)}](?:{'|'.join(rest)})"
 
+    def pattern_there(self) -> str:
+        """Return a regular expression that matches, with no character, at the very place."""
+        found = [_LINE] * self.lines + [f"(?<=[{self.words}])(?= [A-Za-z])"] * bool(self.words)
+        return "|".join([*found, *[f"(?={re.escape(text)})" for text in self.specials]])
+
 
 class TextCuts:
     """Cuts texts into chunks, from the front, so that equal beginnings give equal chunks."""
@@ -96,6 +101,8 @@ class TextCuts:
         self.places = places
         pattern = re.compile(places.pattern())
         self._search, self._each = pattern.search, pattern.finditer
+        self.at = re.compile(places.pattern_there()).match
+        """Tells, given a text and where, whether there is a place: a match, or None."""
         self._chars_min = chars_min
         self._chars_max = chars_max
 
@@ -120,20 +127,14 @@ class TextCuts:
             found.append(text[start:])
         return found
 
-    def last_place(self, text: str, start: int, end: int) -> tuple[int, int]:
-        """Return the last place of `text` from `start` on that what stands before `end` decides, and where that ends.
-
-        It is looked for among the last LAST_PLACE_CHARS; both are 0 if there is none.
-        """
-        match = None
-        for match in self._each(text, max(start, end - LAST_PLACE_CHARS), end):  # noqa: B007
-            pass
-        if match is None:
-            return 0, 0
-        place, decided = match.span()
-        if text[place] == " ":
-            return place, decided + 1
-        return (decided, decided + 1) if text[place] == "\n" else (place, decided)
+    def last_place(self, text: str, start: int, end: int) -> int:
+        """Return the last place of `text` from `start` to `end`, 0 if none is among the last LAST_PLACE_CHARS of these."""
+        if self.at(text, end):
+            return end
+        place = 0
+        for match in self._each(text, max(start, end - LAST_PLACE_CHARS), end + 1):
+            place = match.start() + (text[match.start()] == "\n")
+        return place
 
 
 def find_cuts(tokenizer: Tokenizer) -> TextCuts | None:

@@ -85,12 +85,13 @@ def test_a_text_that_leaves_a_head_shortens_it() -> None:
     assert heads.leading(other)[0] == heads.leading(text)[0] == len(SYSTEM + "Words that")
 
 
-def test_a_head_ends_at_a_place_that_what_stands_behind_it_decides() -> None:
+def test_a_head_is_taken_where_the_text_may_be_cut_behind_it() -> None:
     heads, text = heads_of("Llama 3"), SYSTEM + "The end"
-    for _ in range(2):
-        found(heads, text + " one")
-    assert heads.leading(text + " other")[0] == len(text)
-    assert heads.leading(text + " 2")[0] == 0
+    for tail in (" one", " two"):
+        found(heads, text + tail)
+    assert heads.leading(text + " more")[0] == len(text)
+    for tail in (" 2", "s", "", " ", "\u0308 a"):
+        assert heads.leading(text + tail)[0] == 0
 
 
 def test_texts_without_a_place_in_common_have_no_head() -> None:

@@ -68,6 +68,16 @@ def test_a_page_of_another_text_with_the_same_samples_is_not_taken() -> None:
     assert encoder.encode(other, False) == whole(tokenizer, other)
 
 
+def test_a_page_is_taken_whatever_word_follows() -> None:
+    tokenizer, text = tokenizer_of("Llama 3"), "word " * (PAGE_CHARS_MIN // 5 + 10) + "Question:"
+    encoder = seen(tokenizer, text + " a b" * 1000)
+    chars, _ = encoder._pages.leading(text + " a b" * 1000)
+    for behind, taken in ((" z", True), (" 2", False), ("z", False), ("", False)):
+        known = text[:chars] + behind
+        assert encoder._pages.leading(known)[0] == (chars if taken else 0)
+        assert encoder.encode(known, False) == whole(tokenizer, known)
+
+
 def test_pages_are_bounded_in_bytes_and_the_least_recently_used_go_first() -> None:
     texts = [chr(ord("a") + number) * (PAGE_CHARS_MIN + 10) for number in range(4)]
     pages, ids = Pages(3 * (PAGE_CHARS_MIN + 2000)), TokenIds.of(range(10))
