@@ -178,16 +178,20 @@ class CostModel:
 
     # What it learns
 
-    def observe(self, outcome: Outcome) -> None:
-        """Learn from an answered request; its import, when it had one, tells of the pair and the rest of the model.
+    def wants(self, key: ModelKey, source: str | None, now: float) -> bool:
+        """Tell whether to `observe` a request whose first token came `now`.
 
-        Imports always count; of other requests of a model only some, if they come faster than it pays to learn from all.
+        Imports always; of other requests of a model only some, if they come faster than it pays to learn from all.
         """
-        sampling = self._sampling.get(outcome.key)
+        if source is not None:
+            return True
+        sampling = self._sampling.get(key)
         if sampling is None:
-            sampling = self._sampling[outcome.key] = Sampling()
-        if outcome.source is None and not sampling.takes(outcome.now + outcome.first_byte_seconds):
-            return
+            sampling = self._sampling[key] = Sampling()
+        return sampling.takes(now)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn from an answered request; its import, when it had one, tells of the pair and the rest of the model."""
         self._samples += 1
         seconds = max(outcome.first_byte_seconds, SECONDS_MIN)
         self._errors.append(abs(outcome.expected_seconds - seconds) / seconds)

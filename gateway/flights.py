@@ -122,11 +122,13 @@ class Flights:
         if seconds <= 0:
             return
         aloft.taught = True
-        self._costs.observe(_outcome(flight, ticket, delivery, seconds))
+        source = delivery.source or None if delivery is not None else ticket.source
+        if self._costs.wants(flight.key, source, flight.decided_at + seconds):
+            self._costs.observe(_outcome(flight, source, delivery, seconds))
 
 
-def _outcome(flight: Flight, ticket: Ticket, delivery: Delivery | None, seconds: float) -> Outcome:
-    source = delivery.source or None if delivery is not None else ticket.source
+def _outcome(flight: Flight, source: str | None, delivery: Delivery | None, seconds: float) -> Outcome:
+    ticket = flight.ticket
     return Outcome(
         key=flight.key,
         replica=ticket.replica,

@@ -141,6 +141,9 @@ class PeerKV:
         self.evictions.gave_up(self._names[job.replica], 0, given_up, now)
         decision, candidate, asked = self._decisions.pop(job.tag)
         across = job.source is not None and self.fleet.links.across_hosts(job.source, job.replica)
+        took = now - job.arrived + self.fleet.profile.engine.response_seconds
+        if not self.costs.wants(self._key, decision.source, asked + took):
+            return
         self.costs.observe(
             Outcome(
                 key=self._key,
@@ -153,7 +156,7 @@ class PeerKV:
                 computed_tokens=job.computed_tokens,
                 peer_tokens=job.peer_tokens,
                 expected_seconds=decision.expected.seconds,
-                first_byte_seconds=now - job.arrived + self.fleet.profile.engine.response_seconds,
+                first_byte_seconds=took,
                 import_seconds=job.import_seconds if job.peer_tokens else None,
                 import_bytes=job.peer_tokens * self.fleet.profile.engine.kv_bytes_token,
             )

@@ -104,7 +104,9 @@ def test_of_a_flood_some_are_learnt_from_but_all_imports(source: str | None) -> 
     costs = CostModel()
     for place in range(4000):
         load, peer = ReplicaLoad(), 0 if source is None else 160
-        costs.observe(Outcome(GPU, "a", source, "cuda_ipc", load, 1000 + place / 1000, 200, 200 - peer, peer, 0.1, 0.1))
+        now = 1000 + place / 1000
+        if costs.wants(GPU, source, now + 0.1):
+            costs.observe(Outcome(GPU, "a", source, "cuda_ipc", load, now, 200, 200 - peer, peer, 0.1, 0.1))
     learnt = costs.report().samples
     assert learnt == 4000 if source else 900 <= learnt <= 1100
 
