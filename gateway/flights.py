@@ -54,6 +54,11 @@ class Flights:
         self._said: dict[str, EngineLoad] = {}
         self._tables: Mapping[str, Table] | None = None
 
+    @property
+    def any(self) -> bool:
+        """Whether a request is under way."""
+        return bool(self._aloft)
+
     def started(self, flight: Flight, now: float) -> None:
         """The request is about to be sent."""
         self._aloft[flight.ticket.tag] = _Aloft(flight)

@@ -8,6 +8,7 @@ from math import inf
 from typing import Any, Protocol
 
 from engine.fleet import FleetView, Replica
+from gateway.abreast import abreast
 from gateway.body import Endpoint
 from gateway.chain import Chain
 from gateway.costs import CostModel, ModelKey
@@ -109,8 +110,11 @@ class Planner:
         PromptTooLong, InvalidRequest.
         """
         self._ready.now(pinned)
+        known = await self._reader.read(endpoint, body)
+        if self._flights.any:
+            await abreast()
         asked = Asked(
-            known=await self._reader.read(endpoint, body),
+            known=known,
             salt=tenant.salt,
             lora=self.adapter(body),
             affinity=_affinity(body, tenant.salt),

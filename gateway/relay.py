@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol
 
 from engine.fleet import FleetView
+from gateway.abreast import abreast
 from gateway.access import AdminAccess
 from gateway.answer import Answer, pass_on
 from gateway.body import Endpoint, check_body, decode_body, names_forbidden, request_parts
@@ -239,6 +240,7 @@ class Relay(Generic[PlanT]):
             self._planner.started(journey.plan)
             entry = journey.entry = self.witness.sent(journey.plan, journey.asked) if self.witness else None
             try:
+                await self._abreast()
                 answer = await self._attempt(journey)
                 if exchange.begun:
                     return
@@ -270,6 +272,10 @@ class Relay(Generic[PlanT]):
             exchange.answer(answer.status, answer.headers, answer.body)
             return
 
+    async def _abreast(self) -> None:
+        if len(self._exchanges) > 1:
+            await abreast()
+
     def _replan(self, journey: Journey[PlanT]) -> bool:
         journey.excluded.add(journey.plan.replica.name)
         journey.plan = self._planner.replan(journey.plan, exclude=journey.excluded)
@@ -295,6 +301,7 @@ class Relay(Generic[PlanT]):
         headers = [_JSON_HEADER, (b"x-request-id", exchange.request_id.encode())]
         if exchange.accept:
             headers.append((b"accept", exchange.accept))
+        await self._abreast()
         response = await self._upstream.post(plan.replica, journey.path, parts, headers)
         exchange.replica = plan.replica.name.encode()
         exchange.answering = lambda: self._first_byte(journey)
