@@ -424,6 +424,19 @@ async def test_a_burst_of_equal_prompts_is_computed_once(place: Place) -> None:
     assert len({plan.tag for plan in plans}) == 50
 
 
+async def test_of_requests_that_come_at_once_each_plan_knows_of_those_before_it(place: Place) -> None:
+    async def ask() -> Plan:
+        plan = await place.plan(LONG)
+        place.planner.started(plan)
+        return plan
+
+    await place.occupy("a")  # who is not alone waits for the others before it is planned
+    plans = await asyncio.gather(*(ask() for _ in range(50)))
+    computed = [plan for plan in plans if plan.decision.expected.computed_tokens > len(LONG) // 2]
+    assert len(computed) <= 2
+    assert sum(place.planner.in_flight().values()) == 51
+
+
 async def test_a_prompt_cache_key_keeps_together_what_nobody_holds(place: Place) -> None:
     prompts = [[first, *LONG] for first in range(8)]
     homes = {(await place.plan(prompt, prompt_cache_key="session")).replica.name for prompt in prompts}
