@@ -27,7 +27,7 @@ from bench.engines import Engines
 from bench.field_arms import FieldArm, command
 from bench.field_flags import NUMBERED, parse, write_chat_model
 from bench.field_report import Figures, about, as_json, figures_of, from_json, markdown
-from bench.machine import StartFailed, free_ports
+from bench.machine import StartFailed, end_on_sigterm, free_ports
 from bench.open_loop import Player
 from bench.routers import install
 from bench.started import Started
@@ -155,6 +155,7 @@ def main() -> int:
         return 0
     if given.install:
         install(given.venv, console)
+    end_on_sigterm()
     runs = given.rounds * len(given.arms) * len(given.workloads)
     console.print(
         f"{runs} runs of {given.size.seconds:g} s and what is around them: about {runs * given.run_seconds / 60:.0f} min"

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,3 +98,8 @@ def held_port() -> socket.socket:
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
     return held
+
+
+def end_on_sigterm() -> None:
+    """Have SIGTERM end this process as its own end does: with all that it started."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

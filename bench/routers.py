@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import load
 from bench.arms import ARMS, DIRECT, KEY, Arm, Backends, launch
 from bench.cases import CASES, Case, bodies, documents
-from bench.machine import LOAD_CORE, PROXY_CORE, Pinned, StartFailed, free_ports
+from bench.machine import LOAD_CORE, PROXY_CORE, Pinned, StartFailed, end_on_sigterm, free_ports
 from bench.replicas import write_config, write_run_dir
 from bench.report import Figures, as_json, markdown, medians, quantile, table
 
@@ -214,6 +214,7 @@ def main() -> int:
     """Measure and print; status 1 when something failed."""
     given = _parse()
     console = Console(width=110)
+    end_on_sigterm()
     if (os.cpu_count() or 1) < 2:
         console.print("two cores are needed: one for the proxy, one for the load")
         return 2
