@@ -141,7 +141,7 @@ def find_cuts(tokenizer: Tokenizer) -> TextCuts | None:
     """Return where texts for `tokenizer` can be cut, None if it is of no kind for which that is known."""
     added = list(tokenizer.get_added_tokens_decoder().values())
     model = tokenizer.model
-    if not isinstance(model, models.BPE) or any(map(_reaches_out, added)):
+    if not isinstance(model, models.BPE) or any(_reaches_out(tokenizer, token) for token in added):
         return None
     if model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
@@ -189,11 +189,12 @@ def _contents(tokenizer: Tokenizer, added: Iterable[AddedToken]) -> Iterator[str
             yield tokenizer.normalizer.normalize_str(token.content)
 
 
-def _reaches_out(token: AddedToken) -> bool:
+def _reaches_out(tokenizer: Tokenizer, token: AddedToken) -> bool:
     """Tell whether an added token looks at its surroundings, or takes them, and has an edge that may stand at a place."""
-    edges = (token.content[:1], token.content[-1:])
+    matched = list(_contents(tokenizer, [token])) if token.normalized else [token.content]
+    edges = [edge for text in matched for edge in (text[:1], text[-1:])]
     looks = token.lstrip or token.rstrip or token.single_word
-    return not token.content or (looks and any(edge.isalnum() or edge.isspace() for edge in edges))
+    return not all(matched) or (looks and any(edge.isalnum() or edge.isspace() for edge in edges))
 
 
 def _marks_spaces(step: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from gateway.encoder import cuts_are_exact, encode_all, find_affixes, make_encoder
 from gateway.id_cache import ENTRY_BYTES, IdCache
@@ -94,6 +94,13 @@ def test_behind_a_token_that_takes_the_space_behind_it_no_text_is_cut() -> None:
     assert cuts_of("RoBERTa's mask").places.words == WORD_ENDS[1]
     assert cuts_of("RoBERTa's mask").sized(1).chunks("x. y <mask> z a b") == ["x. y <mask> z", " a", " b"]
     assert cuts_of("GPT-2").sized(1).chunks("x. y <mask> z a b") == ["x.", " y <mask>", " z", " a", " b"]
+
+
+def test_a_token_that_looks_around_and_is_a_letter_once_it_is_normalised_rules_cuts_out() -> None:
+    tokenizer = Tokenizer.from_str(tokenizer_of("NFKD").to_str())
+    assert find_cuts(tokenizer) is not None
+    tokenizer.add_tokens([AddedToken("\N{TRADE MARK SIGN}", normalized=True, rstrip=True)])
+    assert find_cuts(tokenizer) is None
 
 
 def test_special_tokens_that_are_taken_as_text_are_no_places() -> None:
