@@ -16,6 +16,7 @@ ENTRY_BYTES = 220
 PARTS_MIN = 16
 """A text of fewer parts is not worth an entry of its own."""
 
+_EMPTY_BYTES = "".__sizeof__()
 _New = list[tuple[int, str]]
 
 
@@ -122,7 +123,7 @@ class WordIds:
             self._words[text[1:]] = ids
         else:
             self._texts[text] = ids
-        self._bytes += ENTRY_BYTES + len(text) + len(ids)
+        self._bytes += ENTRY_BYTES + text.__sizeof__() - _EMPTY_BYTES + len(ids)
         if self._bytes > self._generation_bytes_max:
             self._older = (self._words, self._texts)
             self._words, self._texts, self._bytes = {}, {}, 0

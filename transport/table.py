@@ -55,7 +55,6 @@ _LOAD_END = LOAD_OFFSET + 8 * len(LOAD)
 _EVICTIONS = COUNTERS_OFFSET // 8 + COUNTERS.index("evictions")
 _BUCKET_BYTES = 4 * WAYS
 _SLOTS = struct.Struct(f"={WAYS}I").unpack_from
-_NO_SLOTS = bytes(_BUCKET_BYTES)
 _VERIFIED = 16
 """Places of a chain that was found by halving, evenly spread, at which it is verified."""
 _KNOWN_MIN = 8
