@@ -62,18 +62,18 @@ def _use_huge_pages() -> None:
             return
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        for start, end in huge_places(Path("/proc/self/maps").read_text()):
+        for start, end in huge_places(Path("/proc/self/maps").read_bytes()):
             madvise(start, end - start, _MADV_HUGEPAGE)
             for place in range(start, end, HUGE_PAGE_BYTES):
                 madvise(place, HUGE_PAGE_BYTES, _MADV_COLLAPSE)
 
 
-def huge_places(maps: str) -> Iterator[tuple[int, int]]:
+def huge_places(maps: bytes) -> Iterator[tuple[int, int]]:
     """Yield addresses, first and behind the last, of what of the heap in /proc/<pid>/maps huge pages could hold."""
-    for line in maps.splitlines():
+    for line in maps.split(b"\n")[:-1]:
         addresses, mode, _, _, _, *name = line.split(maxsplit=5)
-        if mode == "rw-p" and name in ([], ["[heap]"]):
-            first, behind = (int(address, 16) for address in addresses.split("-"))
+        if mode == b"rw-p" and name in ([], [b"[heap]"]):
+            first, behind = (int(address, 16) for address in addresses.split(b"-"))
             start, end = -(-first // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, behind // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
             if start < end:
                 yield start, end

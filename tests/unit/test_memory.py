@@ -49,13 +49,14 @@ def test_what_there_is_at_the_start_is_not_looked_at_again() -> None:
     assert thresholds[0] > 700
 
 
-_MAPS = """\
+_MAPS = b"""\
 55d0c0000000-55d0c0001000 r-xp 00000000 fe:01 1234                       /usr/bin/python3.11
 55d0c0ff0000-55d0c1ff0000 rw-p 00000000 00:00 0                          [heap]
 7f0000000000-7f0000400000 rw-p 00000000 00:00 0 
 7f0000500000-7f0000700000 rw-p 00000000 00:00 0 
 7f0001000000-7f0001400000 rw-s 00000000 00:01 99                         /dev/shm/a table (deleted)
 7f0002000000-7f0002400000 r--p 00000000 00:00 0 
+7f0003000000-7f0003400000 rw-p 00000000 fe:01 99                         /jos\xe9\x0cs \xe2\x80\xa8 table
 7ffc00000000-7ffc00400000 rw-p 00000000 00:00 0                          [stack]
 """  # noqa: W291  as the kernel writes it
 
