@@ -8,7 +8,7 @@ from math import inf
 from typing import Any, Protocol
 
 from engine.fleet import FleetView, Replica
-from gateway.abreast import abreast
+from gateway.abreast import Abreast
 from gateway.body import Endpoint
 from gateway.chain import Chain
 from gateway.costs import CostModel, ModelKey
@@ -73,6 +73,7 @@ class Planner:
         self._imports = settings.imports
         self._reader = PromptReader(tokens, settings.tokenize_inline_chars_max, models)
         self._clock = clock
+        self._abreast = Abreast()
         self._turns = itertools.count()
         self._tags = Tags()
         self._stood: tuple[Mapping[str, Replica], Mapping[str, Table], list[tuple[str, ModelKey, Table | None]]] = ({}, {}, [])
@@ -112,7 +113,7 @@ class Planner:
         self._ready.now(pinned)
         known = await self._reader.read(endpoint, body)
         if self._flights.any:
-            await abreast()
+            await self._abreast.wait()
         asked = Asked(
             known=known,
             salt=tenant.salt,

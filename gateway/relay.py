@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol
 
 from engine.fleet import FleetView
-from gateway.abreast import abreast
+from gateway.abreast import Abreast
 from gateway.access import AdminAccess
 from gateway.answer import Answer, pass_on
 from gateway.body import Endpoint, check_body, decode_body, names_forbidden, request_parts
@@ -114,6 +114,7 @@ class Relay(Generic[PlanT]):
         self._tenants = tenants
         self._access = access
         self._exchanges: set[Exchange] = set()
+        self._abreast = Abreast()
         self._held_bytes = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -240,7 +241,7 @@ class Relay(Generic[PlanT]):
             self._planner.started(journey.plan)
             entry = journey.entry = self.witness.sent(journey.plan, journey.asked) if self.witness else None
             try:
-                await self._abreast()
+                await self._keep_abreast()
                 answer = await self._attempt(journey)
                 if exchange.begun:
                     return
@@ -272,9 +273,9 @@ class Relay(Generic[PlanT]):
             exchange.answer(answer.status, answer.headers, answer.body)
             return
 
-    async def _abreast(self) -> None:
+    async def _keep_abreast(self) -> None:
         if len(self._exchanges) > 1:
-            await abreast()
+            await self._abreast.wait()
 
     def _replan(self, journey: Journey[PlanT]) -> bool:
         journey.excluded.add(journey.plan.replica.name)
@@ -301,7 +302,7 @@ class Relay(Generic[PlanT]):
         headers = [_JSON_HEADER, (b"x-request-id", exchange.request_id.encode())]
         if exchange.accept:
             headers.append((b"accept", exchange.accept))
-        await self._abreast()
+        await self._keep_abreast()
         response = await self._upstream.post(plan.replica, journey.path, parts, headers)
         exchange.replica = plan.replica.name.encode()
         exchange.answering = lambda: self._first_byte(journey)
