@@ -105,7 +105,8 @@ class Steps:
     def _planned(self, body: dict[str, Any]) -> Plan:
         work = self._planner.plan(self._endpoint, body, ANONYMOUS)
         try:
-            work.send(None)
+            while work.send(None) is None:
+                pass  # it let others come as far
         except StopIteration as stop:
             plan: Plan = stop.value
         else:
