@@ -52,9 +52,8 @@ class ChainCache:
         if len(parts) > 1 and len(parts[0]) < block_size and not parts[0].serial:  # what begins every text
             rest, place = parts[0].raw, 1
             left -= len(rest)
-        mark = block_size.to_bytes(4, "little")
         while place < len(parts) and parts[place].serial and 4 * len(parts[place]) <= left:
-            keys, last, rest = self._of_part(last, rest, parts[place], mark, hash_name)
+            keys, last, rest = self._of_part(last, rest, parts[place], block_size, hash_name)
             found.append(keys)
             known += 0 if self._fresh else len(keys)
             left -= 4 * len(parts[place])
@@ -74,14 +73,13 @@ class ChainCache:
             self._bytes -= _size(*self._hashed.popitem(last=False))
         return Chain(b"".join(found), known // KEY_BYTES)
 
-    def _of_part(self, last: bytes, rest: bytes, part: TokenIds, mark: bytes, hash_name: str) -> _Hashed:
-        """`mark` is the block size, in 4 bytes."""
-        name = b"".join((last, mark, part.serial, rest))
+    def _of_part(self, last: bytes, rest: bytes, part: TokenIds, block_size: int, hash_name: str) -> _Hashed:
+        name = b"".join((last, block_size.to_bytes(4, "little"), part.serial, rest))
         known = self._hashed.get(name)
         if known is not None:
             self._hashed.move_to_end(name)
             return known
-        raw, block_size = rest + part.raw, int.from_bytes(mark, "little")
+        raw = rest + part.raw
         whole = len(raw) - len(raw) % (4 * block_size)
         keys = hash_blocks(last, raw[:whole], block_size, hash_name)
         return self._keep(name, _Hashed(keys, keys[-KEY_BYTES:] or last, raw[whole:]))

@@ -62,7 +62,7 @@ class PromptReader:
             try:
                 return read(body, characters, self._inline_chars_max)
             except NotAtOnce:
-                pass
+                pass  # but in a thread
         return await asyncio.to_thread(read, body, characters, None)
 
     def _may_be_quick(self, given: object, characters: int) -> bool:
@@ -81,33 +81,34 @@ class PromptReader:
         return adapter_identity(card["id"], card.get("root") or "") if card and card.get("parent") else ""
 
     def _completion(self, body: Mapping[str, Any], characters: int, new_chars_max: int | None) -> KnownPrompt:
-        limit, certain = self._context_tokens(), self.parity.completions.parity is _EXACT
+        certain = self.parity.completions.parity is _EXACT
+        limit = self._context_tokens()
+        refused = limit if certain else None  # what is longer is, if we know its length
         prompt = body.get("prompt")
         if type(prompt) is str and is_plain(body):
             try:
                 only = self._tokens.encode(prompt, True, limit, new_chars_max)
             except NoTokenIds as error:
-                return self._unknown(error, characters, limit if certain else None)
+                return self._unknown(error, characters, refused)
             tokens = len(only)
-            if certain and limit is not None and tokens > limit:
-                raise PromptTooLong(tokens, limit, param="prompt")
+            _check_length("prompt", tokens, refused)
             return KnownPrompt(only, only if certain and tokens else None, certain, tokens=tokens)
         prompts = split_prompts(prompt)
         cacheable, count = not reads_no_cache(body), len(prompts)
         if not ids_are_the_prompt(body):
             return self._unknown("the engine changes the prompt", characters, None, cacheable=cacheable, count=count)
         text = isinstance(prompts[0], str)
-        certain = certain or not text
+        if not text:
+            certain, refused = True, limit
         special = body.get("add_special_tokens", True)
         try:
             ids = [
                 self._encode(prompt, special, limit, new_chars_max) if isinstance(prompt, str) else prompt for prompt in prompts
             ]
         except NoTokenIds as error:
-            return self._unknown(error, characters, limit if certain else None, cacheable=cacheable, count=count)
+            return self._unknown(error, characters, refused, cacheable=cacheable, count=count)
         longest = ids[0] if count == 1 else max(ids, key=len)
-        if certain and limit is not None and len(longest) > limit:
-            raise PromptTooLong(len(longest), limit, param="prompt")
+        _check_length("prompt", len(longest), refused)
         sent: Sequence[Any] | None = None
         if text and certain and not depends_on_text(body) and all(ids):
             sent = ids[0] if isinstance(prompt, str) else ids
@@ -122,15 +123,15 @@ class PromptReader:
         self,
         why: str | NoTokenIds,
         characters: int,
-        limit: int | None,
+        refused: int | None,
         param: str = "prompt",
         *,
         cacheable: bool = True,
         count: int = 1,
     ) -> KnownPrompt:
-        """Say that the ids are not known. Raises PromptTooLong if that is because they are more than `limit`, if not None."""
-        if isinstance(why, TextTooLong) and limit is not None and why.tokens_min > limit:
-            raise PromptTooLong(why.tokens_min, limit, param=param)
+        """Say that the ids are not known. Raises PromptTooLong if that is because they are more than `refused`, if not None."""
+        if isinstance(why, TextTooLong):
+            _check_length(param, why.tokens_min, refused)
         guess = characters // CHARS_PER_TOKEN
         return KnownPrompt(None, cacheable=cacheable, count=count, tokens=guess, why_unknown=str(why))
 
@@ -140,13 +141,13 @@ class PromptReader:
         if parity is Parity.OFF:
             return self._unknown("chats are not tokenised as the engine does", characters, None, cacheable=cacheable)
         limit, certain = self._context_tokens(), parity is _EXACT
+        refused = limit if certain else None
         try:
             ids = self._tokens.encode_chat(body, limit, new_chars_max)
         except NoTokenIds as error:
-            return self._unknown(error, characters, limit if certain else None, "messages", cacheable=cacheable)
+            return self._unknown(error, characters, refused, "messages", cacheable=cacheable)
         tokens = len(ids)
-        if certain and limit is not None and tokens > limit:
-            raise PromptTooLong(tokens, limit, param="messages")
+        _check_length("messages", tokens, refused)
         chat_ids = certain and not body.get("echo") and tokens > 0
         return KnownPrompt(ids, None, certain, cacheable, tokens=tokens, chat_ids=chat_ids)
 
@@ -154,6 +155,12 @@ class PromptReader:
         models = self._models()
         known = models.context_tokens if models else None
         return self.parity.context_tokens if known is None else known
+
+
+def _check_length(param: str, tokens: int, refused: int | None) -> None:
+    """Refuse what the engine is certain to refuse: more than `refused` tokens, if not None. Raises PromptTooLong."""
+    if refused is not None and tokens > refused:
+        raise PromptTooLong(tokens, refused, param=param)
 
 
 def _characters(value: object) -> int:

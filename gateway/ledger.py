@@ -105,20 +105,20 @@ class Entry(msgspec.Struct, eq=False, gc=False):
         got = _NOTHING if steered is None else steered
         size = plan.block_size  # predictions count in whole blocks, as engines deliver them
         return Case(
-            plan.prompt_tokens if steered is None else got.prompt_tokens,
-            size,
-            plan.local_tokens // size * size,
-            plan.peer_tokens // size * size,
-            plan.best_available_tokens // size * size,
-            plan.best_held_tokens // size * size,
-            got.local_tokens,
-            got.peer_tokens,
-            plan.looked_up,
-            plan.parity_exact,
-            plan.reads_cache,
-            got.why,
-            formerly,
-            elsewhere,
+            prompt_tokens=plan.prompt_tokens if steered is None else got.prompt_tokens,
+            block_size=size,
+            predicted_local=plan.local_tokens // size * size,
+            predicted_peer=plan.peer_tokens // size * size,
+            best_available=plan.best_available_tokens // size * size,
+            best_held=plan.best_held_tokens // size * size,
+            local=got.local_tokens,
+            peer=got.peer_tokens,
+            looked_up=plan.looked_up,
+            parity_exact=plan.parity_exact,
+            reads_cache=plan.reads_cache,
+            why=got.why,
+            formerly=formerly,
+            elsewhere=elsewhere,
         )
 
 
