@@ -238,9 +238,11 @@ class Relay(Generic[PlanT]):
         exchange = journey.exchange
         for attempts_left in range(self._settings.retry_attempts_max, -1, -1):
             answer: Answer | None = None
+            entry = journey.entry = None
             self._planner.started(journey.plan)
-            entry = journey.entry = self.witness.sent(journey.plan, journey.asked) if self.witness else None
             try:
+                if self.witness:
+                    entry = journey.entry = self.witness.sent(journey.plan, journey.asked)
                 await self._keep_abreast()
                 answer = await self._attempt(journey)
                 if exchange.begun:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -65,6 +66,13 @@ async def test_a_stream_carries_the_header_too(door: Door, witness: FakeWitness)
         await answer.read()
     await until(lambda: len(witness.events) == 3)
     assert witness.events == [("sent", "replica-0"), ("first byte", "replica-0"), ("ended", "replica-0", 200)]
+
+
+async def test_a_defect_of_the_witness_leaves_nothing_in_flight(door: Door, witness: FakeWitness) -> None:
+    witness.sent = Mock(side_effect=RuntimeError("a defect"))  # type: ignore[method-assign]
+    status, _, _ = await door.post("/v1/completions", COMPLETION)
+    assert status == 500
+    assert door.planner.in_flight == {"replica-0": 0}
 
 
 async def test_nothing_known_means_no_header(door: Door, witness: FakeWitness) -> None:
