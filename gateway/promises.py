@@ -66,29 +66,39 @@ class Promises:
         found: dict[str, Promise] = {}
         if not self._computed:
             return found
-        for key in reversed(chain.anchors):
-            tags = self._anchors.get(key)
+        anchors, known = chain.anchors, self._anchors
+        for power in range(len(anchors) - 1, -1, -1):
+            tags = known.get(anchors[power])
             if tags is not None:
-                self._compare(chain, block_size, tags, found)
+                self._compare(chain, block_size, tags, 1 << power, found)
                 break
         return found
 
-    def _compare(self, chain: Chain, block_size: int, tags: Iterable[int], found: dict[str, Promise]) -> None:
+    def _compare(self, chain: Chain, block_size: int, tags: Iterable[int], least: int, found: dict[str, Promise]) -> None:
+        """Put into `found` what the requests `tags` share with `chain`: `least` blocks, and less than twice as many."""
+        most = min(2 * least - 1, chain.blocks) * block_size
         for tag in islice(tags, EXAMINED_MAX):
             computed = self._computed[tag]
             if computed.block_size != block_size:
                 continue
             known = found.get(computed.replica)
-            tokens = shared_blocks(computed.chain, chain) * block_size
+            if known is not None and known.tokens == most and known.ready_at <= computed.ready_at:
+                continue
+            tokens = shared_blocks(computed.chain, chain, least) * block_size
             if known is None or tokens > known.tokens or (tokens == known.tokens and computed.ready_at < known.ready_at):
                 found[computed.replica] = Promise(tokens, tag, computed.ready_at)
 
 
-def shared_blocks(ours: Chain, theirs: Chain) -> int:
-    """Return how many leading blocks two chains have in common."""
+def shared_blocks(ours: Chain, theirs: Chain, least: int = 0) -> int:
+    """Return how many leading blocks two chains have in common.
+
+    `least` is a depth up to which they are known to agree; it is that of an anchor, and they do not agree at twice that depth.
+    """
     mine, other = ours.words, theirs.words
-    low, high = 0, min(ours.blocks, theirs.blocks)
-    if high and mine[2 * high - 2] == other[2 * high - 2] and mine[2 * high - 1] == other[2 * high - 1]:
+    low, high = least, min(ours.blocks, theirs.blocks)
+    if least:
+        high = min(high, 2 * least - 1)
+    if high > low and mine[2 * high - 2] == other[2 * high - 2] and mine[2 * high - 1] == other[2 * high - 1]:
         return high
     while low < high:
         middle = (low + high + 1) // 2

@@ -177,6 +177,8 @@ def test_shared_blocks_are_those_before_the_first_difference(same: int, ours: in
     other = chain_of(*range(same * BLOCK), *range(5000, 5000 + theirs * BLOCK))
     assert shared_blocks(one, other) == same
     assert shared_blocks(one, one) == len(one)
+    anchor = 1 << same.bit_length() - 1 if same else 0
+    assert shared_blocks(one, other, anchor) == same
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12)), min_size=1, max_size=20), st.integers(1, 12))
