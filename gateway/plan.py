@@ -79,10 +79,15 @@ class SteeringCounts:
 
     def count(self, plan: Plan) -> None:
         """Count a decision."""
+        asked, cached = plan.asked, plan.predicted_tokens
         self.planned += 1
-        self.without_ids += plan.asked.known.ids is None
-        self.with_source += plan.source is not None
-        self.pinned += plan.pinned is not None
-        self.to_holder += plan.pinned is None and plan.source is None and plan.predicted_tokens > 0
+        if plan.decision.source is not None:
+            self.with_source += 1
+        elif cached > 0 and asked.pinned is None:
+            self.to_holder += 1
+        if asked.pinned is not None:
+            self.pinned += 1
+        if asked.known.ids is None:
+            self.without_ids += 1
         self.prompt_tokens += plan.prompt_tokens
-        self.predicted_tokens += plan.predicted_tokens
+        self.predicted_tokens += cached

@@ -160,50 +160,53 @@ class Planner:
         tables = self.registry.tables()
         self._flights.listen_to(tables)
         self.feed.refresh(tables)
-        look_up = NOTHING
+        look_up = usable = NOTHING
         if known.ids is not None:
             look_up = self.registry.look_up(known.ids, asked.salt, asked.lora, tables)
-        candidates = self._candidates(ready, asked, look_up if known.cacheable else NOTHING, tables, now)
-        for chain, block_size in look_up.chains[:1] if first else ():
             if known.cacheable:
-                self._note_missed(chain, block_size, look_up.held_tokens_max, candidates, now)
+                usable = look_up
+        candidates, held, computed = self._candidates(ready, asked, usable, tables, now)
+        if first and look_up.chains:
+            chain, block_size = look_up.chains[0]
+            at_hand = max(look_up.held_tokens_max, computed)
+            if known.cacheable and at_hand < chain.blocks * block_size:
+                self._note_missed(chain, block_size, at_hand, now)
             self.prefixes.note(chain, block_size, time.time())
             self._popularity.note(chain, now)
-        view = self._view(asked, look_up, candidates, now)
+        view = self._view(asked, usable, held, now)
         decision = steer(view, candidates, self.costs, now, next(self._turns))
-        plan = self._plan(asked, ready[decision.replica], decision, look_up if known.cacheable else NOTHING, tables, now)
+        plan = self._plan(asked, ready[decision.replica], decision, usable, tables, now)
         self.counts.count(plan)
         return plan
 
     def _candidates(
         self, ready: Mapping[str, Replica], asked: Asked, look_up: LookUp, tables: Mapping[str, Table], now: float
-    ) -> list[Candidate]:
+    ) -> tuple[list[Candidate], int, int]:
+        """Return the ready replicas, and how many tokens of the prompt one of them holds and one of them computes at most."""
         promises: Mapping[str, Promise] = {}
         for chain, block_size in look_up.chains:
             promised = self.load.promised(chain, block_size)
             promises = {**promises, **promised} if promises else promised
         holdings, load, pinned, imports = look_up.holdings, self.load.load, asked.pinned, self._imports
         found = []
+        held_most = computed_most = 0
         for name, key, table in self._standing(ready, tables):
-            holding = holdings.get(name)
-            ahead, room = load(name, now), inf
+            holding, promise, ahead, room = holdings.get(name), promises.get(name), load(name, now), inf
             if table is not None:  # the null block and what is being decoded hold something without a key
                 room = (table.num_blocks - 1 - table.cached_blocks() - ahead.decoding) * table.block_size
-            found.append(
-                Candidate(
-                    name,
-                    holding.blocks * holding.block_size if holding is not None else 0,
-                    ahead,
-                    holding.exchanges_with if holding is not None and imports else _NOBODY,
-                    key,
-                    table.transport if table is not None else "",
-                    promises.get(name),
-                    pinned is None or pinned == name,
-                    "",
-                    room,
-                )
-            )
-        return found
+            held, sources = 0, _NOBODY
+            if holding is not None:
+                held = holding.blocks * holding.block_size
+                if held > held_most:
+                    held_most = held
+                if imports:
+                    sources = holding.exchanges_with
+            if promise is not None and promise.tokens > computed_most:
+                computed_most = promise.tokens
+            transport = table.transport if table is not None else ""
+            takes = pinned is None or pinned == name
+            found.append(Candidate(name, held, ahead, sources, key, transport, promise, takes, "", room))
+        return found, held_most, computed_most
 
     def _standing(self, ready: Mapping[str, Replica], tables: Mapping[str, Table]) -> list[tuple[str, ModelKey, Table | None]]:
         """Name, key and table of the replicas, worked out anew only when there are others."""
@@ -218,25 +221,16 @@ class Planner:
                 self.evictions.appeared(name, table)
         return self._stood[2]
 
-    def _note_missed(self, chain: Chain, block_size: int, held: int, candidates: list[Candidate], now: float) -> None:
-        """Learn what of a prompt was asked for before, and is neither held by anybody nor being computed."""
-        for candidate in candidates:
-            if candidate.promise is not None and candidate.promise.tokens > held:
-                held = candidate.promise.tokens
-        if held >= len(chain) * block_size:
-            return
-        formerly = self._popularity.formerly(chain, held // block_size, self.evictions.counts_since(now)) * block_size
-        if formerly > held:
-            self.evictions.missed(formerly - held, held)
+    def _note_missed(self, chain: Chain, block_size: int, at_hand: int, now: float) -> None:
+        """Learn what of a prompt was asked for before, beyond the tokens `at_hand`, which are held or being computed."""
+        formerly = self._popularity.formerly(chain, at_hand // block_size, self.evictions.counts_since(now)) * block_size
+        if formerly > at_hand:
+            self.evictions.missed(formerly - at_hand, at_hand)
 
-    def _view(self, asked: Asked, look_up: LookUp, candidates: list[Candidate], now: float) -> PromptView:
+    def _view(self, asked: Asked, look_up: LookUp, held: int, now: float) -> PromptView:
         rate, block_size = 0.0, 1
-        if look_up.chains and asked.known.cacheable:
+        if look_up.chains:
             chain, block_size = look_up.chains[0]
-            held = 0
-            for candidate in candidates:
-                if candidate.held_tokens > held:
-                    held = candidate.held_tokens
             if held:
                 rate = self._popularity.rate(chain, held // block_size, now)
         again = self.evictions.again()

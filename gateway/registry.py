@@ -98,11 +98,14 @@ class Registry:
             ids = TokenIds.of(ids)
         if tables is None:
             tables = self.tables()
+        former, said, kinds = self._kinds
+        if former is not tables or said is not self._exchanges[1]:
+            kinds = self._kinds_of(tables)
         tokens = max(0, len(ids) - 1)
         chains: list[tuple[Chain, int]] = []
         holdings: dict[str, Holding] = {}
         most = 0
-        for place, (fingerprint, block_size, hash_name, alike, nothing) in enumerate(self._kinds_of(tables)):
+        for place, (fingerprint, block_size, hash_name, alike, nothing) in enumerate(kinds):
             root = _root_key(fingerprint, salt, lora, hash_name)
             chain = self._chains.chain(root, ids, tokens // block_size, block_size, hash_name)
             chains.append((chain, block_size))
@@ -114,15 +117,13 @@ class Registry:
                 held = table.held_blocks(words, known)
                 if held:
                     holdings[name] = Holding(held, block_size, nothing[name].exchanges_with, place)
-                    most = max(most, held * block_size)
+                    if held * block_size > most:
+                        most = held * block_size
         return LookUp(holdings, tuple(chains), most)
 
     def _kinds_of(self, tables: Mapping[str, Table]) -> list[_Kind]:
-        """Return the tables by what their chains are made of, worked out anew when one came, went or exchanges otherwise."""
+        """Return the tables by what their chains are made of."""
         exchanges = self.exchanges(tables)
-        former, said, kinds = self._kinds
-        if former is tables and said is exchanges:
-            return kinds
         by_chain: dict[tuple[bytes, int, str], _Kind] = {}
         for name, table in tables.items():
             if table.hash_name not in HASHES:  # of a later version, or damaged: it holds nothing that we could name
