@@ -21,6 +21,10 @@ from gateway.measure.errors import NotMeasured
 from tests.unit.caching_gateway import CachingGateway, serving
 from tests.unit.running_door import DEADLINE_SECONDS, running_door, until
 
+_AS_IN_A_TERMINAL = (  # a shell's background job, which these tests may be, ignores SIGINT, and so do all that it starts
+    "import signal, sys; from gateway.cli import main; "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main())"
+)
 SMALL = ("--lengths", "64", "256", "--samples", "2", "--pairs", "3", "--seconds", "0.5", "--rate", "20", "--answer-tokens", "2")
 
 
@@ -136,8 +140,8 @@ async def test_ctrl_c_ends_it_with_what_was_measured() -> None:
     async with serving(CachingGateway()) as gateway:
         command = (
             sys.executable,
-            "-m",
-            "gateway.cli",
+            "-c",
+            _AS_IN_A_TERMINAL,
             "bench",
             "--url",
             gateway.url,
@@ -148,9 +152,14 @@ async def test_ctrl_c_ends_it_with_what_was_measured() -> None:
             "600",
         )
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
-        await until(lambda: any(not replica for replica, _ in gateway.asked))  # the throughput run has begun
-        process.send_signal(signal.SIGINT)
-        output, errors = await asyncio.wait_for(process.communicate(), DEADLINE_SECONDS)
+        try:
+            await until(lambda: any(not replica for replica, _ in gateway.asked))  # the throughput run has begun
+            process.send_signal(signal.SIGINT)
+            output, errors = await asyncio.wait_for(process.communicate(), DEADLINE_SECONDS)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
     assert process.returncode == 130
     assert b"stopped; this is what was measured" in errors
     assert b"Traceback" not in errors
