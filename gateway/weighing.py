@@ -100,9 +100,15 @@ class Weighing:
         holding: list[Taker] = []
         others: list[Taker] = []
         for candidate in self._candidates:
-            name, held, load, _, key, _, promise, takes, _, _ = candidate
-            if not takes:
+            if not candidate.takes:
                 continue
+            name, held, load, key, promise = (
+                candidate.name,
+                candidate.held_tokens,
+                candidate.load,
+                candidate.key,
+                candidate.promise,
+            )
             model = self._models.get(key) or self._model(key)
             queue = costs.queue_seconds(key, load, now) * model.pace if load.busy else 0.0
             ahead, crowd, requests = queue, 0.0, load.requests

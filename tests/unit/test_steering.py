@@ -335,8 +335,8 @@ agains = st.builds(Again, st.floats(0, 1), st.floats(0, 60_000))
 def test_neither_room_for_all_nor_what_is_not_missed_changes_a_decision(
     fleet: list[Candidate], view: PromptView, room: list[float], again: Again
 ) -> None:
-    free = [candidate._replace(room_tokens=1e9) for candidate in fleet]
-    full = [candidate._replace(room_tokens=tokens) for candidate, tokens in zip(fleet, room, strict=False)]
+    free = [msgspec.structs.replace(candidate, room_tokens=1e9) for candidate in fleet]
+    full = [msgspec.structs.replace(candidate, room_tokens=tokens) for candidate, tokens in zip(fleet, room, strict=False)]
     priced = msgspec.structs.replace(view, again=again)
     usual = steer(view, fleet, CostModel(), 0.0, 0)
     assert steer(priced, free, CostModel(), 0.0, 0) == usual
@@ -348,7 +348,7 @@ def test_the_price_of_what_is_given_up_is_bounded_by_computing_as_much(
     fleet: list[Candidate], view: PromptView, room: list[float], again: Again
 ) -> None:
     costs = CostModel()
-    full = [candidate._replace(room_tokens=tokens) for candidate, tokens in zip(fleet, room, strict=False)]
+    full = [msgspec.structs.replace(candidate, room_tokens=tokens) for candidate, tokens in zip(fleet, room, strict=False)]
     waiting = sum(candidate.load.waiting for candidate in fleet) / len(fleet)
     bound = costs.work_seconds(GPU, view.tokens, view.tokens * again.pairs) * (1 + waiting)
     usual = {option.replica: option for option in steer(view, full, costs, 0.0, 0).options}
@@ -366,7 +366,7 @@ class SlowedDown(CostModel):
 
 @given(fleets(), views, st.integers(0, 100))
 def test_a_pace_changes_what_is_expected_and_no_decision(fleet: list[Candidate], view: PromptView, turn: int) -> None:
-    fleet = [candidate._replace(room_tokens=1000.0 * place) for place, candidate in enumerate(fleet)]
+    fleet = [msgspec.structs.replace(candidate, room_tokens=1000.0 * place) for place, candidate in enumerate(fleet)]
     view = msgspec.structs.replace(view, again=Again(0.5, 4000.0))
     usual, slow = (steer(view, fleet, costs, 0.0, turn) for costs in (CostModel(), SlowedDown()))
     assert (slow.replica, slow.source, slow.action) == (usual.replica, usual.source, usual.action)
