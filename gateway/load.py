@@ -70,7 +70,7 @@ class ReplicaLoad(msgspec.Struct, frozen=True, gc=False):
 IDLE = ReplicaLoad()
 
 
-class Ticket(msgspec.Struct, frozen=True, gc=False, eq=False):
+class Ticket(msgspec.Struct, gc=False, eq=False):
     """A request that was sent. `cached_tokens` of its prompt are expected out of a cache, from `source` if there is one.
 
     `chain` has the keys of its full blocks of `block_size` tokens: what the replica will hold at `ready_at`.
@@ -82,32 +82,35 @@ class Ticket(msgspec.Struct, frozen=True, gc=False, eq=False):
     prompt_tokens: int
     cached_tokens: int
     ready_at: float
-    chain: Chain | None = None
-    block_size: int = 0
+    chain: Chain | None
+    block_size: int
 
     @property
     def new_tokens(self) -> int:
         """Tokens of the prompt that are computed."""
         return self.prompt_tokens - self.cached_tokens
 
-    @property
-    def pairs(self) -> float:
-        """Pairs of a new token and one before it."""
-        return self.new_tokens * (self.cached_tokens + self.new_tokens / 2)
+    def work(self) -> tuple[int, float]:
+        """Tokens of the prompt that are computed, and pairs of such a token and one before it."""
+        new = self.prompt_tokens - self.cached_tokens
+        return new, new * (self.cached_tokens + new / 2)
 
 
 @dataclass(slots=True)
 class _Replica:
-    """One replica's tickets. `tokens`, `pairs` and `importing` are sums over those `waiting`, exact: pairs are halves."""
+    """One replica's tickets by tag. `tokens`, `pairs` and `importing` are sums over those `waiting`, exact: pairs are halves.
+
+    `decoding` has the times of the first tokens, `silent` those of which nobody will tell the time.
+    """
 
     waiting: dict[int, Ticket] = field(default_factory=dict)
     tokens: int = 0
     pairs: float = 0.0
     importing: int = 0
-    decoding: dict[int, tuple[Ticket, float]] = field(default_factory=dict)
+    decoding: dict[int, float] = field(default_factory=dict)
     since: float = 0.0
     reading: int = 0
-    silent: dict[int, float] = field(default_factory=dict)
+    silent: dict[int, Ticket] = field(default_factory=dict)
     words: tuple[int, int, int] | None = None
     load: ReplicaLoad | None = IDLE
 
@@ -117,7 +120,6 @@ class FleetLoad:
 
     def __init__(self) -> None:
         self._replicas: dict[str, _Replica] = {}
-        self._places: dict[int, str] = {}
         self._promises = Promises()
         self.decode_seconds = 0.0
         """Mean time from the first token of an answer to its end."""
@@ -128,37 +130,29 @@ class FleetLoad:
         if not place.waiting:
             place.since = now
         place.waiting[ticket.tag] = ticket
-        self._places[ticket.tag] = ticket.replica
         self._weigh(place, ticket, 1)
         if silent:
-            place.silent[ticket.tag] = ticket.ready_at
+            place.silent[ticket.tag] = ticket
         if ticket.chain is not None:
             self._promises.add(ticket.tag, ticket.replica, ticket.chain, ticket.block_size, ticket.ready_at)
 
-    def first_byte(self, tag: int, now: float) -> None:
+    def first_byte(self, ticket: Ticket, now: float) -> None:
         """The first token came: the prompt is computed, the answer is being decoded. Once or more often, or never."""
-        place = self._replicas.get(self._places.get(tag, ""))
-        ticket = place.waiting.pop(tag, None) if place is not None else None
-        if place is None or ticket is None:
-            return
-        place.decoding[tag] = (ticket, now)
-        place.silent.pop(tag, None)
-        self._answered(place, ticket, now)
-
-    def finished(self, tag: int, now: float) -> None:
-        """The request ended, well or not."""
-        place = self._replicas.get(self._places.pop(tag, ""))
-        if place is None:
-            return
-        ticket = place.waiting.pop(tag, None)
-        place.silent.pop(tag, None)
-        if ticket is not None:
+        place, tag = self._place(ticket.replica), ticket.tag
+        if place.waiting.pop(tag, None) is not None:
+            place.decoding[tag] = now
             self._answered(place, ticket, now)
-            return
-        _, began = place.decoding.pop(tag)
-        place.load = None
-        mean = self.decode_seconds
-        self.decode_seconds += DECODE_SHARE * (min(now - began, DECODE_FACTOR_MAX * mean) - mean) if mean else now - began
+
+    def finished(self, ticket: Ticket, now: float) -> None:
+        """The request ended, well or not."""
+        place, tag = self._place(ticket.replica), ticket.tag
+        began = place.decoding.pop(tag, None)
+        if began is not None:
+            place.load = None
+            mean = self.decode_seconds
+            self.decode_seconds += DECODE_SHARE * (min(now - began, DECODE_FACTOR_MAX * mean) - mean) if mean else now - began
+        elif place.waiting.pop(tag, None) is not None:
+            self._answered(place, ticket, now)
 
     def heard(self, replica: str, words: EngineWords) -> None:
         """Take in what an engine says of itself now."""
@@ -178,8 +172,8 @@ class FleetLoad:
         if place is None:
             return IDLE
         if place.silent:
-            for tag in [tag for tag, ready_at in place.silent.items() if ready_at <= now]:
-                self.first_byte(tag, now)
+            for ticket in [ticket for ticket in place.silent.values() if ticket.ready_at <= now]:
+                self.first_byte(ticket, now)
         if place.load is None:
             place.load = _summed(place)
         return place.load
@@ -202,13 +196,17 @@ class FleetLoad:
     def _answered(self, place: _Replica, ticket: Ticket, now: float) -> None:
         place.since = now
         self._weigh(place, ticket, -1)
-        self._promises.remove(ticket.tag)
+        if place.silent:
+            place.silent.pop(ticket.tag, None)
+        if ticket.chain is not None:
+            self._promises.remove(ticket.tag)
 
     def _weigh(self, place: _Replica, ticket: Ticket, change: int) -> None:
         """Add a waiting ticket's work to its replica's and its source's, or take it off again."""
+        tokens, pairs = ticket.work()
         place.load = None
-        place.tokens += change * ticket.new_tokens
-        place.pairs += change * ticket.pairs
+        place.tokens += change * tokens
+        place.pairs += change * pairs
         if ticket.source is not None:
             place.importing += change
             source = self._place(ticket.source)
@@ -217,7 +215,7 @@ class FleetLoad:
 
 
 def _summed(place: _Replica) -> ReplicaLoad:
-    head = next(iter(place.waiting.values()), None)
+    head_tokens, head_pairs = next(iter(place.waiting.values())).work() if place.waiting else (0, 0.0)
     waiting = len(place.waiting)
     # an engine knows best what it decodes: other gateways' answers too, and none that a slow client still reads
     requests, tokens, decoding = place.words or (0, 0, len(place.decoding))
@@ -226,8 +224,8 @@ def _summed(place: _Replica) -> ReplicaLoad:
     return ReplicaLoad(
         float(place.tokens),
         place.pairs,
-        float(head.new_tokens) if head is not None else 0.0,
-        head.pairs if head is not None else 0.0,
+        float(head_tokens),
+        head_pairs,
         place.since,
         float(tokens),
         tokens * tokens / (2 * max(1, requests)),

@@ -17,7 +17,7 @@ from gateway.feed import DeliveryFeed
 from gateway.flights import Flight, Flights
 from gateway.hint import CHAT_IDS, hint, takes_chat_ids
 from gateway.known_prompt import PromptReader
-from gateway.load import FleetLoad, Ticket
+from gateway.load import FleetLoad
 from gateway.parity import ParityCounts, ParityVerdict
 from gateway.plan import Asked, Plan, SteeringCounts
 from gateway.popularity import Popularity
@@ -135,24 +135,21 @@ class Planner:
 
     def first_byte(self, plan: Plan) -> None:
         """The first byte of the replica's answer came, for streams that of the first event; further calls change nothing."""
-        now = self._clock()
-        self._listen(plan.replica.name)
-        self._flights.first_byte(plan.tag, now)
+        now, flight = self._clock(), plan.flight
+        if flight.delivery is None:
+            self.feed.poll(flight.replica)
+        self._flights.first_byte(flight, now)
 
     def finished(self, plan: Plan) -> None:
         """The request ended there; call it once for each `started`."""
-        self._listen(plan.replica.name)
-        self._flights.finished(plan.tag, self._clock())
+        flight = plan.flight
+        if flight.delivery is None:
+            self.feed.poll(flight.replica)
+        self._flights.finished(flight, self._clock())
 
     def in_flight(self) -> Mapping[str, int]:
         """Requests with each replica now."""
         return self.load.in_flight()
-
-    def _listen(self, replica: str) -> None:
-        table = self.registry.table(replica)
-        if table is not None:
-            self._flights.listen(replica, table)
-            self.feed.poll(replica)
 
     def _decide(self, asked: Asked, exclude: Set[str], *, first: bool = False) -> Plan:
         ready = self._ready.now(asked.pinned, exclude)
@@ -247,15 +244,22 @@ class Planner:
         cached = expected.local_tokens + expected.peer_tokens
         ready_in = expected.seconds
         flight = Flight(
-            ticket=Ticket(tag, name, decision.source, known.tokens, cached, now + ready_in, chain, block_size),
-            key=_model_key(replica, table),
-            load=self.load.load(name, now),
-            transport=table.transport if table is not None else "",
-            decided_at=now,
-            expected_seconds=ready_in,
-            streamed=asked.streamed,
-            teaches=known.count == 1 and not asked.embeds,
-            reports=table is not None and not asked.embeds,
+            tag,
+            name,
+            decision.source,
+            known.tokens,
+            cached,
+            now + ready_in,
+            chain,
+            block_size,
+            _model_key(replica, table),
+            self.load.load(name, now),
+            table.transport if table is not None else "",
+            now,
+            ready_in,
+            asked.streamed,
+            known.count == 1 and not asked.embeds,
+            table is not None and not asked.embeds,
         )
         params = None
         if flight.reports:

@@ -51,6 +51,7 @@ class PeerKV:
     _numbers: dict[str, int] = field(init=False)
     _said: list[tuple[int, int, int]] = field(init=False)
     _decisions: dict[int, tuple[Decision, Candidate, float]] = field(default_factory=dict)
+    _tickets: dict[int, Ticket] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         links = self.fleet.links
@@ -86,12 +87,10 @@ class PeerKV:
         cached = expected.local_tokens + expected.peer_tokens
         replica = self._numbers[decision.replica]
         self._decisions[job.tag] = (decision, candidates[replica], now)
-        self.load.started(
-            Ticket(
-                job.tag, decision.replica, decision.source, request.prompt_tokens, cached, now + expected.seconds, chain, size
-            ),
-            now,
-        )
+        ready_at = now + expected.seconds
+        ticket = Ticket(job.tag, decision.replica, decision.source, request.prompt_tokens, cached, ready_at, chain, size)
+        self._tickets[job.tag] = ticket
+        self.load.started(ticket, now)
         source = None if decision.source is None else self._numbers[decision.source]
         return Choice(replica, source, decision.import_tokens_max, cached)
 
@@ -136,7 +135,7 @@ class PeerKV:
 
     def first_byte(self, job: Job, now: float) -> None:
         """The cost model learns from what was delivered."""
-        self.load.first_byte(job.tag, now)
+        self.load.first_byte(self._tickets[job.tag], now)
         given_up = self.fleet.engines[job.replica].cache.evicted_tokens
         self.evictions.gave_up(self._names[job.replica], 0, given_up, now)
         decision, candidate, asked = self._decisions.pop(job.tag)
@@ -164,4 +163,4 @@ class PeerKV:
 
     def finished(self, job: Job, now: float) -> None:
         """Its ticket ends."""
-        self.load.finished(job.tag, now)
+        self.load.finished(self._tickets.pop(job.tag), now)

@@ -5,7 +5,7 @@ import pytest
 from gateway.costs import CostModel, ModelKey
 from gateway.feed import DeliveryFeed
 from gateway.flights import Flight, Flights
-from gateway.load import IDLE, FleetLoad, Ticket
+from gateway.load import IDLE, FleetLoad
 from transport.deliveries import Delivery, EngineLoad
 
 KEY = ModelKey("cuda", "m")
@@ -32,10 +32,18 @@ class Sky:
         self.flights = Flights(self.load, self.costs)
         self.feed = DeliveryFeed(lambda: {"a": self.table})  # type: ignore[dict-item]
         self.feed.add(self.flights.delivered)
+        self.sent: dict[int, Flight] = {}
 
     def start(self, tag: int, *, streamed: bool = True, reports: bool = True, teaches: bool = True) -> None:
-        ticket = Ticket(tag, "a", None, 1000, 0, 1.0)
-        self.flights.started(Flight(ticket, KEY, IDLE, "cuda_ipc", 0.0, 0.5, streamed, teaches, reports), 0.0)
+        flight = Flight(tag, "a", None, 1000, 0, 1.0, None, 0, KEY, IDLE, "cuda_ipc", 0.0, 0.5, streamed, teaches, reports)
+        self.sent[tag] = flight
+        self.flights.started(flight, 0.0)
+
+    def first_byte(self, tag: int, now: float) -> None:
+        self.flights.first_byte(self.sent[tag], now)
+
+    def finish(self, tag: int, now: float) -> None:
+        self.flights.finished(self.sent[tag], now)
 
     def deliver(self, tag: int, seconds: float) -> None:
         self.table.written.append(
@@ -58,13 +66,13 @@ def sky() -> Sky:
 
 def test_a_streams_first_byte_teaches_once_what_was_delivered_is_known(sky: Sky) -> None:
     sky.start(1)
-    sky.flights.first_byte(1, 0.8)
+    sky.first_byte(1, 0.8)
     assert (sky.learnt, sky.load.load("a", 0.8).decoding) == (0, 1)
     sky.deliver(1, 0.79)
     sky.listen()
     assert sky.learnt == 1
-    sky.flights.first_byte(1, 0.9)
-    sky.flights.finished(1, 2.0)
+    sky.first_byte(1, 0.9)
+    sky.finish(1, 2.0)
     assert (sky.learnt, sky.load.in_flight()) == (1, {})
 
 
@@ -73,7 +81,7 @@ def test_a_delivery_before_the_first_byte_waits_for_it(sky: Sky) -> None:
     sky.deliver(1, 0.79)
     sky.listen()
     assert (sky.learnt, sky.load.load("a", 0.8).waiting) == (0, 0)
-    sky.flights.first_byte(1, 0.8)
+    sky.first_byte(1, 0.8)
     assert sky.learnt == 1
 
 
@@ -82,8 +90,8 @@ def test_an_answer_that_is_no_stream_teaches_by_the_engines_time(sky: Sky) -> No
     sky.deliver(1, 0.7)
     sky.listen()
     assert (sky.learnt, sky.load.load("a", 0.8).waiting) == (1, 0)
-    sky.flights.first_byte(1, 9.0)
-    sky.flights.finished(1, 9.0)
+    sky.first_byte(1, 9.0)
+    sky.finish(1, 9.0)
     assert sky.learnt == 1
     error = sky.costs.median_error()
     assert error == pytest.approx(0.2 / 0.7)
@@ -91,19 +99,19 @@ def test_an_answer_that_is_no_stream_teaches_by_the_engines_time(sky: Sky) -> No
 
 def test_without_reports_a_stream_teaches_by_what_was_planned_and_others_nothing(sky: Sky) -> None:
     sky.start(1, reports=False)
-    sky.flights.first_byte(1, 0.8)
+    sky.first_byte(1, 0.8)
     sky.start(2, streamed=False, reports=False)
-    sky.flights.first_byte(2, 9.0)
-    sky.flights.finished(2, 9.0)
+    sky.first_byte(2, 9.0)
+    sky.finish(2, 9.0)
     assert sky.learnt == 1
 
 
 def test_what_the_plan_does_not_speak_of_teaches_nothing(sky: Sky) -> None:
     sky.start(1, teaches=False)
     sky.deliver(1, 0.7)
-    sky.flights.first_byte(1, 0.8)
+    sky.first_byte(1, 0.8)
     sky.listen()
-    sky.flights.finished(1, 1.0)
+    sky.finish(1, 1.0)
     assert sky.learnt == 0
 
 
@@ -111,7 +119,7 @@ def test_a_request_that_was_aborted_teaches_nothing(sky: Sky) -> None:
     sky.start(1)
     sky.table.written.append(Delivery(tag=1, prompt_tokens=1000))
     sky.listen()
-    sky.flights.finished(1, 1.0)
+    sky.finish(1, 1.0)
     assert (sky.learnt, sky.load.in_flight()) == (0, {})
 
 

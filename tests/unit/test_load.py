@@ -20,8 +20,10 @@ def chain_of(*tokens: int) -> Chain:
     return Chain.of(chain_keys(b"root", tokens, BLOCK))
 
 
-def ticket(tag: int, replica: str = "a", new: int = 1000, cached: int = 0, source: str | None = None, **more: object) -> Ticket:
-    return Ticket(tag, replica, source, new + cached, cached, 10.0, **more)  # type: ignore[arg-type]
+def ticket(
+    tag: int, replica: str = "a", new: int = 1000, cached: int = 0, source: str | None = None, chain: Chain | None = None
+) -> Ticket:
+    return Ticket(tag, replica, source, new + cached, cached, 10.0, chain, BLOCK)
 
 
 def ahead(load: FleetLoad, replica: str, now: float) -> float:
@@ -35,8 +37,9 @@ def test_a_replica_without_requests_is_idle() -> None:
 
 def test_prompts_that_were_not_answered_are_ahead() -> None:
     load = FleetLoad()
-    load.started(ticket(1, new=1000, cached=500), 0.0)
-    load.started(ticket(2, new=200), 0.0)
+    first, second = ticket(1, new=1000, cached=500), ticket(2, new=200)
+    load.started(first, 0.0)
+    load.started(second, 0.0)
     found = load.load("a", 0.0)
     assert (found.tokens, found.pairs, found.waiting, found.requests, found.decoding) == (
         1200,
@@ -45,23 +48,24 @@ def test_prompts_that_were_not_answered_are_ahead() -> None:
         2,
         0,
     )
-    load.first_byte(1, 1.0)
+    load.first_byte(first, 1.0)
     found = load.load("a", 1.0)
     assert (found.tokens, found.waiting, found.requests, found.decoding) == (200, 1, 2, 1)
-    load.finished(1, 2.0)
-    load.finished(2, 2.0)
+    load.finished(first, 2.0)
+    load.finished(second, 2.0)
     assert load.load("a", 2.0).requests == 0
     assert load.in_flight() == {}
 
 
 def test_time_that_passes_is_work_that_is_done_but_the_first_token_is_waited_for() -> None:
     load = FleetLoad()
-    load.started(ticket(1, new=1000), 0.0)
+    first = ticket(1, new=1000)
+    load.started(first, 0.0)
     load.started(ticket(2, new=1000), 0.2)
     assert ahead(load, "a", 0.2) == pytest.approx(1800)
     assert ahead(load, "a", 0.5) == pytest.approx(1500)
     assert ahead(load, "a", 50.0) == pytest.approx(1100)
-    load.first_byte(1, 50.0)
+    load.first_byte(first, 50.0)
     assert ahead(load, "a", 50.0) == pytest.approx(1000)
     assert ahead(load, "a", 50.4) == pytest.approx(600)
 
@@ -71,11 +75,12 @@ def test_what_the_engine_says_counts_where_it_is_more() -> None:
     load.heard("a", EngineLoad(waiting_requests=2, waiting_tokens=5000, decoding_requests=7))
     assert ahead(load, "a", 0.0) == 5000
     assert load.load("a", 0.0).decoding == 7
-    load.started(ticket(1, new=9000), 0.0)
+    one = ticket(1, new=9000)
+    load.started(one, 0.0)
     assert ahead(load, "a", 0.0) == 9000
     load.heard("a", EngineLoad())
     assert ahead(load, "a", 0.0) == 9000
-    load.finished(1, 0.0)
+    load.finished(one, 0.0)
     assert ahead(load, "a", 0.0) == 0
 
 
@@ -83,8 +88,9 @@ def test_an_engine_knows_best_what_it_decodes() -> None:
     """Clients that read slowly would make an idle replica look crowded, and other gateways' answers a crowded one idle."""
     load = FleetLoad()
     for tag in range(1, 51):
-        load.started(ticket(tag), 0.0)
-        load.first_byte(tag, 1.0)
+        one = ticket(tag)
+        load.started(one, 0.0)
+        load.first_byte(one, 1.0)
     assert (load.load("a", 1.0).decoding, load.load("a", 1.0).requests) == (50, 50)
     load.heard("a", EngineLoad(decoding_requests=2))
     assert (load.load("a", 1.0).decoding, load.load("a", 1.0).requests) == (2, 2)
@@ -97,9 +103,10 @@ def test_an_engine_knows_best_what_it_decodes() -> None:
 def test_an_answer_that_its_client_reads_for_an_hour_does_not_stand_for_all() -> None:
     load = FleetLoad()
     for tag, seconds in enumerate([4.0, 4.0, 3600.0], 1):
-        load.started(ticket(tag), 0.0)
-        load.first_byte(tag, 0.0)
-        load.finished(tag, seconds)
+        one = ticket(tag)
+        load.started(one, 0.0)
+        load.first_byte(one, 0.0)
+        load.finished(one, seconds)
     assert load.decode_seconds == pytest.approx(4.0 + 0.1 * 12.0)
 
 
@@ -112,40 +119,44 @@ def test_words_of_an_engine_that_is_gone_do_not_count() -> None:
 
 def test_imports_count_at_both_ends_until_the_first_token() -> None:
     load = FleetLoad()
-    load.started(ticket(1, "b", new=10, cached=990, source="a"), 0.0)
+    one = ticket(1, "b", new=10, cached=990, source="a")
+    load.started(one, 0.0)
     assert (load.load("b", 0.0).importing, load.load("a", 0.0).reading) == (1, 1)
-    load.first_byte(1, 1.0)
+    load.first_byte(one, 1.0)
     assert (load.load("b", 1.0).importing, load.load("a", 1.0).reading) == (0, 0)
 
 
 def test_a_first_byte_counts_once_and_of_known_requests_only() -> None:
     load = FleetLoad()
-    load.first_byte(5, 0.0)
-    load.finished(5, 0.0)
-    load.started(ticket(1), 0.0)
-    load.first_byte(1, 1.0)
-    load.first_byte(1, 2.0)
-    load.finished(1, 3.0)
+    one, unknown = ticket(1), ticket(5)
+    load.first_byte(unknown, 0.0)
+    load.finished(unknown, 0.0)
+    load.started(one, 0.0)
+    load.first_byte(one, 1.0)
+    load.first_byte(one, 2.0)
+    load.finished(one, 3.0)
     assert load.decode_seconds == pytest.approx(2.0)
 
 
 def test_a_silent_request_is_taken_to_have_its_first_token_when_it_was_expected() -> None:
     load = FleetLoad()
-    load.started(ticket(1, new=1000), 0.0, silent=True)
+    one = ticket(1, new=1000)
+    load.started(one, 0.0, silent=True)
     assert load.load("a", 9.0).decoding == 0
     assert (load.load("a", 10.0).decoding, load.load("a", 10.0).tokens) == (1, 0)
-    load.finished(1, 12.0)
+    load.finished(one, 12.0)
     assert load.in_flight() == {}
 
 
 def test_what_is_being_computed_is_promised_until_it_is_there() -> None:
     load = FleetLoad()
-    load.started(ticket(1, chain=chain_of(*range(40)), block_size=BLOCK), 0.0)
+    one = ticket(1, chain=chain_of(*range(40)))
+    load.started(one, 0.0)
     promised = load.promised(chain_of(*range(30), *range(100, 120)), BLOCK)
     assert {name: (promise.tokens, promise.tag) for name, promise in promised.items()} == {"a": (28, 1)}
     assert load.promised(chain_of(*range(7, 40)), BLOCK) == {}
     assert load.promised(chain_of(*range(40)), 2 * BLOCK) == {}
-    load.first_byte(1, 1.0)
+    load.first_byte(one, 1.0)
     assert load.promised(chain_of(*range(40)), BLOCK) == {}
 
 
