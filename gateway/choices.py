@@ -94,7 +94,8 @@ class Option(msgspec.Struct, frozen=True, gc=False):
 class Decision(msgspec.Struct, frozen=True, gc=False):
     """Send the request to `replica`; import from `source` up to `import_tokens_max` prompt tokens in all (None: what it holds).
 
-    `best_available_tokens` is the longest prefix that any replica held or computed; `options` what was weighed, best first.
+    `best_available_tokens` is the longest prefix that any replica held or computed; `options` what was weighed, best
+    first, at least one.
     """
 
     replica: str
@@ -103,5 +104,22 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     import_tokens_max: int | None
     expected: Expected
     best_available_tokens: int
-    reason: str
-    options: tuple[Option, ...] = ()
+    options: tuple[Option, ...]
+
+    @property
+    def reason(self) -> str:
+        """Why, in words; worked out when somebody asks."""
+        expected = self.expected
+        match self.action:
+            case Action.HIT:
+                what = f"holds {expected.local_tokens} tokens"
+            case Action.PULL:
+                what = f"imports {expected.peer_tokens} tokens from {self.source}"
+            case Action.SPLIT:
+                what = f"imports {expected.peer_tokens} tokens from {self.source} and computes the tail"
+            case Action.RECOMPUTE:
+                available = self.best_available_tokens
+                what = f"computing is sooner than {available} tokens elsewhere" if available else "nobody holds its prefix"
+        best = self.options[0].replica
+        tie = "" if self.replica == best else f", as soon as {best} for all we know"
+        return f"{what}: {expected.seconds * 1e3:.0f} ms expected{tie}"

@@ -58,6 +58,6 @@ TRANSPORT_PRIORS: Mapping[str, tuple[float, float]] = {
 }
 
 
-def device_kind(key: ModelKey) -> DeviceKind:
+def device_kind(device: str) -> DeviceKind:
     """What was believed of the device beforehand; an unknown kind is taken for a GPU."""
-    return DEVICE_KINDS.get(key.device, _CUDA)
+    return DEVICE_KINDS.get(device, _CUDA)

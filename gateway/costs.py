@@ -16,7 +16,7 @@ import msgspec
 from gateway.cost_priors import PREFILL_FACTORS_MAX, ModelKey, PrefillTerms, device_kind
 from gateway.fitting import Fit
 from gateway.load import ReplicaLoad
-from gateway.pace import Pace
+from gateway.model_times import CHUNK_TOKENS, ModelTimes, pairs
 from gateway.sampling import Sampling
 from gateway.transfers import Transfers
 
@@ -25,8 +25,6 @@ __all__ = ["CostModel", "CostReport", "ModelKey", "Outcome", "PrefillTerms", "pa
 MEMORY = 400
 """Samples after which one has faded to 1/e."""
 ERRORS_KEPT = 100
-CHUNK_TOKENS = 8192
-"""Prompt tokens of a scheduling step, for counting the steps that running decodes slow down."""
 SECONDS_MIN = 1e-9
 UNCERTAINTY_MIN = 0.02
 UNCERTAINTY_MAX = 0.2
@@ -101,11 +99,10 @@ class CostModel:
 
     def __init__(self) -> None:
         self._prefill: dict[ModelKey, Fit] = {}
-        self._terms: dict[ModelKey, PrefillTerms] = {}
+        self._models: dict[ModelKey, ModelTimes] = {}
         self._transfers = Transfers(MEMORY)
         self._kv_token_bytes: dict[str, float] = {}
         self._errors: deque[float] = deque(maxlen=ERRORS_KEPT)
-        self._paces: dict[ModelKey, Pace] = {}
         self._sampling: dict[ModelKey, Sampling] = {}
         self._samples = 0
         self._uncertainty = UNCERTAINTY_MAX
@@ -116,36 +113,32 @@ class CostModel:
 
     # What it expects
 
+    def model(self, key: ModelKey) -> ModelTimes:
+        """What computing takes with a model: one and the same object, which learns."""
+        model = self._models.get(key)
+        if model is None:
+            model = self._models[key] = ModelTimes(device_kind(key.device))
+        return model
+
     def terms(self, key: ModelKey) -> PrefillTerms:
         """The coefficients for a model; those of its kind of device before anything was learnt."""
-        return self._terms.get(key) or device_kind(key).prefill
+        return self.model(key).terms
 
     def free_tokens(self, key: ModelKey) -> int:
         """New tokens that cost no more than one does."""
-        return device_kind(key).free_tokens
+        return self.model(key).free_tokens
 
     def prefill_seconds(self, key: ModelKey, cached_tokens: int, new_tokens: int, decoding: int = 0) -> float:
         """From the first step of a prompt to its first token, `cached_tokens` of it being there; handling included."""
-        terms = self.terms(key)
-        paid, paid_pairs = self._paid(key, cached_tokens + new_tokens, new_tokens)
-        return (
-            terms.fixed
-            + terms.prompt_token * (cached_tokens + new_tokens)
-            + terms.new_token * paid
-            + terms.pair * paid_pairs
-            + terms.decode_step * decoding * (new_tokens / CHUNK_TOKENS)
-        )
+        return self.model(key).prefill_seconds(cached_tokens, new_tokens, decoding)
 
     def work_seconds(self, key: ModelKey, tokens: float, work_pairs: float) -> float:
         """Computing `tokens` new tokens with `work_pairs`, without what each request costs beside."""
-        terms = self.terms(key)
-        return terms.new_token * tokens + terms.pair * work_pairs
+        return self.model(key).work_seconds(tokens, work_pairs)
 
     def queue_seconds(self, key: ModelKey, load: ReplicaLoad, now: float) -> float:
         """Until a new prompt's first step, behind the work ahead of it."""
-        _, _, new_token, pair, decode_step = self.terms(key)
-        tokens, ahead_pairs = load.ahead(now, new_token, pair)
-        return new_token * tokens + pair * ahead_pairs + decode_step * load.decoding * (1 + tokens / CHUNK_TOKENS)
+        return self.model(key).queue_seconds(load, now)
 
     def transfer_seconds(
         self, taker: str, source: str, transport: str, tokens: int, *, sharing: int = 1, device: str = ""
@@ -165,12 +158,11 @@ class CostModel:
     def kv_token_bytes(self, device: str) -> float:
         """Bytes of KV that one token has; from the imports so far."""
         known = self._kv_token_bytes.get(device)
-        return device_kind(ModelKey(device)).kv_token_bytes if known is None else known
+        return device_kind(device).kv_token_bytes if known is None else known
 
     def pace(self, key: ModelKey, now: float) -> float:
         """What to multiply all expected times of this model with just now; 1 if nothing was heard of late."""
-        pace = self._paces.get(key)
-        return 1.0 if pace is None else pace.factor(now)
+        return self.model(key).pace.factor(now)
 
     def uncertainty(self) -> float:
         """The relative error to reckon with: options that differ by less are equal."""
@@ -197,7 +189,7 @@ class CostModel:
         self._errors.append(abs(outcome.expected_seconds - seconds) / seconds)
         if self._samples % 8 == 0 or self._samples < 16:
             self._uncertainty = min(max(median(self._errors), UNCERTAINTY_MIN), UNCERTAINTY_MAX)
-        pace = self._paces.setdefault(outcome.key, Pace())
+        pace = self.model(outcome.key).pace
         slowed = sqrt(pace.factor(outcome.now))  # so the terms follow what stays, and what goes again moves them by half
         features = self._features(outcome)
         if not outcome.import_failed:
@@ -233,14 +225,13 @@ class CostModel:
         if seconds > 0:
             fit = self._fit(outcome.key)
             fit.observe(features, seconds)
-            self._terms[outcome.key] = PrefillTerms(*fit.coefficients)
+            self.model(outcome.key).learn(PrefillTerms(*fit.coefficients))
 
     def _features(self, outcome: Outcome) -> tuple[float, ...]:
-        terms = self.terms(outcome.key)
-        load = outcome.load
-        ahead, ahead_pairs = load.ahead(outcome.now, terms.new_token, terms.pair)
+        model, load = self.model(outcome.key), outcome.load
+        ahead, ahead_pairs = load.ahead(outcome.now, model.new_token, model.pair)
         new = outcome.computed_tokens
-        paid, paid_pairs = self._paid(outcome.key, outcome.prompt_tokens, new)
+        paid, paid_pairs = model.paid(outcome.prompt_tokens, new)
         return (
             1.0,
             float(outcome.prompt_tokens),
@@ -248,11 +239,6 @@ class CostModel:
             ahead_pairs + paid_pairs,
             load.decoding * (1 + (ahead + new) / CHUNK_TOKENS),
         )
-
-    def _paid(self, key: ModelKey, prompt_tokens: int, new_tokens: int) -> tuple[int, float]:
-        """Of a prompt's new tokens and their pairs, what costs time beyond that of a step for one token."""
-        paid = max(0, new_tokens - self.free_tokens(key))
-        return paid, pairs(prompt_tokens - paid, paid)
 
     def _observe_transfer(self, outcome: Outcome, seconds: float) -> None:
         device = outcome.key.device
@@ -265,7 +251,7 @@ class CostModel:
     def _fit(self, key: ModelKey) -> Fit:
         fit = self._prefill.get(key)
         if fit is None:
-            fit = self._prefill[key] = Fit(device_kind(key).prefill, MEMORY, PREFILL_FACTORS_MAX)
+            fit = self._prefill[key] = Fit(device_kind(key.device).prefill, MEMORY, PREFILL_FACTORS_MAX)
         return fit
 
     # What it shows
@@ -277,7 +263,7 @@ class CostModel:
     def report(self) -> CostReport:
         """Everything fitted, for people."""
         prefill = tuple(
-            PrefillReport(key.device, key.model, fit.samples, fit.usual_error, self._paces[key].last, *fit.coefficients)
+            PrefillReport(key.device, key.model, fit.samples, fit.usual_error, self._models[key].pace.last, *fit.coefficients)
             for key, fit in sorted(self._prefill.items())
         )
         transfers = tuple(
@@ -285,8 +271,3 @@ class CostModel:
             for pair, fit, (fixed, a_byte) in self._transfers.known()
         )
         return CostReport(self._samples, len(self._errors), self.median_error(), prefill, transfers)
-
-
-def pairs(cached_tokens: float, new_tokens: float) -> float:
-    """Pairs of a new token and one before it: what attention computes for `new_tokens` behind `cached_tokens`."""
-    return new_tokens * (cached_tokens + new_tokens / 2)

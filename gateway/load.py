@@ -61,10 +61,11 @@ class ReplicaLoad(msgspec.Struct, frozen=True, gc=False):
         tokens, ahead_pairs = self.tokens, self.pairs
         whole = new_token * tokens + pair * ahead_pairs
         if whole > 0:
-            head = new_token * self.head_tokens + pair * self.head_pairs
-            left = 1 - min(now - self.since, HEAD_DONE_MAX * head) / whole
+            done, done_max = now - self.since, HEAD_DONE_MAX * (new_token * self.head_tokens + pair * self.head_pairs)
+            left = 1 - (done if done < done_max else done_max) / whole
             tokens, ahead_pairs = tokens * left, ahead_pairs * left
-        return max(tokens, self.engine_tokens), max(ahead_pairs, self.engine_pairs)
+        said, said_pairs = self.engine_tokens, self.engine_pairs
+        return tokens if tokens > said else said, ahead_pairs if ahead_pairs > said_pairs else said_pairs
 
 
 IDLE = ReplicaLoad()

@@ -42,4 +42,5 @@ class Pace:
         self._at = max(self._at, now)
 
     def _faded(self, now: float) -> float:
-        return self._log * exp(-max(0.0, now - self._at) / MEMORY_SECONDS)
+        past = now - self._at
+        return self._log * exp(-past / MEMORY_SECONDS) if past > 0 else self._log

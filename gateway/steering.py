@@ -4,7 +4,7 @@ For each replica the time to the first token is its queue, plus importing what a
 supplies (costs.py). Differences that the model is not sure of are ties, and a tie stays with who holds the prefix.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from heapq import nsmallest
 from operator import attrgetter
 
@@ -37,19 +37,19 @@ def steer(prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel,
     `turn` rotates among equals; let it grow by one with each request. The order of `candidates` does not matter.
     """
     costs.pass_time(now)
-    weighing = Weighing(prompt, candidates, costs, now)
-    holding, others = weighing.takers(turn)
+    names = sorted([candidate.name for candidate in candidates])
+    weighing = Weighing(prompt, candidates, costs, now, names[turn % len(names)] if names else "")
+    holding, others = weighing.holding, weighing.others
     if not holding and not others:
         raise ValueError("no candidates")
-    doubt = costs.uncertainty()
     takers = _first(HOLDERS_MAX, holding) + _first(TAKERS_MAX, others)
-    options = [weighing.best_option(taker) for taker in takers]
-    best = min(options, key=_SCORE)
+    ranked = [weighing.best_option(taker) for taker in takers]
+    options = sorted(ranked, key=_SCORE)
+    best = options[0]
     if prompt.affinity and not holding:
-        chosen = weighing.best_option(_favourite(prompt.affinity, others, doubt * best.score))
+        chosen = weighing.best_option(_favourite(prompt.affinity, weighing, costs.uncertainty() * best.score))
     else:
-        chosen = _nearest(options, best, doubt)
-    options.sort(key=_SCORE)
+        chosen = _nearest(ranked, best, costs.uncertainty())
     return Decision(
         chosen.replica,
         chosen.source,
@@ -57,7 +57,6 @@ def steer(prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel,
         chosen.import_tokens_max,
         chosen.expected,
         weighing.best_available,
-        _reason(chosen, best, weighing.best_available),
         tuple(options[:OPTIONS_SHOWN_MAX]),
     )
 
@@ -75,20 +74,20 @@ def affinity_weight(affinity: str, replica: str) -> int:
     return xxhash.xxh3_64_intdigest(f"{len(affinity)}:{affinity}{replica}".encode("utf-8", "surrogatepass"))
 
 
-def _favourite(affinity: str, takers: Sequence[Taker], doubt_seconds: float) -> Taker:
+def _favourite(affinity: str, weighing: Weighing, doubt_seconds: float) -> Taker:
     """Of replicas that differ by what is in front of them alone, and by no more than the doubt: the one for this affinity."""
-    limit = min(taker.queue_seconds + taker.crowd_seconds for taker in takers) + doubt_seconds
-    equal: Iterable[Taker] = (taker for taker in takers if taker.queue_seconds + taker.crowd_seconds <= limit)
-    return max(equal, key=lambda taker: (affinity_weight(affinity, taker.candidate.name), taker.candidate.name))
+    delays = [(weighing.delay(taker), taker) for taker in weighing.others]
+    limit = min(delay for delay, _ in delays) + doubt_seconds
+    equal = [taker for delay, taker in delays if delay <= limit]
+    return max(equal, key=lambda taker: (affinity_weight(affinity, taker[3]), taker[3]))
 
 
-def _nearest(options: Sequence[Option], best: Option, doubt: float) -> Option:
+def _nearest(ranked: Sequence[Option], best: Option, doubt: float) -> Option:
     """The best option, or one with more of the prefix that can not be told from it."""
-    a = best.expected
-    chosen = best
-    for option in options:
+    a, chosen, most = best.expected, best, best.expected.local_tokens
+    for option in ranked:
         b = option.expected
-        if b.local_tokens < chosen.expected.local_tokens or option is chosen:
+        if b.local_tokens < most or option is chosen:
             continue
         # what both have in common is no source of doubt
         differs = (
@@ -96,22 +95,7 @@ def _nearest(options: Sequence[Option], best: Option, doubt: float) -> Option:
             + abs(a.transfer_seconds - b.transfer_seconds)
             + abs(a.prefill_seconds - b.prefill_seconds)
         )
-        more = b.local_tokens > chosen.expected.local_tokens or option.score < chosen.score
+        more = b.local_tokens > most or option.score < chosen.score
         if more and option.score - best.score <= doubt * differs:
-            chosen = option
+            chosen, most = option, b.local_tokens
     return chosen
-
-
-def _reason(chosen: Option, best: Option, available: int) -> str:
-    expected = chosen.expected
-    match chosen.action:
-        case Action.HIT:
-            what = f"holds {expected.local_tokens} tokens"
-        case Action.PULL:
-            what = f"imports {expected.peer_tokens} tokens from {chosen.source}"
-        case Action.SPLIT:
-            what = f"imports {expected.peer_tokens} tokens from {chosen.source} and computes the tail"
-        case Action.RECOMPUTE:
-            what = f"computing is sooner than {available} tokens elsewhere" if available else "nobody holds its prefix"
-    tie = "" if chosen.replica == best.replica else f", as soon as {best.replica} for all we know"
-    return f"{what}: {expected.seconds * 1e3:.0f} ms expected{tie}"

@@ -1,12 +1,12 @@
 """One request against one fleet: what each replica's best option is, and which replicas are worth a look. Pure."""
 
 from collections.abc import Sequence
-from math import inf, sqrt
-from typing import NamedTuple
+from math import sqrt
 
 from gateway.choices import Action, Candidate, Expected, Option, PromptView
-from gateway.cost_priors import device_kind
-from gateway.costs import CHUNK_TOKENS, CostModel, ModelKey, pairs
+from gateway.costs import CostModel, ModelKey
+from gateway.load import ReplicaLoad
+from gateway.model_times import CHUNK_TOKENS, ModelTimes, pairs
 from gateway.popularity import FADE_SECONDS
 
 SOURCES_MAX = 4
@@ -23,138 +23,140 @@ CHANCE_DEVIATIONS = 2.0
 REMOTE_TRANSPORT = "rdma"
 
 
-class Taker(NamedTuple):
-    """A replica that may get the request: what is in front of it, and how much its decodes slow each other down."""
-
-    rank: tuple[float, float, bool, str]
-    queue_seconds: float
-    crowd_seconds: float
-    local_tokens: int
-    candidate: Candidate
-
-
-class _Way(NamedTuple):
-    score: float
-    transfer: float
-    prefill: float
-    cached: int
-    source: Candidate | None
-    action: Action
+_HIT, _PULL, _SPLIT, _RECOMPUTE = Action.HIT, Action.PULL, Action.SPLIT, Action.RECOMPUTE  # read from the class it takes longer
 
 
 class _Model:
-    """What one model's times are made of at this moment, and those that were reckoned for the prompt, by its cached tokens."""
+    """What one model's times are at this moment, and those that were reckoned for the prompt."""
 
-    __slots__ = ("again", "decode_step", "decodes_full", "free", "pace", "prefills", "terms", "waits", "works")
+    __slots__ = ("again", "computing", "each", "pace", "times", "waits")
 
-    def __init__(self, key: ModelKey, costs: CostModel, now: float) -> None:
-        kind = device_kind(key)
-        self.pace = costs.pace(key, now)
+    def __init__(self, times: ModelTimes, now: float, decode_seconds: float) -> None:
+        self.times = times
+        self.pace = pace = times.pace.factor(now)
         """One factor for all replicas with that model: it changes what is expected, and nothing in whom it is expected of."""
-        self.terms = costs.terms(key)
-        self.decode_step = self.terms.decode_step
-        self.free = kind.free_tokens
-        self.decodes_full = kind.decodes_full
-        self.prefills: dict[int, float] = {}
-        self.works: dict[int, float] = {}
-        self.waits: dict[bool, float] = {}
+        self.each = decode_seconds * pace / times.decodes_full
+        """Seconds that a request takes longer for each other one that is decoded beside it."""
+        self.computing: dict[int, tuple[float, float]] = {}
+        self.waits: tuple[float, float] | None = None
         self.again: float | None = None
 
 
+Taker = tuple[int, float, bool, str, float, _Model, Candidate]
+"""A replica that may get the request: its rank, which are the first four, the seconds of its queue, its model's times.
+
+By rank those that hold more come first (the tokens that one holds or computes are counted below 0), then those with less in
+front of the request, then those whose names are not below the pivot.
+"""
+_Way = tuple[float, float, float, int, Candidate, Action]
+"""An import: score, seconds of the transfer and of computing the rest, tokens in the cache after it, from whom, how."""
+
+
 class Weighing:
-    """Weighs `candidates` for `prompt` at `now`, CLOCK_MONOTONIC seconds."""
+    """Weighs `candidates` for `prompt` at `now`, CLOCK_MONOTONIC seconds.
 
-    __slots__ = ("_candidates", "_costs", "_models", "_now", "_prompt", "_sources", "_useful", "best_available")
+    `holding` and `others` are all replicas that may get the request, in no order: those with some of the prefix, and those
+    without. Of equal ones those whose names are not below `pivot` rank first.
+    """
 
-    def __init__(self, prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel, now: float) -> None:
+    __slots__ = (
+        "_candidates", "_chance", "_costs", "_held_most", "_hot", "_prompt", "_sources", "_sources_ranked", "_useful",
+        "best_available", "holding", "others",
+    )  # fmt: skip
+
+    def __init__(self, prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel, now: float, pivot: str) -> None:
         self._prompt = prompt
-        self._costs = costs
-        self._now = now
-        self._useful = useful = max(0, prompt.tokens - 1)  # at least one token is always computed
         self._candidates = candidates
-        self._models: dict[ModelKey, _Model] = {}
-        available = 0
-        sources = []
+        self._costs = costs
+        self._useful = useful = max(0, prompt.tokens - 1)  # at least one token is always computed
+        self.holding: list[Taker] = []
+        self.others: list[Taker] = []
+        self._sources: list[Candidate] = []
+        self._sources_ranked = False
+        self._held_most = available = requests = 0
+        models: dict[ModelKey, _Model] = {}
         for candidate in candidates:
-            if candidate.held_tokens > 0:
-                sources.append(candidate)
-            promise = candidate.promise
-            if promise is not None and promise.tokens > available:
-                available = promise.tokens
-        if len(sources) > 1:
-            sources.sort(key=lambda holder: (-holder.held_tokens, holder.load.reading, holder.name))
-        if sources and sources[0].held_tokens > available:
-            available = sources[0].held_tokens
-        self._sources = sources
-        self.best_available = min(available, useful)
-
-    def takers(self, turn: int) -> tuple[list[Taker], list[Taker]]:
-        """Return all replicas that may get the request: those with some of the prefix, and the others.
-
-        By rank, holders of more come first, then those with less in front of the request; `turn` rotates among equals.
-        """
-        costs, now, decode_seconds, useful = self._costs, self._now, self._prompt.decode_seconds, self._useful
-        names = sorted([candidate.name for candidate in self._candidates])
-        chance = _by_chance([candidate.load.requests for candidate in self._candidates if candidate.takes])
-        pivot = names[turn % len(names)] if names else ""
-        holding: list[Taker] = []
-        others: list[Taker] = []
-        for candidate in self._candidates:
-            if not candidate.takes:
-                continue
-            name, held, load, key, promise = (
-                candidate.name,
-                candidate.held_tokens,
-                candidate.load,
-                candidate.key,
-                candidate.promise,
-            )
-            model = self._models.get(key) or self._model(key)
-            queue = costs.queue_seconds(key, load, now) * model.pace if load.busy else 0.0
-            ahead, crowd, requests = queue, 0.0, load.requests
-            if requests and decode_seconds:
-                each = decode_seconds * model.pace / model.decodes_full
-                ahead = queue + each * requests
-                if requests > chance:
-                    crowd = each * (requests - chance)
+            name, held, load, promise = candidate.name, candidate.held_tokens, candidate.load, candidate.promise
+            if held:
+                self._sources.append(candidate)
+                if held > self._held_most:
+                    self._held_most = held
             if promise is not None and promise.tokens > held:
                 held = promise.tokens
+            if held > available:
+                available = held
+            if not candidate.takes:
+                continue
+            model = models.get(candidate.key)
+            if model is None:
+                model = models[candidate.key] = _Model(costs.model(candidate.key), now, prompt.decode_seconds)
+            queue = model.times.queue_seconds(load, now) * model.pace if load.busy else 0.0
+            ahead = queue + model.each * load.requests
+            requests += load.requests
             if held:
                 local = held if held < useful else useful
-                holding.append(Taker((-local, ahead, name < pivot, name), queue, crowd, local, candidate))
+                self.holding.append((-local, ahead, name < pivot, name, queue, model, candidate))
             else:
-                others.append(Taker((0, ahead, name < pivot, name), queue, crowd, 0, candidate))
-        return holding, others
+                self.others.append((0, ahead, name < pivot, name, queue, model, candidate))
+        self.best_available = available if available < useful else useful
+        self._hot = prompt.rate > 0 and self.best_available > 0
+        self._chance = _by_chance(requests, len(self.holding) + len(self.others))
+
+    def delay(self, taker: Taker) -> float:
+        """Seconds that are its own on `taker`: its queue, and how much its decodes slow each other down."""
+        _, _, _, _, queue, model, candidate = taker
+        return queue + self._crowd(model, candidate.load)
 
     def best_option(self, taker: Taker) -> Option:
         """The best that can be done on `taker`; an import only if it is sooner than computing."""
-        _, queue, crowd, local, candidate = taker
-        prompt, model = self._prompt, self._models[candidate.key]
-        pace, prefill = model.pace, self._prefill(model, candidate, local)
-        score, transfer, computing, cached = self._priced(prefill, model, candidate, local), 0.0, prefill, local
-        source, action = None, Action.HIT if local else Action.RECOMPUTE
-        if candidate.exchanges_with and self._sources and self._sources[0].held_tokens > local:
+        less_local, _, _, name, queue, model, candidate = taker
+        local, load, pace, tokens = -less_local, candidate.load, model.pace, self._prompt.tokens
+        prefill, others_wait = self._computing(model, load, local)
+        score, transfer, computing, cached = prefill + others_wait, 0.0, prefill, local
+        source, action = None, _HIT if local else _RECOMPUTE
+        if self._held_most > local and candidate.exchanges_with:
             for readable in self._readable(candidate, local):
                 way = self._import(model, candidate, local, readable)
-                if way.score < score and way.transfer + way.prefill < prefill:
+                if way[0] < score and way[1] + way[2] < prefill:
                     score, transfer, computing, cached, source, action = way
-        later = 0.0 if candidate.room_tokens == inf else self._evictions(model, candidate, local)
-        if prompt.rate > 0 and self.best_available:
-            wait = self._wait(model, local == 0)
-            if later and not local:  # what a copy spares those who ask for it soon pays for what it pushes out
-                spared = self._wait(model, one_more=False) - wait
-                later = max(0.0, later - spared * prompt.rate * FADE_SECONDS)
-            later += wait
+        later = 0.0
+        ahead_tokens = load.tokens if load.tokens > load.engine_tokens else load.engine_tokens
+        if tokens - local + ahead_tokens > candidate.room_tokens:
+            later = self._evictions(model, tokens - local)
+        if self._hot:
+            later = self._with_wait(model, local, later)
         return Option(
-            candidate.name,
+            name,
             source.name if source is not None else None,
             action,
-            cached if action is Action.SPLIT else None,
-            Expected(queue, transfer * pace, computing * pace, local, cached - local, prompt.tokens - cached),
-            (score + later) * pace + queue + crowd,
+            cached if action is _SPLIT else None,
+            Expected(queue, transfer * pace, computing * pace, local, cached - local, tokens - cached),
+            (score + later) * pace + queue + self._crowd(model, load),
         )
 
+    def _crowd(self, model: _Model, load: ReplicaLoad) -> float:
+        return model.each * (load.requests - self._chance) if load.requests > self._chance else 0.0
+
+    def _computing(self, model: _Model, load: ReplicaLoad, cached: int) -> tuple[float, float]:
+        """Seconds of computing what is behind `cached`, and what that costs others.
+
+        They are as much for each request that waits there, as all wait longer.
+        """
+        known = model.computing.get(cached)
+        if known is None:
+            times, new = model.times, self._prompt.tokens - cached
+            paid = new - times.free_tokens if new > times.free_tokens else 0
+            known = times.prefill_seconds(cached, new), times.work_seconds(paid, pairs(cached, paid))
+            model.computing[cached] = known
+        prefill, work = known
+        if load.decoding:
+            prefill += model.times.decode_step * load.decoding * (self._prompt.tokens - cached) / CHUNK_TOKENS
+        return prefill, load.waiting * work
+
     def _readable(self, taker: Candidate, local: int) -> list[Candidate]:
+        if not self._sources_ranked:
+            self._sources.sort(key=lambda holder: (-holder.held_tokens, holder.load.reading, holder.name))
+            self._sources_ranked = True
         found: list[Candidate] = []
         for source in self._sources:
             if source.held_tokens <= local or len(found) == SOURCES_MAX:
@@ -172,76 +174,56 @@ class Weighing:
         fixed, a_token = self._costs.transfer_terms(taker.name, source.name, transport, taker.key.device)
         a_token *= 1 + max(taker.load.importing, source.load.reading)
         held = min(source.held_tokens, self._useful)
-        transfer, prefill = fixed + a_token * (held - local), self._prefill(model, taker, held)
-        whole = _Way(self._priced(transfer + prefill, model, taker, held), transfer, prefill, held, source, Action.PULL)
+        whole = self._way(model, taker, fixed + a_token * (held - local), held, source, _PULL)
         size = self._prompt.block_size
-        cut = (self._prompt.tokens - model.free) // size * size
+        cut = (self._prompt.tokens - model.times.free_tokens) // size * size
         if not local < cut < held:
             return whole
-        transfer, prefill = fixed + a_token * (cut - local), self._prefill(model, taker, cut)
-        split = _Way(self._priced(transfer + prefill, model, taker, cut), transfer, prefill, cut, source, Action.SPLIT)
-        return split if split.score < whole.score - SPLIT_GAIN_SECONDS_MIN else whole
+        split = self._way(model, taker, fixed + a_token * (cut - local), cut, source, _SPLIT)
+        return split if split[0] < whole[0] - SPLIT_GAIN_SECONDS_MIN else whole
 
-    def _model(self, key: ModelKey) -> _Model:
-        known = self._models[key] = _Model(key, self._costs, self._now)
-        return known
+    def _way(self, model: _Model, taker: Candidate, transfer: float, cached: int, source: Candidate, action: Action) -> _Way:
+        prefill, others_wait = self._computing(model, taker.load, cached)
+        return transfer + prefill + others_wait, transfer, prefill, cached, source, action
 
-    def _prefill(self, model: _Model, taker: Candidate, cached: int) -> float:
-        new = self._prompt.tokens - cached
-        known = model.prefills.get(cached)
-        if known is None:
-            known = model.prefills[cached] = self._costs.prefill_seconds(taker.key, cached, new)
-        decoding = taker.load.decoding
-        return known + model.decode_step * decoding * new / CHUNK_TOKENS if decoding else known
-
-    def _priced(self, seconds: float, model: _Model, taker: Candidate, cached: int) -> float:
-        """`seconds`, and what its computing costs others: as much for each request that waits there, as all wait longer."""
-        waiting = taker.load.waiting
-        if not waiting:
-            return seconds
-        work = model.works.get(cached)
-        if work is None:
-            new = max(0, self._prompt.tokens - cached - model.free)
-            work = model.works[cached] = self._costs.work_seconds(taker.key, new, pairs(cached, new))
-        return seconds + waiting * work
-
-    def _evictions(self, model: _Model, taker: Candidate, local: int) -> float:
+    def _evictions(self, model: _Model, new: int) -> float:
         """What it costs later that a full cache gives up others' KV for what it lacks of the prompt, however that comes.
 
         All of it or nothing: whichever of the full ones has a little room would get everything.
         """
-        new, load = self._prompt.tokens - local, taker.load
-        tokens = load.tokens
-        if new + (load.engine_tokens if load.engine_tokens > tokens else tokens) <= taker.room_tokens:
-            return 0.0
-        if model.again is None:
-            model.again = self._a_token_again(taker.key)
+        if model.again is None:  # seconds for each token given up, to compute it again if it must be, for all that will wait
+            waiting = sum(candidate.load.waiting for candidate in self._candidates) / len(self._candidates)
+            model.again = model.times.work_seconds(*self._prompt.again) * (1 + waiting)
         return new * model.again
 
-    def _a_token_again(self, key: ModelKey) -> float:
-        """Seconds for each token given up: those that it takes to compute it again if it must be, for all that will wait."""
-        waiting = sum(candidate.load.waiting for candidate in self._candidates) / len(self._candidates)
-        return self._costs.work_seconds(key, *self._prompt.again) * (1 + waiting)
+    def _with_wait(self, model: _Model, local: int, later: float) -> float:
+        """What comes `later`, and the wait to expect of further requests for a hot prefix."""
+        if model.waits is None:
+            model.waits = self._waits(model)
+        as_now, with_a_copy = model.waits
+        if local:
+            return later + as_now
+        if later:  # what a copy spares those who ask for it soon pays for what it pushes out
+            spared = as_now - with_a_copy
+            later = max(0.0, later - spared * self._prompt.rate * FADE_SECONDS)
+        return later + with_a_copy
 
-    def _wait(self, model: _Model, one_more: bool) -> float:
-        """The wait to expect of further requests for a hot prefix: less once one replica more holds it."""
-        known = model.waits.get(one_more)
-        if known is None:
-            prompt, available = self._prompt, self.best_available
-            new = prompt.tokens - available
-            work = model.terms.new_token * new + model.terms.pair * pairs(available, new)
-            service = work + prompt.decode_seconds / model.decodes_full
-            busy = min(prompt.rate * service / (max(1, len(self._sources)) + one_more), BUSY_MAX)
-            known = model.waits[one_more] = service * busy / (2 * (1 - busy))  # M/D/1
-        return known
+    def _waits(self, model: _Model) -> tuple[float, float]:
+        """The wait with the replicas that hold the hot prefix, and once one more does."""
+        prompt, times, available, holders = self._prompt, model.times, self.best_available, len(self._sources)
+        new = prompt.tokens - available
+        service = times.work_seconds(new, pairs(available, new)) + prompt.decode_seconds / times.decodes_full
+        demand = prompt.rate * service
+        busy, less = min(demand / max(1, holders), BUSY_MAX), min(demand / (max(1, holders) + 1), BUSY_MAX)
+        return service * busy / (2 * (1 - busy)), service * less / (2 * (1 - less))  # M/D/1
 
 
-def _by_chance(requests: Sequence[int]) -> float:
+def _by_chance(requests: int, replicas: int) -> float:
     """How many requests a replica may well have without any reason: two standard deviations above the mean (Poisson).
 
     Such a difference goes as it came. A copy of a prefix made for it would stay, and push others out of the cache.
     """
-    if not requests:
+    if not replicas:
         return 0.0
-    mean = sum(requests) / len(requests)
+    mean = requests / replicas
     return mean + CHANCE_DEVIATIONS * sqrt(mean)

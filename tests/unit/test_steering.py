@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from gateway.costs import CostModel, ModelKey
 from gateway.evictions import Again
 from gateway.load import ReplicaLoad
+from gateway.pace import Pace
 from gateway.promises import Promise
 from gateway.steering import Action, Candidate, Decision, PromptView, affinity_weight, steer
 
@@ -357,10 +358,10 @@ def test_the_price_of_what_is_given_up_is_bounded_by_computing_as_much(
         assert -1e-9 <= option.score - usual[option.replica].score <= bound + 1e-9
 
 
-class SlowedDown(CostModel):
-    """A model of machines that all are slow just now."""
+class Slow(Pace):
+    """Of machines that all are slow just now."""
 
-    def pace(self, key: ModelKey, now: float) -> float:
+    def factor(self, now: float) -> float:
         return 1.75
 
 
@@ -368,7 +369,9 @@ class SlowedDown(CostModel):
 def test_a_pace_changes_what_is_expected_and_no_decision(fleet: list[Candidate], view: PromptView, turn: int) -> None:
     fleet = [msgspec.structs.replace(candidate, room_tokens=1000.0 * place) for place, candidate in enumerate(fleet)]
     view = msgspec.structs.replace(view, again=Again(0.5, 4000.0))
-    usual, slow = (steer(view, fleet, costs, 0.0, turn) for costs in (CostModel(), SlowedDown()))
+    slowed = CostModel()
+    slowed.model(GPU).pace = Slow()
+    usual, slow = (steer(view, fleet, costs, 0.0, turn) for costs in (CostModel(), slowed))
     assert (slow.replica, slow.source, slow.action) == (usual.replica, usual.source, usual.action)
     assert slow.expected.seconds == pytest.approx(1.75 * usual.expected.seconds)
     assert [option.score for option in slow.options] == pytest.approx([1.75 * option.score for option in usual.options])

@@ -1,0 +1,64 @@
+"""What computing takes with one model, by the terms that were fitted last. Pure; times are in seconds.
+
+One object for each model lives as long as the cost model, so that a decision finds all it needs of it in one place.
+"""
+
+from gateway.cost_priors import DeviceKind, PrefillTerms
+from gateway.load import ReplicaLoad
+from gateway.pace import Pace
+
+CHUNK_TOKENS = 8192
+"""Prompt tokens of a scheduling step, for counting the steps that running decodes slow down."""
+
+
+class ModelTimes:
+    """The terms of one model, those of its `kind` of device before anything was learnt, and the pace of its machines."""
+
+    __slots__ = ("decode_step", "decodes_full", "fixed", "free_tokens", "new_token", "pace", "pair", "prompt_token")
+
+    def __init__(self, kind: DeviceKind) -> None:
+        self.free_tokens = kind.free_tokens
+        self.decodes_full = kind.decodes_full
+        self.pace = Pace()
+        self.learn(kind.prefill)
+
+    @property
+    def terms(self) -> PrefillTerms:
+        """The coefficients as they are now."""
+        return PrefillTerms(self.fixed, self.prompt_token, self.new_token, self.pair, self.decode_step)
+
+    def learn(self, terms: PrefillTerms) -> None:
+        """These are the coefficients from now on."""
+        self.fixed, self.prompt_token, self.new_token, self.pair, self.decode_step = terms
+
+    def paid(self, prompt_tokens: int, new_tokens: int) -> tuple[int, float]:
+        """Of a prompt's new tokens and their pairs, what costs time beyond that of a step for one token."""
+        paid = max(0, new_tokens - self.free_tokens)
+        return paid, pairs(prompt_tokens - paid, paid)
+
+    def prefill_seconds(self, cached_tokens: int, new_tokens: int, decoding: int = 0) -> float:
+        """From the first step of a prompt to its first token, `cached_tokens` of it being there; handling included."""
+        prompt_tokens = cached_tokens + new_tokens
+        paid, paid_pairs = self.paid(prompt_tokens, new_tokens)
+        return (
+            self.fixed
+            + self.prompt_token * prompt_tokens
+            + self.new_token * paid
+            + self.pair * paid_pairs
+            + self.decode_step * decoding * (new_tokens / CHUNK_TOKENS)
+        )
+
+    def work_seconds(self, tokens: float, work_pairs: float) -> float:
+        """Computing `tokens` new tokens with `work_pairs`, without what each request costs beside."""
+        return self.new_token * tokens + self.pair * work_pairs
+
+    def queue_seconds(self, load: ReplicaLoad, now: float) -> float:
+        """Until a new prompt's first step, behind the work ahead of it."""
+        new_token, pair = self.new_token, self.pair
+        tokens, ahead_pairs = load.ahead(now, new_token, pair)
+        return new_token * tokens + pair * ahead_pairs + self.decode_step * load.decoding * (1 + tokens / CHUNK_TOKENS)
+
+
+def pairs(cached_tokens: float, new_tokens: float) -> float:
+    """Pairs of a new token and one before it: what attention computes for `new_tokens` behind `cached_tokens`."""
+    return new_tokens * (cached_tokens + new_tokens / 2)
