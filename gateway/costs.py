@@ -130,7 +130,8 @@ class CostModel:
 
     def prefill_seconds(self, key: ModelKey, cached_tokens: int, new_tokens: int, decoding: int = 0) -> float:
         """From the first step of a prompt to its first token, `cached_tokens` of it being there; handling included."""
-        return self.model(key).prefill_seconds(cached_tokens, new_tokens, decoding)
+        model = self.model(key)
+        return model.computing(cached_tokens, cached_tokens + new_tokens)[0] + model.slowed_seconds(decoding, new_tokens)
 
     def work_seconds(self, key: ModelKey, tokens: float, work_pairs: float) -> float:
         """Computing `tokens` new tokens with `work_pairs`, without what each request costs beside."""

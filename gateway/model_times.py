@@ -36,17 +36,24 @@ class ModelTimes:
         paid = max(0, new_tokens - self.free_tokens)
         return paid, pairs(prompt_tokens - paid, paid)
 
-    def prefill_seconds(self, cached_tokens: int, new_tokens: int, decoding: int = 0) -> float:
-        """From the first step of a prompt to its first token, `cached_tokens` of it being there; handling included."""
-        prompt_tokens = cached_tokens + new_tokens
-        paid, paid_pairs = self.paid(prompt_tokens, new_tokens)
+    def computing(self, cached_tokens: int, prompt_tokens: int) -> tuple[float, float]:
+        """Return the seconds to the first token from a prompt's first step on, and by how much what waits there waits longer.
+
+        `cached_tokens` of the prompt are there; handling it is in the former. Nothing is decoded meanwhile.
+        """
+        seconds = self.fixed + self.prompt_token * prompt_tokens
+        paid = prompt_tokens - cached_tokens - self.free_tokens
+        if paid <= 0:
+            return seconds, 0.0
+        work, pair = self.new_token * paid, self.pair
         return (
-            self.fixed
-            + self.prompt_token * prompt_tokens
-            + self.new_token * paid
-            + self.pair * paid_pairs
-            + self.decode_step * decoding * (new_tokens / CHUNK_TOKENS)
+            seconds + work + pair * (paid * (prompt_tokens - paid + paid / 2)),
+            work + pair * (paid * (cached_tokens + paid / 2)),
         )
+
+    def slowed_seconds(self, decoding: int, new_tokens: int) -> float:
+        """How much longer computing takes while others are decoded."""
+        return self.decode_step * decoding * new_tokens / CHUNK_TOKENS
 
     def work_seconds(self, tokens: float, work_pairs: float) -> float:
         """Computing `tokens` new tokens with `work_pairs`, without what each request costs beside."""

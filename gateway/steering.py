@@ -5,7 +5,6 @@ supplies (costs.py). Differences that the model is not sure of are ties, and a t
 """
 
 from collections.abc import Sequence
-from heapq import nsmallest
 from operator import attrgetter
 
 import xxhash
@@ -39,14 +38,16 @@ def steer(prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel,
     costs.pass_time(now)
     names = sorted([candidate.name for candidate in candidates])
     weighing = Weighing(prompt, candidates, costs, now, names[turn % len(names)] if names else "")
-    holding, others = weighing.holding, weighing.others
-    if not holding and not others:
+    takers, holders = weighing.takers, weighing.holders
+    if not takers:
         raise ValueError("no candidates")
-    takers = _first(HOLDERS_MAX, holding) + _first(TAKERS_MAX, others)
-    ranked = [weighing.best_option(taker) for taker in takers]
-    options = sorted(ranked, key=_SCORE)
+    if len(takers) > TAKERS_MAX:
+        takers = takers[: min(holders, HOLDERS_MAX)] + takers[holders : holders + TAKERS_MAX]
+    options = ranked = [weighing.best_option(taker) for taker in takers]
+    if len(ranked) > 1:
+        options = sorted(ranked, key=_SCORE)
     best = options[0]
-    if prompt.affinity and not holding:
+    if prompt.affinity and not holders:
         chosen = weighing.best_option(_favourite(prompt.affinity, weighing, costs.uncertainty() * best.score))
     else:
         chosen = _nearest(ranked, best, costs.uncertainty())
@@ -61,14 +62,6 @@ def steer(prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel,
     )
 
 
-def _first(count: int, takers: list[Taker]) -> list[Taker]:
-    """The first by rank, in order."""
-    if len(takers) > count:
-        return nsmallest(count, takers)
-    takers.sort()
-    return takers
-
-
 def affinity_weight(affinity: str, replica: str) -> int:
     """Rendezvous hashing: the replica with the largest weight gets it, so that a change of the fleet moves few."""
     return xxhash.xxh3_64_intdigest(f"{len(affinity)}:{affinity}{replica}".encode("utf-8", "surrogatepass"))
@@ -76,7 +69,7 @@ def affinity_weight(affinity: str, replica: str) -> int:
 
 def _favourite(affinity: str, weighing: Weighing, doubt_seconds: float) -> Taker:
     """Of replicas that differ by what is in front of them alone, and by no more than the doubt: the one for this affinity."""
-    delays = [(weighing.delay(taker), taker) for taker in weighing.others]
+    delays = [(weighing.delay(taker), taker) for taker in weighing.takers]
     limit = min(delay for delay, _ in delays) + doubt_seconds
     equal = [taker for delay, taker in delays if delay <= limit]
     return max(equal, key=lambda taker: (affinity_weight(affinity, taker[3]), taker[3]))
@@ -87,7 +80,7 @@ def _nearest(ranked: Sequence[Option], best: Option, doubt: float) -> Option:
     a, chosen, most = best.expected, best, best.expected.local_tokens
     for option in ranked:
         b = option.expected
-        if b.local_tokens < most or option is chosen:
+        if b.local_tokens <= most and (b.local_tokens < most or option.score >= chosen.score):
             continue
         # what both have in common is no source of doubt
         differs = (
@@ -95,7 +88,6 @@ def _nearest(ranked: Sequence[Option], best: Option, doubt: float) -> Option:
             + abs(a.transfer_seconds - b.transfer_seconds)
             + abs(a.prefill_seconds - b.prefill_seconds)
         )
-        more = b.local_tokens > most or option.score < chosen.score
-        if more and option.score - best.score <= doubt * differs:
+        if option.score - best.score <= doubt * differs:
             chosen, most = option, b.local_tokens
     return chosen

@@ -6,7 +6,7 @@ from math import sqrt
 from gateway.choices import Action, Candidate, Expected, Option, PromptView
 from gateway.costs import CostModel, ModelKey
 from gateway.load import ReplicaLoad
-from gateway.model_times import CHUNK_TOKENS, ModelTimes, pairs
+from gateway.model_times import ModelTimes, pairs
 from gateway.popularity import FADE_SECONDS
 
 SOURCES_MAX = 4
@@ -42,11 +42,12 @@ class _Model:
         self.again: float | None = None
 
 
-Taker = tuple[int, float, bool, str, float, _Model, Candidate]
-"""A replica that may get the request: its rank, which are the first four, the seconds of its queue, its model's times.
+Taker = tuple[int, float, bool, str, float, int, _Model, Candidate]
+"""A replica that may get the request: its rank, which are the first four; the seconds of its queue; the tokens of the prompt
+that it holds or computes; its model's times.
 
-By rank those that hold more come first (the tokens that one holds or computes are counted below 0), then those with less in
-front of the request, then those whose names are not below the pivot.
+By rank those that hold more come first (counted below 0, and those without any as 1), then those with less in front of the
+request, then those whose names are not below the pivot.
 """
 _Way = tuple[float, float, float, int, Candidate, Action]
 """An import: score, seconds of the transfer and of computing the rest, tokens in the cache after it, from whom, how."""
@@ -55,13 +56,13 @@ _Way = tuple[float, float, float, int, Candidate, Action]
 class Weighing:
     """Weighs `candidates` for `prompt` at `now`, CLOCK_MONOTONIC seconds.
 
-    `holding` and `others` are all replicas that may get the request, in no order: those with some of the prefix, and those
-    without. Of equal ones those whose names are not below `pivot` rank first.
+    `takers` are all replicas that may get the request, by rank: the first `holders` are those with some of the prefix. Of equal
+    ones those whose names are not below `pivot` come first.
     """
 
     __slots__ = (
         "_candidates", "_chance", "_costs", "_held_most", "_hot", "_prompt", "_sources", "_sources_ranked", "_useful",
-        "best_available", "holding", "others",
+        "best_available", "holders", "takers",
     )  # fmt: skip
 
     def __init__(self, prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel, now: float, pivot: str) -> None:
@@ -69,11 +70,10 @@ class Weighing:
         self._candidates = candidates
         self._costs = costs
         self._useful = useful = max(0, prompt.tokens - 1)  # at least one token is always computed
-        self.holding: list[Taker] = []
-        self.others: list[Taker] = []
         self._sources: list[Candidate] = []
         self._sources_ranked = False
-        self._held_most = available = requests = 0
+        self.takers: list[Taker] = []
+        self._held_most = self.holders = available = requests = 0
         models: dict[ModelKey, _Model] = {}
         for candidate in candidates:
             name, held, load, promise = candidate.name, candidate.held_tokens, candidate.load, candidate.promise
@@ -93,24 +93,25 @@ class Weighing:
             queue = model.times.queue_seconds(load, now) * model.pace if load.busy else 0.0
             ahead = queue + model.each * load.requests
             requests += load.requests
+            local, lacks = held if held < useful else useful, 1
             if held:
-                local = held if held < useful else useful
-                self.holding.append((-local, ahead, name < pivot, name, queue, model, candidate))
-            else:
-                self.others.append((0, ahead, name < pivot, name, queue, model, candidate))
+                self.holders += 1
+                lacks = -local
+            self.takers.append((lacks, ahead, name < pivot, name, queue, local, model, candidate))
+        self.takers.sort()
         self.best_available = available if available < useful else useful
         self._hot = prompt.rate > 0 and self.best_available > 0
-        self._chance = _by_chance(requests, len(self.holding) + len(self.others))
+        self._chance = _by_chance(requests, len(self.takers))
 
     def delay(self, taker: Taker) -> float:
         """Seconds that are its own on `taker`: its queue, and how much its decodes slow each other down."""
-        _, _, _, _, queue, model, candidate = taker
+        _, _, _, _, queue, _, model, candidate = taker
         return queue + self._crowd(model, candidate.load)
 
     def best_option(self, taker: Taker) -> Option:
         """The best that can be done on `taker`; an import only if it is sooner than computing."""
-        less_local, _, _, name, queue, model, candidate = taker
-        local, load, pace, tokens = -less_local, candidate.load, model.pace, self._prompt.tokens
+        _, _, _, name, queue, local, model, candidate = taker
+        load, pace, tokens = candidate.load, model.pace, self._prompt.tokens
         prefill, others_wait = self._computing(model, load, local)
         score, transfer, computing, cached = prefill + others_wait, 0.0, prefill, local
         source, action = None, _HIT if local else _RECOMPUTE
@@ -144,13 +145,10 @@ class Weighing:
         """
         known = model.computing.get(cached)
         if known is None:
-            times, new = model.times, self._prompt.tokens - cached
-            paid = new - times.free_tokens if new > times.free_tokens else 0
-            known = times.prefill_seconds(cached, new), times.work_seconds(paid, pairs(cached, paid))
-            model.computing[cached] = known
+            known = model.computing[cached] = model.times.computing(cached, self._prompt.tokens)
         prefill, work = known
         if load.decoding:
-            prefill += model.times.decode_step * load.decoding * (self._prompt.tokens - cached) / CHUNK_TOKENS
+            prefill += model.times.slowed_seconds(load.decoding, self._prompt.tokens - cached)
         return prefill, load.waiting * work
 
     def _readable(self, taker: Candidate, local: int) -> list[Candidate]:
@@ -210,12 +208,18 @@ class Weighing:
 
     def _waits(self, model: _Model) -> tuple[float, float]:
         """The wait with the replicas that hold the hot prefix, and once one more does."""
-        prompt, times, available, holders = self._prompt, model.times, self.best_available, len(self._sources)
+        prompt, times, available, holders = self._prompt, model.times, self.best_available, len(self._sources) or 1
         new = prompt.tokens - available
         service = times.work_seconds(new, pairs(available, new)) + prompt.decode_seconds / times.decodes_full
         demand = prompt.rate * service
-        busy, less = min(demand / max(1, holders), BUSY_MAX), min(demand / (max(1, holders) + 1), BUSY_MAX)
-        return service * busy / (2 * (1 - busy)), service * less / (2 * (1 - less))  # M/D/1
+        return _queueing(service, demand / holders), _queueing(service, demand / (holders + 1))
+
+
+def _queueing(service: float, busy: float) -> float:
+    """The mean wait for one who serves each in `service` seconds and is `busy` so much of the time (M/D/1)."""
+    if busy > BUSY_MAX:
+        busy = BUSY_MAX
+    return service * busy / (2 * (1 - busy))
 
 
 def _by_chance(requests: int, replicas: int) -> float:
