@@ -77,6 +77,7 @@ class Planner:
         self._turns = itertools.count()
         self._tags = Tags()
         self._stood: tuple[Mapping[str, Replica], Mapping[str, Table], list[tuple[str, ModelKey, Table | None]]] = ({}, {}, [])
+        self._names: list[str] = []
         self.costs = CostModel()
         self.load = FleetLoad()
         self._flights = Flights(self.load, self.costs, self.registry.refused)
@@ -171,7 +172,7 @@ class Planner:
             self.prefixes.note(chain, block_size, time.time())
             self._popularity.note(chain, now)
         view = self._view(asked, usable, held, now)
-        decision = steer(view, candidates, self.costs, now, next(self._turns))
+        decision = steer(view, candidates, self.costs, now, next(self._turns), self._names)
         plan = self._plan(asked, ready[decision.replica], decision, usable, tables, now)
         self.counts.count(plan)
         return plan
@@ -206,13 +207,14 @@ class Planner:
         return found, held_most, computed_most
 
     def _standing(self, ready: Mapping[str, Replica], tables: Mapping[str, Table]) -> list[tuple[str, ModelKey, Table | None]]:
-        """Name, key and table of the replicas, worked out anew only when there are others."""
+        """Name, key and table of the replicas, worked out anew only when there are others, as their names in order are."""
         if ready is not self._stood[0] or tables is not self._stood[1]:
             found = []
             for name, replica in ready.items():
                 table = tables.get(name)
                 found.append((name, _model_key(replica, table), table))
             self._stood = (ready, tables, found)
+            self._names = sorted(ready)
             self.evictions.caches({name: table.num_blocks * table.block_size for name, table in tables.items()})
             for name, table in tables.items():
                 self.evictions.appeared(name, table)

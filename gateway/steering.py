@@ -30,13 +30,22 @@ OPTIONS_SHOWN_MAX = 8
 _SCORE = attrgetter("score")
 
 
-def steer(prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel, now: float, turn: int = 0) -> Decision:
+def steer(
+    prompt: PromptView,
+    candidates: Sequence[Candidate],
+    costs: CostModel,
+    now: float,
+    turn: int = 0,
+    names: Sequence[str] | None = None,
+) -> Decision:
     """Pick a replica and a source. Raises ValueError if no candidate takes requests.
 
-    `turn` rotates among equals; let it grow by one with each request. The order of `candidates` does not matter.
+    `turn` rotates among equals; let it grow by one with each request. The order of `candidates` does not matter; `names` are
+    theirs in order, if they are at hand.
     """
     costs.pass_time(now)
-    names = sorted([candidate.name for candidate in candidates])
+    if names is None:
+        names = sorted([candidate.name for candidate in candidates])
     weighing = Weighing(prompt, candidates, costs, now, names[turn % len(names)] if names else "")
     takers, holders = weighing.takers, weighing.holders
     if not takers:
