@@ -8,7 +8,6 @@ import msgspec
 from gateway.costs import ModelKey
 from gateway.evictions import NOTHING_AGAIN, Again
 from gateway.load import IDLE, ReplicaLoad
-from gateway.promises import Promise
 
 CUDA = ModelKey("cuda")
 
@@ -41,7 +40,8 @@ class PromptView(msgspec.Struct, frozen=True, gc=False):
 class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A ready replica. It holds the first `held_tokens` of the prompt and can import from the replicas in `exchanges_with`.
 
-    `promise` is what it computes now for another request, `takes` says whether it may get this one (or be a source only).
+    `promised_tokens` of it are being computed there for another request; `takes` says whether it may get this one, or be a
+    source only.
     `room_tokens` of its cache hold nothing: some are for what `load` has ahead, what more comes makes it give something up.
     Between nodes KV goes over REMOTE_TRANSPORT, within one over the source's `transport`. One is made for each replica and
     request: a struct takes a fifth of the time of a dataclass or a named tuple.
@@ -53,7 +53,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     exchanges_with: frozenset[str] = frozenset()
     key: ModelKey = CUDA
     transport: str = "cuda_ipc"
-    promise: Promise | None = None
+    promised_tokens: int = 0
     takes: bool = True
     node: str = ""
     room_tokens: float = inf

@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 from gateway.chain import Chain
-from gateway.promises import Promise, Promises
+from gateway.promises import Promises
 
 HEAD_DONE_MAX = 0.9
 """Of the prompt that is being computed at most this share is taken to be done while its first token is not there."""
@@ -134,8 +134,7 @@ class FleetLoad:
         self._weigh(place, ticket, 1)
         if silent:
             place.silent[ticket.tag] = ticket
-        if ticket.chain is not None:
-            self._promises.add(ticket.tag, ticket.replica, ticket.chain, ticket.block_size, ticket.ready_at)
+        self._promises.add(ticket)
 
     def first_byte(self, ticket: Ticket, now: float) -> None:
         """The first token came: the prompt is computed, the answer is being decoded. Once or more often, or never."""
@@ -179,8 +178,8 @@ class FleetLoad:
             place.load = _summed(place)
         return place.load
 
-    def promised(self, chain: Chain, block_size: int) -> Mapping[str, Promise]:
-        """For each replica that computes a prefix of `chain` now, the longest such one."""
+    def promised(self, chain: Chain, block_size: int) -> Mapping[str, int]:
+        """For each replica that computes a prefix of `chain` now, the tokens of the longest such one."""
         return self._promises.find(chain, block_size)
 
     def in_flight(self) -> dict[str, int]:
@@ -199,8 +198,7 @@ class FleetLoad:
         self._weigh(place, ticket, -1)
         if place.silent:
             place.silent.pop(ticket.tag, None)
-        if ticket.chain is not None:
-            self._promises.remove(ticket.tag)
+        self._promises.remove(ticket)
 
     def _weigh(self, place: _Replica, ticket: Ticket, change: int) -> None:
         """Add a waiting ticket's work to its replica's and its source's, or take it off again."""

@@ -22,7 +22,6 @@ from gateway.parity import ParityCounts, ParityVerdict
 from gateway.plan import Asked, Plan, SteeringCounts
 from gateway.popularity import Popularity
 from gateway.prefixes import PrefixCounts
-from gateway.promises import Promise
 from gateway.ready import ReadyReplicas
 from gateway.registry import NOTHING, LookUp, Registry
 from gateway.served_models import ServedModels
@@ -181,7 +180,7 @@ class Planner:
         self, ready: Mapping[str, Replica], asked: Asked, look_up: LookUp, tables: Mapping[str, Table], now: float
     ) -> tuple[list[Candidate], int, int]:
         """Return the ready replicas, and how many tokens of the prompt one of them holds and one of them computes at most."""
-        promises: Mapping[str, Promise] = {}
+        promises: Mapping[str, int] = {}
         for chain, block_size in look_up.chains:
             promised = self.load.promised(chain, block_size)
             promises = {**promises, **promised} if promises else promised
@@ -189,7 +188,7 @@ class Planner:
         found = []
         held_most = computed_most = 0
         for name, key, table in self._standing(ready, tables):
-            holding, promise, ahead, room = holdings.get(name), promises.get(name), load(name, now), inf
+            holding, promise, ahead, room = holdings.get(name), promises.get(name, 0), load(name, now), inf
             if table is not None:  # the null block and what is being decoded hold something without a key
                 room = (table.num_blocks - 1 - table.cached_blocks() - ahead.decoding) * table.block_size
             held, sources = 0, _NOBODY
@@ -199,8 +198,8 @@ class Planner:
                     held_most = held
                 if imports:
                     sources = holding.exchanges_with
-            if promise is not None and promise.tokens > computed_most:
-                computed_most = promise.tokens
+            if promise > computed_most:
+                computed_most = promise
             transport = table.transport if table is not None else ""
             takes = pinned is None or pinned == name
             found.append(Candidate(name, held, ahead, sources, key, transport, promise, takes, "", room))

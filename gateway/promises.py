@@ -6,8 +6,7 @@ found by halving.
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
-
-import msgspec
+from typing import Protocol
 
 from gateway.chain import Chain
 
@@ -15,78 +14,71 @@ EXAMINED_MAX = 32
 """Requests in flight that are compared with a new one; the oldest that share the longest prefix by powers of two."""
 
 
-class Promise(msgspec.Struct, frozen=True, gc=False):
-    """`tokens` leading tokens of a prompt will be held once the request `tag` has its first token, at about `ready_at`."""
+class Computed(Protocol):
+    """A request whose prompt, with the keys of `chain` for blocks of `block_size` tokens, a replica was asked to compute."""
 
-    tokens: int
-    tag: int
-    ready_at: float
-
-
-class _Computed(msgspec.Struct, frozen=True, gc=False, eq=False):
-    replica: str
-    chain: Chain
-    block_size: int
-    ready_at: float
+    @property
+    def tag(self) -> int: ...
+    @property
+    def replica(self) -> str: ...
+    @property
+    def chain(self) -> Chain | None: ...
+    @property
+    def block_size(self) -> int: ...
 
 
 class Promises:
-    """The chains of requests in flight, found by their keys at depths that are powers of two. Belongs to one thread."""
+    """Requests in flight by the keys of their chains at depths that are powers of two. Belongs to one thread."""
 
     def __init__(self) -> None:
-        self._computed: dict[int, _Computed] = {}
-        self._anchors: dict[int, dict[int, None]] = {}
+        self._anchors: dict[int, dict[int, Computed]] = {}
 
-    def add(self, tag: int, replica: str, chain: Chain, block_size: int, ready_at: float) -> None:
-        """A replica was asked to compute the blocks of `chain`."""
-        if not chain.anchors:
-            return
-        self._computed[tag] = _Computed(replica, chain, block_size, ready_at)
-        anchors = self._anchors
-        for key in chain.anchors:
-            tags = anchors.get(key)
-            if tags is None:
-                anchors[key] = {tag: None}
+    def __len__(self) -> int:
+        return len(self._anchors)
+
+    def add(self, request: Computed) -> None:
+        """A replica was asked to compute the blocks of the request's chain."""
+        anchors, tag = self._anchors, request.tag
+        for key in request.chain.anchors if request.chain is not None else ():
+            sharing = anchors.get(key)
+            if sharing is None:
+                anchors[key] = {tag: request}
             else:
-                tags[tag] = None
+                sharing[tag] = request
 
-    def remove(self, tag: int) -> None:
+    def remove(self, request: Computed) -> None:
         """The request has its first token, or ended without one. Idempotent."""
-        computed = self._computed.pop(tag, None)
-        if computed is None:
-            return
-        for key in computed.chain.anchors:
-            tags = self._anchors[key]
-            tags.pop(tag, None)
-            if not tags:
-                del self._anchors[key]
+        anchors, tag = self._anchors, request.tag
+        for key in request.chain.anchors if request.chain is not None else ():
+            sharing = anchors.get(key)
+            if sharing is not None:
+                sharing.pop(tag, None)
+                if not sharing:
+                    del anchors[key]
 
-    def find(self, chain: Chain, block_size: int) -> Mapping[str, Promise]:
-        """For each replica, the longest prefix of `chain` that it computes now; of equal ones what is ready first."""
-        found: dict[str, Promise] = {}
-        if not self._computed:
-            return found
+    def find(self, chain: Chain, block_size: int) -> Mapping[str, int]:
+        """For each replica that computes a prefix of `chain` now, the tokens of the longest such one."""
+        found: dict[str, int] = {}
         anchors, known = chain.anchors, self._anchors
-        for power in range(len(anchors) - 1, -1, -1):
-            tags = known.get(anchors[power])
-            if tags is not None:
-                self._compare(chain, block_size, tags, 1 << power, found)
+        for power in range(len(anchors) - 1, -1, -1) if known else ():
+            sharing = known.get(anchors[power])
+            if sharing is not None:
+                _compare(chain, block_size, sharing.values(), 1 << power, found)
                 break
         return found
 
-    def _compare(self, chain: Chain, block_size: int, tags: Iterable[int], least: int, found: dict[str, Promise]) -> None:
-        """Put into `found` what the requests `tags` share with `chain`: `least` blocks, and less than twice as many."""
-        most = min(2 * least - 1, chain.blocks) * block_size
-        for tag in islice(tags, EXAMINED_MAX):
-            computed = self._computed[tag]
-            if computed.block_size != block_size:
-                continue
-            known = found.get(computed.replica)
-            if known is not None and known.tokens == most and known.ready_at <= computed.ready_at:
-                continue
-            tokens = shared_blocks(computed.chain, chain, least) * block_size
-            if known is None or tokens > known.tokens or (tokens == known.tokens and computed.ready_at < known.ready_at):
-                found[computed.replica] = Promise(tokens, tag, computed.ready_at)
+
+def _compare(chain: Chain, block_size: int, requests: Iterable[Computed], least: int, found: dict[str, int]) -> None:
+    """Put into `found` what `requests` have in common with `chain`: `least` blocks, and less than twice as many."""
+    most = min(2 * least - 1, chain.blocks) * block_size
+    for request in islice(requests, EXAMINED_MAX):
+        if request.block_size != block_size or request.chain is None:
+            continue
+        known = found.get(request.replica, 0)
+        if known < most:
+            tokens = shared_blocks(request.chain, chain, least) * block_size
+            if tokens > known:
+                found[request.replica] = tokens
 
 
 def shared_blocks(ours: Chain, theirs: Chain, least: int = 0) -> int:

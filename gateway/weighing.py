@@ -76,13 +76,13 @@ class Weighing:
         self._held_most = self.holders = available = requests = 0
         models: dict[ModelKey, _Model] = {}
         for candidate in candidates:
-            name, held, load, promise = candidate.name, candidate.held_tokens, candidate.load, candidate.promise
+            name, held, load, promised = candidate.name, candidate.held_tokens, candidate.load, candidate.promised_tokens
             if held:
                 self._sources.append(candidate)
                 if held > self._held_most:
                     self._held_most = held
-            if promise is not None and promise.tokens > held:
-                held = promise.tokens
+            if promised > held:
+                held = promised
             if held > available:
                 available = held
             if not candidate.takes:

@@ -103,7 +103,7 @@ class PeerKV:
         loads, promised = self.load.load, self.load.promised(chain, size).get
         exchanges, key, transport = self._exchanges, self._key, self._transport
         candidates = [
-            Candidate(name, tokens, loads(name, now), exchanges, key, transport, promised(name), True, node, room)
+            Candidate(name, tokens, loads(name, now), exchanges, key, transport, promised(name, 0), True, node, room)
             for name, node, tokens, room in zip(
                 self._names, self._nodes, np.minimum(runs * size, whole).tolist(), self._room(), strict=True
             )
@@ -113,7 +113,7 @@ class PeerKV:
     def _note_missed(self, chain: Chain, candidates: list[Candidate], held_most: int, now: float) -> None:
         """Learn what of a prompt was given up by all: asked for before, and neither held nor being computed."""
         size = self.fleet.trace_block_tokens
-        promised = max((each.promise.tokens for each in candidates if each.promise is not None), default=0)
+        promised = max((each.promised_tokens for each in candidates), default=0)
         held = max(held_most, promised // size)
         formerly = self.popularity.formerly(chain, held, self.evictions.counts_since(now))
         if formerly > held:

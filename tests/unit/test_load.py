@@ -152,8 +152,7 @@ def test_what_is_being_computed_is_promised_until_it_is_there() -> None:
     load = FleetLoad()
     one = ticket(1, chain=chain_of(*range(40)))
     load.started(one, 0.0)
-    promised = load.promised(chain_of(*range(30), *range(100, 120)), BLOCK)
-    assert {name: (promise.tokens, promise.tag) for name, promise in promised.items()} == {"a": (28, 1)}
+    assert load.promised(chain_of(*range(30), *range(100, 120)), BLOCK) == {"a": 28}
     assert load.promised(chain_of(*range(7, 40)), BLOCK) == {}
     assert load.promised(chain_of(*range(40)), 2 * BLOCK) == {}
     load.first_byte(one, 1.0)
@@ -162,24 +161,23 @@ def test_what_is_being_computed_is_promised_until_it_is_there() -> None:
 
 def test_the_longest_promise_of_a_replica_is_the_one_that_counts() -> None:
     promises = Promises()
-    promises.add(1, "a", chain_of(*range(16), 99, 99, 99, 99), BLOCK, 1.0)
-    promises.add(2, "a", chain_of(*range(24)), BLOCK, 2.0)
-    promises.add(3, "b", chain_of(*range(24)), BLOCK, 3.0)
-    promises.add(4, "b", chain_of(*range(24)), BLOCK, 2.5)
-    found = promises.find(chain_of(*range(28)), BLOCK)
-    assert (found["a"].tokens, found["a"].tag) == (24, 2)
-    assert (found["b"].tokens, found["b"].tag) == (24, 4)
+    promises.add(ticket(1, "a", chain=chain_of(*range(16), 99, 99, 99, 99)))
+    promises.add(ticket(2, "a", chain=chain_of(*range(24))))
+    promises.add(ticket(3, "b", chain=chain_of(*range(20))))
+    promises.add(ticket(4, "b", chain=chain_of(*range(16))))
+    assert promises.find(chain_of(*range(28)), BLOCK) == {"a": 24, "b": 20}
 
 
 def test_promises_leave_nothing_behind() -> None:
     promises = Promises()
-    for tag in range(50):
-        promises.add(tag, "a", chain_of(*range(tag)), BLOCK, 1.0)
-    for tag in range(50):
-        promises.remove(tag)
-        promises.remove(tag)
-    assert promises._anchors == {}
-    assert promises._computed == {}
+    tickets = [ticket(tag, chain=chain_of(*range(tag))) for tag in range(50)]
+    for each in tickets:
+        promises.add(each)
+    assert len(promises) > 0
+    for each in tickets:
+        promises.remove(each)
+        promises.remove(each)
+    assert len(promises) == 0
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60))
@@ -199,10 +197,10 @@ def test_a_promise_is_never_longer_than_what_is_computed_and_never_half_as_long_
     promises, wanted = Promises(), chain_of(*range(asked * BLOCK))
     for tag, (same, rest) in enumerate(chains):
         tokens = [*range(same * BLOCK), *range(1000 * (tag + 1), 1000 * (tag + 1) + rest * BLOCK)]
-        promises.add(tag, "a", chain_of(*tokens), BLOCK, 1.0)
+        promises.add(ticket(tag, chain=chain_of(*tokens)))
     found = promises.find(wanted, BLOCK)
     best = max(min(same, asked) for same, _ in chains)
-    promised = found["a"].tokens // BLOCK if found else 0
+    promised = found["a"] // BLOCK if found else 0
     assert promised <= best
     assert 2 * promised >= best
 

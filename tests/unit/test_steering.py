@@ -9,7 +9,6 @@ from gateway.costs import CostModel, ModelKey
 from gateway.evictions import Again
 from gateway.load import ReplicaLoad
 from gateway.pace import Pace
-from gateway.promises import Promise
 from gateway.steering import Action, Candidate, Decision, PromptView, affinity_weight, steer
 
 GPU = ModelKey("cuda")
@@ -96,11 +95,10 @@ def test_within_the_models_uncertainty_the_holder_keeps_the_request() -> None:
 
 
 def test_a_prompt_that_is_being_computed_is_waited_for_and_not_computed_again() -> None:
-    promise = Promise(15_984, 7, 1.0)
-    fleet = [replica("a", 0, PROMPT, promise=promise), replica("b")]
+    fleet = [replica("a", 0, PROMPT, promised_tokens=15_984), replica("b")]
     decision = decide(fleet)
     assert (decision.replica, decision.action, decision.expected.local_tokens) == ("a", Action.HIT, 15_984)
-    fleet = [replica("a", 0, 4 * PROMPT, promise=promise), replica("b")]
+    fleet = [replica("a", 0, 4 * PROMPT, promised_tokens=15_984), replica("b")]
     assert decide(fleet).replica == "b"
 
 
@@ -238,12 +236,10 @@ def fleets(draw: st.DrawFn) -> list[Candidate]:
     for name in names:
         load = waiting(draw(st.integers(0, 60_000)), decoding=draw(st.integers(0, 100)), importing=draw(st.integers(0, 3)))
         held = draw(st.integers(0, PROMPT // 16)) * 16
-        promise = draw(
-            st.one_of(st.none(), st.builds(Promise, st.integers(1, 900).map(lambda n: 16 * n), st.just(1), st.just(1.0)))
-        )
+        promised = draw(st.integers(0, 900)) * 16
         others = frozenset(draw(st.sets(st.sampled_from(NAMES))))  # itself and strangers included
         transport = draw(st.sampled_from(["cuda_ipc", "shared_memory", "rdma", "?"]))
-        fleet.append(Candidate(name, held, load, others, GPU, transport, promise))
+        fleet.append(Candidate(name, held, load, others, GPU, transport, promised))
     return fleet
 
 
