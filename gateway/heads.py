@@ -55,7 +55,7 @@ class Heads:
             if head is None or not text.startswith(head.text, start):
                 break
             end = start + len(head.text)
-            if self._place_at(text, end) is None:
+            if not self._place_at(text, end):
                 break
             found.append(head.ids)
             start = end

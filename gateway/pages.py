@@ -56,7 +56,7 @@ class Pages:
         bytes_max: int,
         specials: Sequence[str] = (),
         chars_min: int = PAGE_CHARS_MIN,
-        place_at: Callable[[str, int], object] | None = None,
+        place_at: Callable[[str, int], bool] | None = None,
     ) -> None:
         self._place_at = place_at or _nowhere
         self._bytes_max = bytes_max
@@ -86,7 +86,7 @@ class Pages:
         return start, found
 
     def _goes_on_otherwise(self, page: Page, text: str, start: int) -> bool:
-        return bool(self._place_at(text, start + page.chars)) and text.startswith(page.text[: page.chars], start)
+        return self._place_at(text, start + page.chars) and text.startswith(page.text[: page.chars], start)
 
     def keep(self, chunks: Sequence[str], ids: Sequence[TokenIds], behind: str) -> None:
         """Keep `chunks`, of `chars_min` characters or more, as a page with their ids; `behind` is the chunk behind them."""

@@ -275,7 +275,7 @@ class Planner:
             prompt=known.sent,
             kv_transfer_params=params,
             cache_salt=asked.salt or None,
-            prompt_tokens=len(known.ids) if known.ids is not None else 0,
+            prompt_tokens=known.tokens if known.ids is not None else 0,
             predicted_tokens=cached,
             held_tokens_max=look_up.held_tokens_max,
             flight=flight,

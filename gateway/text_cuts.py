@@ -24,6 +24,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_letters
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
@@ -40,6 +41,8 @@ _LETTER = "A-Za-zÀ-ÖØ-öø-ÿΑ-ΡΣ-Ωα-ωА-яء-غぁ-ゖァ-ヺ一-鿋�
 # What follows the first character of a match, which the search looks for by itself.
 _LINE = rf"(?<=[^\s\x00-\x1f]\n)(?=[{_LETTER}])"
 _LINE_WITHIN = re.compile(rf"\n[{_LETTER}]")
+_ASCII = [chr(code) for code in range(128)]
+_LETTERS = frozenset(ascii_letters)
 WORD_ENDS = ("!-~", "A-Za-z")
 """What may stand before a word place, as a class of a regular expression: the first one that no token reaches over."""
 
@@ -101,8 +104,8 @@ class TextCuts:
         self.places = places
         pattern = re.compile(places.pattern())
         self._search, self._each = pattern.search, pattern.finditer
-        self.at = re.compile(places.pattern_there()).match
-        """Tells, given a text and where, whether there is a place: a match, or None."""
+        self._match = re.compile(places.pattern_there()).match
+        self._word_ends = frozenset(filter(re.compile(f"[{places.words}]").match, _ASCII) if places.words else ())
         self._chars_min = chars_min
         self._chars_max = chars_max
 
@@ -126,6 +129,13 @@ class TextCuts:
         if start < end or not found:
             found.append(text[start:])
         return found
+
+    def at(self, text: str, place: int) -> bool:
+        """Tell whether there is a place, `place` being above 0."""
+        # a word place, as most are, is found in a fraction of the time that the expression takes
+        if text[place : place + 1] == " " and text[place + 1 : place + 2] in _LETTERS and text[place - 1] in self._word_ends:
+            return True
+        return self._match(text, place) is not None
 
     def last_place(self, text: str, start: int, end: int) -> int:
         """Return the last place of `text` from `start` to `end`, 0 if none is among the last LAST_PLACE_CHARS of these."""

@@ -7,7 +7,7 @@ with anything else beside that space is taken together with its neighbour.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any
 
 from gateway.token_ids import TokenIds
 
@@ -66,7 +66,7 @@ class WordIds:
     def _take_apart(self, text: str, parts: list[bytes], new: _New) -> None:
         """Append the ids of what `text` consists of to `parts`, and what is not known to `new` with its place there."""
         words = text.split(" ") if self._cuts_words else [text]
-        found = list(map(self._words.get, words))
+        found: list[Any] = list(map(self._words.get, words))
         done, count = 0, len(words)
         if not words[0] and count > 1:
             done = 1  # the text begins with a space
@@ -79,7 +79,7 @@ class WordIds:
                 begin -= 1
             while end < count and not self._place(words[end - 1], words[end]):
                 end += 1
-            parts += cast("list[bytes]", found[done:begin])
+            parts += found[done:begin]
             group = " ".join(words[begin:end])
             if begin:
                 group = " " + group
@@ -88,7 +88,7 @@ class WordIds:
                 new.append((len(parts), group))
             parts.append(ids or b"")
             done = end
-        parts += cast("list[bytes]", found[done:count])
+        parts += found[done:count]
 
     def _place(self, before: str, behind: str) -> bool:
         """Tell whether a text may be cut before the space between these two words."""

@@ -1,5 +1,7 @@
 """Token ids of texts that were cut up are those of the whole, for the tokenizers that are said to be of such a kind."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +45,15 @@ def test_chunks_get_the_ids_of_the_whole(kind: str, text: str, size: int) -> Non
     chunks = cuts_of(kind).sized(size).chunks(text)
     assert "".join(chunks) == text
     assert TokenIds.joined(encode_all(tokenizer, chunks, False)) == whole(tokenizer, text)
+
+
+@pytest.mark.parametrize("kind", CUT)
+@given(text=TEXTS)
+def test_a_place_that_is_seen_at_a_glance_is_one_by_the_expression(kind: str, text: str) -> None:
+    cuts = cuts_of(kind)
+    there = re.compile(cuts.places.pattern_there()).match
+    places = range(1, len(text) + 1)
+    assert [cuts.at(text, place) for place in places] == [there(text, place) is not None for place in places]
 
 
 @pytest.mark.parametrize("kind", ["Qwen 2", "Gemma", "RoBERTa's mask"])
