@@ -1,6 +1,7 @@
 """What a plan tells the connector in the engine, in a request's kv_transfer_params."""
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from gateway.plan import Asked
@@ -16,6 +17,7 @@ CHAT_IDS = "prompt_token_ids"
 """The key in kv_transfer_params under which vLLM's server takes a chat's token ids."""
 CHAT_IDS_SINCE = (0, 32)
 """The first version known to do so. Version 0.26 does not, and would hand them on to the engine."""
+VERSIONS_MAX = 64
 
 
 def hint(asked: Asked, decision: Decision, tag: int, held_tokens: int, *, imports: bool) -> dict[str, Any]:
@@ -36,5 +38,10 @@ def hint(asked: Asked, decision: Decision, tag: int, held_tokens: int, *, import
 
 def takes_chat_ids(table: Table) -> bool:
     """Tell whether an engine takes token ids in place of rendering and tokenising a chat's messages."""
-    found = re.match(r"(\d+)\.(\d+)", table.fingerprint_fields.get("vllm", ""))
+    return _knows_chat_ids(table.fingerprint_fields.get("vllm", ""))
+
+
+@lru_cache(maxsize=VERSIONS_MAX)
+def _knows_chat_ids(version: str) -> bool:
+    found = re.match(r"(\d+)\.(\d+)", version)
     return found is not None and (int(found[1]), int(found[2])) >= CHAT_IDS_SINCE
