@@ -51,11 +51,6 @@ class ReplicaLoad(msgspec.Struct, frozen=True, gc=False):
     importing: int = 0
     reading: int = 0
 
-    @property
-    def busy(self) -> bool:
-        """Whether anything is in front of a new request."""
-        return self.tokens > 0 or self.engine_tokens > 0 or self.decoding > 0
-
     def ahead(self, now: float, new_token: float, pair: float) -> tuple[float, float]:
         """Return the tokens and pairs that are still to be computed, at `new_token` and `pair` seconds each."""
         tokens, ahead_pairs = self.tokens, self.pairs

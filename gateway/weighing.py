@@ -90,7 +90,9 @@ class Weighing:
             model = models.get(candidate.key)
             if model is None:
                 model = models[candidate.key] = _Model(costs.model(candidate.key), now, prompt.decode_seconds)
-            queue = model.times.queue_seconds(load, now) * model.pace if load.busy else 0.0
+            queue = 0.0
+            if load.tokens or load.engine_tokens or load.decoding:
+                queue = model.times.queue_seconds(load, now) * model.pace
             ahead = queue + model.each * load.requests
             requests += load.requests
             local, lacks = held if held < useful else useful, 1
@@ -125,7 +127,12 @@ class Weighing:
         if tokens - local + ahead_tokens > candidate.room_tokens:
             later = self._evictions(model, tokens - local)
         if self._hot:
-            later = self._with_wait(model, local, later)
+            as_now, with_a_copy = model.waits or self._waits(model)
+            if local:
+                later += as_now
+            else:  # what a copy spares those who ask for it soon pays for what it pushes out
+                spared = (as_now - with_a_copy) * self._prompt.rate * FADE_SECONDS
+                later = max(0.0, later - spared) + with_a_copy
         return Option(
             name,
             source.name if source is not None else None,
@@ -194,25 +201,14 @@ class Weighing:
             model.again = model.times.work_seconds(*self._prompt.again) * (1 + waiting)
         return new * model.again
 
-    def _with_wait(self, model: _Model, local: int, later: float) -> float:
-        """What comes `later`, and the wait to expect of further requests for a hot prefix."""
-        if model.waits is None:
-            model.waits = self._waits(model)
-        as_now, with_a_copy = model.waits
-        if local:
-            return later + as_now
-        if later:  # what a copy spares those who ask for it soon pays for what it pushes out
-            spared = as_now - with_a_copy
-            later = max(0.0, later - spared * self._prompt.rate * FADE_SECONDS)
-        return later + with_a_copy
-
     def _waits(self, model: _Model) -> tuple[float, float]:
-        """The wait with the replicas that hold the hot prefix, and once one more does."""
+        """The wait to expect of further requests for a hot prefix, and that once one replica more holds it."""
         prompt, times, available, holders = self._prompt, model.times, self.best_available, len(self._sources) or 1
         new = prompt.tokens - available
         service = times.work_seconds(new, pairs(available, new)) + prompt.decode_seconds / times.decodes_full
         demand = prompt.rate * service
-        return _queueing(service, demand / holders), _queueing(service, demand / (holders + 1))
+        model.waits = _queueing(service, demand / holders), _queueing(service, demand / (holders + 1))
+        return model.waits
 
 
 def _queueing(service: float, busy: float) -> float:

@@ -32,7 +32,7 @@ def ahead(load: FleetLoad, replica: str, now: float) -> float:
 
 def test_a_replica_without_requests_is_idle() -> None:
     assert FleetLoad().load("a", 0.0) is IDLE
-    assert not IDLE.busy
+    assert IDLE.ahead(1.0, NEW_TOKEN, PAIR) == (0, 0)
 
 
 def test_prompts_that_were_not_answered_are_ahead() -> None:
