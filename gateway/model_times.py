@@ -12,15 +12,34 @@ CHUNK_TOKENS = 8192
 
 
 class ModelTimes:
-    """The terms of one model, those of its `kind` of device before anything was learnt, and the pace of its machines."""
+    """The terms of one model, those of its `kind` of device before anything was learnt, and the pace of its machines.
 
-    __slots__ = ("decode_step", "decodes_full", "fixed", "free_tokens", "new_token", "pace", "pair", "prompt_token")
+    Beside them lies what was reckoned with them for the decision that is being made: objects of its own would take longer to
+    make than all that is put into them.
+    """
+
+    __slots__ = (
+        "again", "decode_step", "decodes_full", "each", "factor", "fixed", "free_tokens", "new_token", "pace", "pair",
+        "prompt_token", "reckoned", "waits",
+    )  # fmt: skip
 
     def __init__(self, kind: DeviceKind) -> None:
         self.free_tokens = kind.free_tokens
         self.decodes_full = kind.decodes_full
         self.pace = Pace()
         self.learn(kind.prefill)
+        self.begin(0.0, 0.0)
+
+    def begin(self, now: float, decode_seconds: float) -> None:
+        """A decision begins; answers take `decode_seconds` behind their first token."""
+        self.factor = factor = self.pace.factor(now)
+        """The pace now, one for all replicas with that model: it changes what is expected, and nothing in whom of."""
+        self.each = decode_seconds * factor / self.decodes_full
+        """Seconds that a request takes longer for each other one that is decoded beside it."""
+        self.reckoned: dict[int, tuple[float, float]] = {}
+        """What `computing` said of the prompt, by the tokens that are cached."""
+        self.waits: tuple[float, float] | None = None
+        self.again: float | None = None
 
     @property
     def terms(self) -> PrefillTerms:

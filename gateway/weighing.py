@@ -25,24 +25,7 @@ REMOTE_TRANSPORT = "rdma"
 
 _HIT, _PULL, _SPLIT, _RECOMPUTE = Action.HIT, Action.PULL, Action.SPLIT, Action.RECOMPUTE  # read from the class it takes longer
 
-
-class _Model:
-    """What one model's times are at this moment, and those that were reckoned for the prompt."""
-
-    __slots__ = ("again", "computing", "each", "pace", "times", "waits")
-
-    def __init__(self, times: ModelTimes, now: float, decode_seconds: float) -> None:
-        self.times = times
-        self.pace = pace = times.pace.factor(now)
-        """One factor for all replicas with that model: it changes what is expected, and nothing in whom it is expected of."""
-        self.each = decode_seconds * pace / times.decodes_full
-        """Seconds that a request takes longer for each other one that is decoded beside it."""
-        self.computing: dict[int, tuple[float, float]] = {}
-        self.waits: tuple[float, float] | None = None
-        self.again: float | None = None
-
-
-Taker = tuple[int, float, bool, str, float, int, _Model, Candidate]
+Taker = tuple[int, float, bool, str, float, int, ModelTimes, Candidate]
 """A replica that may get the request: its rank, which are the first four; the seconds of its queue; the tokens of the prompt
 that it holds or computes; its model's times.
 
@@ -66,15 +49,13 @@ class Weighing:
     )  # fmt: skip
 
     def __init__(self, prompt: PromptView, candidates: Sequence[Candidate], costs: CostModel, now: float, pivot: str) -> None:
-        self._prompt = prompt
-        self._candidates = candidates
-        self._costs = costs
-        self._useful = useful = max(0, prompt.tokens - 1)  # at least one token is always computed
+        self._prompt, self._candidates, self._costs = prompt, candidates, costs
+        self._useful = useful = prompt.tokens - 1 if prompt.tokens else 0  # at least one token is always computed
         self._sources: list[Candidate] = []
         self._sources_ranked = False
         self.takers: list[Taker] = []
         self._held_most = self.holders = available = requests = 0
-        models: dict[ModelKey, _Model] = {}
+        models: dict[ModelKey, ModelTimes] = {}
         for candidate in candidates:
             name, held, load, promised = candidate.name, candidate.held_tokens, candidate.load, candidate.promised_tokens
             if held:
@@ -89,10 +70,11 @@ class Weighing:
                 continue
             model = models.get(candidate.key)
             if model is None:
-                model = models[candidate.key] = _Model(costs.model(candidate.key), now, prompt.decode_seconds)
+                model = models[candidate.key] = costs.model(candidate.key)
+                model.begin(now, prompt.decode_seconds)
             queue = 0.0
             if load.tokens or load.engine_tokens or load.decoding:
-                queue = model.times.queue_seconds(load, now) * model.pace
+                queue = model.queue_seconds(load, now) * model.factor
             ahead = queue + model.each * load.requests
             requests += load.requests
             local, lacks = held if held < useful else useful, 1
@@ -113,7 +95,7 @@ class Weighing:
     def best_option(self, taker: Taker) -> Option:
         """The best that can be done on `taker`; an import only if it is sooner than computing."""
         _, _, _, name, queue, local, model, candidate = taker
-        load, pace, tokens = candidate.load, model.pace, self._prompt.tokens
+        load, pace, tokens = candidate.load, model.factor, self._prompt.tokens
         prefill, others_wait = self._computing(model, load, local)
         score, transfer, computing, cached = prefill + others_wait, 0.0, prefill, local
         source, action = None, _HIT if local else _RECOMPUTE
@@ -142,20 +124,20 @@ class Weighing:
             (score + later) * pace + queue + self._crowd(model, load),
         )
 
-    def _crowd(self, model: _Model, load: ReplicaLoad) -> float:
+    def _crowd(self, model: ModelTimes, load: ReplicaLoad) -> float:
         return model.each * (load.requests - self._chance) if load.requests > self._chance else 0.0
 
-    def _computing(self, model: _Model, load: ReplicaLoad, cached: int) -> tuple[float, float]:
+    def _computing(self, model: ModelTimes, load: ReplicaLoad, cached: int) -> tuple[float, float]:
         """Seconds of computing what is behind `cached`, and what that costs others.
 
         They are as much for each request that waits there, as all wait longer.
         """
-        known = model.computing.get(cached)
+        known = model.reckoned.get(cached)
         if known is None:
-            known = model.computing[cached] = model.times.computing(cached, self._prompt.tokens)
+            known = model.reckoned[cached] = model.computing(cached, self._prompt.tokens)
         prefill, work = known
         if load.decoding:
-            prefill += model.times.slowed_seconds(load.decoding, self._prompt.tokens - cached)
+            prefill += model.slowed_seconds(load.decoding, self._prompt.tokens - cached)
         return prefill, load.waiting * work
 
     def _readable(self, taker: Candidate, local: int) -> list[Candidate]:
@@ -170,7 +152,7 @@ class Weighing:
                 found.append(source)
         return found
 
-    def _import(self, model: _Model, taker: Candidate, local: int, source: Candidate) -> _Way:
+    def _import(self, model: ModelTimes, taker: Candidate, local: int, source: Candidate) -> _Way:
         """The best way to import from `source`: all it holds, or the head up to where computing the rest begins to cost.
 
         The time is linear or concave in the cut on both sides of that place, so the best cut is there or at an end.
@@ -181,31 +163,33 @@ class Weighing:
         held = min(source.held_tokens, self._useful)
         whole = self._way(model, taker, fixed + a_token * (held - local), held, source, _PULL)
         size = self._prompt.block_size
-        cut = (self._prompt.tokens - model.times.free_tokens) // size * size
+        cut = (self._prompt.tokens - model.free_tokens) // size * size
         if not local < cut < held:
             return whole
         split = self._way(model, taker, fixed + a_token * (cut - local), cut, source, _SPLIT)
         return split if split[0] < whole[0] - SPLIT_GAIN_SECONDS_MIN else whole
 
-    def _way(self, model: _Model, taker: Candidate, transfer: float, cached: int, source: Candidate, action: Action) -> _Way:
+    def _way(
+        self, model: ModelTimes, taker: Candidate, transfer: float, cached: int, source: Candidate, action: Action
+    ) -> _Way:
         prefill, others_wait = self._computing(model, taker.load, cached)
         return transfer + prefill + others_wait, transfer, prefill, cached, source, action
 
-    def _evictions(self, model: _Model, new: int) -> float:
+    def _evictions(self, model: ModelTimes, new: int) -> float:
         """What it costs later that a full cache gives up others' KV for what it lacks of the prompt, however that comes.
 
         All of it or nothing: whichever of the full ones has a little room would get everything.
         """
         if model.again is None:  # seconds for each token given up, to compute it again if it must be, for all that will wait
             waiting = sum(candidate.load.waiting for candidate in self._candidates) / len(self._candidates)
-            model.again = model.times.work_seconds(*self._prompt.again) * (1 + waiting)
+            model.again = model.work_seconds(*self._prompt.again) * (1 + waiting)
         return new * model.again
 
-    def _waits(self, model: _Model) -> tuple[float, float]:
+    def _waits(self, model: ModelTimes) -> tuple[float, float]:
         """The wait to expect of further requests for a hot prefix, and that once one replica more holds it."""
-        prompt, times, available, holders = self._prompt, model.times, self.best_available, len(self._sources) or 1
+        prompt, available, holders = self._prompt, self.best_available, len(self._sources) or 1
         new = prompt.tokens - available
-        service = times.work_seconds(new, pairs(available, new)) + prompt.decode_seconds / times.decodes_full
+        service = model.work_seconds(new, pairs(available, new)) + prompt.decode_seconds / model.decodes_full
         demand = prompt.rate * service
         model.waits = _queueing(service, demand / holders), _queueing(service, demand / (holders + 1))
         return model.waits

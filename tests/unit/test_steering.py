@@ -308,6 +308,15 @@ def test_the_order_of_candidates_does_not_matter(fleet: list[Candidate], view: P
     assert steer(view, fleet, CostModel(), 0.0, turn) == steer(view, shuffled, CostModel(), 0.0, turn)
 
 
+@given(fleets(), views, fleets(), views, st.integers(0, 100))
+def test_what_was_reckoned_for_one_request_says_nothing_of_the_next(
+    fleet: list[Candidate], view: PromptView, next_fleet: list[Candidate], next_view: PromptView, turn: int
+) -> None:
+    costs = CostModel()
+    steer(view, fleet, costs, 0.0, turn)
+    assert steer(next_view, next_fleet, costs, 0.0, turn) == steer(next_view, next_fleet, CostModel(), 0.0, turn)
+
+
 @given(fleets(), st.integers(1000, PROMPT), st.integers(0, 100))
 def test_more_work_on_the_chosen_replica_never_makes_it_expected_sooner(fleet: list[Candidate], tokens: int, turn: int) -> None:
     before = steer(PromptView(tokens), fleet, CostModel(), 0.0, turn)
