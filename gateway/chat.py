@@ -30,6 +30,13 @@ _RENDERER_WORDS = frozenset(
     )
 )
 _TEXT_RANGE_FIELDS = ("truncate_prompt_tokens", "truncation_side", "mm_processor_kwargs", "media_io_kwargs")
+_WORD_FIELDS = frozenset(
+    (
+        *("chat_template", "chat_template_kwargs", "reasoning_effort", "documents", "tools"),
+        *("add_generation_prompt", "continue_final_message", *_TEXT_RANGE_FIELDS),
+    )
+)
+"""All of a body, beside its messages, that what a template is rendered with depends on."""
 
 
 class _Generation(Extension):
@@ -110,6 +117,7 @@ class ChatTemplate:
         self._compiled = {name: _Compiled(environment, text, content_format) for name, text in templates.items()}
         self._special_tokens = dict(special_tokens)
         self._defaults = dict(defaults or {})
+        self._plain = self._ready_words({})
 
     @property
     def takes_tools(self) -> bool:
@@ -118,19 +126,25 @@ class ChatTemplate:
 
     def render(self, body: Mapping[str, Any]) -> str:
         """Return the prompt's text for the body of a chat request, which is left as it is. Raises ChatNotRendered."""
+        compiled, words = self._plain if _WORD_FIELDS.isdisjoint(body) else self._ready_words(body)
+        messages = conversation(body.get("messages"), compiled.content_format, compiled.knows_developer)
+        going_on = body.get("continue_final_message", False)
+        return (_render_open if going_on else _render)(compiled, messages, words)
+
+    def _ready_words(self, body: Mapping[str, Any]) -> tuple[_Compiled, Mapping[str, Any]]:
+        """Return the template for a body, and what it is rendered with beside the messages. Raises ChatNotRendered."""
         words = self._words(body)
         tools = words.pop("tools", None)
         compiled = self._compiled["default"]
         if tools is not None and "tool_use" in self._compiled:
             compiled = self._compiled["tool_use"]
-        messages = conversation(body.get("messages"), compiled.content_format, compiled.knows_developer)
         words = {name: value for name, value in words.items() if name in compiled.variables}
-        going_on = body.get("continue_final_message", False)
-        if going_on:
-            if words.get("add_generation_prompt", body.get("add_generation_prompt", True)):
-                raise ChatNotRendered("continue_final_message with add_generation_prompt: the engine refuses it")
-            return _render_open(compiled, messages, self._special_tokens | words | {"tools": tools})
-        return _render(compiled, messages, self._special_tokens | words | {"tools": tools})
+        if body.get("continue_final_message", False) and words.get(
+            "add_generation_prompt", body.get("add_generation_prompt", True)
+        ):
+            raise ChatNotRendered("continue_final_message with add_generation_prompt: the engine refuses it")
+        always = {"documents": None, "add_generation_prompt": False}
+        return compiled, always | self._special_tokens | words | {"tools": tools}
 
     def _words(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the template is rendered with, beside the messages: engine's defaults, client's words, ours."""
@@ -162,9 +176,7 @@ def _merge(base: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any
 
 def _render(compiled: _Compiled, messages: Sequence[Mapping[str, Any]], words: Mapping[str, Any]) -> str:
     try:
-        return compiled.template.render(
-            **({"documents": None, "add_generation_prompt": False} | dict(words) | {"messages": messages})
-        )
+        return compiled.template.render(words, messages=messages)
     except jinja2.TemplateError as error:
         raise ChatNotRendered(f"the chat template refuses the request: {error}") from error
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:

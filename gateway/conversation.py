@@ -39,8 +39,8 @@ def conversation_tools(tools: object) -> list[dict[str, Any]] | None:
 
 
 def _tool(tool: object) -> dict[str, Any]:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    if not isinstance(tool, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(tool, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ChatNotRendered("the engine refuses these tools")
     written: dict[str, Any] = {name: function.get(name) for name in ("name", "description", "parameters")}
     deferred = tool.get("defer_loading")
@@ -51,7 +51,7 @@ def _tool(tool: object) -> dict[str, Any]:
 
 
 def _message(message: object, content_format: ContentFormat) -> Message:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ChatNotRendered("a message is malformed")
     role = message["role"]
     ready: Message = {"role": role, "content": _content(role, message.get("content"), content_format)}
@@ -71,6 +71,8 @@ def _message(message: object, content_format: ContentFormat) -> Message:
 
 
 def _content(role: str, content: object, content_format: ContentFormat) -> str | list[dict[str, Any]]:
+    if isinstance(content, str) and role != "system":  # as nearly all are
+        return [{"type": "text", "text": content}] if content_format == "openai" else content
     if content is None:
         parts: list[Any] = []
     elif isinstance(content, str):
@@ -91,8 +93,8 @@ def _part_text(part: object) -> str | None:
     """Return the text of a content part, None if the part is to be skipped. Raises ChatNotRendered for media."""
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if not isinstance(part, Mapping) or not isinstance(kind, str) or kind not in _TEXT_PARTS or "uuid" in part:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or not isinstance(kind, str) or kind not in _TEXT_PARTS or "uuid" in part:
         raise ChatNotRendered("a content part that is no text is the engine's business")
     text = part.get(_TEXT_PARTS[kind])
     if text is None and kind in ("text", "refusal"):
@@ -105,7 +107,7 @@ def _part_text(part: object) -> str | None:
 def _without_billing_header(part: Any) -> Any:
     """Drop the line by which a coding assistant's client is billed, for it changes with each request; None if that was all."""
     plain = isinstance(part, str)
-    text = part if plain else part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+    text = part if plain else part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
     if not isinstance(text, str) or not text.startswith(_BILLING_HEADER):
         return part
     rest = text.partition("\n")[2]
@@ -129,8 +131,8 @@ def _add_assistant_fields(ready: Message, message: Mapping[str, Any]) -> None:
 
 
 def _tool_call(call: object) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or call.get("type", "function") != "function":
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or call.get("type", "function") != "function":
         raise ChatNotRendered("tool_calls are malformed")
     written = _ordered(function, ("arguments", "name"))
     written["arguments"] = _arguments(function.get("arguments"))
@@ -144,7 +146,7 @@ def _arguments(given: object) -> dict[str, Any]:
             given = json.loads(given)
         except ValueError:
             return {}
-    return dict(given) if isinstance(given, Mapping) else {}
+    return dict(given) if isinstance(given, dict) else {}
 
 
 def _ordered(given: Mapping[str, Any], first: Sequence[str]) -> dict[str, Any]:
