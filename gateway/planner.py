@@ -164,12 +164,7 @@ class Planner:
                 usable = look_up
         candidates, held, computed = self._candidates(ready, asked, usable, tables, now)
         if first and look_up.chains:
-            chain, block_size = look_up.chains[0]
-            at_hand = max(look_up.held_tokens_max, computed)
-            if known.cacheable and at_hand < chain.blocks * block_size:
-                self._note_missed(chain, block_size, at_hand, now)
-            self.prefixes.note(chain, block_size, time.time())
-            self._popularity.note(chain, now)
+            self._note(*look_up.chains[0], max(look_up.held_tokens_max, computed), now, missed=known.cacheable)
         view = self._view(asked, usable, held, now)
         decision = steer(view, candidates, self.costs, now, next(self._turns), self._names)
         plan = self._plan(asked, ready[decision.replica], decision, usable, tables, now)
@@ -219,11 +214,14 @@ class Planner:
                 self.evictions.appeared(name, table)
         return self._stood[2]
 
-    def _note_missed(self, chain: Chain, block_size: int, at_hand: int, now: float) -> None:
-        """Learn what of a prompt was asked for before, beyond the tokens `at_hand`, which are held or being computed."""
-        formerly = self._popularity.formerly(chain, at_hand // block_size, self.evictions.counts_since(now)) * block_size
+    def _note(self, chain: Chain, block_size: int, at_hand: int, now: float, *, missed: bool) -> None:
+        """Count a request, and learn what is `missed`: asked for before, beyond the tokens that are held or being computed."""
+        missed = missed and at_hand < chain.blocks * block_size
+        since = self.evictions.counts_since(now) if missed else inf
+        formerly = self._popularity.note(chain, now, at_hand // block_size, since) * block_size
         if formerly > at_hand:
             self.evictions.missed(formerly - at_hand, at_hand)
+        self.prefixes.note(chain, block_size, time.time())
 
     def _view(self, asked: Asked, look_up: LookUp, held: int, now: float) -> PromptView:
         rate, block_size = 0.0, 1

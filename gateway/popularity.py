@@ -1,7 +1,7 @@
 """How often prefixes are asked for now: a count of requests that fades, by key, at depths that are powers of two."""
 
 from collections import OrderedDict
-from math import exp
+from math import exp, inf
 
 from gateway.chain import Chain
 
@@ -16,35 +16,31 @@ class Popularity:
         self._prefixes_max = prefixes_max
         self._counts: OrderedDict[int, tuple[float, float]] = OrderedDict()
 
-    def note(self, chain: Chain, now: float) -> None:
-        """A request with the keys of `chain` came."""
+    def note(self, chain: Chain, now: float, beyond: int = 0, since: float = inf) -> int:
+        """A request with the keys of `chain` came. Return about how many of its leading blocks were asked for before.
+
+        That counts if they are more than `beyond`, and were asked for at `since` or later; else it is 0. They are known at
+        depths that are powers of two: what was asked for ends half-way to the next one, for all we know.
+        """
         counts, last, faded = self._counts, now, 1.0
+        depth, formerly = 1, 0
         for key in chain.anchors:
             known = counts.get(key)
             if known is None:
                 counts[key] = (1.0, now)
-                continue
-            if known[1] != last:  # most keys of a prompt were last asked for together
-                last = known[1]
-                faded = exp((last - now) / FADE_SECONDS)
-            counts[key] = (1.0 + known[0] * faded, now)
-            counts.move_to_end(key)
+            else:
+                count, at = known
+                if depth > beyond and at >= since:
+                    formerly = depth
+                if at != last:  # most keys of a prompt were last asked for together
+                    last = at
+                    faded = exp((at - now) / FADE_SECONDS)
+                counts[key] = (1.0 + count * faded, now)
+                counts.move_to_end(key)
+            depth *= 2
         while len(counts) > self._prefixes_max:
             counts.popitem(last=False)
-
-    def formerly(self, chain: Chain, blocks: int, since: float) -> int:
-        """About how many leading blocks of `chain`, more than `blocks`, were asked for at `since` or later; 0 if no more were.
-
-        They are known at depths that are powers of two: what was asked for ends half-way to the next one, for all we know.
-        """
-        for power in range(len(chain.anchors) - 1, -1, -1):
-            depth = 1 << power
-            if depth <= blocks:
-                break
-            known = self._counts.get(chain.anchors[power])
-            if known is not None and known[1] >= since:
-                return (depth + min(2 * depth - 1, len(chain))) // 2
-        return 0
+        return (formerly + min(2 * formerly - 1, chain.blocks)) // 2 if formerly else 0
 
     def rate(self, chain: Chain, blocks: int, now: float) -> float:
         """Requests a second that begin with the first `blocks` of `chain`, or with what is at most half of that prefix."""

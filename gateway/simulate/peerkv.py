@@ -71,8 +71,7 @@ class PeerKV:
         keys[:, 0] = job.chain
         chain = Chain.of(keys)
         candidates, held_most = self._candidates(job, chain, now)
-        self._note_missed(chain, candidates, held_most, now)
-        self.popularity.note(chain, now)
+        self._note(chain, candidates, held_most, now)
         prompt = PromptView(
             tokens=request.prompt_tokens,
             rate=self.popularity.rate(chain, held_most, now) if held_most else 0.0,
@@ -110,12 +109,12 @@ class PeerKV:
         ]
         return candidates, int(runs.max(initial=0))
 
-    def _note_missed(self, chain: Chain, candidates: list[Candidate], held_most: int, now: float) -> None:
-        """Learn what of a prompt was given up by all: asked for before, and neither held nor being computed."""
+    def _note(self, chain: Chain, candidates: list[Candidate], held_most: int, now: float) -> None:
+        """Count a request, and learn what of its prompt all gave up: asked for before, and neither held nor being computed."""
         size = self.fleet.trace_block_tokens
         promised = max((each.promised_tokens for each in candidates), default=0)
         held = max(held_most, promised // size)
-        formerly = self.popularity.formerly(chain, held, self.evictions.counts_since(now))
+        formerly = self.popularity.note(chain, now, held, self.evictions.counts_since(now))
         if formerly > held:
             self.evictions.missed((formerly - held) * size, held * size)
 
