@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 from math import inf
+from operator import attrgetter
 
 import msgspec
 
@@ -91,11 +92,13 @@ class Option(msgspec.Struct, frozen=True, gc=False):
         return self.expected.seconds
 
 
+SCORE = attrgetter("score")
+
+
 class Decision(msgspec.Struct, frozen=True, gc=False):
     """Send the request to `replica`; import from `source` up to `import_tokens_max` prompt tokens in all (None: what it holds).
 
-    `best_available_tokens` is the longest prefix that any replica held or computed; `options` what was weighed, best
-    first, at least one.
+    `best_available_tokens` is the longest prefix that any replica held or computed; `weighed` are the options, at least one.
     """
 
     replica: str
@@ -104,7 +107,12 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     import_tokens_max: int | None
     expected: Expected
     best_available_tokens: int
-    options: tuple[Option, ...]
+    weighed: tuple[Option, ...]
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """What was weighed, best first."""
+        return tuple(sorted(self.weighed, key=SCORE))
 
     @property
     def reason(self) -> str:
@@ -120,6 +128,6 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
             case Action.RECOMPUTE:
                 available = self.best_available_tokens
                 what = f"computing is sooner than {available} tokens elsewhere" if available else "nobody holds its prefix"
-        best = self.options[0].replica
+        best = min(self.weighed, key=SCORE).replica
         tie = "" if self.replica == best else f", as soon as {best} for all we know"
         return f"{what}: {expected.seconds * 1e3:.0f} ms expected{tie}"

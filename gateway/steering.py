@@ -5,11 +5,10 @@ supplies (costs.py). Differences that the model is not sure of are ties, and a t
 """
 
 from collections.abc import Sequence
-from operator import attrgetter
 
 import xxhash
 
-from gateway.choices import CUDA, Action, Candidate, Decision, Expected, Option, PromptView
+from gateway.choices import CUDA, SCORE, Action, Candidate, Decision, Expected, Option, PromptView
 from gateway.costs import CostModel
 from gateway.weighing import HOLDERS_MAX, REMOTE_TRANSPORT, TAKERS_MAX, Taker, Weighing
 
@@ -26,8 +25,7 @@ __all__ = [
     "steer",
 ]
 
-OPTIONS_SHOWN_MAX = 8
-_SCORE = attrgetter("score")
+OPTIONS_KEPT_MAX = 8
 
 
 def steer(
@@ -52,14 +50,10 @@ def steer(
         raise ValueError("no candidates")
     if len(takers) > TAKERS_MAX:
         takers = takers[: min(holders, HOLDERS_MAX)] + takers[holders : holders + TAKERS_MAX]
-    options = ranked = [weighing.best_option(taker) for taker in takers]
-    if len(ranked) > 1:
-        options = sorted(ranked, key=_SCORE)
-    best = options[0]
-    if prompt.affinity and not holders:
-        chosen = weighing.best_option(_favourite(prompt.affinity, weighing, costs.uncertainty() * best.score))
-    else:
-        chosen = _nearest(ranked, best, costs.uncertainty())
+    options = [weighing.best_option(taker) for taker in takers]
+    chosen = _chosen(options, weighing, prompt.affinity, costs.uncertainty())
+    if len(options) > OPTIONS_KEPT_MAX:
+        options = sorted(options, key=SCORE)[:OPTIONS_KEPT_MAX]
     return Decision(
         chosen.replica,
         chosen.source,
@@ -67,7 +61,7 @@ def steer(
         chosen.import_tokens_max,
         chosen.expected,
         weighing.best_available,
-        tuple(options[:OPTIONS_SHOWN_MAX]),
+        tuple(options),
     )
 
 
@@ -84,10 +78,16 @@ def _favourite(affinity: str, weighing: Weighing, doubt_seconds: float) -> Taker
     return max(equal, key=lambda taker: (affinity_weight(affinity, taker[3]), taker[3]))
 
 
-def _nearest(ranked: Sequence[Option], best: Option, doubt: float) -> Option:
-    """The best option, or one with more of the prefix that can not be told from it."""
+def _chosen(options: Sequence[Option], weighing: Weighing, affinity: str, doubt: float) -> Option:
+    """The best option, or one that can not be told from it: that for the affinity, or one with more of the prefix."""
+    best = options[0]
+    for option in options:
+        if option.score < best.score:
+            best = option
+    if affinity and not weighing.holders:
+        return weighing.best_option(_favourite(affinity, weighing, doubt * best.score))
     a, chosen, most = best.expected, best, best.expected.local_tokens
-    for option in ranked:
+    for option in options:
         b = option.expected
         if b.local_tokens <= most and (b.local_tokens < most or option.score >= chosen.score):
             continue
