@@ -88,6 +88,9 @@ class RingReader:
 def delivery(words: Row, names: Callable[[], list[str]]) -> Delivery | None:
     """Return a row as a Delivery, `names` giving those of the table's peers; None if it names what there is not."""
     place, reason = words[-2], words[-1]
+    numbers: Any = words[1:-2]
+    if not place and not reason:  # nothing was imported, nothing missed
+        return Delivery(*numbers)
     source = ""
     if place:
         sources = names()
@@ -96,5 +99,5 @@ def delivery(words: Row, names: Callable[[], list[str]]) -> Delivery | None:
         source = sources[place - 1]
     if reason >= len(REASONS):
         return None
-    values: list[Any] = [*words[1:-2], source, REASONS[reason]]
+    values: Any = (*numbers, source, REASONS[reason])
     return Delivery(*values)
