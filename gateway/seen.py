@@ -19,7 +19,7 @@ import xxhash
 from gateway.token_ids import TokenIds
 
 STEP_TOKENS = 16
-COPIED_BYTES_MAX = 8192  # longer beginnings are hashed where they are: two hashes take less time than a copy
+COPIED_BYTES_MAX = 8192  # parts of longer prompts are hashed where they are
 PROMPT_TOKENS_MAX = 1 << 20
 TENANTS_KEPT = 4  # of one prefix: the last ones that were new to it
 
@@ -46,12 +46,12 @@ class SeenPrefixes:
     def __init__(self, prefixes_max: int, secret: int | None = None) -> None:
         self._prefixes_max = prefixes_max
         self._secret = secrets.randbits(64) if secret is None else secret
-        self._marks: OrderedDict[bytes, Marks] = OrderedDict()
+        self._marks: OrderedDict[int, Marks] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._marks)
 
-    def note(self, digests: Sequence[bytes], tenant: str, now: float) -> None:
+    def note(self, digests: Sequence[int], tenant: str, now: float) -> None:
         """Remember that a prompt of `tenant` with these `digests` was computed by `now`, in seconds of any one clock."""
         known, mark = self._marks, ((tenant, now),)
         for digest in reversed(digests):  # so that of a prefix the front is the last to be forgotten
@@ -68,7 +68,7 @@ class SeenPrefixes:
         while len(known) > self._prefixes_max:
             known.popitem(last=False)
 
-    def longest(self, digests: Sequence[bytes], tenant: str, before: float, more_than: int = 0) -> tuple[int, dict[str, int]]:
+    def longest(self, digests: Sequence[int], tenant: str, before: float, more_than: int = 0) -> tuple[int, dict[str, int]]:
         """Return how many leading tokens were computed for `tenant` by the time `before`, and for each other tenant.
 
         Those of no more than `more_than` tokens are not looked for, and left out.
@@ -89,18 +89,17 @@ class SeenPrefixes:
                     others[name] = LENGTHS[place]
         return own, others
 
-    def digests(self, ids: Sequence[int], kind: str = "") -> list[bytes]:
+    def digests(self, ids: Sequence[int], kind: str = "") -> list[int]:
         """Digests of the beginnings of `ids` at LENGTHS; `kind` is what else tells prompts apart, such as an adapter."""
-        digest_of, secret = xxhash.xxh3_128_digest, self._secret
-        raw = (ids if isinstance(ids, TokenIds) else TokenIds.of(ids[: LENGTHS[-1]])).raw
-        view = memoryview(raw)
-        last, size, found = kind.encode("utf-8", "surrogatepass") + b"\0", len(raw), []
+        digest_of, found = xxhash.xxh3_64_intdigest, []
+        raw: bytes | memoryview = (ids if isinstance(ids, TokenIds) else TokenIds.of(ids[: LENGTHS[-1]])).raw
+        size = len(raw)
+        if size > COPIED_BYTES_MAX:
+            raw = memoryview(raw)
+        last = digest_of(kind.encode("utf-8", "surrogatepass"), self._secret) if kind else self._secret
         for start, end in _SPANS:
             if end > size:
                 break
-            if end <= COPIED_BYTES_MAX:
-                last = digest_of(last + raw[start:end], secret)
-            else:
-                last = digest_of(last + digest_of(view[start:end], secret), secret)
+            last = digest_of(raw[start:end], last)  # keyed with that of what is before it
             found.append(last)
         return found
