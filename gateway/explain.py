@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from gateway.ledger import Considered, Entry
+from gateway.attempts import Entry
+from gateway.choices import Option
 from gateway.losses import LossReason
 from transport.deliveries import Delivery
 
@@ -94,9 +95,9 @@ def _attempt(entry: Entry) -> Attempt:
     known = entry.settled or bool(entry.deliveries)
     return Attempt(
         time=plan.at,
-        endpoint=plan.endpoint,
-        tenant=plan.tenant,
-        model=plan.model,
+        endpoint=plan.asked.endpoint,
+        tenant=plan.asked.tenant,
+        model=plan.asked.model,
         replica=plan.replica,
         source=plan.source,
         action=plan.action,
@@ -116,20 +117,20 @@ def _attempt(entry: Entry) -> Attempt:
 
 
 def _expected(entry: Entry) -> Expected:
-    plan = entry.planned
+    plan, expected = entry.planned, entry.planned.decision.expected
     return Expected(
         local_tokens=plan.local_tokens,
         peer_tokens=plan.peer_tokens,
         computed_tokens=max(0, plan.prompt_tokens - plan.local_tokens - plan.peer_tokens),
         best_available_tokens=plan.best_available_tokens,
-        queue_seconds=plan.queue_seconds,
-        transfer_seconds=plan.transfer_seconds,
-        prefill_seconds=plan.prefill_seconds,
-        first_token_seconds=plan.queue_seconds + plan.transfer_seconds + plan.prefill_seconds,
+        queue_seconds=expected.queue_seconds,
+        transfer_seconds=expected.transfer_seconds,
+        prefill_seconds=expected.prefill_seconds,
+        first_token_seconds=expected.seconds,
     )
 
 
-def _option(option: Considered) -> OptionConsidered:
+def _option(option: Option) -> OptionConsidered:
     return OptionConsidered(replica=option.replica, source=option.source or "", action=option.action, seconds=option.seconds)
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import msgspec
 
 from engine.fleet import FleetView, Replica
+from gateway.attempts import Asked, Entry
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, Unavailable
 from gateway.hint import HINT
-from gateway.ledger import LOST_STATUS, Entry
+from gateway.ledger import LOST_STATUS
 from gateway.pins import KeptPrefix, PinBook, Place, PlaceState
 from gateway.plan import Plan
 from gateway.planner import Planner
@@ -27,7 +28,7 @@ from gateway.prefix_reader import Callers, PrefixReader
 from gateway.prefix_shapes import PrefixRemoved, PrefixRequest
 from gateway.token_ids import TokenIds
 from gateway.upstream import Upstream, UpstreamLost
-from gateway.witness import Asked, Witness
+from gateway.witness import Witness
 
 _logger = logging.getLogger(__name__)
 

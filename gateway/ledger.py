@@ -7,11 +7,9 @@ One entry is one attempt: a request that is tried on a second replica has two, u
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-import msgspec
-
-from gateway.losses import Case, Loss, LossReason, judge
+from gateway.attempts import Entry, Packed, Planned
+from gateway.losses import Loss, LossReason
 from transport.deliveries import Delivery
 
 ATTEMPTS_KEPT = 16  # of one request id: clients choose it, and some choose the same one for ever
@@ -19,107 +17,7 @@ DELIVERIES_KEPT = 64  # of one attempt: it has one for each of its prompts and c
 UNREPORTED_SECONDS = 5.0  # after the answer's end; a record comes before its first byte
 LEFT_STATUS = 499
 LOST_STATUS = 0  # the attempt ended without an answer
-_NOTHING = Delivery()
 _NOT_SERVED = frozenset({LOST_STATUS, 500, 502, 503, 504})
-
-
-class Considered(Protocol):
-    """A way that was considered, with what it was expected to take until the first token."""
-
-    @property
-    def replica(self) -> str: ...
-    @property
-    def source(self) -> str | None: ...
-    @property
-    def action(self) -> str: ...
-    @property
-    def seconds(self) -> float: ...
-
-
-class Planned(msgspec.Struct, frozen=True, gc=False):
-    """A decision as the ledger keeps it. Tokens are the prompt's, `*_seconds` what was expected."""
-
-    request_id: str
-    tag: int
-    at: float  # Unix time, seconds
-    endpoint: str
-    tenant: str
-    model: str
-    replica: str
-    source: str
-    action: str
-    reason: str
-    prompt_tokens: int
-    block_size: int
-    local_tokens: int = 0
-    peer_tokens: int = 0
-    best_available_tokens: int = 0
-    best_held_tokens: int = 0
-    queue_seconds: float = 0.0
-    transfer_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    looked_up: bool = True
-    parity_exact: bool = True
-    reads_cache: bool = True
-    reports: bool = True  # the replica has a table, and so tells what it delivers
-    options: tuple[Considered, ...] = ()
-
-
-class Entry(msgspec.Struct, eq=False, gc=False):
-    """One attempt. Seconds are since it was sent to its replica; `status` is None while it runs."""
-
-    planned: Planned
-    sent_at: float
-    deliveries: tuple[Delivery, ...] = ()
-    first_byte_seconds: float | None = None
-    ended_seconds: float | None = None
-    status: int | None = None
-    loss: Loss | None = None
-    settle_until: float = 0.0
-    plain_loss: Loss | None = None
-    """What it loses without any history, by the deliveries so far."""
-
-    @property
-    def settled(self) -> bool:
-        return self.loss is not None
-
-    @property
-    def steered(self) -> Delivery | None:
-        """The delivery that the plan speaks of: that of the longest prompt, and the first of its choices."""
-        found = self.deliveries
-        if len(found) == 1:
-            return found[0]
-        return max(found, key=lambda delivery: delivery.prompt_tokens, default=None)
-
-    def judged(self, formerly: int = 0, elsewhere: int = 0) -> Loss:
-        """Judge it by what was delivered so far; see Case for the arguments."""
-        if formerly or elsewhere:
-            return judge(self.case(formerly, elsewhere))
-        if self.plain_loss is None:
-            self.plain_loss = judge(self.case())
-        return self.plain_loss
-
-    def case(self, formerly: int = 0, elsewhere: int = 0) -> Case:
-        """What the attempt is judged by; see Case for the arguments."""
-        plan, steered = self.planned, self.steered
-        got = _NOTHING if steered is None else steered
-        size = plan.block_size  # predictions count in whole blocks, as engines deliver them
-        return Case(
-            prompt_tokens=plan.prompt_tokens if steered is None else got.prompt_tokens,
-            block_size=size,
-            predicted_local=plan.local_tokens // size * size,
-            predicted_peer=plan.peer_tokens // size * size,
-            best_available=plan.best_available_tokens // size * size,
-            best_held=plan.best_held_tokens // size * size,
-            local=got.local_tokens,
-            peer=got.peer_tokens,
-            looked_up=plan.looked_up,
-            parity_exact=plan.parity_exact,
-            reads_cache=plan.reads_cache,
-            why=got.why,
-            formerly=formerly,
-            elsewhere=elsewhere,
-        )
 
 
 @dataclass(slots=True)
@@ -140,42 +38,53 @@ class LedgerSums:
 
 
 class Ledger:
-    """At most `requests_max` entries, oldest out first. Times `now` are in seconds of one monotonic clock."""
+    """At most `requests_max` entries, oldest out first. Times `now` are in seconds of one monotonic clock.
+
+    What is settled is kept packed: thousands of entries with all that they refer to would fill the processor's caches.
+    """
 
     def __init__(self, requests_max: int) -> None:
         self._requests_max = requests_max
-        self._entries: OrderedDict[int, Entry] = OrderedDict()
-        self._by_request: dict[str, list[Entry]] = {}
+        self._kept: OrderedDict[int, Entry | Packed] = OrderedDict()
+        self._by_request: dict[str, tuple[int, ...]] = {}
         self._unreported: OrderedDict[int, Entry] = OrderedDict()  # by the time at which they are given up
-        self._late: list[Entry] = []
+        self._over: list[Entry] = []
         self.sums = LedgerSums()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._kept)
 
-    def open(self, planned: Planned, now: float) -> Entry:
-        """An attempt is sent to its replica."""
-        entry = Entry(planned, now)
-        self._entries[planned.tag] = entry
-        attempts = self._by_request.setdefault(planned.request_id, [])
-        attempts.append(entry)
-        if len(attempts) > ATTEMPTS_KEPT:
-            self._forget(attempts[0])
-        if len(self._entries) > self._requests_max:
-            self._forget(self._entries.popitem(last=False)[1])
+    def open(self, planned: Planned, now: float, ids: Sequence[int] | None = None, lora: str = "") -> Entry:
+        """An attempt is sent to its replica; `ids` are its prompt, for the adapter `lora`."""
+        entry = Entry(planned, now, ids, lora)
+        tag, request_id = planned.tag, planned.asked.request_id
+        self._kept[tag] = entry
+        others = self._by_request.get(request_id)
+        if others is None:
+            self._by_request[request_id] = (tag,)
+        else:
+            self._by_request[request_id] = (*others, tag)
+            if len(others) >= ATTEMPTS_KEPT:
+                self._forget(others[0], self._kept.pop(others[0]))
+        if len(self._kept) > self._requests_max:
+            self._forget(*self._kept.popitem(last=False))
         return entry
 
-    def delivered(self, delivery: Delivery) -> Entry | None:
-        """The engine's record of a request; returns its entry if there is one."""
-        entry = self._entries.get(delivery.tag) if delivery.tag else None
-        if entry is None:
-            self.sums.unmatched_deliveries += delivery.tag != 0
-        elif len(entry.deliveries) < DELIVERIES_KEPT:
+    def delivered(self, delivery: Delivery) -> None:
+        """The engine's record of a request."""
+        tag = delivery.tag
+        kept = self._kept.get(tag) if tag else None
+        if kept is None:
+            self.sums.unmatched_deliveries += tag != 0
+            return
+        entry = kept.unpacked() if isinstance(kept, Packed) else kept
+        if len(entry.deliveries) < DELIVERIES_KEPT:
             entry.deliveries += (delivery,)
             entry.plain_loss = None
-            if self._unreported and self._unreported.pop(delivery.tag, None) is not None:
-                self._late.append(entry)
-        return entry
+            if self._unreported and self._unreported.pop(tag, None) is not None:
+                self._over.append(entry)
+            if entry is not kept:
+                self._kept[tag] = entry.packed()
 
     def first_byte(self, entry: Entry, now: float) -> None:
         """The first byte of the replica's answer came."""
@@ -183,25 +92,24 @@ class Ledger:
             entry.first_byte_seconds = now - entry.sent_at
 
     def ended(self, entry: Entry, status: int, now: float) -> bool:
-        """The attempt is over: LOST_STATUS if the replica gave no answer. True: `settle` it now, there is no more to come."""
+        """The attempt is over: LOST_STATUS if the replica gave no answer. False: its record may still come."""
         entry.status = status
         entry.ended_seconds = now - entry.sent_at
-        if entry.deliveries or self._certain(entry) is not None:
-            return True
-        entry.settle_until = now + UNREPORTED_SECONDS
-        if entry.planned.tag not in self._entries:
-            return True  # forgotten meanwhile: its record would not find it
-        self._unreported[entry.planned.tag] = entry
-        return False
-
-    @property
-    def waits(self) -> bool:
-        """Whether any attempt that ended is not settled: only then may `due` have some."""
-        return bool(self._unreported or self._late)
+        if not entry.deliveries:
+            if self._certain(entry) is not None:
+                self.settle(entry)
+                return True
+            entry.settle_until = now + UNREPORTED_SECONDS
+            tag = entry.planned.tag
+            if tag in self._kept:  # else it is forgotten: its record would not find it
+                self._unreported[tag] = entry
+                return False
+        self._over.append(entry)
+        return True
 
     def due(self, now: float) -> list[Entry]:
-        """Ended attempts to settle: whose record came late, or will not come any more."""
-        found, self._late = self._late, []
+        """Ended attempts to settle: what became of them is known, or will not be known any more."""
+        found, self._over = self._over, []
         while self._unreported:
             tag, entry = next(iter(self._unreported.items()))
             if entry.settle_until > now:
@@ -217,21 +125,25 @@ class Ledger:
         loss = self._certain(entry) or entry.judged(formerly, elsewhere)
         entry.loss = loss
         sums, plan = self.sums, entry.planned
+        expected = plan.decision.expected
         sums.settled += 1
         sums.prompt_tokens += plan.prompt_tokens
-        sums.predicted_tokens += plan.local_tokens + plan.peer_tokens
-        sums.best_available_tokens += plan.best_available_tokens
+        sums.predicted_tokens += expected.local_tokens + expected.peer_tokens
+        sums.best_available_tokens += plan.decision.best_available_tokens
         for delivery in entry.deliveries:
             sums.local_tokens += delivery.local_tokens
             sums.peer_tokens += delivery.peer_tokens
             sums.computed_tokens += delivery.computed_tokens
         sums.requests_by_reason[loss.reason] += 1
         sums.lost_tokens_by_reason[loss.reason] += loss.tokens
+        if plan.tag in self._kept:
+            self._kept[plan.tag] = entry.packed()
         return loss
 
     def attempts(self, request_id: str) -> Sequence[Entry]:
         """The kept attempts under a request id, oldest first."""
-        return tuple(self._by_request.get(request_id, ()))
+        found = [self._kept[tag] for tag in self._by_request.get(request_id, ())]
+        return tuple(kept.unpacked() if isinstance(kept, Packed) else kept for kept in found)
 
     def _certain(self, entry: Entry) -> Loss | None:
         """What can be said without a record of what the engine did, None if such a record is there or may still come."""
@@ -251,14 +163,15 @@ class Ledger:
             return Loss(LossReason.OFF, 0, "the engine computes this request's prompt whole")
         return Loss(LossReason.UNKNOWN, 0, "the engine left no record of it") if entry.settle_until else None
 
-    def _forget(self, entry: Entry) -> None:
-        plan = entry.planned
-        self._entries.pop(plan.tag, None)
-        if self._unreported.pop(plan.tag, None) is not None:
-            self._late.append(entry)  # its record would not find it any more
-        attempts = self._by_request[plan.request_id]
-        if len(attempts) > 1:
-            attempts.remove(entry)
+    def _forget(self, tag: int, kept: Entry | Packed) -> None:
+        """`kept` is kept no longer."""
+        others = self._by_request[kept.request_id]
+        if len(others) == 1:
+            del self._by_request[kept.request_id]
         else:
-            del self._by_request[plan.request_id]
-        self.sums.dropped += not entry.settled
+            self._by_request[kept.request_id] = tuple(other for other in others if other != tag)
+        if isinstance(kept, Entry):
+            waits = self._unreported.pop(tag, None) is not None
+            if waits:
+                self._over.append(kept)  # its record would not find it any more
+            self.sums.dropped += waits or kept.status is None

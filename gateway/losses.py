@@ -24,6 +24,8 @@ class LossReason(StrEnum):
     LEFT = "left"  # the client left before the first token
     UNKNOWN = "unknown"  # nothing that we know explains it, or no record came
 
+    __hash__ = str.__hash__  # an enumeration's own one is not C
+
 
 _READS_NO_CACHE = DeliveryReason.READS_NO_CACHE
 _STALE = frozenset({DeliveryReason.SOURCE_GONE, DeliveryReason.SOURCE_HELD_LESS})
@@ -69,7 +71,7 @@ def useful_tokens(prompt_tokens: int, block_size: int) -> int:
     return (prompt_tokens - 1) // block_size * block_size if prompt_tokens > 0 and block_size > 0 else 0
 
 
-class Loss(msgspec.Struct, frozen=True, gc=False):
+class Loss(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """`tokens` were computed though they had been computed before; of a parity loss that is the most it can be."""
 
     reason: LossReason
@@ -79,6 +81,15 @@ class Loss(msgspec.Struct, frozen=True, gc=False):
 
 NO_LOSS = Loss(LossReason.NONE)
 COLD = Loss(LossReason.COLD, 0, "nobody held any of it")
+
+
+def nothing_lost(delivered: int, prompt_tokens: int, block_size: int, best_available: int, why: DeliveryReason) -> Loss | None:
+    """What `judge` says of a prompt of known ids that may be cached, if nothing of it was lost for all that is known so far."""
+    if why is _READS_NO_CACHE:
+        return None
+    if delivered >= best_available:
+        return NO_LOSS if delivered or prompt_tokens <= block_size else COLD
+    return NO_LOSS if delivered >= useful_tokens(prompt_tokens, block_size) else None
 
 
 def judge(case: Case) -> Loss:

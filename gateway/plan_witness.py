@@ -5,14 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from gateway.ledger import Entry, Planned
-from gateway.origins import Origin
-from gateway.parity import Parity, ParityVerdict
+from gateway.attempts import Asked, Entry, Planned
+from gateway.parity import Parity
 from gateway.plan import Plan
 from gateway.planner import Planner
 from gateway.recorder import Recorder
-from gateway.tables import Table
-from gateway.witness import Asked
 
 _EXACT = Parity.EXACT
 
@@ -24,50 +21,32 @@ class PlanWitness:
         self._recorder = recorder
         self._planner = planner
         self._wall_clock = wall_clock
+        self.first_byte = recorder.first_byte
+        """The replica's answer begins; returns the value of x-peerkv-cache, empty if not known."""
+        self.ended = recorder.ended
+        """The attempt is over."""
 
     def sent(self, plan: Plan, asked: Asked) -> Entry:
         """The request is about to be sent to the plan's replica."""
-        table = self._planner.registry.ledger.table(plan.replica.name)
-        planned = planned_of(plan, asked, table, self._planner.parity, self._wall_clock())
-        return self._recorder.sent(planned, Origin(asked.tenant, plan.asked.known.ids, plan.asked.lora))
+        known, decision = plan.asked.known, plan.decision
+        table = self._planner.registry.ledger.table(decision.replica)
+        planned = Planned(
+            asked,
+            decision,
+            plan.tag,
+            self._wall_clock(),
+            plan.prompt_tokens,
+            table.block_size if table is not None else 1,
+            plan.held_tokens_max,
+            known.ids is not None,
+            known.certain or self._exact(asked),
+            known.cacheable,
+            table is not None,
+            known.why_unknown,
+        )
+        return self._recorder.sent(planned, known.ids, plan.asked.lora)
 
-    def first_byte(self, entry: Entry) -> bytes:
-        """The replica's answer begins; returns the value of x-peerkv-cache, empty if not known."""
-        return self._recorder.first_byte(entry)
-
-    def ended(self, entry: Entry, status: int) -> None:
-        """The attempt is over."""
-        self._recorder.ended(entry, status)
-
-
-def planned_of(plan: Plan, asked: Asked, table: Table | None, parity: ParityVerdict, at: float) -> Planned:
-    """A plan as the ledger keeps it; `table` is the replica's, `parity` the verdict of that moment, `at` Unix time."""
-    known, decision = plan.asked.known, plan.decision
-    expected = decision.expected
-    verdict = parity.chat if asked.endpoint == "chat" else parity.completions
-    return Planned(  # by place: a call with more than 15 names takes five times as long
-        asked.request_id,
-        plan.tag,
-        at,
-        asked.endpoint,
-        asked.tenant,
-        asked.model,
-        plan.replica.name,
-        decision.source or "",
-        decision.action,
-        plan.reason,
-        plan.prompt_tokens,
-        table.block_size if table else 1,
-        expected.local_tokens,
-        expected.peer_tokens,
-        decision.best_available_tokens,
-        plan.held_tokens_max,
-        expected.queue_seconds,
-        expected.transfer_seconds,
-        expected.prefill_seconds,
-        known.ids is not None,
-        known.certain or verdict.parity is _EXACT,
-        known.cacheable,
-        table is not None,
-        decision.options,
-    )
+    def _exact(self, asked: Asked) -> bool:
+        """Whether our token ids are the engine's, as far as is known at this moment."""
+        parity = self._planner.parity
+        return (parity.chat if asked.endpoint == "chat" else parity.completions).parity is _EXACT

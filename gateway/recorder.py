@@ -6,14 +6,21 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from gateway.attempts import Entry, Planned
 from gateway.feed import DeliveryFeed
-from gateway.ledger import Entry, Ledger, Planned
+from gateway.ledger import Ledger
 from gateway.losses import useful_tokens
-from gateway.origins import PROMPTS_BYTES_MAX, Origin, Origins
+from gateway.origins import PROMPTS_BYTES_MAX, Prompts
 from gateway.registry import LookUp
 from gateway.seen import SeenPrefixes
 from gateway.tables import Table
 from transport.deliveries import Delivery
+
+SETTLED_TOGETHER = 16
+"""Attempts that end before those among them are settled of which all is known: one behind the other they take half the time.
+
+Who looks at the figures has all of them settled first.
+"""
 
 
 class Prefixes(Protocol):
@@ -41,18 +48,18 @@ class Recorder:
         self._prefixes = prefixes
         self._salt_of = salt_of
         self._clock = clock
-        self._origins = Origins(prompts_bytes_max)
+        self._prompts = Prompts(prompts_bytes_max)
+        self._ended = 0
         feed.add(self._delivered)
 
     @property
     def waiting(self) -> int:
-        """Attempts whose prompts are kept, as they are not settled yet."""
-        return len(self._origins)
+        """Attempts whose prompts are kept though they are over, as their records may still come."""
+        return len(self._prompts)
 
-    def sent(self, planned: Planned, origin: Origin) -> Entry:
-        """An attempt goes to its replica."""
-        self._origins.keep(planned.tag, origin)
-        return self.ledger.open(planned, self._clock())
+    def sent(self, planned: Planned, ids: Sequence[int] | None, lora: str = "") -> Entry:
+        """An attempt goes to its replica; `ids` are its prompt if that is known, for the adapter `lora`."""
+        return self.ledger.open(planned, self._clock(), ids, lora)
 
     def first_byte(self, entry: Entry) -> bytes:
         """The first byte of its answer came; return the value of the header x-peerkv-cache, empty if nothing is known."""
@@ -65,9 +72,10 @@ class Recorder:
         """The attempt is over, with this HTTP status, or one of gateway.ledger's for those without an answer."""
         if not entry.deliveries:
             self.feed.poll(entry.planned.replica)
-        if self.ledger.ended(entry, status, self._clock()):
-            self._settle(entry)
-        if self.ledger.waits:
+        if not self.ledger.ended(entry, status, self._clock()):
+            self._prompts.keep(entry)
+        self._ended += 1
+        if self._ended >= SETTLED_TOGETHER:
             self._settle_due()
 
     def catch_up(self) -> None:
@@ -76,48 +84,47 @@ class Recorder:
         self._settle_due()
 
     def _settle_due(self) -> None:
-        for entry in self.ledger.due(self._clock()):
-            self._settle(entry)
+        self._ended = 0
+        due = self.ledger.due(self._clock())
+        for replica in {entry.planned.decision.replica for entry in due}:
+            self.feed.poll(replica)  # a request of several choices has several records
+        for entry in due:
+            self._prompts.drop(entry)
+            self.ledger.settle(entry, *self._history(entry))
 
     def _delivered(self, replica: str, table: Table, delivery: Delivery) -> None:
         self.ledger.delivered(delivery)
 
-    def _settle(self, entry: Entry) -> None:
-        origin = self._origins.pop(entry.planned.tag)
-        formerly, elsewhere = self._history(entry, origin) if origin is not None else (0, 0)
-        self.ledger.settle(entry, formerly, elsewhere)
-
-    def _history(self, entry: Entry, origin: Origin) -> tuple[int, int]:
+    def _history(self, entry: Entry) -> tuple[int, int]:
         """What of the prompt this tenant had computed before, and other tenants' blocks hold now, in tokens of whole blocks.
 
         Nothing is looked for where the record explains everything; what the attempt computed is remembered.
         """
-        got, planned = entry.steered, entry.planned
-        if got is None or origin.ids is None or not got.first_token_ns:
+        got, ids, planned = entry.steered, entry.ids, entry.planned
+        if got is None or ids is None or not got.first_token_ns:
             return 0, 0
-        block_size, delivered = planned.block_size, got.local_tokens + got.peer_tokens
+        block_size, delivered, tenant = planned.block_size, got.local_tokens + got.peer_tokens, planned.asked.tenant
         useful = useful_tokens(got.prompt_tokens, block_size)
         if delivered >= useful:
             return 0, 0
-        digests = self._seen.digests(origin.ids, origin.lora)
+        digests = self._seen.digests(ids, entry.lora)
         formerly = elsewhere = 0
-        if delivered >= planned.best_available_tokens // block_size * block_size:
-            own, others = self._seen.longest(digests, origin.tenant, entry.sent_at, delivered)
+        if delivered >= planned.decision.best_available_tokens // block_size * block_size:
+            own, others = self._seen.longest(digests, tenant, entry.sent_at, delivered)
             formerly = min(own, useful) // block_size * block_size
             if formerly <= delivered:
-                formerly, elsewhere = 0, self._held_for(others, origin, delivered) if others else 0
-        self._seen.note(digests, origin.tenant, self._clock())
+                formerly, elsewhere = 0, self._held_for(others, ids, entry.lora, delivered) if others else 0
+        self._seen.note(digests, tenant, entry.sent_at + (entry.ended_seconds or 0.0))
         return formerly, elsewhere
 
-    def _held_for(self, others: dict[str, int], origin: Origin, more_than: int) -> int:
+    def _held_for(self, others: dict[str, int], ids: Sequence[int], lora: str, more_than: int) -> int:
         """The most that blocks of one of the other tenants hold: their tables are asked, under their salts."""
-        assert origin.ids is not None
         most = 0
         for tenant, length in others.items():
             salt = self._salt_of(tenant)
             if salt is None or length <= more_than:
                 continue
-            found = self._prefixes.look_up(origin.ids[: length + 1], salt, origin.lora)
+            found = self._prefixes.look_up(ids[: length + 1], salt, lora)
             most = max(most, *(holding.tokens for holding in found.holdings.values()), 0)
         return most
 
@@ -128,13 +135,14 @@ def cache_header(entry: Entry) -> bytes:
     The reason says nothing of what others have sent: an eviction or a tenant boundary that only the tables' history shows is
     `cold` here, as it is to the client.
     """
-    steered = entry.steered
+    found = entry.deliveries
+    steered = found[0] if len(found) == 1 else entry.steered
     if steered is None or not steered.scheduled_ns:
         return b""
     local, peer, computed = steered.local_tokens, steered.peer_tokens, steered.computed_tokens
-    if len(entry.deliveries) > 1:
-        local = sum(delivery.local_tokens for delivery in entry.deliveries)
-        peer = sum(delivery.peer_tokens for delivery in entry.deliveries)
-        computed = sum(delivery.computed_tokens for delivery in entry.deliveries)
+    if len(found) > 1:
+        local = sum(delivery.local_tokens for delivery in found)
+        peer = sum(delivery.peer_tokens for delivery in found)
+        computed = sum(delivery.computed_tokens for delivery in found)
     source = f', source="{steered.source}"' if steered.peer_tokens else ""
     return f"local={local}, peer={peer}, computed={computed}{source}, reason={entry.judged().reason}".encode("latin-1")

@@ -18,6 +18,7 @@ from engine.fleet import FleetView
 from gateway.abreast import Abreast
 from gateway.access import AdminAccess
 from gateway.answer import Answer, pass_on
+from gateway.attempts import Asked, Entry
 from gateway.body import Endpoint, check_body, decode_body, names_forbidden, request_parts
 from gateway.cycle import Scope
 from gateway.engine_connection import ConnectionBroke
@@ -32,13 +33,13 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.exchange import ClientLeft, Exchange
-from gateway.ledger import LEFT_STATUS, LOST_STATUS, Entry
+from gateway.ledger import LEFT_STATUS, LOST_STATUS
 from gateway.planning import PlannerLike, PlanT
 from gateway.served_models import ModelsCache
 from gateway.settings import Settings
 from gateway.tenants import Tenants
 from gateway.upstream import Upstream, UpstreamLost, broken
-from gateway.witness import Asked, Witness
+from gateway.witness import Witness
 
 _logger = logging.getLogger(__name__)
 

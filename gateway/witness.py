@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-import msgspec
+from gateway.attempts import Asked, Entry
 
-from gateway.body import Endpoint
-from gateway.ledger import Entry
-
-
-class Asked(msgspec.Struct, frozen=True, gc=False):
-    """Whose request it is and for what: `tenant` by name, `model` as the client named it, "" for the served one."""
-
-    request_id: str
-    endpoint: Endpoint
-    tenant: str
-    model: str
-
+__all__ = ["Asked", "Witness"]
 
 PlanT_contra = TypeVar("PlanT_contra", contravariant=True)
 

@@ -36,7 +36,7 @@ class DeliveryReason(enum.StrEnum):
 REASONS = tuple(DeliveryReason)
 
 
-class Delivery(msgspec.Struct, frozen=True, gc=False):
+class Delivery(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """What became of one request's prompt. Times `*_ns` of events are CLOCK_MONOTONIC, 0 if it never came so far.
 
     `tag` is the gateway's, 0 if it gave none. `arrived_ns`: handed to the scheduler; `asked_ns`: first looked up;

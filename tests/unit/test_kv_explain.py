@@ -4,35 +4,31 @@ import io
 
 import httpx
 import pytest
-from msgspec.structs import replace
 from rich.console import Console
 
 from gateway import kv_explain
+from gateway.attempts import Entry
 from gateway.choices import Action, Expected, Option
 from gateway.cli import build_parser
 from gateway.explain import Explanation, explain
-from gateway.ledger import Entry, Ledger, Planned
+from gateway.ledger import Ledger
+from tests.unit.planned_attempts import planned
 from transport.deliveries import Delivery, DeliveryReason
 
-PLAN = Planned(
+PLAN = planned(
+    5,
     request_id="r-1",
-    tag=5,
     at=1e9,
     endpoint="chat",
-    tenant="one",
-    model="",
     replica="replica-1",
     source="replica-0",
-    action="pull",
-    reason="imports 800 tokens from replica-0: 60 ms expected",
+    action=Action.PULL,
     prompt_tokens=1000,
     block_size=16,
     peer_tokens=800,
     best_available_tokens=800,
     best_held_tokens=800,
-    queue_seconds=0.01,
-    transfer_seconds=0.02,
-    prefill_seconds=0.03,
+    seconds=(0.01, 0.02, 0.03),
     options=(
         Option("replica-1", "replica-0", Action.PULL, None, Expected(0.0, 0.0, 0.06, 0, 960, 40), 0.06),
         Option("replica-0", None, Action.HIT, None, Expected(1.0, 0.0, 0.5, 960, 0, 40), 1.5),
@@ -58,13 +54,15 @@ RECORD = Delivery(
 
 
 def settled() -> Entry:
+    """As it is kept once it is settled."""
     ledger = Ledger(10)
     entry = ledger.open(PLAN, 50.0)
     ledger.delivered(RECORD)
     ledger.first_byte(entry, 50.125)
     ledger.ended(entry, 200, 51.0)
     ledger.settle(entry)
-    return entry
+    (kept,) = ledger.attempts("r-1")
+    return kept
 
 
 def test_an_attempt_shows_what_was_expected_delivered_and_lost() -> None:
@@ -82,7 +80,7 @@ def test_an_attempt_shows_what_was_expected_delivered_and_lost() -> None:
 
 def test_a_running_attempt_is_not_final() -> None:
     ledger = Ledger(10)
-    entry = ledger.open(replace(PLAN), 0.0)
+    entry = ledger.open(PLAN, 0.0)
     (attempt,) = explain("r-1", [entry]).attempts
     assert (attempt.settled, attempt.status, attempt.reason) == (False, None, "unknown")
     ledger.delivered(RECORD)

@@ -1,28 +1,24 @@
 """The ledger: what it keeps, what it adds up, and when an attempt is settled."""
 
-from msgspec.structs import replace
+from typing import Any
 
-from gateway.ledger import ATTEMPTS_KEPT, LEFT_STATUS, LOST_STATUS, UNREPORTED_SECONDS, Ledger, Planned
+from msgspec.structs import astuple, replace
+
+from gateway.attempts import Planned
+from gateway.choices import Action
+from gateway.ledger import ATTEMPTS_KEPT, LEFT_STATUS, LOST_STATUS, UNREPORTED_SECONDS, Ledger
 from gateway.losses import LossReason
+from tests.unit.planned_attempts import planned
 from transport.deliveries import Delivery
 
-PLAN = Planned(
-    request_id="r1",
-    tag=11,
-    at=1e9,
-    endpoint="completions",
-    tenant="one",
-    model="m",
-    replica="a",
-    source="b",
-    action="pull",
-    reason="b holds it",
-    prompt_tokens=1000,
-    block_size=16,
-    peer_tokens=800,
-    best_available_tokens=800,
-    best_held_tokens=800,
-)
+
+def pulled(tag: int = 11, **changes: Any) -> Planned:
+    """A plan to import 800 of 1000 tokens."""
+    held = {"source": "b", "action": Action.PULL, "peer_tokens": 800, "best_available_tokens": 800, "best_held_tokens": 800}
+    return planned(tag, **{"request_id": "r1", "prompt_tokens": 1000, "block_size": 16, **held, **changes})
+
+
+PLAN = pulled()
 PULLED = Delivery(
     tag=11, scheduled_ns=5, first_token_ns=9, prompt_tokens=1000, peer_tokens=800, computed_tokens=200, source="b"
 )
@@ -55,7 +51,7 @@ def test_an_attempt_is_settled_once() -> None:
 def test_lost_tokens_are_summed_by_reason() -> None:
     ledger = Ledger(10)
     for tag in (1, 2):
-        entry = ledger.open(replace(PLAN, tag=tag, source="", peer_tokens=0, best_available_tokens=0, best_held_tokens=0), 0.0)
+        entry = ledger.open(planned(tag, prompt_tokens=1000, block_size=16), 0.0)
         ledger.delivered(replace(PULLED, tag=tag, peer_tokens=0, computed_tokens=1000, source=""))
         ledger.ended(entry, 200, 1.0)
         ledger.settle(entry, formerly=640)
@@ -68,7 +64,7 @@ def test_a_record_that_comes_late_is_waited_for() -> None:
     entry = ledger.open(PLAN, 0.0)
     assert not ledger.ended(entry, 200, 1.0)
     assert ledger.due(1.1) == []
-    assert ledger.delivered(PULLED) is entry
+    ledger.delivered(PULLED)
     assert ledger.due(1.2) == [entry]
     assert ledger.settle(entry).reason is LossReason.NONE
     assert ledger.due(100.0) == []
@@ -105,8 +101,10 @@ def test_an_attempt_whose_replica_was_lost_is_retried_and_both_are_kept_under_th
     first = ledger.open(PLAN, 0.0)
     assert ledger.ended(first, LOST_STATUS, 1.0)
     assert ledger.settle(first).reason is LossReason.RETRIED
-    second = ledger.open(replace(PLAN, tag=12, replica="c"), 1.0)
-    assert list(ledger.attempts("r1")) == [first, second]
+    second = ledger.open(pulled(12, replica="c"), 1.0)
+    kept = ledger.attempts("r1")
+    assert [entry.planned for entry in kept] == [first.planned, second.planned]
+    assert [entry.settled for entry in kept] == [True, False]
 
 
 def test_a_refused_request_and_a_replica_without_a_table_wait_for_no_record() -> None:
@@ -114,7 +112,7 @@ def test_a_refused_request_and_a_replica_without_a_table_wait_for_no_record() ->
     refused = ledger.open(PLAN, 0.0)
     assert ledger.ended(refused, 400, 1.0)
     assert ledger.settle(refused).reason is LossReason.NONE
-    plain = ledger.open(replace(PLAN, tag=12, reports=False), 0.0)
+    plain = ledger.open(pulled(12, reports=False), 0.0)
     assert ledger.ended(plain, 200, 1.0)
     assert ledger.settle(plain).reason is LossReason.OFF
 
@@ -132,27 +130,65 @@ def test_several_prompts_are_summed_and_the_longest_is_judged() -> None:
 def test_entries_and_attempts_of_one_id_are_bounded() -> None:
     ledger = Ledger(100)
     for tag in range(1, 300):
-        ledger.open(replace(PLAN, tag=tag, request_id=f"r{tag}"), 0.0)
+        ledger.open(pulled(tag, request_id=f"r{tag}"), 0.0)
     assert len(ledger) == 100
     assert ledger.attempts("r199") == ()
     assert len(ledger.attempts("r200")) == 1
     assert ledger.sums.dropped == 199
     for tag in range(1000, 1000 + 3 * ATTEMPTS_KEPT):
-        ledger.open(replace(PLAN, tag=tag, request_id="same"), 0.0)
+        ledger.open(pulled(tag, request_id="same"), 0.0)
     assert len(ledger.attempts("same")) == ATTEMPTS_KEPT
 
 
 def test_a_forgotten_attempt_still_counts_and_is_not_waited_for() -> None:
     ledger = Ledger(1)
     entry = ledger.open(PLAN, 0.0)
-    ledger.open(replace(PLAN, tag=12), 0.0)
+    ledger.open(pulled(12), 0.0)
     assert ledger.ended(entry, 200, 1.0)
+    assert ledger.due(1.0) == [entry]
     assert ledger.settle(entry).reason is LossReason.UNKNOWN
     assert ledger.due(1e9) == []
 
 
 def test_records_of_others_are_counted_and_those_without_a_tag_are_not_ours() -> None:
     ledger = Ledger(1)
-    assert ledger.delivered(Delivery(tag=99)) is None
-    assert ledger.delivered(Delivery()) is None
+    ledger.delivered(Delivery(tag=99))
+    ledger.delivered(Delivery())
     assert ledger.sums.unmatched_deliveries == 1
+
+
+def test_a_settled_attempt_is_kept_as_it_was_and_without_its_prompt() -> None:
+    ledger = Ledger(10)
+    entry = ledger.open(PLAN, 100.0, range(1000), "adapter")
+    ledger.delivered(PULLED)
+    ledger.first_byte(entry, 100.5)
+    ledger.ended(entry, 200, 102.0)
+    ledger.settle(entry)
+    (kept,) = ledger.attempts("r1")
+    assert kept is not entry
+    assert astuple(kept) == astuple(entry)
+    assert kept.ids is None
+
+
+def test_a_record_that_comes_after_its_attempt_was_settled_is_shown() -> None:
+    ledger = Ledger(10)
+    entry = ledger.open(PLAN, 0.0)
+    ledger.delivered(PULLED)
+    ledger.ended(entry, 200, 1.0)
+    ledger.settle(entry)
+    ledger.delivered(replace(PULLED, prompt_tokens=40))
+    (kept,) = ledger.attempts("r1")
+    assert [delivery.prompt_tokens for delivery in kept.deliveries] == [1000, 40]
+    assert ledger.sums.settled == 1
+
+
+def test_an_attempt_with_a_text_that_is_no_unicode_is_kept_too() -> None:
+    ledger = Ledger(1)
+    entry = ledger.open(pulled(model="\ud800"), 0.0)
+    ledger.delivered(PULLED)
+    ledger.ended(entry, 200, 1.0)
+    ledger.settle(entry)
+    assert ledger.attempts("r1") == (entry,)
+    ledger.open(pulled(12, request_id="r2"), 2.0)
+    assert ledger.attempts("r1") == ()
+    assert ledger.sums.dropped == 0

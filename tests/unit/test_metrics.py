@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.ledger import Planned
 from gateway.metrics import Metrics
 from gateway.parity import ParityCounts
-from gateway.recorder import Origin
+from tests.unit.planned_attempts import planned
 from tests.unit.replica_tables import replica_tables
 from tests.unit.test_stats import Scene
 from transport.deliveries import Delivery
@@ -93,8 +92,7 @@ def test_losses_peers_load_costs_and_verdicts_have_metrics(scene: Scene) -> None
     writer.imported("b", "shared_memory", blocks=3, size=6_000_000, nanoseconds=2_000_000, failed=True)
     writer.tell_load([1, 2, 300, 4, 5, 6])
     scene.recorder.feed.refresh()
-    planned = Planned("r", 7, 0.0, "completions", "one", "", "a", "", "recompute", "", 100, 4)
-    entry = scene.recorder.sent(planned, Origin("one", None, ""))
+    entry = scene.recorder.sent(planned(7), None)
     record = Delivery(
         tag=7, scheduled_ns=1, first_token_ns=2, prompt_tokens=100, computed_tokens=100,
         import_ns=2_000_000, import_wait_ns=30_000_000, source="b",

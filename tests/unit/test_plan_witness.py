@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from gateway.attempts import Asked, Entry
 from gateway.costs import ModelKey, Outcome
 from gateway.explain import explain
-from gateway.ledger import Entry, Ledger
+from gateway.ledger import Ledger
 from gateway.load import IDLE
 from gateway.losses import LossReason
 from gateway.model_files import TokenizerSource
@@ -21,7 +22,6 @@ from gateway.recorder import Recorder
 from gateway.seen import SeenPrefixes
 from gateway.tenants import ANONYMOUS
 from gateway.tokens import TokenService
-from gateway.witness import Asked
 from tests.unit.replica_tables import ReplicaTables, StandingFleet, replica_tables
 from tests.unit.test_planner import EXACT, Bounds
 from tests.unit.tiny_model import make_model
@@ -60,6 +60,7 @@ class Scene:
         self.witness.first_byte(entry)
         self.planner.finished(plan)
         self.witness.ended(entry, 200)
+        self.recorder.catch_up()
         assert entry.loss is not None
         return entry.loss.reason
 

@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from msgspec.structs import replace
 
+from gateway.attempts import Entry
 from gateway.feed import DeliveryFeed
-from gateway.ledger import ATTEMPTS_KEPT, LEFT_STATUS, UNREPORTED_SECONDS, Entry, Ledger, Planned
+from gateway.ledger import ATTEMPTS_KEPT, LEFT_STATUS, UNREPORTED_SECONDS, Ledger
 from gateway.losses import LossReason
-from gateway.origins import Origin, Origins
-from gateway.recorder import Recorder
+from gateway.origins import Prompts
+from gateway.recorder import SETTLED_TOGETHER, Recorder
 from gateway.registry import Registry
 from gateway.seen import SeenPrefixes
+from tests.unit.planned_attempts import planned
 from tests.unit.replica_tables import BLOCK_SIZE, ReplicaTables, replica_tables
 from transport.deliveries import Delivery, DeliveryReason
 from transport.directory import TableDirectory
@@ -20,7 +22,6 @@ from transport.directory import TableDirectory
 IDS = list(range(100, 200))
 USEFUL = 96
 SALTS = {"one": "salt-1", "two": "salt-2"}
-PLAN = Planned("r", 1, 0.0, "completions", "one", "", "a", "", "recompute", "nobody holds it", len(IDS), BLOCK_SIZE)
 
 
 class Scene:
@@ -33,10 +34,10 @@ class Scene:
             Ledger(100), SeenPrefixes(1000), DeliveryFeed(registry.tables), registry, SALTS.get, lambda: self.now
         )
 
-    def send(self, tag: int, tenant: str = "one", ids: list[int] = IDS, **changes: object) -> Entry:
-        planned = replace(PLAN, tag=tag, tenant=tenant, prompt_tokens=len(ids), **changes)  # type: ignore[arg-type]
+    def send(self, tag: int, tenant: str = "one", ids: list[int] = IDS, **changes: Any) -> Entry:
+        plan = planned(tag, tenant=tenant, prompt_tokens=len(ids), block_size=BLOCK_SIZE, **changes)
         self.recorder.feed.refresh()
-        return self.recorder.sent(planned, Origin(tenant, ids, ""))
+        return self.recorder.sent(plan, ids)
 
     def deliver(self, tag: int, replica: str = "a", tokens: int = len(IDS), **figures: object) -> None:
         local, peer = figures.get("local_tokens", 0), figures.get("peer_tokens", 0)
@@ -47,13 +48,18 @@ class Scene:
         record = Delivery(tag=tag, **figures)  # type: ignore[arg-type]
         self.tables.writers[replica].deliver(record, "shared_memory")
 
-    def serve(self, tag: int, tenant: str = "one", ids: list[int] = IDS, **changes: object) -> Entry:
+    def serve(self, tag: int, tenant: str = "one", ids: list[int] = IDS, **changes: Any) -> Entry:
         """A request that is computed whole."""
         entry = self.send(tag, tenant, ids, **changes)
         self.now += 1
         self.deliver(tag, tokens=len(ids))
-        self.recorder.ended(entry, 200)
+        self.end(entry)
         return entry
+
+    def end(self, entry: Entry, status: int = 200) -> None:
+        """Its answer ends, and somebody looks at the figures."""
+        self.recorder.ended(entry, status)
+        self.recorder.catch_up()
 
 
 @pytest.fixture
@@ -87,7 +93,7 @@ def test_a_request_that_was_aborted_before_it_was_scheduled_has_no_header(scene:
     entry = scene.send(7)
     scene.deliver(7, scheduled_ns=0, first_token_ns=0, computed_tokens=0)
     assert scene.recorder.first_byte(entry) == b""
-    scene.recorder.ended(entry, LEFT_STATUS)
+    scene.end(entry, LEFT_STATUS)
     assert reason(entry) == (LossReason.LEFT, 0)
 
 
@@ -103,7 +109,7 @@ def test_two_equal_prompts_at_one_time_are_both_cold(scene: Scene) -> None:
     scene.now += 1
     for tag, entry in zip((1, 2), entries, strict=True):
         scene.deliver(tag)
-        scene.recorder.ended(entry, 200)
+        scene.end(entry, 200)
     assert [reason(entry) for entry in entries] == [(LossReason.COLD, 0)] * 2
 
 
@@ -122,7 +128,7 @@ def test_the_header_of_a_tenant_boundary_says_cold(scene: Scene) -> None:
     entry = scene.send(2, "two")
     scene.deliver(2)
     header = scene.recorder.first_byte(entry)
-    scene.recorder.ended(entry, 200)
+    scene.end(entry, 200)
     assert header == b"local=0, peer=0, computed=100, reason=cold"
     assert reason(entry)[0] is LossReason.TENANT_BOUNDARY
 
@@ -135,7 +141,7 @@ def test_what_another_tenant_computed_and_nobody_holds_is_cold(scene: Scene) -> 
 def test_an_aborted_prompt_was_not_computed_for_anybody(scene: Scene) -> None:
     entry = scene.send(1)
     scene.deliver(1, first_token_ns=0)
-    scene.recorder.ended(entry, LEFT_STATUS)
+    scene.end(entry, LEFT_STATUS)
     scene.now += 1
     assert reason(scene.serve(2)) == (LossReason.COLD, 0)
 
@@ -145,7 +151,7 @@ def test_a_record_in_the_table_of_a_replica_that_died_is_still_read(scene: Scene
     scene.deliver(1)
     scene.tables.stop("a")
     scene.registry.tables()
-    scene.recorder.ended(entry, 200)
+    scene.end(entry, 200)
     assert reason(entry) == (LossReason.COLD, 0)
 
 
@@ -161,6 +167,8 @@ def test_an_attempt_that_is_forgotten_while_its_record_is_waited_for_is_settled_
     """Or a client that gives all its requests one id and leaves them would fill the memory with their token ids."""
     for tag in range(1, 4 * ATTEMPTS_KEPT):
         scene.recorder.ended(scene.send(tag), LEFT_STATUS)
+    assert scene.recorder.waiting < ATTEMPTS_KEPT + SETTLED_TOGETHER
+    scene.recorder.catch_up()
     assert scene.recorder.waiting == ATTEMPTS_KEPT
     scene.now += 2 * UNREPORTED_SECONDS
     scene.recorder.catch_up()
@@ -187,18 +195,57 @@ def test_records_that_were_overwritten_are_counted(scene: Scene) -> None:
 
 
 def test_prompts_of_unsettled_attempts_are_bounded_in_bytes_and_the_oldest_go_first() -> None:
-    origins = Origins(bytes_max=4 * 250)
-    for tag in (1, 2, 3):
-        origins.keep(tag, Origin("one", IDS, ""))
-    assert origins.pop(1) is None
-    assert [len(origins), origins.pop(2) is not None, origins.pop(2)] == [2, True, None]
-    origins.keep(4, Origin("one", IDS, ""))
-    assert origins.pop(3) is not None  # what was popped counts no more
+    prompts = Prompts(bytes_max=4 * 250)
+    entries = [Entry(planned(tag), 0.0, IDS) for tag in (1, 2, 3, 4)]
+    for entry in entries[:3]:
+        prompts.keep(entry)
+    assert (len(prompts), [entry.ids is None for entry in entries[:3]]) == (2, [True, False, False])
+    prompts.drop(entries[1])
+    prompts.keep(entries[3])
+    assert entries[2].ids is not None  # what was dropped counts no more
+    assert len(prompts) == 2
 
 
 def test_an_attempt_whose_prompt_was_dropped_is_settled_without_its_history(scene: Scene) -> None:
     scene.serve(1)
-    scene.recorder._origins = Origins(bytes_max=0)
-    entry = scene.serve(2)
-    assert entry.loss is not None
-    assert entry.loss.reason is LossReason.COLD
+    scene.recorder._prompts = Prompts(bytes_max=0)
+    entry = scene.send(2)
+    scene.end(entry)
+    scene.deliver(2)
+    scene.recorder.catch_up()
+    assert reason(entry) == (LossReason.COLD, 0)
+
+
+def test_attempts_are_settled_together_and_all_before_somebody_looks(scene: Scene) -> None:
+    entries = [scene.send(tag) for tag in range(1, SETTLED_TOGETHER + 2)]
+    for tag, entry in enumerate(entries, 1):
+        scene.now += 1
+        scene.deliver(tag)
+        scene.recorder.ended(entry, 200)
+        assert scene.recorder.ledger.sums.settled == (SETTLED_TOGETHER if tag >= SETTLED_TOGETHER else 0)
+    scene.recorder.catch_up()
+    assert scene.recorder.ledger.sums.settled == SETTLED_TOGETHER + 1
+
+
+def test_an_attempt_that_is_settled_later_was_computed_when_it_ended(scene: Scene) -> None:
+    first = scene.send(1)
+    scene.deliver(1)
+    scene.now = 2.0
+    scene.recorder.ended(first, 200)
+    scene.now = 3.0
+    second = scene.send(2)
+    scene.deliver(2)
+    scene.now = 4.0
+    scene.end(second)
+    assert reason(first) == (LossReason.COLD, 0)
+    assert reason(second)[0] is LossReason.EVICTED
+
+
+def test_records_of_further_choices_count_though_they_come_after_the_end(scene: Scene) -> None:
+    entry = scene.send(1)
+    scene.deliver(1)
+    assert scene.recorder.first_byte(entry)
+    scene.recorder.ended(entry, 200)
+    scene.deliver(1, local_tokens=96)
+    scene.recorder.catch_up()
+    assert (scene.recorder.ledger.sums.local_tokens, scene.recorder.ledger.sums.computed_tokens) == (96, 104)

@@ -7,17 +7,18 @@ import pytest
 
 from engine.fleet import ReplicaState
 from gateway import __version__
-from gateway.ledger import Ledger, Planned
+from gateway.ledger import Ledger
 from gateway.ledger_stats import LoadStats
 from gateway.losses import LossReason
 from gateway.model_files import TokenizerSource
 from gateway.parity import KindVerdict, Parity, ParityCounts, ParityVerdict
 from gateway.planner import Planner
-from gateway.recorder import Origin, Recorder
+from gateway.recorder import Recorder
 from gateway.seen import SeenPrefixes
 from gateway.stats import KvStats, StatsView, TokenCounts, TransferCounts
 from gateway.tenants import ANONYMOUS
 from gateway.tokens import TokenService
+from tests.unit.planned_attempts import planned
 from tests.unit.replica_tables import FIELDS, ReplicaTables, StandingFleet, replica_tables
 from tests.unit.test_planner import Bounds
 from transport.deliveries import Delivery
@@ -158,8 +159,7 @@ def test_the_engines_load_is_shown_and_that_of_a_replica_without_a_table_is_noth
 
 def test_the_ledger_shows_every_reason_and_the_costs_what_was_learnt(scene: Scene) -> None:
     scene.recorder.feed.refresh()
-    planned = Planned("r", 7, 0.0, "completions", "one", "", "a", "", "recompute", "", 100, 4)
-    entry = scene.recorder.sent(planned, Origin("one", list(range(100)), ""))
+    entry = scene.recorder.sent(planned(7), list(range(100)))
     record = Delivery(tag=7, scheduled_ns=1, first_token_ns=2, prompt_tokens=100, computed_tokens=100)
     scene.tables.writers["a"].deliver(record, "shared_memory")
     scene.recorder.ended(entry, 200)

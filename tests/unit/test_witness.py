@@ -9,8 +9,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from gateway.ledger import LEFT_STATUS, LOST_STATUS, Entry, Planned
-from gateway.witness import Asked
+from gateway.attempts import Asked, Entry
+from gateway.ledger import LEFT_STATUS, LOST_STATUS
+from tests.unit.planned_attempts import planned
 from tests.unit.running_door import Door, FakePlan, running_door, until
 
 COMPLETION = {"model": "fake-model", "prompt": "hello", "max_tokens": 3}
@@ -30,7 +31,7 @@ class FakeWitness:
         name = plan.replica.name
         self.events.append(("sent", name))
         tag = len(self.asked)
-        return Entry(Planned(asked.request_id, tag, 0.0, asked.endpoint, asked.tenant, "", name, "", "", "", 5, 1), 0.0)
+        return Entry(planned(tag, request_id=asked.request_id, replica=name), 0.0)
 
     def first_byte(self, entry: Entry) -> bytes:
         self.events.append(("first byte", entry.planned.replica))
