@@ -216,13 +216,13 @@ def _summed(place: _Replica) -> ReplicaLoad:
     if requests > waiting:
         waiting = requests
     return ReplicaLoad(
-        float(place.tokens),
+        place.tokens,
         place.pairs,
-        float(head_tokens),
+        head_tokens,
         head_pairs,
         place.since,
-        float(tokens),
-        tokens * tokens / (2 * max(1, requests)),
+        tokens,
+        tokens * tokens / (2 * (requests or 1)) if tokens else 0.0,
         waiting,
         waiting + decoding,
         decoding,

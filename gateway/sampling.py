@@ -17,8 +17,9 @@ class Sampling:
 
     def takes(self, now: float) -> bool:
         """Tell whether to learn from one that came at `now`."""
-        latest = self._latest = max(now, self._latest)
-        if self._due > latest:
+        if now > self._latest:
+            self._latest = now
+        if self._due > self._latest:
             return False
-        self._due = max(self._due, latest - BURST_SECONDS) + 1 / RATE_MAX
+        self._due = max(self._due, self._latest - BURST_SECONDS) + 1 / RATE_MAX
         return True
