@@ -82,7 +82,8 @@ class ModelTimes:
         """Until a new prompt's first step, behind the work ahead of it."""
         new_token, pair = self.new_token, self.pair
         tokens, ahead_pairs = load.ahead(now, new_token, pair)
-        return new_token * tokens + pair * ahead_pairs + self.decode_step * load.decoding * (1 + tokens / CHUNK_TOKENS)
+        seconds = new_token * tokens + pair * ahead_pairs
+        return seconds + self.decode_step * load.decoding * (1 + tokens / CHUNK_TOKENS) if load.decoding else seconds
 
 
 def pairs(cached_tokens: float, new_tokens: float) -> float:
