@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
@@ -29,19 +30,18 @@ class FrontDoor:
         self._tenants = tenants
         self._admin = admin
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """ASGI entry. Scopes other than "http" are not served."""
         if scope["type"] != "http":
             raise RuntimeError(f"no {scope['type']} here")
         path: str = scope["path"]
         endpoint = PATHS.get(path)
         if endpoint is not None and scope["method"] == "POST":
-            await self._relay(endpoint, scope)
-        elif path == "/v1" or path.startswith("/v1/"):
+            return self._relay(endpoint, scope)
+        if path == "/v1" or path.startswith("/v1/"):
             exchange = Exchange(scope)
-            await self._relay.guard(OTHER_LABEL, exchange, self._serve_v1(exchange))
-        else:
-            await self._serve_admin(scope, receive, send)
+            return self._relay.guard(OTHER_LABEL, exchange, self._serve_v1(exchange))
+        return self._serve_admin(scope, receive, send)
 
     async def _serve_v1(self, exchange: Exchange) -> None:
         self._tenants.authenticate(exchange.authorization)

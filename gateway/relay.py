@@ -244,7 +244,8 @@ class Relay(Generic[PlanT]):
             try:
                 if self.witness:
                     entry = journey.entry = self.witness.sent(journey.plan, journey.asked)
-                await self._keep_abreast()
+                if len(self._exchanges) > 1:
+                    await self._abreast.wait()
                 answer = await self._attempt(journey)
                 if exchange.begun:
                     return
@@ -276,10 +277,6 @@ class Relay(Generic[PlanT]):
             exchange.answer(answer.status, answer.headers, answer.body)
             return
 
-    async def _keep_abreast(self) -> None:
-        if len(self._exchanges) > 1:
-            await self._abreast.wait()
-
     def _replan(self, journey: Journey[PlanT]) -> bool:
         journey.excluded.add(journey.plan.replica.name)
         journey.plan = self._planner.replan(journey.plan, exclude=journey.excluded)
@@ -305,7 +302,8 @@ class Relay(Generic[PlanT]):
         headers = [_JSON_HEADER, (b"x-request-id", exchange.request_id.encode())]
         if exchange.accept:
             headers.append((b"accept", exchange.accept))
-        await self._keep_abreast()
+        if len(self._exchanges) > 1:
+            await self._abreast.wait()
         response = await self._upstream.post(plan.replica, journey.path, parts, headers)
         exchange.replica = plan.replica.name.encode()
         exchange.answering = lambda: self._first_byte(journey)

@@ -42,6 +42,7 @@ def build_server(app: Any, settings: Settings) -> DoorServer:
     config = uvicorn.Config(
         app,
         http=protocol,
+        interface="asgi3",
         ws="none",
         lifespan="off",
         log_config=None,
