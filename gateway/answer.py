@@ -2,50 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
-from gateway.cycle import RawHeaders
+from gateway.answer_head import AnswerHead
 from gateway.engine_connection import EngineConnection
 from gateway.exchange import Exchange
 
-_EVENT_STREAM = b"text/event-stream"
 _EVENT_END = b"\n\n"
-# Of one connection only, or set anew by our own server.
-_DROPPED_HEADERS = frozenset(
-    {b"connection", b"content-length", b"date", b"keep-alive", b"server", b"transfer-encoding", b"x-request-id"}
-)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A replica's whole answer, not yet sent."""
+class Answer(msgspec.Struct):
+    """A replica's whole answer, not yet sent. `lines` are the headers that the client gets, as they are sent."""
 
     status: int
-    headers: RawHeaders
+    lines: bytes
     body: bytes
 
 
+def at_hand(response: EngineConnection) -> Answer | None:
+    """The answer if all of it is there; None for an event stream, whose client waits for no whole answer."""
+    head = response.head
+    body = None if head.is_event_stream else response.at_hand()
+    return None if body is None else Answer(head.status, head.lines, body)
+
+
 async def pass_on(exchange: Exchange, response: EngineConnection, *, bytes_max: int) -> Answer | None:
-    """The answer if it is whole and nothing of it was sent yet; None when it was streamed to the client.
+    """The answer when it is whole and nothing of it was sent yet; None when it was streamed to the client.
 
     An answer of more than `bytes_max` bytes is streamed. Raises ConnectionBroke when the replica breaks off.
     """
-    status, headers = response.status, response.headers
-    if dict(headers).get(b"content-type", b"").startswith(_EVENT_STREAM):
-        events = _Events(exchange, status, _kept(headers), bytes_max)
+    head = response.head
+    if head.is_event_stream:
+        events = _Events(exchange, head, bytes_max)
         await response.pump(events.take, exchange.drained)
         events.end()
         return None
-    if (body := response.at_hand()) is not None:
-        return Answer(status, _kept(headers), body)
     return await _collect(exchange, response, bytes_max)
 
 
 class _Events:
     """Passes an event stream on. Only whole events are sent, so that an error event can follow any of them."""
 
-    def __init__(self, exchange: Exchange, status: int, headers: RawHeaders, bytes_max: int) -> None:
-        self._exchange, self._status, self._headers, self._bytes_max = exchange, status, headers, bytes_max
+    def __init__(self, exchange: Exchange, head: AnswerHead, bytes_max: int) -> None:
+        self._exchange, self._head, self._bytes_max = exchange, head, bytes_max
         self._held = b""
         self._begun = False
 
@@ -71,11 +70,11 @@ class _Events:
 
     def _begin(self) -> None:
         self._begun = True
-        self._exchange.begin(self._status, self._headers, is_event_stream=True)
+        self._exchange.begin(self._head.status, self._head.lines, is_event_stream=True)
 
 
 async def _collect(exchange: Exchange, response: EngineConnection, bytes_max: int) -> Answer | None:
-    status, headers = response.status, _kept(response.headers)
+    head = response.head
     parts: list[bytes] = []
     size = 0
     while part := await response.read():
@@ -84,8 +83,8 @@ async def _collect(exchange: Exchange, response: EngineConnection, bytes_max: in
         if size > bytes_max:
             break
     else:
-        return Answer(status, headers, b"".join(parts))
-    exchange.begin(status, headers)
+        return Answer(head.status, head.lines, b"".join(parts))
+    exchange.begin(head.status, head.lines)
     exchange.write(b"".join(parts))
     del parts
     while part := await response.read():
@@ -93,7 +92,3 @@ async def _collect(exchange: Exchange, response: EngineConnection, bytes_max: in
             await exchange.drained()
     exchange.finish()
     return None
-
-
-def _kept(headers: RawHeaders) -> RawHeaders:
-    return [header for header in headers if header[0] not in _DROPPED_HEADERS]

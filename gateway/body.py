@@ -111,17 +111,13 @@ def _encoded(value: Mapping[str, Any], encode: Callable[[object], bytes]) -> byt
         raise InvalidJson(f"The body cannot be passed on: {error}.") from None
 
 
-def names_forbidden(body: dict[str, Any]) -> bool:
-    """Whether a body has a field that a client may not set, be it null."""
-    return not _FORBIDDEN.isdisjoint(body)
-
-
-def check_body(endpoint: Endpoint, body: dict[str, Any]) -> None:
+def check_body(endpoint: Endpoint, body: dict[str, Any]) -> bool:
     """Refuse what a client may not set, and wrong types of what the gateway reads; nulls of the former are dropped.
 
-    Raises UnsupportedParameter and InvalidRequest.
+    Returns whether the body is as it was. Raises UnsupportedParameter and InvalidRequest.
     """
-    for name in _FORBIDDEN.intersection(body):
+    forbidden = _FORBIDDEN.intersection(body)
+    for name in forbidden:
         if body[name] is not None:
             raise UnsupportedParameter(name, FORBIDDEN_FIELDS[name])
         del body[name]
@@ -136,6 +132,7 @@ def check_body(endpoint: Endpoint, body: dict[str, Any]) -> None:
         _check_messages(body)
     elif isinstance(body.get("input"), list):
         _check_parts(body["input"])
+    return not forbidden
 
 
 def _check_messages(body: dict[str, Any]) -> None:

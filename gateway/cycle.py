@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any, Protocol
 
+from gateway.head_fields import HeadFields
+
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -42,7 +44,10 @@ class Line(Protocol):
 
 
 class Cycle:
-    """One request. `on_left` is called once when the client leaves before the answer is complete."""
+    """One request. `on_left` is called once when the client leaves before the answer is complete.
+
+    `fields` is what is wanted of its headers, where that is known already.
+    """
 
     __slots__ = (
         "_chunked",
@@ -56,6 +61,7 @@ class Cycle:
         "_waiter",
         "begun",
         "complete",
+        "fields",
         "keep_alive",
         "left",
         "more_body",
@@ -65,8 +71,11 @@ class Cycle:
         "unread_bytes",
     )
 
-    def __init__(self, line: Line, scope: Scope, *, keep_alive: bool, expects_continue: bool) -> None:
+    def __init__(
+        self, line: Line, scope: Scope, fields: HeadFields | None = None, *, keep_alive: bool, expects_continue: bool
+    ) -> None:
         self.scope = scope
+        self.fields = fields
         self.task: asyncio.Task[None] | None = None  # in which the application runs
         self.keep_alive = keep_alive
         self.more_body = True
@@ -93,6 +102,12 @@ class Cycle:
         self.unread_bytes += len(part)
         self._wake()
 
+    def has_all(self, body: bytes) -> None:
+        """All of the body came with the head: nobody waits for it yet."""
+        self._parts.append(body)
+        self.unread_bytes = len(body)
+        self.more_body = False
+
     def body_is_whole(self) -> None:
         """The last part came."""
         self.more_body = False
@@ -108,8 +123,6 @@ class Cycle:
         self._wake()
         if self.on_left is not None:
             self.on_left()
-        if self.task is None:  # it was never run
-            self.scope["extensions"].pop(EXTENSION, None)
 
     async def run(self, app: Asgi, running: set[asyncio.Task[None]]) -> None:
         """Have the application answer. What it raises is a defect: it is logged, and a client that got nothing gets a 500.
@@ -117,14 +130,16 @@ class Cycle:
         In the end the task is taken out of `running`, and the scope lets go of the cycle: else each request would leave
         objects that refer to each other, and a body with them, for the collector to find.
         """
+        scope = self.scope
+        scope["extensions"] = {EXTENSION: self}
         try:
-            await app(self.scope, self.receive, self.send)
+            await app(scope, self.receive, self.send)
         except Exception as error:  # whatever it is, the connection must not stay open without an answer
             _logger.error("a defect in the application", exc_info=error)
         finally:
             if not self.complete and not self.left:
                 self._end_badly()
-            self.scope["extensions"].pop(EXTENSION, None)
+            scope["extensions"].pop(EXTENSION, None)
             if self.task is not None:
                 running.discard(self.task)
                 self.task = None
@@ -183,6 +198,19 @@ class Cycle:
 
     def start(self, status: int, headers: RawHeaders) -> None:
         """Begin the answer. Without a content-length it is sent in chunks. Nothing leaves before the first `write` or `end`."""
+        length: int | None = None
+        lines = []
+        for header in headers:
+            if header[0] == b"connection":
+                self.keep_alive = self.keep_alive and header[1].lower() != b"close"
+                continue
+            if header[0] == b"content-length":
+                length = int(header[1])
+            lines.append(b"%b: %b\r\n" % header)
+        self.begin(status, b"".join(lines), length)
+
+    def begin(self, status: int, lines: bytes, length: int | None = None) -> None:
+        """As `start`, with headers as they are sent, none of them a connection's; their content-length is `length`."""
         if self.begun:
             raise RuntimeError("the answer has begun already")
         self.begun = True
@@ -191,27 +219,25 @@ class Cycle:
             self._expects_continue = False
             self.keep_alive = self.keep_alive and not self.more_body
         self._has_body = self.scope["method"] != "HEAD" and status not in _BODILESS
-        length: int | None = None
-        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, self._line.date_head()]
-        for header in headers:
-            if header[0] == b"connection":
-                self.keep_alive = self.keep_alive and header[1].lower() != b"close"
-                continue
-            if header[0] == b"content-length":
-                length = int(header[1])
-            lines.append(b"%b: %b\r\n" % header)
-        self._missing = length or 0
-        self._chunked = self._has_body and length is None
-        if self._chunked and self.scope["http_version"] == "1.0":
-            self._chunked = self.keep_alive = False
+        last = b"\r\n"
+        if length is not None:
+            self._missing = length
+        elif self._has_body and self.scope["http_version"] == "1.0":
+            self.keep_alive = False
             self._missing = -1
-        elif self._chunked:
-            lines.append(b"transfer-encoding: chunked\r\n")
+        elif self._has_body:
+            self._chunked = True
+            last = b"transfer-encoding: chunked\r\n\r\n"
         if not self.keep_alive:
-            lines.append(b"connection: close\r\n")
-        lines.append(b"\r\n")
+            last = last[:-2] + b"connection: close\r\n\r\n"
+        first = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
         self._line.note(self, status)
-        self._head = b"".join(lines)
+        self._head = b"%b%b%b%b" % (first, self._line.date_head(), lines, last)
+
+    def answer(self, status: int, lines: bytes, body: bytes) -> None:
+        """Send a whole answer; `lines` as for `begin`, its length among them."""
+        self.begin(status, lines, len(body))
+        self.end(body)
 
     def write(self, data: bytes) -> bool:
         """Send a part of the body; False when the client does not keep up: wait for `drained` before the next one."""

@@ -17,7 +17,7 @@ import httptools
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from gateway.cycle import EXTENSION, Asgi, Cycle, RawHeaders, Scope
+from gateway.cycle import Asgi, Cycle, RawHeaders, Scope
 from gateway.errors import ApiError, InvalidRequest, TooManyRequests, Unavailable
 from gateway.known_head import KnownHead
 from gateway.rejection import HeadTooLarge, rejection
@@ -124,12 +124,19 @@ class DoorProtocol(asyncio.Protocol):
     def _open_known(self, known: KnownHead, data: bytes, start: int) -> bytes:
         """Begin a request with a head that was parsed before; returns its body and what follows."""
         self._remembered_in_vain = 0
-        scope, self._missing = known.scope(data, start)
+        scope, missing = known.scope(data, start)
+        cycle = Cycle(self, scope, known.fields, keep_alive=True, expects_continue=False)
+        body = data[start:]
+        if len(body) == missing <= BODY_READ_AHEAD_BYTES_MAX and self._is_free:
+            cycle.has_all(body)
+            self._begin(cycle)
+            return b""
+        self._missing = missing
         self._headers = scope["headers"]
-        self._open(Cycle(self, scope, keep_alive=True, expects_continue=False))
-        if not self._missing:
+        self._open(cycle)
+        if not missing:
             self.on_message_complete()
-        return data[start:]
+        return body
 
     def _take_body(self, data: bytes) -> bytes:
         """Feed the body of a request whose head was known, past the parser, which would copy it; returns what follows it."""
@@ -144,6 +151,11 @@ class DoorProtocol(asyncio.Protocol):
     def _is_between(self) -> bool:
         """Whether what comes next begins a request."""
         return not self._in_message and self._head_bytes == 0
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether nothing is being answered, and what was answered was read."""
+        return (self._cycle is None or self._cycle.complete) and not self.write_paused
 
     def _parse(self, data: bytes) -> None:
         worth_it = self._remembered_in_vain < HEADS_REMEMBERED_MAX and self._is_between
@@ -229,9 +241,8 @@ class DoorProtocol(asyncio.Protocol):
         """A request's head is there."""
         self._in_message = True
         self._head_bytes = 0
-        cycle.scope["extensions"] = {EXTENSION: cycle}
         self._upload = cycle
-        if (self._cycle is None or self._cycle.complete) and not self.write_paused:
+        if self._is_free:
             self._begin(cycle)
         elif len(self._waiting) < PIPELINED_MAX:  # answers go out in the order of the requests, and when those before were read
             self._waiting.append(cycle)

@@ -14,12 +14,17 @@ from typing import cast
 
 import httptools
 
+from gateway.answer_head import AnswerHead, KnownAnswer
+
 HEAD_BYTES_MAX = 64 << 10
 READ_AHEAD_BYTES_MAX = 256 << 10
 """Bytes of an answer that are held before they are asked for; then the replica has to wait."""
 _JOINED_BYTES_MAX = 64 << 10
 
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+
+_OK = 200
+_NO_HEAD = AnswerHead(0, [])
 
 Sink = Callable[[bytes], bool]
 
@@ -40,14 +45,13 @@ _IDLE, _HEAD, _BODY, _WHOLE, _BROKEN = _State  # found faster than as attributes
 
 
 class EngineConnection(asyncio.Protocol):
-    """One connection. `status` and `headers` are of the last answer, names in lower case.
+    """One connection. `head` is of the last answer.
 
     Call `send`, then `read` to the end or `pump`, then hand it back to its pool if `reusable`, or `close` it.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_lost: Callable[[EngineConnection], None]) -> None:
-        self.status = 0
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.head = _NO_HEAD
         self.idle_since = 0.0
         self._loop = loop
         self._on_lost = on_lost
@@ -64,15 +68,18 @@ class EngineConnection(asyncio.Protocol):
         self._defect: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._parser = httptools.HttpResponseParser(self)
+        self._is_between = True  # the parser is at the end of an answer, or has got nothing at all
+        self._known: KnownAnswer | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
 
     # Called by the relay.
 
-    async def send(self, head: bytes, body: Sequence[bytes]) -> None:
-        """Send a request, its body in parts, and wait for the head of its answer. Raises ConnectionBroke."""
+    async def send(self, head: bytes, body: Sequence[bytes], size: int) -> None:
+        """Send a request, its body of `size` bytes in parts, and wait for the head of its answer. Raises ConnectionBroke."""
         if self._state is not _IDLE:
             raise ConnectionBroke(self._why)
         self._state = _HEAD
-        if sum(map(len, body)) <= _JOINED_BYTES_MAX:
+        if size <= _JOINED_BYTES_MAX:
             self._transport.write(b"".join((head, *body)))
         else:
             self._transport.writelines((head, *body))
@@ -130,6 +137,7 @@ class EngineConnection(asyncio.Protocol):
     def reset(self, now: float) -> None:
         """Be ready for another request; `now` is time.monotonic's."""
         self._state = _IDLE
+        self._is_between = True
         self.idle_since = now
 
     def close(self) -> None:
@@ -142,13 +150,27 @@ class EngineConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._state is _BROKEN:
-            return
+        known = self._known
+        if known is not None and self._is_between and self._state is _HEAD and (body := known.body(data)) is not None:
+            self.head = known.head
+            self._keep_alive = True
+            self._state = _WHOLE
+            if body:
+                self.on_body(body)
+            self._wake()
+        elif self._state is not _BROKEN:
+            self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        begins, self._is_between = self._is_between, False
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._break(f"its answer is not HTTP: {error}")
             return
+        if begins and self._state is _WHOLE and self._keep_alive and self.head.status == _OK:
+            is_1_1 = self._parser.get_http_version() == "1.1"
+            self._known = KnownAnswer.of(data, self._headers, self.head) if is_1_1 else None
         if self._sink is not None:
             self._feed_sink()
         elif self._held_bytes > READ_AHEAD_BYTES_MAX and self._state is _BODY and not self._paused:
@@ -169,7 +191,7 @@ class EngineConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if self._state is not _HEAD:
             raise ConnectionBroke("an answer that nobody asked for")
-        self.headers = []
+        self._headers = []
         self._head_bytes = 0
         self._framed = False
 
@@ -177,13 +199,13 @@ class EngineConnection(asyncio.Protocol):
         self._head_bytes += len(name) + len(value)
         if self._head_bytes > HEAD_BYTES_MAX:
             raise ConnectionBroke("the answer's head is too large")
-        self.headers.append((name.lower(), value))
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if status >= 200:
-            self.status = status
-            self._framed = not _FRAMING.isdisjoint(dict(self.headers))
+            self.head = AnswerHead(status, self._headers)
+            self._framed = not _FRAMING.isdisjoint(dict(self._headers))
             self._state = _BODY
 
     def on_body(self, body: bytes) -> None:

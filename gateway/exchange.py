@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
-from gateway.cycle import RawHeaders, Scope, cycle_of
+from gateway.cycle import Scope, cycle_of
 from gateway.errors import ApiError, BodyTooLarge, InvalidRequest, error_body
-from gateway.request_ids import sane_request_id
+from gateway.head_fields import HeadFields, content_length
+from gateway.request_ids import fresh_id
 
-_JSON = (b"content-type", b"application/json")
+JSON_LINE = b"content-type: application/json\r\n"
+"""The header of an answer in JSON, and of a request."""
 
 
 class ClientLeft(Exception):
@@ -38,34 +40,29 @@ class Exchange:
         self.begun_at = 0.0
         self.is_event_stream = False
         self.body_bytes = 0
-        self._cycle = cycle_of(scope)
-        self.write: Callable[[bytes], bool] = self._cycle.write
-        self._task = self._cycle.task
-        header = dict(scope["headers"]).get  # of a header that occurs twice the last one counts
-        self.authorization: bytes | None = header(b"authorization")
-        self.content_type: bytes = header(b"content-type", b"")
-        length: bytes = header(b"content-length", b"")
-        self.content_length = int(length.lstrip(b"0") or b"0") if length.isdigit() else None
-        self.accept: bytes = header(b"accept", b"")
-        pinned: bytes | None = header(b"x-peerkv-replica")
-        self.pinned = None if pinned is None else pinned.decode("latin-1")
-        self.request_id = sane_request_id(header(b"x-request-id"))
+        self._cycle = cycle = cycle_of(scope)
+        self._task = cycle.task
+        self.write = cycle.write
+        self.fields = fields = cycle.fields or HeadFields.of(scope["headers"])
+        self.request_id = fields.request_id or fresh_id()
 
     @property
     def begun(self) -> bool:
         """Whether the answer's head was sent."""
         return self.status != 0
 
-    async def read_body(self, hold: Callable[[int], None], *, bytes_max: int, seconds_max: float) -> bytes:
-        """The whole body. `hold` is told of bytes about to be held and may raise.
+    def body_at_hand(self, hold: Callable[[int], None], bytes_max: int) -> bytes | None:
+        """All of the body if it is there, as `read_body` gives it."""
+        cycle = self._cycle
+        return None if cycle.more_body else self._counted(cycle.take(), hold, bytes_max)
+
+    async def read_body(self, hold: Callable[[int], None], bytes_max: int, seconds_max: float) -> bytes:
+        """The whole body, as it comes. `hold` is told of bytes about to be held and may raise.
 
         Raises BodyTooLarge, InvalidRequest (408) when it does not come in time, ClientLeft.
         """
-        if (self.content_length or 0) > bytes_max:
+        if content_length(self.scope["headers"]) > bytes_max:
             raise BodyTooLarge(bytes_max)
-        cycle = self._cycle
-        if not cycle.more_body:
-            return self._counted(cycle.take(), hold, bytes_max)
         try:
             async with asyncio.timeout(seconds_max):
                 return await self._read_parts(hold, bytes_max)
@@ -110,28 +107,32 @@ class Exchange:
             self.ending = error
             self._task.cancel()
 
-    def begin(self, status: int, headers: RawHeaders, *, is_event_stream: bool = False) -> None:
-        """Begin the answer; its head leaves with the first bytes of its body."""
+    def begin(self, status: int, lines: bytes, *, is_event_stream: bool = False) -> None:
+        """Begin the answer, `lines` among its headers; its head leaves with the first bytes of its body."""
         self.status = status
         self.begun_at = time.perf_counter()
         self.is_event_stream = is_event_stream
-        headers.append((b"x-request-id", self.request_id.encode()))
-        if self.replica:
-            headers.append((b"x-peerkv-replica", self.replica))
+        lines += self._own_lines()
         if self.answering is not None and (cache := self.answering()):
-            headers.append((b"x-peerkv-cache", cache))
-        self._cycle.start(status, headers)
+            lines += b"x-peerkv-cache: %b\r\n" % cache
+        self._cycle.begin(status, lines)
 
     async def drained(self) -> None:
         """Wait until the client has read enough for more, or is gone."""
         await self._cycle.drained()
 
-    def answer(self, status: int, headers: RawHeaders, body: bytes) -> None:
-        """Send a whole answer."""
+    def answer(self, status: int, lines: bytes, body: bytes) -> None:
+        """Send a whole answer, `lines` among its headers."""
         self.unwatch()
-        headers.append((b"content-length", b"%d" % len(body)))
-        self.begin(status, headers)
-        self._cycle.end(body)
+        self.status = status
+        self.begun_at = time.perf_counter()
+        self._cycle.answer(status, b"%bcontent-length: %d\r\n%b" % (lines, len(body), self._own_lines()), body)
+
+    def _own_lines(self) -> bytes:
+        """The headers that every answer has from us."""
+        if self.replica:
+            return b"x-request-id: %b\r\nx-peerkv-replica: %b\r\n" % (self.request_id.encode(), self.replica)
+        return b"x-request-id: %b\r\n" % self.request_id.encode()
 
     def finish(self, last: bytes = b"") -> None:
         """Send the end of a streamed answer."""
@@ -146,11 +147,12 @@ class Exchange:
         """
         self.unwatch()
         if not self.begun:
-            self.answer(error.status, [_JSON, *_raw(error.headers.items())], error.body())
+            self.answer(error.status, JSON_LINE + header_lines(error.headers), error.body())
         elif self.is_event_stream:
             event = error_body(error.message, type=error.type, code=error.code, param=error.param)
             self.finish(b"data: " + event + b"\n\n")
 
 
-def _raw(headers: Iterable[tuple[str, str]]) -> RawHeaders:
-    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+def header_lines(headers: Mapping[str, str]) -> bytes:
+    """Headers as they are sent."""
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode("latin-1")

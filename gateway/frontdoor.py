@@ -10,7 +10,7 @@ import msgspec
 
 from gateway.cycle import Asgi, Receive, Scope, Send
 from gateway.errors import InternalError, MethodNotAllowed, UnknownPath
-from gateway.exchange import Exchange
+from gateway.exchange import JSON_LINE, Exchange
 from gateway.relay import PATHS, Relay
 from gateway.served_models import ModelsCache
 from gateway.tenants import Tenants
@@ -44,7 +44,7 @@ class FrontDoor:
         return self._serve_admin(scope, receive, send)
 
     async def _serve_v1(self, exchange: Exchange) -> None:
-        self._tenants.authenticate(exchange.authorization)
+        self._tenants.authenticate(exchange.fields.authorization)
         method, path = exchange.scope["method"], exchange.scope["path"]
         is_models = path == MODELS_PATH or path.startswith(MODELS_PATH + "/")
         if path in PATHS:
@@ -57,7 +57,7 @@ class FrontDoor:
             body = (await self._models.current()).raw
         else:
             body = msgspec.json.encode(await self._models.card(path[len(MODELS_PATH) + 1 :]))
-        exchange.answer(200, [(b"content-type", b"application/json")], body)
+        exchange.answer(200, JSON_LINE, body)
 
     async def _serve_admin(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The admin application answers its own errors; what it raises beyond them is a defect."""

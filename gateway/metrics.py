@@ -55,14 +55,13 @@ class Metrics:
             self.registry.register(collector)
         self.imports = ImportTimes(self.registry)
 
-    def answered(self, endpoint: str, status: int, seconds: float) -> None:
-        """A request was answered, completely or as far as it went, `seconds` after it came. `endpoint` is of a fixed set."""
+    def answered(self, endpoint: str, status: int, seconds: float, first_byte_seconds: float | None) -> None:
+        """A request was answered, completely or as far as it went, `seconds` after it came, and so long after that the first
+        byte of its answer went out, if any did. `endpoint` is of a fixed set."""
         self._answers.add(endpoint, status)
         self._seconds.add(endpoint, seconds)
-
-    def first_byte(self, endpoint: str, seconds: float) -> None:
-        """The first byte of an answer went out `seconds` after the request came."""
-        self._first.add(endpoint, seconds)
+        if first_byte_seconds is not None:
+            self._first.add(endpoint, first_byte_seconds)
 
     def attach(self, snapshot: Callable[[], KvStats]) -> None:
         """Show what `snapshot` counts too, read at each scrape."""

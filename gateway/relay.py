@@ -11,15 +11,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol
+
+import msgspec
 
 from engine.fleet import FleetView
 from gateway.abreast import Abreast
 from gateway.access import AdminAccess
-from gateway.answer import Answer, pass_on
+from gateway.answer import Answer, at_hand, pass_on
 from gateway.attempts import Asked, Entry
-from gateway.body import Endpoint, check_body, decode_body, names_forbidden, request_parts
+from gateway.body import Endpoint, check_body, decode_body, request_parts
 from gateway.cycle import Scope
 from gateway.engine_connection import ConnectionBroke
 from gateway.errors import (
@@ -32,7 +34,7 @@ from gateway.errors import (
     TooManyRequests,
     Unavailable,
 )
-from gateway.exchange import ClientLeft, Exchange
+from gateway.exchange import JSON_LINE, ClientLeft, Exchange
 from gateway.ledger import LEFT_STATUS, LOST_STATUS
 from gateway.planning import PlannerLike, PlanT
 from gateway.served_models import ModelsCache
@@ -49,17 +51,14 @@ PATHS: dict[str, Endpoint] = {
     "/v1/embeddings": "embeddings",
 }
 ENDING_SECONDS_MAX = 2.0  # for requests that are ended to tell their clients so
-_JSON = b"application/json"
-_JSON_HEADER = (b"content-type", _JSON)
 # The replica is in trouble and another one may not be; every other answer is the client's.
 RETRIED_STATUSES = frozenset({500, 502, 503})
 
 
 class Meter(Protocol):
-    """Measures requests; times are in seconds since the request came."""
+    """Measures requests. Times are in seconds since the request came; that of the first byte is None where none was sent."""
 
-    def answered(self, endpoint: str, status: int, seconds: float) -> None: ...
-    def first_byte(self, endpoint: str, seconds: float) -> None: ...
+    def answered(self, endpoint: str, status: int, seconds: float, first_byte_seconds: float | None) -> None: ...
 
 
 @dataclass(slots=True)
@@ -75,8 +74,7 @@ class RelayCounters:
     internal_errors: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class Journey(Generic[PlanT]):
+class Journey(msgspec.Struct, Generic[PlanT], eq=False):
     """A request on its way over one replica or more. `raw` is its body as it came, None if something was taken out of it."""
 
     exchange: Exchange
@@ -86,7 +84,7 @@ class Journey(Generic[PlanT]):
     plan: PlanT
     asked: Asked
     entry: Entry | None = None
-    excluded: set[str] = field(default_factory=set)
+    excluded: frozenset[str] = frozenset()
 
 
 class Relay(Generic[PlanT]):
@@ -117,8 +115,7 @@ class Relay(Generic[PlanT]):
         self._exchanges: set[Exchange] = set()
         self._abreast = Abreast()
         self._held_bytes = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._idle = asyncio.Event()  # set when nothing new is taken and all is done
 
     @property
     def in_flight(self) -> int:
@@ -133,8 +130,13 @@ class Relay(Generic[PlanT]):
     async def guard(self, label: str, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
         """Run `work`, measure it as `label`, and turn whatever it raises into the right end of the exchange."""
         self.counters.requests += 1
+        exchanges = self._exchanges
         try:
-            self._enter(exchange)
+            if self.draining:
+                raise Unavailable("The gateway is stopping.")
+            if len(exchanges) >= self._settings.requests_in_flight_max:
+                raise TooManyRequests(self._settings.requests_in_flight_max)
+            exchanges.add(exchange)
             await work
         except ApiError as error:
             self.counters.refused += error.status < 500
@@ -151,30 +153,14 @@ class Relay(Generic[PlanT]):
         finally:
             work.close()
             exchange.unwatch()
-            self._leave(exchange)
-            self._measure(label, exchange)
-
-    def _measure(self, label: str, exchange: Exchange) -> None:
-        if self.meter is None:
-            return
-        status = LEFT_STATUS if exchange.left else exchange.status
-        self.meter.answered(label, status, time.perf_counter() - exchange.came_at)
-        if exchange.begun:
-            self.meter.first_byte(label, exchange.begun_at - exchange.came_at)
-
-    def _enter(self, exchange: Exchange) -> None:
-        if self.draining:
-            raise Unavailable("The gateway is stopping.")
-        if len(self._exchanges) >= self._settings.requests_in_flight_max:
-            raise TooManyRequests(self._settings.requests_in_flight_max)
-        self._exchanges.add(exchange)
-        self._idle.clear()
-
-    def _leave(self, exchange: Exchange) -> None:
-        self._held_bytes -= exchange.body_bytes
-        self._exchanges.discard(exchange)
-        if not self._exchanges:
-            self._idle.set()
+            self._held_bytes -= exchange.body_bytes
+            exchanges.discard(exchange)
+            if self.draining and not exchanges:
+                self._idle.set()
+            if self.meter is not None:
+                came_at, status = exchange.came_at, exchange.status
+                first = exchange.begun_at - came_at if status else None
+                self.meter.answered(label, LEFT_STATUS if exchange.left else status, time.perf_counter() - came_at, first)
 
     async def _cancelled(self, exchange: Exchange) -> None:
         """Our own cancellation ends here; anybody else's goes on."""
@@ -203,29 +189,31 @@ class Relay(Generic[PlanT]):
 
     async def _idle_in(self, seconds: float) -> bool:
         """Whether all requests are done within `seconds`."""
+        if not self._exchanges:
+            return True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
         return self._idle.is_set()
 
     async def _serve(self, endpoint: Endpoint, exchange: Exchange) -> None:
-        tenant = self._tenants.authenticate(exchange.authorization)
-        if exchange.pinned is not None:
+        tenant = self._tenants.authenticate(exchange.fields.authorization)
+        if exchange.fields.pinned is not None:
             self._access.check(exchange.scope)
-        kind = exchange.content_type
-        if kind != _JSON and kind.partition(b";")[0].strip().lower() != _JSON:
+        if not exchange.fields.is_json:
             raise InvalidRequest("Send the header 'Content-Type: application/json'.", code="invalid_content_type")
         settings = self._settings
-        raw = await exchange.read_body(self._hold, bytes_max=settings.body_bytes_max, seconds_max=settings.body_seconds_max)
+        raw = exchange.body_at_hand(self._hold, settings.body_bytes_max)
+        if raw is None:
+            raw = await exchange.read_body(self._hold, settings.body_bytes_max, settings.body_seconds_max)
         exchange.watch()
         body = decode_body(raw)
-        untouched = None if names_forbidden(body) else raw  # else the check takes them out
+        untouched = raw if check_body(endpoint, body) else None
         del raw
-        check_body(endpoint, body)
         model = body.get("model") or ""
         if model and not self._models.lists(model):
             await self._models.card(model)
-        plan = await self._planner.plan(endpoint, body, tenant, pinned=exchange.pinned)
+        plan = await self._planner.plan(endpoint, body, tenant, pinned=exchange.fields.pinned)
         asked = Asked(exchange.request_id, endpoint, tenant.name, model)
         await self._travel(Journey(exchange, exchange.scope["path"], body, untouched, plan, asked))
 
@@ -263,7 +251,7 @@ class Relay(Generic[PlanT]):
                     self.witness.ended(entry, _outcome(exchange, answer))
             if answer is None or answer.status in RETRIED_STATUSES:
                 try:
-                    retried = attempts_left > 0 and exchange.pinned is None and self._replan(journey)
+                    retried = attempts_left > 0 and exchange.fields.pinned is None and self._replan(journey)
                 except NoReplicaReady:
                     if answer is None:
                         raise
@@ -274,11 +262,11 @@ class Relay(Generic[PlanT]):
                 raise ReplicaLost
             if answer.status == 404 and b'"error"' not in answer.body:  # not vLLM's handler: it has no such route
                 raise NotOfThisModel(journey.path)
-            exchange.answer(answer.status, answer.headers, answer.body)
+            exchange.answer(answer.status, answer.lines, answer.body)
             return
 
     def _replan(self, journey: Journey[PlanT]) -> bool:
-        journey.excluded.add(journey.plan.replica.name)
+        journey.excluded |= {journey.plan.replica.name}
         journey.plan = self._planner.replan(journey.plan, exclude=journey.excluded)
         self.counters.retries += 1
         return True
@@ -299,18 +287,18 @@ class Relay(Generic[PlanT]):
         if plan.kv_transfer_params is not None:
             changes["kv_transfer_params"] = plan.kv_transfer_params
         parts = request_parts(journey.body, journey.raw, changes)
-        headers = [_JSON_HEADER, (b"x-request-id", exchange.request_id.encode())]
-        if exchange.accept:
-            headers.append((b"accept", exchange.accept))
+        lines = b"%bx-request-id: %b\r\n%b" % (JSON_LINE, exchange.request_id.encode(), exchange.fields.accept_line)
         if len(self._exchanges) > 1:
             await self._abreast.wait()
-        response = await self._upstream.post(plan.replica, journey.path, parts, headers)
+        response = await self._upstream.post(plan.replica, journey.path, lines, parts)
         exchange.replica = plan.replica.name.encode()
-        exchange.answering = lambda: self._first_byte(journey)
         try:
-            answer = await pass_on(exchange, response, bytes_max=self._settings.answer_bytes_max)
-            if answer is not None and (cache := exchange.answering()):
-                answer.headers.append((b"x-peerkv-cache", cache))
+            answer = at_hand(response)
+            if answer is None:
+                exchange.answering = lambda: self._first_byte(journey)
+                answer = await pass_on(exchange, response, bytes_max=self._settings.answer_bytes_max)
+            if answer is not None and (cache := self._first_byte(journey)):
+                answer.lines += b"x-peerkv-cache: %b\r\n" % cache
             return answer
         except ConnectionBroke as error:
             raise broken(plan.replica, error) from error

@@ -22,8 +22,16 @@ def _random_ids() -> Iterator[str]:
 _fresh = _random_ids()
 
 
-def sane_request_id(given: bytes | None) -> str:
-    """The client's request id if it is harmless, else a new one of 32 hex digits."""
-    if given is not None and _SANE_ID.fullmatch(given):
-        return given.decode("ascii")
+def sane_id(given: bytes | None) -> str | None:
+    """The client's request id if there is one and it is harmless."""
+    return given.decode("ascii") if given is not None and _SANE_ID.fullmatch(given) else None
+
+
+def fresh_id() -> str:
+    """A new id of 32 hex digits."""
     return next(_fresh)
+
+
+def sane_request_id(given: bytes | None) -> str:
+    """The client's request id if it is harmless, else a new one."""
+    return sane_id(given) or fresh_id()

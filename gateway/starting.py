@@ -8,9 +8,8 @@ import msgspec
 
 from gateway.cycle import Asgi, Receive, Scope, Send
 from gateway.errors import Unavailable
-from gateway.exchange import Exchange
+from gateway.exchange import JSON_LINE, Exchange
 
-_JSON = (b"content-type", b"application/json")
 RETRY_SECONDS = 5
 
 
@@ -23,11 +22,10 @@ class StartingDoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope)
         if scope["path"] == "/health":
-            exchange.answer(200, [_JSON], msgspec.json.encode({"status": "ok"}))
+            exchange.answer(200, JSON_LINE, msgspec.json.encode({"status": "ok"}))
         elif scope["path"] == "/ready":
             body = {"ready": False, "reason": self.reason, "model": "", "replicas": []}
-            retry = (b"retry-after", b"%d" % RETRY_SECONDS)
-            exchange.answer(503, [_JSON, retry], msgspec.json.encode(body))
+            exchange.answer(503, JSON_LINE + b"retry-after: %d\r\n" % RETRY_SECONDS, msgspec.json.encode(body))
         else:
             exchange.fail(Unavailable(f"The gateway is {self.reason}.", retry_after_seconds=RETRY_SECONDS))
 

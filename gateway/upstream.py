@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from typing import Any
 from urllib.parse import urlencode
 
 from engine.fleet import Replica
@@ -15,7 +16,6 @@ from gateway.engine_connection import ConnectionBroke, EngineConnection
 from gateway.errors import GatewayError, ReplicaTooSlow
 from gateway.settings import Settings
 
-Headers = Sequence[tuple[bytes, bytes]]
 CONTROL_ANSWER_BYTES_MAX = 64 << 20
 
 
@@ -35,41 +35,37 @@ class Upstream:
         self._idle: dict[str, list[EngineConnection]] = {}
         self._busy: set[EngineConnection] = set()
 
-    async def post(self, replica: Replica, path: str, payload: Sequence[bytes], headers: Headers) -> EngineConnection:
+    def post(self, replica: Replica, path: str, lines: bytes, payload: Sequence[bytes]) -> Awaitable[EngineConnection]:
         """Send the request and return the connection when the answer's head is there; the caller gives it to `release`.
+
+        `lines` are the request's headers as they are sent, but for its length.
 
         A connection from the pool may have been closed by the replica a moment ago, which shows only when it is used.
         So a connection that breaks before the head is tried once more, on a new one. The replica may then compute the request
         twice, which costs time and nothing else: an answer is all that a request leaves. Raises UpstreamLost, ReplicaTooSlow.
         """
-        head = _head("POST", path, headers, sum(map(len, payload)))
+        size = sum(map(len, payload))
+        exchange = self._exchange(replica, _head("POST", path, lines, size), payload, size)
         seconds = self._settings.response_head_seconds_max
-        if seconds is None:
-            return await self._exchange(replica, head, payload)
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._exchange(replica, head, payload)
-        except TimeoutError:
-            raise ReplicaTooSlow(seconds) from None
+        return exchange if seconds is None else _within(seconds, exchange)
 
-    async def _exchange(self, replica: Replica, head: bytes, payload: Sequence[bytes]) -> EngineConnection:
-        try:
-            return await self._attempt(self._pooled(replica) or await self._connect(replica), head, payload)
-        except ConnectionBroke:
+    async def _exchange(self, replica: Replica, head: bytes, payload: Sequence[bytes], size: int) -> EngineConnection:
+        connection = self._pooled(replica) or await self._connect(replica)
+        is_second = False
+        while True:
+            self._busy.add(connection)
             try:
-                return await self._attempt(await self._connect(replica), head, payload)
-            except ConnectionBroke as error:
-                raise broken(replica, error) from error
-
-    async def _attempt(self, connection: EngineConnection, head: bytes, payload: Sequence[bytes]) -> EngineConnection:
-        self._busy.add(connection)
-        try:
-            await connection.send(head, payload)
-        except BaseException:
-            self._busy.discard(connection)
-            connection.close()
-            raise
-        return connection
+                await connection.send(head, payload, size)
+                return connection
+            except BaseException as error:
+                self._busy.discard(connection)
+                connection.close()
+                if not isinstance(error, ConnectionBroke):
+                    raise
+                if is_second:
+                    raise broken(replica, error) from error
+            connection = await self._connect(replica)
+            is_second = True
 
     def _pooled(self, replica: Replica) -> EngineConnection | None:
         """The connection that was used last; those that idle too long are closed."""
@@ -111,15 +107,15 @@ class Upstream:
 
     async def get_bytes(self, replica: Replica, path: str) -> bytes:
         """The body of a control call's 200 answer. Raises UpstreamLost, also for any other status."""
-        return await self._control(replica, path, _head("GET", path, (), None))
+        return await self._control(replica, path, _head("GET", path, b"", None))
 
     async def post_control(self, replica: Replica, path: str, query: Mapping[str, str]) -> bytes:
         """The body of the 200 answer to a POST without a body. Raises UpstreamLost, also for any other status."""
-        return await self._control(replica, path, _head("POST", f"{path}?{urlencode(query)}", (), 0))
+        return await self._control(replica, path, _head("POST", f"{path}?{urlencode(query)}", b"", 0))
 
     async def post_json(self, replica: Replica, path: str, payload: bytes, seconds_max: float) -> tuple[int, bytes]:
         """The status and body of the answer to a JSON POST. Raises UpstreamLost, also when it takes longer."""
-        head = _head("POST", path, ((b"content-type", b"application/json"),), len(payload))
+        head = _head("POST", path, b"content-type: application/json\r\n", len(payload))
         return await self._whole_answer(replica, path, head, payload, seconds_max)
 
     async def _control(self, replica: Replica, path: str, head: bytes) -> bytes:
@@ -133,9 +129,9 @@ class Upstream:
     ) -> tuple[int, bytes]:
         try:
             async with asyncio.timeout(seconds_max):
-                connection = await self._exchange(replica, head, [payload])
+                connection = await self._exchange(replica, head, [payload], len(payload))
                 try:
-                    return connection.status, await _whole(connection)
+                    return connection.head.status, await _whole(connection)
                 except ConnectionBroke as error:
                     raise broken(replica, error) from error
                 finally:
@@ -160,11 +156,17 @@ async def _whole(connection: EngineConnection) -> bytes:
     return bytes(parts)
 
 
-def _head(method: str, path: str, headers: Headers, length: int | None) -> bytes:
-    lines = [b"%b: %b\r\n" % header for header in headers]
-    if length is not None:
-        lines.append(b"content-length: %d\r\n" % length)
-    return b"%b %b HTTP/1.1\r\nhost: localhost\r\n%b\r\n" % (method.encode(), path.encode(), b"".join(lines))
+def _head(method: str, path: str, lines: bytes, length: int | None) -> bytes:
+    start = b"%b %b HTTP/1.1\r\nhost: localhost\r\n%b" % (method.encode(), path.encode(), lines)
+    return start + b"\r\n" if length is None else b"%bcontent-length: %d\r\n\r\n" % (start, length)
+
+
+async def _within(seconds: float, exchange: Coroutine[Any, Any, EngineConnection]) -> EngineConnection:
+    try:
+        async with asyncio.timeout(seconds):
+            return await exchange
+    except TimeoutError:
+        raise ReplicaTooSlow(seconds) from None
 
 
 def broken(replica: Replica, error: ConnectionBroke) -> UpstreamLost:

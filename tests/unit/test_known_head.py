@@ -14,7 +14,8 @@ from uvicorn.server import ServerState
 
 from gateway import door_protocol
 from gateway.cycle import Cycle, Receive, Scope, Send
-from gateway.known_head import HEAD_BYTES_MAX, KnownHead
+from gateway.head_bytes import HEAD_BYTES_MAX
+from gateway.known_head import KnownHead
 from gateway.server import build_server
 from gateway.settings import Settings
 

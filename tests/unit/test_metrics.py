@@ -33,14 +33,15 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:
 
 def test_answers_are_counted_and_timed_by_endpoint() -> None:
     metrics = Metrics()
-    metrics.answered("completions", 200, 0.2)
-    metrics.answered("completions", 400, 0.1)
-    metrics.first_byte("chat", 0.05)
+    metrics.answered("completions", 200, 0.2, None)
+    metrics.answered("completions", 400, 0.1, None)
+    metrics.answered("chat", 200, 0.3, 0.05)
     found = samples(metrics)
     assert found["peerkv_gateway_answers_total", ("completions", "200")] == 1
     assert found["peerkv_gateway_request_seconds_count", ("completions",)] == 2
     assert found["peerkv_gateway_request_seconds_sum", ("completions",)] == pytest.approx(0.3)
     assert found["peerkv_gateway_first_byte_seconds_bucket", ("chat", "0.05")] == 1
+    assert ("peerkv_gateway_first_byte_seconds_count", ("completions",)) not in found
 
 
 def test_the_replicas_counters_are_read_at_each_scrape(scene: Scene) -> None:

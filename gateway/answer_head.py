@@ -1,0 +1,54 @@
+"""The head of a replica's answer, and what the relay makes of it: once for all answers that have the same."""
+
+from __future__ import annotations
+
+from gateway.cycle import RawHeaders
+from gateway.head_bytes import Cut, HeadBytes, cut_head
+
+_EVENT_STREAM = b"text/event-stream"
+# Of one connection only, or set anew by our own server.
+_DROPPED = frozenset(
+    {b"connection", b"content-length", b"date", b"keep-alive", b"server", b"transfer-encoding", b"x-request-id"}
+)
+
+
+class AnswerHead:
+    """An answer's status and what its headers, names in lower case, come to; `lines` are those that the client gets, as they
+    are sent."""
+
+    __slots__ = ("is_event_stream", "lines", "status")
+
+    def __init__(self, status: int, headers: RawHeaders) -> None:
+        self.status = status
+        self.is_event_stream = dict(headers).get(b"content-type", b"").startswith(_EVENT_STREAM)
+        self.lines = b"".join([b"%b: %b\r\n" % header for header in headers if header[0] not in _DROPPED])
+
+
+class KnownAnswer(HeadBytes):
+    """The head of an answer that came before, to know the next answer by. But for its length, and for its date each second,
+    a replica sends the same one again."""
+
+    __slots__ = ("head",)
+
+    def __init__(self, cut: Cut, head: AnswerHead) -> None:
+        super().__init__(cut)
+        self.head = head
+
+    @classmethod
+    def of(cls, data: bytes, headers: RawHeaders, head: AnswerHead) -> KnownAnswer | None:
+        """Remember the head that `data` begins with, parsed into `headers`; None for what may mean something else next time.
+
+        The caller vouches that it is of HTTP/1.1, is kept alive, and is of a status that has a body.
+        """
+        cut = cut_head(data, headers)
+        if cut is None:
+            return None
+        known = cls(cut, head)
+        return None if known.body(data) is None else known  # else an interim answer came before it
+
+    def body(self, data: bytes) -> bytes | None:
+        """The body of the answer that `data` is; None if it has not this head, or is not one whole answer and no more."""
+        start = self.body_starts(data)
+        if start is None or int(self.digits(data, start)) != len(data) - start:
+            return None
+        return data[start:]
