@@ -6,10 +6,11 @@ import msgspec
 
 from gateway.body import Endpoint
 from gateway.choices import Action, Decision, Option
-from gateway.losses import Case, Loss, judge, nothing_lost
-from transport.deliveries import Delivery
+from gateway.losses import COLD, NO_LOSS, Case, Loss, judge
+from transport.deliveries import Delivery, DeliveryReason
 
 _NOTHING = Delivery()
+_READS_NO_CACHE = DeliveryReason.READS_NO_CACHE
 
 
 class Asked(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -122,13 +123,15 @@ class Entry(msgspec.Struct, eq=False, gc=False, array_like=True):
         return self.plain_loss
 
     def _as_most(self) -> Loss | None:
-        """What most are judged to be, which delivered all that anybody had; None for the others."""
-        plan = self.planned
-        if len(self.deliveries) != 1 or not plan.looked_up or not plan.reads_cache:
+        """What `judge` says of most, which got all that anybody had; None for others."""
+        plan, found = self.planned, self.deliveries
+        if len(found) != 1 or not plan.looked_up or not plan.reads_cache:
             return None
-        got, size = self.deliveries[0], plan.block_size
-        best = plan.decision.best_available_tokens
-        return nothing_lost(got.local_tokens + got.peer_tokens, got.prompt_tokens, size, best // size * size, got.why)
+        got, size = found[0], plan.block_size
+        delivered = got.local_tokens + got.peer_tokens
+        if delivered < plan.decision.best_available_tokens // size * size or got.why is _READS_NO_CACHE:
+            return None
+        return NO_LOSS if delivered or got.prompt_tokens <= size else COLD
 
     def case(self, formerly: int = 0, elsewhere: int = 0) -> Case:
         """What the attempt is judged by; see Case for the arguments."""

@@ -72,7 +72,9 @@ class DeliveryFeed:
             self._hand_on(replica, place, newest, found)
 
     def _hand_on(self, replica: str, place: _Place, newest: int, found: list[Delivery]) -> None:
-        self.missed += max(0, newest - place.after - len(found))
+        missed = newest - place.after - len(found)
+        if missed > 0:
+            self.missed += missed
         place.after = newest
         table = place.table
         for delivery in found:

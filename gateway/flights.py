@@ -105,22 +105,18 @@ class Flights:
 
     def _teach(self, flight: Flight) -> None:
         """Tell the cost model once, as soon as the time and the tokens are both known."""
-        delivery = flight.delivery
-        if flight.taught or not flight.teaches or (delivery is None and (flight.reports or not flight.streamed)):
+        delivery, source, came_at = flight.delivery, flight.source, flight.first_byte_at
+        if delivery is not None:
+            source = delivery.source or None
+            if not flight.streamed:
+                came_at = delivery.first_token_ns / 1e9
+        elif flight.reports or not flight.streamed:
             return
-        if flight.streamed:
-            if not flight.first_byte_at:
-                return
-            seconds = flight.first_byte_at - flight.decided_at
-        else:
-            assert delivery is not None
-            seconds = delivery.first_token_ns / 1e9 - flight.decided_at
-        if seconds <= 0:
+        if came_at <= flight.decided_at or flight.taught or not flight.teaches:
             return
         flight.taught = True
-        source = delivery.source or None if delivery is not None else flight.source
-        if self._costs.wants(flight.key, source, flight.decided_at + seconds):
-            self._costs.observe(_outcome(flight, source, delivery, seconds))
+        if self._costs.wants(flight.key, source, came_at):
+            self._costs.observe(_outcome(flight, source, delivery, came_at - flight.decided_at))
 
 
 def _outcome(flight: Flight, source: str | None, delivery: Delivery | None, seconds: float) -> Outcome:

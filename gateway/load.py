@@ -122,7 +122,7 @@ class FleetLoad:
 
     def started(self, ticket: Ticket, now: float, *, silent: bool = False) -> None:
         """The request is about to be sent. `silent`: nobody will tell of its first token; it counts as come when expected."""
-        place = self._place(ticket.replica)
+        place = self._replicas.get(ticket.replica) or self._place(ticket.replica)
         if not place.waiting:
             place.since = now
         place.waiting[ticket.tag] = ticket
@@ -133,14 +133,16 @@ class FleetLoad:
 
     def first_byte(self, ticket: Ticket, now: float) -> None:
         """The first token came: the prompt is computed, the answer is being decoded. Once or more often, or never."""
-        place, tag = self._place(ticket.replica), ticket.tag
-        if place.waiting.pop(tag, None) is not None:
-            place.decoding[tag] = now
+        place = self._replicas.get(ticket.replica)
+        if place is not None and place.waiting.pop(ticket.tag, None) is not None:
+            place.decoding[ticket.tag] = now
             self._answered(place, ticket, now)
 
     def finished(self, ticket: Ticket, now: float) -> None:
         """The request ended, well or not."""
-        place, tag = self._place(ticket.replica), ticket.tag
+        place, tag = self._replicas.get(ticket.replica), ticket.tag
+        if place is None:
+            return
         began = place.decoding.pop(tag, None)
         if began is not None:
             place.load = None

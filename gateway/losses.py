@@ -83,15 +83,6 @@ NO_LOSS = Loss(LossReason.NONE)
 COLD = Loss(LossReason.COLD, 0, "nobody held any of it")
 
 
-def nothing_lost(delivered: int, prompt_tokens: int, block_size: int, best_available: int, why: DeliveryReason) -> Loss | None:
-    """What `judge` says of a prompt of known ids that may be cached, if nothing of it was lost for all that is known so far."""
-    if why is _READS_NO_CACHE:
-        return None
-    if delivered >= best_available:
-        return NO_LOSS if delivered or prompt_tokens <= block_size else COLD
-    return NO_LOSS if delivered >= useful_tokens(prompt_tokens, block_size) else None
-
-
 def judge(case: Case) -> Loss:
     """Tell why less was delivered than could have been, the nearest cause first."""
     if not case.reads_cache or case.why is _READS_NO_CACHE:

@@ -29,7 +29,7 @@ class Prompts:
 
     def drop(self, entry: Entry) -> None:
         """An attempt waits no longer."""
-        if self._entries and self._entries.pop(entry.planned.tag, None) is not None:
+        if self._entries.pop(entry.planned.tag, None) is not None:
             self._bytes -= _held_bytes(entry)
 
 

@@ -20,6 +20,7 @@ class PlanWitness:
     def __init__(self, recorder: Recorder, planner: Planner, wall_clock: Callable[[], float] = time.time) -> None:
         self._recorder = recorder
         self._planner = planner
+        self._table = planner.registry.ledger.table
         self._wall_clock = wall_clock
         self.first_byte = recorder.first_byte
         """The replica's answer begins; returns the value of x-peerkv-cache, empty if not known."""
@@ -29,7 +30,7 @@ class PlanWitness:
     def sent(self, plan: Plan, asked: Asked) -> Entry:
         """The request is about to be sent to the plan's replica."""
         known, decision = plan.asked.known, plan.decision
-        table = self._planner.registry.ledger.table(decision.replica)
+        table = self._table(decision.replica)
         planned = Planned(
             asked,
             decision,

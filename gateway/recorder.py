@@ -9,7 +9,7 @@ from typing import Protocol
 from gateway.attempts import Entry, Planned
 from gateway.feed import DeliveryFeed
 from gateway.ledger import Ledger
-from gateway.losses import useful_tokens
+from gateway.losses import LossReason, useful_tokens
 from gateway.origins import PROMPTS_BYTES_MAX, Prompts
 from gateway.registry import LookUp
 from gateway.seen import SeenPrefixes
@@ -21,6 +21,9 @@ SETTLED_TOGETHER = 16
 
 Who looks at the figures has all of them settled first.
 """
+
+
+_REASONS = {reason: f", reason={reason}".encode() for reason in LossReason}
 
 
 class Prefixes(Protocol):
@@ -89,7 +92,8 @@ class Recorder:
         for replica in {entry.planned.decision.replica for entry in due}:
             self.feed.poll(replica)  # a request of several choices has several records
         for entry in due:
-            self._prompts.drop(entry)
+            if entry.settle_until:
+                self._prompts.drop(entry)
             self.ledger.settle(entry, *self._history(entry))
 
     def _delivered(self, replica: str, table: Table, delivery: Delivery) -> None:
@@ -100,7 +104,8 @@ class Recorder:
 
         Nothing is looked for where the record explains everything; what the attempt computed is remembered.
         """
-        got, ids, planned = entry.steered, entry.ids, entry.planned
+        found, ids, planned = entry.deliveries, entry.ids, entry.planned
+        got = found[0] if len(found) == 1 else entry.steered
         if got is None or ids is None or not got.first_token_ns:
             return 0, 0
         block_size, delivered, tenant = planned.block_size, got.local_tokens + got.peer_tokens, planned.asked.tenant
@@ -144,5 +149,5 @@ def cache_header(entry: Entry) -> bytes:
         local = sum(delivery.local_tokens for delivery in found)
         peer = sum(delivery.peer_tokens for delivery in found)
         computed = sum(delivery.computed_tokens for delivery in found)
-    source = f', source="{steered.source}"' if steered.peer_tokens else ""
-    return f"local={local}, peer={peer}, computed={computed}{source}, reason={entry.judged().reason}".encode("latin-1")
+    source = f', source="{steered.source}"'.encode("latin-1") if steered.peer_tokens else b""
+    return b"local=%d, peer=%d, computed=%d%b%b" % (local, peer, computed, source, _REASONS[entry.judged().reason])
