@@ -2,14 +2,16 @@
 
 from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import astuple, replace
 
-from gateway.attempts import Planned
+from gateway.attempts import Entry, Planned
 from gateway.choices import Action
 from gateway.ledger import ATTEMPTS_KEPT, LEFT_STATUS, LOST_STATUS, UNREPORTED_SECONDS, Ledger
-from gateway.losses import LossReason
+from gateway.losses import LossReason, judge
 from tests.unit.planned_attempts import planned
-from transport.deliveries import Delivery
+from transport.deliveries import Delivery, DeliveryReason
 
 
 def pulled(tag: int = 11, **changes: Any) -> Planned:
@@ -192,3 +194,20 @@ def test_an_attempt_with_a_text_that_is_no_unicode_is_kept_too() -> None:
     ledger.open(pulled(12, request_id="r2"), 2.0)
     assert ledger.attempts("r1") == ()
     assert ledger.sums.dropped == 0
+
+
+@given(
+    prompt=st.integers(1, 60),
+    block_size=st.sampled_from([1, 16]),
+    best=st.integers(0, 60),
+    local=st.integers(0, 60),
+    why=st.sampled_from(list(DeliveryReason)),
+    flags=st.tuples(st.booleans(), st.booleans()),
+)
+def test_what_most_are_judged_to_be_is_what_they_are_judged_to_be_in_full(
+    prompt: int, block_size: int, best: int, local: int, why: DeliveryReason, flags: tuple[bool, bool]
+) -> None:
+    plan = planned(prompt_tokens=prompt, block_size=block_size, best_available_tokens=best, best_held_tokens=best)
+    entry = Entry(replace(plan, looked_up=flags[0], reads_cache=flags[1]), 0.0)
+    entry.deliveries = (Delivery(tag=1, scheduled_ns=1, prompt_tokens=prompt, local_tokens=local, why=why),)
+    assert entry.judged() == judge(entry.case())
