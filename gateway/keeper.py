@@ -155,8 +155,7 @@ class Keeper:
         def rank(replica: Replica) -> tuple[bool, int, int, str]:
             place = kept.places.get(replica.name)
             keeps = place is not None and place.state is not PlaceState.FAILED
-            holding = look_up.holdings.get(replica.name)
-            return not keeps, -(holding.blocks if holding else 0), busy.get(replica.name, 0), replica.name
+            return not keeps, -look_up.blocks.get(replica.name, 0), busy.get(replica.name, 0), replica.name
 
         return sorted(self._fleet.snapshot().ready(), key=rank)
 

@@ -3,7 +3,6 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping, Set
-from functools import lru_cache
 from math import inf
 from typing import Any, Protocol
 
@@ -11,12 +10,13 @@ from engine.fleet import FleetView, Replica
 from gateway.abreast import Abreast
 from gateway.body import Endpoint
 from gateway.chain import Chain
-from gateway.costs import CostModel, ModelKey
+from gateway.costs import CostModel
 from gateway.evictions import Evictions
 from gateway.feed import DeliveryFeed
 from gateway.flights import Flight, Flights
 from gateway.hint import CHAT_IDS, hint, takes_chat_ids
 from gateway.known_prompt import PromptReader
+from gateway.lineup import EMPTY, Lineup, Standing, line_up
 from gateway.load import FleetLoad
 from gateway.parity import ParityCounts, ParityVerdict
 from gateway.plan import Asked, Plan, SteeringCounts
@@ -32,8 +32,6 @@ from gateway.tenants import TenantContext
 from gateway.tokens import TokenService
 
 AFFINITY_CHARS_MAX = 512
-MODEL_KEYS_MAX = 1024
-_NOBODY: frozenset[str] = frozenset()
 
 
 class PlannerSettings(Protocol):
@@ -75,8 +73,7 @@ class Planner:
         self._abreast = Abreast()
         self._turns = itertools.count()
         self._tags = Tags()
-        self._stood: tuple[Mapping[str, Replica], Mapping[str, Table], list[tuple[str, ModelKey, Table | None]]] = ({}, {}, [])
-        self._names: list[str] = []
+        self._lineup = EMPTY
         self.costs = CostModel()
         self.load = FleetLoad()
         self._flights = Flights(self.load, self.costs, self.registry.refused)
@@ -157,62 +154,55 @@ class Planner:
         tables = self.registry.tables()
         self._flights.listen_to(tables)
         self.feed.refresh(tables)
+        lineup = self._line_up(ready, tables)
         look_up = usable = NOTHING
         if known.ids is not None:
             look_up = self.registry.look_up(known.ids, asked.salt, asked.lora, tables)
             if known.cacheable:
                 usable = look_up
-        candidates, held, computed = self._candidates(ready, asked, usable, tables, now)
+        candidates, held, computed = self._candidates(lineup, asked, usable, now)
         if first and look_up.chains:
             self._note(*look_up.chains[0], max(look_up.held_tokens_max, computed), now, missed=known.cacheable)
         view = self._view(asked, usable, held, now)
-        decision = steer(view, candidates, self.costs, now, next(self._turns), self._names)
-        plan = self._plan(asked, ready[decision.replica], decision, usable, tables, now)
+        decision = steer(view, candidates, self.costs, now, next(self._turns), lineup.names)
+        plan = self._plan(asked, lineup.replicas[decision.replica], decision, usable, now)
         self.counts.count(plan)
         return plan
 
-    def _candidates(
-        self, ready: Mapping[str, Replica], asked: Asked, look_up: LookUp, tables: Mapping[str, Table], now: float
-    ) -> tuple[list[Candidate], int, int]:
+    def _candidates(self, lineup: Lineup, asked: Asked, look_up: LookUp, now: float) -> tuple[list[Candidate], int, int]:
         """Return the ready replicas, and how many tokens of the prompt one of them holds and one of them computes at most."""
         promises: Mapping[str, int] = {}
         for chain, block_size in look_up.chains:
             promised = self.load.promised(chain, block_size)
             promises = {**promises, **promised} if promises else promised
-        holdings, load, pinned, imports = look_up.holdings, self.load.load, asked.pinned, self._imports
+        blocks, load, pinned = look_up.blocks, self.load.load, asked.pinned
         found = []
         held_most = computed_most = 0
-        for name, key, table in self._standing(ready, tables):
-            holding, promise, ahead, room = holdings.get(name), promises.get(name, 0), load(name, now), inf
-            if table is not None:  # the null block and what is being decoded hold something without a key
-                room = (table.num_blocks - 1 - table.cached_blocks() - ahead.decoding) * table.block_size
-            held, sources = 0, _NOBODY
-            if holding is not None:
-                held = holding.blocks * holding.block_size
+        for name, one in lineup.replicas.items():
+            held, promise, ahead = blocks.get(name, 0), promises.get(name, 0), load(name, now)
+            if held:
+                held *= one.block_size
                 if held > held_most:
                     held_most = held
-                if imports:
-                    sources = holding.exchanges_with
             if promise > computed_most:
                 computed_most = promise
-            transport = table.transport if table is not None else ""
-            takes = pinned is None or pinned == name
-            found.append(Candidate(name, held, ahead, sources, key, transport, promise, takes, "", room))
+            takes, room, table = pinned is None or pinned == name, inf, one.table
+            if table is not None:  # what is being decoded holds a block without a key
+                room = (one.blocks - table.cached_blocks() - ahead.decoding) * one.block_size
+            found.append(Candidate(name, held, ahead, one.sources, one.key, one.transport, promise, takes, "", room))
         return found, held_most, computed_most
 
-    def _standing(self, ready: Mapping[str, Replica], tables: Mapping[str, Table]) -> list[tuple[str, ModelKey, Table | None]]:
-        """Name, key and table of the replicas, worked out anew only when there are others, as their names in order are."""
-        if ready is not self._stood[0] or tables is not self._stood[1]:
-            found = []
-            for name, replica in ready.items():
-                table = tables.get(name)
-                found.append((name, _model_key(replica, table), table))
-            self._stood = (ready, tables, found)
-            self._names = sorted(ready)
+    def _line_up(self, ready: Mapping[str, Replica], tables: Mapping[str, Table]) -> Lineup:
+        """Return the ready replicas, the same object while nothing about them changes."""
+        exchanges, former = self.registry.exchanges(tables), self._lineup
+        if former.ready is ready and former.tables is tables and former.exchanges is exchanges:
+            return former
+        if former.tables is not tables:
             self.evictions.caches({name: table.num_blocks * table.block_size for name, table in tables.items()})
             for name, table in tables.items():
                 self.evictions.appeared(name, table)
-        return self._stood[2]
+        self._lineup = line_up(ready, tables, exchanges, imports=self._imports)
+        return self._lineup
 
     def _note(self, chain: Chain, block_size: int, at_hand: int, now: float, *, missed: bool) -> None:
         """Count a request, and learn what is `missed`: asked for before, beyond the tokens that are held or being computed."""
@@ -232,14 +222,11 @@ class Planner:
         again = self.evictions.again()
         return PromptView(asked.known.tokens, asked.affinity, rate, self.load.decode_seconds, block_size, again)
 
-    def _plan(
-        self, asked: Asked, replica: Replica, decision: Decision, look_up: LookUp, tables: Mapping[str, Table], now: float
-    ) -> Plan:
-        known, expected, name = asked.known, decision.expected, replica.name
+    def _plan(self, asked: Asked, one: Standing, decision: Decision, look_up: LookUp, now: float) -> Plan:
+        known, expected, name, table = asked.known, decision.expected, one.name, one.table
         tag = self._tags.next()
-        table = tables.get(name)
-        holding = look_up.holdings.get(name)
-        chain, block_size = look_up.chains[holding.chain] if holding is not None else (None, 0)
+        place = look_up.places.get(name)
+        chain, block_size = look_up.chains[place] if place is not None else (None, 0)
         cached = expected.local_tokens + expected.peer_tokens
         ready_in = expected.seconds
         flight = Flight(
@@ -251,9 +238,9 @@ class Planner:
             now + ready_in,
             chain,
             block_size,
-            _model_key(replica, table),
+            one.key,
             self.load.load(name, now),
-            table.transport if table is not None else "",
+            one.transport,
             now,
             ready_in,
             asked.streamed,
@@ -262,12 +249,11 @@ class Planner:
         )
         params = None
         if flight.reports:
-            held = holding.blocks * holding.block_size if holding is not None else 0
-            params = hint(asked, decision, tag, held, imports=self._imports)
+            params = hint(asked, decision, tag, look_up.blocks.get(name, 0) * block_size, imports=self._imports)
             if known.chat_ids and self._send_chat_ids and table is not None and takes_chat_ids(table):
                 params[CHAT_IDS] = known.ids
         return Plan(
-            replica=replica,
+            replica=one.replica,
             decision=decision,
             tag=tag,
             prompt=known.sent,
@@ -279,16 +265,6 @@ class Planner:
             flight=flight,
             asked=asked,
         )
-
-
-@lru_cache(maxsize=MODEL_KEYS_MAX)
-def _key_of(device: str, fingerprint: bytes) -> ModelKey:
-    return ModelKey(device.partition(":")[0], fingerprint.hex()[:16])
-
-
-def _model_key(replica: Replica, table: Table | None) -> ModelKey:
-    """Whose prefill terms a replica has: its kind of device's, with the fingerprint for the model."""
-    return _key_of(replica.device, table.fingerprint if table is not None else b"")
 
 
 def _affinity(body: Mapping[str, Any], salt: str) -> str:

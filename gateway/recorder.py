@@ -129,8 +129,7 @@ class Recorder:
             salt = self._salt_of(tenant)
             if salt is None or length <= more_than:
                 continue
-            found = self._prefixes.look_up(ids[: length + 1], salt, lora)
-            most = max(most, *(holding.tokens for holding in found.holdings.values()), 0)
+            most = max(most, self._prefixes.look_up(ids[: length + 1], salt, lora).held_tokens_max)
         return most
 
 

@@ -23,44 +23,29 @@ ROOTS_MAX = 4096
 _root_key = lru_cache(maxsize=ROOTS_MAX)(root_key)
 
 
-class Holding(msgspec.Struct, frozen=True, gc=False):
-    """`blocks` leading blocks of `block_size` tokens are held; imports are possible from `exchanges_with`.
-
-    `chain` says which of the look-up's chains is the replica's.
-    """
-
-    blocks: int
-    block_size: int
-    exchanges_with: frozenset[str]
-    chain: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.blocks * self.block_size
-
-
 class LookUp(msgspec.Struct, frozen=True):
-    """Holdings by replica name, for each with a live table whose hash is known.
+    """What the tables say of a prompt: how many leading blocks each replica holds, those left out that hold none.
 
-    `chains` are those that were looked up, with block sizes; `held_tokens_max` the tokens that somebody holds.
+    `chains` are those that were looked up, with block sizes, `places` tells which of them is a replica's, for each with a live
+    table whose hash is known; `held_tokens_max` are the tokens that somebody holds.
     """
 
-    holdings: Mapping[str, Holding]
+    blocks: Mapping[str, int]
+    places: Mapping[str, int]
     chains: tuple[tuple[Chain, int], ...]
     held_tokens_max: int
 
 
-NOTHING = LookUp({}, (), 0)
+NOTHING = LookUp({}, {}, (), 0)
 
 
 class _Kind(NamedTuple):
-    """Tables in which the same chain is looked up. `nothing` has each one's holding when it holds no block of it."""
+    """Tables in which the same chain is looked up."""
 
     fingerprint: bytes
     block_size: int
     hash_name: str
     tables: dict[str, Table]
-    nothing: dict[str, Holding]
 
 
 class Registry:
@@ -74,7 +59,7 @@ class Registry:
         self._exchanges: tuple[tuple[tuple[str, int], ...], dict[str, frozenset[str]]] = ((), {})
         self._refused: set[tuple[tuple[str, int], tuple[str, int]]] = set()
         self._exchanging: Mapping[str, Table] | None = None
-        self._kinds: tuple[Mapping[str, Table], Mapping[str, frozenset[str]], list[_Kind]] = ({}, {}, [])
+        self._kinds: tuple[Mapping[str, Table], list[_Kind], Mapping[str, int]] = ({}, [], {})
 
     def tables(self) -> Mapping[str, Table]:
         """Return the live tables by replica name; their counters go into the ledger. The same object while none changes."""
@@ -98,42 +83,39 @@ class Registry:
             ids = TokenIds.of(ids)
         if tables is None:
             tables = self.tables()
-        former, said, kinds = self._kinds
-        if former is not tables or said is not self._exchanges[1]:
-            kinds = self._kinds_of(tables)
+        former, kinds, places = self._kinds
+        if former is not tables:
+            kinds, places = self._sort(tables)
         tokens = max(0, len(ids) - 1)
         chains: list[tuple[Chain, int]] = []
-        holdings: dict[str, Holding] = {}
+        blocks: dict[str, int] = {}
         most = 0
-        for place, (fingerprint, block_size, hash_name, alike, nothing) in enumerate(kinds):
+        for fingerprint, block_size, hash_name, alike in kinds:
             root = _root_key(fingerprint, salt, lora, hash_name)
             chain = self._chains.chain(root, ids, tokens // block_size, block_size, hash_name)
             chains.append((chain, block_size))
-            holdings |= nothing
             if not chain.blocks:
                 continue
             words, known = chain.words, chain.known
             for name, table in alike.items():
                 held = table.held_blocks(words, known)
                 if held:
-                    holdings[name] = Holding(held, block_size, nothing[name].exchanges_with, place)
+                    blocks[name] = held
                     if held * block_size > most:
                         most = held * block_size
-        return LookUp(holdings, tuple(chains), most)
+        return LookUp(blocks, places, tuple(chains), most)
 
-    def _kinds_of(self, tables: Mapping[str, Table]) -> list[_Kind]:
-        """Return the tables by what their chains are made of."""
-        exchanges = self.exchanges(tables)
+    def _sort(self, tables: Mapping[str, Table]) -> tuple[list[_Kind], Mapping[str, int]]:
+        """Return the tables by what their chains are made of, and the place of each one's kind."""
         by_chain: dict[tuple[bytes, int, str], _Kind] = {}
         for name, table in tables.items():
             if table.hash_name not in HASHES:  # of a later version, or damaged: it holds nothing that we could name
                 continue
             key = (table.fingerprint, table.block_size, table.hash_name)
-            kind = by_chain.setdefault(key, _Kind(*key, {}, {}))
-            kind.tables[name] = table
-            kind.nothing[name] = Holding(0, table.block_size, exchanges[name], list(by_chain).index(key))
-        self._kinds = (tables, exchanges, list(by_chain.values()))
-        return self._kinds[2]
+            by_chain.setdefault(key, _Kind(*key, {})).tables[name] = table
+        kinds = list(by_chain.values())
+        self._kinds = (tables, kinds, {name: place for place, kind in enumerate(kinds) for name in kind.tables})
+        return kinds, self._kinds[2]
 
     def exchanges(self, tables: Mapping[str, Table]) -> Mapping[str, frozenset[str]]:
         """For each replica, the others that it can import from. Worked out anew only when a table came, went or restarted."""

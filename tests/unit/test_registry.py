@@ -28,24 +28,25 @@ def test_each_replica_holds_the_leading_blocks_that_its_table_has(tables: Replic
         tables.start(name)
     tables.hold("a", PROMPT)
     tables.hold("b", PROMPT[: 2 * BLOCK_SIZE])
-    holdings = registry.look_up([*PROMPT, 1]).holdings
-    assert {name: held.blocks for name, held in holdings.items()} == {"a": 5, "b": 2, "c": 0}
-    assert holdings["b"].tokens == 2 * BLOCK_SIZE
+    look_up = registry.look_up([*PROMPT, 1])
+    assert look_up.blocks == {"a": 5, "b": 2}
+    assert look_up.places == {"a": 0, "b": 0, "c": 0}
+    assert look_up.held_tokens_max == 5 * BLOCK_SIZE
 
 
 def test_a_block_that_ends_with_the_last_token_does_not_count(tables: ReplicaTables, registry: Registry) -> None:
     tables.start("a")
     tables.hold("a", PROMPT)
-    assert registry.look_up(PROMPT).holdings["a"].blocks == 4
-    assert registry.look_up(PROMPT[:BLOCK_SIZE]).holdings["a"].blocks == 0
-    assert registry.look_up([]).holdings["a"].blocks == 0
+    assert registry.look_up(PROMPT).blocks == {"a": 4}
+    assert registry.look_up(PROMPT[:BLOCK_SIZE]).blocks == {}
+    assert registry.look_up([]).blocks == {}
 
 
 def test_salt_and_adapter_separate_prefixes(tables: ReplicaTables, registry: Registry) -> None:
     tables.start("a")
     tables.hold("a", PROMPT, salt="s", lora="l=/l")
     found = {
-        (salt, lora): registry.look_up(PROMPT, salt, lora).holdings["a"].blocks
+        (salt, lora): registry.look_up(PROMPT, salt, lora).blocks.get("a", 0)
         for salt in ("", "s", "t")
         for lora in ("", "l=/l")
     }
@@ -67,8 +68,9 @@ def test_a_chain_is_looked_up_for_each_fingerprint(tables: ReplicaTables, regist
     tables.hold("a", PROMPT)
     tables.hold("b", PROMPT)
     look_up = registry.look_up([*PROMPT, 1])
-    assert (look_up.holdings["a"].blocks, look_up.holdings["b"].blocks) == (5, 2)
-    assert sorted((len(keys), size) for keys, size in look_up.chains) == [(2, 8), (5, 4)]
+    assert look_up.blocks == {"a": 5, "b": 2}
+    chains = {name: look_up.chains[place] for name, place in look_up.places.items()}
+    assert {name: (len(keys), size) for name, (keys, size) in chains.items()} == {"a": (5, 4), "b": (2, 8)}
 
 
 def test_what_stands_between_two_replicas_is_said_in_words(tables: ReplicaTables, registry: Registry) -> None:
@@ -89,12 +91,13 @@ def test_a_restarted_replica_holds_nothing_and_exchanges_as_it_is_now(tables: Re
     tables.start("a")
     tables.start("b")
     tables.hold("a", PROMPT)
-    assert registry.look_up(PROMPT).holdings["a"].exchanges_with == {"b"}
+    assert registry.look_up(PROMPT).blocks == {"a": 4}
+    assert registry.exchanges(registry.tables())["a"] == {"b"}
     tables.stop("a")
-    assert set(registry.look_up(PROMPT).holdings) == {"b"}
+    assert set(registry.look_up(PROMPT).places) == {"b"}
     tables.start("a", fields={**FIELDS, "dtype": "float32"})
-    holding = registry.look_up(PROMPT).holdings["a"]
-    assert (holding.blocks, holding.exchanges_with) == (0, frozenset())
+    assert registry.look_up(PROMPT).blocks == {}
+    assert registry.exchanges(registry.tables())["a"] == frozenset()
 
 
 def test_the_holders_of_a_block_in_the_middle_of_a_chain_are_found(tables: ReplicaTables, registry: Registry) -> None:
@@ -125,4 +128,6 @@ def test_a_table_of_a_hash_that_is_not_known_holds_nothing_and_harms_nobody(tabl
     tables.start("a")
     tables.start("b", hash_name="of_tomorrow")
     tables.hold("a", PROMPT)
-    assert {name: held.blocks for name, held in registry.look_up([*PROMPT, 1]).holdings.items()} == {"a": 5}
+    look_up = registry.look_up([*PROMPT, 1])
+    assert look_up.blocks == {"a": 5}
+    assert set(look_up.places) == {"a"}
