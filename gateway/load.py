@@ -69,7 +69,8 @@ IDLE = ReplicaLoad()
 class Ticket(msgspec.Struct, gc=False, eq=False):
     """A request that was sent. `cached_tokens` of its prompt are expected out of a cache, from `source` if there is one.
 
-    `chain` has the keys of its full blocks of `block_size` tokens: what the replica will hold at `ready_at`.
+    `new_tokens` are computed; each of them makes a pair with every token before it, `new_pairs` in all. `chain` has the keys of
+    its full blocks of `block_size` tokens: what the replica will hold at `ready_at`.
     """
 
     tag: int
@@ -77,19 +78,11 @@ class Ticket(msgspec.Struct, gc=False, eq=False):
     source: str | None
     prompt_tokens: int
     cached_tokens: int
+    new_tokens: int
+    new_pairs: float
     ready_at: float
     chain: Chain | None
     block_size: int
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens of the prompt that are computed."""
-        return self.prompt_tokens - self.cached_tokens
-
-    def work(self) -> tuple[int, float]:
-        """Tokens of the prompt that are computed, and pairs of such a token and one before it."""
-        new = self.prompt_tokens - self.cached_tokens
-        return new, new * (self.cached_tokens + new / 2)
 
 
 @dataclass(slots=True)
@@ -126,7 +119,11 @@ class FleetLoad:
         if not place.waiting:
             place.since = now
         place.waiting[ticket.tag] = ticket
-        self._weigh(place, ticket, 1)
+        place.tokens += ticket.new_tokens
+        place.pairs += ticket.new_pairs
+        place.load = None
+        if ticket.source is not None:
+            self._imports(place, ticket.source, 1)
         if silent:
             place.silent[ticket.tag] = ticket
         self._promises.add(ticket)
@@ -192,26 +189,25 @@ class FleetLoad:
 
     def _answered(self, place: _Replica, ticket: Ticket, now: float) -> None:
         place.since = now
-        self._weigh(place, ticket, -1)
+        place.tokens -= ticket.new_tokens
+        place.pairs -= ticket.new_pairs
+        place.load = None
+        if ticket.source is not None:
+            self._imports(place, ticket.source, -1)
         if place.silent:
             place.silent.pop(ticket.tag, None)
         self._promises.remove(ticket)
 
-    def _weigh(self, place: _Replica, ticket: Ticket, change: int) -> None:
-        """Add a waiting ticket's work to its replica's and its source's, or take it off again."""
-        tokens, pairs = ticket.work()
-        place.load = None
-        place.tokens += change * tokens
-        place.pairs += change * pairs
-        if ticket.source is not None:
-            place.importing += change
-            source = self._place(ticket.source)
-            source.reading += change
-            source.load = None
+    def _imports(self, place: _Replica, source: str, change: int) -> None:
+        """Imports under way from `source` begin or end."""
+        place.importing += change
+        read = self._place(source)
+        read.reading += change
+        read.load = None
 
 
 def _summed(place: _Replica) -> ReplicaLoad:
-    head_tokens, head_pairs = next(iter(place.waiting.values())).work() if place.waiting else (0, 0.0)
+    head = next(iter(place.waiting.values()), None)
     waiting = len(place.waiting)
     # an engine knows best what it decodes: other gateways' answers too, and none that a slow client still reads
     requests, tokens, decoding = place.words or (0, 0, len(place.decoding))
@@ -220,8 +216,8 @@ def _summed(place: _Replica) -> ReplicaLoad:
     return ReplicaLoad(
         place.tokens,
         place.pairs,
-        head_tokens,
-        head_pairs,
+        head.new_tokens if head is not None else 0,
+        head.new_pairs if head is not None else 0.0,
         place.since,
         tokens,
         tokens * tokens / (2 * (requests or 1)) if tokens else 0.0,

@@ -228,6 +228,7 @@ class Planner:
         place = look_up.places.get(name)
         chain, block_size = look_up.chains[place] if place is not None else (None, 0)
         cached = expected.local_tokens + expected.peer_tokens
+        new = known.tokens - cached
         ready_in = expected.seconds
         flight = Flight(
             tag,
@@ -235,6 +236,8 @@ class Planner:
             decision.source,
             known.tokens,
             cached,
+            new,
+            new * (cached + new / 2),
             now + ready_in,
             chain,
             block_size,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gateway.chain import Chain
-from gateway.costs import CostModel, ModelKey, Outcome
+from gateway.costs import CostModel, ModelKey, Outcome, pairs
 from gateway.evictions import Evictions
 from gateway.load import FleetLoad, Ticket
 from gateway.popularity import Popularity
@@ -86,8 +86,10 @@ class PeerKV:
         cached = expected.local_tokens + expected.peer_tokens
         replica = self._numbers[decision.replica]
         self._decisions[job.tag] = (decision, candidates[replica], now)
-        ready_at = now + expected.seconds
-        ticket = Ticket(job.tag, decision.replica, decision.source, request.prompt_tokens, cached, ready_at, chain, size)
+        tokens, ready_at = request.prompt_tokens, now + expected.seconds
+        new = tokens - cached
+        work = pairs(cached, new)
+        ticket = Ticket(job.tag, decision.replica, decision.source, tokens, cached, new, work, ready_at, chain, size)
         self._tickets[job.tag] = ticket
         self.load.started(ticket, now)
         source = None if decision.source is None else self._numbers[decision.source]

@@ -35,7 +35,9 @@ class Sky:
         self.sent: dict[int, Flight] = {}
 
     def start(self, tag: int, *, streamed: bool = True, reports: bool = True, teaches: bool = True) -> None:
-        flight = Flight(tag, "a", None, 1000, 0, 1.0, None, 0, KEY, IDLE, "cuda_ipc", 0.0, 0.5, streamed, teaches, reports)
+        flight = Flight(
+            tag, "a", None, 1000, 0, 1000, 5e5, 1.0, None, 0, KEY, IDLE, "cuda_ipc", 0.0, 0.5, streamed, teaches, reports
+        )
         self.sent[tag] = flight
         self.flights.started(flight, 0.0)
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.chain import Chain
+from gateway.costs import pairs
 from gateway.load import IDLE, FleetLoad, Ticket
 from gateway.popularity import FADE_SECONDS, Popularity
 from gateway.promises import Promises, shared_blocks
@@ -23,7 +24,7 @@ def chain_of(*tokens: int) -> Chain:
 def ticket(
     tag: int, replica: str = "a", new: int = 1000, cached: int = 0, source: str | None = None, chain: Chain | None = None
 ) -> Ticket:
-    return Ticket(tag, replica, source, new + cached, cached, 10.0, chain, BLOCK)
+    return Ticket(tag, replica, source, new + cached, cached, new, pairs(cached, new), 10.0, chain, BLOCK)
 
 
 def ahead(load: FleetLoad, replica: str, now: float) -> float:
