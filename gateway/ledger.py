@@ -165,10 +165,8 @@ class Ledger:
 
     def _forget(self, tag: int, kept: Entry | Packed) -> None:
         """`kept` is kept no longer."""
-        others = self._by_request[kept.request_id]
-        if len(others) == 1:
-            del self._by_request[kept.request_id]
-        else:
+        others = self._by_request.pop(kept.request_id)
+        if len(others) > 1:
             self._by_request[kept.request_id] = tuple(other for other in others if other != tag)
         if isinstance(kept, Entry):
             waits = self._unreported.pop(tag, None) is not None
