@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -33,7 +34,10 @@ class Prefixes(Protocol):
 
 
 class Recorder:
-    """Belongs to the event loop's thread. `salt_of` gives a tenant's salt by its name."""
+    """Belongs to the event loop's thread. `salt_of` gives a tenant's salt by its name.
+
+    `later` does what no answer should wait for, at once by default.
+    """
 
     def __init__(
         self,
@@ -44,6 +48,7 @@ class Recorder:
         salt_of: Callable[[str], str | None],
         clock: Callable[[], float] = time.monotonic,
         prompts_bytes_max: int = PROMPTS_BYTES_MAX,
+        later: Callable[[Callable[[], None]], object] = lambda work: work(),
     ) -> None:
         self.ledger = ledger
         self.feed = feed
@@ -52,7 +57,9 @@ class Recorder:
         self._salt_of = salt_of
         self._clock = clock
         self._prompts = Prompts(prompts_bytes_max)
+        self._later = later
         self._ended = 0
+        self._due: deque[Entry] = deque()
         feed.add(self._delivered)
 
     @property
@@ -79,7 +86,8 @@ class Recorder:
             self._prompts.keep(entry)
         self._ended += 1
         if self._ended >= SETTLED_TOGETHER:
-            self._settle_due()
+            self._ended = 0
+            self._later(self._settle_due)
 
     def catch_up(self) -> None:
         """Read what is new in all tables and settle what can be: before somebody looks at the figures."""
@@ -87,11 +95,12 @@ class Recorder:
         self._settle_due()
 
     def _settle_due(self) -> None:
-        self._ended = 0
-        due = self.ledger.due(self._clock())
+        due = self._due
+        due += self.ledger.due(self._clock())
         for replica in {entry.planned.decision.replica for entry in due}:
             self.feed.poll(replica)  # a request of several choices has several records
-        for entry in due:
+        while due:  # one that can not be settled takes no other with it
+            entry = due.popleft()
             if entry.settle_until:
                 self._prompts.drop(entry)
             self.ledger.settle(entry, *self._history(entry))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
         planner.registry,
         tenants.salt_of,
         prompts_bytes_max=settings.ledger_prompts_bytes_max,
+        later=lambda work: asyncio.get_running_loop().call_soon(work),
     )
     witness = relay.witness = PlanWitness(recorder, planner)
     keeper = Keeper(

@@ -1,8 +1,9 @@
 """The recorder over real block tables: records are matched to their requests, losses judged by what tables and history say."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -249,3 +250,32 @@ def test_records_of_further_choices_count_though_they_come_after_the_end(scene: 
     scene.deliver(1, local_tokens=96)
     scene.recorder.catch_up()
     assert (scene.recorder.ledger.sums.local_tokens, scene.recorder.ledger.sums.computed_tokens) == (96, 104)
+
+
+def test_a_defect_in_the_history_of_one_attempt_leaves_the_others_to_be_settled(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [scene.send(tag) for tag in (1, 2, 3)]
+    for tag, entry in enumerate(entries, 1):
+        scene.deliver(tag)
+        scene.recorder.ended(entry, 200)
+    monkeypatch.setattr(scene.recorder._seen, "digests", Mock(side_effect=RuntimeError("a defect")))
+    with pytest.raises(RuntimeError):
+        scene.recorder.catch_up()
+    monkeypatch.undo()
+    scene.recorder.catch_up()
+    assert [entry.settled for entry in entries] == [False, True, True]
+
+
+def test_no_answer_waits_for_others_to_be_settled(scene: Scene) -> None:
+    waiting: list[Callable[[], None]] = []
+    scene.recorder._later = waiting.append
+    for tag in range(1, SETTLED_TOGETHER + 1):
+        assert not waiting
+        entry = scene.send(tag)
+        scene.deliver(tag)
+        scene.recorder.ended(entry, 200)
+    assert scene.recorder.ledger.sums.settled == 0
+    for work in waiting:
+        work()
+    assert scene.recorder.ledger.sums.settled == SETTLED_TOGETHER
