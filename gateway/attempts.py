@@ -156,7 +156,7 @@ class Entry(msgspec.Struct, eq=False, gc=False, array_like=True):
         )
 
     def packed(self) -> "Entry | Packed":
-        """The entry in a tenth of the memory, without its prompt; itself if some text in it is not one that can be encoded."""
+        """The entry in half the memory and a tenth of the objects, without its prompt; itself if some text in it is not one that can be encoded."""
         self.ids = self.plain_loss = None
         try:
             return Packed(self.planned.asked.request_id, _encode(self))
