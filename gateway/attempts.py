@@ -156,7 +156,10 @@ class Entry(msgspec.Struct, eq=False, gc=False, array_like=True):
         )
 
     def packed(self) -> "Entry | Packed":
-        """The entry in half the memory and a tenth of the objects, without its prompt; itself if some text in it is not one that can be encoded."""
+        """The entry without its prompt, in half the memory and a tenth of the objects.
+
+        Itself if some text in it is not one that can be encoded.
+        """
         self.ids = self.plain_loss = None
         try:
             return Packed(self.planned.asked.request_id, _encode(self))

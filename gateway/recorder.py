@@ -18,7 +18,7 @@ from gateway.tables import Table
 from transport.deliveries import Delivery
 
 SETTLED_TOGETHER = 16
-"""Attempts that end before those among them are settled of which all is known: one behind the other they take two thirds of the time.
+"""Attempts that end before those among them are settled of which all is known: together they take two thirds of the time.
 
 Who looks at the figures has all of them settled first.
 """
