@@ -36,19 +36,17 @@ class KnownAnswer(HeadBytes):
 
     @classmethod
     def of(cls, data: bytes, headers: RawHeaders, head: AnswerHead) -> KnownAnswer | None:
-        """Remember the head that `data` begins with, parsed into `headers`; None for what may mean something else next time.
-
-        The caller vouches that it is of HTTP/1.1, is kept alive, and is of a status that has a body.
-        """
+        """Remember the head of the answer that `data` is, parsed into `headers`; None for what may mean something else next
+        time: only what is a head, so many bytes as it says, and no more, is remembered."""
         cut = cut_head(data, headers)
         if cut is None:
             return None
         known = cls(cut, head)
-        return None if known.body(data) is None else known  # else an interim answer came before it
+        return None if known.body(data) is None else known
 
     def body(self, data: bytes) -> bytes | None:
         """The body of the answer that `data` is; None if it has not this head, or is not one whole answer and no more."""
         start = self.body_starts(data)
-        if start is None or int(self.digits(data, start)) != len(data) - start:
+        if start is None or self.digits(data, start) != b"%d" % (len(data) - start):
             return None
         return data[start:]

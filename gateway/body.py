@@ -116,11 +116,9 @@ def check_body(endpoint: Endpoint, body: dict[str, Any]) -> bool:
 
     Returns whether the body is as it was. Raises UnsupportedParameter and InvalidRequest.
     """
-    forbidden = _FORBIDDEN.intersection(body)
-    for name in forbidden:
-        if body[name] is not None:
-            raise UnsupportedParameter(name, FORBIDDEN_FIELDS[name])
-        del body[name]
+    is_as_it_was = _FORBIDDEN.isdisjoint(body)
+    if not is_as_it_was:
+        _drop_forbidden(body)
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise _wrong_type("model", "a string", model)
@@ -132,7 +130,14 @@ def check_body(endpoint: Endpoint, body: dict[str, Any]) -> bool:
         _check_messages(body)
     elif isinstance(body.get("input"), list):
         _check_parts(body["input"])
-    return not forbidden
+    return is_as_it_was
+
+
+def _drop_forbidden(body: dict[str, Any]) -> None:
+    for name in _FORBIDDEN.intersection(body):
+        if body[name] is not None:
+            raise UnsupportedParameter(name, FORBIDDEN_FIELDS[name])
+        del body[name]
 
 
 def _check_messages(body: dict[str, Any]) -> None:

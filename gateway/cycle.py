@@ -27,6 +27,7 @@ EXTENSION = "peerkv.cycle"
 _logger = logging.getLogger(__name__)
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _BODILESS = frozenset({204, 304})
+_USUAL_LINES = {status: line for status, line in _STATUS_LINES.items() if status >= 200 and status not in _BODILESS}
 
 
 class Line(Protocol):
@@ -236,8 +237,17 @@ class Cycle:
 
     def answer(self, status: int, lines: bytes, body: bytes) -> None:
         """Send a whole answer; `lines` as for `begin`, its length among them."""
-        self.begin(status, lines, len(body))
-        self.end(body)
+        line, first = self._line, _USUAL_LINES.get(status)
+        unusual = self.begun or self.left or self._expects_continue or not self.keep_alive
+        if first is None or unusual or self.scope["method"] == "HEAD":
+            self.begin(status, lines, len(body))
+            self.end(body)
+            return
+        self.begun = self.complete = True
+        line.note(self, status)
+        line.write(b"%b%b%b\r\n%b" % (first, line.date_head(), lines, body))
+        self._wake()
+        line.answered()
 
     def write(self, data: bytes) -> bool:
         """Send a part of the body; False when the client does not keep up: wait for `drained` before the next one."""

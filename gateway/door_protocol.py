@@ -32,6 +32,8 @@ PIPELINED_MAX = 1024
 HEADS_REMEMBERED_MAX = 4
 """Heads of a connection in a row that are remembered in vain: if they all differ, it is given up."""
 
+_TASK_NAME = "a request"
+
 _access = logging.getLogger("uvicorn.access")
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 
@@ -294,7 +296,8 @@ class DoorProtocol(asyncio.Protocol):
             self._await_head()
         elif not self.write_paused:
             self._begin(self._waiting.popleft())
-        self.resume_reading()
+        if self._reading_paused:
+            self.resume_reading()
 
     def date_head(self) -> bytes:
         """The lines that every answer's head has: uvicorn makes them anew each second."""
@@ -368,8 +371,10 @@ class DoorProtocol(asyncio.Protocol):
 
     def _begin(self, cycle: Cycle) -> None:
         self._cycle = cycle
-        cycle.task = task = self.loop.create_task(cycle.run(self._app, self._state.tasks))
-        self._state.tasks.add(task)
+        tasks = self._state.tasks
+        # Made at once and with a name, it takes three quarters of the time of the loop's create_task.
+        cycle.task = task = asyncio.Task(cycle.run(self._app, tasks), loop=self.loop, name=_TASK_NAME)
+        tasks.add(task)
 
     def _client_left(self) -> None:
         for cycle in (self._cycle, *self._waiting):

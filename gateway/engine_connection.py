@@ -23,7 +23,6 @@ _JOINED_BYTES_MAX = 64 << 10
 
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
-_OK = 200
 _NO_HEAD = AnswerHead(0, [])
 
 Sink = Callable[[bytes], bool]
@@ -131,8 +130,9 @@ class EngineConnection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """Whether the answer is whole, its body was read, and another request may follow."""
-        whole = self._state is _WHOLE and self._keep_alive and not self._pieces
-        return whole and self._transport.get_write_buffer_size() == 0 and not self._transport.is_closing()
+        if self._state is not _WHOLE or not self._keep_alive or self._pieces:
+            return False
+        return self._transport.get_write_buffer_size() == 0 and not self._transport.is_closing()
 
     def reset(self, now: float) -> None:
         """Be ready for another request; `now` is time.monotonic's."""
@@ -153,10 +153,10 @@ class EngineConnection(asyncio.Protocol):
         known = self._known
         if known is not None and self._is_between and self._state is _HEAD and (body := known.body(data)) is not None:
             self.head = known.head
-            self._keep_alive = True
-            self._state = _WHOLE
+            self._state = _WHOLE  # and kept alive as the one before, else this one would not have been asked for
             if body:
-                self.on_body(body)
+                self._pieces.append(body)
+                self._held_bytes = len(body)
             self._wake()
         elif self._state is not _BROKEN:
             self._parse(data)
@@ -168,9 +168,8 @@ class EngineConnection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._break(f"its answer is not HTTP: {error}")
             return
-        if begins and self._state is _WHOLE and self._keep_alive and self.head.status == _OK:
-            is_1_1 = self._parser.get_http_version() == "1.1"
-            self._known = KnownAnswer.of(data, self._headers, self.head) if is_1_1 else None
+        if begins and self._state is _WHOLE:
+            self._known = KnownAnswer.of(data, self._headers, self.head)
         if self._sink is not None:
             self._feed_sink()
         elif self._held_bytes > READ_AHEAD_BYTES_MAX and self._state is _BODY and not self._paused:

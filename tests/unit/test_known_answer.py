@@ -125,6 +125,26 @@ async def test_a_head_that_comes_again_is_not_parsed_again(monkeypatch: pytest.M
     assert parsed == [pieces[0], pieces[3]]
 
 
+async def test_the_rest_of_a_head_is_no_head() -> None:
+    whole = HEAD % 5 + b"hello"
+    found = await understood([[whole], [b"HTTP/1.1 200 OK\r\nx-a: ", whole]])
+    assert found[1] == (200, b"x-a: HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n", False, b"hello", True)
+
+
+async def test_a_known_answer_that_nobody_asked_for_breaks_the_connection() -> None:
+    whole = HEAD % 5 + b"hello"
+    connection, replica = EngineConnection(asyncio.get_running_loop(), lambda _: None), Replica()
+    connection.connection_made(replica)  # type: ignore[arg-type]
+    asking = asyncio.create_task(said(connection))
+    await asyncio.sleep(0)
+    connection.data_received(whole)
+    await asking
+    connection.reset(0.0)
+    connection.data_received(whole)
+    assert replica.closed
+    assert "is not HTTP" in await said(connection)
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -170,6 +170,31 @@ async def test_a_head_that_comes_again_is_not_parsed_again(tmp_path: Path, monke
     assert b"b'hello twice!'" in got
 
 
+async def test_what_comes_before_the_last_answer_waits_for_it(tmp_path: Path) -> None:
+    first, turn = asyncio.Event(), iter(range(9))
+
+    async def slow_once(scope: Scope, receive: Receive, send: Send) -> None:
+        if next(turn) == 1:
+            await first.wait()
+        await echo(scope, receive, send)
+
+    config = build_server(slow_once, Settings(run_dir=tmp_path)).config
+    config.load()
+    state, line = ServerState(), Line()
+    door: Any = config.http_protocol_class(config=config, server_state=state, app_state={})  # type: ignore[call-arg, operator]
+    door.connection_made(line)
+    for body in (b"zero!", b"one!!", b"two!!"):
+        door.data_received(HEAD % 5 + body)
+        for _ in range(5):
+            await asyncio.sleep(0)
+    assert re.findall(rb"b'(\w+)!+'", line.got) == [b"zero"]
+    first.set()
+    while state.tasks:
+        await asyncio.gather(*state.tasks)
+    assert re.findall(rb"b'(\w+)!+'", line.got) == [b"zero", b"one", b"two"]
+    door.connection_lost(None)
+
+
 async def test_heads_that_all_differ_are_remembered_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remembered: list[bytes] = []
     of = KnownHead.of
