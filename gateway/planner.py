@@ -133,8 +133,7 @@ class Planner:
     def first_byte(self, plan: Plan) -> None:
         """The first byte of the replica's answer came, for streams that of the first event; further calls change nothing."""
         now, flight = self._clock(), plan.flight
-        if flight.delivery is None:
-            self.feed.poll(flight.replica)
+        self.feed.poll(flight.replica)  # also for those of further choices, which the ledger tells the client of
         self._flights.first_byte(flight, now)
 
     def finished(self, plan: Plan) -> None:

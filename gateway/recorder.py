@@ -22,6 +22,8 @@ SETTLED_TOGETHER = 16
 
 Who looks at the figures has all of them settled first.
 """
+PROMPT_TOKENS_EACH = 4096
+"""An attempt counts once more for so many tokens: settling hashes them, and until then they are held."""
 
 
 _REASONS = {reason: f", reason={reason}".encode() for reason in LossReason}
@@ -84,7 +86,7 @@ class Recorder:
             self.feed.poll(entry.planned.replica)
         if not self.ledger.ended(entry, status, self._clock()):
             self._prompts.keep(entry)
-        self._ended += 1
+        self._ended += 1 + entry.planned.prompt_tokens // PROMPT_TOKENS_EACH
         if self._ended >= SETTLED_TOGETHER:
             self._ended = 0
             self._later(self._settle_due)

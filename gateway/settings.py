@@ -128,7 +128,9 @@ class Settings(BaseSettings):
         65536, ge=0, description="beginnings of prompts that the ledger knows evictions and tenant boundaries by"
     )
     ledger_prompts_bytes_max: int = Field(
-        256 << 20, ge=0, description="token ids of prompts whose requests are not settled; of others no eviction is known"
+        256 << 20,
+        ge=0,
+        description="token ids of prompts that ended without a record yet; of others no eviction is known",
     )
     prefixes_kept_max: int = Field(256, ge=0, description="prefixes that POST /kv/prefixes keeps at one time")
     prefixes_kept_tokens_max: int = Field(4_000_000, ge=0, description="tokens of all kept prefixes, 4 bytes each")

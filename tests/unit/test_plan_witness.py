@@ -102,6 +102,16 @@ async def test_computing_because_imports_are_slow_is_load(scene: Scene) -> None:
     assert entry.loss.tokens == HELD
 
 
+async def test_the_header_tells_of_all_choices_though_a_plan_between_read_the_first_ones_record(scene: Scene) -> None:
+    plan, entry = await scene.send({"prompt": IDS, "n": 2}, pinned="a")
+    engine = scene.tables.writers["a"]
+    engine.deliver(Delivery(plan.tag, 1, 1, 2, 3, len(IDS), 0, 0, len(IDS)), "shared_memory")
+    await scene.send({"prompt": [5] * 50})
+    engine.deliver(Delivery(plan.tag, 1, 1, 2, 3, len(IDS), HELD, 0, len(IDS) - HELD), "shared_memory")
+    scene.planner.first_byte(plan)  # in this order the relay calls them
+    assert scene.witness.first_byte(entry).startswith(b"local=396, peer=0, computed=404")
+
+
 async def test_a_prompt_that_another_request_was_still_computing_was_promised(scene: Scene) -> None:
     first, first_entry = await scene.send({"prompt": IDS})
     second, entry = await scene.send({"prompt": IDS})

@@ -12,7 +12,7 @@ from gateway.feed import DeliveryFeed
 from gateway.ledger import ATTEMPTS_KEPT, LEFT_STATUS, UNREPORTED_SECONDS, Ledger
 from gateway.losses import LossReason
 from gateway.origins import Prompts
-from gateway.recorder import SETTLED_TOGETHER, Recorder
+from gateway.recorder import PROMPT_TOKENS_EACH, SETTLED_TOGETHER, Recorder
 from gateway.registry import Registry
 from gateway.seen import SeenPrefixes
 from tests.unit.planned_attempts import planned
@@ -265,6 +265,14 @@ def test_a_defect_in_the_history_of_one_attempt_leaves_the_others_to_be_settled(
     monkeypatch.undo()
     scene.recorder.catch_up()
     assert [entry.settled for entry in entries] == [False, True, True]
+
+
+def test_a_long_prompt_is_not_held_until_others_end(scene: Scene) -> None:
+    ids = list(range(SETTLED_TOGETHER * PROMPT_TOKENS_EACH))
+    entry = scene.send(1, ids=ids)
+    scene.deliver(1, tokens=len(ids))
+    scene.recorder.ended(entry, 200)
+    assert entry.settled
 
 
 def test_no_answer_waits_for_others_to_be_settled(scene: Scene) -> None:
