@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.cycle import RawHeaders
+from gateway.cycle import BODILESS, RawHeaders
 from gateway.head_bytes import Cut, HeadBytes, cut_head
 
 _EVENT_STREAM = b"text/event-stream"
@@ -39,7 +39,7 @@ class KnownAnswer(HeadBytes):
         """Remember the head of the answer that `data` is, parsed into `headers`; None for what may mean something else next
         time: only what is a head, so many bytes as it says, and no more, is remembered."""
         cut = cut_head(data, headers)
-        if cut is None:
+        if cut is None or head.status in BODILESS:  # no length says that these have a body
             return None
         known = cls(cut, head)
         return None if known.body(data) is None else known

@@ -26,8 +26,8 @@ EXTENSION = "peerkv.cycle"
 
 _logger = logging.getLogger(__name__)
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
-_BODILESS = frozenset({204, 304})
-_USUAL_LINES = {status: line for status, line in _STATUS_LINES.items() if status >= 200 and status not in _BODILESS}
+BODILESS = frozenset({204, 304})
+_USUAL_LINES = {status: line for status, line in _STATUS_LINES.items() if status >= 200 and status not in BODILESS}
 
 
 class Line(Protocol):
@@ -219,7 +219,7 @@ class Cycle:
             # The client may send its body or not, so what comes next could be either that or a request.
             self._expects_continue = False
             self.keep_alive = self.keep_alive and not self.more_body
-        self._has_body = self.scope["method"] != "HEAD" and status not in _BODILESS
+        self._has_body = self.scope["method"] != "HEAD" and status not in BODILESS
         last = b"\r\n"
         if length is not None:
             self._missing = length

@@ -130,7 +130,7 @@ class EngineConnection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """Whether the answer is whole, its body was read, and another request may follow."""
-        if self._state is not _WHOLE or not self._keep_alive or self._pieces:
+        if self._state is not _WHOLE or not self._keep_alive or self._pieces or self._defect is not None:
             return False
         return self._transport.get_write_buffer_size() == 0 and not self._transport.is_closing()
 
@@ -138,6 +138,7 @@ class EngineConnection(asyncio.Protocol):
         """Be ready for another request; `now` is time.monotonic's."""
         self._state = _IDLE
         self._is_between = True
+        self._sink_is_full = False
         self.idle_since = now
 
     def close(self) -> None:

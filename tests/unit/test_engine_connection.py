@@ -248,6 +248,18 @@ async def test_a_pump_raises_what_its_sink_raises(server: Server) -> None:
         await (await server.post()).pump(sink, never)
 
 
+async def test_a_connection_whose_sink_failed_is_not_used_again_even_if_its_answer_is_whole(server: Server) -> None:
+    server.scripts = [server.says(CHUNKED + b"3\r\nabc\r\n0\r\n\r\n")]
+
+    def sink(data: bytes) -> bool:
+        raise ZeroDivisionError
+
+    answer = await server.post()
+    with pytest.raises(ZeroDivisionError):
+        await answer.pump(sink, never)
+    assert not answer.reusable
+
+
 async def test_a_pump_that_is_cancelled_closes_the_connection_with_its_release(server: Server) -> None:
     server.scripts = [server.says(CHUNKED)]
     answer = await server.post()

@@ -125,6 +125,14 @@ async def test_a_head_that_comes_again_is_not_parsed_again(monkeypatch: pytest.M
     assert parsed == [pieces[0], pieces[3]]
 
 
+@pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
+async def test_an_answer_that_can_have_no_body_gets_none_when_its_head_comes_again(status: bytes) -> None:
+    head = HEAD.replace(b"200 OK", status)
+    found = await understood([[head % 0], [head % 5 + b"hello"]])
+    assert found[0][3:] == (b"", True)
+    assert "is not HTTP" in found[1]
+
+
 async def test_the_rest_of_a_head_is_no_head() -> None:
     whole = HEAD % 5 + b"hello"
     found = await understood([[whole], [b"HTTP/1.1 200 OK\r\nx-a: ", whole]])
