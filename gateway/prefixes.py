@@ -18,6 +18,9 @@ DEPTHS_MAX = 128
 """Depths at which a prompt is counted, at most: enough for 16 million blocks."""
 
 
+COUNTED_TOGETHER = 16
+
+
 def _all_depths() -> list[int]:
     depths = [1]
     while len(depths) < DEPTHS_MAX:
@@ -75,19 +78,32 @@ class PrefixReport(BaseModel):
 class PrefixCounts:
     """Counts how many requests began with each block key, in at most `blocks_max` entries, least recently used out first.
 
-    A request is counted at the last of its keys alone: that the keys before it were used too, the report works out.
+    A request is counted at the last of its keys alone: that the keys before it were used too, the report works out. Some are
+    counted together, while what that takes is in the processor's caches; all are before somebody looks.
     """
 
     def __init__(self, blocks_max: int) -> None:
         self._blocks_max = blocks_max
         self._blocks: OrderedDict[bytes, _Block] = OrderedDict()
         self._turn = 0
+        self._noted: list[tuple[Chain, int, float]] = []
 
     def __len__(self) -> int:
+        self._count_noted()
         return len(self._blocks)
 
     def note(self, chain: Chain, block_size: int, now: float) -> None:
         """Count one request whose prompt has the keys of `chain`; `now` is Unix time in seconds."""
+        self._noted.append((chain, block_size, now))
+        if len(self._noted) >= COUNTED_TOGETHER:
+            self._count_noted()
+
+    def _count_noted(self) -> None:
+        noted, self._noted = self._noted, []
+        for chain, block_size, now in noted:
+            self._count(chain, block_size, now)
+
+    def _count(self, chain: Chain, block_size: int, now: float) -> None:
         place = min(bisect_right(_DEPTHS, chain.blocks), self._blocks_max) - 1
         if place < 0:
             return
@@ -135,6 +151,7 @@ class PrefixCounts:
 
         A prefix is left out when one that goes on from it was asked for as often: it says nothing more.
         """
+        self._count_noted()
         longest: dict[bytes, int] = {}
         sums: dict[bytes, tuple[int, int, float]] = {}
         found = []

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from engine.fleet import FleetSnapshot, FleetView
 from gateway.tables import Table, Tables
 
-RECENT_SECONDS = 0.005
+RECENT_SECONDS = 0.02
 
 Clock = Callable[[], float]
 
