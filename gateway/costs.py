@@ -120,27 +120,6 @@ class CostModel:
             model = self._models[key] = ModelTimes(device_kind(key.device))
         return model
 
-    def terms(self, key: ModelKey) -> PrefillTerms:
-        """The coefficients for a model; those of its kind of device before anything was learnt."""
-        return self.model(key).terms
-
-    def free_tokens(self, key: ModelKey) -> int:
-        """New tokens that cost no more than one does."""
-        return self.model(key).free_tokens
-
-    def prefill_seconds(self, key: ModelKey, cached_tokens: int, new_tokens: int, decoding: int = 0) -> float:
-        """From the first step of a prompt to its first token, `cached_tokens` of it being there; handling included."""
-        model = self.model(key)
-        return model.computing(cached_tokens, cached_tokens + new_tokens)[0] + model.slowed_seconds(decoding, new_tokens)
-
-    def work_seconds(self, key: ModelKey, tokens: float, work_pairs: float) -> float:
-        """Computing `tokens` new tokens with `work_pairs`, without what each request costs beside."""
-        return self.model(key).work_seconds(tokens, work_pairs)
-
-    def queue_seconds(self, key: ModelKey, load: ReplicaLoad, now: float) -> float:
-        """Until a new prompt's first step, behind the work ahead of it."""
-        return self.model(key).queue_seconds(load, now)
-
     def transfer_seconds(
         self, taker: str, source: str, transport: str, tokens: int, *, sharing: int = 1, device: str = ""
     ) -> float:
@@ -160,10 +139,6 @@ class CostModel:
         """Bytes of KV that one token has; from the imports so far."""
         known = self._kv_token_bytes.get(device)
         return device_kind(device).kv_token_bytes if known is None else known
-
-    def pace(self, key: ModelKey, now: float) -> float:
-        """What to multiply all expected times of this model with just now; 1 if nothing was heard of late."""
-        return self.model(key).pace.factor(now)
 
     def uncertainty(self) -> float:
         """The relative error to reckon with: options that differ by less are equal."""

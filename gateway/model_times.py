@@ -41,11 +41,6 @@ class ModelTimes:
         self.waits: tuple[float, float] | None = None
         self.again: float | None = None
 
-    @property
-    def terms(self) -> PrefillTerms:
-        """The coefficients as they are now."""
-        return PrefillTerms(self.fixed, self.prompt_token, self.new_token, self.pair, self.decode_step)
-
     def learn(self, terms: PrefillTerms) -> None:
         """These are the coefficients from now on."""
         self.fixed, self.prompt_token, self.new_token, self.pair, self.decode_step = terms

@@ -24,8 +24,6 @@ Who looks at the figures has all of them settled first.
 """
 PROMPT_TOKENS_EACH = 4096
 """An attempt counts once more for so many tokens: settling hashes them, and until then they are held."""
-
-
 _REASONS = {reason: f", reason={reason}".encode() for reason in LossReason}
 
 
@@ -115,8 +113,7 @@ class Recorder:
 
         Nothing is looked for where the record explains everything; what the attempt computed is remembered.
         """
-        found, ids, planned = entry.deliveries, entry.ids, entry.planned
-        got = found[0] if len(found) == 1 else entry.steered
+        got, ids, planned = entry.steered, entry.ids, entry.planned
         if got is None or ids is None or not got.first_token_ns:
             return 0, 0
         block_size, delivered, tenant = planned.block_size, got.local_tokens + got.peer_tokens, planned.asked.tenant
@@ -150,8 +147,7 @@ def cache_header(entry: Entry) -> bytes:
     The reason says nothing of what others have sent: an eviction or a tenant boundary that only the tables' history shows is
     `cold` here, as it is to the client.
     """
-    found = entry.deliveries
-    steered = found[0] if len(found) == 1 else entry.steered
+    found, steered = entry.deliveries, entry.steered
     if steered is None or not steered.scheduled_ns:
         return b""
     local, peer, computed = steered.local_tokens, steered.peer_tokens, steered.computed_tokens

@@ -42,8 +42,7 @@ class Histogram(Collector):
         times = self._times.get(value)
         if times is None:
             times = self._times[value] = Times(self._bounds)
-        times.counts[bisect_left(times.bounds, seconds)] += 1
-        times.seconds += seconds
+        times.add(seconds)
 
     def collect(self) -> Iterator[Metric]:
         """Return the metric, as Prometheus wants it: each bucket with all that is below it."""

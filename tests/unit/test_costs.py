@@ -11,24 +11,35 @@ from gateway.load import IDLE, ReplicaLoad
 GPU, CPU = ModelKey("cuda", "m"), ModelKey("cpu", "m")
 
 
+def prefill_seconds(costs: CostModel, key: ModelKey, cached: int, new: int, decoding: int = 0) -> float:
+    """What computing `new` tokens behind `cached` is expected to take, others being decoded meanwhile."""
+    model = costs.model(key)
+    return model.computing(cached, cached + new)[0] + model.slowed_seconds(decoding, new)
+
+
+def terms(costs: CostModel, key: ModelKey) -> PrefillTerms:
+    model = costs.model(key)
+    return PrefillTerms(model.fixed, model.prompt_token, model.new_token, model.pair, model.decode_step)
+
+
 @pytest.mark.parametrize(
     ("cached", "new", "measured"),
     [(0, 2048, 0.072), (0, 8192, 0.222), (0, 32_768, 1.244), (2047, 1, 0.028), (8191, 1, 0.034), (32_767, 1, 0.086)],
 )
 def test_the_first_request_on_a_gpu_is_expected_as_an_h200_takes_for_it(cached: int, new: int, measured: float) -> None:
-    assert CostModel().prefill_seconds(GPU, cached, new) == pytest.approx(measured, rel=0.25)
+    assert prefill_seconds(CostModel(), GPU, cached, new) == pytest.approx(measured, rel=0.25)
 
 
 @pytest.mark.parametrize(
     ("cached", "new", "measured"), [(0, 1000, 1.786), (0, 2000, 4.382), (1000, 26, 0.060), (1984, 16, 0.119)]
 )
 def test_the_first_request_on_a_cpu_is_expected_as_two_cores_take_for_it(cached: int, new: int, measured: float) -> None:
-    assert CostModel().prefill_seconds(CPU, cached, new) == pytest.approx(measured, rel=0.35)
+    assert prefill_seconds(CostModel(), CPU, cached, new) == pytest.approx(measured, rel=0.35)
 
 
 def test_an_unknown_kind_of_device_and_transport_have_a_prior_too() -> None:
     costs = CostModel()
-    assert costs.prefill_seconds(ModelKey("tpu"), 0, 1000) > 0
+    assert prefill_seconds(costs, ModelKey("tpu"), 0, 1000) > 0
     assert costs.transfer_seconds("a", "b", "pigeon", 1000) > 0
     assert costs.median_error() is None
     assert costs.report().prefill == ()
@@ -44,11 +55,11 @@ def test_nothing_to_import_takes_no_time_and_sharing_takes_more() -> None:
 def test_a_queue_is_the_work_ahead_and_the_decodes_beside_it() -> None:
     costs = CostModel()
     load = ReplicaLoad(tokens=16_000, pairs=pairs(0, 16_000), head_tokens=16_000, head_pairs=pairs(0, 16_000), requests=1)
-    assert costs.queue_seconds(GPU, IDLE, 0.0) == 0
-    waited = costs.queue_seconds(GPU, load, 0.0)
-    assert waited == pytest.approx(costs.work_seconds(GPU, 16_000, pairs(0, 16_000)))
-    assert costs.queue_seconds(GPU, load, 0.1) == pytest.approx(waited - 0.1)
-    assert costs.queue_seconds(GPU, replace(load, decoding=100), 0.0) > waited
+    assert costs.model(GPU).queue_seconds(IDLE, 0.0) == 0
+    waited = costs.model(GPU).queue_seconds(load, 0.0)
+    assert waited == pytest.approx(costs.model(GPU).work_seconds(16_000, pairs(0, 16_000)))
+    assert costs.model(GPU).queue_seconds(load, 0.1) == pytest.approx(waited - 0.1)
+    assert costs.model(GPU).queue_seconds(replace(load, decoding=100), 0.0) > waited
 
 
 class Machine:
@@ -78,13 +89,15 @@ class Machine:
         costs, new = self.costs, prompt - cached
         self.now += 0.5
         load = replace(load, since=self.now)
-        queue = costs.queue_seconds(GPU, load, self.now)
+        queue = costs.model(GPU).queue_seconds(load, self.now)
         transfer = costs.transfer_seconds("a", source, "cuda_ipc", cached, device="cuda") if source else 0.0
-        expected = (queue + transfer + costs.prefill_seconds(GPU, cached, new, load.decoding)) * costs.pace(GPU, self.now)
+        expected = (queue + transfer + prefill_seconds(costs, GPU, cached, new, load.decoding)) * costs.model(GPU).pace.factor(
+            self.now
+        )
         noise = self.rng.lognormvariate(0, self.noise)
         noise *= self.slower
         imported = (self.import_seconds + cached * self.token_bytes / self.bytes_second) * noise if source else 0.0
-        paid = max(0, new - costs.free_tokens(GPU))
+        paid = max(0, new - costs.model(GPU).free_tokens)
         features = (1.0, prompt, load.tokens + paid, load.pairs + pairs(prompt - paid, paid))
         took = sum(value * term for value, term in zip(features, self.terms, strict=False))
         took += self.terms.decode_step * load.decoding * (1 + (load.tokens + new) / 8192)
@@ -127,26 +140,28 @@ def test_a_machine_that_is_slow_for_a_while_is_expected_to_be_and_changes_little
     costs = CostModel()
     machine = Machine(costs)
     machine.play(300)
-    usual = costs.prefill_seconds(GPU, 0, 8000)
+    usual = prefill_seconds(costs, GPU, 0, 8000)
     machine.slower = 1.8
     machine.play(10)
-    assert costs.pace(GPU, machine.now) == pytest.approx(1.8 * usual / costs.prefill_seconds(GPU, 0, 8000), rel=0.2)
-    assert costs.prefill_seconds(GPU, 0, 8000) < 1.25 * usual
+    assert costs.model(GPU).pace.factor(machine.now) == pytest.approx(
+        1.8 * usual / prefill_seconds(costs, GPU, 0, 8000), rel=0.2
+    )
+    assert prefill_seconds(costs, GPU, 0, 8000) < 1.25 * usual
     assert costs.report().prefill[0].pace > 1.3
-    assert costs.pace(CPU, machine.now) == 1.0
+    assert costs.model(CPU).pace.factor(machine.now) == 1.0
     machine.slower, machine.now = 1.0, machine.now + 120
-    assert costs.pace(GPU, machine.now) == pytest.approx(1.0, abs=0.01)
+    assert costs.model(GPU).pace.factor(machine.now) == pytest.approx(1.0, abs=0.01)
 
 
 def test_a_machine_that_stays_slow_is_learnt() -> None:
     costs = CostModel()
     machine = Machine(costs)
     machine.play(300)
-    usual = costs.prefill_seconds(GPU, 0, 8000)
+    usual = prefill_seconds(costs, GPU, 0, 8000)
     machine.slower = 1.8
     machine.play(200)
-    assert costs.prefill_seconds(GPU, 0, 8000) == pytest.approx(1.8 * usual, rel=0.15)
-    assert costs.pace(GPU, machine.now) == pytest.approx(1.0, abs=0.2)
+    assert prefill_seconds(costs, GPU, 0, 8000) == pytest.approx(1.8 * usual, rel=0.15)
+    assert costs.model(GPU).pace.factor(machine.now) == pytest.approx(1.0, abs=0.2)
 
 
 def test_in_waves_the_error_stays_small() -> None:
@@ -174,9 +189,9 @@ def test_the_terms_are_those_of_the_machine() -> None:
     Machine(costs, noise=0.03).play(400)
     for cached, new in ((0, 2000), (0, 30_000), (28_000, 2000), (0, 8000)):
         fixed, prompt_token, new_token, pair, _ = Machine.terms
-        paid = new - costs.free_tokens(GPU)
+        paid = new - costs.model(GPU).free_tokens
         real = fixed + prompt_token * (cached + new) + new_token * paid + pair * pairs(cached + new - paid, paid)
-        assert costs.prefill_seconds(GPU, cached, new) == pytest.approx(real, rel=0.1)
+        assert prefill_seconds(costs, GPU, cached, new) == pytest.approx(real, rel=0.1)
     real = Machine.import_seconds + 16_000 * Machine.token_bytes / Machine.bytes_second
     assert costs.transfer_seconds("a", "b", "cuda_ipc", 16_000, device="cuda") == pytest.approx(real, rel=0.1)
 
@@ -191,8 +206,8 @@ def test_a_pair_without_transfers_is_expected_to_be_like_the_others() -> None:
 def test_models_do_not_teach_each_other() -> None:
     costs = CostModel()
     Machine(costs).play(100)
-    assert costs.terms(CPU) == CostModel().terms(CPU)
-    assert costs.terms(ModelKey("cuda", "other")) == CostModel().terms(GPU)
+    assert terms(costs, CPU) == terms(CostModel(), CPU)
+    assert terms(costs, ModelKey("cuda", "other")) == terms(CostModel(), GPU)
 
 
 def test_an_import_of_which_little_came_says_nothing_of_the_size_of_tokens_or_of_the_pair() -> None:
@@ -200,7 +215,7 @@ def test_an_import_of_which_little_came_says_nothing_of_the_size_of_tokens_or_of
     costs = CostModel()
     Machine(costs, noise=0.03).play(100)
     before = costs.transfer_seconds("a", "b", "cuda_ipc", 16_000, device="cuda")
-    computing = costs.prefill_seconds(GPU, 0, 16_000)
+    computing = prefill_seconds(costs, GPU, 0, 16_000)
     copied = 16_000 * Machine.token_bytes
     for good in (16, 0) * 10:
         failed = Outcome(
@@ -209,7 +224,7 @@ def test_an_import_of_which_little_came_says_nothing_of_the_size_of_tokens_or_of
         )  # fmt: skip
         costs.observe(failed)
     assert costs.transfer_seconds("a", "b", "cuda_ipc", 16_000, device="cuda") == before
-    assert costs.prefill_seconds(GPU, 0, 16_000) == pytest.approx(computing, rel=0.05)
+    assert prefill_seconds(costs, GPU, 0, 16_000) == pytest.approx(computing, rel=0.05)
 
 
 def test_the_report_names_every_model_and_pair() -> None:

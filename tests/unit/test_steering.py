@@ -10,6 +10,7 @@ from gateway.evictions import Again
 from gateway.load import ReplicaLoad
 from gateway.pace import Pace
 from gateway.steering import Action, Candidate, Decision, PromptView, affinity_weight, steer
+from tests.unit.test_costs import prefill_seconds
 
 GPU = ModelKey("cuda")
 PROMPT = 16_000
@@ -79,7 +80,7 @@ def test_a_slow_link_carries_the_head_and_the_tail_is_computed_where_that_costs_
     costs = CostModel()
     decision = steer(PromptView(PROMPT, block_size=16), slow, costs, 0.0)
     assert (decision.action, decision.source) == (Action.SPLIT, "a")
-    assert decision.import_tokens_max == (PROMPT - costs.free_tokens(GPU)) // 16 * 16
+    assert decision.import_tokens_max == (PROMPT - costs.model(GPU).free_tokens) // 16 * 16
     assert decision.expected.peer_tokens == decision.import_tokens_max
 
 
@@ -87,7 +88,7 @@ def test_within_the_models_uncertainty_the_holder_keeps_the_request() -> None:
     costs = CostModel()
     pull = steer(PromptView(PROMPT), [replica("a", 12_000, 90_000), replica("b")], costs, 0.0).expected.seconds
     hit = steer(PromptView(PROMPT), [replica("a", 12_000)], costs, 0.0).expected.seconds
-    ahead = int((pull - hit) / costs.terms(GPU).new_token)
+    ahead = int((pull - hit) / costs.model(GPU).new_token)
     near = [replica("a", 12_000, ahead), replica("b")]
     far = [replica("a", 12_000, 4 * ahead), replica("b")]
     assert steer(PromptView(PROMPT), near, costs, 0.0).replica == "a"
@@ -281,8 +282,8 @@ def test_nothing_is_chosen_that_is_slower_than_computing_on_the_same_replica(
     costs = CostModel()
     decision = steer(view, fleet, costs, 0.0, turn)
     chosen = next(candidate for candidate in fleet if candidate.name == decision.replica)
-    computing = costs.prefill_seconds(GPU, 0, view.tokens, chosen.load.decoding)
-    queue = costs.queue_seconds(GPU, chosen.load, 0.0)
+    computing = prefill_seconds(costs, GPU, 0, view.tokens, chosen.load.decoding)
+    queue = costs.model(GPU).queue_seconds(chosen.load, 0.0)
     assert decision.expected.seconds <= (queue + computing) * (1 + 1e-9)
 
 
@@ -293,8 +294,8 @@ def test_nothing_is_chosen_that_is_slower_than_computing_elsewhere_by_more_than_
     costs = CostModel()
     decision = steer(PromptView(tokens), fleet, costs, 0.0, turn)
     for candidate in fleet:
-        queue = costs.queue_seconds(GPU, candidate.load, 0.0)
-        computing = costs.prefill_seconds(GPU, 0, tokens, candidate.load.decoding)
+        queue = costs.model(GPU).queue_seconds(candidate.load, 0.0)
+        computing = prefill_seconds(costs, GPU, 0, tokens, candidate.load.decoding)
         chosen = decision.expected
         doubt = costs.uncertainty() * (queue + computing + chosen.seconds)
         assert chosen.seconds <= queue + computing + doubt
@@ -356,7 +357,7 @@ def test_the_price_of_what_is_given_up_is_bounded_by_computing_as_much(
     costs = CostModel()
     full = [msgspec.structs.replace(candidate, room_tokens=tokens) for candidate, tokens in zip(fleet, room, strict=False)]
     waiting = sum(candidate.load.waiting for candidate in fleet) / len(fleet)
-    bound = costs.work_seconds(GPU, view.tokens, view.tokens * again.pairs) * (1 + waiting)
+    bound = costs.model(GPU).work_seconds(view.tokens, view.tokens * again.pairs) * (1 + waiting)
     usual = {option.replica: option for option in steer(view, full, costs, 0.0, 0).options}
     for option in steer(msgspec.structs.replace(view, again=again), full, costs, 0.0, 0).options:
         assert option.expected == usual[option.replica].expected  # a price, and no time that anybody waits here
