@@ -27,8 +27,9 @@ from bench.cases import Case, Endpoint, bodies, documents
 from bench.decision import BLOCK_SIZE, FIELDS, ROOT, StandingFleet
 from bench.field_flags import default_model
 from bench.report import quantile
+from gateway.attempts import Asked, Entry
 from gateway.body import decode_body
-from gateway.ledger import Entry, Ledger
+from gateway.ledger import Ledger
 from gateway.model_files import TokenizerSource
 from gateway.parity import KindVerdict, Parity, ParityVerdict
 from gateway.plan import Plan
@@ -40,7 +41,6 @@ from gateway.seen import SeenPrefixes
 from gateway.settings import load
 from gateway.tenants import ANONYMOUS
 from gateway.tokens import TokenService
-from gateway.witness import Asked
 from transport.deliveries import Delivery
 from transport.directory import TableDirectory
 from transport.keys import chain_keys

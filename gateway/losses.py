@@ -24,7 +24,7 @@ class LossReason(StrEnum):
     LEFT = "left"  # the client left before the first token
     UNKNOWN = "unknown"  # nothing that we know explains it, or no record came
 
-    __hash__ = str.__hash__  # an enumeration's own one is not C
+    __hash__ = str.__hash__  # counted by for each request, and an enumeration's own hash is Python code
 
 
 _READS_NO_CACHE = DeliveryReason.READS_NO_CACHE

@@ -6,8 +6,6 @@ from typing import Protocol, TypeVar
 
 from gateway.attempts import Asked, Entry
 
-__all__ = ["Asked", "Witness"]
-
 PlanT_contra = TypeVar("PlanT_contra", contravariant=True)
 
 
