@@ -79,7 +79,7 @@ def pulls_in_each_period(slow_until: float, periods: int = 6) -> list[int]:
         assert decision.replica == "b"
         peer = decision.expected.peer_tokens
         took = PRIOR * (100 if now < slow_until else 1) if peer else 0.0
-        prefill = CostModel().prefill_seconds(GPU, peer, PROMPT - peer)
+        prefill, _ = CostModel().model(GPU).computing(peer, PROMPT)
         outcome = Outcome(
             GPU, "b", decision.source, "cuda_ipc", IDLE, now, PROMPT, PROMPT - peer, peer, decision.expected.seconds,
             prefill + took, took if peer else None, peer * 131072,
