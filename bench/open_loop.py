@@ -34,7 +34,7 @@ class Player:
 
     def __init__(self, url: str, model: str, extra: Mapping[str, object]) -> None:
         self._url = url
-        self._fixed = {"model": model, "temperature": 0, "ignore_eos": True, "stream": True} | dict(extra)
+        self._fixed: dict[str, Any] = {"model": model, "temperature": 0, "ignore_eos": True, "stream": True} | dict(extra)
         self._fixed["stream_options"] = {"include_usage": True}
         self.samples: list[Sample] = []
         self._began = 0.0
@@ -64,7 +64,7 @@ class Player:
 
     async def _ask(self, session: aiohttp.ClientSession, path: str, asked: Mapping[str, Any], turn: Turn) -> str | None:
         """The answer's text, None if there was none. Its times go into the samples either way."""
-        body = msgspec.json.encode(self._fixed | asked | {"max_tokens": turn.answer_tokens})
+        body = msgspec.json.encode(self._fixed | dict(asked) | {"max_tokens": turn.answer_tokens})
         began = time.perf_counter()
         reader = _Events()
         error = ""

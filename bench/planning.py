@@ -40,6 +40,7 @@ from gateway.recorder import SETTLED_TOGETHER, Recorder
 from gateway.seen import SeenPrefixes
 from gateway.settings import load
 from gateway.tenants import ANONYMOUS
+from gateway.token_ids import TokenIds
 from gateway.tokens import TokenService
 from transport.deliveries import Delivery
 from transport.directory import TableDirectory
@@ -113,7 +114,7 @@ class Steps:
             plan: Plan = stop.value
         else:
             raise RuntimeError("the prompt was tokenised in a thread: it is not like one that was seen before")
-        if plan.prompt is not None:
+        if isinstance(plan.prompt, TokenIds):
             plan.prompt.text  # noqa: B018  the ids as JSON, as the relay sends them
         return plan
 

@@ -59,7 +59,7 @@ class Holders:
     def __init__(self, table_dir: Path, model: str, endpoint: Endpoint) -> None:
         tokens = TokenService(source_from_arguments(model, ()))
         tokens.load()
-        salts = ("", default_salt(Tenant(name=TENANT, api_key=KEY)))  # type: ignore[arg-type]
+        salts = ("", default_salt(Tenant(name=TENANT, api_key=KEY)))
         fingerprint = fingerprint_digest(_FIELDS)
         self._writers = [
             TableWriter(table_dir, Description(name, os.getpid(), "xxh3_128", TRANSPORT, "ok", _FIELDS, ()), BLOCK_SIZE, BLOCKS)

@@ -1,6 +1,6 @@
 """One real fleet for all tests here: two replicas, float32 so that import and cold run can be compared, two tenants."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import openai
 import pytest
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failure comes with the logs of the gateway and the replicas."""
     report = yield
     if report.failed and _running and "tests/real" in str(item.path):

@@ -27,7 +27,6 @@ def owner(tmp_path):
     tensors = caches(7.0)
     transport = SharedMemoryTransport(tensors, 8)
     with closing(writer(tmp_path, "owner", 8, memories=(transport.memory(),))) as table:
-        table.tensors, table.transport = tensors, transport
         yield table
 
 
@@ -39,23 +38,28 @@ def job(owner, request_id="r", source="owner", epoch=None):
 
 
 @pytest.fixture
-def worker(tmp_path):
+def landing():
+    """The importer's caches."""
+    return caches(0.0)
+
+
+@pytest.fixture
+def worker(tmp_path, landing):
     half = WorkerHalf(tmp_path, "importer", 0)
-    half.tensors = caches(0.0)
-    half.register(half.tensors, 8)
+    half.register(landing, 8)
     assert half.handshake({"a": "b"}).status == "ok"
     return half
 
 
-def test_an_import_is_reported_once_with_what_it_cost(owner, worker):
+def test_an_import_is_reported_once_with_what_it_cost(owner, worker, landing):
     worker.start(StepMetadata(3, (job(owner),)))
     assert worker.poll() == {"r"}
     assert worker.take_load_errors() == set()
     report = worker.take_report()
     assert (report.step, report.ranks) == (3, {"r": 1})
     assert report.imports["r"].bytes == 2 * 2 * 4 * 8 * 4
-    assert worker.tensors["layer"][4:6].eq(7.0).all()
-    assert worker.tensors["layer"][6:].eq(0.0).all()
+    assert landing["layer"][4:6].eq(7.0).all()
+    assert landing["layer"][6:].eq(0.0).all()
     assert worker.poll() == set()
     assert worker.take_report() == WorkerReport(3, {}, {})
 

@@ -18,9 +18,10 @@ from bench.field_report import as_json, figures_of, from_json, markdown
 from bench.machine import held_port
 from bench.open_loop import Player, Sample
 from bench.policy_relay import place
-from bench.workloads import TURNS, WORKLOADS, Talk, Turn, Workload, conversations, hot, shared
+from bench.workloads import WORKLOADS, Talk, Turn, Workload, conversations, hot, shared
 from gateway.measure.words import COMMON, Words
 from gateway.model_files import source_from_arguments
+from gateway.simulate.workloads import TURNS
 from gateway.tokens import TokenService
 
 SIZE = replace(CPU_SIZE, seconds=200.0)

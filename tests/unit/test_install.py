@@ -28,8 +28,8 @@ TOOLS = (
     "tail",
     "tr",
     "wc",
+    "id",
 )
-TOOLS += ("id",)
 
 # Stands in for .venv/bin/python: writes down its arguments, and does what the files beside `calls` say.
 VENV_PYTHON = """#!/bin/sh

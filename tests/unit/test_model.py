@@ -214,7 +214,7 @@ def only_pip_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A virtual environment without pip, and a PATH of one empty directory."""
     directory = tmp_path / "bin"
     directory.mkdir()
-    monkeypatch.setattr(model_fetch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(directory))
     return directory
 
