@@ -1,25 +1,19 @@
 """Prometheus metrics."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.metrics import Metrics
 from gateway.parity import ParityCounts
 from tests.unit.planned_attempts import planned
-from tests.unit.replica_tables import replica_tables
+from tests.unit.replica_tables import ReplicaTables
 from tests.unit.test_stats import Scene
 from transport.deliveries import Delivery
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Scene]:
-    with replica_tables(tmp_path / "tables") as tables:
-        tables.start("a")
-        tables.start("b")
-        yield Scene(tables)
+def scene(two_tables: ReplicaTables) -> Scene:
+    return Scene(two_tables)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:

@@ -1,7 +1,6 @@
 """From plans to the ledger: what the planner decides over real tables is what the ledger tells of."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from gateway.recorder import Recorder
 from gateway.seen import SeenPrefixes
 from gateway.tenants import ANONYMOUS
 from gateway.tokens import TokenService
-from tests.unit.replica_tables import ReplicaTables, StandingFleet, replica_tables
+from tests.unit.replica_tables import ReplicaTables, StandingFleet
 from tests.unit.test_planner import EXACT, Bounds
 from tests.unit.tiny_model import make_model
 from transport.deliveries import Delivery
@@ -66,11 +65,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Scene]:
-    with replica_tables(tmp_path / "tables") as tables:
-        tables.start("a")
-        tables.start("b")
-        yield Scene(tables, make_model(tmp_path / "model"))
+def scene(two_tables: ReplicaTables, tmp_path: Path) -> Scene:
+    return Scene(two_tables, make_model(tmp_path / "model"))
 
 
 async def test_a_pull_is_entered_with_what_was_expected_and_considered(scene: Scene) -> None:

@@ -1,7 +1,6 @@
 """The planner: from a body to a replica, a source and token ids, over real tables and a tiny tokenizer."""
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from gateway.served_models import ServedModels
 from gateway.steering import Action
 from gateway.tenants import ANONYMOUS, TenantContext
 from gateway.tokens import TokenService
-from tests.unit.replica_tables import FIELDS, ReplicaTables, StandingFleet, replica_tables
+from tests.unit.replica_tables import FIELDS, ReplicaTables, StandingFleet
 from tests.unit.tiny_model import make_model
 from transport.deliveries import Delivery, DeliveryReason
 from transport.directory import TableDirectory
@@ -66,11 +65,8 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    with replica_tables(tmp_path / "tables") as tables:
-        tables.start("a")
-        tables.start("b")
-        yield Place(tables, make_model(tmp_path / "model"))
+def place(two_tables: ReplicaTables, tmp_path: Path) -> Place:
+    return Place(two_tables, make_model(tmp_path / "model"))
 
 
 async def test_a_request_goes_to_the_holder_of_its_prefix(place: Place) -> None:

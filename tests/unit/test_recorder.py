@@ -1,7 +1,6 @@
 """The recorder over real block tables: records are matched to their requests, losses judged by what tables and history say."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,7 +15,7 @@ from gateway.recorder import PROMPT_TOKENS_EACH, SETTLED_TOGETHER, Recorder
 from gateway.registry import Registry
 from gateway.seen import SeenPrefixes
 from tests.unit.planned_attempts import planned
-from tests.unit.replica_tables import BLOCK_SIZE, ReplicaTables, replica_tables
+from tests.unit.replica_tables import BLOCK_SIZE, ReplicaTables
 from transport.deliveries import Delivery, DeliveryReason
 from transport.directory import TableDirectory
 
@@ -64,11 +63,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Scene]:
-    with replica_tables(tmp_path / "tables") as tables:
-        tables.start("a")
-        tables.start("b")
-        yield Scene(tables)
+def scene(two_tables: ReplicaTables) -> Scene:
+    return Scene(two_tables)
 
 
 def reason(entry: Entry) -> tuple[LossReason, int]:

@@ -1,8 +1,5 @@
 """/kv/stats: what it says of replicas, of lives that ended, and in all."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from engine.fleet import ReplicaState
@@ -19,7 +16,7 @@ from gateway.stats import KvStats, StatsView, TokenCounts, TransferCounts
 from gateway.tenants import ANONYMOUS
 from gateway.tokens import TokenService
 from tests.unit.planned_attempts import planned
-from tests.unit.replica_tables import FIELDS, ReplicaTables, StandingFleet, replica_tables
+from tests.unit.replica_tables import FIELDS, ReplicaTables, StandingFleet
 from tests.unit.test_planner import Bounds
 from transport.deliveries import Delivery
 from transport.directory import TableDirectory
@@ -44,11 +41,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Scene]:
-    with replica_tables(tmp_path / "tables") as tables:
-        tables.start("a")
-        tables.start("b")
-        yield Scene(tables)
+def scene(two_tables: ReplicaTables) -> Scene:
+    return Scene(two_tables)
 
 
 def test_tokens_are_shown_by_where_they_came_from_and_add_up(scene: Scene) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from tests.unit.recorded_stores import RecordedStores
 from tests.unit.table_fixtures import writer
 from transport.deliveries import OTHER_PEERS, Delivery, DeliveryReason, EngineLoad
 from transport.delivery_ring import DELIVERIES, WORDS, DeliveryRing, RingReader
@@ -74,25 +75,6 @@ def test_a_record_with_a_reason_or_a_source_that_there_is_not_is_left_out(tmp_pa
         assert reader.deliveries(0) == (3, [Delivery(tag=3)])
 
 
-class Stores:
-    """Takes a ring's stores one word at a time, to be made later; loads see them, as a processor sees its own."""
-
-    def __init__(self, array, stores):
-        self.array, self.stores, self.own = array.reshape(-1), stores, array.copy()
-        self.places = np.arange(array.size).reshape(array.shape)
-
-    def __len__(self):
-        return len(self.own)
-
-    def __getitem__(self, place):
-        return self.own[place]
-
-    def __setitem__(self, place, value):
-        self.own[place] = value
-        written = self.own.reshape(-1)
-        self.stores.extend((self.array, int(at), written[at]) for at in np.ravel(self.places[place]))
-
-
 class Interleaved:
     """An array of which single words are loaded, after some of the writer's stores each."""
 
@@ -149,7 +131,7 @@ def read_while_written(pace, before, during, *, checked=True):
     """
     head, rows = np.zeros(1, np.uint64), np.zeros((RING, WORDS), np.uint64)
     stores: list = []
-    ring = DeliveryRing(Stores(head, stores), Stores(rows, stores))
+    ring = DeliveryRing(RecordedStores(head, stores), RecordedStores(rows, stores))
 
     def store(count):
         for array, place, value in stores[:count]:

@@ -14,28 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.recorded_stores import RecordedStores
 from tests.unit.table_fixtures import writer
 from transport.keys import chain_keys, root_key
 from transport.table import TableReader
 
 BLOCKS, CELLS, CHAIN, READERS = 3, 3, 4, 3
 KEYS = chain_keys(root_key(b"f" * 16), range(CHAIN * 4), 4)
-
-
-class Recorder:
-    """An array whose stores are put on a list instead, element by element; loads see them, as a processor sees its own."""
-
-    def __init__(self, array, stores):
-        self.array, self.stores, self.own = array.reshape(-1), stores, array.copy()
-        self.places = np.arange(array.size).reshape(array.shape)
-
-    def __getitem__(self, place):
-        return self.own[place]
-
-    def __setitem__(self, place, value):
-        self.own[place] = value
-        written = self.own.reshape(-1)
-        self.stores.extend((self.array, int(at), written[at]) for at in np.ravel(self.places[place]))
 
 
 class Interleaved:
@@ -69,9 +54,9 @@ def wrong_reads(path, case: Case, *, checked: bool) -> tuple[int, int]:
     memory = np.full((BLOCKS, CELLS), -1)
     stores: list = []
     with closing(writer(path, blocks=BLOCKS)) as table, closing(TableReader(table.path)) as reader:
-        table._states = Recorder(table._states, stores)
-        table._keys = Recorder(table._keys, stores)
-        table._index = Recorder(table._index, stores)
+        table._states = RecordedStores(table._states, stores)
+        table._keys = RecordedStores(table._keys, stores)
+        table._index = RecordedStores(table._index, stores)
         for block, key in case.program:
             table.invalidate([block])
             stores.extend((memory, (block, cell), key) for cell in range(CELLS))
