@@ -57,12 +57,16 @@ class PromptTokens:
 
 
 class Installation:
-    """A gateway at `url`. `api_key` is a tenant's, `admin_key` for its figures and to choose replicas; empty: none."""
+    """A gateway at `url`. `api_key` is a tenant's, `admin_key` for its figures and to choose replicas; empty: none.
+
+    Who has the admin key is a tenant too, so that a request to a chosen replica is sent in its name.
+    """
 
     def __init__(self, url: str, api_key: str = "", admin_key: str = "") -> None:
         self.url = url.rstrip("/")
         self._api = _bearer(api_key or admin_key)
         self._admin = _bearer(admin_key)
+        self._choosing = self._admin or self._api
         self._model = ""
 
     async def __aenter__(self) -> Self:
@@ -108,7 +112,7 @@ class Installation:
 
     async def ask(self, prompt: str, *, answer_tokens: int, replica: str = "") -> Answer:
         """Stream a greedy completion, from `replica` if given. Raises NotMeasured."""
-        headers = self._api | ({"x-peerkv-replica": replica} if replica else {})
+        headers = self._choosing | {"x-peerkv-replica": replica} if replica else self._api
         body = completion(self._model, prompt, answer_tokens) | {"stream": True, "stream_options": {"include_usage": True}}
         began, first, usage = time.perf_counter(), 0.0, None
         try:
@@ -132,7 +136,7 @@ class Installation:
     async def whole(self, body: Mapping[str, Any], replica: str) -> float:
         """Seconds of a completion on `replica` that is not streamed. Raises NotMeasured."""
         began = time.perf_counter()
-        headers = self._api | {"x-peerkv-replica": replica}
+        headers = self._choosing | {"x-peerkv-replica": replica}
         try:
             async with self._session.post(f"{self.url}/v1/completions", json=body, headers=headers) as response:
                 text = await response.text()
@@ -204,9 +208,8 @@ def _obstacles(replicas: list[dict[str, Any]]) -> str:
 def _refused(status: int, text: str, *, pinned: bool) -> NotMeasured:
     if status in (401, 403) and pinned:
         return NotMeasured(
-            "the gateway does not let us choose the replica, which these measurements need: give --admin-key, or without one "
-            "run this on the gateway's machine. An installation with tenants and an admin key can be measured with "
-            "--only throughput --rate N"
+            "the gateway does not let us choose the replica, which these measurements need: give --admin-key, or where it has "
+            "none run this on the gateway's machine"
         )
     if status == 401:
         return NotMeasured("the gateway wants an API key: give --api-key")

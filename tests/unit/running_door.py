@@ -242,7 +242,7 @@ async def running_door(directory: Path, **values: Any) -> AsyncIterator[Door]:
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
     settings = Settings(run_dir=directory, control_seconds=2, drain_seconds=1, **values)
-    fleet, access, tenants = FakeFleet(), AdminAccess(settings.admin_key), Tenants(settings.tenants)
+    fleet, access, tenants = FakeFleet(), AdminAccess(settings.admin_key), Tenants(settings.tenants, settings.admin_key)
     planner, upstream = FakePlanner(fleet), Upstream(settings)
     models = ModelsCache(fleet, upstream)
     relay: Relay[FakePlan] = Relay(

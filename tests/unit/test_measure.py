@@ -11,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from pydantic import SecretStr
 from rich.console import Console
 
 from engine.fleet import write_fleet
@@ -18,6 +19,7 @@ from gateway.cli import build_parser
 from gateway.measure import first_token, flags
 from gateway.measure.command import run
 from gateway.measure.errors import NotMeasured
+from gateway.tenants import ADMIN, Tenant, default_salt
 from tests.unit.caching_gateway import CachingGateway, serving
 from tests.unit.running_door import DEADLINE_SECONDS, running_door, until
 
@@ -102,6 +104,17 @@ async def test_the_admin_key_is_sent_and_asked_for() -> None:
         assert status == 0
         with pytest.raises(NotMeasured, match="give --admin-key"):
             await bench("--url", gateway.url, *SMALL)
+
+
+async def test_with_tenants_and_an_admin_key_replicas_are_chosen_in_the_admins_name(tmp_path: Path) -> None:
+    tenant, admin = Tenant(name="a", api_key=SecretStr("key-of-a-1")), Tenant(name=ADMIN, api_key=SecretStr("admin-key-1"))
+    async with running_door(tmp_path, admin_key=admin.api_key, tenants=[tenant]) as door:
+        engine = await door.add_engine("replica-0")
+        arguments = ("--url", door.url, *SMALL, "--api-key", "key-of-a-1")
+        status, _ = await bench(*arguments, "--only", "first-token", "throughput", "--admin-key", "admin-key-1")
+        assert status == 0
+        asked = [request["body"] for request in engine.seen["requests"]]
+        assert {body["cache_salt"] for body in asked} == {default_salt(tenant), default_salt(admin)}
 
 
 async def test_errors_say_what_to_do(tmp_path: Path) -> None:
