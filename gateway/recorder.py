@@ -11,10 +11,10 @@ from gateway.attempts import Entry, Planned
 from gateway.feed import DeliveryFeed
 from gateway.ledger import Ledger
 from gateway.losses import LossReason, useful_tokens
-from gateway.origins import PROMPTS_BYTES_MAX, Prompts
 from gateway.registry import LookUp
 from gateway.seen import SeenPrefixes
 from gateway.tables import Table
+from gateway.waiting_prompts import PROMPTS_BYTES_MAX, WaitingPrompts
 from transport.deliveries import Delivery
 
 SETTLED_TOGETHER = 16
@@ -56,7 +56,7 @@ class Recorder:
         self._prefixes = prefixes
         self._salt_of = salt_of
         self._clock = clock
-        self._prompts = Prompts(prompts_bytes_max)
+        self._prompts = WaitingPrompts(prompts_bytes_max)
         self._later = later
         self._ended = 0
         self._due: deque[Entry] = deque()

@@ -10,10 +10,10 @@ from gateway.attempts import Entry
 from gateway.feed import DeliveryFeed
 from gateway.ledger import ATTEMPTS_KEPT, LEFT_STATUS, UNREPORTED_SECONDS, Ledger
 from gateway.losses import LossReason
-from gateway.origins import Prompts
 from gateway.recorder import PROMPT_TOKENS_EACH, SETTLED_TOGETHER, Recorder
 from gateway.registry import Registry
 from gateway.seen import SeenPrefixes
+from gateway.waiting_prompts import WaitingPrompts
 from tests.unit.planned_attempts import planned
 from tests.unit.replica_tables import BLOCK_SIZE, ReplicaTables
 from transport.deliveries import Delivery, DeliveryReason
@@ -192,7 +192,7 @@ def test_records_that_were_overwritten_are_counted(scene: Scene) -> None:
 
 
 def test_prompts_of_unsettled_attempts_are_bounded_in_bytes_and_the_oldest_go_first() -> None:
-    prompts = Prompts(bytes_max=4 * 250)
+    prompts = WaitingPrompts(bytes_max=4 * 250)
     entries = [Entry(planned(tag), 0.0, IDS) for tag in (1, 2, 3, 4)]
     for entry in entries[:3]:
         prompts.keep(entry)
@@ -205,7 +205,7 @@ def test_prompts_of_unsettled_attempts_are_bounded_in_bytes_and_the_oldest_go_fi
 
 def test_an_attempt_whose_prompt_was_dropped_is_settled_without_its_history(scene: Scene) -> None:
     scene.serve(1)
-    scene.recorder._prompts = Prompts(bytes_max=0)
+    scene.recorder._prompts = WaitingPrompts(bytes_max=0)
     entry = scene.send(2)
     scene.end(entry)
     scene.deliver(2)

@@ -7,7 +7,7 @@ from gateway.attempts import Entry
 PROMPTS_BYTES_MAX = 256 << 20
 
 
-class Prompts:
+class WaitingPrompts:
     """Entries that keep their token ids. Over `bytes_max` the oldest lose them: they are judged without their history."""
 
     def __init__(self, bytes_max: int = PROMPTS_BYTES_MAX) -> None:
