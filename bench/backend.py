@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 
 from bench.cases import EVENTS, MODEL, PATHS
 from bench.replicas import Holders
-from gateway.model_files import source_from_arguments
-from gateway.tokens import NoTokenIds, TokenService
+from gateway.prompts.tokenizer.model_files import source_from_arguments
+from gateway.prompts.tokenizer.service import NoTokenIds, TokenService
 
 PROOF = "prove-the-prompt"
 CONTEXT_TOKENS = 1 << 20

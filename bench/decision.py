@@ -23,18 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from engine.fleet import FleetSnapshot, Replica, ReplicaState
-from gateway.model_files import TokenizerSource
-from gateway.parity import KindVerdict, Parity, ParityVerdict
-from gateway.planner import Planner
+from gateway.planner.planner import Planner
+from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
+from gateway.prompts.tokenizer.model_files import TokenizerSource
+from gateway.prompts.tokenizer.service import TokenService
 from gateway.settings import load
-from gateway.tenants import ANONYMOUS
+from gateway.tenants.tenants import ANONYMOUS
 from gateway.token_ids import TokenIds
-from gateway.tokens import TokenService
-from transport.directory import TableDirectory
 from transport.fingerprint import fingerprint_digest
 from transport.keys import chain_keys, root_key
-from transport.table_layout import Description
-from transport.table_writer import TableWriter
+from transport.table.directory import TableDirectory
+from transport.table.layout import Description
+from transport.table.writer import TableWriter
 
 BLOCK_SIZE = 16
 FIELDS = {"weights": "bench"}
@@ -81,7 +81,7 @@ def a_fleet(replicas: int, blocks_each: int, tokens: TokenService) -> Iterator[t
         writers = [stack.enter_context(closing(TableWriter(directory, each, BLOCK_SIZE, blocks_each))) for each in about]
         tables = stack.enter_context(closing(TableDirectory(directory)))
         planner = Planner(StandingFleet(directory, names), tables, tokens, load())
-        planner.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
+        planner.prompts.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
         yield planner, writers
 
 

@@ -32,7 +32,7 @@ from bench.open_loop import Player
 from bench.routers import install
 from bench.started import Started
 from bench.workloads import Size, Talk, Turn, Workload
-from gateway.measure.words import COMMON, Words
+from gateway.cli.bench.words import COMMON, Words
 
 ARM_SECONDS_MAX = 60.0
 WARM_REQUESTS = 6

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.field_arms import ARMS, CPU_ARMS, GPU_ARMS
+from bench.simulate.workloads import CPU_SHAPE, GPU_SHAPE, WorkloadShape
 from bench.workloads import WORKLOADS, Size
-from gateway.simulate.workloads import CPU_SHAPE, GPU_SHAPE, WorkloadShape
 from tests.gpu.replica import write_model
 
 OVERHEAD_SECONDS = 10.0
@@ -101,7 +101,7 @@ def _chosen(text: str, known: Sequence[Any]) -> list[Any]:
 
 def default_model() -> str:
     """The directory of peerkv's default model, fetched if need be. Raises CalledProcessError."""
-    made = subprocess.run([sys.executable, "-m", "engine.model"], stdout=subprocess.PIPE, text=True, check=True)
+    made = subprocess.run([sys.executable, "-m", "engine.default_model"], stdout=subprocess.PIPE, text=True, check=True)
     return made.stdout.split("\n")[-2]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.engines import Counts
 from bench.open_loop import Sample
-from gateway.measure.spread import quantile
+from gateway.cli.bench.spread import quantile
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,8 @@ from tokenizers import Tokenizer
 from bench.field_flags import default_model
 from bench.machine import StartFailed, free_ports
 from bench.started import Started
-from engine.launch import VLLM_SERVER_MODULE
-from gateway.measure.words import Words
+from engine.host_process.preload import VLLM_SERVER_MODULE
+from gateway.cli.bench.words import Words
 from tests.gpu.replica import LLAMA_8B
 
 MODEL = "intake"

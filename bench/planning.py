@@ -27,26 +27,26 @@ from bench.cases import Case, Endpoint, bodies, documents
 from bench.decision import BLOCK_SIZE, FIELDS, ROOT, StandingFleet
 from bench.field_flags import default_model
 from bench.report import quantile
-from gateway.attempts import Asked, Entry
-from gateway.body import decode_body
-from gateway.ledger import Ledger
-from gateway.model_files import TokenizerSource
-from gateway.parity import KindVerdict, Parity, ParityVerdict
-from gateway.plan import Plan
-from gateway.plan_witness import PlanWitness
-from gateway.planner import Planner
-from gateway.recent import RecentTables
-from gateway.recorder import SETTLED_TOGETHER, Recorder
-from gateway.seen import SeenPrefixes
+from gateway.api.body import decode_body
+from gateway.block_registry.recent import RecentTables
+from gateway.ledger.attempts import Asked, Entry
+from gateway.ledger.history import SeenPrefixes
+from gateway.ledger.ledger import Ledger
+from gateway.ledger.plan_witness import PlanWitness
+from gateway.ledger.recorder import SETTLED_TOGETHER, Recorder
+from gateway.planner.plan import Plan
+from gateway.planner.planner import Planner
+from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
+from gateway.prompts.tokenizer.model_files import TokenizerSource
+from gateway.prompts.tokenizer.service import TokenService
 from gateway.settings import load
-from gateway.tenants import ANONYMOUS
+from gateway.tenants.tenants import ANONYMOUS
 from gateway.token_ids import TokenIds
-from gateway.tokens import TokenService
-from transport.deliveries import Delivery
-from transport.directory import TableDirectory
 from transport.keys import chain_keys
-from transport.table_layout import Description
-from transport.table_writer import TableWriter
+from transport.table.deliveries import Delivery
+from transport.table.directory import TableDirectory
+from transport.table.layout import Description
+from transport.table.writer import TableWriter
 
 NAMES = ("replica-0", "replica-1")
 BLOCKS = 1 << 16
@@ -76,7 +76,7 @@ class Steps:
         tables = stack.enter_context(closing(TableDirectory(directory)))
         settings = load()
         self._planner = Planner(StandingFleet(directory, list(NAMES)), RecentTables(tables), service, settings)
-        self._planner.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
+        self._planner.prompts.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
         ledger, seen = Ledger(settings.ledger_requests_max), SeenPrefixes(settings.ledger_prefixes_max)
         recorder = Recorder(ledger, seen, self._planner.feed, self._planner.registry, lambda name: "")
         self._witness = PlanWitness(recorder, self._planner)

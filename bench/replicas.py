@@ -14,14 +14,15 @@ import msgspec
 from bench.arms import KEY, TENANT
 from bench.cases import CASES, MODEL, Endpoint, documents
 from engine.fleet import FleetSnapshot, Replica, ReplicaState, write_fleet
-from gateway.model_files import source_from_arguments
-from gateway.tenants import Tenant, default_salt
-from gateway.tokens import TokenService
-from transport.deliveries import Delivery
+from gateway.prompts.tokenizer.model_files import source_from_arguments
+from gateway.prompts.tokenizer.service import TokenService
+from gateway.settings import Tenant
+from gateway.tenants.tenants import default_salt
 from transport.fingerprint import fingerprint_digest
 from transport.keys import chain_keys, root_key
-from transport.table_layout import Description
-from transport.table_writer import TableWriter
+from transport.table.deliveries import Delivery
+from transport.table.layout import Description
+from transport.table.writer import TableWriter
 
 NAMES = ("replica-0", "replica-1")
 BLOCK_SIZE = 16

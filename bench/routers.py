@@ -221,7 +221,7 @@ def main() -> int:
     if given.install:
         install(given.venv, console)
     if not given.model:
-        console.print("name the model's directory: --model DIR (`python -m engine.model` prints the default model's)")
+        console.print("name the model's directory: --model DIR (`python -m engine.default_model` prints the default model's)")
         return 2
     os.sched_setaffinity(0, {LOAD_CORE})
     count = len(given.arms) * len(given.cases) * given.rounds

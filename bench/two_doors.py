@@ -15,7 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
-from engine.launch import VLLM_SERVER_MODULE
+from engine.host_process.preload import VLLM_SERVER_MODULE
 
 DOORS = "BENCH_DOORS"
 _serve = uvicorn.Server.serve

@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gateway.measure.words import Words
-from gateway.simulate.workloads import HOT_SHARE, SHARED_FACTOR, TURNS
+from bench.simulate.workloads import HOT_SHARE, SHARED_FACTOR, TURNS
+from gateway.cli.bench.words import Words
 
 HOT_RATE = 2.5
 """The hot workload's rate, times that of the others: most of its prompts are cached."""

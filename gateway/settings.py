@@ -15,14 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
-from engine.devices import CPU_REPLICAS_DEFAULT, resolve_replicas
-from engine.launch import EngineSettings, devices_each
+from engine.replicas.devices import CPU_REPLICAS_DEFAULT, resolve_replicas
+from engine.replicas.launch import EngineSettings, devices_each
 from gateway.errors import SettingsError
-from gateway.tenants import Tenant
 
 ENV_PREFIX = "PEERKV_"
 CONFIG_VARIABLE = "PEERKV_CONFIG"
@@ -32,6 +31,7 @@ OTHER_VARIABLE_PREFIXES = ("PEERKV_SERVICE_", "PEERKV_PORT_")
 # sun_path holds 108 bytes with the final zero; "/replica-999.sock" needs 17 of them.
 RUN_DIR_BYTES_MAX = 90
 REPLICAS_MAX = 256
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 Words = Annotated[tuple[str, ...], NoDecode]
 
@@ -52,6 +52,21 @@ def default_log_dir(port: int) -> Path:
     """Replica logs: `$XDG_STATE_HOME/peerkv/logs/<port>`, usually under `~/.local/state`."""
     state = os.environ.get("XDG_STATE_HOME")
     return (Path(state) if state else Path.home() / ".local" / "state") / "peerkv" / "logs" / str(port)
+
+
+class Tenant(BaseModel):
+    """One configured tenant."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=128)
+    api_key: SecretStr = Field(min_length=8, max_length=512)
+    salt: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        max_length=512,
+        description="Isolates the tenant's prefix cache; by default a digest keyed with its API key.",
+    )
 
 
 class Settings(BaseSettings):
@@ -280,3 +295,9 @@ def _in_words(error: ValidationError) -> str:
         place = ".".join(str(part) for part in detail["loc"])
         parts.append(f"{place}: {message}" if place else message)
     return "; ".join(parts)
+
+
+def address(settings: Settings) -> str:
+    """The URL under which this machine reaches the gateway."""
+    host = _EVERYWHERE.get(settings.host, settings.host)
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"

@@ -26,9 +26,9 @@ from typing import Any
 
 from tests.gpu.races import race
 from tests.gpu.replica import Replica, median, prompt, write_model
-from transport.deliveries import Delivery
-from transport.directory import TableDirectory
-from transport.table import TableReader
+from transport.table.deliveries import Delivery
+from transport.table.directory import TableDirectory
+from transport.table.reader import TableReader
 
 DECODES = 64
 ROUND_SECONDS = 4.0

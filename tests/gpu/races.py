@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.unit.table_fixtures import writer
-from transport.base import ImportJob
-from transport.directory import TableDirectory
+from tests.unit.transport.table_fixtures import writer
+from transport.backends.base import ImportJob
 from transport.keys import chain_keys, root_key
+from transport.table.directory import TableDirectory
 
 LAYERS, BLOCKS, WORDS, KEYS = 8, 256, 8192, 64
 CHAIN = chain_keys(root_key(b"f" * 16), range(KEYS * 4), 4)
@@ -46,7 +46,7 @@ def memory(device: str) -> dict[str, Any]:
 def _owner(device: str, path: str, pipe: Connection, seed: int) -> None:
     import torch
 
-    from engine.worker_half import _transport
+    from engine.connector.worker import _transport
 
     caches = memory(device)
     transport = _transport(caches, BLOCKS, 0)
@@ -90,7 +90,7 @@ def race(devices: tuple[str, str], path: Path, imports: int, seconds: float, see
     """Import random runs from the churning owner and check every accepted block; stops after `seconds` at the latest."""
     import torch
 
-    from engine.worker_half import _transport
+    from engine.connector.worker import _transport
 
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     owner = multiprocessing.get_context("spawn").Process(target=_owner, args=(devices[0], str(path), theirs, seed), daemon=True)

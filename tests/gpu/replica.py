@@ -186,9 +186,9 @@ def _run(
     logging.basicConfig(level=logging.INFO)  # vLLM sets up its own loggers only: what ours say of an import would be lost
     try:
         if programs:
-            import transport.cuda_ipc
+            from transport.backends import cuda_ipc
 
-            transport.cuda_ipc.PROGRAMS_ALONE = transport.cuda_ipc.PROGRAMS_BESIDE_DECODES = programs
+            cuda_ipc.PROGRAMS_ALONE = cuda_ipc.PROGRAMS_BESIDE_DECODES = programs
         _Engine(name, model, table_dir, arguments, pipe).serve()
     except BaseException as error:
         import traceback

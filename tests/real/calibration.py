@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from gateway.simulate.profiles import EngineProfile, LinkProfile, Profile
+from bench.simulate.profiles import EngineProfile, LinkProfile, Profile
 from tests.real.fleet import REPLICAS, Fleet
 from tests.real.prompts import Words
 

@@ -5,7 +5,8 @@ from collections.abc import Generator, Iterator
 import openai
 import pytest
 
-from gateway.tenants import Tenant, default_salt
+from gateway.settings import Tenant
+from gateway.tenants.tenants import default_salt
 from tests.real.fleet import MARK, RESTART_SECONDS_MAX, Fleet, until
 from tests.real.leftovers import leaked_files, marked_processes, shared_files
 from tests.real.prompts import Words

@@ -18,7 +18,7 @@ import httpx
 
 from engine.fleet import FileFleet
 from tests.real.leftovers import marked_processes
-from transport.table import SUFFIX, TableReader
+from transport.table.reader import SUFFIX, TableReader
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS_MAX = 900.0  # the first start on a machine fetches and converts the model

@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from transport.fingerprint import fingerprint_digest
 from transport.keys import Keys, chain_keys, root_key
-from transport.table import SUFFIX, Run, TableReader
-from transport.table_layout import Description, Layer, Memory, Region
-from transport.table_writer import TableWriter
+from transport.table.layout import Description, Layer, Memory, Region
+from transport.table.reader import SUFFIX, Run, TableReader
+from transport.table.writer import TableWriter
 
 Bytes = npt.NDArray[np.uint8]
 _IN_OPEN = 0x20

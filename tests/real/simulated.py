@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from gateway.simulate.peerkv import PeerKV
-from gateway.simulate.profiles import Profile
-from gateway.simulate.simulation import Fleet as SimulatedFleet
-from gateway.simulate.simulation import Simulation
-from gateway.simulate.summary import ttft_seconds
-from gateway.simulate.traces import Conversations, Trace, TraceRequest, made_up
+from bench.simulate.peerkv import PeerKV
+from bench.simulate.profiles import Profile
+from bench.simulate.simulation import Fleet as SimulatedFleet
+from bench.simulate.simulation import Simulation
+from bench.simulate.summary import ttft_seconds
+from bench.simulate.traces import Conversations, Trace, TraceRequest, made_up
 from tests.real.calibration import BATCHED_TOKENS_MAX, Calibration, stream
 from tests.real.fleet import REPLICAS, Fleet
 from tests.real.prompts import Words

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.real.fleet import Answer, Fleet, until
-from transport.deliveries import Delivery, DeliveryReason, EngineLoad
 from transport.keys import chain_keys, root_key
-from transport.table import TableReader
+from transport.table.deliveries import Delivery, DeliveryReason, EngineLoad
+from transport.table.reader import TableReader
 
 BLOCK = 32
 PROMPT = 330

@@ -20,7 +20,7 @@ from tests.real.fleet import ROOT, until
 from tests.real.gateways import another_gateway
 from tests.real.owner import OwnMemory, held, keys_of, table_like
 from tests.real.test_changed_blocks import one_core_for, withdraw_when_opened
-from transport.table import SUFFIX
+from transport.table.reader import SUFFIX
 
 BLOCK = 32
 LENGTH = 400

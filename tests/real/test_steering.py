@@ -13,7 +13,7 @@ import pytest
 from tests.real.conftest import assert_no_trace
 from tests.real.fleet import REPLICAS, Fleet, until
 from tests.real.leftovers import shared_files
-from tests.unit.tiny_model import LLAMA, make_llama
+from tests.unit.gateway.prompts.tiny_model import LLAMA, make_llama
 
 BLOCK = 32
 CONVERGED = 0.25

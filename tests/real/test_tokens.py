@@ -4,10 +4,15 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from gateway.encoder import make_encoder
-from gateway.id_cache import IdCache
+from gateway.prompts.tokenizer.encoder import make_encoder
+from gateway.prompts.tokenizer.id_cache import IdCache
 
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "gateway/text_cuts.py", "tests/unit/test_text_cuts.py")
+DOCUMENTS = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "gateway/prompts/tokenizer/text_cuts.py",
+    "tests/unit/gateway/prompts/tokenizer/test_text_cuts.py",
+)
 
 
 def test_documents_and_turns_get_the_ids_of_the_whole(running_fleet) -> None:

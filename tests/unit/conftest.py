@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.replica_tables import ReplicaTables, replica_tables
+from tests.unit.transport.replica_tables import ReplicaTables, replica_tables
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""A simulated fleet: what steering does on more replicas than there are at hand. `python -m bench.simulate --help`."""

@@ -1,0 +1,167 @@
+"""peerkv's own steering (gateway/steering/steer.py, costs.py, load.py) in a simulated fleet.
+
+It is fed with what the gateway would see: block tables, which are exact; what engines say of themselves there; the gateway's
+own tickets; and, at each first token, what was delivered.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bench.simulate.jobs import Job, covered_tokens
+from bench.simulate.policies import Choice
+from bench.simulate.simulation import Fleet
+from gateway.block_registry.chain import Chain
+from gateway.steering.costs.model import CostModel, ModelKey, Outcome, pairs
+from gateway.steering.evictions import Evictions
+from gateway.steering.load import FleetLoad, Ticket
+from gateway.steering.popularity import Popularity
+from gateway.steering.steer import REMOTE_TRANSPORT, Candidate, Decision, PromptView, steer
+
+PREFIXES_MAX = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What an engine's table says of its load."""
+
+    waiting_requests: int
+    waiting_tokens: int
+    decoding_requests: int
+
+
+@dataclass(slots=True)
+class PeerKV:
+    """Steers `fleet`. With `imports` False replicas exchange nothing; `device` says which priors the cost model begins with."""
+
+    fleet: Fleet
+    imports: bool = True
+    device: str = "cuda"
+    costs: CostModel = field(default_factory=CostModel)
+    load: FleetLoad = field(default_factory=FleetLoad)
+    popularity: Popularity = field(default_factory=lambda: Popularity(PREFIXES_MAX))
+    evictions: Evictions = field(default_factory=Evictions)
+    actions: dict[str, int] = field(default_factory=dict)
+    _turn: int = 0
+    _names: list[str] = field(init=False)
+    _nodes: list[str] = field(init=False)
+    _exchanges: frozenset[str] = field(init=False)
+    _key: ModelKey = field(init=False)
+    _transport: str = field(init=False)
+    _numbers: dict[str, int] = field(init=False)
+    _said: list[tuple[int, int, int]] = field(init=False)
+    _decisions: dict[int, tuple[Decision, Candidate, float]] = field(default_factory=dict)
+    _tickets: dict[int, Ticket] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        links = self.fleet.links
+        self._names = [f"replica-{number}" for number in range(self.fleet.replicas)]
+        self._nodes = [f"node-{number // links.profile.replicas_each_host}" for number in range(self.fleet.replicas)]
+        self._numbers = {name: number for number, name in enumerate(self._names)}
+        self._exchanges = frozenset(self._names) if self.imports else frozenset()
+        self._key = ModelKey(self.device)
+        self._said = [(0, 0, 0)] * self.fleet.replicas
+        self.evictions.caches(dict.fromkeys(self._names, self.fleet.profile.engine.kv_tokens))
+        self._transport = "cuda_ipc" if self.device == "cuda" else "shared_memory"
+
+    def choose(self, job: Job, now: float) -> Choice:
+        """As the planner does: look up, weigh, decide, and count it as being under way."""
+        request, size = job.request, self.fleet.trace_block_tokens
+        keys = np.zeros((len(job.chain), 2), dtype="<u8")
+        keys[:, 0] = job.chain
+        chain = Chain.of(keys)
+        candidates, held_most = self._candidates(job, chain, now)
+        self._note(chain, candidates, held_most, now)
+        prompt = PromptView(
+            tokens=request.prompt_tokens,
+            rate=self.popularity.rate(chain, held_most, now) if held_most else 0.0,
+            decode_seconds=self.load.decode_seconds,
+            block_size=self.fleet.profile.engine.block_tokens,
+            again=self.evictions.again(),
+        )
+        decision = steer(prompt, candidates, self.costs, now, self._turn)
+        self._turn += 1
+        self.actions[decision.action.value] = self.actions.get(decision.action.value, 0) + 1
+        expected = decision.expected
+        cached = expected.local_tokens + expected.peer_tokens
+        replica = self._numbers[decision.replica]
+        self._decisions[job.tag] = (decision, candidates[replica], now)
+        tokens, ready_at = request.prompt_tokens, now + expected.seconds
+        new = tokens - cached
+        work = pairs(cached, new)
+        ticket = Ticket(job.tag, decision.replica, decision.source, tokens, cached, new, work, ready_at, chain, size)
+        self._tickets[job.tag] = ticket
+        self.load.started(ticket, now)
+        source = None if decision.source is None else self._numbers[decision.source]
+        return Choice(replica, source, decision.import_tokens_max, cached)
+
+    def _candidates(self, job: Job, chain: Chain, now: float) -> tuple[list[Candidate], int]:
+        """Every replica as steering sees it, in order; and the most blocks of the prompt that one of them holds."""
+        size, fleet = self.fleet.trace_block_tokens, self.fleet
+        runs = fleet.published.runs(job.chain)
+        whole = covered_tokens(len(job.chain), job.request.prompt_tokens, size, fleet.profile.engine.block_tokens)
+        self._listen()
+        loads, promised = self.load.load, self.load.promised(chain, size).get
+        exchanges, key, transport = self._exchanges, self._key, self._transport
+        candidates = [
+            Candidate(name, tokens, loads(name, now), exchanges, key, transport, promised(name, 0), True, node, room)
+            for name, node, tokens, room in zip(
+                self._names, self._nodes, np.minimum(runs * size, whole).tolist(), self._room(), strict=True
+            )
+        ]
+        return candidates, int(runs.max(initial=0))
+
+    def _note(self, chain: Chain, candidates: list[Candidate], held_most: int, now: float) -> None:
+        """Count a request, and learn what of its prompt all gave up: asked for before, and neither held nor being computed."""
+        size = self.fleet.trace_block_tokens
+        promised = max((each.promised_tokens for each in candidates), default=0)
+        held = max(held_most, promised // size)
+        formerly = self.popularity.note(chain, now, held, self.evictions.counts_since(now))
+        if formerly > held:
+            self.evictions.missed((formerly - held) * size, held * size)
+
+    def _room(self) -> list[int]:
+        """Tokens of each cache that hold nothing."""
+        caches = [engine.cache for engine in self.fleet.engines]
+        return [cache.capacity_tokens - cache.used_tokens for cache in caches]
+
+    def _listen(self) -> None:
+        """Read every table's words, and pass on those that changed."""
+        said = self._said
+        for engine in self.fleet.engines:
+            words = (len(engine.waiting), engine.waiting_tokens, engine.decoding)
+            if words != said[engine.number]:
+                said[engine.number] = words
+                self.load.heard(self._names[engine.number], _Words(*words))
+
+    def first_byte(self, job: Job, now: float) -> None:
+        """The cost model learns from what was delivered."""
+        self.load.first_byte(self._tickets[job.tag], now)
+        given_up = self.fleet.engines[job.replica].cache.evicted_tokens
+        self.evictions.gave_up(self._names[job.replica], 0, given_up, now)
+        decision, candidate, asked = self._decisions.pop(job.tag)
+        across = job.source is not None and self.fleet.links.across_hosts(job.source, job.replica)
+        took = now - job.arrived + self.fleet.profile.engine.response_seconds
+        if not self.costs.wants(self._key, decision.source, asked + took):
+            return
+        self.costs.observe(
+            Outcome(
+                key=self._key,
+                replica=decision.replica,
+                source=decision.source,
+                transport=REMOTE_TRANSPORT if across else self._transport,
+                load=candidate.load,
+                now=asked,
+                prompt_tokens=job.request.prompt_tokens,
+                computed_tokens=job.computed_tokens,
+                peer_tokens=job.peer_tokens,
+                expected_seconds=decision.expected.seconds,
+                first_byte_seconds=took,
+                import_seconds=job.import_seconds if job.peer_tokens else None,
+                import_bytes=job.peer_tokens * self.fleet.profile.engine.kv_bytes_token,
+            )
+        )
+
+    def finished(self, job: Job, now: float) -> None:
+        """Its ticket ends."""
+        self.load.finished(self._tickets.pop(job.tag), now)

@@ -1,0 +1,20 @@
+"""The connector that vLLM loads (`kv_connector_module_path=engine.connector`, `kv_connector=PeerKVConnector`).
+
+Runs inside vLLM: `scheduler` in the engine's core process, `worker` in each of its workers. May import transport alone.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.connector.peerkv_connector import PeerKVConnector
+
+__all__ = ["PeerKVConnector"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the connector, and vLLM with it, only for whoever asks for it by name."""
+    if name == "PeerKVConnector":
+        from engine.connector.peerkv_connector import PeerKVConnector
+
+        return PeerKVConnector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,233 @@
+"""The account of each request, from its arrival to its first token: what is waiting, and what was delivered.
+
+Plain code over plain values: times are CLOCK_MONOTONIC nanoseconds and come in as arguments.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.connector.messages import ImportReport
+from transport.hint import Hint, read_hint
+from transport.table.deliveries import Delivery, DeliveryReason
+from transport.table.writer import TableWriter
+
+
+class Phase(enum.Enum):
+    """How far a request is. A preempted one waits again."""
+
+    WAITING = enum.auto()
+    PREFILLING = enum.auto()
+    DECODING = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Account:
+    """One request. `left`: tokens of its prompt that no step was given yet and that are not known to be cached.
+
+    `whole`: some step was given the last of its prompt; the report of that step brings its record. `closed`: vLLM forgot it.
+    """
+
+    hint: Hint
+    prompt_tokens: int
+    arrived_ns: int
+    left: int
+    phase: Phase = Phase.WAITING
+    asked_ns: int = 0
+    scheduled_ns: int = 0
+    local_tokens: int = 0
+    peer_tokens: int = 0
+    planned_tokens: int = 0
+    source: str = ""
+    why: DeliveryReason = DeliveryReason.NONE
+    import_from: int = 0
+    imported_tokens: int = 0
+    import_begun_ns: int = 0
+    import_wait_ns: int = 0
+    import_ns: int = 0
+    import_bytes: int = 0
+    stale_blocks: int = 0
+    failed_blocks: int = 0
+    whole: bool = False
+    aborted: bool = False
+    closed: bool = False
+    delivered: bool = False
+
+    def delivery(self, first_token_ns: int) -> Delivery:
+        """Return what became of it."""
+        scheduled = self.scheduled_ns > 0
+        return Delivery(
+            tag=self.hint.tag,
+            arrived_ns=self.arrived_ns,
+            asked_ns=self.asked_ns,
+            scheduled_ns=self.scheduled_ns,
+            first_token_ns=first_token_ns,
+            prompt_tokens=self.prompt_tokens,
+            local_tokens=self.local_tokens,
+            peer_tokens=self.peer_tokens,
+            computed_tokens=self.prompt_tokens - self.local_tokens - self.peer_tokens if scheduled else 0,
+            import_ns=self.import_ns,
+            import_wait_ns=self.import_wait_ns,
+            import_bytes=self.import_bytes,
+            planned_tokens=self.planned_tokens,
+            stale_blocks=self.stale_blocks,
+            failed_blocks=self.failed_blocks,
+            source=self.source,
+            why=self.why,
+        )
+
+
+@dataclass(slots=True)
+class PromptWork:
+    """What a step computes of prompts: how many tokens, and which prompts are whole with it, by request id."""
+
+    tokens: int = 0
+    whole: list[tuple[str, Account]] = field(default_factory=list)
+
+
+class Accounts:
+    """All requests that the engine knows. Counts in `table`; `transport` is how its peers are read."""
+
+    def __init__(self, table: TableWriter, transport: str) -> None:
+        self._table = table
+        self._transport = transport
+        self._open: dict[str, Account] = {}
+        self._phases = dict.fromkeys(Phase, 0)
+        self._left = 0
+        self._under_way = 0
+        self._work = PromptWork()
+        self.prefilling: dict[str, Account] = {}
+        """Requests of whose prompts a step was given a part, but not yet the last."""
+        self.asked: dict[str, Account] = {}
+        """Requests that vLLM would run, had it room: it asked for their prefix and gave no step since."""
+
+    def load(self) -> tuple[int, int, int, int]:
+        """Return the first four fields of an EngineLoad."""
+        waiting, prefilling, decoding = self._phases.values()
+        return waiting, prefilling + decoding, self._left + self._under_way, decoding
+
+    @property
+    def running(self) -> int:
+        """Requests that have blocks and get steps."""
+        return self._phases[Phase.PREFILLING] + self._phases[Phase.DECODING]
+
+    def arrived(self, request: Any, now_ns: int) -> tuple[Account, bool]:
+        """Return a request's account, and whether it was opened just now."""
+        known = self._open.get(request.request_id)
+        if known is not None:
+            return known, False
+        hint, tokens = read_hint(request.kv_transfer_params), int(request.num_prompt_tokens)
+        account = self._open[request.request_id] = Account(hint, tokens, now_ns, tokens)
+        self._phases[Phase.WAITING] += 1
+        self._left += tokens
+        if hint.malformed:
+            self._table.count("hints_malformed", hint.malformed)
+        return account, True
+
+    def looked_up(self, request_id: str, account: Account, cached_tokens: int, now_ns: int) -> None:
+        """vLLM asked for a prefix: `cached_tokens` of the prompt are here or about to come."""
+        account.asked_ns = account.asked_ns or now_ns
+        self.asked[request_id] = account
+        self._leave(account, account.prompt_tokens - cached_tokens)
+
+    def import_begun(self, account: Account, source: str, now_ns: int) -> None:
+        """Blocks were allocated for an import from `source`."""
+        account.import_begun_ns, account.source = now_ns, source
+
+    def import_ended(self, account: Account, begin: int, good: int, report: ImportReport, now_ns: int) -> None:
+        """`good` tokens behind the first `begin` came."""
+        account.import_from, account.imported_tokens = begin, good
+        account.import_wait_ns, account.import_ns = now_ns - account.import_begun_ns, report.nanoseconds
+        account.import_bytes = report.bytes
+        account.stale_blocks, account.failed_blocks = report.stale_blocks, len(report.failed_blocks)
+        if report.failed_blocks:
+            account.why = DeliveryReason.CHECK_FAILED if report.stale_blocks else DeliveryReason.COPY_FAILED
+            if not account.closed:  # else nobody would ever take it out of what waits
+                self._leave(account, account.prompt_tokens - begin - good)
+
+    def scheduled(self, request_id: str, computed_tokens: int, tokens: int, now_ns: int) -> None:
+        """A step computes `tokens` more of a request behind the first `computed_tokens`."""
+        account = self._open.get(request_id)
+        if account is None:
+            return
+        self.asked.pop(request_id, None)
+        if not account.scheduled_ns:
+            account.scheduled_ns = now_ns
+            if account.import_wait_ns:  # the steps between its end and this one are what the import takes as well
+                account.import_wait_ns = now_ns - account.import_begun_ns
+            self._count(account, computed_tokens)
+        end, prompt = computed_tokens + tokens, account.prompt_tokens
+        self._work.tokens += max(0, min(end, prompt) - computed_tokens)
+        self._leave(account, prompt - end)
+        if end < prompt:
+            self._enter(account, Phase.PREFILLING)
+            self.prefilling[request_id] = account
+            return
+        self.prefilling.pop(request_id, None)
+        if not account.whole:
+            account.whole = True
+            self._work.whole.append((request_id, account))
+        self._enter(account, Phase.DECODING)
+
+    def preempted(self, request_id: str) -> None:
+        """vLLM took a request's blocks; it waits again, and none of its prompt is known to be cached."""
+        account = self._open.get(request_id)
+        if account is not None:
+            self.prefilling.pop(request_id, None)
+            self._enter(account, Phase.WAITING)
+            self._leave(account, account.prompt_tokens)
+
+    def close_step(self) -> PromptWork:
+        """Return what the step computes of prompts, to be handed to `computed` when it is done."""
+        work, self._work = self._work, PromptWork()
+        self._under_way += work.tokens
+        return work
+
+    def computed(self, work: PromptWork, now_ns: int) -> None:
+        """A step is done: write the records of the requests whose first token it made."""
+        self._under_way -= work.tokens
+        for _, account in work.whole:
+            self._deliver(account, 0 if account.aborted else now_ns)
+
+    def finished(self, request_id: str, *, aborted: bool) -> None:
+        """Forget a request. The record of one whose step is still under way is written when that is reported."""
+        account = self._open.pop(request_id, None)
+        if account is None:
+            return
+        self.prefilling.pop(request_id, None)
+        self.asked.pop(request_id, None)
+        self._phases[account.phase] -= 1
+        self._leave(account, 0)
+        account.aborted, account.closed = aborted, True
+        if not account.whole:
+            self._deliver(account, 0)
+
+    def _deliver(self, account: Account, first_token_ns: int) -> None:
+        if not account.delivered:
+            account.delivered = True
+            self._table.deliver(account.delivery(first_token_ns), self._transport)
+
+    def _count(self, account: Account, computed_tokens: int) -> None:
+        """Count a prompt once: which of its tokens were here, came from a peer, or are computed now."""
+        if account.planned_tokens and not account.import_begun_ns:
+            account.why = DeliveryReason.ALLOCATION
+        prompt = account.prompt_tokens
+        reused = min(computed_tokens, prompt)
+        account.peer_tokens = max(0, min(reused - account.import_from, account.imported_tokens))
+        account.local_tokens = reused - account.peer_tokens
+        self._table.count("requests")
+        self._table.count("prompt_tokens", prompt)
+        if account.peer_tokens:
+            self._table.count("peer_tokens_" + self._transport, account.peer_tokens)
+        self._table.count("local_tokens", account.local_tokens)
+        self._table.count("computed_tokens", prompt - reused)
+
+    def _enter(self, account: Account, phase: Phase) -> None:
+        self._phases[account.phase] -= 1
+        self._phases[phase] += 1
+        account.phase = phase
+
+    def _leave(self, account: Account, left: int) -> None:
+        left = max(0, left)
+        self._left += left - account.left
+        account.left = left

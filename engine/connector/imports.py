@@ -1,0 +1,99 @@
+"""Imports under way: begun when vLLM gave a request its blocks, settled when every worker has reported."""
+
+import logging
+
+import numpy as np
+
+from engine.connector.accounts import Accounts
+from engine.connector.messages import ImportReport, WorkerReport
+from engine.connector.peers import Sources
+from engine.connector.sequence import Import, Sequence
+from transport.backends.base import ImportJob
+from transport.table.writer import TableWriter
+
+_logger = logging.getLogger(__name__)
+
+
+class Imports:
+    """`block_size` is in tokens, `ranks` the number of workers that must report an import before it is done."""
+
+    def __init__(
+        self, table: TableWriter, accounts: Accounts, sources: Sources, *, block_size: int, transport: str, ranks: int
+    ) -> None:
+        self._table = table
+        self._accounts = accounts
+        self._sources = sources
+        self._block_size = block_size
+        self._transport = transport
+        self._ranks = ranks
+        self._under_way: dict[str, tuple[Sequence, Import]] = {}
+        self._partial: dict[str, ImportReport] = {}
+        self._starting: list[ImportJob] = []
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._under_way
+
+    def begin(self, sequence: Sequence, plan: Import, targets: list[int], now_ns: int) -> None:
+        """Import the first blocks of `plan` into `targets`."""
+        request_id, count = sequence.request.request_id, len(targets)
+        plan.target_blocks = np.array(targets, np.int32)
+        plan.source_blocks, plan.states = plan.source_blocks[:count], plan.states[:count]
+        self._under_way[request_id] = (sequence, plan)
+        self._accounts.import_begun(sequence.account, plan.source, now_ns)
+        self._starting.append(
+            ImportJob(request_id, plan.source, plan.epoch, plan.source_blocks, plan.states, plan.target_blocks)
+        )
+
+    def give_up(self, request_id: str, targets: list[int]) -> None:
+        """Have the workers report an import as failed that can not be begun: with no source to read from."""
+        blocks, count = np.array(targets, np.int32), len(targets)
+        self._starting.append(ImportJob(request_id, "", 0, np.zeros(count, np.int32), np.zeros(count, np.uint64), blocks))
+
+    def take_starting(self) -> tuple[ImportJob, ...]:
+        """Return the imports to begin in this step, each once."""
+        starting, self._starting = tuple(self._starting), []
+        return starting
+
+    def settle(self, report: WorkerReport, now_ns: int) -> None:
+        """Count the imports that every worker has reported, and note for each how much of it is good."""
+        for request_id, part in report.imports.items():
+            entry = self._under_way.get(request_id)
+            if entry is None:
+                continue
+            earlier = self._partial.pop(request_id, None)
+            whole = part.merged(earlier) if earlier else part
+            entry[1].ranks_done += report.ranks[request_id]
+            if entry[1].ranks_done < self._ranks:
+                self._partial[request_id] = whole
+                continue
+            del self._under_way[request_id]
+            self._end(*entry, whole, now_ns)
+
+    def forget(self) -> None:
+        """Settle nothing that is under way now."""
+        self._under_way.clear()
+        self._partial.clear()
+
+    def _end(self, sequence: Sequence, plan: Import, report: ImportReport, now_ns: int) -> None:
+        targets = plan.target_blocks.tolist()
+        good = next((place for place, block in enumerate(targets) if block in report.failed_blocks), len(targets))
+        # the blocks are offered onward with the request's first step, behind which nobody waits
+        size = self._block_size
+        self._accounts.import_ended(sequence.account, plan.local_blocks * size, good * size, report, now_ns)
+        failed, table = good < len(targets), self._table
+        table.imported(
+            plan.source, self._transport, blocks=good, size=report.bytes, nanoseconds=report.nanoseconds, failed=failed
+        )
+        table.count("imports")
+        table.count("import_blocks", good)
+        table.count("import_bytes", report.bytes)
+        table.count("import_nanoseconds", report.nanoseconds)
+        if report.failed_blocks and not report.bytes:  # nothing was copied at all
+            self._sources.not_read(plan.source, plan.epoch)
+        if failed:
+            table.count("check_failures", report.stale_blocks)
+            table.count("fallbacks")
+            _logger.info("import of %s from %s fell short: %s", sequence.request.request_id, plan.source, report.reason)

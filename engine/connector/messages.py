@@ -1,0 +1,69 @@
+"""What the scheduler's half and the workers' half of the connector tell each other, once a step, through vLLM's own channel."""
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from transport.backends.base import ImportJob
+from transport.table.layout import Memory
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """Scheduler to workers: the number of this step, the imports to begin in it, and whether it computes anything."""
+
+    step: int
+    imports: tuple[ImportJob, ...] = ()
+    computes: bool = False
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """How one rank's import ended: target blocks that must not be used, blocks that changed, bytes copied, nanoseconds."""
+
+    failed_blocks: frozenset[int]
+    stale_blocks: int
+    bytes: int
+    nanoseconds: int
+    reason: str
+
+    def merged(self, other: "ImportReport") -> "ImportReport":
+        """Return what two ranks' reports of one import amount to: as bad as the worse, as slow as the slower."""
+        return ImportReport(
+            self.failed_blocks | other.failed_blocks,
+            max(self.stale_blocks, other.stale_blocks),
+            self.bytes + other.bytes,
+            max(self.nanoseconds, other.nanoseconds),
+            self.reason or other.reason,
+        )
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """Workers to scheduler: the work of `step` is done; the imports that ended, by request id, and on how many ranks."""
+
+    step: int
+    imports: dict[str, ImportReport] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
+        assert isinstance(other, WorkerReport)
+        merged = WorkerReport(min(self.step, other.step), dict(self.imports), dict(self.ranks))
+        for request_id, report in other.imports.items():
+            mine = merged.imports.get(request_id)
+            merged.imports[request_id] = mine.merged(report) if mine else report
+            merged.ranks[request_id] = merged.ranks.get(request_id, 0) + other.ranks[request_id]
+        return merged
+
+
+@dataclass
+class Handshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """Workers to scheduler, once: where a rank's KV memory is, or in `status` why nobody can read it, and what it saw."""
+
+    memory: Memory | None
+    status: str
+    fields: dict[str, str]

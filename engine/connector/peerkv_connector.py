@@ -1,0 +1,288 @@
+"""The KV connector that stock vLLM loads: `kv_connector_module_path=engine.connector`, `kv_connector=PeerKVConnector`.
+
+`kv_connector_extra_config`: `table_dir`, the directory of the node's block tables; `replica`, this engine's name in it; `hash`,
+xxh3_128 or sha256; `namespace`, a word: engines with different ones exchange nothing; `pin_share_max`, the share of its blocks
+that pins may hold. All have defaults, so plain vLLM servers started with this connector find each other without a gateway.
+
+No exception leaves a method of this class: vLLM would end the engine. A fault is logged, counted, and answered by importing and
+offering nothing any more.
+"""
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from engine.connector import compat, fingerprint
+from engine.connector.messages import Handshake, StepMetadata, WorkerReport
+from engine.connector.pins import unpin_before_reset
+from engine.connector.scheduler import SchedulerHalf
+from engine.connector.worker import WorkerHalf
+from transport.errors import TransportError
+from transport.fingerprint import fingerprint_digest
+from transport.keys import HASH_NAMES
+from transport.table.directory import TableDirectory, sweep
+from transport.table.layout import Description
+from transport.table.writer import TableWriter
+
+_logger = logging.getLogger("vllm.peerkv")
+_Result = TypeVar("_Result")
+_PR_SET_PDEATHSIG = 1
+_ANSWERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION")
+PIN_SHARE_MAX = 0.25
+
+
+class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """Both halves' shell: it passes vLLM's calls on and keeps faults inside."""
+
+    _cache_hit_source = compat.PEER_HITS
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        self._table_dir = Path(str(extra.get("table_dir") or f"/dev/shm/peerkv-{os.geteuid()}/default"))
+        self._replica = str(extra.get("replica") or f"vllm-{os.getpid()}")
+        self._hash_name = str(extra.get("hash") or "xxh3_128")
+        self._namespace = str(extra.get("namespace") or "")
+        self._pin_share_max = float(extra.get("pin_share_max", PIN_SHARE_MAX))
+        if self._hash_name not in HASH_NAMES:
+            raise ValueError(f"kv_connector_extra_config: hash is {self._hash_name!r}, not one of {', '.join(HASH_NAMES)}")
+        if not 0 <= self._pin_share_max < 1:
+            raise ValueError(f"kv_connector_extra_config: pin_share_max is {self._pin_share_max}, not from 0 to below 1")
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        self._fields: dict[str, str] = {}
+        self._bound: Any = None
+        # a failed import must be computed, not reported to the client; vLLM reads this after it made the connector
+        vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
+        _end_with_parent()
+        if role is KVConnectorRole.WORKER:
+            rank = int(vllm_config.parallel_config.rank) % int(vllm_config.parallel_config.tensor_parallel_size)
+            self._worker = WorkerHalf(self._table_dir, self._replica, rank)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache promises nothing: a request that is preempted may finish without handing its KV to anyone."""
+        return False
+
+    # Scheduler
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Handshake]) -> None:
+        """Create the block table, now that the workers have told where their KV memory is."""
+        self._guard("create the block table", lambda: self._create_table(list(metadata.values())), None)
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Handshake]) -> None:
+        """Like the above; several pipeline stages are refused there."""
+        self._guard("create the block table", lambda: self._create_table(list(metadata.values())), None)
+
+    def _create_table(self, handshakes: list[Handshake]) -> None:
+        config, groups = self._vllm_config, self._kv_cache_config.kv_cache_groups
+        fields = fingerprint.scheduler_fields(config, self._kv_cache_config, self._hash_name)
+        unread = (
+            "the model's weight files are not found: nothing tells whether a peer has the same" if not fields["weights"] else ""
+        )
+        status = _refusal(config, groups) or unread or next((h.status for h in handshakes if h.status != "ok"), "ok")
+        fields["namespace"] = self._namespace
+        for shake in handshakes:
+            fields.update(shake.fields)
+        memories = tuple(sorted((h.memory for h in handshakes if h.memory), key=lambda memory: memory.rank))
+        transport = memories[0].transport if memories else "none"
+        sweep(self._table_dir, time.time())
+        description = Description(self._replica, os.getpid(), self._hash_name, transport, status, fields, memories)
+        block_size = int(config.cache_config.block_size)
+        self._scheduler = SchedulerHalf(
+            TableWriter(self._table_dir, description, block_size, int(self._kv_cache_config.num_blocks)),
+            TableDirectory(self._table_dir, self._replica),
+            fingerprint_digest(fields),
+            fields,
+            block_size=block_size,
+            hash_name=self._hash_name,
+            transport=transport,
+            status=status,
+            ranks=len(handshakes),
+            pin_share_max=self._pin_share_max,
+        )
+        if self._bound is not None:
+            self._scheduler.bind_pool(self._bound)
+        _logger.info("%s shares KV blocks under %s: %s", self._replica, self._table_dir, status)
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._bound = gpu_block_pool
+        self._guard("make way for resets", lambda: unpin_before_reset(gpu_block_pool, self._unpin), None)
+        if self._scheduler is not None:
+            self._guard("bind the block pool", lambda: self._half.bind_pool(gpu_block_pool), None)
+
+    def _unpin(self) -> None:
+        if self._scheduler is not None:
+            self._guard("unpin", self._half.unpin, None)
+
+    def on_new_request(self, request: Any) -> None:
+        if self._scheduler is None:
+            return
+        try:
+            self._half.arrived(request)
+        except Exception as error:  # noqa: BLE001 - one odd request is served all the same
+            _logger.warning("could not take note of a request: %r", error)
+            self._half.table.count("table_errors")
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        if self._scheduler is None:
+            return 0, False
+        try:
+            tokens = self._half.match(request, num_computed_tokens)
+        except Exception as error:  # noqa: BLE001 - one odd request is a miss, and no reason to stop the exchange
+            _logger.warning("could not look up a prefix: %r", error)
+            self._half.table.count("table_errors")
+            tokens = 0
+        return tokens, tokens > 0
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if self._scheduler is not None and num_external_tokens:
+            half, block_ids = self._scheduler, list(blocks.get_block_ids()[0])
+            done = self._guard("plan an import", lambda: half.allocated(request, block_ids, num_external_tokens), None)
+            if not done:  # vLLM waits for every import that it allocated for
+                self._guard("give up an import", lambda: half.give_up(request.request_id, block_ids, num_external_tokens), None)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        if self._scheduler is None:
+            return StepMetadata(0)
+        half = self._scheduler
+        meta = self._guard("close a step", lambda: half.step(scheduler_output), None)
+        return meta or StepMetadata(0, half.take_starting())
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        report = connector_output.kv_connector_worker_meta
+        if self._scheduler is not None and isinstance(report, WorkerReport):
+            self._guard("take a report", lambda: self._half.report(report), None)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        if self._scheduler is not None:
+            half = self._scheduler
+            self._guard(
+                "forget a request",
+                lambda: half.finished(request.request_id, aborted=str(request.status) not in _ANSWERED),
+                None,
+            )
+        return False, None
+
+    def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, [])
+
+    def reset_cache(self) -> bool | None:
+        if self._scheduler is not None:
+            self._guard("reset", self._half.reset, None)
+        return True
+
+    # Worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        worker = self._worker
+        if worker is None:
+            return
+        num_blocks = int(self._kv_cache_config.num_blocks)
+        self._fields = self._guard("read the KV layout", lambda: fingerprint.worker_fields(self._vllm_config, kv_caches), {})
+        if self._fields:
+            self._guard("share the KV memory", lambda: worker.register(kv_caches, num_blocks), None)
+
+    def get_handshake_metadata(self) -> Handshake | None:
+        return self._worker.handshake(self._fields) if self._worker is not None else None
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        worker, metadata = self._worker, self._connector_metadata
+        if worker is not None and isinstance(metadata, StepMetadata):
+            self._guard("begin an import", lambda: worker.start(metadata), None)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        worker = self._worker
+        if worker is None:
+            return None, None
+        ended = self._guard("poll imports", worker.poll, None)
+        if ended is None:
+            ended = worker.fail_all("a fault in the transport")
+        return None, ended or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_load_errors() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self) -> WorkerReport | None:
+        return self._worker.take_report() if self._worker is not None else None
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Imports end before a request is scheduled: there is nothing to wait for."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Blocks are read where they lie: there is nothing to save."""
+
+    def wait_for_save(self) -> None:
+        """Blocks are read where they lie: there is nothing to wait for."""
+
+    def shutdown(self) -> None:
+        if self._scheduler is not None:
+            self._guard("close the block table", self._half.close, None)
+            self._scheduler = None
+        if self._worker is not None:
+            self._guard("close peers", self._worker.close, None)
+
+    # Faults
+
+    @property
+    def _half(self) -> SchedulerHalf:
+        assert self._scheduler is not None
+        return self._scheduler
+
+    def _guard(self, what: str, call: Callable[[], _Result], otherwise: _Result) -> _Result:
+        """Do `call`; on any fault say so, withdraw what we offer, and return `otherwise`."""
+        try:
+            return call()
+        except Exception as error:  # one that left here would end the engine
+            level = logging.WARNING if isinstance(error, TransportError) else logging.ERROR
+            _logger.log(level, "could not %s: %s; this replica exchanges no more blocks", what, error, exc_info=True)
+            if self._scheduler is not None:
+                self._withdraw(self._scheduler)
+            return otherwise
+
+    def _withdraw(self, half: SchedulerHalf) -> None:
+        """Withdraw what we offer; if even that fails, end the table's epoch: to its readers the owner is dead then."""
+        try:
+            half.withdraw()
+        except Exception as error:  # noqa: BLE001 - one that left here would end the engine
+            _logger.error("could not withdraw the block table: %s; it ends", error)
+            half.table.end()
+
+
+def _refusal(vllm_config: Any, groups: Iterable[Any]) -> str:
+    """Return why this model's KV is not exchanged, "" if it is."""
+    groups = list(groups)
+    if len(groups) != 1:
+        return f"the model has {len(groups)} KV cache groups (hybrid); only one is handled yet"
+    kind = type(groups[0].kv_cache_spec).__name__
+    if kind != "FullAttentionSpec":
+        return f"the model keeps {kind}; only full attention is handled yet"
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    for name in ("pipeline", "decode_context", "prefill_context"):
+        if int(getattr(parallel, f"{name}_parallel_size", 1) or 1) > 1:
+            return f"{name.replace('_', ' ')} parallelism is not handled yet"
+    if not cache.enable_prefix_caching:
+        return "prefix caching is off"  # multimodal items have no identity of their own then
+    if getattr(cache, "calculate_kv_scales", False):
+        return "KV scales are calculated while running: two replicas can not know whether theirs are equal"
+    if getattr(vllm_config.model_config, "is_diffusion", False):
+        return "diffusion models are not handled yet"
+    return ""
+
+
+def _end_with_parent() -> None:
+    """In an engine process that a server started: die with it, so that a killed server leaves no engine behind."""
+    if multiprocessing.parent_process() is not None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,155 @@
+"""The connector's worker half: one rank's KV memory, and the imports under way."""
+
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.connector.messages import Handshake, ImportReport, StepMetadata, WorkerReport
+from transport.backends.base import ImportJob, ImportResult, Transport
+from transport.backends.shared_memory import SharedMemoryTransport
+from transport.errors import MemoryUnreachable, TransportError
+from transport.table.directory import TableDirectory
+
+_logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 0.5
+"""How often owners are looked for: of those that ended the memory is closed, which stays allocated for as long as it is mapped
+here, and of those that came it is opened."""
+
+
+class WorkerHalf:
+    """Begins and polls imports. `fields` are what this rank knows of its fingerprint.
+
+    Every job that came in is reported once, whatever happens: vLLM keeps a request waiting until then.
+    """
+
+    def __init__(self, table_dir: Path, replica: str, rank: int) -> None:
+        self._peers = TableDirectory(table_dir, replica)
+        self._rank = rank
+        self._transport: Transport | None = None
+        self._status = "the engine registered no KV cache"
+        self._ended: dict[str, ImportReport] = {}
+        self._jobs: dict[str, ImportJob] = {}
+        self._load_errors: set[int] = set()
+        self._step = 0
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+
+    def register(self, kv_caches: Mapping[str, Any], num_blocks: int) -> None:
+        """Make the KV tensors readable for peers, by the transport that fits their device."""
+        try:
+            self._transport = _transport(kv_caches, num_blocks, self._rank)
+        except (TransportError, OSError, RuntimeError, ImportError) as error:
+            self._status = f"KV memory can not be shared: {error}"
+            _logger.warning("%s", self._status)
+            return
+        self._status = "ok"
+        threading.Thread(target=self._watch, name="peerkv-watch", daemon=True).start()
+
+    def handshake(self, fields: dict[str, str]) -> Handshake:
+        """Return what the scheduler's half has to know of this rank."""
+        return Handshake(self._transport.memory() if self._transport else None, self._status, fields)
+
+    def start(self, metadata: StepMetadata) -> None:
+        """Begin the imports of a step."""
+        self._step = max(self._step, metadata.step)
+        self._jobs.update((job.request_id, job) for job in metadata.imports)
+        try:
+            for job in metadata.imports:
+                with self._lock:
+                    try:
+                        self._start(job, gently=metadata.computes)
+                    except MemoryUnreachable as error:
+                        self._fail(job, str(error))
+        except Exception as error:
+            self.fail_all(f"a fault in the transport: {error!r}")
+            raise
+
+    def _start(self, job: ImportJob, *, gently: bool) -> None:
+        reader = self._peers.tables().get(job.source)
+        if self._transport is None or reader is None or reader.epoch != job.epoch:
+            self._fail(job, f"{job.source or 'no source'} is gone")
+            return
+        self._transport.start(job, reader, gently=gently)
+
+    def poll(self) -> set[str]:
+        """Return the ids of the requests whose import ended since the last call."""
+        if self._transport is not None and self._transport.pending():
+            with self._lock:
+                for result in self._transport.poll():
+                    self._end(result)
+        return set(self._ended)
+
+    def fail_all(self, reason: str) -> set[str]:
+        """Give up the transport and every import under way, once nothing writes any more; return the ids of all that ended."""
+        with self._lock:
+            broken, self._transport = self._transport, None
+            if broken is not None:
+                try:
+                    broken.close()
+                except Exception as error:  # noqa: BLE001 - whatever broke it must not keep imports from being reported
+                    _logger.error("closing the transport: %s", error)
+        for job in list(self._jobs.values()):
+            if job.request_id not in self._ended:
+                self._fail(job, reason)
+        return set(self._ended)
+
+    def take_load_errors(self) -> set[int]:
+        """Return the blocks that must be recomputed, once."""
+        errors, self._load_errors = self._load_errors, set()
+        return errors
+
+    def take_report(self) -> WorkerReport:
+        """Return what the scheduler's half has to know of this step, once."""
+        ended, self._ended = self._ended, {}
+        for request_id in ended:
+            self._jobs.pop(request_id, None)
+        return WorkerReport(self._step, ended, dict.fromkeys(ended, 1))
+
+    def close(self) -> None:
+        """Release peers' memory and tables."""
+        self._closing.set()
+        with self._lock:
+            if self._transport is not None:
+                self._transport.close()
+            self._peers.close()
+
+    def _watch(self) -> None:
+        while not self._closing.wait(WATCH_SECONDS):
+            try:
+                with self._lock:
+                    if self._transport is not None and not self._closing.is_set():
+                        self._meet(self._transport)
+            except Exception as error:  # noqa: BLE001 - without this thread the dead would keep their memory
+                _logger.error("looking for owners that ended: %r", error)
+
+    def _meet(self, transport: Transport) -> None:
+        """Let go of owners that ended, and open the memory of those that came."""
+        peers = self._peers.tables()
+        transport.retain({(name, table.epoch) for name, table in peers.items()})
+        for table in peers.values():
+            if (table.status, table.transport) == ("ok", transport.name):
+                transport.prepare(table)
+
+    def _end(self, result: ImportResult) -> None:
+        self._load_errors.update(result.failed_blocks)
+        self._ended[result.job.request_id] = ImportReport(
+            frozenset(result.failed_blocks), result.stale_blocks, result.bytes, result.nanoseconds, result.reason
+        )
+
+    def _fail(self, job: ImportJob, reason: str) -> None:
+        self._end(ImportResult(job, tuple(job.target_blocks.tolist()), 0, 0, 0, reason))
+
+
+def _transport(kv_caches: Mapping[str, Any], num_blocks: int, rank: int) -> Transport:
+    """Return the transport that fits the device of the KV tensors. Raises MemoryUnreachable if none does."""
+    devices = {str(tensor.device.type) for tensor in kv_caches.values()}
+    if devices == {"cpu"}:
+        return SharedMemoryTransport(kv_caches, num_blocks, rank)
+    if devices == {"cuda"}:
+        from transport.backends.cuda_ipc import CudaIpcTransport
+
+        return CudaIpcTransport(kv_caches, num_blocks, rank)
+    raise MemoryUnreachable(f"no transport for KV memory on {', '.join(sorted(devices)) or 'no device'}")

@@ -1,0 +1,3 @@
+from engine.host_process.host import main
+
+main()

@@ -1,0 +1,233 @@
+"""How a replica is started: its settings, its command line, its environment."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.fleet import FleetError
+from engine.host_process.preload import VLLM_SERVER_MODULE
+from engine.replicas.devices import assign_devices
+from engine.replicas.lifecycle import RestartPolicy
+
+SOCKET_PATH_BYTES_MAX = 107  # sun_path of Linux, less its final zero
+ENGINE_SOCKET_BYTES = 37  # vLLM names the sockets between its own processes "/<uuid>"
+CPU_BLOCK_TOKENS = 32  # the CPU attention kernel works in multiples of it
+CPU_KV_BYTES = 512 << 20
+CPU_SEQUENCES_MAX = 16
+
+RESERVED_FLAGS = {
+    "--model": "give the model to peerkv itself",
+    "--served-model-name": "give the name to peerkv itself",
+    "--uds": "each replica listens on a socket of its own",
+    "--host": "replicas listen on unix sockets only",
+    "--port": "replicas listen on unix sockets only",
+    "--api-key": "the front door authenticates, replicas are private to it",
+    "--root-path": "the front door knows vLLM's own paths only",
+    "--ssl-keyfile": "replicas listen on unix sockets only",
+    "--ssl-certfile": "replicas listen on unix sockets only",
+    "--headless": "a replica needs its HTTP server",
+    "--data-parallel-size": "peerkv runs the replicas itself, see its number of replicas",
+    "-dp": "peerkv runs the replicas itself, see its number of replicas",
+    "--api-server-count": "a replica has one HTTP server",
+}
+
+
+class LaunchRefused(FleetError):
+    """A replica cannot be started with these settings; the message says which, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """All that the supervisor needs to run replicas. Directories are absolute; times are seconds."""
+
+    model: str  # a directory, or a hub id
+    run_dir: Path
+    table_dir: Path
+    log_dir: Path
+    served_model_name: str = ""  # empty: the same as `model`
+    replicas: int = 2
+    devices: tuple[str, ...] = ()  # GPU ids as CUDA_VISIBLE_DEVICES takes them; empty: CPU
+    vllm_args: tuple[str, ...] = ()  # the user's own, they win over ours
+    namespace: str = ""  # replicas of different namespaces exchange nothing
+    hash_name: str = "xxh3_128"
+    pin_share_max: float = 0.25  # of a replica's KV cache, for pinned prefixes
+    connector: bool = True  # False: plain vLLM without our connector
+    preload: bool = False  # import vllm once, fork the replicas (CPU)
+    launcher: tuple[str, ...] | None = None  # run this in place of vLLM's server
+    startup_seconds_max: float = 600.0
+    health_interval_seconds: float = 2.0
+    health_timeout_seconds: float = 10.0
+    health_failures_max: int = 3  # failed checks in a row before a replica is restarted
+    backoff_seconds_min: float = 0.5
+    backoff_seconds_max: float = 30.0
+    healthy_seconds_reset: float = 60.0  # ready for so long: the back-off starts anew
+    start_failures_max: int = 3  # in a row without getting ready: give up on the replica
+    terminate_seconds: float = 10.0  # from SIGTERM to SIGKILL
+    claim_seconds_max: float = 15.0  # wait for a former peerkv to let go of the directories
+    log_bytes_max: int = 16 << 20  # a longer log is rotated, while its replica runs too
+
+    @property
+    def preloads(self) -> bool:
+        """Whether replicas are forked from a host that imported vLLM."""
+        return self.preload and self.launcher is None
+
+    @property
+    def policy(self) -> RestartPolicy:
+        """The bounds of a replica's life."""
+        return RestartPolicy(
+            startup_seconds_max=self.startup_seconds_max,
+            health_failures_max=self.health_failures_max,
+            backoff_seconds_min=self.backoff_seconds_min,
+            backoff_seconds_max=self.backoff_seconds_max,
+            healthy_seconds_reset=self.healthy_seconds_reset,
+            start_failures_max=self.start_failures_max,
+            terminate_seconds=self.terminate_seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLaunch:
+    """One replica's start. `argv` lacks the program where a preloaded host runs the server itself."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    device: str
+    socket: str
+    scratch: str
+    log: str
+
+
+def plan_launches(settings: EngineSettings, environ: Mapping[str, str], cores: int) -> tuple[ReplicaLaunch, ...]:
+    """The start of every replica. Raises LaunchRefused, NotEnoughDevices."""
+    check_user_args(settings.vllm_args)
+    devices = assign_devices(settings.devices, settings.replicas, devices_each(settings.vllm_args))
+    shared = replica_env(settings, environ, cores)
+    return tuple(_plan_launch(settings, i, own, shared) for i, own in enumerate(devices))
+
+
+def replica_env(settings: EngineSettings, environ: Mapping[str, str], cores: int) -> dict[str, str]:
+    """The environment that all replicas share; a preloading host needs it before it imports vLLM.
+
+    Our own settings (they may hold keys) are left out. Where the user's environment sets one of the tunables,
+    the user's value stays.
+    """
+    env = {k: v for k, v in environ.items() if not k.startswith("PEERKV_") and k != "VLLM_API_KEY"}
+    tunables = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # the engine forks
+        "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",  # survives a restart
+    }
+    if not settings.devices:
+        tunables |= {
+            "OMP_NUM_THREADS": str(max(1, cores // settings.replicas)),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine and worker in one process
+            "TORCHDYNAMO_DISABLE": "1",  # or the first request for logprobs compiles for many seconds
+        }
+    elif "CUDA_VISIBLE_DEVICES" not in environ:
+        tunables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts
+    if Path(settings.model).is_dir():
+        tunables["HF_HUB_OFFLINE"] = "1"
+    fixed = {
+        "PYTHONHASHSEED": "0",  # replicas must agree on vLLM's own hashes
+        "PYTHONPATH": _python_path(environ),
+        "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache; the socket is private to this user
+    }
+    return tunables | env | fixed
+
+
+def check_user_args(args: Sequence[str]) -> None:
+    """Raise LaunchRefused for a vLLM option that would take a replica out of our hands."""
+    for arg in args:
+        flag = _flag_of(arg)
+        if flag in RESERVED_FLAGS:
+            raise LaunchRefused(f"vLLM option {arg.partition('=')[0]} cannot be passed on: {RESERVED_FLAGS[flag]}")
+
+
+def devices_each(args: Sequence[str]) -> int:
+    """How many GPUs a replica needs under these vLLM options. Raises LaunchRefused."""
+    tensor = _int_option(args, ("--tensor-parallel-size", "-tp"))
+    pipeline = _int_option(args, ("--pipeline-parallel-size", "-pp"))
+    return tensor * pipeline
+
+
+def server_args(settings: EngineSettings, name: str, socket: str) -> tuple[str, ...]:
+    """The arguments of one vLLM server; the user's come last, where they win."""
+    args = ["--model", settings.model, "--uds", socket]
+    args += ["--served-model-name", settings.served_model_name or settings.model]
+    args += ["--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
+    if not settings.devices:
+        args += ["--block-size", str(CPU_BLOCK_TOKENS), "--kv-cache-memory-bytes", str(CPU_KV_BYTES)]
+        args += ["--max-num-seqs", str(CPU_SEQUENCES_MAX), "--max-model-len", "auto", "--enforce-eager"]
+    if settings.connector:
+        args += ["--kv-transfer-config", json.dumps(_transfer_config(settings, name), separators=(",", ":"))]
+    return (*args, *settings.vllm_args)
+
+
+def _plan_launch(settings: EngineSettings, index: int, devices: tuple[str, ...], shared: Mapping[str, str]) -> ReplicaLaunch:
+    name = f"replica-{index}"
+    socket = str(settings.run_dir / f"{name}.sock")
+    scratch = str(settings.run_dir / f"ipc{index}")
+    _check_socket_path(socket, len(os.fsencode(socket)))
+    env = dict(shared)
+    if settings.launcher is None:
+        _check_socket_path(scratch, len(os.fsencode(scratch)) + ENGINE_SOCKET_BYTES)
+        env |= {"VLLM_RPC_BASE_PATH": scratch, "TMPDIR": scratch}  # a killed vLLM leaves files there
+    if devices:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    args = server_args(settings, name, socket)
+    if not settings.preloads:
+        args = (*(settings.launcher or (sys.executable, "-m", VLLM_SERVER_MODULE)), *args)
+    device = f"cuda:{','.join(devices)}" if devices else "cpu"
+    return ReplicaLaunch(name, args, env, device, socket, scratch, str(settings.log_dir / f"{name}.log"))
+
+
+def _transfer_config(settings: EngineSettings, name: str) -> dict[str, object]:
+    extra: dict[str, object] = {"table_dir": str(settings.table_dir), "replica": name, "hash": settings.hash_name}
+    extra["pin_share_max"] = settings.pin_share_max
+    if settings.namespace:
+        extra["namespace"] = settings.namespace
+    return {
+        "kv_connector": "PeerKVConnector",
+        "kv_connector_module_path": "engine.connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def _check_socket_path(path: str, length: int) -> None:
+    if length > SOCKET_PATH_BYTES_MAX:
+        over = length - SOCKET_PATH_BYTES_MAX
+        raise LaunchRefused(f"sockets under {path} would have too long a path: choose a run_dir {over} bytes shorter")
+
+
+def _python_path(environ: Mapping[str, str]) -> str:
+    """PYTHONPATH that makes this package importable in a replica, whatever its directory."""
+    root = Path(__file__).resolve().parents[2]
+    former = environ.get("PYTHONPATH", "")
+    if root.name in ("site-packages", "dist-packages") or str(root) in former.split(os.pathsep):
+        return former
+    return os.pathsep.join(p for p in (str(root), former) if p)
+
+
+def _flag_of(arg: str) -> str:
+    """`arg` as vLLM's parser names the option: without its value, underscores as dashes."""
+    return arg.partition("=")[0].replace("_", "-") if arg.startswith("-") else ""
+
+
+def _int_option(args: Sequence[str], names: tuple[str, ...]) -> int:
+    """The last value of an option that is given as `--name 2` or `--name=2`; 1 when absent."""
+    found = 1
+    for at, arg in enumerate(args):
+        if _flag_of(arg) in names:
+            value = arg.partition("=")[2] or (args[at + 1] if at + 1 < len(args) else "")
+            if not value.isdigit() or int(value) < 1:
+                raise LaunchRefused(f"vLLM option {arg} needs a positive number")
+            found = int(value)
+    return found

@@ -1,0 +1,69 @@
+"""One replica as the supervisor holds it, and what people are told about it."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.fleet import Replica, ReplicaState
+from engine.host_process.logs import log_lines, log_size
+from engine.host_process.messages import Spawn
+from engine.replicas.health import HealthProbe
+from engine.replicas.launch import EngineSettings, ReplicaLaunch
+from engine.replicas.lifecycle import Lifecycle
+
+STARTING_POLL_SECONDS = 0.2
+DOUBT_POLL_SECONDS = 0.5  # after a failed check
+
+
+class Member:
+    """A replica's start, life and health; `look` is set to have it checked at once."""
+
+    def __init__(self, launch: ReplicaLaunch, settings: EngineSettings) -> None:
+        self.launch = launch
+        self.life = Lifecycle(settings.policy)
+        self.probe = HealthProbe(launch.socket, settings.health_timeout_seconds)
+        self.look = asyncio.Event()
+        self._interval_seconds = settings.health_interval_seconds
+        self._log_bytes_max = settings.log_bytes_max
+        self._log_start = 0
+
+    @property
+    def name(self) -> str:
+        """The replica's name."""
+        return self.launch.name
+
+    def seen(self) -> Replica:
+        """As the front door sees it."""
+        life, at = self.life, self.launch
+        return Replica(at.name, life.state, at.socket, life.pid, life.restarts, life.reason, at.device, at.log)
+
+    def spawn_command(self) -> Spawn:
+        """The order to start it; what it logs from here on is this run's."""
+        at = self.launch
+        self._log_start = log_size(Path(at.log))
+        return Spawn(at.name, at.argv, at.env, at.socket, at.scratch, at.log, self._log_bytes_max)
+
+    def run_log(self) -> list[str]:
+        """The last lines that this run logged."""
+        return log_lines(Path(self.launch.log), self._log_start)
+
+    def poll_seconds(self) -> float | None:
+        """Until its next health check; None when only `look` brings one."""
+        if not self.life.watched:
+            return None
+        if self.life.state is ReplicaState.STARTING:
+            return STARTING_POLL_SECONDS
+        return DOUBT_POLL_SECONDS if self.life.missing else self._interval_seconds
+
+
+def narrate(before: Replica, after: Replica) -> Iterator[str]:
+    """Lines for people about what changed in a replica."""
+    if after.state is before.state:
+        return
+    match after.state:
+        case ReplicaState.STARTING:
+            yield f"{after.name}: starting on {after.device}, log {after.log}"
+        case ReplicaState.READY | ReplicaState.STOPPED:
+            yield f"{after.name}: {after.state}"
+        case _:
+            yield f"{after.name}: {after.state}: {after.reason}"

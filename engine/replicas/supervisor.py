@@ -1,0 +1,300 @@
+"""Keeps the replicas running: carries out what `lifecycle` decides, and tells everybody what became of it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from engine.fleet import FleetError, FleetSnapshot, ReplicaState, write_fleet
+from engine.host_process.directories import Claim, claim_all, release
+from engine.host_process.logs import LOG_TAIL_LINES, describe_exit, root_cause
+from engine.host_process.messages import Event, Exited, Hello, Kill, Preloaded, Spawned, Terminate
+from engine.replicas.devices import usable_cores
+from engine.replicas.health import Health
+from engine.replicas.host_link import HostLink
+from engine.replicas.launch import EngineSettings, plan_launches, replica_env
+from engine.replicas.lifecycle import Action, Lifecycle
+from engine.replicas.member import Member, narrate
+
+log = logging.getLogger("peerkv.supervisor")
+
+HOST_QUIT_SECONDS_MAX = 15.0
+HOST_GONE = "the replica host ended"
+
+
+class Supervisor:
+    """Runs the replicas of `settings`. A FleetView; all methods belong to one event loop.
+
+    `progress` gets lines for people: what is being waited for, and why something failed.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        progress: Callable[[str], None] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """Nothing starts yet. Raises FleetError when it could not start with these settings."""
+        self._settings = settings
+        self._progress = progress or log.info
+        environ = os.environ if environ is None else environ
+        cores = usable_cores()
+        self._host_env = replica_env(settings, environ, cores)
+        self._members = {p.name: Member(p, settings) for p in plan_launches(settings, environ, cores)}
+        self._host_life = Lifecycle(settings.policy)
+        self._link: HostLink | None = None
+        self._claims: tuple[Claim, ...] = ()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._moved = asyncio.Event()  # set, and replaced, at each change
+        self._stopping = False
+        self._cleanup = asyncio.Lock()
+        self._snapshot = self._look()
+
+    def snapshot(self) -> FleetSnapshot:
+        """The replicas now."""
+        return self._snapshot
+
+    def suspect(self, name: str) -> None:
+        """Check the replica `name` at once."""
+        if name in self._members:
+            self._members[name].look.set()
+
+    async def start(self) -> None:
+        """Claim the directories and start the replicas; does not wait for them. Raises FleetError."""
+        settings = self._settings
+        settings.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        paths = (settings.run_dir, settings.table_dir)
+        self._claims = await asyncio.to_thread(claim_all, paths, settings.claim_seconds_max)
+        write_fleet(settings.run_dir, self._snapshot)
+        loops = [self._keep_host(), self._keep_time(), *(self._watch(m) for m in self._members.values())]
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
+        for task in self._tasks:
+            task.add_done_callback(self._task_ended)
+
+    async def wait_ready(self, count: int = 1) -> FleetSnapshot:
+        """Return as soon as `count` replicas are READY. Raises FleetError when that cannot happen any more."""
+        while len((now := self._snapshot).ready()) < count:
+            hopeless = [r for r in now.replicas if r.state is ReplicaState.FAILED]
+            if self._stopping or any(t.done() for t in self._tasks) or len(now.replicas) - len(hopeless) < count:
+                raise FleetError("; ".join(f"{r.name}: {r.reason}" for r in hopeless) or "the supervisor ended")
+            await self._moved.wait()
+        return now
+
+    async def drain(self, name: str) -> None:
+        """Send `name` no new requests until `restart`. Raises FleetError for an unknown name."""
+        self._member(name).life.drain()
+        self._publish()
+
+    async def restart(self, name: str) -> None:
+        """End `name` and start it anew; does not wait. Raises FleetError for an unknown name."""
+        member = self._member(name)
+        self._perform(member, member.life.restart(self._now()))
+        self._publish()
+
+    async def stop(self, drain_seconds: float) -> None:
+        """End the replicas (SIGTERM, after `drain_seconds` SIGKILL), and remove the directories.
+
+        May be called again while it waits, to shorten the wait.
+        """
+        self._stopping = True
+        if self._link is not None and self._host_life.state is ReplicaState.STARTING:
+            await self._link.kill()  # it is importing, and would listen only when done
+        for member in self._members.values():
+            self._perform(member, member.life.stop(self._now(), drain_seconds))
+        self._publish()
+        self._wake()
+        async with self._cleanup:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(drain_seconds + self._settings.terminate_seconds):
+                    while self._link is not None and any(m.life.running for m in self._members.values()):
+                        await self._moved.wait()
+            await self._end()
+            release(self._claims)
+            self._claims = ()
+
+    async def _end(self) -> None:
+        """End the host and our tasks."""
+        link, self._link = self._link, None
+        if link is not None:
+            await link.close(HOST_QUIT_SECONDS_MAX)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        for member in self._members.values():
+            member.life.lost(HOST_GONE, self._now())
+            await member.probe.close()
+        self._publish()
+
+    def _member(self, name: str) -> Member:
+        if name not in self._members:
+            raise FleetError(f"there is no replica {name!r}: there are {', '.join(self._members)}")
+        return self._members[name]
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    # The host
+
+    async def _keep_host(self) -> None:
+        """Have a replica host as long as there is hope, and heed what it reports."""
+        life = self._host_life
+        life.start(self._now())
+        while not self._stopping:
+            how = await self._run_host()
+            life.tick(self._now())  # it may have been well for long
+            life.exited(how, self._now())
+            self._host_ended()
+            if self._stopping or life.due is None:
+                return
+            due = life.due
+            await asyncio.sleep(max(0.0, due - self._now()))
+            life.tick(due)
+
+    async def _run_host(self) -> str:
+        """Start a host, heed it until it ends, and return how it ended."""
+        try:
+            held = tuple(c.lock_fd for c in self._claims)
+            link = self._link = await HostLink.open(self._settings, held, self._host_env)
+        except OSError as error:
+            return f"cannot be started: {error}"
+        if self._settings.preloads:
+            self._progress("importing vLLM, once for all replicas")
+        if self._host_life.restarts == 0:
+            for member in self._members.values():
+                self._perform(member, member.life.start(self._now()))
+            self._publish()
+        self._wake()
+        try:
+            async for event in link.events():
+                self._heed(event)
+        except (msgspec.MsgspecError, ValueError) as error:
+            log.error("the replica host reports nonsense: %s", error)
+        return await link.kill()
+
+    def _host_ended(self) -> None:
+        """All replicas ended with their host."""
+        self._link = None
+        why = f"{HOST_GONE}: {self._host_life.reason}"
+        if not self._stopping:
+            self._progress(why)
+        for member in self._members.values():
+            if self._host_life.state is ReplicaState.FAILED:
+                member.life.give_up(why)
+            else:
+                member.life.lost(why, self._now())
+        self._publish()
+
+    def _heed(self, event: Event) -> None:
+        match event:
+            case Hello() if not self._settings.preloads:
+                self._host_life.answered(self._now())
+            case Preloaded(seconds):
+                self._host_life.answered(self._now())
+                self._progress(f"vLLM is imported ({seconds:.1f} s)")
+            case Spawned(name, pid):
+                self._members[name].life.spawned(pid)
+            case Exited(name, _, code):
+                self._replica_ended(self._members[name], code)
+        self._publish()
+
+    def _replica_ended(self, member: Member, code: int) -> None:
+        starting = member.life.state is ReplicaState.STARTING
+        lines = member.run_log() if starting else []
+        cause = root_cause(lines)
+        how = describe_exit(code) + (f": {cause}" if cause else "")
+        self._perform(member, member.life.exited(how, self._now()))
+        for line in lines[-LOG_TAIL_LINES:]:
+            self._progress(f"{member.name} | {line}")
+
+    # The replicas
+
+    async def _keep_time(self) -> None:
+        """Carry out what becomes due: back-offs, deadlines."""
+        while True:
+            moved = self._moved
+            dues = [m.life.due for m in self._members.values() if m.life.due is not None]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(min(dues, default=None) if self._link else None):
+                    await moved.wait()
+            if self._link is not None:
+                for member in self._members.values():
+                    self._perform(member, member.life.tick(self._now()))
+                self._publish()
+
+    async def _watch(self, member: Member) -> None:
+        """Check a replica's health, for ever."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(member.poll_seconds()):
+                    await member.look.wait()
+            member.look.clear()
+            pid = member.life.pid
+            if pid is None or not member.life.watched:
+                continue
+            health = await member.probe.ask()
+            if pid == member.life.pid:  # otherwise that was about a former process
+                self._judge(member, health)
+
+    def _judge(self, member: Member, health: Health) -> None:
+        if health.well:
+            member.life.answered(self._now())
+        else:
+            self._perform(member, member.life.missed(health.why, dead=health.dead))
+        self._publish()
+
+    def _perform(self, member: Member, action: Action | None) -> None:
+        if action is None:
+            return
+        if self._link is None:
+            member.life.lost(HOST_GONE, self._now())
+            return
+        match action:
+            case Action.SPAWN:
+                self._link.tell(member.spawn_command())
+                member.look.set()
+            case Action.TERMINATE:
+                self._link.tell(Terminate(member.name))
+            case Action.KILL:
+                self._link.tell(Kill(member.name))
+
+    # What others see
+
+    def _look(self) -> FleetSnapshot:
+        settings = self._settings
+        return FleetSnapshot(
+            version=0,
+            model=settings.model,
+            served_model_name=settings.served_model_name or settings.model,
+            table_dir=str(settings.table_dir),
+            replicas=tuple(m.seen() for m in self._members.values()),
+        )
+
+    def _publish(self) -> None:
+        """Make changes known, if there are any."""
+        before, fresh = self._snapshot, self._look()
+        if fresh.replicas == before.replicas:
+            return
+        self._snapshot = dataclasses.replace(fresh, version=before.version + 1)
+        for former, now in zip(before.replicas, fresh.replicas, strict=True):
+            for line in narrate(former, now):
+                self._progress(line)
+        try:
+            if self._claims:
+                write_fleet(self._settings.run_dir, self._snapshot)
+        except OSError as error:
+            log.error("fleet.json is out of date: %s", error)
+        self._wake()
+
+    def _wake(self) -> None:
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    def _task_ended(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the supervisor has a fault", exc_info=error)
+        self._wake()

@@ -1,0 +1,60 @@
+"""The OpenAPI document without a running gateway: of an application over an empty fleet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.fleet import FileFleet
+from gateway.admin.app import build_app
+from gateway.admin.openapi import describe
+from gateway.kept_prefixes.book import KeptPrefix
+from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixReport, PrefixRequest
+from gateway.settings import Settings
+from gateway.stats.explain import Explanation
+from gateway.stats.shapes import KvStats
+from gateway.tenants.access import AdminAccess
+from gateway.upstream.pool import Upstream
+
+_NOWHERE = Path("/nonexistent")
+
+
+class NothingToSee:
+    """Stands where the running gateway's sight is; a document needs its types alone."""
+
+    def stats(self) -> KvStats:
+        raise NotImplementedError
+
+    def prefixes(self, limit: int) -> PrefixReport:
+        raise NotImplementedError
+
+    def explain(self, request_id: str) -> Explanation | None:
+        raise NotImplementedError
+
+    def metrics(self) -> tuple[bytes, str]:
+        raise NotImplementedError
+
+
+class NothingKept:
+    """Stands where the running gateway's keeper is."""
+
+    async def keep(self, wanted: PrefixRequest) -> KeptPrefix:
+        raise NotImplementedError
+
+    async def undo(self, prefix_id: str) -> PrefixRemoved:
+        raise NotImplementedError
+
+
+def document() -> dict[str, Any]:
+    """The document that every gateway of this version serves."""
+    settings = Settings.model_construct()
+    app = build_app(
+        fleet=FileFleet(_NOWHERE),
+        upstream=Upstream(settings),
+        sight=NothingToSee(),
+        access=AdminAccess(None),
+        keeper=NothingKept(),
+        body_bytes_max=0,
+        draining=lambda: False,
+    )
+    return describe(app)

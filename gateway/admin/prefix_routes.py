@@ -1,0 +1,94 @@
+"""POST and DELETE /kv/prefixes: prefixes that somebody wants kept.
+
+FastAPI would read a body of any size, before it asks who sends it; so it is read here, after the admin rule and bounded.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Protocol
+
+from fastapi import FastAPI, Path, Request
+from pydantic import ValidationError
+
+from gateway.api.shapes import ErrorAnswer
+from gateway.errors import BodyTooLarge, InvalidRequest
+from gateway.kept_prefixes.book import KeptPrefix
+from gateway.kept_prefixes.shapes import KeptPrefixAnswer, PrefixRemoved, PrefixRequest, kept_answer
+
+
+class PrefixKeeper(Protocol):
+    """Keeps prefixes in the replicas' caches."""
+
+    async def keep(self, wanted: PrefixRequest) -> KeptPrefix:
+        """Put a prefix where it is wanted. Raises ApiError."""
+        ...
+
+    async def undo(self, prefix_id: str) -> PrefixRemoved:
+        """Forget a prefix and end its pins. Raises UnknownPrefix."""
+        ...
+
+
+def add_prefix_routes(
+    app: FastAPI,
+    keeper: PrefixKeeper,
+    body_bytes_max: int,
+    *,
+    refusals: dict[int | str, dict[str, Any]],
+    guarded: dict[str, Any],
+) -> None:
+    """Add the routes to the admin application; `guarded` has its admin rule, `refusals` what that answers."""
+
+    def errors(**why: str) -> dict[int | str, dict[str, Any]]:
+        found = {int(status.removeprefix("s")): text for status, text in why.items()}
+        return {**refusals, **{status: {"model": ErrorAnswer, "description": text} for status, text in found.items()}}
+
+    @app.post(
+        "/kv/prefixes",
+        status_code=201,
+        summary="Keep a prefix in the caches of some replicas, pinned or not",
+        responses=errors(
+            s400="The request is malformed, or the prefix is shorter than a block or longer than the context",
+            s409="As many prefixes are kept as may be, or token ids are not known to be the engine's",
+            s413="The body is too large",
+            s503="No replica is ready, or none took it",
+        ),
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": PrefixRequest.model_json_schema()}},
+            }
+        },
+        **guarded,
+    )
+    async def keep(request: Request) -> KeptPrefixAnswer:
+        return kept_answer(await keeper.keep(_wanted(await _read(request, body_bytes_max))))
+
+    @app.delete(
+        "/kv/prefixes/{prefix_id}",
+        summary="Keep a prefix no longer",
+        responses=errors(s404="No such prefix is kept (any more)"),
+        **guarded,
+    )
+    async def undo(prefix_id: Annotated[str, Path(max_length=64)]) -> PrefixRemoved:
+        return await keeper.undo(prefix_id)
+
+
+async def _read(request: Request, bytes_max: int) -> bytes:
+    """The body. Raises BodyTooLarge."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > bytes_max:
+            raise BodyTooLarge(bytes_max)
+    return bytes(body)
+
+
+def _wanted(body: bytes) -> PrefixRequest:
+    """Raises InvalidRequest that names the field."""
+    try:
+        return PrefixRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidRequest(f"'{name}': {message}" if name else message, param=name or None) from None

@@ -1,0 +1,118 @@
+"""A request's body: from bytes to a checked dict, and back. Pure.
+
+Only what the gateway itself uses or must refuse is looked at; every other field is vLLM's to judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from gateway.errors import InvalidJson, InvalidRequest, UnsupportedParameter
+
+Endpoint = Literal["completions", "chat", "embeddings"]
+
+# Fields of vLLM's request models (0.26 to 0.33) that reach past a request: into the KV transfer, another
+# tenant's cache, the scheduler's order, other requests' ids, or code that is loaded by name; and those that only
+# the parts of a serving system send to each other. tests/unit/gateway/api/test_body.py compares with the installed vLLM.
+FORBIDDEN_FIELDS: Mapping[str, str] = {
+    "kv_transfer_params": "the gateway decides where KV comes from",
+    "ec_transfer_params": "the gateway decides where encoder outputs come from",
+    "cache_salt": "the salt follows from the API key",
+    "vllm_xargs": "it would reach the engine's internals",
+    "prompt_embeds": "embeddings as a prompt are not supported",
+    "session_id": "it would name a session across requests, perhaps another tenant's",
+    "media_io_kwargs": "it would reach the loaders of media, and may name one",
+    "mm_payload": "it is for a router of its own, and the gateway is one",
+    "return_mm_kwargs": "it is for a router of its own, and the gateway is one",
+    "routed_experts_prompt_start": "it is for a trainer beside the engine",
+    "request_id": "send the header x-request-id instead",
+    "priority": "all requests have the same priority",
+    "data_parallel_rank": "the gateway picks the replica",
+    "logits_processors": "it would load code by name",
+}
+
+_FORBIDDEN = frozenset(FORBIDDEN_FIELDS)
+_decode = msgspec.json.Decoder().decode
+
+
+def decode_body(raw: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object in `raw`; of a key that occurs twice the last one counts. Raises InvalidJson."""
+    try:
+        body = _decode(raw)
+    except RecursionError:
+        raise InvalidJson("The body is nested too deeply.") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidJson(f"The body is not JSON: {error}.") from None
+    if not isinstance(body, dict):
+        raise InvalidJson(f"The body must be a JSON object, not {_json_type(body)}.")
+    return body
+
+
+def check_body(endpoint: Endpoint, body: dict[str, Any]) -> bool:
+    """Refuse what a client may not set, and wrong types of what the gateway reads; nulls of the former are dropped.
+
+    Returns whether the body is as it was. Raises UnsupportedParameter and InvalidRequest.
+    """
+    is_as_it_was = _FORBIDDEN.isdisjoint(body)
+    if not is_as_it_was:
+        _drop_forbidden(body)
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise _wrong_type("model", "a string", model)
+    if endpoint == "completions":
+        prompt = body.get("prompt")
+        if not isinstance(prompt, str | list):
+            raise _wrong_type("prompt", "a string, or a list of strings or token ids", prompt)
+    elif endpoint == "chat" or "messages" in body:
+        _check_messages(body)
+    elif isinstance(body.get("input"), list):
+        _check_parts(body["input"])
+    return is_as_it_was
+
+
+def _drop_forbidden(body: dict[str, Any]) -> None:
+    for name in _FORBIDDEN.intersection(body):
+        if body[name] is not None:
+            raise UnsupportedParameter(name, FORBIDDEN_FIELDS[name])
+        del body[name]
+
+
+def _check_messages(body: dict[str, Any]) -> None:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise _wrong_type("messages", "a list of at least one message", messages)
+    _check_parts(messages)
+
+
+def _check_parts(messages: list[Any]) -> None:
+    """A content part's `uuid` names a cached image, perhaps another tenant's."""
+    for message in messages:
+        if isinstance(message, list):  # a batch of conversations
+            _check_parts(message)
+        elif isinstance(message, dict) and isinstance(message.get("content"), list):
+            for part in message["content"]:
+                if isinstance(part, dict) and part.get("uuid") is not None:
+                    raise UnsupportedParameter("uuid", "media are cached by their content")
+
+
+def _wrong_type(name: str, wanted: str, value: object) -> InvalidRequest:
+    return InvalidRequest(f"'{name}' must be {wanted}, not {_json_type(value)}.", param=name, code="invalid_type")
+
+
+def _json_type(value: object) -> str:
+    match value:
+        case None:
+            return "missing or null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list" if value else "an empty list"
+        case _:
+            return "an object"

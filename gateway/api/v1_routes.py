@@ -1,0 +1,124 @@
+"""The routes of `/v1/*` for the OpenAPI document alone: gateway/relay/frontdoor.py serves them before FastAPI sees them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Path
+
+from gateway.api.shapes import (
+    ChatCompletionAnswer,
+    ChatCompletionRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    EmbeddingAnswer,
+    EmbeddingRequest,
+    ErrorAnswer,
+    ModelCard,
+    ModelList,
+)
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+RequestId = Annotated[
+    str | None, Header(description="1 to 128 of A-Z a-z 0-9 . _ -; comes back in the answer", alias="x-request-id")
+]
+Pin = Annotated[
+    str | None, Header(description="serve on this replica and no other (needs admin rights)", alias="x-peerkv-replica")
+]
+
+
+_REQUEST_ID = {"schema": {"type": "string"}, "description": "as sent, or a new one; the gateway's log names it"}
+_REPLICA = {"schema": {"type": "string"}, "description": "the replica that answered; absent when none did"}
+_CACHE = {
+    "schema": {"type": "string"},
+    "description": "where the KV of the prompt's tokens came from, as structured fields: `local`, `peer`, `computed` "
+    "(tokens), `source` (the replica that was imported from) and `reason` (why it was not more); absent when not known in time",
+    "example": 'local=0, peer=1984, computed=16, source="replica-1", reason=none',
+}
+_BEFORE_ANY_REQUEST = 431  # refused while its head comes in, before it has an id
+
+
+def _headers(status: int, *, relayed: bool) -> dict[str, Any]:
+    """The headers of an answer; `relayed` ones may come from a replica."""
+    if status == _BEFORE_ANY_REQUEST:
+        return {}
+    headers = {"x-request-id": _REQUEST_ID} | ({"x-peerkv-replica": _REPLICA} if relayed else {})
+    if relayed and status == 200:
+        headers["x-peerkv-cache"] = _CACHE
+    if status in (429, 502, 503):
+        headers["retry-after"] = {"schema": {"type": "integer"}, "description": "seconds; the same request may work then"}
+    return headers
+
+
+def _errors(*statuses: int, relayed: bool) -> dict[int | str, dict[str, Any]]:
+    why = {
+        400: "The request is malformed",
+        401: "No or a wrong API key",
+        403: "The caller may not choose the replica (`x-peerkv-replica`)",
+        404: "Unknown model, or an endpoint that the served model does not have",
+        408: "The body did not come in time",
+        413: "The body is too large",
+        429: "Too many requests in flight",
+        431: "The request's head is too large",
+        500: "The gateway or the replica failed on this request",
+        502: "The replica was lost",
+        503: "No replica is ready, or the gateway is full or stopping",
+        504: "The replica did not begin its answer in time",
+    }
+    return {
+        status: {"model": ErrorAnswer, "description": why[status], "headers": _headers(status, relayed=relayed)}
+        for status in statuses
+    }
+
+
+_RELAYED = _errors(400, 401, 403, 404, 408, 413, 429, 431, 500, 502, 503, 504, relayed=True)
+_GENERATION: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or with `stream` server-sent events that end with `data: [DONE]`",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "headers": _headers(200, relayed=True),
+    },
+    **_RELAYED,
+}
+_EMBEDDINGS: dict[int | str, dict[str, Any]] = {200: {"headers": _headers(200, relayed=True)}, **_RELAYED}
+_MODELS: dict[int | str, dict[str, Any]] = {
+    200: {"headers": _headers(200, relayed=False)},
+    **_errors(401, 429, 431, 500, 503, relayed=False),
+}
+_MODEL = _MODELS | _errors(404, relayed=False)
+
+
+class ServedElsewhere(RuntimeError):
+    """These functions are never called."""
+
+
+@router.post("/completions", summary="Complete a prompt", responses=_GENERATION)
+async def completions(body: CompletionRequest, request_id: RequestId = None, replica: Pin = None) -> CompletionAnswer:
+    raise ServedElsewhere
+
+
+@router.post("/chat/completions", summary="Answer a chat", responses=_GENERATION)
+async def chat_completions(
+    body: ChatCompletionRequest, request_id: RequestId = None, replica: Pin = None
+) -> ChatCompletionAnswer:
+    raise ServedElsewhere
+
+
+@router.post(
+    "/embeddings",
+    summary="Embed texts, where the model can",
+    responses=_EMBEDDINGS,
+)
+async def embeddings(body: EmbeddingRequest, request_id: RequestId = None, replica: Pin = None) -> EmbeddingAnswer:
+    raise ServedElsewhere
+
+
+@router.get("/models", summary="What is served", responses=_MODELS)
+async def models() -> ModelList:
+    raise ServedElsewhere
+
+
+@router.get("/models/{model}", summary="One of the served models", responses=_MODEL)
+async def model(model: Annotated[str, Path(description="its id, which may contain slashes")]) -> ModelCard:
+    raise ServedElsewhere

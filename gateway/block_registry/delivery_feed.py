@@ -1,0 +1,82 @@
+"""The engines' delivery records, read out of their tables as they come, each record once."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.block_registry.tables import Table
+from transport.table.deliveries import Delivery
+
+
+class Taker(Protocol):
+    """Takes what the replica of that name delivered."""
+
+    def __call__(self, replica: str, table: Table, delivery: Delivery) -> None: ...
+
+
+@dataclass(slots=True)
+class _Place:
+    table: Table
+    after: int = 0
+
+
+class DeliveryFeed:
+    """Belongs to the tables' thread. A replica's last table is kept: what it told before its end can still be read.
+
+    `missed` counts records that were overwritten before anybody looked.
+    """
+
+    def __init__(self, tables: Callable[[], Mapping[str, Table]]) -> None:
+        self._tables = tables
+        self._places: dict[str, _Place] = {}
+        self._takers: list[Taker] = []
+        self._seen: Mapping[str, Table] | None = None
+        self.missed = 0
+
+    def add(self, taker: Taker) -> None:
+        """Give every further record to `taker` too."""
+        self._takers.append(taker)
+
+    def poll(self, replica: str) -> None:
+        """Hand on what `replica` delivered since the last look: some microseconds when there is nothing."""
+        place = self._places.get(replica)
+        if place is not None:
+            self._read(replica, place)
+
+    def refresh(self, tables: Mapping[str, Table] | None = None) -> None:
+        """Take note of tables that came or were replaced, and hand on everything that is new.
+
+        `tables` are the live ones of this moment, an object that does not change; without them they are asked for.
+        """
+        if tables is None:
+            tables = self._tables()
+        if tables is not self._seen:
+            self._seen = tables
+            self._take_note(tables)
+        for replica, place in self._places.items():
+            newest, found = place.table.deliveries(place.after)
+            if newest != place.after:
+                self._hand_on(replica, place, newest, found)
+
+    def _take_note(self, tables: Mapping[str, Table]) -> None:
+        for replica, table in tables.items():
+            place = self._places.get(replica)
+            if place is None or place.table is not table:
+                if place is not None:
+                    self._read(replica, place)
+                self._places[replica] = _Place(table)
+
+    def _read(self, replica: str, place: _Place) -> None:
+        newest, found = place.table.deliveries(place.after)
+        if newest != place.after:
+            self._hand_on(replica, place, newest, found)
+
+    def _hand_on(self, replica: str, place: _Place, newest: int, found: list[Delivery]) -> None:
+        missed = newest - place.after - len(found)
+        if missed > 0:
+            self.missed += missed
+        place.after = newest
+        table = place.table
+        for delivery in found:
+            for take in self._takers:
+                take(replica, table, delivery)

@@ -1,0 +1,1 @@
+"""The `peerkv` command: a module or a package for each subcommand. May import everything else in gateway."""

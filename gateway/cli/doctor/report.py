@@ -1,0 +1,140 @@
+"""`peerkv doctor`: what this machine has, what the replicas can exchange and by which transport, and what to mend.
+
+The judgement is a pure function of the facts that gateway/cli/doctor/machine.py and gateway/cli/doctor/peers.py collect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from engine.default_model.packaged import DEFAULT_NAME
+from engine.fleet import FleetError
+from gateway.cli.doctor.findings import Finding, _size, judge
+from gateway.cli.doctor.links import LinkSpeeds, matrix_lines, measure
+from gateway.cli.doctor.machine import Machine, look
+from gateway.cli.doctor.peers import Fleet, Pair, pairs_of, path_in_words, read_fleet
+from gateway.settings import Settings
+
+
+def run(settings: Settings, *, as_json: bool = False, measure_links: bool = True) -> int:
+    """Prints the report; returns the exit status: 0 without problems, else 1."""
+    machine = look(settings.host, settings.port)
+    speeds = measure(machine) if measure_links else None
+    try:
+        fleet = read_fleet(settings.run_dir)
+    except FleetError as error:
+        fleet = Fleet("", "", (), str(error))
+    pairs = pairs_of(fleet, machine.links) if fleet else ()
+    findings = tuple(judge(machine, fleet, pairs))
+    if as_json:
+        print(_as_json(machine, speeds, fleet, pairs, findings))
+    else:
+        print("\n".join(report(machine, speeds, fleet, pairs, findings)))
+    return 1 if any(finding.problem for finding in findings) else 0
+
+
+def report(
+    machine: Machine,
+    speeds: LinkSpeeds | None,
+    fleet: Fleet | None,
+    pairs: tuple[Pair, ...],
+    findings: tuple[Finding, ...],
+) -> Iterator[str]:
+    """The report in words, line by line."""
+    yield from _machine_lines(machine)
+    if speeds is not None:
+        yield from matrix_lines(machine, speeds)
+    yield ""
+    yield from _fleet_lines(machine, fleet, pairs)
+    for title, wanted in (("Problems", True), ("Notes", False)):
+        chosen = [finding for finding in findings if finding.problem is wanted]
+        if chosen:
+            yield f"\n{title}"
+        for finding in chosen:
+            yield f"  - {finding.what}"
+            if finding.remedy:
+                yield f"    what to do: {finding.remedy}"
+    if not any(finding.problem for finding in findings):
+        yield "\nNo problem found."
+
+
+def _machine_lines(machine: Machine) -> Iterator[str]:
+    yield "This machine"
+    yield f"  system      {machine.system}, Linux {machine.kernel}, Python {machine.python}"
+    yield f"  processor   {machine.cores} cores"
+    yield f"  memory      {_size(machine.memory_bytes)}, {_size(machine.memory_free_bytes)} available"
+    yield f"  /dev/shm    {_size(machine.shm_bytes)}, {_size(machine.shm_free_bytes)} free"
+    if not machine.gpus:
+        yield "  GPUs        none: replicas run on the CPU"
+    for gpu in machine.gpus:
+        yield f"  GPU {gpu.index:<7} {gpu.name}, {gpu.memory_mib / 1024:.0f} GiB"
+    for words, named in _group_links(machine):
+        yield f"  GPU paths   {named}: {words}"
+    versions = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
+    yield f"  packages    {versions or 'neither vLLM nor torch'}"
+    yield f"  model       {DEFAULT_NAME}: {machine.model_directory if machine.model_present else 'not fetched yet'}"
+
+
+def _group_links(machine: Machine) -> Iterator[tuple[str, str]]:
+    groups: dict[str, list[str]] = {}
+    for link in machine.links:
+        reads = "peer reads work" if link.peer_read == "OK" else f"peer reads: {link.peer_read}"
+        groups.setdefault(f"{path_in_words(link.path)}; {reads}", []).append(f"{link.first}-{link.second}")
+    for words, named in groups.items():
+        yield words, "every two" if len(groups) == 1 and len(named) > 1 else " ".join(named)
+
+
+def _fleet_lines(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...]) -> Iterator[str]:
+    if fleet is None or fleet.error:
+        yield f"No replicas run on port {machine.port}. When they do:"
+        yield f"  they {_prospect(machine)}"
+        return
+    yield f"Replicas of {fleet.model}"
+    for member in fleet.members:
+        table = f"{member.cached_blocks} of {member.blocks} blocks cached" if member.blocks else "no block table"
+        yield f"  {member.name}   {member.state}, {member.device}, {table}"
+    together = {(pair.transport, pair.path) for pair in pairs}
+    if len(pairs) > 1 and len(together) == 1 and pairs[0].transport:
+        yield f"  every two exchange KV by {_by(pairs[0])}"
+        return
+    for pair in pairs:
+        way = f"exchange KV by {_by(pair)}" if pair.transport else f"exchange nothing: {'; '.join(pair.reasons)}"
+        yield f"  {pair.first} and {pair.second} {way}"
+
+
+def _prospect(machine: Machine) -> str:
+    if machine.cpu_only_vllm or not machine.gpus:
+        return "run on the CPU and exchange KV by shared memory"
+    if len(machine.gpus) == 1:
+        return "run on one GPU, where a single replica has nobody to exchange KV with"
+    return "run one a GPU and exchange KV by CUDA IPC wherever peer reads work (see the GPU paths)"
+
+
+def _by(pair: Pair) -> str:
+    return f"{pair.transport} ({pair.path})" if pair.path else pair.transport
+
+
+def _as_json(
+    machine: Machine,
+    speeds: LinkSpeeds | None,
+    fleet: Fleet | None,
+    pairs: tuple[Pair, ...],
+    findings: tuple[Finding, ...],
+) -> str:
+    measured = (
+        [{"reader": r, "owner": o, "gb_per_s": s.gb_per_s, "error": s.error} for (r, o), s in speeds.speeds.items()]
+        if speeds
+        else []
+    )
+    answer: dict[str, Any] = {
+        "machine": asdict(machine),
+        "links_measured": measured,
+        "fleet": asdict(fleet) if fleet else None,
+        "exchanges": [asdict(pair) for pair in pairs],
+        "problems": [asdict(finding) for finding in findings if finding.problem],
+        "notes": [asdict(finding) for finding in findings if not finding.problem],
+    }
+    return json.dumps(answer, indent=2)

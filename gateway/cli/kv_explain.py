@@ -1,0 +1,93 @@
+"""`peerkv kv explain ID`: what a running gateway decided for a request, what was delivered, and why it was not more."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+from pydantic import ValidationError
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gateway.cli.kv_stats import StatsNotRead, ask, client_for
+from gateway.stats.explain import Attempt, Delivered, Explanation, OptionConsidered
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags to `parser`."""
+    parser.add_argument("request_id", metavar="ID", help="the x-request-id of the answer")
+    parser.add_argument("--url", default=None, help="the gateway (default: by the host and port of the settings)")
+    parser.add_argument("--admin-key", default=None, help="the admin key (default: that of the settings)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
+    parser.add_argument("--json", action="store_true", help="print /kv/explain as JSON")
+
+
+def run(arguments: argparse.Namespace, console: Console | None = None, transport: httpx.BaseTransport | None = None) -> int:
+    """Run the command; return its exit status, 1 when there is nothing to tell. Raises SettingsError."""
+    console = console or Console()
+    with client_for(arguments, transport) as client:
+        try:
+            found = read_explanation(client, arguments.request_id)
+        except StatsNotRead as error:
+            print(f"peerkv: {error}", file=sys.stderr)
+            return 1
+    if arguments.json:
+        console.file.write(json.dumps(found.model_dump(), indent=2) + "\n")
+    else:
+        for attempt in found.attempts:
+            console.print(render(attempt))
+    return 0
+
+
+def read_explanation(client: httpx.Client, request_id: str) -> Explanation:
+    """Fetch /kv/explain. Raises StatsNotRead."""
+    answer = ask(client, f"/kv/explain/{quote(request_id, safe='')}", missing=f"the ledger knows no request '{request_id}'")
+    try:
+        return Explanation.model_validate_json(answer)
+    except ValidationError as error:
+        raise StatsNotRead(f"that is no peerkv of this version: {error.error_count()} fields do not fit") from error
+
+
+def render(attempt: Attempt) -> RenderableType:
+    """Return what people want to know of an attempt."""
+    expected = attempt.expected
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("", "local", "peer", "computed", "first token s", "import s"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    figures = (expected.local_tokens, expected.peer_tokens, expected.computed_tokens)
+    table.add_row("expected", *map(str, figures), f"{expected.first_token_seconds:.3f}", f"{expected.transfer_seconds:.3f}")
+    for delivered in attempt.delivered:
+        table.add_row("delivered", *_delivered_cells(delivered))
+    where = f"{attempt.replica}, importing from {attempt.source}" if attempt.source else attempt.replica
+    tokens = f"{attempt.prompt_tokens or 'unknown'} prompt tokens"
+    head = f"{attempt.endpoint} of tenant {attempt.tenant}: {tokens}, status {_or_dash(attempt.status)}"
+    lines = [
+        Text(head, style="bold"),
+        Text(f"{attempt.action} on {where}: {attempt.why}"),
+        Text(f"the best that any replica held: {expected.best_available_tokens} tokens"),
+    ]
+    if attempt.options:
+        lines.append(Text("considered: " + "; ".join(map(_considered, attempt.options))))
+    loss = f"{attempt.reason}: {attempt.reason_in_words}" if attempt.reason_in_words else attempt.reason
+    lost = f", {attempt.lost_tokens} tokens lost" if attempt.lost_tokens else ""
+    return Group(*lines, table, Text(loss + lost + ("" if attempt.settled else " (not final)")))
+
+
+def _considered(option: OptionConsidered) -> str:
+    source = f" from {option.source}" if option.source else ""
+    return f"{option.action} on {option.replica}{source} {option.seconds:.3f} s"
+
+
+def _delivered_cells(delivered: Delivered) -> list[str]:
+    tokens = (delivered.local_tokens, delivered.peer_tokens, delivered.computed_tokens)
+    return [*map(str, tokens), _or_dash(delivered.first_token_seconds), f"{delivered.import_seconds:.3f}"]
+
+
+def _or_dash(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"

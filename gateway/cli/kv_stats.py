@@ -1,0 +1,197 @@
+"""`peerkv kv stats`: the figures of a running gateway as a live table, as one table, or as JSON."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+from pydantic import ValidationError
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from gateway.settings import address, load
+from gateway.stats.shapes import KvStats, LedgerStats, ReplicaStats, TokenCounts, Totals
+
+INTERVAL_SECONDS = 1.0
+ANSWER_SECONDS_MAX = 10.0
+_COLUMNS = ("replica", "state", "busy", "blocks", "local", "peers", "computed", "hit", "MiB", "ms", "lost")
+_LEGEND = (
+    "tokens from the replica's own cache, from peers, computed; MiB imported and ms an import; "
+    "lost: imports that failed and were computed"
+)
+
+
+class StatsNotRead(Exception):
+    """The gateway's figures could not be had; the message says what to do."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags to `parser`."""
+    parser.add_argument("--url", default=None, help="the gateway (default: by the host and port of the settings)")
+    parser.add_argument("--admin-key", default=None, help="the admin key (default: that of the settings)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
+    parser.add_argument("--once", action="store_true", help="show the table once and end")
+    parser.add_argument("--json", action="store_true", help="print /kv/stats as JSON and end")
+    parser.add_argument(
+        "--interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS", help="between two looks (default 1)"
+    )
+
+
+def run(arguments: argparse.Namespace, console: Console | None = None, transport: httpx.BaseTransport | None = None) -> int:
+    """Run the command; return its exit status, 1 when the figures could not be had. Raises SettingsError."""
+    console = console or Console()
+    with client_for(arguments, transport) as client:
+        try:
+            stats = read_stats(client)
+            if arguments.json:
+                console.file.write(json.dumps(stats.model_dump(), indent=2) + "\n")
+            elif arguments.once or not console.is_terminal:
+                console.print(render(stats, None, 0.0))
+            else:
+                _follow(client, console, stats, max(0.1, arguments.interval))
+        except StatsNotRead as error:
+            print(f"peerkv: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+def client_for(arguments: argparse.Namespace, transport: httpx.BaseTransport | None) -> httpx.Client:
+    """A client of the gateway that the flags or the settings name. Raises SettingsError."""
+    settings = load(config=arguments.config)
+    key = arguments.admin_key or (settings.admin_key.get_secret_value() if settings.admin_key else "")
+    url = arguments.url or address(settings)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=url, headers=headers, timeout=ANSWER_SECONDS_MAX, transport=transport)
+
+
+def ask(client: httpx.Client, path: str, *, missing: str = "") -> bytes:
+    """The body of the gateway's 200 answer to a GET; `missing` is what a 404 means. Raises StatsNotRead."""
+    try:
+        answer = client.get(path)
+    except httpx.HTTPError as error:
+        raise StatsNotRead(f"no gateway answers at {client.base_url}: {error}") from error
+    if answer.status_code in (401, 403):
+        raise StatsNotRead("the gateway wants the admin key: give --admin-key or set PEERKV_ADMIN_KEY")
+    if answer.status_code == 404 and missing:
+        raise StatsNotRead(missing)
+    if answer.status_code != 200:
+        raise StatsNotRead(f"the gateway answers {answer.status_code} to {client.base_url}{path}")
+    return answer.content
+
+
+def read_stats(client: httpx.Client) -> KvStats:
+    """Fetch /kv/stats. Raises StatsNotRead."""
+    answer = ask(client, "/kv/stats")
+    try:
+        return KvStats.model_validate_json(answer)
+    except ValidationError as error:
+        raise StatsNotRead(f"that is no peerkv of this version: {error.error_count()} fields do not fit") from error
+
+
+def _follow(
+    client: httpx.Client,
+    console: Console,
+    stats: KvStats,
+    interval_seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    seen = clock()
+    before: KvStats | None = None
+    with Live(render(stats, None, 0.0), console=console, auto_refresh=False, screen=False) as live:
+        while True:
+            sleep(interval_seconds)
+            before, since = stats, seen
+            stats, seen = read_stats(client), clock()
+            live.update(render(stats, before, seen - since), refresh=True)
+
+
+def render(stats: KvStats, before: KvStats | None, seconds: float) -> RenderableType:
+    """Return the table; `before` is the snapshot of `seconds` ago, for rates."""
+    title = f"{stats.model}, peerkv {stats.gateway.version}, up {stats.gateway.uptime_seconds:,.0f} s"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=_LEGEND)
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column in ("replica", "state") else "right", no_wrap=True)
+    for replica in stats.replicas:
+        table.add_row(*_replica_cells(replica))
+    table.add_section()
+    table.add_row(*_total_cells(stats.totals))
+    return Group(table, *_notes(stats, before, seconds))
+
+
+def _replica_cells(replica: ReplicaStats) -> list[str]:
+    return [replica.name, replica.state, *_figures(replica)]
+
+
+def _total_cells(totals: Totals) -> list[str]:
+    return ["in all", f"{totals.ready}/{totals.replicas}", *_figures(totals)]
+
+
+def _figures(part: ReplicaStats | Totals) -> list[str]:
+    tokens, counts = part.tokens, part.counts
+    return [
+        str(part.in_flight),
+        f"{part.cached_blocks}/{part.blocks}",
+        short(tokens.local),
+        short(from_peers(tokens)),
+        short(tokens.computed),
+        f"{1 - tokens.computed / tokens.prompt:.0%}" if tokens.prompt else "-",
+        short(counts.import_bytes >> 20),
+        f"{counts.import_seconds / counts.imports * 1000:,.1f}" if counts.imports else "-",
+        str(counts.fallbacks),
+    ]
+
+
+def short(count: int) -> str:
+    """Write a count in at most seven characters."""
+    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return f"{count:,}"
+
+
+def from_peers(tokens: TokenCounts) -> int:
+    """Return the tokens that came from other replicas, by whatever transport."""
+    return tokens.peer_shared_memory + tokens.peer_cuda_ipc
+
+
+def _losses(ledger: LedgerStats) -> list[Text]:
+    """Requests and lost tokens by reason, those that occurred."""
+    found = {reason: count for reason, count in ledger.requests.items() if count}
+    if not found:
+        return []
+    lost = ledger.lost_tokens
+    parts = [
+        f"{reason} {count:,}" + (f" (-{short(lost[reason])})" if lost.get(reason) else "") for reason, count in found.items()
+    ]
+    predicted, delivered = ledger.predicted_tokens, ledger.local_tokens + ledger.peer_tokens
+    return [
+        Text(f"requests by why their prompt was not cached, with the tokens lost: {', '.join(parts)}"),
+        Text(f"tokens from caches: {short(predicted)} expected, {short(delivered)} delivered"),
+    ]
+
+
+def _notes(stats: KvStats, before: KvStats | None, seconds: float) -> list[Text]:
+    notes = []
+    if before is not None and seconds > 0:
+        prompts = (stats.totals.tokens.prompt - before.totals.tokens.prompt) / seconds
+        peers = (from_peers(stats.totals.tokens) - from_peers(before.totals.tokens)) / seconds
+        notes.append(Text(f"now: {prompts:,.0f} prompt tokens/s, {peers:,.0f} of them from peers"))
+    for kind, parity in (("completions", stats.parity.completions), ("chat", stats.parity.chat)):
+        if parity.parity != "exact":
+            notes.append(Text(f"token ids of {kind}: {parity.parity} {parity.reason}".rstrip(), style="yellow"))
+    notes += _losses(stats.ledger)
+    for replica in stats.replicas:
+        if replica.state != "ready" and replica.reason:
+            notes.append(Text(f"{replica.name} is {replica.state}: {replica.reason}", style="yellow"))
+        for other, fields in replica.incompatible.items():
+            notes.append(Text(f"{replica.name} does not import from {other}: {'; '.join(fields)}", style="yellow"))
+    return notes

@@ -1,0 +1,192 @@
+"""The command line: `peerkv serve`, `engine`, `gateway`, `doctor`, `bench`, `kv stats`, `openapi`.
+
+Exit status: 0 after a clean end, 1 when something failed, 2 for wrong usage or settings, 130 when ended at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+
+from gateway import __version__
+from gateway.cli import kv_explain
+from gateway.cli import kv_stats as kv_live
+from gateway.cli.bench import flags as bench_flags
+from gateway.cli.flags import add_settings_flags, given_settings
+from gateway.errors import GatewayError, SettingsError
+from gateway.settings import Settings, load
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+_MAIN_FLAGS = ("replicas", "host", "port", "served_model_name", "admin_key")
+_BENCH_ABOUT = (
+    "Measure a running installation from outside: the time to the first token of prompts that nobody has (cold), that another "
+    "replica computed (import) and that the same one did (local hit); what the gateway adds to a small request; and what comes "
+    "of requests at a fixed rate that share prefixes. Prompts are random words. Takes about two minutes on two CPU cores."
+)
+_SERVE_EPILOG = "What follows -- is given to every vLLM server, for example: peerkv serve MODEL -- --max-model-len 8192"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that `arguments` name; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    vllm_args: list[str] | None = None
+    if "--" in given:
+        cut = given.index("--")
+        given, vllm_args = given[:cut], given[cut + 1 :]
+    parsed = build_parser().parse_args(given)
+    if vllm_args is not None and not parsed.takes_vllm_args:
+        return _fail("arguments after -- go to vLLM, and this command starts none", EXIT_USAGE)
+    parsed.vllm_args = vllm_args
+    try:
+        status: int = parsed.run(parsed)
+        return status
+    except SettingsError as error:
+        return _fail(str(error), EXIT_USAGE)
+    except GatewayError as error:
+        return _fail(str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="peerkv", description="An OpenAI gateway over vLLM replicas that import each other's KV cache.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"peerkv {__version__}")
+    parser.set_defaults(takes_vllm_args=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_runner(commands, "serve", _serve, "start the replicas and the gateway", vllm=True)
+    _add_runner(commands, "engine", _engine, "start the replicas alone, for a gateway with the same run_dir", vllm=True)
+    _add_runner(commands, "gateway", _gateway, "start the gateway alone, for replicas that `peerkv engine` runs")
+    _add_doctor(commands)
+    _add_bench(commands)
+    _add_kv(commands)
+    _add_openapi(commands)
+    return parser
+
+
+def _add_runner(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    *,
+    vllm: bool = False,
+) -> None:
+    epilog = _SERVE_EPILOG if vllm else None
+    parser = commands.add_parser(name, help=summary, description=summary, epilog=epilog, allow_abbrev=False)
+    if vllm:
+        text = "directory or hub id that vLLM loads (default: SmolLM2-135M-Instruct, fetched once)"
+        parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
+    add_settings_flags(parser, _MAIN_FLAGS, leave_out=("model",))
+    parser.set_defaults(run=run, takes_vllm_args=vllm)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "say what this machine has, and what the replicas can exchange and how"
+    parser = commands.add_parser("doctor", help=summary, description=summary, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print it as JSON (default: as text)")
+    parser.add_argument("--quick", action="store_true", help="do not measure the links between GPUs (default: do, about 10 s)")
+    parser.add_argument("--host", help="the gateway's host (default: as for serve)")
+    parser.add_argument("--port", help="the gateway's port (default: as for serve)")
+    parser.add_argument("--run-dir", help="the gateway's run_dir (default: as for serve)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
+    parser.set_defaults(run=_doctor)
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "measure a running installation: time to first token, the gateway's share, throughput"
+    parser = commands.add_parser("bench", help=summary, description=_BENCH_ABOUT, allow_abbrev=False)
+    bench_flags.add_arguments(parser)
+    parser.set_defaults(run=_bench)
+
+
+def _add_kv(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("kv", help="look at the caches", description="look at the caches")
+    views = parser.add_subparsers(metavar="VIEW", required=True)
+    summary = "a live table of where prompt tokens came from"
+    stats = views.add_parser("stats", help=summary, description=summary, allow_abbrev=False)
+    kv_live.add_arguments(stats)
+    stats.set_defaults(run=kv_live.run)
+    summary = "why a request was served as it was"
+    explained = views.add_parser("explain", help=summary, description=summary, allow_abbrev=False)
+    kv_explain.add_arguments(explained)
+    explained.set_defaults(run=kv_explain.run)
+
+
+def _add_openapi(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "write the OpenAPI document, or check that the file is up to date"
+    parser = commands.add_parser("openapi", help=summary, description=summary, allow_abbrev=False)
+    parser.add_argument("--check", action="store_true", help="compare only; status 1 when it differs (default: write)")
+    path = Path("openapi/openapi.json")
+    parser.add_argument("--output", type=Path, default=path, metavar="FILE", help=f"the file (default: {path})")
+    parser.set_defaults(run=_openapi)
+
+
+def _settings(parsed: argparse.Namespace) -> Settings:
+    settings = load(given_settings(parsed), parsed.config)
+    level = settings.log_level.upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if level != "DEBUG":
+        logging.getLogger("uvicorn.error").setLevel("WARNING")
+        logging.getLogger("httpx").setLevel("WARNING")
+    return settings
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    from gateway.serve.run import serve
+
+    return _run(serve, _settings(parsed))
+
+
+def _engine(parsed: argparse.Namespace) -> int:
+    from gateway.serve.run import engine
+
+    return _run(engine, _settings(parsed))
+
+
+def _gateway(parsed: argparse.Namespace) -> int:
+    from gateway.serve.run import gateway
+
+    return _run(gateway, _settings(parsed))
+
+
+def _run(work: Callable[[Settings], Coroutine[None, None, None]], settings: Settings) -> int:
+    from gateway.serve.signals import run_until_stopped
+
+    return run_until_stopped(lambda: work(settings))
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from gateway.cli.doctor import report as doctor
+
+    return doctor.run(_settings(parsed), as_json=parsed.json, measure_links=not parsed.quick)
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from gateway.cli.bench import command
+
+    return command.run(parsed)
+
+
+def _openapi(parsed: argparse.Namespace) -> int:
+    from gateway.admin.offline_document import document
+    from gateway.admin.openapi import check, write
+
+    if parsed.check:
+        check(document(), parsed.output)
+        print(f"{parsed.output} is what the gateway serves")
+    else:
+        write(document(), parsed.output)
+        print(f"wrote {parsed.output}")
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"peerkv: error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,157 @@
+"""One request being answered: its head, its body, its answer, and its end if the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+from gateway.errors import ApiError, BodyTooLarge, InvalidRequest, error_body
+from gateway.http_server.cycle import Scope, cycle_of
+from gateway.http_server.head_fields import HeadFields, content_length, fresh_id
+
+JSON_LINE = b"content-type: application/json\r\n"
+"""The header of an answer in JSON, and of a request."""
+
+
+class ClientLeft(Exception):
+    """The client closed the connection; nobody waits for an answer."""
+
+
+class Exchange:
+    """One request and its answer.
+
+    `write` sends a part of the answer, and is False when the client does not keep up: wait for `drained`.
+
+    Belongs to the task of its cycle. While it is watched, the client's leaving sets `left` and cancels that task;
+    `end` does the same with an error that the client shall get. `answering` is called when the answer begins, and gives the
+    value of its header x-peerkv-cache, or nothing.
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.replica = b""
+        self.answering: Callable[[], bytes] | None = None
+        self.left = False
+        self.ending: ApiError | None = None
+        self.status = 0
+        self.came_at = time.perf_counter()
+        self.begun_at = 0.0
+        self.is_event_stream = False
+        self.body_bytes = 0
+        self._cycle = cycle = cycle_of(scope)
+        self._task = cycle.task
+        self.write = cycle.write
+        self.fields = fields = cycle.fields or HeadFields.of(scope["headers"])
+        self.request_id = fields.request_id or fresh_id()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the answer's head was sent."""
+        return self.status != 0
+
+    def body_at_hand(self, hold: Callable[[int], None], bytes_max: int) -> bytes | None:
+        """All of the body if it is there, as `read_body` gives it."""
+        cycle = self._cycle
+        return None if cycle.more_body else self._counted(cycle.take(), hold, bytes_max)
+
+    async def read_body(self, hold: Callable[[int], None], bytes_max: int, seconds_max: float) -> bytes:
+        """The whole body, as it comes. `hold` is told of bytes about to be held and may raise.
+
+        Raises BodyTooLarge, InvalidRequest (408) when it does not come in time, ClientLeft.
+        """
+        if content_length(self.scope["headers"]) > bytes_max:
+            raise BodyTooLarge(bytes_max)
+        try:
+            async with asyncio.timeout(seconds_max):
+                return await self._read_parts(hold, bytes_max)
+        except TimeoutError:
+            raise InvalidRequest(f"The body did not come within {seconds_max:g} s.", status=408) from None
+
+    async def _read_parts(self, hold: Callable[[int], None], bytes_max: int) -> bytes:
+        cycle, parts = self._cycle, []
+        while True:
+            parts.append(self._counted(await cycle.part(), hold, bytes_max))
+            if not cycle.more_body:
+                return b"".join(parts)
+
+    def _counted(self, part: bytes | None, hold: Callable[[int], None], bytes_max: int) -> bytes:
+        if part is None:
+            raise ClientLeft
+        if self.body_bytes + len(part) > bytes_max:
+            raise BodyTooLarge(bytes_max)
+        hold(len(part))
+        self.body_bytes += len(part)
+        return part
+
+    def watch(self) -> None:
+        """Cancel the task from now on when the client leaves. The body must have been read. Raises ClientLeft."""
+        if self._cycle.left:
+            raise ClientLeft
+        self._cycle.on_left = self._client_left
+
+    def _client_left(self) -> None:
+        if self._task is not None:
+            self.left = True
+            self._task.cancel()
+
+    def unwatch(self) -> None:
+        """Do not cancel the task any more; idempotent."""
+        self._task = None
+        self._cycle.on_left = None
+
+    def end(self, error: ApiError) -> None:
+        """End the exchange with this error, unless its answer is complete already."""
+        if self._task is not None:
+            self.ending = error
+            self._task.cancel()
+
+    def begin(self, status: int, lines: bytes, *, is_event_stream: bool = False) -> None:
+        """Begin the answer, `lines` among its headers; its head leaves with the first bytes of its body."""
+        self.status = status
+        self.begun_at = time.perf_counter()
+        self.is_event_stream = is_event_stream
+        lines += self._own_lines()
+        if self.answering is not None and (cache := self.answering()):
+            lines += b"x-peerkv-cache: %b\r\n" % cache
+        self._cycle.begin(status, lines)
+
+    async def drained(self) -> None:
+        """Wait until the client has read enough for more, or is gone."""
+        await self._cycle.drained()
+
+    def answer(self, status: int, lines: bytes, body: bytes) -> None:
+        """Send a whole answer, `lines` among its headers."""
+        self.unwatch()
+        self.status = status
+        self.begun_at = time.perf_counter()
+        self._cycle.answer(status, b"%bcontent-length: %d\r\n%b" % (lines, len(body), self._own_lines()), body)
+
+    def _own_lines(self) -> bytes:
+        """The headers that every answer has from us."""
+        if self.replica:
+            return b"x-request-id: %b\r\nx-peerkv-replica: %b\r\n" % (self.request_id.encode(), self.replica)
+        return b"x-request-id: %b\r\n" % self.request_id.encode()
+
+    def finish(self, last: bytes = b"") -> None:
+        """Send the end of a streamed answer."""
+        self.unwatch()
+        self._cycle.end(last)
+
+    def fail(self, error: ApiError) -> None:
+        """Tell the client, in whatever way is still possible.
+
+        An event stream ends with an error event. Any other answer that has begun is left incomplete, and the
+        server closes the connection.
+        """
+        self.unwatch()
+        if not self.begun:
+            self.answer(error.status, JSON_LINE + header_lines(error.headers), error.body())
+        elif self.is_event_stream:
+            event = error_body(error.message, type=error.type, code=error.code, param=error.param)
+            self.finish(b"data: " + event + b"\n\n")
+
+
+def header_lines(headers: Mapping[str, str]) -> bytes:
+    """Headers as they are sent."""
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode("latin-1")

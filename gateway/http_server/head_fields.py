@@ -1,0 +1,78 @@
+"""What the front door wants to know of a request's headers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+_JSON = b"application/json"
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class HeadFields(msgspec.Struct, frozen=True):
+    """Of a header that occurs twice the last one counts. `is_json` tells of the body's type, `accept_line` is for the replica,
+    `request_id` the client's own if it is harmless."""
+
+    authorization: bytes | None
+    is_json: bool
+    accept_line: bytes
+    pinned: str | None
+    request_id: str | None
+
+    @classmethod
+    def of(cls, headers: Headers) -> HeadFields:
+        """Look at a request's headers, names in lower case."""
+        header = dict(headers).get
+        kind, accept, pinned = header(b"content-type", b""), header(b"accept"), header(b"x-peerkv-replica")
+        return cls(
+            header(b"authorization"),
+            kind == _JSON or kind.partition(b";")[0].strip().lower() == _JSON,
+            b"accept: %b\r\n" % accept if accept else b"",
+            None if pinned is None else pinned.decode("latin-1"),
+            sane_id(header(b"x-request-id")),
+        )
+
+
+def content_length(headers: Headers) -> int:
+    """How many bytes of body a request announces, 0 if it does not or not in digits."""
+    length = dict(headers).get(b"content-length", b"")
+    return int(length.lstrip(b"0") or b"0") if length.isdigit() else 0
+
+
+_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+
+_ID_BYTES = 16
+
+
+_DRAWN_AT_ONCE = 256
+
+
+def _random_ids() -> Iterator[str]:
+    """Ids of 32 hex digits without end. Asking the kernel for each alone costs more than all else about an id."""
+    while True:
+        digits = os.urandom(_ID_BYTES * _DRAWN_AT_ONCE).hex()
+        for start in range(0, len(digits), 2 * _ID_BYTES):
+            yield digits[start : start + 2 * _ID_BYTES]
+
+
+_fresh = _random_ids()
+
+
+def sane_id(given: bytes | None) -> str | None:
+    """The client's request id if there is one and it is harmless."""
+    return given.decode("ascii") if given is not None and _SANE_ID.fullmatch(given) else None
+
+
+def fresh_id() -> str:
+    """A new id of 32 hex digits."""
+    return next(_fresh)
+
+
+def sane_request_id(given: bytes | None) -> str:
+    """The client's request id if it is harmless, else a new one."""
+    return sane_id(given) or fresh_id()

@@ -1,0 +1,80 @@
+"""The HTTP server: uvicorn with the front door's own protocol, and without signal handlers of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Generator
+from typing import Any
+
+import uvicorn
+
+from gateway.errors import SettingsError
+from gateway.http_server.protocol import DoorProtocol
+from gateway.settings import Settings
+
+BACKLOG = 2048
+# Beyond drain_seconds, for connections whose clients do not read their last bytes.
+SHUTDOWN_GRACE_SECONDS = 5
+
+
+class DoorServer(uvicorn.Server):
+    """uvicorn's server; whoever runs it handles the signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def build_server(app: Any, settings: Settings) -> DoorServer:
+    """A server for `app`; run it with `serve(sockets=[…])`."""
+    protocol = type(
+        "BoundDoorProtocol",
+        (DoorProtocol,),
+        {
+            "connections_max": settings.connections_max,
+            "head_bytes_max": settings.header_bytes_max,
+            "head_seconds_max": settings.keep_alive_seconds,
+            "stall_seconds_max": settings.client_stall_seconds_max,
+            "access_log": settings.access_log,
+        },
+    )
+    config = uvicorn.Config(
+        app,
+        http=protocol,
+        interface="asgi3",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=settings.access_log,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=max(1, round(settings.keep_alive_seconds)),
+        timeout_graceful_shutdown=round(settings.drain_seconds) + SHUTDOWN_GRACE_SECONDS,
+    )
+    return DoorServer(config)
+
+
+def bind(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
+    """A socket that listens on the address; with `reuse_port` several processes may have one.
+
+    Raises SettingsError when it cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise SettingsError(f"cannot listen on host '{host}': {error.strerror}") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise SettingsError(
+            f"cannot listen on {host} port {port}: {error.strerror}. Stop what uses it, or choose another --port."
+        ) from None
+    listener.setblocking(False)
+    return listener

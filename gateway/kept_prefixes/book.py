@@ -1,0 +1,185 @@
+"""Prefixes that somebody asked to keep, and where they are: a book without clock or sockets.
+
+A kept prefix is pinned in its replicas' caches, or only prewarmed there. The engines end pins by themselves at their time; this
+book knows when, and when they are to be renewed. `now` is Unix time in seconds. keeper.py does what the book says.
+"""
+
+import secrets
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from gateway.errors import ApiError, InvalidRequest
+from gateway.token_ids import TokenIds
+
+RENEW_SHARE = 0.8  # of its time is over when a prefix is renewed
+RENEW_SECONDS_MIN = 5.0  # between two attempts
+_ID_BITS = 62
+
+
+class PlaceState(StrEnum):
+    """How a prefix fares on one replica."""
+
+    PENDING = "pending"  # being computed or imported
+    PINNED = "pinned"
+    WARM = "warm"  # in its cache, and evicted as anything else
+    REFUSED = "refused"  # in its cache, but the pin was refused: the share of blocks for pins is used up
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A prefix on one replica. Tokens tell where its KV came from the last time; `reason` says what failed."""
+
+    replica: str
+    state: PlaceState = PlaceState.PENDING
+    local_tokens: int = 0
+    peer_tokens: int = 0
+    computed_tokens: int = 0
+    source: str = ""
+    reason: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class KeptPrefix:
+    """One kept prefix. `number` is what the engines know its pin by; `ids` are its token ids."""
+
+    number: int
+    tenant: str
+    model: str
+    ids: TokenIds
+    replicas: int
+    ttl_seconds: float
+    pin: bool
+    renew: bool
+    created: float
+    expires: float
+    renew_at: float
+    places: dict[str, Place] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Its name in the API."""
+        return f"{self.number:016x}"
+
+
+class TooManyPrefixes(InvalidRequest):
+    """The book is full; deleting another prefix makes room."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} Delete another one first.", code="too_many_prefixes", status=409)
+
+
+class UnknownPrefix(ApiError):
+    """There is no kept prefix of that id, or its time is over."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "prefix_not_found"
+
+    def __init__(self, prefix_id: str) -> None:
+        super().__init__(f"No prefix '{prefix_id}' is kept: it never was, or its time is over.")
+
+
+class PinBook:
+    """At most `prefixes_max` prefixes with `tokens_max` tokens in all."""
+
+    def __init__(self, prefixes_max: int, tokens_max: int) -> None:
+        self._prefixes_max = prefixes_max
+        self._tokens_max = tokens_max
+        self._kept: dict[str, KeptPrefix] = {}
+
+    def __contains__(self, kept: KeptPrefix) -> bool:
+        return self._kept.get(kept.id) is kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def tokens(self) -> int:
+        """Token ids that the book holds."""
+        return sum(len(kept.ids) for kept in self._kept.values())
+
+    def add(
+        self,
+        ids: TokenIds,
+        *,
+        tenant: str,
+        model: str,
+        replicas: int,
+        ttl_seconds: float,
+        pin: bool,
+        renew: bool,
+        now: float,
+    ) -> KeptPrefix:
+        """Enter a prefix, not placed anywhere yet. Raises TooManyPrefixes."""
+        self.drop_expired(now)
+        if len(self._kept) >= self._prefixes_max:
+            raise TooManyPrefixes(f"{self._prefixes_max} prefixes are kept, which is as many as there may be.")
+        if self.tokens + len(ids) > self._tokens_max:
+            raise TooManyPrefixes(f"With it the kept prefixes would have more than {self._tokens_max} tokens.")
+        kept = KeptPrefix(
+            number=secrets.randbits(_ID_BITS) + 1,
+            tenant=tenant,
+            model=model,
+            ids=ids,
+            replicas=replicas,
+            ttl_seconds=ttl_seconds,
+            pin=pin,
+            renew=renew,
+            created=now,
+            expires=now + ttl_seconds,
+            renew_at=now + RENEW_SHARE * ttl_seconds,
+        )
+        self._kept[kept.id] = kept
+        return kept
+
+    def get(self, prefix_id: str, now: float) -> KeptPrefix:
+        """The kept prefix of that id. Raises UnknownPrefix."""
+        self.drop_expired(now)
+        if (kept := self._kept.get(prefix_id)) is None:
+            raise UnknownPrefix(prefix_id)
+        return kept
+
+    def remove(self, prefix_id: str, now: float) -> KeptPrefix:
+        """Take a prefix out of the book; its pins are the caller's to end. Raises UnknownPrefix."""
+        kept = self.get(prefix_id, now)
+        del self._kept[prefix_id]
+        return kept
+
+    def discard(self, kept: KeptPrefix) -> None:
+        """Take a prefix out of the book, if it is still in it."""
+        self._kept.pop(kept.id, None)
+
+    def place(self, kept: KeptPrefix, place: Place) -> None:
+        """Note how a prefix fares on a replica."""
+        kept.places[place.replica] = place
+
+    def renewed(self, kept: KeptPrefix, now: float) -> None:
+        """Its time begins anew."""
+        kept.expires = now + kept.ttl_seconds
+        kept.renew_at = now + RENEW_SHARE * kept.ttl_seconds
+
+    def due(self, now: float) -> list[KeptPrefix]:
+        """Prefixes to renew now; each is due again after RENEW_SECONDS_MIN at the earliest."""
+        self.drop_expired(now)
+        found = [kept for kept in self._kept.values() if kept.renew and kept.renew_at <= now]
+        for kept in found:
+            kept.renew_at = now + RENEW_SECONDS_MIN
+        return found
+
+    def lost(self, replica: str, reason: str) -> None:
+        """What was on a replica is gone, as it ended. Prefixes that are renewed are due at once."""
+        for kept in self._kept.values():
+            if replica in kept.places:
+                kept.places[replica] = Place(replica, PlaceState.FAILED, reason=reason)
+                kept.renew_at = 0.0
+
+    def all(self, now: float) -> list[KeptPrefix]:
+        """Every kept prefix, oldest first."""
+        self.drop_expired(now)
+        return list(self._kept.values())
+
+    def drop_expired(self, now: float) -> None:
+        """Forget those whose time is over; one that is renewed stays until it is deleted."""
+        for prefix_id in [each for each, kept in self._kept.items() if kept.expires <= now and not kept.renew]:
+            del self._kept[prefix_id]

@@ -1,0 +1,253 @@
+"""Puts kept prefixes into replicas' caches, pins them there, renews and ends pins, as the book (book.py) says.
+
+A prefix is put on a replica by a request for one token, planned like any other, so that it is imported where that is cheaper
+than computing it. Pins travel in its hint; the engine ends them by itself at their time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from engine.fleet import FleetView, Replica
+from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, Unavailable
+from gateway.kept_prefixes.book import KeptPrefix, PinBook, Place, PlaceState
+from gateway.kept_prefixes.reader import Callers, PrefixReader
+from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixRequest
+from gateway.ledger.attempts import Asked, Entry
+from gateway.ledger.ledger import LOST_STATUS
+from gateway.ledger.plan_witness import PlanWitness
+from gateway.planner.hint import HINT
+from gateway.planner.plan import Plan
+from gateway.planner.planner import Planner
+from gateway.token_ids import TokenIds
+from gateway.upstream.pool import Upstream, UpstreamLost
+
+_logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+_PATH = "/v1/completions"
+_REFUSED = "pins_refused"
+
+
+class Keeper:
+    """Keeps prefixes. Belongs to the event loop's thread; prefixes are placed one after the other.
+
+    `seconds_max` bounds each request to a replica; `wall_clock` gives Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        book: PinBook,
+        *,
+        fleet: FleetView,
+        planner: Planner,
+        upstream: Upstream,
+        reader: PrefixReader,
+        tenants: Callers,
+        witness: PlanWitness,
+        seconds_max: float,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.book = book
+        self._fleet = fleet
+        self._planner = planner
+        self._upstream = upstream
+        self._reader = reader
+        self._tenants = tenants
+        self._witness = witness
+        self._seconds_max = seconds_max
+        self._wall_clock = wall_clock
+        self._placing = asyncio.Lock()
+        self._pids: dict[str, int | None] = {}
+
+    def all(self) -> list[KeptPrefix]:
+        """Every kept prefix."""
+        return self.book.all(self._wall_clock())
+
+    async def keep(self, wanted: PrefixRequest) -> KeptPrefix:
+        """Put a prefix on as many replicas as wanted; returns when it is there, or failed there.
+
+        Raises ApiError: InvalidRequest, TooManyPrefixes, PromptTooLong, NoReplicaReady, Unavailable when no replica took it.
+        """
+        tenant, ids = await self._reader.read(wanted)
+        ready = self._fleet.snapshot().ready()
+        if not ready:
+            raise NoReplicaReady
+        if wanted.replicas > len(ready):
+            raise InvalidRequest(f"'replicas': only {len(ready)} are ready.", param="replicas")
+        kept = self.book.add(
+            ids,
+            tenant=tenant.name,
+            model=wanted.model,
+            replicas=wanted.replicas,
+            ttl_seconds=wanted.ttl,
+            pin=wanted.pin,
+            renew=wanted.renew,
+            now=self._wall_clock(),
+        )
+        await self._place_or_drop(kept)
+        return kept
+
+    async def undo(self, prefix_id: str) -> PrefixRemoved:
+        """Forget a prefix and end its pins. Raises UnknownPrefix."""
+        done = PrefixRemoved(id=prefix_id, unpinned=[], failed={})
+        async with self._placing:
+            kept = self.book.remove(prefix_id, self._wall_clock())
+            for place in kept.places.values():
+                if place.state is PlaceState.PINNED:
+                    try:
+                        await self._unpin(kept, place.replica)
+                        done.unpinned.append(place.replica)
+                    except ApiError as error:
+                        done.failed[place.replica] = error.message
+        return done
+
+    async def run(self) -> None:
+        """Renew what is to be renewed until cancelled. Raises FleetError when the fleet can not be read."""
+        while True:
+            self._notice_restarts()
+            for kept in self.book.due(self._wall_clock()):
+                await self._place(kept)
+            await asyncio.sleep(POLL_SECONDS)
+
+    # Where it goes
+
+    async def _place_or_drop(self, kept: KeptPrefix) -> None:
+        try:
+            await self._place(kept)
+        except BaseException:
+            self.book.discard(kept)
+            raise
+        if all(place.state is PlaceState.FAILED for place in kept.places.values()):
+            self.book.discard(kept)
+            raise Unavailable("No replica took it: " + "; ".join(f"{p.replica}: {p.reason}" for p in kept.places.values()))
+
+    async def _place(self, kept: KeptPrefix) -> None:
+        """Put the prefix where it is to be: where it is already first, so that others can import from there."""
+        async with self._placing:
+            if kept not in self.book:
+                return
+            taken = 0
+            for replica in self._candidates(kept):
+                if taken == kept.replicas:
+                    break
+                place = await self._put(kept, replica)
+                self.book.place(kept, place)
+                taken += place.state is not PlaceState.FAILED
+            if taken:
+                self.book.renewed(kept, self._wall_clock())
+
+    def _candidates(self, kept: KeptPrefix) -> list[Replica]:
+        """Ready replicas: those that keep it, then those that hold most of it, then the least busy."""
+        tenant = self._tenants.named(kept.tenant)
+        lora = self._planner.prompts.adapter({"model": kept.model})
+        look_up = self._planner.registry.look_up(kept.ids, tenant.salt if tenant else "", lora)
+        busy = self._planner.in_flight()
+
+        def rank(replica: Replica) -> tuple[bool, int, int, str]:
+            place = kept.places.get(replica.name)
+            keeps = place is not None and place.state is not PlaceState.FAILED
+            return not keeps, -look_up.blocks.get(replica.name, 0), busy.get(replica.name, 0), replica.name
+
+        return sorted(self._fleet.snapshot().ready(), key=rank)
+
+    async def _put(self, kept: KeptPrefix, replica: Replica) -> Place:
+        """One request for one token, with the pin in its hint; failures are noted, not raised."""
+        place = Place(replica.name)
+        self.book.place(kept, place)
+        refused = self._refusals(replica.name)
+        pin = {"pin": {"id": kept.number, "seconds": kept.ttl_seconds}} if kept.pin else {}
+        try:
+            entry = await self._request(kept, replica.name, kept.ids, pin)
+        except ApiError as error:
+            _logger.warning("prefix %s is not kept on %s: %s", kept.id, replica.name, error.message)
+            return replace(place, state=PlaceState.FAILED, reason=error.message)
+        state = PlaceState.WARM
+        if kept.pin:
+            state = PlaceState.PINNED if self._refusals(replica.name) == refused else PlaceState.REFUSED
+        got = entry.steered
+        if got is None:
+            return replace(place, state=state)
+        return replace(
+            place,
+            state=state,
+            local_tokens=got.local_tokens,
+            peer_tokens=got.peer_tokens,
+            computed_tokens=got.computed_tokens,
+            source=got.source if got.peer_tokens else "",
+        )
+
+    async def _unpin(self, kept: KeptPrefix, replica: str) -> None:
+        await self._request(kept, replica, TokenIds.of([kept.ids[0]]), {"unpin": [kept.number]})
+
+    async def _request(self, kept: KeptPrefix, replica: str, ids: TokenIds, hint: dict[str, Any]) -> Entry:
+        """Have the replica compute one token behind `ids`. Raises ApiError."""
+        tenant = self._tenants.named(kept.tenant)
+        if tenant is None:
+            raise InvalidRequest(f"There is no tenant '{kept.tenant}' any more.")
+        body: dict[str, Any] = {"prompt": ids.tolist(), "max_tokens": 1, "temperature": 0, "ignore_eos": True}
+        if kept.model:
+            body["model"] = kept.model
+        plan = await self._planner.plan("completions", body, tenant, pinned=replica)
+        if plan.kv_transfer_params is None:
+            raise Unavailable(f"{replica} has no block table.")
+        body["kv_transfer_params"] = {HINT: {**plan.kv_transfer_params[HINT], **hint}}
+        if plan.cache_salt is not None:
+            body["cache_salt"] = plan.cache_salt
+        asked = Asked(f"prefix-{kept.id}", "completions", kept.tenant, kept.model)
+        with self._aloft(plan, asked) as attempt:
+            attempt.status = await self._send(plan, body)
+        return attempt.entry
+
+    @contextlib.contextmanager
+    def _aloft(self, plan: Plan, asked: Asked) -> Iterator[_Attempt]:
+        """Tell the planner and the ledger of a request while it is with its replica."""
+        self._planner.started(plan)
+        attempt = _Attempt(self._witness.sent(plan, asked))
+        try:
+            yield attempt
+            self._witness.first_byte(attempt.entry)
+        finally:
+            self._planner.finished(plan)
+            self._witness.ended(attempt.entry, attempt.status)
+
+    async def _send(self, plan: Plan, body: dict[str, Any]) -> int:
+        """The status of the replica's answer, which is 200. Raises ApiError."""
+        name = plan.replica.name
+        try:
+            status, answer = await self._upstream.post_json(plan.replica, _PATH, msgspec.json.encode(body), self._seconds_max)
+        except UpstreamLost as error:
+            self._fleet.suspect(name)
+            raise Unavailable(f"{error}.") from error
+        if status != 200:
+            _logger.warning("%s answered %d to a prefix: %s", name, status, answer[:200])
+            raise InvalidRequest(f"{name} refused it with status {status}.")
+        return status
+
+    def _refusals(self, replica: str) -> int:
+        table = self._planner.registry.tables().get(replica)
+        return table.counters().get(_REFUSED, 0) if table is not None else 0
+
+    def _notice_restarts(self) -> None:
+        """What a replica kept is gone when another process serves under its name."""
+        for replica in self._fleet.snapshot().replicas:
+            before = self._pids.get(replica.name, replica.pid)
+            if before is not None and replica.pid != before:
+                self.book.lost(replica.name, "the replica was restarted")
+            self._pids[replica.name] = replica.pid
+
+
+class _Attempt:
+    """A request under way; `status` is that of its answer."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.status = LOST_STATUS

@@ -1,0 +1,77 @@
+"""From a prefix that somebody wants kept to its tenant and its token ids, or a clear refusal."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from gateway.errors import InvalidRequest, Unavailable
+from gateway.kept_prefixes.shapes import PrefixRequest
+from gateway.planner.planner import Planner
+from gateway.prompts.parity import Parity
+from gateway.prompts.tokenizer.service import NoTokenIds, TextTooLong, TokenService
+from gateway.tenants.tenants import TenantContext
+from gateway.token_ids import TokenIds
+from gateway.upstream.served_models import ModelsCache
+
+
+class Callers(Protocol):
+    """What is needed of gateway.tenants.Tenants."""
+
+    def named(self, name: str) -> TenantContext | None: ...
+    @property
+    def open(self) -> bool: ...
+
+
+class PrefixReader:
+    """Belongs to the event loop's thread; texts are tokenised in another."""
+
+    def __init__(self, planner: Planner, tokens: TokenService, tenants: Callers, models: ModelsCache) -> None:
+        self._planner = planner
+        self._tokens = tokens
+        self._tenants = tenants
+        self._models = models
+
+    async def read(self, wanted: PrefixRequest) -> tuple[TenantContext, TokenIds]:
+        """Return whose prefix it is, and its ids. Raises ApiError."""
+        tenant = self._tenant(wanted.tenant)
+        if wanted.model:
+            await self._models.card(wanted.model)
+        ids = await self._ids(wanted)
+        sizes = [table.block_size for table in self._planner.registry.tables().values()]
+        if not sizes:
+            raise Unavailable("No replica has a block table: prefixes can not be kept.")
+        if len(ids) < min(sizes):
+            why = f"The prefix has {len(ids)} tokens, and only whole blocks of {min(sizes)} are kept."
+            raise InvalidRequest(why, code="prefix_too_short")
+        return tenant, ids
+
+    def _tenant(self, name: str) -> TenantContext:
+        if not name and not self._tenants.open:
+            raise InvalidRequest("'tenant' is missing: each tenant has a cache of its own.", param="tenant")
+        found = self._tenants.named(name)
+        if found is None:
+            raise InvalidRequest(f"There is no tenant '{name}'.", param="tenant", code="unknown_tenant")
+        return found
+
+    async def _ids(self, wanted: PrefixRequest) -> TokenIds:
+        if wanted.ids is not None:
+            return TokenIds.of(wanted.ids)
+        verdict = self._planner.prompts.parity.chat if wanted.messages is not None else self._planner.prompts.parity.completions
+        if verdict.parity is not Parity.EXACT:
+            why = f"Token ids are not known to be the engine's ({verdict.parity.value}). Give the prefix as 'ids'."
+            raise InvalidRequest(why, code="token_ids_unknown", status=409)
+        try:
+            return await asyncio.to_thread(self._encode, wanted)
+        except TextTooLong as long:
+            raise InvalidRequest(f"The prefix has at least {long.tokens_min} tokens.", code="prefix_too_long") from long
+        except NoTokenIds as unknown:
+            raise InvalidRequest(f"The prefix can not be tokenised: {unknown}.", code="token_ids_unknown") from unknown
+
+    def _encode(self, wanted: PrefixRequest) -> TokenIds:
+        limit = self._planner.prompts.parity.context_tokens
+        if wanted.messages is None:
+            return self._tokens.encode(wanted.text or "", tokens_max=limit)
+        body = {"messages": wanted.messages, "tools": wanted.tools, "chat_template_kwargs": wanted.chat_template_kwargs}
+        given = {name: value for name, value in body.items() if value is not None}
+        return self._tokens.encode_chat({**given, "add_generation_prompt": False}, limit)

@@ -1,0 +1,125 @@
+"""Requests and answers of POST and DELETE /kv/prefixes."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gateway.kept_prefixes.book import KeptPrefix
+
+TTL_SECONDS_DEFAULT = 3600.0
+TTL_SECONDS_MAX = 86400.0  # the engines pin for no longer at a time
+TOKEN_ID_MAX = 2**31 - 1
+_KINDS = ("text", "messages", "ids")
+
+
+class PrefixRequest(BaseModel):
+    """A prefix to keep: one of `text`, `messages` and `ids`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    text: str | None = Field(None, min_length=1, description="the beginning of completions' prompts")
+    messages: list[dict[str, Any]] | None = Field(None, min_length=1, description="the first messages of chats")
+    ids: list[int] | None = Field(None, min_length=1, description="token ids")
+    tools: list[dict[str, Any]] | None = Field(None, description="with `messages`: the chats' tools")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="with `messages`: as the chats have them")
+    model: str = Field("", description="a LoRA adapter of /v1/models; empty: the served model")
+    tenant: str = Field("", description="by name, whose cache it is kept in; needed where tenants are configured")
+    replicas: int = Field(1, ge=1, description="how many replicas shall hold it")
+    ttl: float = Field(TTL_SECONDS_DEFAULT, gt=0, le=TTL_SECONDS_MAX, description="seconds that it is kept")
+    pin: bool = Field(True, description="keep its blocks from being evicted; false: only put them into the caches")
+    renew: bool = Field(False, description="start its time anew before it is over, until it is deleted")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [name for name in _KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(_KINDS)}, not {' and '.join(given) or 'none'}")
+        if self.messages is None and (self.tools is not None or self.chat_template_kwargs is not None):
+            raise ValueError("tools and chat_template_kwargs go with messages")
+        if self.ids is not None and not (min(self.ids) >= 0 and max(self.ids) <= TOKEN_ID_MAX):
+            raise ValueError("ids: not all of them are token ids")
+        return self
+
+
+class PrefixPlace(BaseModel):
+    """The prefix on one replica. The tokens tell where its KV came from the last time it was put there."""
+
+    replica: str
+    state: str = Field(description="pending, pinned, warm (in the cache, not pinned), refused (pins are full) or failed")
+    local_tokens: int
+    peer_tokens: int
+    computed_tokens: int
+    source: str = Field(description="replica that it was imported from, empty for none")
+    reason: str = Field(description="what failed")
+
+
+class KeptPrefixAnswer(BaseModel):
+    """A kept prefix."""
+
+    id: str
+    tenant: str
+    model: str
+    tokens: int
+    pin: bool
+    renew: bool
+    ttl: float = Field(description="seconds")
+    created: float = Field(description="Unix time, seconds")
+    expires: float = Field(description="Unix time, seconds")
+    places: list[PrefixPlace]
+
+
+class PrefixRemoved(BaseModel):
+    """A prefix that is kept no more. Where the replica could not be told, its pin ends at its time."""
+
+    id: str
+    unpinned: list[str]
+    failed: dict[str, str]
+
+
+def kept_answer(kept: KeptPrefix) -> KeptPrefixAnswer:
+    """A kept prefix as it is shown."""
+    places = [
+        PrefixPlace(
+            replica=place.replica,
+            state=place.state,
+            local_tokens=place.local_tokens,
+            peer_tokens=place.peer_tokens,
+            computed_tokens=place.computed_tokens,
+            source=place.source,
+            reason=place.reason,
+        )
+        for place in kept.places.values()
+    ]
+    return KeptPrefixAnswer(
+        id=kept.id,
+        tenant=kept.tenant,
+        model=kept.model,
+        tokens=len(kept.ids),
+        pin=kept.pin,
+        renew=kept.renew,
+        ttl=kept.ttl_seconds,
+        created=kept.created,
+        expires=kept.expires,
+        places=places,
+    )
+
+
+class Prefix(BaseModel):
+    """One prefix that requests had in common."""
+
+    key: str = Field(description="key of its last block, 32 hex digits")
+    tokens: int = Field(description="its length in tokens, in whole blocks; of a long one up to an eighth is left out")
+    requests: int = Field(description="requests that began with it")
+    last_used: float = Field(description="Unix time of the last of them, seconds")
+    holders: list[str] = Field(description="replicas that hold its last block now")
+
+
+class PrefixReport(BaseModel):
+    """The body of GET /kv/prefixes."""
+
+    tracked_blocks: int = Field(description="block keys counted now")
+    tracked_blocks_max: int = Field(description="bound on them; the least recently used go first")
+    prefixes: list[Prefix] = Field(description="most requested first")
+    kept: list[KeptPrefixAnswer] = Field(default_factory=list, description="those of POST /kv/prefixes, oldest first")

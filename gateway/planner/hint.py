@@ -1,0 +1,68 @@
+"""What a plan tells the connector in the engine, in a request's kv_transfer_params."""
+
+import os
+import re
+from functools import lru_cache
+from typing import Any
+
+from gateway.block_registry.tables import Table
+from gateway.planner.plan import Asked
+from gateway.steering.steer import Decision
+
+HINT = "peerkv"
+"""The key in kv_transfer_params that our connector reads.
+
+{"source": a replica's name, "" to import nothing; "tag": int, comes back with the delivery; "tokens": import no further}.
+"""
+CHAT_IDS = "prompt_token_ids"
+"""The key in kv_transfer_params under which vLLM's server takes a chat's token ids."""
+CHAT_IDS_SINCE = (0, 32)
+"""The first version known to do so. Version 0.26 does not, and would hand them on to the engine."""
+VERSIONS_MAX = 64
+
+
+def hint(asked: Asked, decision: Decision, tag: int, held_tokens: int, *, imports: bool) -> dict[str, Any]:
+    """Tell the connector what to import, nothing where `imports` is off.
+
+    Without a source, it is told to look no further only if we know for certain what the replica holds: what it is still
+    computing or importing may not be there in time, and then another replica may have it.
+    """
+    told: dict[str, Any] = {"tag": tag}
+    if decision.source is not None and asked.known.cacheable:
+        told["source"] = decision.source
+        if decision.import_tokens_max is not None:
+            told["tokens"] = decision.import_tokens_max
+    elif not imports or (asked.known.certain and asked.known.count == 1 and held_tokens >= decision.expected.local_tokens):
+        told["source"] = ""
+    return {HINT: told}
+
+
+def takes_chat_ids(table: Table) -> bool:
+    """Tell whether an engine takes token ids in place of rendering and tokenising a chat's messages."""
+    return _knows_chat_ids(table.fingerprint_fields.get("vllm", ""))
+
+
+@lru_cache(maxsize=VERSIONS_MAX)
+def _knows_chat_ids(version: str) -> bool:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) >= CHAT_IDS_SINCE
+
+
+DRAWN = 64
+"""So many are drawn at a time: a call into the kernel takes as long as ten of the rest."""
+
+
+_BYTES = 8
+
+
+class Tags:
+    """Numbers from 1 to 2**62 that nobody can guess."""
+
+    def __init__(self) -> None:
+        self._drawn: list[int] = []
+
+    def next(self) -> int:
+        """Return one that was not returned before, for all that chance allows."""
+        if not self._drawn:
+            self._drawn = memoryview(os.urandom(DRAWN * _BYTES)).cast("Q").tolist()
+        return (self._drawn.pop() >> 2) + 1

@@ -1,0 +1,263 @@
+"""From a request's body to a plan: which replica, importing from whom, with which token ids."""
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Set
+from math import inf
+from typing import Any, Protocol
+
+from engine.fleet import FleetView, Replica
+from gateway.api.body import Endpoint
+from gateway.block_registry.chain import Chain
+from gateway.block_registry.delivery_feed import DeliveryFeed
+from gateway.block_registry.registry import NOTHING, LookUp, Registry
+from gateway.block_registry.tables import Table, Tables
+from gateway.planner.hint import CHAT_IDS, Tags, hint, takes_chat_ids
+from gateway.planner.plan import Asked, Plan, SteeringCounts
+from gateway.planner.prefix_counts import PrefixCounts
+from gateway.planner.ready import EMPTY, Lineup, ReadyReplicas, Standing, line_up
+from gateway.prompts.reader import PromptReader
+from gateway.prompts.tokenizer.service import TokenService
+from gateway.steering.costs.model import CostModel
+from gateway.steering.evictions import Evictions
+from gateway.steering.in_flight import Flight, Flights
+from gateway.steering.load import FleetLoad
+from gateway.steering.popularity import Popularity
+from gateway.steering.steer import Candidate, Decision, PromptView, steer
+from gateway.tenants.tenants import TenantContext
+from gateway.upstream.served_models import ServedModels
+
+AFFINITY_CHARS_MAX = 512
+
+
+class PlannerSettings(Protocol):
+    """What the planner needs of the settings."""
+
+    @property
+    def prefixes_tracked_max(self) -> int: ...
+    @property
+    def tokenize_inline_chars_max(self) -> int: ...
+    @property
+    def key_cache_bytes_max(self) -> int: ...
+    @property
+    def send_chat_ids(self) -> bool: ...
+    @property
+    def imports(self) -> bool: ...
+
+
+class Planner:
+    """Plans requests for one fleet. Belongs to the event loop's thread.
+
+    Call `started` without an await after `plan`, `decide` or `replan`: the next plan then knows of this request.
+    """
+
+    def __init__(
+        self,
+        fleet: FleetView,
+        tables: Tables,
+        tokens: TokenService,
+        settings: PlannerSettings,
+        models: Callable[[], ServedModels | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ready = ReadyReplicas(fleet)
+        self._send_chat_ids = settings.send_chat_ids
+        self.registry = Registry(tables, settings.key_cache_bytes_max)
+        self._imports = settings.imports
+        self.prompts = PromptReader(tokens, settings.tokenize_inline_chars_max, models)
+        self._clock = clock
+        self._turns = itertools.count()
+        self._tags = Tags()
+        self._lineup = EMPTY
+        self.costs = CostModel()
+        self.load = FleetLoad()
+        self._flights = Flights(self.load, self.costs, self.registry.refused)
+        self.feed = DeliveryFeed(self.registry.tables)
+        self.evictions = Evictions()
+        self.feed.add(self._flights.delivered)
+        self.feed.add(self.evictions.delivered)
+        self._popularity = Popularity(settings.prefixes_tracked_max)
+        self.counts = SteeringCounts()
+        self.prefixes = PrefixCounts(settings.prefixes_tracked_max)
+
+    async def plan(
+        self, endpoint: Endpoint, body: Mapping[str, Any], tenant: TenantContext, *, pinned: str | None = None
+    ) -> Plan:
+        """Return a plan for the request: `read` and `decide` in one. Raises what they raise."""
+        return self.decide(await self.read(endpoint, body, tenant, pinned=pinned))
+
+    async def read(
+        self, endpoint: Endpoint, body: Mapping[str, Any], tenant: TenantContext, *, pinned: str | None = None
+    ) -> Asked:
+        """Return what planning needs of the request, whose body stays as it is.
+
+        `pinned` names the replica it has to go to. Raises ApiError: NoReplicaReady, UnknownReplica, ReplicaNotReady,
+        PromptTooLong, InvalidRequest.
+        """
+        self._ready.now(pinned)
+        known = await self.prompts.read(endpoint, body)
+        return Asked(
+            known=known,
+            salt=tenant.salt,
+            lora=self.prompts.adapter(body),
+            affinity=_affinity(body, tenant.salt),
+            pinned=pinned,
+            streamed=body.get("stream") is True,
+            embeds=endpoint == "embeddings",
+        )
+
+    def decide(self, asked: Asked) -> Plan:
+        """Return a plan for what was read. Raises NoReplicaReady, UnknownReplica and ReplicaNotReady."""
+        return self._decide(asked, frozenset(), first=True)
+
+    def replan(self, plan: Plan, *, exclude: Set[str]) -> Plan:
+        """Return another plan for the same request, on none of the replicas in `exclude`. Raises NoReplicaReady."""
+        return self._decide(plan.asked, exclude)
+
+    def started(self, plan: Plan) -> None:
+        """The request is about to be sent."""
+        self._flights.started(plan.flight, self._clock())
+
+    def first_byte(self, plan: Plan) -> None:
+        """The first byte of the replica's answer came, for streams that of the first event; further calls change nothing."""
+        now, flight = self._clock(), plan.flight
+        self.feed.poll(flight.replica)  # also for those of further choices, which the ledger tells the client of
+        self._flights.first_byte(flight, now)
+
+    def finished(self, plan: Plan) -> None:
+        """The request ended there; call it once for each `started`."""
+        flight = plan.flight
+        if flight.delivery is None:
+            self.feed.poll(flight.replica)
+        self._flights.finished(flight, self._clock())
+
+    def in_flight(self) -> Mapping[str, int]:
+        """Requests with each replica now."""
+        return self.load.in_flight()
+
+    def _decide(self, asked: Asked, exclude: Set[str], *, first: bool = False) -> Plan:
+        ready = self._ready.now(asked.pinned, exclude)
+        now, known = self._clock(), asked.known
+        tables = self.registry.tables()
+        self._flights.listen_to(tables)
+        self.feed.refresh(tables)
+        lineup = self._line_up(ready, tables)
+        look_up = usable = NOTHING
+        if known.ids is not None:
+            look_up = self.registry.look_up(known.ids, asked.salt, asked.lora, tables)
+            if known.cacheable:
+                usable = look_up
+        candidates, held, computed = self._candidates(lineup, asked, usable, now)
+        if first and look_up.chains:
+            self._note(*look_up.chains[0], max(look_up.held_tokens_max, computed), now, missed=known.cacheable)
+        view = self._view(asked, usable, held, now)
+        decision = steer(view, candidates, self.costs, now, next(self._turns), lineup.names)
+        plan = self._plan(asked, lineup.replicas[decision.replica], decision, usable, now)
+        self.counts.count(plan)
+        return plan
+
+    def _candidates(self, lineup: Lineup, asked: Asked, look_up: LookUp, now: float) -> tuple[list[Candidate], int, int]:
+        """Return the ready replicas, and how many tokens of the prompt one of them holds and one of them computes at most."""
+        promises: Mapping[str, int] = {}
+        for chain, block_size in look_up.chains:
+            promised = self.load.promised(chain, block_size)
+            promises = {**promises, **promised} if promises else promised
+        blocks, load, pinned = look_up.blocks, self.load.load, asked.pinned
+        found = []
+        held_most = computed_most = 0
+        for name, one in lineup.replicas.items():
+            held, promise, ahead = blocks.get(name, 0), promises.get(name, 0), load(name, now)
+            if held:
+                held *= one.block_size
+                if held > held_most:
+                    held_most = held
+            if promise > computed_most:
+                computed_most = promise
+            takes, room, table = pinned is None or pinned == name, inf, one.table
+            if table is not None:  # what is being decoded holds a block without a key
+                room = (one.blocks - table.cached_blocks() - ahead.decoding) * one.block_size
+            found.append(Candidate(name, held, ahead, one.sources, one.key, one.transport, promise, takes, "", room))
+        return found, held_most, computed_most
+
+    def _line_up(self, ready: Mapping[str, Replica], tables: Mapping[str, Table]) -> Lineup:
+        """Return the ready replicas, the same object while nothing about them changes."""
+        exchanges, former = self.registry.exchanges(tables), self._lineup
+        if former.ready is ready and former.tables is tables and former.exchanges is exchanges:
+            return former
+        if former.tables is not tables:
+            self.evictions.caches({name: table.num_blocks * table.block_size for name, table in tables.items()})
+            for name, table in tables.items():
+                self.evictions.appeared(name, table)
+        self._lineup = line_up(ready, tables, exchanges, imports=self._imports)
+        return self._lineup
+
+    def _note(self, chain: Chain, block_size: int, at_hand: int, now: float, *, missed: bool) -> None:
+        """Count a request, and learn what is `missed`: asked for before, beyond the tokens that are held or being computed."""
+        missed = missed and at_hand < chain.blocks * block_size
+        since = self.evictions.counts_since(now) if missed else inf
+        formerly = self._popularity.note(chain, now, at_hand // block_size, since) * block_size
+        if formerly > at_hand:
+            self.evictions.missed(formerly - at_hand, at_hand)
+        self.prefixes.note(chain, block_size, time.time())
+
+    def _view(self, asked: Asked, look_up: LookUp, held: int, now: float) -> PromptView:
+        rate, block_size = 0.0, 1
+        if look_up.chains:
+            chain, block_size = look_up.chains[0]
+            if held:
+                rate = self._popularity.rate(chain, held // block_size, now)
+        again = self.evictions.again()
+        return PromptView(asked.known.tokens, asked.affinity, rate, self.load.decode_seconds, block_size, again)
+
+    def _plan(self, asked: Asked, one: Standing, decision: Decision, look_up: LookUp, now: float) -> Plan:
+        known, expected, name, table = asked.known, decision.expected, one.name, one.table
+        tag = self._tags.next()
+        place = look_up.places.get(name)
+        chain, block_size = look_up.chains[place] if place is not None else (None, 0)
+        cached = expected.local_tokens + expected.peer_tokens
+        new = known.tokens - cached
+        ready_in = expected.seconds
+        flight = Flight(
+            tag,
+            name,
+            decision.source,
+            known.tokens,
+            cached,
+            new,
+            new * (cached + new / 2),
+            now + ready_in,
+            chain,
+            block_size,
+            one.key,
+            self.load.load(name, now),
+            one.transport,
+            now,
+            ready_in,
+            asked.streamed,
+            known.count == 1 and not asked.embeds,
+            table is not None and not asked.embeds,
+        )
+        params = None
+        if flight.reports:
+            params = hint(asked, decision, tag, look_up.blocks.get(name, 0) * block_size, imports=self._imports)
+            if known.chat_ids and self._send_chat_ids and table is not None and takes_chat_ids(table):
+                params[CHAT_IDS] = known.ids
+        return Plan(
+            replica=one.replica,
+            decision=decision,
+            tag=tag,
+            prompt=known.sent,
+            kv_transfer_params=params,
+            cache_salt=asked.salt or None,
+            prompt_tokens=known.tokens if known.ids is not None else 0,
+            predicted_tokens=cached,
+            held_tokens_max=look_up.held_tokens_max,
+            flight=flight,
+            asked=asked,
+        )
+
+
+def _affinity(body: Mapping[str, Any], salt: str) -> str:
+    """The request's prompt_cache_key, apart for each tenant; "" for none."""
+    key = body.get("prompt_cache_key")
+    return f"{salt}:{key[:AFFINITY_CHARS_MAX]}" if isinstance(key, str) and key else ""

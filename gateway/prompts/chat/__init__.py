@@ -1,0 +1,1 @@
+"""Chats rendered by the model's own template. Knows no request."""

@@ -1,0 +1,180 @@
+"""What is known of a request's prompt: its token ids as the engine will see them, if that can be told."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from gateway.api.body import Endpoint
+from gateway.errors import PromptTooLong
+from gateway.prompts.forms import depends_on_text, ids_are_the_prompt, is_plain, reads_no_cache, split_prompts
+from gateway.prompts.parity import Parity, ParityCounts, ParityVerdict
+from gateway.prompts.tokenizer.service import NotAtOnce, NoTokenIds, TextTooLong, TokenService
+from gateway.token_ids import TokenIds
+from gateway.upstream.served_models import ServedModels
+from transport.lora import adapter_identity
+
+LOOKED_UP_INLINE_CHARS_MAX = 1 << 20
+"""More text than this, seen before or not, is looked up in a thread: a million characters take 2 ms."""
+PIECES_INLINE_MAX = 256
+"""More messages or prompts than that are worked on in a thread: a chat of 256 messages is rendered in 1 ms."""
+CHARS_PER_TOKEN = 4
+"""Of English text, roughly: for the weight of a prompt whose ids are not known."""
+_EXACT = Parity.EXACT  # found faster than as an attribute of the class
+
+
+class KnownPrompt(msgspec.Struct, frozen=True, gc=False, eq=False):
+    """`ids` steer a request (None: unknown); `sent` replaces the text in the body.
+
+    `certain` says that `ids` are exactly the engine's, `cacheable` that the engine may take any of them from a cache. `tokens`
+    is its length, by estimate where the ids are not known. `chat_ids` says that they may stand for a chat's messages.
+    """
+
+    ids: TokenIds | None
+    sent: Sequence[Any] | None = None
+    certain: bool = False
+    cacheable: bool = True
+    count: int = 1
+    tokens: int = 0
+    why_unknown: str = ""
+    chat_ids: bool = False
+
+
+class PromptReader:
+    """Turns bodies into known prompts. Belongs to the event loop's thread; long prompts are tokenised in another."""
+
+    def __init__(self, tokens: TokenService, inline_chars_max: int, models: Callable[[], ServedModels | None]) -> None:
+        self._tokens = tokens
+        self._inline_chars_max = inline_chars_max
+        self._models = models
+        self.parity = ParityVerdict()
+        """Whether our token ids are the engines', as `parity_watch` last found."""
+        self.parity_counts = ParityCounts()
+
+    async def read(self, endpoint: Endpoint, body: Mapping[str, Any]) -> KnownPrompt:
+        """Return what is known of the prompt. Raises InvalidRequest, PromptTooLong."""
+        if endpoint == "embeddings":
+            tokens = _characters(body.get("input")) // CHARS_PER_TOKEN
+            return KnownPrompt(None, cacheable=False, tokens=tokens, why_unknown="embeddings are computed whole")
+        param, read = ("prompt", self._completion) if endpoint == "completions" else ("messages", self._chat)
+        given = body.get(param)
+        characters = len(given) if type(given) is str else _characters(given)
+        if self._may_be_quick(given, characters):
+            try:
+                return read(body, characters, self._inline_chars_max)
+            except NotAtOnce:
+                pass  # but in a thread
+        return await asyncio.to_thread(read, body, characters, None)
+
+    def _may_be_quick(self, given: object, characters: int) -> bool:
+        """Tell whether a prompt or messages are worth an attempt on the event loop."""
+        if not isinstance(given, list) or not given:
+            return characters <= LOOKED_UP_INLINE_CHARS_MAX
+        if isinstance(given[0], int):
+            return True
+        chars_max = LOOKED_UP_INLINE_CHARS_MAX if isinstance(given[0], dict) else self._inline_chars_max
+        return len(given) <= PIECES_INLINE_MAX and characters <= chars_max
+
+    def adapter(self, body: Mapping[str, Any]) -> str:
+        """Return the adapter that the request names as the connector spells it, "" for none."""
+        models = self._models()
+        card = models.cards.get(body.get("model") or "") if models else None
+        return adapter_identity(card["id"], card.get("root") or "") if card and card.get("parent") else ""
+
+    def _completion(self, body: Mapping[str, Any], characters: int, new_chars_max: int | None) -> KnownPrompt:
+        certain = self.parity.completions.parity is _EXACT
+        limit = self._context_tokens()
+        refused = limit if certain else None  # what is longer is, if we know its length
+        prompt = body.get("prompt")
+        if type(prompt) is str and is_plain(body):
+            try:
+                only = self._tokens.encode(prompt, True, limit, new_chars_max)
+            except NoTokenIds as error:
+                return self._unknown(error, characters, refused)
+            tokens = len(only)
+            _check_length("prompt", tokens, refused)
+            return KnownPrompt(only, only if certain and tokens else None, certain, tokens=tokens)
+        prompts = split_prompts(prompt)
+        cacheable, count = not reads_no_cache(body), len(prompts)
+        if not ids_are_the_prompt(body):
+            return self._unknown("the engine changes the prompt", characters, None, cacheable=cacheable, count=count)
+        text = isinstance(prompts[0], str)
+        if not text:
+            certain, refused = True, limit
+        special = body.get("add_special_tokens", True)
+        try:
+            ids = [
+                self._encode(prompt, special, limit, new_chars_max) if isinstance(prompt, str) else prompt for prompt in prompts
+            ]
+        except NoTokenIds as error:
+            return self._unknown(error, characters, refused, cacheable=cacheable, count=count)
+        longest = ids[0] if count == 1 else max(ids, key=len)
+        _check_length("prompt", len(longest), refused)
+        sent: Sequence[Any] | None = None
+        if text and certain and not depends_on_text(body) and all(ids):
+            sent = ids[0] if isinstance(prompt, str) else ids
+        return KnownPrompt(longest, sent, certain, cacheable, count, len(longest))
+
+    def _encode(self, prompt: str, special: object, limit: int | None, new_chars_max: int | None) -> TokenIds:
+        if not isinstance(special, bool):
+            raise NoTokenIds("add_special_tokens is malformed")
+        return self._tokens.encode(prompt, special, limit, new_chars_max)
+
+    def _unknown(
+        self,
+        why: str | NoTokenIds,
+        characters: int,
+        refused: int | None,
+        param: str = "prompt",
+        *,
+        cacheable: bool = True,
+        count: int = 1,
+    ) -> KnownPrompt:
+        """Say that the ids are not known. Raises PromptTooLong if that is because they are more than `refused`, if not None."""
+        if isinstance(why, TextTooLong):
+            _check_length(param, why.tokens_min, refused)
+        guess = characters // CHARS_PER_TOKEN
+        return KnownPrompt(None, cacheable=cacheable, count=count, tokens=guess, why_unknown=str(why))
+
+    def _chat(self, body: Mapping[str, Any], characters: int, new_chars_max: int | None) -> KnownPrompt:
+        cacheable = not reads_no_cache(body)
+        parity = self.parity.chat.parity
+        if parity is Parity.OFF:
+            return self._unknown("chats are not tokenised as the engine does", characters, None, cacheable=cacheable)
+        limit, certain = self._context_tokens(), parity is _EXACT
+        refused = limit if certain else None
+        try:
+            ids = self._tokens.encode_chat(body, limit, new_chars_max)
+        except NoTokenIds as error:
+            return self._unknown(error, characters, refused, "messages", cacheable=cacheable)
+        tokens = len(ids)
+        _check_length("messages", tokens, refused)
+        chat_ids = certain and not body.get("echo") and tokens > 0
+        return KnownPrompt(ids, None, certain, cacheable, tokens=tokens, chat_ids=chat_ids)
+
+    def _context_tokens(self) -> int | None:
+        models = self._models()
+        known = models.context_tokens if models else None
+        return self.parity.context_tokens if known is None else known
+
+
+def _check_length(param: str, tokens: int, refused: int | None) -> None:
+    """Refuse what the engine is certain to refuse: more than `refused` tokens, if not None. Raises PromptTooLong."""
+    if refused is not None and tokens > refused:
+        raise PromptTooLong(tokens, refused, param=param)
+
+
+def _characters(value: object) -> int:
+    """Return roughly how many characters of text are in a prompt or a list of messages."""
+    total, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, list):
+            if not (item and isinstance(item[0], int)):
+                waiting.extend(item)
+        elif isinstance(item, dict):
+            waiting.extend(item.values())
+    return total

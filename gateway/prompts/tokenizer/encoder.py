@@ -1,0 +1,211 @@
+"""From text to token ids, of which the parts that were seen before are looked up and not computed anew."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from gateway.prompts.tokenizer.id_cache import IdCache
+from gateway.prompts.tokenizer.long_prefixes import LEAF_CHARS_MIN, PAGE_CHARS_MIN, Page, Pages
+from gateway.prompts.tokenizer.short_prefixes import KEY_CHARS, Heads
+from gateway.prompts.tokenizer.text_cuts import CHUNK_CHARS_MIN, TextCuts, find_cuts
+from gateway.prompts.tokenizer.word_ids import WordIds
+from gateway.token_ids import TokenIds
+
+_logger = logging.getLogger(__name__)
+
+SHORT_CHARS_MAX = 2 * CHUNK_CHARS_MIN
+"""A shorter text, or what is left of one behind its pages, is put together from heads and pieces."""
+PIECE_CHARS_MIN = 128
+"""Pieces of what is new, which are put together from their words if they are new too."""
+PIECED_CHARS_MAX = 8192
+"""A longer new text is mostly new: its words would only fill the cache."""
+TEXTS_BYTES_MAX = 64 << 20
+"""Texts that are found by comparing them: an eighth of it words, an eighth heads, a quarter leaves, the rest pages."""
+FEW = 4
+"""So many short texts are tokenised one by one before it pays to wake other cores."""
+FEW_CHARS_MAX = 1024
+
+_CANARIES = (
+    "The first line\nSecond line of it.\n\nThird, after an empty one\nfourth: \n  indented \n\tFifth\r\nSixth\n",
+    "I'll say it's HIS'LL we'Ve don'T\nTHEY'RE 12345 67 8\n9 a1b2 3c\nD4\n",
+    "a  b   c\td \n\n \n e\u00a0f\u3000g\u2028h\nI \x00\x1c\x85j k\ufeffl\nm",
+    "\u4e2d\u6587\u7684\u4e00\u884c\u3002\n\u7b2c\u4e8c\u884c\uff01\n\u304b\u3099\u306a\n\ud55c\uad6d\uc5b4\n\u1112\u1161\n",
+    "e\u0301\nA\u0308 o\nAngstrom \u212b\nfi\ufb01n ne\nI\u0307 \u0130\n\U0001f600\nSmile \U0001f468\u200d\U0001f469 family",
+    'def f(x):\n    return {"k": [1, 2.5e-3], "v": "w x y"}  # z\nclass C:\n\tpass\n#!/bin/sh\nif [ "$a" ]; then b; fi\n',
+    "\u2581under \u2581 the\u2581line\n\u2581x y z!?\nW...\nX<y> <z\n|a| b\n",
+)
+
+
+class Encoder:
+    """Gives a tokenizer's ids of texts. Thread safe.
+
+    `cuts` say where texts may be cut; None: every text is looked up and tokenised as a whole. `affixes` are the ids of special
+    tokens before and behind a text; None: not known to be the same for all texts.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        cache: IdCache,
+        cuts: TextCuts | None,
+        affixes: tuple[TokenIds, TokenIds] | None,
+        texts_bytes_max: int = TEXTS_BYTES_MAX,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._cache = cache
+        self._cuts = cuts
+        self._affixes = affixes
+        self._framed = affixes is None or any(map(len, affixes))
+        self._pieces = cuts.sized(PIECE_CHARS_MIN).chunks if cuts is not None else lambda text: [text]
+        self._words = WordIds(self._tokenise, cuts.places.words if cuts is not None else "", texts_bytes_max // 8)
+        self._heads = Heads(self._of_words, cuts, texts_bytes_max // 8) if cuts is not None else None
+        specials = cuts.places.specials if cuts is not None else ()
+        place_at = cuts.at if cuts is not None else None
+        self._pages = Pages(texts_bytes_max // 2, specials, place_at=place_at)
+        self._leaves = Pages(texts_bytes_max // 4, specials, LEAF_CHARS_MIN, place_at=place_at)
+
+    @property
+    def cuts_texts(self) -> bool:
+        """Whether a text with a known beginning is tokenised from where it differs."""
+        return self._cuts is not None
+
+    def encode(self, text: str, add_special_tokens: bool, new_chars_max: int | None = None) -> TokenIds | None:
+        """Return the ids of `text`; None, without any work, if more than `new_chars_max` characters have to be tokenised.
+
+        `add_special_tokens` adds BOS and the like. Raises UnicodeEncodeError for half a surrogate pair.
+        """
+        if not (add_special_tokens and self._framed):
+            return self._plain(text, new_chars_max)
+        if self._affixes is None:
+            return self._parts([text], True, new_chars_max)
+        ids = self._plain(text, new_chars_max)
+        before, behind = self._affixes
+        return None if ids is None else TokenIds.joined([before, ids, behind])
+
+    def _plain(self, text: str, new_chars_max: int | None) -> TokenIds | None:
+        if self._cuts is None or self._heads is None:
+            return self._parts([text], False, new_chars_max)
+        if len(text) <= SHORT_CHARS_MAX:
+            return self._short(self._heads, text, [], new_chars_max)
+        begin, pages = self._pages.leading(text)
+        start, leaves = self._leaves.leading(text, begin)
+        if start - begin >= PAGE_CHARS_MIN:
+            self._keep_page_of(leaves, text, begin)
+        rest = text[start:] if start else text
+        known = [page.ids for page in (*pages, *leaves)]
+        if len(rest) <= SHORT_CHARS_MAX:
+            return self._short(self._heads, rest, known, new_chars_max)
+        ids = self._parts(self._cuts.chunks(rest), False, new_chars_max)
+        return TokenIds.joined([*known, ids]) if ids is not None and start else ids
+
+    def _short(self, heads: Heads, text: str, known: list[TokenIds], new_chars_max: int | None) -> TokenIds | None:
+        """Return the ids of `known`, which stand before `text`, and of this."""
+        start, begins = heads.leading(text)
+        if start:
+            known += begins
+            text = text[start:]
+        pieces = [text] if len(text) <= 2 * PIECE_CHARS_MIN else self._pieces(text)
+        raw = self._words.raw(pieces, new_chars_max)
+        if raw is None:
+            return None
+        if len(text) > KEY_CHARS:
+            heads.note(text)
+        known.append(TokenIds(raw))
+        return TokenIds.joined(known)
+
+    def _of_words(self, text: str) -> bytes:
+        return self._words.raw(self._pieces(text)) or b""
+
+    def _keep_page_of(self, leaves: Sequence[Page], text: str, start: int) -> None:
+        """Make a page of the first leaves at `start`, of those that are long enough together."""
+        texts: list[str] = []
+        ends = start
+        for leaf in leaves:
+            texts.append(leaf.text[: leaf.chars])
+            ends += leaf.chars
+            if ends - start >= PAGE_CHARS_MIN:
+                break
+        if ends < len(text):
+            self._pages.keep(texts, [leaf.ids for leaf in leaves[: len(texts)]], text[ends : ends + LEAF_CHARS_MIN])
+
+    def _parts(self, texts: list[str], special: bool, new_chars_max: int | None) -> TokenIds | None:
+        sha256, kind = hashlib.sha256, b"\1" if special else b""
+        keys = [sha256(text.encode()).digest() + kind for text in texts]
+        parts = self._cache.get(keys)
+        unknown = next((place for place, ids in enumerate(parts) if ids is None), len(parts))
+        if unknown and len(texts) > 1:
+            self._keep_pages(texts, parts, unknown)
+        if unknown < len(parts):
+            new = {key: text for key, text, ids in zip(keys, texts, parts, strict=True) if ids is None}
+            if new_chars_max is not None and sum(map(len, new.values())) > new_chars_max:
+                return None
+            fresh = dict(zip(new, self._fresh(list(new.values()), special), strict=True))
+            self._cache.put(fresh.items())
+            parts = [fresh[key] if ids is None else ids for key, ids in zip(keys, parts, strict=True)]
+        return TokenIds.joined([part for part in parts if part is not None])
+
+    def _keep_pages(self, texts: list[str], parts: list[TokenIds | None], known: int) -> None:
+        """Make pages of the first `known` chunks, which were seen before: of a text that comes for the second time."""
+        known_ids = [part for part in parts[:known] if part is not None]
+        first = chars = 0
+        last = min(known, len(texts) - 1)
+        for place in range(last):
+            chars += len(texts[place])
+            if chars >= PAGE_CHARS_MIN:
+                self._pages.keep(texts[first : place + 1], known_ids[first : place + 1], texts[place + 1])
+                first, chars = place + 1, 0
+        if chars >= LEAF_CHARS_MIN:
+            self._leaves.keep(texts[first:last], known_ids[first:last], texts[last])
+
+    def _fresh(self, texts: list[str], special: bool) -> list[TokenIds]:
+        """Tokenise texts that are not known as they are. Of a few, what is known is looked up in pieces of a line or less."""
+        if special or self._cuts is None or sum(map(len, texts)) > PIECED_CHARS_MAX:
+            return self._tokenise(texts, special)
+        return [TokenIds(self._of_words(text)) for text in texts]
+
+    def _tokenise(self, texts: list[str], special: bool = False) -> list[TokenIds]:
+        return encode_all(self._tokenizer, texts, special)
+
+
+def encode_all(tokenizer: Tokenizer, texts: list[str], special: bool) -> list[TokenIds]:
+    """Return the ids of each text."""
+    # The fast batch form skips character offsets, leaves the interpreter lock to others meanwhile, and uses several cores.
+    if 1 < len(texts) <= FEW and sum(map(len, texts)) <= FEW_CHARS_MAX:
+        return [ids for text in texts for ids in encode_all(tokenizer, [text], special)]
+    return [TokenIds.of(found.ids) for found in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
+
+
+def make_encoder(tokenizer: Tokenizer, cache: IdCache, texts_bytes_max: int = TEXTS_BYTES_MAX) -> Encoder:
+    """Return an encoder that cuts texts if that is exact, by what is known of this kind of tokenizer and by a trial."""
+    affixes = find_affixes(tokenizer)
+    cuts = find_cuts(tokenizer)
+    if cuts is not None and not cuts_are_exact(tokenizer, cuts):
+        _logger.error("texts are tokenised as a whole: cut up, some would get other token ids (please report this tokenizer)")
+        cuts = None
+    return Encoder(tokenizer, cache, cuts, affixes, texts_bytes_max)
+
+
+def find_affixes(tokenizer: Tokenizer) -> tuple[TokenIds, TokenIds] | None:
+    """Return the ids that special tokens put before and behind every text, None if that is not so."""
+    plain, full = (encode_all(tokenizer, [*_CANARIES, ""], special) for special in (False, True))
+    bare, whole = plain[0].tolist(), full[0].tolist()
+    at = next((at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare), None)
+    if at is None:
+        return None
+    before, behind = full[0][:at], full[0][at + len(bare) :]
+    if any(TokenIds.joined([before, ids, behind]) != of_whole for ids, of_whole in zip(plain, full, strict=True)):
+        return None
+    return before, behind
+
+
+def cuts_are_exact(tokenizer: Tokenizer, cuts: TextCuts) -> bool:
+    """Try whether canaries, cut at every place that there is, get the ids that they get as a whole."""
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values()][:64]
+    texts = [*_CANARIES, "".join(_CANARIES), "".join(f"x y{text}\nZ {text}{text} q" for text in special)]
+    return all(_cut_up(tokenizer, cuts.sized(size), texts) == encode_all(tokenizer, texts, False) for size in (1, 7))
+
+
+def _cut_up(tokenizer: Tokenizer, cuts: TextCuts, texts: Sequence[str]) -> list[TokenIds]:
+    return [TokenIds.joined(encode_all(tokenizer, cuts.chunks(text), False)) for text in texts]

@@ -1,0 +1,163 @@
+"""Token ids of prompts, the same ones that the engine computes from the same text.
+
+Follows transformers' TokenizersBackend (5.x), which vLLM uses: tokenizer.json without its truncation and padding, with its
+post-processor (add_bos_token in the config does not count beside it), and with special tokens that its vocabulary lacks. Some
+models' classes change more than that: gateway/prompts/parity.py compares the result with the engine's once per start.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from gateway.prompts.chat.template import ChatNotRendered, ChatTemplate
+from gateway.prompts.tokenizer.encoder import TEXTS_BYTES_MAX, Encoder, make_encoder
+from gateway.prompts.tokenizer.id_cache import IdCache
+from gateway.prompts.tokenizer.model_files import ModelFiles, ModelFilesError, TokenizerSource, read_model_files, token_text
+from gateway.token_ids import TokenIds
+
+_logger = logging.getLogger(__name__)
+
+CACHE_BYTES_MAX = 128 << 20
+
+
+class NoTokenIds(Exception):
+    """The token ids of this request are not known here, and the message says why: steer it without them."""
+
+
+class TextTooLong(NoTokenIds):
+    """The text has more than `tokens_max` tokens, however it is cut up: at least `tokens_min`."""
+
+    def __init__(self, tokens_min: int, tokens_max: int) -> None:
+        super().__init__(f"a text of at least {tokens_min} tokens")
+        self.tokens_min = tokens_min
+        self.tokens_max = tokens_max
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerState:
+    """Whether prompts can be tokenised here. `reason` and `chat_reason` say why not, "" when they can."""
+
+    loaded: bool
+    chat: bool
+    directory: str
+    reason: str
+    chat_reason: str
+
+
+class NotAtOnce(Exception):
+    """So much of the text was never seen before that tokenising it takes a while: do it where nobody waits."""
+
+
+class TokenService:
+    """Tokenises prompts and chats for one model. Its methods may be called from several threads.
+
+    The files may not be there yet when the service is made (an engine is still fetching the model): `load` is called again
+    when a replica is ready. Until then every request raises NoTokenIds.
+    """
+
+    def __init__(
+        self, source: TokenizerSource, cache_bytes_max: int = CACHE_BYTES_MAX, texts_bytes_max: int = TEXTS_BYTES_MAX
+    ) -> None:
+        self._source = source
+        self.cache = IdCache(cache_bytes_max)
+        self._texts_bytes_max = texts_bytes_max
+        self._encoder: Encoder | None = None
+        self._template: ChatTemplate | None = None
+        self._chars_per_token_max = 1
+        self.state = TokenizerState(False, False, "", "not loaded yet", "not loaded yet")
+
+    def load(self) -> TokenizerState:
+        """Read the model's files unless that has been done; say what came of it. Takes 0.1 to 2 s; never raises."""
+        if self.state.loaded:
+            return self.state
+        try:
+            self._load()
+        except ModelFilesError as error:
+            self.state = TokenizerState(False, False, "", str(error), str(error))
+            _logger.warning("prompts are not tokenised here, steering goes by load alone: %s", error)
+        return self.state
+
+    def _load(self) -> None:
+        if self._source.mode not in ("auto", "hf"):
+            raise ModelFilesError(f"the engine's tokenizer mode is {self._source.mode}")
+        files = read_model_files(self._source)
+        tokenizer = load_tokenizer(files)
+        self._chars_per_token_max = max(map(len, tokenizer.get_vocab()), default=1)
+        chat_reason = ""
+        try:
+            self._template = ChatTemplate(
+                files.templates, files.special_tokens, self._source.chat_template_kwargs, self._source.content_format
+            )
+        except ChatNotRendered as error:
+            chat_reason = str(error)
+            _logger.warning("chats are steered by load alone: %s", error)
+        try:
+            self._encoder = make_encoder(tokenizer, self.cache, self._texts_bytes_max)
+        except Exception as error:  # the tokenizers library raises the bare class: no unknown token where one is needed, say
+            raise ModelFilesError(f"{files.tokenizer}: {error}") from error
+        self.state = TokenizerState(True, self._template is not None, str(files.directory), "", chat_reason)
+
+    @property
+    def chat_takes_tools(self) -> bool:
+        """Whether the model's chat template looks at tools."""
+        return self._template is not None and self._template.takes_tools
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, tokens_max: int | None = None, new_chars_max: int | None = None
+    ) -> TokenIds:
+        """Return the ids of `text`; `add_special_tokens` adds BOS and the like, as a completion does.
+
+        Raises NoTokenIds; TextTooLong without any work when the text can not fit into `tokens_max`; and NotAtOnce, with no
+        more work than looking it up, when more than `new_chars_max` of its characters have to be tokenised.
+        """
+        if self._encoder is None:
+            raise NoTokenIds(self.state.reason)
+        if tokens_max is not None and len(text) > tokens_max * self._chars_per_token_max:
+            raise TextTooLong(-(-len(text) // self._chars_per_token_max), tokens_max)
+        try:
+            ids = self._encoder.encode(text, add_special_tokens, new_chars_max)
+        except UnicodeEncodeError as error:
+            raise NoTokenIds("the text holds half a surrogate pair") from error
+        if ids is None:
+            raise NotAtOnce
+        return ids
+
+    def encode_chat(self, body: Mapping[str, Any], tokens_max: int | None = None, new_chars_max: int | None = None) -> TokenIds:
+        """Return the ids of a chat request's body. Raises what `encode` does."""
+        if self._template is None:
+            raise NoTokenIds(self.state.chat_reason)
+        special = body.get("add_special_tokens", False)
+        if not isinstance(special, bool):
+            raise NoTokenIds("add_special_tokens is malformed")
+        try:
+            text = self._template.render(body)
+        except ChatNotRendered as error:
+            raise NoTokenIds(str(error)) from error
+        return self.encode(text, special, tokens_max, new_chars_max)
+
+
+def load_tokenizer(files: ModelFiles) -> Tokenizer:
+    """Return the tokenizer of `files` as the engine sets it up. Raises ModelFilesError if tokenizer.json is not usable."""
+    try:
+        tokenizer = Tokenizer.from_file(str(files.tokenizer))
+    except Exception as error:  # the tokenizers library raises the bare class, whatever is wrong
+        raise ModelFilesError(f"{files.tokenizer}: {error}") from error
+    padding = tokenizer.padding or {}
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = bool(files.config.get("split_special_tokens", False))
+    named = {"pad_token": padding.get("pad_token", ""), **files.special_tokens}
+    _add_special_tokens(tokenizer, list(named.values()), files)
+    return tokenizer
+
+
+def _add_special_tokens(tokenizer: Tokenizer, named: list[str], files: ModelFiles) -> None:
+    for field in ("additional_special_tokens", "extra_special_tokens"):
+        entries = files.config.get(field) or []
+        named += [token_text(entry) for entry in (entries.values() if isinstance(entries, dict) else entries)]
+    missing = [text for text in dict.fromkeys(named) if text and tokenizer.token_to_id(text) is None]
+    if missing:
+        tokenizer.add_special_tokens([AddedToken(text, special=True) for text in missing])

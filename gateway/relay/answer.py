@@ -1,0 +1,94 @@
+"""A replica's answer on its way to the client, byte for byte."""
+
+from __future__ import annotations
+
+import msgspec
+
+from gateway.http_server.exchange import Exchange
+from gateway.upstream.answer_head import AnswerHead
+from gateway.upstream.connection import EngineConnection
+
+_EVENT_END = b"\n\n"
+
+
+class Answer(msgspec.Struct):
+    """A replica's whole answer, not yet sent. `lines` are the headers that the client gets, as they are sent."""
+
+    status: int
+    lines: bytes
+    body: bytes
+
+
+def at_hand(response: EngineConnection) -> Answer | None:
+    """The answer if all of it is there; None for an event stream, whose client waits for no whole answer."""
+    head = response.head
+    body = None if head.is_event_stream else response.at_hand()
+    return None if body is None else Answer(head.status, head.lines, body)
+
+
+async def pass_on(exchange: Exchange, response: EngineConnection, *, bytes_max: int) -> Answer | None:
+    """The answer when it is whole and nothing of it was sent yet; None when it was streamed to the client.
+
+    An answer of more than `bytes_max` bytes is streamed. Raises ConnectionBroke when the replica breaks off.
+    """
+    head = response.head
+    if head.is_event_stream:
+        events = _Events(exchange, head, bytes_max)
+        await response.pump(events.take, exchange.drained)
+        events.end()
+        return None
+    return await _collect(exchange, response, bytes_max)
+
+
+class _Events:
+    """Passes an event stream on. Only whole events are sent, so that an error event can follow any of them."""
+
+    def __init__(self, exchange: Exchange, head: AnswerHead, bytes_max: int) -> None:
+        self._exchange, self._head, self._bytes_max = exchange, head, bytes_max
+        self._held = b""
+        self._begun = False
+
+    def take(self, chunk: bytes) -> bool:
+        """Send what is whole; False when the client does not keep up."""
+        if self._held:
+            chunk, self._held = self._held + chunk, b""
+        if not chunk.endswith(_EVENT_END) and len(chunk) <= self._bytes_max:
+            whole = chunk.rfind(_EVENT_END) + len(_EVENT_END)
+            if whole < len(_EVENT_END):
+                self._held = chunk
+                return True
+            chunk, self._held = chunk[:whole], chunk[whole:]
+        if not self._begun:
+            self._begin()
+        return self._exchange.write(chunk)
+
+    def end(self) -> None:
+        """The replica's answer is complete."""
+        if not self._begun:
+            self._begin()
+        self._exchange.finish(self._held)
+
+    def _begin(self) -> None:
+        self._begun = True
+        self._exchange.begin(self._head.status, self._head.lines, is_event_stream=True)
+
+
+async def _collect(exchange: Exchange, response: EngineConnection, bytes_max: int) -> Answer | None:
+    head = response.head
+    parts: list[bytes] = []
+    size = 0
+    while part := await response.read():
+        parts.append(part)
+        size += len(part)
+        if size > bytes_max:
+            break
+    else:
+        return Answer(head.status, head.lines, b"".join(parts))
+    exchange.begin(head.status, head.lines)
+    exchange.write(b"".join(parts))
+    del parts
+    while part := await response.read():
+        if not exchange.write(part):
+            await exchange.drained()
+    exchange.finish()
+    return None

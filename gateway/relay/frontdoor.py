@@ -1,0 +1,78 @@
+"""The ASGI application: `/v1/*` goes to the relay, everything else to the admin application."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable
+from typing import Any
+
+import msgspec
+
+from gateway.errors import InternalError, MethodNotAllowed, UnknownPath
+from gateway.http_server.cycle import Asgi, Receive, Scope, Send
+from gateway.http_server.exchange import JSON_LINE, Exchange
+from gateway.relay.relay import PATHS, Relay
+from gateway.tenants.tenants import Tenants
+from gateway.upstream.served_models import ModelsCache
+
+_logger = logging.getLogger(__name__)
+
+MODELS_PATH = "/v1/models"
+OTHER_LABEL = "models"
+
+
+class FrontDoor:
+    """Dispatches by path. Serves the list of models itself, from the replicas' own answer."""
+
+    def __init__(self, *, relay: Relay[Any], models: ModelsCache, tenants: Tenants, admin: Asgi) -> None:
+        self._relay = relay
+        self._models = models
+        self._tenants = tenants
+        self._admin = admin
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """ASGI entry. Scopes other than "http" are not served."""
+        if scope["type"] != "http":
+            raise RuntimeError(f"no {scope['type']} here")
+        path: str = scope["path"]
+        endpoint = PATHS.get(path)
+        if endpoint is not None and scope["method"] == "POST":
+            return self._relay(endpoint, scope)
+        if path == "/v1" or path.startswith("/v1/"):
+            exchange = Exchange(scope)
+            return self._relay.guard(OTHER_LABEL, exchange, self._serve_v1(exchange))
+        return self._serve_admin(scope, receive, send)
+
+    async def _serve_v1(self, exchange: Exchange) -> None:
+        self._tenants.authenticate(exchange.fields.authorization)
+        method, path = exchange.scope["method"], exchange.scope["path"]
+        is_models = path == MODELS_PATH or path.startswith(MODELS_PATH + "/")
+        if path in PATHS:
+            raise MethodNotAllowed(method, path, ["POST"])
+        if not is_models:
+            raise UnknownPath(method, path)
+        if method != "GET":
+            raise MethodNotAllowed(method, path, ["GET"])
+        if path == MODELS_PATH:
+            body = (await self._models.current()).raw
+        else:
+            body = msgspec.json.encode(await self._models.card(path[len(MODELS_PATH) + 1 :]))
+        exchange.answer(200, JSON_LINE, body)
+
+    async def _serve_admin(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The admin application answers its own errors; what it raises beyond them is a defect."""
+        exchange = Exchange(scope)
+
+        async def send_with_id(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", exchange.request_id.encode())]
+            await send(message)
+
+        try:
+            await self._admin(scope, receive, send_with_id)
+        except Exception:
+            self._relay.counters.internal_errors += 1
+            _logger.exception("request %s failed", exchange.request_id)
+            if not exchange.begun:
+                exchange.fail(InternalError(exchange.request_id))

@@ -1,0 +1,319 @@
+"""The hot path: a request of `/v1/*` goes to a replica, its answer back, byte for byte.
+
+The server's own cycle towards the client, a connection of our own towards the replica, and no layer in between. As long as the
+client has got nothing, a replica that dies is replaced by another one; after that an event stream ends with an error event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol
+
+import msgspec
+
+from engine.fleet import FleetView
+from gateway.api.body import Endpoint, check_body, decode_body
+from gateway.errors import (
+    ApiError,
+    InternalError,
+    InvalidRequest,
+    NoReplicaReady,
+    NotOfThisModel,
+    ReplicaLost,
+    TooManyRequests,
+    Unavailable,
+)
+from gateway.http_server.cycle import Scope
+from gateway.http_server.exchange import JSON_LINE, ClientLeft, Exchange
+from gateway.ledger.attempts import Asked, Entry
+from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS
+from gateway.relay.answer import Answer, at_hand, pass_on
+from gateway.relay.batching import Abreast
+from gateway.relay.engine_body import request_parts
+from gateway.relay.interfaces import PlannerLike, PlanT, Witness
+from gateway.settings import Settings
+from gateway.tenants.access import AdminAccess
+from gateway.tenants.tenants import Tenants
+from gateway.upstream.connection import ConnectionBroke
+from gateway.upstream.pool import Upstream, UpstreamLost, broken
+from gateway.upstream.served_models import ModelsCache
+
+_logger = logging.getLogger(__name__)
+
+PATHS: dict[str, Endpoint] = {
+    "/v1/completions": "completions",
+    "/v1/chat/completions": "chat",
+    "/v1/embeddings": "embeddings",
+}
+ENDING_SECONDS_MAX = 2.0  # for requests that are ended to tell their clients so
+# The replica is in trouble and another one may not be; every other answer is the client's.
+RETRIED_STATUSES = frozenset({500, 502, 503})
+
+
+class Meter(Protocol):
+    """Measures requests. Times are in seconds since the request came; that of the first byte is None where none was sent."""
+
+    def answered(self, endpoint: str, status: int, seconds: float, first_byte_seconds: float | None) -> None: ...
+
+
+@dataclass(slots=True)
+class RelayCounters:
+    """Events since the start."""
+
+    requests: int = 0
+    retries: int = 0
+    replicas_lost: int = 0
+    streams_broken: int = 0
+    clients_left: int = 0
+    refused: int = 0
+    internal_errors: int = 0
+
+
+class Journey(msgspec.Struct, Generic[PlanT], eq=False):
+    """A request on its way over one replica or more. `raw` is its body as it came, None if something was taken out of it."""
+
+    exchange: Exchange
+    path: str
+    body: dict[str, Any]
+    raw: bytes | None
+    plan: PlanT
+    asked: Asked
+    entry: Entry | None = None
+    excluded: frozenset[str] = frozenset()
+
+
+class Relay(Generic[PlanT]):
+    """Serves the endpoints in PATHS."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        fleet: FleetView,
+        upstream: Upstream,
+        models: ModelsCache,
+        planner: PlannerLike[PlanT],
+        tenants: Tenants,
+        access: AdminAccess,
+    ) -> None:
+        self.counters = RelayCounters()
+        self.draining = False
+        self.meter: Meter | None = None
+        self.witness: Witness[PlanT] | None = None
+        self._settings = settings
+        self._fleet = fleet
+        self._upstream = upstream
+        self._models = models
+        self._planner = planner
+        self._tenants = tenants
+        self._access = access
+        self._exchanges: set[Exchange] = set()
+        self._abreast = Abreast()
+        self._held_bytes = 0
+        self._idle = asyncio.Event()  # set when nothing new is taken and all is done
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being served now."""
+        return len(self._exchanges)
+
+    def __call__(self, endpoint: Endpoint, scope: Scope) -> Awaitable[None]:
+        """Serve one POST request to `endpoint`; to be called and awaited by the task that does so."""
+        exchange = Exchange(scope)
+        return self.guard(endpoint, exchange, self._serve(endpoint, exchange))
+
+    async def guard(self, label: str, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work`, measure it as `label`, and turn whatever it raises into the right end of the exchange."""
+        self.counters.requests += 1
+        exchanges = self._exchanges
+        try:
+            if self.draining:
+                raise Unavailable("The gateway is stopping.")
+            if len(exchanges) >= self._settings.requests_in_flight_max:
+                raise TooManyRequests(self._settings.requests_in_flight_max)
+            exchanges.add(exchange)
+            await work
+        except ApiError as error:
+            self.counters.refused += error.status < 500
+            exchange.fail(error)
+        except ClientLeft:
+            exchange.left = True
+            self.counters.clients_left += 1
+        except asyncio.CancelledError:
+            await self._cancelled(exchange)
+        except Exception:
+            self.counters.internal_errors += 1
+            _logger.exception("request %s failed", exchange.request_id)
+            exchange.fail(InternalError(exchange.request_id))
+        finally:
+            work.close()
+            exchange.unwatch()
+            self._held_bytes -= exchange.body_bytes
+            exchanges.discard(exchange)
+            if self.draining and not exchanges:
+                self._idle.set()
+            if self.meter is not None:
+                came_at, status = exchange.came_at, exchange.status
+                first = exchange.begun_at - came_at if status else None
+                self.meter.answered(label, LEFT_STATUS if exchange.left else status, time.perf_counter() - came_at, first)
+
+    async def _cancelled(self, exchange: Exchange) -> None:
+        """Our own cancellation ends here; anybody else's goes on."""
+        task = asyncio.current_task()
+        if task is None or not (exchange.left or exchange.ending):
+            raise asyncio.CancelledError
+        task.uncancel()
+        if exchange.left:
+            self.counters.clients_left += 1
+        elif exchange.ending is not None:
+            exchange.fail(exchange.ending)
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing new; wait until all requests are done, then end those that are not after `seconds`.
+
+        Those have ENDING_SECONDS_MAX to say so to their clients, so that nobody takes our end for a replica's.
+        """
+        self.draining = True
+        if await self._idle_in(seconds):
+            return
+        _logger.warning("ending %d requests that did not finish in %g s", self.in_flight, seconds)
+        for exchange in tuple(self._exchanges):
+            exchange.end(Unavailable("The gateway stopped before the answer was complete."))
+        if not await self._idle_in(ENDING_SECONDS_MAX):
+            _logger.warning("%d requests did not end", self.in_flight)
+
+    async def _idle_in(self, seconds: float) -> bool:
+        """Whether all requests are done within `seconds`."""
+        if not self._exchanges:
+            return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        return self._idle.is_set()
+
+    async def _serve(self, endpoint: Endpoint, exchange: Exchange) -> None:
+        tenant = self._tenants.authenticate(exchange.fields.authorization)
+        if exchange.fields.pinned is not None:
+            self._access.check(exchange.scope)
+        if not exchange.fields.is_json:
+            raise InvalidRequest("Send the header 'Content-Type: application/json'.", code="invalid_content_type")
+        settings = self._settings
+        raw = exchange.body_at_hand(self._hold, settings.body_bytes_max)
+        if raw is None:
+            raw = await exchange.read_body(self._hold, settings.body_bytes_max, settings.body_seconds_max)
+        exchange.watch()
+        body = decode_body(raw)
+        untouched = raw if check_body(endpoint, body) else None
+        del raw
+        model = body.get("model") or ""
+        if model and not self._models.lists(model):
+            await self._models.card(model)
+        read = await self._planner.read(endpoint, body, tenant, pinned=exchange.fields.pinned)
+        if len(self._exchanges) > 1:
+            await self._abreast.wait()
+        plan = self._planner.decide(read)
+        asked = Asked(exchange.request_id, endpoint, tenant.name, model)
+        await self._travel(Journey(exchange, exchange.scope["path"], body, untouched, plan, asked))
+
+    def _hold(self, size: int) -> None:
+        if self._held_bytes + size > self._settings.bodies_bytes_max:
+            raise Unavailable("The gateway holds as many request bytes as it may.")
+        self._held_bytes += size
+
+    async def _travel(self, journey: Journey[PlanT]) -> None:
+        """Try replicas until one has answered."""
+        exchange = journey.exchange
+        for attempts_left in range(self._settings.retry_attempts_max, -1, -1):
+            answer: Answer | None = None
+            entry = journey.entry = None
+            self._planner.started(journey.plan)
+            try:
+                if self.witness:
+                    entry = journey.entry = self.witness.sent(journey.plan, journey.asked)
+                if len(self._exchanges) > 1:
+                    await self._abreast.wait()
+                answer = await self._attempt(journey)
+                if exchange.begun:
+                    return
+            except UpstreamLost as error:
+                self.counters.replicas_lost += 1
+                # As text: a handler that keeps what is logged shall not keep the request's frames, and its body.
+                _logger.warning("request %s lost its replica: %s", exchange.request_id, str(error))
+                self._fleet.suspect(journey.plan.replica.name)
+                if exchange.begun:
+                    self.counters.streams_broken += 1
+                    raise ReplicaLost from error
+            finally:
+                self._planner.finished(journey.plan)
+                if self.witness and entry:
+                    self.witness.ended(entry, _outcome(exchange, answer))
+            if answer is None or answer.status in RETRIED_STATUSES:
+                try:
+                    retried = attempts_left > 0 and exchange.fields.pinned is None and self._replan(journey)
+                except NoReplicaReady:
+                    if answer is None:
+                        raise
+                    retried = False
+                if retried:
+                    continue
+            if answer is None:
+                raise ReplicaLost
+            if answer.status == 404 and b'"error"' not in answer.body:  # not vLLM's handler: it has no such route
+                raise NotOfThisModel(journey.path)
+            exchange.answer(answer.status, answer.lines, answer.body)
+            return
+
+    def _replan(self, journey: Journey[PlanT]) -> bool:
+        journey.excluded |= {journey.plan.replica.name}
+        journey.plan = self._planner.replan(journey.plan, exclude=journey.excluded)
+        self.counters.retries += 1
+        return True
+
+    def _first_byte(self, journey: Journey[PlanT]) -> bytes:
+        """The answer of a replica begins; returns what its header says of where the prompt's tokens came from."""
+        self._planner.first_byte(journey.plan)
+        return self.witness.first_byte(journey.entry) if self.witness and journey.entry else b""
+
+    async def _attempt(self, journey: Journey[PlanT]) -> Answer | None:
+        """The replica's answer, or None when it was streamed to the client. Raises UpstreamLost."""
+        exchange, plan = journey.exchange, journey.plan
+        changes: dict[str, Any] = {}
+        if plan.prompt is not None:
+            changes["prompt"] = plan.prompt
+        if plan.cache_salt is not None:
+            changes["cache_salt"] = plan.cache_salt
+        if plan.kv_transfer_params is not None:
+            changes["kv_transfer_params"] = plan.kv_transfer_params
+        parts = request_parts(journey.body, journey.raw, changes)
+        lines = b"%bx-request-id: %b\r\n%b" % (JSON_LINE, exchange.request_id.encode(), exchange.fields.accept_line)
+        if len(self._exchanges) > 1:
+            await self._abreast.wait()
+        response = await self._upstream.post(plan.replica, journey.path, lines, parts)
+        exchange.replica = plan.replica.name.encode()
+        try:
+            answer = at_hand(response)
+            if answer is None:
+                exchange.answering = lambda: self._first_byte(journey)
+                answer = await pass_on(exchange, response, bytes_max=self._settings.answer_bytes_max)
+            if answer is not None and (cache := self._first_byte(journey)):
+                answer.lines += b"x-peerkv-cache: %b\r\n" % cache
+            return answer
+        except ConnectionBroke as error:
+            raise broken(plan.replica, error) from error
+        finally:
+            exchange.answering = None
+            self._upstream.release(plan.replica, response)
+
+
+def _outcome(exchange: Exchange, answer: Answer | None) -> int:
+    """The status of an attempt: its answer's, or that of what ended it."""
+    if exchange.left:
+        return LEFT_STATUS
+    if answer is not None:
+        return answer.status
+    return exchange.status if exchange.begun else LOST_STATUS

@@ -1,0 +1,209 @@
+"""`peerkv serve`, `peerkv gateway` and `peerkv engine`: start, progress, an orderly end.
+
+Each is a coroutine that runs until it is cancelled and cleans up after itself; it raises GatewayError or FleetError
+when it cannot go on. The order of an end: take nothing new, let running requests finish, end the replicas,
+close the connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from engine.fleet import FileFleet, FleetError, FleetSnapshot, FleetView, ReplicaState
+from engine.host_process.logs import log_lines
+from engine.replicas.devices import visible_gpus
+from engine.replicas.supervisor import Supervisor
+from gateway.block_registry.recent import RecentFleet
+from gateway.http_server.server import DoorServer, bind, build_server
+from gateway.prompts.parity_watch import ParityWatch
+from gateway.serve.banner import banner, say
+from gateway.serve.default_model import with_model
+from gateway.serve.memory import settle_memory
+from gateway.serve.starting import StartingDoor, Switch
+from gateway.serve.wiring import Door, build_door
+from gateway.settings import Settings, engine_settings
+
+SETTLE_SECONDS_MAX = 20.0  # from the first ready replica to the banner, while others still start
+HEARTBEAT_SECONDS = 15.0
+WATCH_SECONDS = 0.2
+LOG_LINE_SHOWN = 120
+
+_logger = logging.getLogger(__name__)
+
+
+async def serve(settings: Settings) -> None:
+    """The gateway with its replicas."""
+    async with contextlib.AsyncExitStack() as stack:
+        starting = StartingDoor("preparing the model")
+        server, switch = await stack.enter_async_context(_serving(settings, starting))
+        settings = await with_model(settings)
+        starting.reason = "starting the replicas"
+        supervisor = await stack.enter_async_context(_supervised(settings))
+        model = supervisor.snapshot().model
+        await _open(stack, settings, supervisor, server, switch, model=model, table_dir=settings.table_dir)
+        async with _heartbeat(supervisor):
+            await supervisor.wait_ready()
+            await _settle(supervisor)
+        print(banner(settings, supervisor.snapshot(), settings.log_dir), flush=True)
+        await _while_there_is_hope(supervisor)
+
+
+async def gateway(settings: Settings) -> None:
+    """The front door alone, for the replicas that another process runs in `run_dir`."""
+    async with contextlib.AsyncExitStack() as stack:
+        starting = StartingDoor(f"waiting for the replicas of {settings.run_dir}")
+        server, switch = await stack.enter_async_context(_serving(settings, starting))
+        fleet = RecentFleet(FileFleet(settings.run_dir))
+        say(starting.reason)
+        found = await _wait_for(fleet, settings.startup_seconds_max)
+        table_dir = Path(found.table_dir)
+        await _open(stack, settings, fleet, server, switch, model=found.model, table_dir=table_dir)
+        await _until(lambda: bool(_same(found, fleet.snapshot()).ready()))
+        print(banner(settings, fleet.snapshot(), None), flush=True)
+        await _until(lambda: not _same(found, fleet.snapshot()))  # never: it goes on until _same raises
+
+
+async def engine(settings: Settings) -> None:
+    """The replicas alone."""
+    settings = await with_model(settings)
+    async with _supervised(settings) as supervisor:
+        async with _heartbeat(supervisor):
+            await supervisor.wait_ready()
+            await _settle(supervisor)
+        say(f"{len(supervisor.snapshot().ready())} replicas are ready; a gateway finds them in {settings.run_dir}")
+        await _while_there_is_hope(supervisor)
+
+
+@contextlib.asynccontextmanager
+async def _serving(settings: Settings, first: StartingDoor) -> AsyncIterator[tuple[DoorServer, Switch]]:
+    """An HTTP server on the settings' address. Raises SettingsError when the address cannot be had."""
+    listener = bind(settings.host, settings.port, reuse_port=settings.reuse_port)
+    switch = Switch(first)
+    server = build_server(switch, settings)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield server, switch
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@contextlib.asynccontextmanager
+async def _supervised(settings: Settings) -> AsyncIterator[Supervisor]:
+    """A started supervisor. Raises FleetError."""
+    devices = await asyncio.to_thread(visible_gpus, os.environ)
+    supervisor = Supervisor(engine_settings(settings, model=settings.model, devices=devices), say)
+    try:
+        await supervisor.start()
+        yield supervisor
+    finally:
+        await supervisor.stop(settings.terminate_seconds)
+
+
+async def _open(
+    stack: contextlib.AsyncExitStack,
+    settings: Settings,
+    fleet: FleetView,
+    server: DoorServer,
+    switch: Switch,
+    *,
+    model: str,
+    table_dir: Path,
+) -> None:
+    """Wire the front door and serve it from now on; at the stack's end it is drained."""
+    door = build_door(settings, fleet, model=model, table_dir=table_dir)
+    stack.push_async_callback(_drain, door, server, settings.drain_seconds)
+    watch = ParityWatch(fleet, door.planner.prompts, door.tokens, interval_seconds=settings.parity_interval_seconds)
+    parity = asyncio.create_task(watch.run(), name="the comparison of token ids with an engine's")
+    parity.add_done_callback(_tell_of_defect)
+    stack.push_async_callback(_end, parity)
+    keeping = asyncio.create_task(door.keeper.run(), name="the renewal of kept prefixes")
+    keeping.add_done_callback(_tell_of_defect)
+    stack.push_async_callback(_end, keeping)
+    switch.app = door.app
+    settle_memory()
+
+
+async def _drain(door: Door, server: DoorServer, seconds: float) -> None:
+    server.should_exit = True
+    if door.relay.in_flight:
+        say(f"{door.relay.in_flight} requests may take {seconds:g} s to finish")
+    await door.relay.drain(seconds)
+    await door.close()
+
+
+def _tell_of_defect(task: asyncio.Task[None]) -> None:
+    """A task that goes on for ever ended by itself."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _logger.error("%s ended: what it looked after stays as it is", task.get_name(), exc_info=error)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def _settle(supervisor: Supervisor) -> None:
+    """Wait a bounded time for those replicas that still start."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(SETTLE_SECONDS_MAX):
+            await _until(lambda: all(r.state is not ReplicaState.STARTING for r in supervisor.snapshot().replicas))
+
+
+async def _while_there_is_hope(fleet: FleetView) -> None:
+    """Return never. Raises FleetError when every replica has been given up."""
+    await _until(lambda: all(r.state is ReplicaState.FAILED for r in fleet.snapshot().replicas))
+    raise FleetError("every replica failed: " + "; ".join(f"{r.name}: {r.reason}" for r in fleet.snapshot().replicas))
+
+
+async def _wait_for(fleet: FleetView, seconds: float) -> FleetSnapshot:
+    """The first snapshot with replicas. Raises FleetError when none comes in time."""
+    try:
+        async with asyncio.timeout(seconds):
+            await _until(lambda: bool(fleet.snapshot().replicas))
+    except TimeoutError:
+        raise FleetError(f"no replicas came up in {seconds:g} s: is `peerkv engine` running with this run_dir?") from None
+    return fleet.snapshot()
+
+
+def _same(found: FleetSnapshot, now: FleetSnapshot) -> FleetSnapshot:
+    """`now`, of the fleet that the front door was wired for. Raises FleetError when it is of another one.
+
+    The tokenizer and the block tables belong to a model and a table_dir: with others the front door starts anew.
+    """
+    for what, before, after in (("model", found.model, now.model), ("table_dir", found.table_dir, now.table_dir)):
+        if before != after:
+            raise FleetError(f"the replicas now have the {what} {after}, and had {before}: start the gateway anew")
+    return now
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    """Look every WATCH_SECONDS: the fleet may be another process's."""
+    while True:
+        if holds():
+            return
+        await asyncio.sleep(WATCH_SECONDS)
+
+
+@contextlib.asynccontextmanager
+async def _heartbeat(supervisor: Supervisor) -> AsyncIterator[None]:
+    """Say now and then what a starting replica logged last."""
+    task = asyncio.create_task(_beat(supervisor))
+    try:
+        yield
+    finally:
+        await _end(task)
+
+
+async def _beat(supervisor: Supervisor) -> None:
+    while True:
+        await asyncio.sleep(HEARTBEAT_SECONDS)
+        for replica in supervisor.snapshot().replicas:
+            if replica.state is ReplicaState.STARTING:
+                lines = log_lines(Path(replica.log), 0)
+                say(f"{replica.name} still starts: {lines[-1][:LOG_LINE_SHOWN] if lines else 'nothing logged yet'}")

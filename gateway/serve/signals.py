@@ -1,0 +1,60 @@
+"""Signals: the first asks for an orderly stop, the second ends the process at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Coroutine
+
+import uvloop
+
+from engine.fleet import FleetError
+from gateway.errors import GatewayError
+from gateway.serve.banner import say
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_FAILED = 1
+EXIT_AT_ONCE = 130
+
+_logger = logging.getLogger(__name__)
+
+
+def run_until_stopped(work: Callable[[], Coroutine[None, None, None]]) -> int:
+    """Run `work` on uvloop; the first SIGINT or SIGTERM cancels it, and it cleans up. Returns the exit status:
+    0 when it was stopped or ended well, EXIT_FAILED after a GatewayError or FleetError, which is said in one line.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_supervise(work))
+
+
+async def _supervise(work: Callable[[], Coroutine[None, None, None]]) -> int:
+    task = asyncio.create_task(work())
+    stopping = False
+
+    def stop() -> None:
+        nonlocal stopping
+        if stopping:
+            # The replica host sees our end of its pipe close and ends what is left.
+            say("ending at once")
+            os._exit(EXIT_AT_ONCE)
+        stopping = True
+        say("stopping; once more to end at once")
+        task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, stop)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not stopping:
+            raise
+    except (GatewayError, FleetError) as error:
+        say(f"error: {error}")
+        return EXIT_FAILED
+    except Exception:
+        _logger.exception("the gateway has a defect")
+        return EXIT_FAILED
+    return 0

@@ -1,0 +1,40 @@
+"""What is served until the front door is wired: the gateway lives, and is not ready."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+
+import msgspec
+
+from gateway.errors import Unavailable
+from gateway.http_server.cycle import Asgi, Receive, Scope, Send
+from gateway.http_server.exchange import JSON_LINE, Exchange
+
+RETRY_SECONDS = 5
+
+
+class StartingDoor:
+    """Answers /health and /ready, and 503 to all else. `reason` says what is being waited for."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope)
+        if scope["path"] == "/health":
+            exchange.answer(200, JSON_LINE, msgspec.json.encode({"status": "ok"}))
+        elif scope["path"] == "/ready":
+            body = {"ready": False, "reason": self.reason, "model": "", "replicas": []}
+            exchange.answer(503, JSON_LINE + b"retry-after: %d\r\n" % RETRY_SECONDS, msgspec.json.encode(body))
+        else:
+            exchange.fail(Unavailable(f"The gateway is {self.reason}.", retry_after_seconds=RETRY_SECONDS))
+
+
+class Switch:
+    """An ASGI application that hands on to another one, which may be exchanged."""
+
+    def __init__(self, app: Asgi) -> None:
+        self.app = app
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        return self.app(scope, receive, send)

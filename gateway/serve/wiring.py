@@ -1,0 +1,113 @@
+"""Puts the parts of the front door together."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from engine.fleet import FleetView
+from gateway.admin.app import build_app
+from gateway.block_registry.recent import RecentTables
+from gateway.kept_prefixes.book import PinBook
+from gateway.kept_prefixes.keeper import Keeper
+from gateway.kept_prefixes.reader import PrefixReader
+from gateway.ledger.history import SeenPrefixes
+from gateway.ledger.ledger import Ledger
+from gateway.ledger.plan_witness import PlanWitness
+from gateway.ledger.recorder import Recorder
+from gateway.planner.plan import Plan
+from gateway.planner.planner import Planner
+from gateway.prompts.tokenizer.model_files import source_from_arguments
+from gateway.prompts.tokenizer.service import TokenService
+from gateway.relay.frontdoor import FrontDoor
+from gateway.relay.relay import Relay
+from gateway.settings import Settings
+from gateway.stats.view import FleetSight
+from gateway.tenants.access import AdminAccess
+from gateway.tenants.tenants import Tenants
+from gateway.upstream.pool import Upstream
+from gateway.upstream.served_models import ModelsCache
+from transport.table.directory import TableDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """The parts that the process holds on to."""
+
+    app: FrontDoor
+    relay: Relay[Plan]
+    models: ModelsCache
+    upstream: Upstream
+    planner: Planner
+    tokens: TokenService
+    tables: TableDirectory
+    keeper: Keeper
+
+    async def close(self) -> None:
+        """Close connections and tables."""
+        await self.models.close()
+        await self.upstream.close()
+        self.tables.close()
+
+
+def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: Path) -> Door:
+    """The front door for `fleet`, which serves `model`."""
+    upstream = Upstream(settings)
+    models = ModelsCache(fleet, upstream)
+    tables = TableDirectory(table_dir)
+    tokens = TokenService(
+        source_from_arguments(model, settings.vllm_args), settings.token_cache_bytes_max, settings.text_cache_bytes_max
+    )
+    planner = Planner(fleet, RecentTables(tables), tokens, settings, lambda: models.known)
+    access = AdminAccess(settings.admin_key)
+    tenants = Tenants(settings.tenants, settings.admin_key)
+    relay: Relay[Plan] = Relay(
+        settings,
+        fleet=fleet,
+        upstream=upstream,
+        models=models,
+        planner=planner,
+        tenants=tenants,
+        access=access,
+    )
+    recorder = Recorder(
+        Ledger(settings.ledger_requests_max),
+        SeenPrefixes(settings.ledger_prefixes_max),
+        planner.feed,
+        planner.registry,
+        tenants.salt_of,
+        prompts_bytes_max=settings.ledger_prompts_bytes_max,
+        later=lambda work: asyncio.get_running_loop().call_soon(work),
+    )
+    witness = relay.witness = PlanWitness(recorder, planner)
+    keeper = Keeper(
+        PinBook(settings.prefixes_kept_max, settings.prefixes_kept_tokens_max),
+        fleet=fleet,
+        planner=planner,
+        upstream=upstream,
+        reader=PrefixReader(planner, tokens, tenants, models),
+        tenants=tenants,
+        witness=witness,
+        seconds_max=settings.prefix_seconds_max,
+    )
+    sight = FleetSight(
+        fleet=fleet,
+        planner=planner,
+        tokens=tokens,
+        relay_counts=lambda: {**asdict(relay.counters), "in_flight": relay.in_flight},
+        recorder=recorder,
+        keeper=keeper,
+    )
+    relay.meter = sight.measured
+    admin = build_app(
+        fleet=fleet,
+        upstream=upstream,
+        sight=sight,
+        access=access,
+        keeper=keeper,
+        body_bytes_max=settings.body_bytes_max,
+        draining=lambda: relay.draining,
+    )
+    app = FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin)
+    return Door(app, relay, models, upstream, planner, tokens, tables, keeper)

@@ -1,1 +1,0 @@
-"""A simulated fleet: what steering does on more replicas than there are at hand. `python -m gateway.simulate --help`."""

@@ -1,0 +1,157 @@
+"""The body of GET /kv/explain/{request_id}: what was decided for a request, what became of it, and why it was not more."""
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, Field
+
+from gateway.ledger.attempts import Entry
+from gateway.ledger.misses import LossReason
+from gateway.steering.choices import Option
+from transport.table.deliveries import Delivery
+
+_NS = 1e-9
+
+
+class OptionConsidered(BaseModel):
+    """A way to serve the request that steering weighed."""
+
+    replica: str
+    source: str = Field(description="replica to import from, empty for none")
+    action: str = Field(description="hit, pull, split or recompute")
+    seconds: float = Field(description="expected until the first token")
+
+
+class Expected(BaseModel):
+    """What steering expected."""
+
+    local_tokens: int = Field(description="prompt tokens out of the replica's own cache")
+    peer_tokens: int = Field(description="imported from the source")
+    computed_tokens: int = Field(description="computed")
+    best_available_tokens: int = Field(description="the longest prefix that any replica held")
+    queue_seconds: float
+    transfer_seconds: float
+    prefill_seconds: float
+    first_token_seconds: float = Field(description="their sum")
+
+
+class Delivered(BaseModel):
+    """What the engine did with one prompt of the request."""
+
+    prompt_tokens: int
+    local_tokens: int
+    peer_tokens: int
+    computed_tokens: int
+    source: str = Field(description="replica that blocks were imported from, empty for none")
+    why: str = Field(description="why the import did not bring all that was missing, in the engine's words")
+    planned_tokens: int = Field(description="tokens that the source held when the engine looked")
+    stale_blocks: int = Field(description="blocks that changed while they were copied")
+    failed_blocks: int = Field(description="blocks that were computed because their import failed")
+    import_bytes: int
+    import_seconds: float = Field(description="the copy alone")
+    import_wait_seconds: float = Field(description="from the allocation of its blocks to the first step behind the import")
+    queue_seconds: float | None = Field(description="from its arrival in the engine to its first step, null if it had none")
+    first_token_seconds: float | None = Field(description="from its arrival in the engine, null if there was none")
+
+
+class Attempt(BaseModel):
+    """One attempt to serve the request; a lost replica makes for another."""
+
+    time: float = Field(description="when it was sent, Unix time in seconds")
+    endpoint: str
+    tenant: str
+    model: str = Field(description="as the client named it, empty for the served one")
+    replica: str
+    source: str = Field(description="replica that it was to import from, empty for none")
+    action: str = Field(description="hit, pull, split or recompute")
+    why: str = Field(description="why this replica and this source, in words")
+    prompt_tokens: int = Field(description="0 when the token ids were not known")
+    expected: Expected
+    options: list[OptionConsidered]
+    delivered: list[Delivered] = Field(description="one for each prompt and choice; empty while nothing is known")
+    status: int | None = Field(description="of the answer; null while it runs, 0 without an answer, 499 if the client left")
+    first_byte_seconds: float | None = Field(description="from sending to the answer's first byte")
+    ended_seconds: float | None = Field(description="from sending to the end")
+    settled: bool = Field(description="whether `reason` is final")
+    reason: str = Field(description="why less was delivered than possible: " + ", ".join(LossReason))
+    reason_in_words: str
+    lost_tokens: int = Field(description="prompt tokens computed though they had been computed before")
+
+
+class Explanation(BaseModel):
+    """The attempts under one request id, oldest first."""
+
+    request_id: str
+    attempts: list[Attempt]
+
+
+def explain(request_id: str, entries: Sequence[Entry]) -> Explanation:
+    """Put the kept attempts of a request into words."""
+    return Explanation(request_id=request_id, attempts=[_attempt(entry) for entry in entries])
+
+
+def _attempt(entry: Entry) -> Attempt:
+    plan = entry.planned
+    loss = entry.loss or entry.judged()
+    known = entry.settled or bool(entry.deliveries)
+    return Attempt(
+        time=plan.at,
+        endpoint=plan.asked.endpoint,
+        tenant=plan.asked.tenant,
+        model=plan.asked.model,
+        replica=plan.replica,
+        source=plan.source,
+        action=plan.action,
+        why=plan.reason,
+        prompt_tokens=plan.prompt_tokens,
+        expected=_expected(entry),
+        options=[_option(option) for option in plan.options],
+        delivered=[_delivered(delivery) for delivery in entry.deliveries],
+        status=entry.status,
+        first_byte_seconds=entry.first_byte_seconds,
+        ended_seconds=entry.ended_seconds,
+        settled=entry.settled,
+        reason=loss.reason if known else LossReason.UNKNOWN,
+        reason_in_words=loss.words if known else "nothing is known of it yet",
+        lost_tokens=loss.tokens if known else 0,
+    )
+
+
+def _expected(entry: Entry) -> Expected:
+    plan, expected = entry.planned, entry.planned.decision.expected
+    return Expected(
+        local_tokens=plan.local_tokens,
+        peer_tokens=plan.peer_tokens,
+        computed_tokens=max(0, plan.prompt_tokens - plan.local_tokens - plan.peer_tokens),
+        best_available_tokens=plan.best_available_tokens,
+        queue_seconds=expected.queue_seconds,
+        transfer_seconds=expected.transfer_seconds,
+        prefill_seconds=expected.prefill_seconds,
+        first_token_seconds=expected.seconds,
+    )
+
+
+def _option(option: Option) -> OptionConsidered:
+    return OptionConsidered(replica=option.replica, source=option.source or "", action=option.action, seconds=option.seconds)
+
+
+def _delivered(delivery: Delivery) -> Delivered:
+    return Delivered(
+        prompt_tokens=delivery.prompt_tokens,
+        local_tokens=delivery.local_tokens,
+        peer_tokens=delivery.peer_tokens,
+        computed_tokens=delivery.computed_tokens,
+        source=delivery.source,
+        why=delivery.why,
+        planned_tokens=delivery.planned_tokens,
+        stale_blocks=delivery.stale_blocks,
+        failed_blocks=delivery.failed_blocks,
+        import_bytes=delivery.import_bytes,
+        import_seconds=delivery.import_ns * _NS,
+        import_wait_seconds=delivery.import_wait_ns * _NS,
+        queue_seconds=_since(delivery.arrived_ns, delivery.scheduled_ns),
+        first_token_seconds=_since(delivery.arrived_ns, delivery.first_token_ns),
+    )
+
+
+def _since(start_ns: int, end_ns: int) -> float | None:
+    return (end_ns - start_ns) * _NS if end_ns else None

@@ -1,0 +1,158 @@
+"""Prometheus metrics: what the front door measures itself, and all that /kv/stats counts, read when somebody asks."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from gateway.prompts.parity import Parity
+from gateway.stats.ledger_metrics import ImportTimes, ledger_metrics
+from gateway.stats.shapes import CostStats, KvStats, ParityStats, ReplicaStats
+from gateway.stats.tallies import Histogram, Tally
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+_REPLICA_COUNTERS: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = (
+    ("peerkv_requests", "Requests that the replica scheduled.", lambda r: r.counts.requests),
+    ("peerkv_imports", "Imports from another replica.", lambda r: r.counts.imports),
+    ("peerkv_import_blocks", "Blocks imported.", lambda r: r.counts.import_blocks),
+    ("peerkv_import_bytes", "Bytes of KV imported.", lambda r: r.counts.import_bytes),
+    ("peerkv_import_seconds", "Time spent in imports.", lambda r: r.counts.import_seconds),
+    ("peerkv_check_failures", "Blocks that changed while they were copied.", lambda r: r.counts.check_failures),
+    ("peerkv_fallbacks", "Requests computed because their import failed.", lambda r: r.counts.fallbacks),
+    ("peerkv_published_blocks", "Blocks offered to other replicas.", lambda r: r.counts.published_blocks),
+    ("peerkv_evictions", "Offered blocks that were reallocated.", lambda r: r.counts.evictions),
+    ("peerkv_restarts", "Restarts of the replica.", lambda r: r.restarts),
+)
+_REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = (
+    ("peerkv_replica_ready", "1 while the replica takes requests.", lambda r: float(r.state == "ready")),
+    ("peerkv_blocks", "Size of the replica's KV cache in blocks.", lambda r: r.blocks),
+    ("peerkv_cached_blocks", "Blocks that the replica offers now.", lambda r: r.cached_blocks),
+    ("peerkv_in_flight_requests", "Requests that the gateway has with the replica.", lambda r: r.in_flight),
+    ("peerkv_incompatible_replicas", "Replicas that it can not exchange with.", lambda r: len(r.incompatible)),
+)
+
+
+class Metrics:
+    """What the front door measures of each request. One a process; `attach` adds everything that /kv/stats counts."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._answers = Tally("peerkv_gateway_answers", "Answered requests.", ("endpoint", "status"))
+        self._seconds = Histogram(
+            "peerkv_gateway_request_seconds", "From a request's arrival to the end of its answer.", "endpoint", _SECONDS
+        )
+        self._first = Histogram(
+            "peerkv_gateway_first_byte_seconds",
+            "From a request's arrival to the first byte of its answer.",
+            "endpoint",
+            _SECONDS,
+        )
+        for collector in (self._answers, self._seconds, self._first):
+            self.registry.register(collector)
+        self.imports = ImportTimes(self.registry)
+
+    def answered(self, endpoint: str, status: int, seconds: float, first_byte_seconds: float | None) -> None:
+        """A request was answered, completely or as far as it went, `seconds` after it came, and so long after that the first
+        byte of its answer went out, if any did. `endpoint` is of a fixed set."""
+        self._answers.add(endpoint, status)
+        self._seconds.add(endpoint, seconds)
+        if first_byte_seconds is not None:
+            self._first.add(endpoint, first_byte_seconds)
+
+    def attach(self, snapshot: Callable[[], KvStats]) -> None:
+        """Show what `snapshot` counts too, read at each scrape."""
+        self.registry.register(_StatsCollector(snapshot))
+
+    def render(self) -> bytes:
+        """Return the body of GET /metrics, of type CONTENT_TYPE."""
+        return generate_latest(self.registry)
+
+
+class _StatsCollector(Collector):
+    """Turns a snapshot into metrics; those of a replica have a `replica` label."""
+
+    def __init__(self, snapshot: Callable[[], KvStats]) -> None:
+        self._snapshot = snapshot
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # else registering would take a snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._snapshot()
+        yield from _gateway_metrics(stats)
+        yield from _replica_metrics(stats)
+        yield from ledger_metrics(stats)
+        yield from cost_metrics(stats.costs)
+
+
+def _gateway_metrics(stats: KvStats) -> Iterator[Metric]:
+    for prefix, counts in (("peerkv_gateway_", stats.gateway), ("peerkv_steering_", stats.steering)):
+        for field, about in type(counts).model_fields.items():
+            if field not in ("version", "uptime_seconds", "in_flight"):
+                yield CounterMetricFamily(prefix + field, about.description or field, value=getattr(counts, field))
+    yield GaugeMetricFamily("peerkv_gateway_in_flight_requests", "Requests being served.", value=stats.gateway.in_flight)
+    yield GaugeMetricFamily("peerkv_gateway_uptime_seconds", "Age of the gateway.", value=stats.gateway.uptime_seconds)
+    for count in ("checks", "failures", "changes", "differences_found"):
+        text = f"Token ids compared with an engine's: {ParityStats.model_fields[count].description}."
+        yield CounterMetricFamily(f"peerkv_parity_{count}", text, value=getattr(stats.parity, count))
+    exact = GaugeMetricFamily("peerkv_parity_exact", "1 if our token ids are the engine's.", labels=("kind",))
+    verdicts = GaugeMetricFamily(
+        "peerkv_parity_verdict", "1 for what the last comparison of token ids came to.", labels=("kind", "verdict")
+    )
+    differences = GaugeMetricFamily("peerkv_parity_differences", "Canaries whose ids are not the engine's.", labels=("kind",))
+    for kind, verdict in (("completions", stats.parity.completions), ("chat", stats.parity.chat)):
+        exact.add_metric((kind,), float(verdict.parity == Parity.EXACT))
+        for each in Parity:
+            verdicts.add_metric((kind, each.value), float(verdict.parity == each))
+        differences.add_metric((kind,), len(verdict.differences))
+    yield exact
+    yield verdicts
+    yield differences
+
+
+def _replica_metrics(stats: KvStats) -> Iterator[Metric]:
+    tokens = CounterMetricFamily(
+        "peerkv_prompt_tokens", "Prompt tokens by where their KV came from.", labels=("replica", "source")
+    )
+    for replica in stats.replicas:
+        for source, count in replica.tokens.by_source().items():
+            tokens.add_metric((replica.name, source), count)
+    yield tokens
+    for name, text, read in _REPLICA_COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=("replica",))
+        for replica in stats.replicas:
+            counter.add_metric((replica.name,), read(replica))
+        yield counter
+    for name, text, read in _REPLICA_GAUGES:
+        gauge = GaugeMetricFamily(name, text, labels=("replica",))
+        for replica in stats.replicas:
+            gauge.add_metric((replica.name,), read(replica))
+        yield gauge
+
+
+def cost_metrics(costs: CostStats) -> Iterator[Metric]:
+    """The fitted terms, labelled by what they are of."""
+    yield CounterMetricFamily("peerkv_cost_samples", "Answered requests that the cost model learnt from.", value=costs.samples)
+    if costs.median_error is not None:
+        text = "Relative error of the expected time to the first token, median of the last requests."
+        yield GaugeMetricFamily("peerkv_cost_median_error", text, value=costs.median_error)
+    prefill = GaugeMetricFamily(
+        "peerkv_cost_prefill_seconds", "Fitted terms of computing a prompt.", labels=("device", "model", "term")
+    )
+    for one in costs.prefill:
+        for term, value in one.model_dump().items():
+            if "seconds" in term:
+                prefill.add_metric((one.device, one.model, term), value)
+    yield prefill
+    pair = ("taker", "source", "transport")
+    fixed = GaugeMetricFamily("peerkv_cost_transfer_fixed_seconds", "Fitted time of an import beside its bytes.", labels=pair)
+    rate = GaugeMetricFamily("peerkv_cost_transfer_bytes_per_second", "Fitted rate of imports.", labels=pair)
+    for each in costs.transfers:
+        labels = (each.taker, each.source, each.transport)
+        fixed.add_metric(labels, each.fixed_seconds)
+        rate.add_metric(labels, each.bytes_per_second)
+    yield fixed
+    yield rate

@@ -1,0 +1,222 @@
+"""The shapes of GET /kv/stats and GET /kv/prefixes."""
+
+from pydantic import BaseModel, Field
+
+
+class PrefillStats(BaseModel):
+    """Fitted times of computing prompts, for one model on one kind of device, in seconds."""
+
+    device: str
+    model: str = Field(description="beginning of its fingerprint")
+    samples: int
+    usual_error: float = Field(description="relative")
+    pace: float = Field(description="what everything expected was multiplied with after the last answer; fades to 1 in seconds")
+    fixed_seconds: float
+    seconds_per_prompt_token: float
+    seconds_per_new_token: float
+    seconds_per_pair: float = Field(description="a pair is a new token and one before it")
+    seconds_per_decode_step: float = Field(description="for each request that is being decoded beside it")
+
+
+class TransferStats(BaseModel):
+    """Fitted times of imports: of a pair of replicas, or of all of a transport when both names are empty."""
+
+    taker: str
+    source: str
+    transport: str
+    samples: int
+    usual_error: float = Field(description="relative")
+    fixed_seconds: float
+    bytes_per_second: float
+
+
+class CostStats(BaseModel):
+    """What steering expects requests to cost, and how well that held."""
+
+    samples: int = Field(0, description="answered requests that it learnt from")
+    samples_kept: int = Field(0, description="of these, the last ones that `median_error` is of")
+    median_error: float | None = Field(None, description="of the expected time to the first token, relative; null without any")
+    prefill: list[PrefillStats] = Field(default_factory=list)
+    transfers: list[TransferStats] = Field(default_factory=list)
+
+
+class LedgerStats(BaseModel):
+    """Attempts to serve requests that are over, retries included, and the prompt tokens that they lost to each reason."""
+
+    kept: int = Field(0, description="attempts that /kv/explain can tell of")
+    settled: int = Field(0, description="attempts that are over and judged")
+    prompt_tokens: int = Field(0, description="tokens of their prompts whose ids were known")
+    predicted_tokens: int = Field(0, description="of these, expected from a cache")
+    best_available_tokens: int = Field(0, description="of these, held by the replica that held most")
+    local_tokens: int = Field(0, description="delivered from the replica's own cache")
+    peer_tokens: int = Field(0, description="delivered from another replica")
+    computed_tokens: int = Field(0, description="computed")
+    unmatched_deliveries: int = Field(0, description="engines' records of requests that are not in the ledger")
+    missed_deliveries: int = Field(0, description="engines' records that were overwritten before they were read")
+    dropped: int = Field(0, description="attempts forgotten before they were over: the ledger is too small")
+    requests: dict[str, int] = Field(default_factory=dict, description="attempts by the reason of their loss")
+    lost_tokens: dict[str, int] = Field(default_factory=dict, description="tokens computed though they had been, by reason")
+
+
+class LoadStats(BaseModel):
+    """What a replica's engine has to do, as of its last step."""
+
+    waiting_requests: int = Field(0, description="requests of which nothing was scheduled yet")
+    running_requests: int = Field(0, description="requests being computed")
+    waiting_tokens: int = Field(0, description="prompt tokens that are neither computed nor known to be cached")
+    decoding_requests: int = Field(0, description="requests whose prompt is computed")
+    imports_under_way: int = Field(0, description="requests whose blocks are being copied")
+    pinned_blocks: int = Field(0, description="blocks that a pin keeps")
+
+
+class PeerStats(BaseModel):
+    """What a replica imported from one other."""
+
+    name: str
+    transport: str
+    imports: int
+    blocks: int
+    bytes: int
+    seconds: float = Field(description="time of the copies alone")
+    failures: int = Field(description="imports that fell short")
+    gigabytes_per_second: float = Field(description="bytes over the time of the copies, 1e9 bytes; 0 without any")
+
+
+class TokenCounts(BaseModel):
+    """Prompt tokens by where their KV came from. `prompt` is the sum of the others, each prompt counted once."""
+
+    prompt: int = Field(0, description="prompt tokens scheduled")
+    local: int = Field(0, description="from the replica's own prefix cache")
+    peer_shared_memory: int = Field(0, description="from another replica, through shared memory")
+    peer_cuda_ipc: int = Field(0, description="from another replica, through CUDA IPC")
+    computed: int = Field(0, description="computed")
+
+    def by_source(self) -> dict[str, int]:
+        """The parts by name, without their sum."""
+        return {name: count for name, count in self.model_dump().items() if name != "prompt"}
+
+
+class TransferCounts(BaseModel):
+    """What was imported and what was not."""
+
+    requests: int = Field(0, description="requests scheduled")
+    imports: int = Field(0, description="imports from another replica")
+    import_blocks: int = Field(0, description="blocks imported")
+    import_bytes: int = Field(0, description="bytes imported")
+    import_seconds: float = Field(0.0, description="time spent in imports, seconds")
+    check_failures: int = Field(0, description="blocks that changed while they were copied, and were computed instead")
+    fallbacks: int = Field(0, description="requests whose import failed and that computed instead")
+    published_blocks: int = Field(0, description="blocks offered to other replicas")
+    evictions: int = Field(0, description="offered blocks that were reallocated")
+    peers_incompatible: int = Field(0, description="other replicas' tables refused for what differs")
+    table_errors: int = Field(0, description="other replicas' tables that could not be used")
+    pins: int = Field(0, description="prefixes that were pinned")
+    pins_refused: int = Field(0, description="pins that were asked for and not to be had")
+    hints_malformed: int = Field(0, description="fields of hints that were ignored")
+
+
+class ReplicaStats(BaseModel):
+    """One replica. Counts are over all its lives since the gateway started watching."""
+
+    name: str
+    state: str = Field(description="starting, ready, draining, backoff, failed or stopped")
+    reason: str = Field(description="why it is not ready, in words")
+    device: str
+    restarts: int
+    epochs: int = Field(description="lives seen by this gateway")
+    exchanges: str = Field(description='"ok", or why it exchanges no KV')
+    transport: str = Field(description="how others read its KV: shared_memory, cuda_ipc, or empty without a table")
+    fingerprint: str = Field(description="digest of all that changes KV bytes, 32 hex digits; empty without a table")
+    incompatible: dict[str, list[str]] = Field(description="replicas it can not import from, and what differs")
+    block_size: int = Field(description="tokens a block")
+    blocks: int = Field(description="size of its KV cache")
+    cached_blocks: int = Field(description="blocks on offer now")
+    in_flight: int = Field(description="requests that this gateway has with it")
+    load: LoadStats
+    tokens: TokenCounts
+    counts: TransferCounts
+    peers: list[PeerStats] = Field(description="what it imported, by replica and transport")
+
+
+class Totals(BaseModel):
+    """The fleet in all, replicas that are gone included."""
+
+    replicas: int
+    ready: int
+    blocks: int
+    cached_blocks: int
+    in_flight: int
+    tokens: TokenCounts
+    counts: TransferCounts
+
+
+class KindParity(BaseModel):
+    """Whether our token ids are the engine's, for one kind of request."""
+
+    parity: str = Field(description="unknown, exact, degraded or off")
+    compared: int
+    differences: list[str] = Field(description="canaries that differ, and where")
+    reason: str
+
+
+class ParityStats(BaseModel):
+    """The outcome of the last comparison with an engine, and counts of all comparisons since the gateway's start."""
+
+    replica: str = Field(description="the replica that was asked; empty while there is no verdict")
+    checks: int = Field(0, description="comparisons begun")
+    failures: int = Field(0, description="of these, comparisons that the engine did not answer")
+    changes: int = Field(0, description="comparisons that came to another verdict than the one before")
+    differences_found: int = Field(0, description="canaries whose ids differed, over all comparisons")
+    completions: KindParity
+    chat: KindParity
+
+
+class TokenizerStats(BaseModel):
+    """Whether prompts are tokenised in the gateway."""
+
+    loaded: bool
+    chat: bool
+    directory: str
+    reason: str
+    chat_reason: str
+
+
+class GatewayStats(BaseModel):
+    """The front door's own counts since its start."""
+
+    version: str
+    uptime_seconds: float
+    in_flight: int = Field(0, description="requests being served now")
+    requests: int = Field(0, description="requests taken")
+    refused: int = Field(0, description="answered with an error that the client can mend, status below 500")
+    retries: int = Field(0, description="requests sent again, to another replica")
+    replicas_lost: int = Field(0, description="connections to replicas that failed or broke")
+    streams_broken: int = Field(0, description="event streams that ended with an error")
+    clients_left: int = Field(0, description="requests whose client left")
+    internal_errors: int = Field(0, description="defects of the gateway")
+
+
+class SteeringStats(BaseModel):
+    """What steering decided since the gateway's start, retries included."""
+
+    planned: int = Field(0, description="requests steered")
+    without_ids: int = Field(0, description="of these, requests whose token ids were not known: steered by load alone")
+    to_holder: int = Field(0, description="sent to a replica that holds their longest prefix")
+    with_source: int = Field(0, description="sent elsewhere, with a replica to import from")
+    pinned: int = Field(0, description="sent where the request said")
+    prompt_tokens: int = Field(0, description="tokens of all prompts whose ids were known")
+    predicted_tokens: int = Field(0, description="of these, tokens expected from a cache, own or imported")
+
+
+class KvStats(BaseModel):
+    """The body of GET /kv/stats."""
+
+    model: str
+    gateway: GatewayStats
+    steering: SteeringStats
+    costs: CostStats
+    ledger: LedgerStats
+    tokenizer: TokenizerStats
+    parity: ParityStats
+    totals: Totals
+    replicas: list[ReplicaStats]

@@ -1,0 +1,205 @@
+"""The body of GET /kv/stats: each replica's share in serving prompts from caches, and the fleet's."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+
+from engine.fleet import FleetView, Replica, ReplicaState
+from gateway import __version__
+from gateway.block_registry.lifetime_counters import CounterLedger
+from gateway.block_registry.registry import obstacles
+from gateway.block_registry.tables import Table
+from gateway.ledger.ledger import Ledger
+from gateway.ledger.misses import LossReason
+from gateway.ledger.recorder import Recorder
+from gateway.planner.planner import Planner
+from gateway.prompts.parity import KindVerdict, ParityCounts, ParityVerdict
+from gateway.prompts.tokenizer.service import TokenService
+from gateway.stats.shapes import (
+    CostStats,
+    GatewayStats,
+    KindParity,
+    KvStats,
+    LedgerStats,
+    LoadStats,
+    ParityStats,
+    PeerStats,
+    ReplicaStats,
+    SteeringStats,
+    TokenCounts,
+    TokenizerStats,
+    Totals,
+    TransferCounts,
+)
+from gateway.steering.costs.model import CostReport
+from transport.table.deliveries import EngineLoad, PeerCounters
+
+
+class StatsView:
+    """Puts the snapshot together.
+
+    `door` gives the front door's counts by the names in GatewayStats; what it leaves out is 0.
+    """
+
+    def __init__(
+        self,
+        fleet: FleetView,
+        planner: Planner,
+        tokens: TokenService,
+        recorder: Recorder,
+        door: Callable[[], Mapping[str, int]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._fleet = fleet
+        self._planner = planner
+        self._tokens = tokens
+        self._recorder = recorder
+        self._door = door
+        self._clock = clock
+        self._started = clock()
+
+    def snapshot(self) -> KvStats:
+        """Return the state of everything now."""
+        fleet = self._fleet.snapshot()
+        self._recorder.catch_up()
+        tables = self._planner.registry.tables()
+        ledger = self._planner.registry.ledger
+        in_flight = self._planner.in_flight()
+        replicas = [_replica_stats(replica, tables, ledger, in_flight.get(replica.name, 0)) for replica in fleet.replicas]
+        return KvStats(
+            model=fleet.served_model_name or fleet.model,
+            gateway=self._gateway(),
+            steering=SteeringStats(**asdict(self._planner.counts)),
+            costs=cost_stats(self._planner.costs.report()),
+            ledger=ledger_stats(self._recorder.ledger, self._recorder.feed.missed),
+            tokenizer=TokenizerStats(**asdict(self._tokens.state)),
+            parity=_parity_stats(self._planner.prompts.parity, self._planner.prompts.parity_counts),
+            totals=_totals(replicas, ledger),
+            replicas=replicas,
+        )
+
+    def _gateway(self) -> GatewayStats:
+        uptime = self._clock() - self._started
+        known = {name: count for name, count in self._door().items() if name in GatewayStats.model_fields}
+        return GatewayStats.model_validate({"version": __version__, "uptime_seconds": uptime, **known})
+
+
+def token_counts(counters: Mapping[str, int]) -> TokenCounts:
+    """The tokens among a table's counters."""
+    return TokenCounts(
+        prompt=counters.get("prompt_tokens", 0),
+        local=counters.get("local_tokens", 0),
+        peer_shared_memory=counters.get("peer_tokens_shared_memory", 0),
+        peer_cuda_ipc=counters.get("peer_tokens_cuda_ipc", 0),
+        computed=counters.get("computed_tokens", 0),
+    )
+
+
+def transfer_counts(counters: Mapping[str, int]) -> TransferCounts:
+    """The rest of a table's counters."""
+    seconds = counters.get("import_nanoseconds", 0) / 1e9
+    same = {name: counters.get(name, 0) for name in TransferCounts.model_fields if name != "import_seconds"}
+    return TransferCounts(import_seconds=seconds, **same)
+
+
+def _replica_stats(replica: Replica, tables: Mapping[str, Table], ledger: CounterLedger, in_flight: int) -> ReplicaStats:
+    table = tables.get(replica.name)
+    counters = ledger.counters(replica.name)
+    others = {name: obstacles(table, other) for name, other in tables.items() if name != replica.name} if table else {}
+    return ReplicaStats(
+        name=replica.name,
+        state=replica.state.value,
+        reason=replica.reason,
+        device=replica.device,
+        restarts=replica.restarts,
+        epochs=ledger.epochs(replica.name),
+        exchanges=table.status if table else "it has no block table",
+        transport=table.transport if table else "",
+        fingerprint=table.fingerprint.hex() if table else "",
+        incompatible={name: list(found) for name, found in others.items() if found},
+        block_size=table.block_size if table else 0,
+        blocks=table.num_blocks if table else 0,
+        cached_blocks=table.cached_blocks() if table else 0,
+        in_flight=in_flight,
+        load=load_stats(table.load() if table else EngineLoad()),
+        tokens=token_counts(counters),
+        counts=transfer_counts(counters),
+        peers=peer_stats(ledger.peers(replica.name)),
+    )
+
+
+def _totals(replicas: list[ReplicaStats], ledger: CounterLedger) -> Totals:
+    summed: dict[str, int] = {}
+    for name in ledger.names():
+        for counter, count in ledger.counters(name).items():
+            summed[counter] = summed.get(counter, 0) + count
+    return Totals(
+        replicas=len(replicas),
+        ready=sum(replica.state == ReplicaState.READY.value for replica in replicas),
+        blocks=sum(replica.blocks for replica in replicas),
+        cached_blocks=sum(replica.cached_blocks for replica in replicas),
+        in_flight=sum(replica.in_flight for replica in replicas),
+        tokens=token_counts(summed),
+        counts=transfer_counts(summed),
+    )
+
+
+def _parity_stats(verdict: ParityVerdict, counts: ParityCounts) -> ParityStats:
+    return ParityStats(
+        replica=verdict.replica,
+        checks=counts.checks,
+        failures=counts.failures,
+        changes=counts.changes,
+        differences_found=counts.differences,
+        completions=_kind(verdict.completions),
+        chat=_kind(verdict.chat),
+    )
+
+
+def _kind(verdict: KindVerdict) -> KindParity:
+    return KindParity(
+        parity=verdict.parity.value,
+        compared=verdict.compared,
+        differences=list(verdict.differences),
+        reason=verdict.reason,
+    )
+
+
+def cost_stats(report: CostReport) -> CostStats:
+    """The report as it is shown."""
+    return CostStats.model_validate(asdict(report))
+
+
+def ledger_stats(ledger: Ledger, missed_deliveries: int) -> LedgerStats:
+    """The ledger's sums, every reason among them."""
+    sums = ledger.sums
+    same = {name: getattr(sums, name) for name in LedgerStats.model_fields if hasattr(sums, name)}
+    return LedgerStats(
+        kept=len(ledger),
+        missed_deliveries=missed_deliveries,
+        requests={reason.value: sums.requests_by_reason[reason] for reason in LossReason},
+        lost_tokens={reason.value: sums.lost_tokens_by_reason[reason] for reason in LossReason},
+        **same,
+    )
+
+
+def load_stats(load: EngineLoad) -> LoadStats:
+    """An engine's load as it is shown."""
+    return LoadStats(**asdict(load))
+
+
+def peer_stats(peers: Iterable[PeerCounters]) -> list[PeerStats]:
+    """What was imported by peer, with the rate that comes of it."""
+    return [
+        PeerStats(
+            name=peer.name,
+            transport=peer.transport,
+            imports=peer.imports,
+            blocks=peer.blocks,
+            bytes=peer.bytes,
+            seconds=peer.nanoseconds / 1e9,
+            failures=peer.failures,
+            gigabytes_per_second=peer.bytes / peer.nanoseconds if peer.nanoseconds else 0.0,
+        )
+        for peer in peers
+    ]

@@ -1,0 +1,79 @@
+"""What there is to see of the replicas' caches: the bodies of /kv/stats, /kv/prefixes and /metrics."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from engine.fleet import FleetView
+from gateway.block_registry.registry import key_array
+from gateway.kept_prefixes.keeper import Keeper
+from gateway.kept_prefixes.shapes import KeptPrefixAnswer, Prefix, PrefixReport, kept_answer
+from gateway.ledger.recorder import Recorder
+from gateway.planner.planner import Planner
+from gateway.planner.prefix_counts import PrefixCounts
+from gateway.prompts.tokenizer.service import TokenService
+from gateway.stats.explain import Explanation, explain
+from gateway.stats.prometheus import CONTENT_TYPE, Metrics
+from gateway.stats.shapes import KvStats
+from gateway.stats.snapshot import StatsView
+
+
+class FleetSight:
+    """Puts them together when asked. Belongs to the event loop's thread, as the tables do.
+
+    `measured` takes what the front door measures of each request, `relay_counts` returns the relay's counters by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        fleet: FleetView,
+        planner: Planner,
+        tokens: TokenService,
+        relay_counts: Callable[[], Mapping[str, int]],
+        recorder: Recorder,
+        keeper: Keeper,
+    ) -> None:
+        self.measured = Metrics()
+        recorder.feed.add(self.measured.imports.delivered)
+        self._planner = planner
+        self._recorder = recorder
+        self._keeper = keeper
+        self._view = StatsView(fleet, planner, tokens, recorder, relay_counts)
+        self.measured.attach(self.stats)
+
+    def stats(self) -> KvStats:
+        """The body of GET /kv/stats."""
+        return self._view.snapshot()
+
+    def prefixes(self, limit: int) -> PrefixReport:
+        """The body of GET /kv/prefixes: the `limit` most requested ones, and all that are kept."""
+        kept = [kept_answer(each) for each in self._keeper.all()]
+        return prefix_report(self._planner.prefixes, limit, self._holders, kept)
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """The body of GET /kv/explain/{request_id}; None if nothing is kept under that id."""
+        self._recorder.catch_up()
+        entries = self._recorder.ledger.attempts(request_id)
+        return explain(request_id, entries) if entries else None
+
+    def metrics(self) -> tuple[bytes, str]:
+        """The body of GET /metrics and its content type."""
+        return self.measured.render(), CONTENT_TYPE
+
+    def _holders(self, keys: Sequence[bytes]) -> list[list[str]]:
+        return self._planner.registry.holders(key_array(keys))
+
+
+def prefix_report(
+    counts: PrefixCounts,
+    limit: int,
+    holders: Callable[[Sequence[bytes]], Sequence[Sequence[str]]],
+    kept: list[KeptPrefixAnswer],
+) -> PrefixReport:
+    """Return the body of GET /kv/prefixes; `holders` tells for each key which replicas hold that block."""
+    top = counts.top(limit)
+    held = holders([key for key, *_ in top]) if top else []
+    prefixes = [
+        Prefix(key=key.hex(), tokens=tokens, requests=requests, last_used=last_used, holders=list(names))
+        for (key, tokens, requests, last_used), names in zip(top, held, strict=True)
+    ]
+    return PrefixReport(tracked_blocks=len(counts), tracked_blocks_max=counts.blocks_max, prefixes=prefixes, kept=kept)

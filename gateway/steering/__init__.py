@@ -1,0 +1,1 @@
+"""Which replica gets a request and where it imports from. Pure: no clock, task, socket or log; `now` is handed in."""

@@ -1,0 +1,52 @@
+"""How often prefixes are asked for now: a count of requests that fades, by key, at depths that are powers of two."""
+
+from collections import OrderedDict
+from math import exp, inf
+
+from gateway.block_registry.chain import Chain
+
+FADE_SECONDS = 20.0
+"""A request counts 1/e after this time."""
+
+
+class Popularity:
+    """Rates of at most `prefixes_max` prefixes, the least recently asked for out first. Times are in seconds."""
+
+    def __init__(self, prefixes_max: int) -> None:
+        self._prefixes_max = prefixes_max
+        self._counts: OrderedDict[int, tuple[float, float]] = OrderedDict()
+
+    def note(self, chain: Chain, now: float, beyond: int = 0, since: float = inf) -> int:
+        """A request with the keys of `chain` came. Return about how many of its leading blocks were asked for before.
+
+        That counts if they are more than `beyond`, and were asked for at `since` or later; else it is 0. They are known at
+        depths that are powers of two: what was asked for ends half-way to the next one, for all we know.
+        """
+        counts, last, faded = self._counts, now, 1.0
+        depth, formerly = 1, 0
+        for key in chain.anchors:
+            known = counts.get(key)
+            if known is None:
+                counts[key] = (1.0, now)
+            else:
+                count, at = known
+                if depth > beyond and at >= since:
+                    formerly = depth
+                if at != last:  # most keys of a prompt were last asked for together
+                    last = at
+                    faded = exp((at - now) / FADE_SECONDS)
+                counts[key] = (1.0 + count * faded, now)
+                counts.move_to_end(key)
+            depth *= 2
+        while len(counts) > self._prefixes_max:
+            counts.popitem(last=False)
+        return (formerly + min(2 * formerly - 1, chain.blocks)) // 2 if formerly else 0
+
+    def rate(self, chain: Chain, blocks: int, now: float) -> float:
+        """Requests a second that begin with the first `blocks` of `chain`, or with what is at most half of that prefix."""
+        for key in reversed(chain.anchors[: blocks.bit_length()]):
+            known = self._counts.get(key)
+            if known is not None:
+                count, at = known
+                return count * exp((at - now) / FADE_SECONDS) / FADE_SECONDS
+        return 0.0

@@ -1,0 +1,102 @@
+"""Which replica gets a request, and what it imports from whom: whatever gives the first token soonest. Pure.
+
+For each replica the time to the first token is its queue, plus importing what a source holds, plus computing what nobody
+supplies (costs.py). Differences that the model is not sure of are ties, and a tie stays with who holds the prefix.
+"""
+
+from collections.abc import Sequence
+
+import xxhash
+
+from gateway.steering.choices import CUDA, SCORE, Action, Candidate, Decision, Expected, Option, PromptView
+from gateway.steering.costs.model import CostModel
+from gateway.steering.scoring import HOLDERS_MAX, REMOTE_TRANSPORT, TAKERS_MAX, Taker, Weighing
+
+__all__ = [
+    "CUDA",
+    "REMOTE_TRANSPORT",
+    "Action",
+    "Candidate",
+    "Decision",
+    "Expected",
+    "Option",
+    "PromptView",
+    "affinity_weight",
+    "steer",
+]
+
+OPTIONS_KEPT_MAX = 8
+
+
+def steer(
+    prompt: PromptView,
+    candidates: Sequence[Candidate],
+    costs: CostModel,
+    now: float,
+    turn: int = 0,
+    names: Sequence[str] | None = None,
+) -> Decision:
+    """Pick a replica and a source. Raises ValueError if no candidate takes requests.
+
+    `turn` rotates among equals; let it grow by one with each request. The order of `candidates` does not matter; `names` are
+    theirs in order, if they are at hand.
+    """
+    costs.pass_time(now)
+    if names is None:
+        names = sorted([candidate.name for candidate in candidates])
+    weighing = Weighing(prompt, candidates, costs, now, names[turn % len(names)] if names else "")
+    takers, holders = weighing.takers, weighing.holders
+    if not takers:
+        raise ValueError("no candidates")
+    if len(takers) > TAKERS_MAX:
+        takers = takers[: min(holders, HOLDERS_MAX)] + takers[holders : holders + TAKERS_MAX]
+    options = [weighing.best_option(taker) for taker in takers]
+    chosen = _chosen(options, weighing, prompt.affinity, costs.uncertainty())
+    if len(options) > OPTIONS_KEPT_MAX:
+        options = sorted(options, key=SCORE)[:OPTIONS_KEPT_MAX]
+    return Decision(
+        chosen.replica,
+        chosen.source,
+        chosen.action,
+        chosen.import_tokens_max,
+        chosen.expected,
+        weighing.best_available,
+        tuple(options),
+    )
+
+
+def affinity_weight(affinity: str, replica: str) -> int:
+    """Rendezvous hashing: the replica with the largest weight gets it, so that a change of the fleet moves few."""
+    return xxhash.xxh3_64_intdigest(f"{len(affinity)}:{affinity}{replica}".encode("utf-8", "surrogatepass"))
+
+
+def _favourite(affinity: str, weighing: Weighing, doubt_seconds: float) -> Taker:
+    """Of replicas that differ by what is in front of them alone, and by no more than the doubt: the one for this affinity."""
+    delays = [(weighing.delay(taker), taker) for taker in weighing.takers]
+    limit = min(delay for delay, _ in delays) + doubt_seconds
+    equal = [taker for delay, taker in delays if delay <= limit]
+    return max(equal, key=lambda taker: (affinity_weight(affinity, taker[3]), taker[3]))
+
+
+def _chosen(options: Sequence[Option], weighing: Weighing, affinity: str, doubt: float) -> Option:
+    """The best option, or one that can not be told from it: that for the affinity, or one with more of the prefix."""
+    best = options[0]
+    for option in options:
+        if option.score < best.score:
+            best = option
+    if affinity and not weighing.holders:
+        return weighing.best_option(_favourite(affinity, weighing, doubt * best.score))
+    a, chosen, most = best.expected, best, best.expected.local_tokens
+    for option in options:
+        b = option.expected
+        if b.local_tokens <= most and (b.local_tokens < most or option.score >= chosen.score):
+            continue
+        # what both have in common is no source of doubt
+        differs = (
+            abs(a.queue_seconds - b.queue_seconds)
+            + abs(a.transfer_seconds - b.transfer_seconds)
+            + abs(a.prefill_seconds - b.prefill_seconds)
+        )
+        if option.score - best.score <= doubt * differs:
+            chosen, most = option, b.local_tokens
+    return chosen

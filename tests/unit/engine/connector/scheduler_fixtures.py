@@ -1,0 +1,117 @@
+"""A scheduler half, and the small part of vLLM's scheduler that drives it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+from engine.connector.messages import ImportReport, StepMetadata, WorkerReport
+from engine.connector.scheduler import SchedulerHalf
+from tests.unit.transport.table_fixtures import FIELDS, description
+from transport.fingerprint import fingerprint_digest
+from transport.keys import chain_keys, root_key
+from transport.table.directory import TableDirectory
+from transport.table.reader import TableReader
+from transport.table.writer import TableWriter
+
+SIZE = 4
+FINGERPRINT = fingerprint_digest(FIELDS)
+
+
+@dataclass
+class Request:
+    """As much of vLLM's request as the connector reads."""
+
+    request_id: str
+    all_token_ids: list[int]
+    kv_transfer_params: dict | None = None
+    cache_salt: str | None = None
+    lora_request: object = None
+    mm_features: list = field(default_factory=list)
+    skip_reading_prefix_cache: bool = False
+    pooling_params: object = None
+    prompt_embeds: object = None
+    num_prompt_tokens: int = 0
+
+    def __post_init__(self):
+        self.num_prompt_tokens = len(self.all_token_ids)
+
+    @property
+    def num_tokens(self):
+        return len(self.all_token_ids)
+
+
+def keys_of(tokens, salt="", lora=""):
+    return chain_keys(root_key(FINGERPRINT, salt, lora), tokens, SIZE)
+
+
+class Replica:
+    """A scheduler half and the small part of vLLM's scheduler that drives it."""
+
+    def __init__(self, path: Path, name, blocks=32, status="ok", **about):
+        self.half = SchedulerHalf(
+            TableWriter(path, description(name, status=status), SIZE, blocks),
+            TableDirectory(path, name),
+            FINGERPRINT,
+            dict(FIELDS),
+            block_size=SIZE,
+            hash_name="xxh3_128",
+            transport="shared_memory",
+            status=status,
+            **about,
+        )
+        self.reader = TableReader(self.half.table.path)
+
+    def schedule(self, new=(), cached=(), resumed=(), preempted=()) -> StepMetadata:
+        """`new`: (request, block ids, computed, scheduled); `cached`: (request, added blocks, computed, scheduled)."""
+        output = SimpleNamespace(
+            num_scheduled_tokens={r.request_id: n for r, _, _, n in [*new, *cached]},
+            scheduled_new_reqs=[
+                SimpleNamespace(req_id=r.request_id, block_ids=(list(ids),), num_computed_tokens=computed)
+                for r, ids, computed, _ in new
+            ],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=[r.request_id for r, _, _, _ in cached],
+                resumed_req_ids=set(resumed),
+                new_block_ids=[(list(ids),) if ids else None for _, ids, _, _ in cached],
+                num_computed_tokens=[computed for _, _, computed, _ in cached],
+            ),
+            preempted_req_ids=set(preempted),
+        )
+        return self.half.step(output)
+
+    def done(self, step, **imports):
+        self.half.report(WorkerReport(step, imports, dict.fromkeys(imports, 1)))
+
+    def prefill(self, request, ids, computed=0):
+        """Schedule a prompt whole, sample one token, report the step."""
+        self.half.match(request, computed)
+        meta = self.schedule(new=[(request, ids, computed, request.num_tokens - computed)])
+        request.all_token_ids.append(1)
+        self.done(meta.step)
+
+    def held(self, tokens, salt="", lora=""):
+        return self.reader.longest_run(keys_of(tokens, salt, lora)).block_ids.tolist()
+
+    def counted(self):
+        return {name: value for name, value in self.reader.counters().items() if value}
+
+
+PROMPT = list(range(100, 114))  # three full blocks and two tokens more
+
+
+def report(failed=(), stale=0):
+    return ImportReport(frozenset(failed), stale, 1000, 500, "changed" if failed else "")
+
+
+def run_on(b, request, ids, computed):
+    """Schedule the rest of a prompt after its import, sample one token, report the step."""
+    meta = b.schedule(new=[(request, ids, computed, request.num_tokens - computed)])
+    request.all_token_ids.append(1)
+    b.done(meta.step)
+
+
+def import_all(b, request, ids, local=0):
+    tokens = b.half.match(request, local)
+    b.half.allocated(request, ids, tokens)
+    meta = b.schedule()
+    return tokens, meta

@@ -1,0 +1,129 @@
+"""The worker half: every import that came in is reported once, whatever happens to it."""
+
+import queue
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+
+from engine.connector.messages import ImportReport, StepMetadata, WorkerReport
+from engine.connector.worker import WorkerHalf
+from tests.unit.transport.table_fixtures import writer
+from transport.backends.base import ImportJob
+from transport.backends.shared_memory import SharedMemoryTransport
+from transport.keys import chain_keys, root_key
+from transport.table.reader import TableReader
+
+KEYS = chain_keys(root_key(b"f" * 16), range(32), 4)
+
+
+def caches(value):
+    return {"layer": torch.full((8, 2, 4, 8), value)}
+
+
+@pytest.fixture
+def owner(tmp_path):
+    tensors = caches(7.0)
+    transport = SharedMemoryTransport(tensors, 8)
+    with closing(writer(tmp_path, "owner", 8, memories=(transport.memory(),))) as table:
+        yield table
+
+
+def job(owner, request_id="r", source="owner", epoch=None):
+    owner.publish([1, 2], KEYS[:2])
+    reader = TableReader(owner.path)
+    run = reader.longest_run(KEYS[:2])
+    return ImportJob(request_id, source, epoch or reader.epoch, run.block_ids, run.states, np.array([4, 5], np.int32))
+
+
+@pytest.fixture
+def landing():
+    """The importer's caches."""
+    return caches(0.0)
+
+
+@pytest.fixture
+def worker(tmp_path, landing):
+    half = WorkerHalf(tmp_path, "importer", 0)
+    half.register(landing, 8)
+    assert half.handshake({"a": "b"}).status == "ok"
+    return half
+
+
+def test_an_import_is_reported_once_with_what_it_cost(owner, worker, landing):
+    worker.start(StepMetadata(3, (job(owner),)))
+    assert worker.poll() == {"r"}
+    assert worker.take_load_errors() == set()
+    report = worker.take_report()
+    assert (report.step, report.ranks) == (3, {"r": 1})
+    assert report.imports["r"].bytes == 2 * 2 * 4 * 8 * 4
+    assert landing["layer"][4:6].eq(7.0).all()
+    assert landing["layer"][6:].eq(0.0).all()
+    assert worker.poll() == set()
+    assert worker.take_report() == WorkerReport(3, {}, {})
+
+
+def test_owners_are_prepared_for_when_they_come_and_let_go_when_they_end(owner, worker, monkeypatch):
+    seen = queue.Queue()
+    monkeypatch.setattr(worker._transport, "prepare", lambda reader: seen.put(("prepare", reader.name, reader.epoch)))
+    monkeypatch.setattr(worker._transport, "retain", lambda live: seen.put(("retain", live)))
+    epoch = owner.epoch
+    while seen.get(timeout=10) != ("retain", {("owner", epoch)}):
+        pass
+    assert seen.get(timeout=10) == ("prepare", "owner", epoch)
+    owner.close()
+    while seen.get(timeout=10) != ("retain", set()):
+        pass
+    assert seen.get(timeout=10) == ("retain", set())
+
+
+@pytest.mark.parametrize("about", [{"source": "nobody"}, {"source": ""}, {"epoch": 1}])
+def test_a_source_that_is_gone_fails_the_import_at_once(owner, worker, about):
+    worker.start(StepMetadata(1, (job(owner, **about),)))
+    assert worker.poll() == {"r"}
+    assert worker.take_load_errors() == {4, 5}
+    assert worker.take_report().imports["r"].failed_blocks == {4, 5}
+
+
+def test_memory_that_can_not_be_opened_fails_the_import(owner, tmp_path):
+    half = WorkerHalf(tmp_path, "importer", 0)
+    half.register({"layer": torch.zeros(8, 2, 4, 16)}, 8)
+    half.start(StepMetadata(1, (job(owner),)))
+    assert half.poll() == {"r"}
+    assert half.take_load_errors() == {4, 5}
+
+
+def test_an_unexpected_fault_in_starting_fails_every_import_of_the_step(owner, worker, monkeypatch):
+    def fault(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(worker._transport, "start", fault)
+    with pytest.raises(RuntimeError):
+        worker.start(StepMetadata(1, (job(owner, "r"), job(owner, "s"))))
+    assert worker.poll() == {"r", "s"}
+    assert worker.take_load_errors() == {4, 5}
+    assert set(worker.take_report().imports) == {"r", "s"}
+    assert worker.poll() == set()
+
+
+def test_after_a_fault_in_the_transport_every_import_is_failed_not_forgotten(owner, worker):
+    worker.start(StepMetadata(1, (job(owner, "r"), job(owner, "s"))))
+    assert worker.fail_all("fault") == {"r", "s"}
+    assert worker.take_load_errors() == {4, 5}
+    assert set(worker.take_report().imports) == {"r", "s"}
+
+
+def test_kv_memory_on_an_unknown_device_is_refused_with_the_reason(tmp_path):
+    half = WorkerHalf(tmp_path, "importer", 0)
+    half.register({"layer": torch.zeros(8, 2, 4, 8, device="meta")}, 8)
+    shake = half.handshake({})
+    assert shake.memory is None
+    assert "meta" in shake.status
+
+
+def test_reports_of_several_ranks_add_up_to_the_worse():
+    good = WorkerReport(4, {"r": ImportReport(frozenset(), 0, 10, 5, "")}, {"r": 1})
+    bad = WorkerReport(4, {"r": ImportReport(frozenset({4}), 1, 10, 9, "changed")}, {"r": 1})
+    for merged in (good.aggregate(bad), bad.aggregate(good)):
+        assert merged == WorkerReport(4, {"r": ImportReport(frozenset({4}), 1, 20, 9, "changed")}, {"r": 2})

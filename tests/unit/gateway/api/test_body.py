@@ -1,0 +1,223 @@
+"""Request bodies: whatever comes in, the answer is the client's error or a body that the engine may see."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from gateway.api.body import FORBIDDEN_FIELDS, check_body, decode_body
+from gateway.errors import ApiError, UnsupportedParameter
+from gateway.relay.engine_body import encode_body, request_parts
+from gateway.token_ids import TokenIds
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+NAMES = st.sampled_from([*sorted(FORBIDDEN_FIELDS), "prompt", "messages", "input", "model", "content", "uuid", "n"])
+ENDPOINTS = st.sampled_from(["completions", "chat", "embeddings"])
+
+
+# The machine may be busy with engines, and the first text that is drawn builds tables.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+# What a client may send: nothing of it outlives its request or reaches another one. To be weighed one by one.
+ALLOWED_FIELDS = frozenset(
+    [
+        "add_generation_prompt",
+        "add_special_tokens",
+        "allowed_token_ids",
+        "bad_words",
+        "chat_template",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "dimensions",
+        "documents",
+        "echo",
+        "embed_dtype",
+        "encoding_format",
+        "endianness",
+        "frequency_penalty",
+        "ignore_eos",
+        "include_reasoning",
+        "include_stop_str_in_output",
+        "input",
+        "length_penalty",
+        "logit_bias",
+        "logprob_token_ids",
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "messages",
+        "min_p",
+        "min_tokens",
+        "mm_processor_kwargs",
+        "model",
+        "n",
+        "padding",
+        "parallel_tool_calls",
+        "presence_penalty",
+        "prompt",
+        "prompt_logprobs",
+        "reasoning_effort",
+        "repetition_detection",
+        "repetition_penalty",
+        "response_format",
+        "return_assistant_tokens_mask",
+        "return_prompt_text",
+        "return_token_ids",
+        "return_token_offsets",
+        "return_tokens_as_token_ids",
+        "seed",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "stop",
+        "stop_token_ids",
+        "stream",
+        "stream_interval",
+        "stream_options",
+        "structured_outputs",
+        "suffix",
+        "temperature",
+        "thinking_token_budget",
+        "tool_choice",
+        "tools",
+        "top_k",
+        "top_logprobs",
+        "top_p",
+        "truncate_prompt_tokens",
+        "truncation_side",
+        "use_activation",
+        "use_beam_search",
+        "user",
+        "watermarking",
+    ]
+)
+
+
+def statuses(function: Callable[..., object], *arguments: object) -> tuple[int, object]:
+    """200 and what the function returns, or the status of the ApiError that it raises; nothing else may be raised."""
+    try:
+        return 200, function(*arguments)
+    except ApiError as error:
+        return error.status, None
+
+
+@PATIENT
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_body_or_the_clients_error(raw: bytes) -> None:
+    status, body = statuses(decode_body, raw)
+    assert status == (200 if isinstance(body, dict) else 400)
+
+
+@PATIENT
+@given(ENDPOINTS, st.dictionaries(NAMES, JSON, max_size=5))
+def test_any_object_passes_without_forbidden_fields_or_is_the_clients_error(endpoint: Any, body: dict[str, Any]) -> None:
+    status, _ = statuses(check_body, endpoint, body)
+    assert status == 400 or (status == 200 and not FORBIDDEN_FIELDS.keys() & body.keys())
+
+
+@PATIENT
+@given(st.dictionaries(st.text(max_size=8), JSON, max_size=5))
+def test_what_is_not_looked_at_comes_out_as_it_came_in(body: dict[str, Any]) -> None:
+    # A lone surrogate has no bytes, and a huge integer no place in the encoder.
+    status, raw = statuses(encode_body, body)
+    assert status == 400 or (isinstance(raw, bytes) and decode_body(raw) == body)
+
+
+@PATIENT
+@given(
+    st.dictionaries(st.text(max_size=8) | st.just("prompt"), JSON, max_size=5),
+    st.dictionaries(st.sampled_from(["cache_salt", "kv_transfer_params", "prompt"]), JSON, max_size=3),
+    st.sampled_from(["", " ", "\r\n\t "]),
+    st.booleans(),
+)
+def test_a_request_in_parts_is_the_body_with_its_changes(
+    body: dict[str, Any], changes: dict[str, Any], space: str, untouched: bool
+) -> None:
+    changes = {name: value for name, value in changes.items() if value is not None}
+    raw = (space + json.dumps(body) + space).encode()
+    assume(statuses(decode_body, raw)[0] == 200)
+    status, parts = statuses(request_parts, body, raw if untouched else None, changes)
+    assume(status == 200)
+    assert json.loads(b"".join(parts)) == {**body, **changes}
+
+
+@pytest.mark.parametrize("body", [{}, {"n": 2}, {"prompt": "a text", "n": 2}])
+@pytest.mark.parametrize("ids", [[], [7], [1, 2, 3]])
+def test_token_ids_take_the_place_of_a_text(body: dict[str, Any], ids: list[int]) -> None:
+    parts = request_parts(body, json.dumps(body).encode(), {"prompt": TokenIds.of(ids), "cache_salt": "s"})
+    assert json.loads(b"".join(parts)) == {**body, "prompt": ids, "cache_salt": "s"}
+
+
+@pytest.mark.parametrize(
+    "ids", [TokenIds.of([]), TokenIds.of([7, 8]), TokenIds.joined([TokenIds.of([1, 2]), TokenIds.of([3])])]
+)
+@pytest.mark.parametrize("raw", [b'{"n":"\\u0000"}', None])
+def test_token_ids_are_put_where_a_chats_are(ids: TokenIds, raw: bytes | None) -> None:
+    changes = {
+        "cache_salt": "\0",
+        "kv_transfer_params": {"tag": 1, "ids": ids, "more": [ids] if raw is None else []},
+        "z": {"ids": ids},
+    }
+    told = {"tag": 1, "ids": ids.tolist(), "more": [ids.tolist()] if raw is None else []}
+    found = json.loads(b"".join(request_parts({"n": "\0"}, raw, changes)))
+    assert found == {"n": "\0", "cache_salt": "\0", "kv_transfer_params": told, "z": {"ids": ids.tolist()}}
+
+
+def test_joined_ids_are_sent_part_by_part() -> None:
+    known = TokenIds.of([1, 2])
+    ids = TokenIds.joined([known, TokenIds.of([]), TokenIds.of([3])])
+    parts = request_parts({"prompt": "x", "n": 1}, None, {"prompt": ids})
+    assert b"".join(parts) == b'{"prompt":[1,2,3],"n":1}'
+    assert any(part is known.text for part in parts)
+
+
+def test_an_untouched_body_is_passed_on_as_it_came() -> None:
+    raw = b' {"a" : 1.50, "a":"\\u0041}" }\n'
+    assert request_parts(decode_body(raw), raw, {}) == [raw]
+    salted = b"".join(request_parts(decode_body(raw), raw, {"cache_salt": "s"}))
+    assert salted == b' {"a" : 1.50, "a":"\\u0041}" ,"cache_salt":"s"}'
+
+
+def test_of_a_key_that_occurs_twice_the_last_counts() -> None:
+    assert decode_body(b'{"a": 1, "a": 2}') == {"a": 2}
+
+
+def test_every_conversation_of_a_batch_is_looked_at() -> None:
+    part = {"type": "image_url", "uuid": "x"}
+    with pytest.raises(UnsupportedParameter):
+        check_body("embeddings", {"messages": [[{"role": "user", "content": [part]}]]})
+    with pytest.raises(UnsupportedParameter):
+        check_body("embeddings", {"input": [{"role": "user", "content": [part]}]})
+
+
+@pytest.mark.parametrize(
+    ("module", "models"),
+    [
+        ("openai.completion", ["CompletionRequest"]),
+        ("openai.chat_completion", ["ChatCompletionRequest"]),
+        ("pooling.embed", ["EmbeddingCompletionRequest", "EmbeddingChatRequest", "EmbeddingChatInputRequest"]),
+    ],
+)
+def test_every_field_of_the_installed_vllm_was_weighed(module: str, models: list[str]) -> None:
+    pytest.importorskip("vllm")
+    protocol = importlib.import_module(f"vllm.entrypoints.{module}.protocol")
+    found = [getattr(protocol, name) for name in models if hasattr(protocol, name)]
+    assert found
+    for model in found:
+        names = set(model.model_fields)
+        aliases = {str(alias) for info in model.model_fields.values() for alias in (info.alias, info.validation_alias) if alias}
+        assert names | aliases <= ALLOWED_FIELDS | FORBIDDEN_FIELDS.keys(), model
+
+
+def test_no_field_is_both_allowed_and_forbidden() -> None:
+    assert not ALLOWED_FIELDS & FORBIDDEN_FIELDS.keys()

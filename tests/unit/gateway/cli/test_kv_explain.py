@@ -1,0 +1,125 @@
+"""/kv/explain in words: the shape, and `peerkv kv explain`."""
+
+import io
+
+import httpx
+import pytest
+from rich.console import Console
+
+from gateway.cli import kv_explain
+from gateway.cli.main import build_parser
+from gateway.ledger.attempts import Entry
+from gateway.ledger.ledger import Ledger
+from gateway.stats.explain import Explanation, explain
+from gateway.steering.choices import Action, Expected, Option
+from tests.unit.gateway.ledger.planned_attempts import planned
+from transport.table.deliveries import Delivery, DeliveryReason
+
+PLAN = planned(
+    5,
+    request_id="r-1",
+    at=1e9,
+    endpoint="chat",
+    replica="replica-1",
+    source="replica-0",
+    action=Action.PULL,
+    prompt_tokens=1000,
+    block_size=16,
+    peer_tokens=800,
+    best_available_tokens=800,
+    best_held_tokens=800,
+    seconds=(0.01, 0.02, 0.03),
+    options=(
+        Option("replica-1", "replica-0", Action.PULL, None, Expected(0.0, 0.0, 0.06, 0, 960, 40), 0.06),
+        Option("replica-0", None, Action.HIT, None, Expected(1.0, 0.0, 0.5, 960, 0, 40), 1.5),
+    ),
+)
+RECORD = Delivery(
+    tag=5,
+    arrived_ns=1_000_000_000,
+    scheduled_ns=1_050_000_000,
+    first_token_ns=1_120_000_000,
+    prompt_tokens=1000,
+    peer_tokens=320,
+    computed_tokens=680,
+    import_ns=4_000_000,
+    import_wait_ns=6_000_000,
+    import_bytes=1 << 20,
+    planned_tokens=800,
+    stale_blocks=30,
+    failed_blocks=30,
+    source="replica-0",
+    why=DeliveryReason.CHECK_FAILED,
+)
+
+
+def settled() -> Entry:
+    """As it is kept once it is settled."""
+    ledger = Ledger(10)
+    entry = ledger.open(PLAN, 50.0)
+    ledger.delivered(RECORD)
+    ledger.first_byte(entry, 50.125)
+    ledger.ended(entry, 200, 51.0)
+    ledger.settle(entry)
+    (kept,) = ledger.attempts("r-1")
+    return kept
+
+
+def test_an_attempt_shows_what_was_expected_delivered_and_lost() -> None:
+    (attempt,) = explain("r-1", [settled()]).attempts
+    assert attempt.expected.first_token_seconds == pytest.approx(0.06)
+    assert (attempt.expected.computed_tokens, attempt.expected.best_available_tokens) == (200, 800)
+    (delivered,) = attempt.delivered
+    assert (delivered.peer_tokens, delivered.computed_tokens, delivered.why) == (320, 680, "check_failed")
+    assert (delivered.queue_seconds, delivered.first_token_seconds) == (pytest.approx(0.05), pytest.approx(0.12))
+    assert (delivered.import_seconds, delivered.import_wait_seconds) == (pytest.approx(0.004), pytest.approx(0.006))
+    assert (attempt.reason, attempt.lost_tokens, attempt.settled) == ("check_failed", 480, True)
+    assert (attempt.status, attempt.first_byte_seconds, attempt.ended_seconds) == (200, 0.125, 1.0)
+    assert [option.seconds for option in attempt.options] == [0.06, 1.5]
+
+
+def test_a_running_attempt_is_not_final() -> None:
+    ledger = Ledger(10)
+    entry = ledger.open(PLAN, 0.0)
+    (attempt,) = explain("r-1", [entry]).attempts
+    assert (attempt.settled, attempt.status, attempt.reason) == (False, None, "unknown")
+    ledger.delivered(RECORD)
+    (attempt,) = explain("r-1", [entry]).attempts
+    assert (attempt.settled, attempt.reason) == (False, "check_failed")
+
+
+def command(answer: httpx.Response, *flags: str) -> tuple[int, str, list[str]]:
+    """Exit status and output of the command, and the paths that it asked for."""
+    paths = []
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        paths.append(request.url.raw_path.decode())
+        return answer
+
+    output = io.StringIO()
+    parsed = build_parser().parse_args(["kv", "explain", "r-1/..", "--url", "http://gateway:1", *flags])
+    status = kv_explain.run(parsed, Console(file=output, width=140), httpx.MockTransport(reply))
+    return status, output.getvalue(), paths
+
+
+def body() -> httpx.Response:
+    return httpx.Response(200, content=explain("r-1", [settled()]).model_dump_json())
+
+
+def test_the_command_puts_it_into_words() -> None:
+    status, output, paths = command(body())
+    assert (status, paths) == (0, ["/kv/explain/r-1%2F.."])
+    for words in ("pull on replica-1, importing from replica-0", "check_failed", "480 tokens lost", "hit on replica-0 1.500 s"):
+        assert words in output
+
+
+def test_the_command_gives_the_body_as_json() -> None:
+    status, output, _ = command(body(), "--json")
+    assert status == 0
+    assert Explanation.model_validate_json(output).attempts[0].lost_tokens == 480
+
+
+def test_an_unknown_request_is_an_error_that_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    status, output, _ = command(httpx.Response(404))
+    assert (status, output) == (1, "")
+    assert "no request 'r-1/..'" in capsys.readouterr().err

@@ -1,0 +1,174 @@
+"""`peerkv kv stats` against a gateway that answers from memory."""
+
+import argparse
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from rich.console import Console
+
+from engine.fleet import ReplicaState
+from gateway.cli.kv_stats import add_arguments, render, run, short
+from gateway.serve.banner import banner
+from gateway.settings import Settings
+from gateway.stats.shapes import KvStats
+from tests.unit.gateway.stats.test_snapshot import Scene
+from tests.unit.transport.replica_tables import FIELDS, replica_tables
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    with replica_tables(tmp_path / "tables") as tables:
+        tables.start("a")
+        tables.start("b", fields={**FIELDS, "dtype": "float32"})
+        made = Scene(tables)
+        made.count("a", prompt_tokens=1000, local_tokens=200, peer_tokens_shared_memory=700, computed_tokens=100)
+        made.count("a", imports=2, import_bytes=3 << 20, import_nanoseconds=250_000_000, fallbacks=1)
+        yield made
+
+
+def shown(text: Callable[[Console], object]) -> str:
+    console = Console(file=io.StringIO(), width=200, no_color=True)
+    text(console)
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return output.getvalue()
+
+
+def ask(answer: httpx.Response | httpx.HTTPError, *flags: str) -> tuple[int, str, list[httpx.Request]]:
+    seen: list[httpx.Request] = []
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        if isinstance(answer, httpx.HTTPError):
+            raise answer
+        return answer
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = parser.parse_args([*(("--url", "http://gateway:1") if "--config" not in flags else ()), *flags])
+    status: list[int] = []
+    output = shown(lambda console: status.append(run(arguments, console, httpx.MockTransport(reply))))
+    return status[0], output, seen
+
+
+def body(scene: Scene) -> httpx.Response:
+    return httpx.Response(200, content=scene.view.snapshot().model_dump_json())
+
+
+def test_the_table_shows_tokens_hit_rate_imports_and_what_differs(scene: Scene) -> None:
+    output = shown(lambda console: console.print(render(scene.view.snapshot(), None, 0.0)))
+    row = next(line for line in output.splitlines() if line.strip().startswith("a "))
+    assert row.split() == ["a", "ready", "0", "0/256", "200", "700", "100", "90%", "3", "125.0", "1"]
+    assert "a does not import from b: dtype: bfloat16 here, float32 there" in output
+    assert "token ids of chat: unknown" in output
+
+
+def test_a_fleet_of_usual_names_fits_into_eighty_columns(scene: Scene) -> None:
+    scene.count("a", prompt_tokens=9_000_000, local_tokens=9_000_000)
+    console = Console(file=io.StringIO(), width=80, no_color=True)
+    console.print(render(scene.view.snapshot(), None, 0.0))
+    assert "…" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_large_counts_are_written_short() -> None:
+    counts = (0, 999_999, 1_000_000, 2_340_000_000, 5 * 10**12)
+    assert [short(count) for count in counts] == ["0", "999,999", "1.0M", "2.3G", "5.0T"]
+
+
+def test_a_replica_that_is_not_ready_says_why(scene: Scene) -> None:
+    scene.fleet.set("b", ReplicaState.BACKOFF, reason="killed by signal 9")
+    output = shown(lambda console: console.print(render(scene.view.snapshot(), None, 0.0)))
+    assert "b is backoff: killed by signal 9" in output
+
+
+def test_rates_come_from_two_looks(scene: Scene) -> None:
+    before = scene.view.snapshot()
+    scene.count("a", prompt_tokens=50, peer_tokens_shared_memory=40, computed_tokens=10)
+    output = shown(lambda console: console.print(render(scene.view.snapshot(), before, 2.0)))
+    assert "25 prompt tokens/s, 20 of them from peers" in output
+
+
+def test_once_prints_the_table_and_sends_the_admin_key(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PEERKV_ADMIN_KEY", raising=False)
+    status, output, seen = ask(body(scene), "--once", "--admin-key", "secret-key")
+    assert (status, str(seen[0].url)) == (0, "http://gateway:1/kv/stats")
+    assert seen[0].headers["authorization"] == "Bearer secret-key"
+    assert "in all" in output
+
+
+def test_the_admin_key_may_come_from_the_environment(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_ADMIN_KEY", "from-there")
+    assert ask(body(scene), "--once")[2][0].headers["authorization"] == "Bearer from-there"
+
+
+def test_address_and_admin_key_come_from_the_settings(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("PEERKV_HOST", "PEERKV_PORT", "PEERKV_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    config = tmp_path / "peerkv.toml"
+    config.write_text('host = "0.0.0.0"\nport = 1001\nadmin_key = "from-the-file"\n')
+    request = ask(body(scene), "--once", "--config", str(config))[2][0]
+    assert (str(request.url), request.headers["authorization"]) == ("http://127.0.0.1:1001/kv/stats", "Bearer from-the-file")
+
+
+def test_json_is_the_body_itself(scene: Scene) -> None:
+    status, output, _ = ask(body(scene), "--json")
+    assert status == 0
+    assert KvStats.model_validate(json.loads(output)).totals.tokens.prompt == 1000
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (httpx.ConnectError("refused"), "no gateway answers at http://gateway:1"),
+        (httpx.Response(401), "--admin-key"),
+        (httpx.Response(403), "--admin-key"),
+        (httpx.Response(500), "answers 500"),
+        (httpx.Response(200, content=b"{}"), "no peerkv of this version"),
+    ],
+)
+def test_a_gateway_that_can_not_be_read_is_an_error_that_says_what_to_do(
+    answer: httpx.Response | httpx.HTTPError, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, output, _ = ask(answer, "--once")
+    assert (status, output) == (1, "")
+    assert words in capsys.readouterr().err
+
+
+def test_on_a_terminal_the_table_follows_until_the_gateway_ends(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    looks = 0
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        nonlocal looks
+        looks += 1
+        scene.count("a", prompt_tokens=10, computed_tokens=10)
+        if looks > 3:
+            raise httpx.ConnectError("gone")
+        return body(scene)
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    assert run(parser.parse_args(["--interval", "0.1"]), console, httpx.MockTransport(reply)) == 1
+    assert looks == 4
+    assert "prompt tokens/s" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "no gateway answers" in capsys.readouterr().err
+
+
+def test_the_banner_gives_the_url_when_it_is_not_the_usual_one(scene: Scene) -> None:
+    shown_at = {port: banner(Settings(port=port), scene.fleet.snapshot(), None) for port in (8000, 8001)}
+    assert "peerkv kv stats\n" in shown_at[8000]
+    assert "peerkv kv stats --url http://127.0.0.1:8001\n" in shown_at[8001]
+
+
+def test_the_notes_say_why_prompts_were_not_cached(scene: Scene) -> None:
+    stats = scene.view.snapshot()
+    ledger = stats.ledger.model_copy(
+        update={"requests": {"none": 5, "load": 1200, "cold": 0}, "lost_tokens": {"load": 3_000_000}, "predicted_tokens": 70}
+    )
+    output = shown(lambda console: console.print(render(stats.model_copy(update={"ledger": ledger}), None, 0.0)))
+    assert "none 5, load 1,200 (-3.0M)" in output
+    assert "70 expected, 0 delivered" in output

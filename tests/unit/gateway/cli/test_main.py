@@ -1,0 +1,127 @@
+"""The command line: flags, help, errors, exit statuses."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from gateway.cli import main as cli
+from gateway.cli.doctor import report as doctor
+from gateway.cli.flags import WITHOUT_FLAG, given_settings
+from gateway.cli.main import build_parser, main
+from gateway.settings import Settings
+
+COMMANDS = [["serve"], ["engine"], ["gateway"], ["doctor"], ["kv", "stats"], ["openapi"]]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("PEERKV_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Settings]]:
+    """What would have been run, with which settings."""
+    found: list[tuple[str, Settings]] = []
+
+    def run(work: Any, settings: Settings) -> int:
+        found.append((work.__name__, settings))
+        return 0
+
+    monkeypatch.setattr(cli, "_run", run)
+    return found
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("peerkv 0.")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_flag_says_its_default(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    # A boolean has two flags and one default.
+    described = [line for line in text.splitlines() if line.startswith("  --")]
+    assert described
+    assert text.count("(default") >= len(described) - 1 - (command[0] == "kv")
+
+
+def test_every_setting_has_a_flag() -> None:
+    parsed = vars(build_parser().parse_args(["serve"]))
+    assert Settings.model_fields.keys() - parsed.keys() == WITHOUT_FLAG
+
+
+def test_a_flag_that_is_not_given_says_nothing() -> None:
+    given = given_settings(build_parser().parse_args(["serve"]))
+    assert set(given.values()) == {None}
+
+
+def test_serve_takes_model_flags_and_vllms_arguments(runs: list[tuple[str, Settings]]) -> None:
+    arguments = ["serve", "a/model", "--replicas", "3", "--port", "9000", "--no-connector", "--", "--max-model-len", "64"]
+    assert main(arguments) == 0
+    [(name, settings)] = runs
+    assert (name, settings.model, settings.replicas, settings.port) == ("serve", "a/model", 3, 9000)
+    assert settings.connector is False
+    assert settings.vllm_args == ("--max-model-len", "64")
+
+
+def test_serve_without_a_model_takes_the_default_one(runs: list[tuple[str, Settings]]) -> None:
+    assert main(["serve"]) == 0
+    assert runs[0][1].model == ""
+
+
+@pytest.mark.parametrize("command", ["engine", "gateway"])
+def test_the_halves_can_be_run_alone(command: str, runs: list[tuple[str, Settings]]) -> None:
+    assert main([command, "--run-dir", "/tmp/x"]) == 0
+    assert (runs[0][0], str(runs[0][1].run_dir)) == (command, "/tmp/x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "--replicas", "many"], "replicas: must be 'auto'"),
+        (["serve", "--config", "/nonexistent.toml"], "cannot read the settings file"),
+        (["gateway", "--", "--x"], "go to vLLM"),
+        (["openapi", "--check", "--output", "/nonexistent.json"], "write it with `peerkv openapi`"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) in (1, 2)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("peerkv: error: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["serve", "--bogus"], ["serve", "--repl", "1"]])
+def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: peerkv" in capsys.readouterr().err
+
+
+def test_doctor_gets_the_settings_and_gives_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def run(settings: Settings, *, as_json: bool, measure_links: bool) -> int:
+        seen.append((settings.port, as_json, measure_links))
+        return 1
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor", "--json", "--port", "9001"]) == 1
+    assert main(["doctor", "--quick"]) == 1
+    assert seen == [(9001, True, True), (8000, False, False)]
+
+
+def test_kv_stats_without_a_gateway_is_status_1() -> None:
+    assert main(["kv", "stats", "--url", "http://127.0.0.1:1", "--once"]) == 1

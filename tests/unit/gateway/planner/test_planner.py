@@ -1,0 +1,501 @@
+"""The planner: from a body to a replica, a source and token ids, over real tables and a tiny tokenizer."""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.fleet import ReplicaState
+from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, PromptTooLong, ReplicaNotReady, UnknownReplica
+from gateway.planner.plan import Plan
+from gateway.planner.planner import Planner
+from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
+from gateway.prompts.tokenizer.model_files import TokenizerSource
+from gateway.prompts.tokenizer.service import TokenService
+from gateway.relay.engine_body import encode_body
+from gateway.steering.steer import Action
+from gateway.tenants.tenants import ANONYMOUS, TenantContext
+from gateway.upstream.served_models import ServedModels
+from tests.unit.gateway.prompts.tiny_model import make_model
+from tests.unit.transport.replica_tables import FIELDS, ReplicaTables, StandingFleet
+from transport.table.deliveries import Delivery, DeliveryReason
+from transport.table.directory import TableDirectory
+
+EXACT = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
+IDS = list(range(2, 2 + 21))
+LONG = list(range(1000, 1000 + 601))
+TENANT = TenantContext("t", "salty")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    prefixes_tracked_max: int = 1000
+    imports: bool = True
+    tokenize_inline_chars_max: int = 100
+    key_cache_bytes_max: int = 1 << 20
+    send_chat_ids: bool = True
+
+
+class Place:
+    """A fleet of two with its tables and a planner."""
+
+    def __init__(self, tables: ReplicaTables, model: Path) -> None:
+        self.tables = tables
+        self.fleet = StandingFleet("a", "b", directory=tables.directory)
+        self.tokens = TokenService(TokenizerSource(str(model)))
+        self.tokens.load()
+        self.models: ServedModels | None = None
+        self.planner = Planner(self.fleet, TableDirectory(tables.directory), self.tokens, Bounds(), lambda: self.models)
+        self.planner.prompts.parity = EXACT
+
+    async def plan(self, prompt: Any = None, pinned: str | None = None, tenant: TenantContext = ANONYMOUS, **body: Any) -> Plan:
+        return await self.planner.plan("completions", {"prompt": prompt, **body}, tenant, pinned=pinned)
+
+    async def occupy(self, replica: str) -> None:
+        """Send a long prompt there that nobody holds."""
+        self.planner.started(await self.plan([ord(replica), *LONG], pinned=replica))
+
+    async def chat(self, text: str, **body: Any) -> Plan:
+        return await self.planner.plan("chat", {"messages": [{"role": "user", "content": text}], **body}, ANONYMOUS)
+
+    def limit(self, context_tokens: int) -> None:
+        self.models = ServedModels(b"", {}, context_tokens)
+
+
+@pytest.fixture
+def place(two_tables: ReplicaTables, tmp_path: Path) -> Place:
+    return Place(two_tables, make_model(tmp_path / "model"))
+
+
+async def test_a_request_goes_to_the_holder_of_its_prefix(place: Place) -> None:
+    place.tables.hold("b", IDS)
+    plan = await place.plan(IDS)
+    assert (plan.replica.name, plan.source, plan.prompt_tokens, plan.predicted_tokens) == ("b", None, 21, 20)
+    assert plan.kv_transfer_params == {"peerkv": {"source": "", "tag": plan.tag}}
+    assert plan.prompt is None
+    assert plan.cache_salt is None
+
+
+async def test_a_busy_holder_becomes_the_source_of_a_free_replica(place: Place) -> None:
+    place.tables.hold("b", LONG)
+    await place.occupy("b")
+    assert place.planner.in_flight() == {"b": 1}
+    plan = await place.plan(LONG)
+    assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", "b", 600)
+    assert plan.kv_transfer_params == {"peerkv": {"source": "b", "tag": plan.tag}}
+
+
+@pytest.mark.parametrize("why", [DeliveryReason.SOURCE_UNREADABLE, DeliveryReason.NOT_EXCHANGING])
+async def test_a_source_that_the_engine_refused_is_offered_to_it_no_more(place: Place, why: DeliveryReason) -> None:
+    """Two GPUs without a way between them: each import that is planned would be a prompt computed whole."""
+    place.tables.hold("b", LONG)
+    await place.occupy("b")
+    plan = await place.plan(LONG)
+    assert plan.source == "b"
+    place.planner.started(plan)
+    place.tables.writers["a"].deliver(
+        Delivery(tag=plan.tag, scheduled_ns=1, first_token_ns=2, prompt_tokens=601, computed_tokens=601, why=why), ""
+    )
+    place.planner.finished(plan)
+    assert (await place.plan(LONG, pinned="a")).source is None
+
+
+async def test_with_imports_switched_off_nobody_is_a_source(place: Place) -> None:
+    place.planner = Planner(place.fleet, TableDirectory(place.tables.directory), place.tokens, Bounds(imports=False))
+    place.planner.prompts.parity = EXACT
+    place.tables.hold("b", LONG)
+    await place.occupy("b")
+    plans = [await place.plan(LONG), await place.plan(LONG, pinned="a")]
+    assert [plan.source for plan in plans] == [None, None]
+    assert [plan.kv_transfer_params["peerkv"]["source"] for plan in plans if plan.kv_transfer_params] == ["", ""]
+
+
+async def test_in_flight_counts_go_back_when_requests_finish(place: Place) -> None:
+    plans = [await place.plan(IDS), await place.plan(IDS)]
+    for plan in plans:
+        place.planner.started(plan)
+    for plan in plans:
+        place.planner.finished(plan)
+    assert place.planner.in_flight() == {}
+
+
+async def test_requests_that_nobody_holds_spread_by_what_is_in_flight(place: Place) -> None:
+    for first in range(4):
+        place.planner.started(await place.plan([first, *LONG]))
+    assert place.planner.in_flight() == {"a": 2, "b": 2}
+
+
+async def test_a_chats_ids_go_with_it_to_an_engine_that_takes_them(place: Place) -> None:
+    place.tables.start("c", fields={**FIELDS, "vllm": "0.32.0+cpu"})
+    place.tables.start("d", fields={**FIELDS, "vllm": "0.26.1"})
+    place.fleet.become("a", "c", "d")
+
+    async def sent(replica: str, **body: Any) -> Any:
+        body = {"messages": [{"role": "user", "content": "this"}], **body}
+        plan = await place.planner.plan("chat", body, ANONYMOUS, pinned=replica)
+        assert plan.kv_transfer_params is not None
+        return plan.kv_transfer_params.get("prompt_token_ids")
+
+    assert await sent("c") == place.tokens.encode_chat({"messages": [{"role": "user", "content": "this"}]})
+    assert b'"prompt_token_ids":[0,' in encode_body({"kv_transfer_params": {"prompt_token_ids": await sent("c")}})
+    assert [await sent("d"), await sent("a"), await sent("c", echo=True)] == [None, None, None]
+    place.planner.prompts.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.DEGRADED))
+    assert await sent("c") is None
+    place.planner.prompts.parity, place.planner._send_chat_ids = EXACT, False
+    assert await sent("c") is None
+
+
+async def test_a_text_goes_as_the_engines_ids(place: Place) -> None:
+    expected = place.tokens.encode("hello")
+    place.tables.hold("b", place.tokens.encode("hello, this is held"))
+    plan = await place.plan("hello, this is held and goes on")
+    assert plan.replica.name == "b"
+    assert plan.prompt == place.tokens.encode("hello, this is held and goes on")
+    assert (await place.plan(["hello", "x"])).prompt == [expected, place.tokens.encode("x")]
+    assert (await place.plan(["hello"])).prompt == [expected]
+    assert (await place.plan("hello", add_special_tokens=False)).prompt == expected[1:]
+
+
+@pytest.mark.parametrize("parity", [Parity.UNKNOWN, Parity.DEGRADED, Parity.OFF])
+async def test_without_proven_parity_a_text_goes_as_text_and_its_ids_only_steer(place: Place, parity: Parity) -> None:
+    place.planner.prompts.parity = ParityVerdict(KindVerdict(parity), KindVerdict(parity))
+    place.tables.hold("b", place.tokens.encode("the very same text"))
+    plan = await place.plan("the very same text")
+    assert (plan.replica.name, plan.prompt) == ("b", None)
+    assert plan.kv_transfer_params == {"peerkv": {"tag": plan.tag}}
+
+
+@pytest.mark.parametrize("field", [{"echo": True}, {"return_token_offsets": True}])
+async def test_a_text_that_the_answer_depends_on_goes_as_text(place: Place, field: dict[str, Any]) -> None:
+    plan = await place.plan("hello", **field)
+    assert (plan.prompt, plan.prompt_tokens) == (None, 6)
+
+
+@pytest.mark.parametrize("field", [{"suffix": "x"}, {"truncate_prompt_tokens": 3}])
+async def test_a_prompt_that_the_engine_changes_is_steered_by_load(place: Place, field: dict[str, Any]) -> None:
+    place.tables.hold("b", IDS)
+    await place.occupy("b")
+    plan = await place.plan(IDS, **field)
+    assert (plan.replica.name, plan.prompt, plan.predicted_tokens) == ("a", None, 0)
+    assert plan.kv_transfer_params == {"peerkv": {"tag": plan.tag}}
+    assert "the engine changes the prompt" in plan.reason
+
+
+@pytest.mark.parametrize("field", [{"prompt_logprobs": 0}, {"echo": True, "logprobs": 1}])
+async def test_a_request_for_the_prompts_logprobs_expects_nothing_from_caches(place: Place, field: dict[str, Any]) -> None:
+    place.tables.hold("b", IDS)
+    await place.occupy("b")
+    plan = await place.plan(IDS, **field)
+    assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", None, 0)
+
+
+async def test_a_tenants_salt_goes_into_keys_and_body(place: Place) -> None:
+    place.tables.hold("a", IDS)
+    place.tables.hold("b", IDS, salt="salty", first_block=50)
+    salted = await place.plan(IDS, tenant=TENANT)
+    assert (salted.replica.name, salted.cache_salt) == ("b", "salty")
+    assert (await place.plan(IDS)).replica.name == "a"
+
+
+async def test_an_adapter_has_keys_of_its_own(place: Place) -> None:
+    cards = {"model": {"id": "model"}, "poet": {"id": "poet", "root": "/loras/poet", "parent": "model"}}
+    place.models = ServedModels(b"", cards)
+    place.tables.hold("a", IDS)
+    place.tables.hold("b", IDS, lora="poet=/loras/poet", first_block=50)
+    assert (await place.plan(IDS, model="poet")).replica.name == "b"
+    assert (await place.plan(IDS, model="model")).replica.name == "a"
+
+
+async def test_of_a_list_of_prompts_the_longest_steers(place: Place) -> None:
+    place.tables.hold("b", IDS)
+    plan = await place.plan([[5, 6], IDS])
+    assert (plan.replica.name, plan.prompt_tokens, plan.kv_transfer_params) == ("b", 21, {"peerkv": {"tag": plan.tag}})
+
+
+async def test_a_chat_is_steered_by_its_rendered_ids_and_goes_as_it_is(place: Place) -> None:
+    body = {"messages": [{"role": "user", "content": "tell me of the sea"}]}
+    place.tables.hold("b", place.tokens.encode_chat(body))
+    plan = await place.chat("tell me of the sea")
+    assert (plan.replica.name, plan.prompt) == ("b", None)
+    assert plan.kv_transfer_params == {"peerkv": {"source": "", "tag": plan.tag}}
+    assert plan.predicted_tokens > 0
+
+
+async def test_a_chat_is_steered_by_load_when_its_ids_are_known_to_be_wrong(place: Place) -> None:
+    place.tables.hold("b", place.tokens.encode_chat({"messages": [{"role": "user", "content": "tell me of the sea"}]}))
+    place.planner.prompts.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.OFF))
+    plan = await place.chat("tell me of the sea")
+    assert (plan.prompt_tokens, plan.predicted_tokens, plan.kv_transfer_params) == (0, 0, {"peerkv": {"tag": plan.tag}})
+
+
+async def test_media_are_steered_by_load(place: Place) -> None:
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}
+    plan = await place.planner.plan("chat", body, ANONYMOUS)
+    assert (plan.prompt_tokens, plan.kv_transfer_params) == (0, {"peerkv": {"tag": plan.tag}})
+    assert "engine's business" in plan.reason
+
+
+async def test_embeddings_go_to_the_least_busy_replica(place: Place) -> None:
+    place.planner.started(await place.planner.plan("embeddings", {"input": "x"}, TENANT))
+    plan = await place.planner.plan("embeddings", {"input": "x"}, TENANT)
+    assert (plan.replica.name, plan.kv_transfer_params, plan.cache_salt) == ("b", None, "salty")
+
+
+async def test_a_long_prompt_is_tokenised_off_the_event_loop(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    to_thread = asyncio.to_thread
+
+    async def note(function: Any, *given: Any) -> Any:
+        moved.append(function.__name__)
+        return await to_thread(function, *given)
+
+    monkeypatch.setattr(asyncio, "to_thread", note)
+    await place.plan("x" * 100)
+    await place.chat("x" * 60)
+    assert moved == []
+    assert (await place.plan("x" * 1001)).prompt == place.tokens.encode("x" * 1001)
+    await place.chat("y" * 1001)
+    assert moved == ["_completion", "_chat"]
+
+
+async def test_text_seen_before_is_looked_up_on_the_event_loop(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = "A line of words.\n" * 1000
+    before = await place.plan(seen)
+    monkeypatch.delattr(asyncio, "to_thread")
+    assert (await place.plan(seen)).prompt == before.prompt
+    for unseen in ("Z" + seen, ["a"] * 257, [seen, seen]):
+        with pytest.raises(AttributeError, match="to_thread"):
+            await place.plan(unseen)
+
+
+async def test_a_prompt_that_does_not_fit_is_refused_before_an_engine_sees_it(place: Place) -> None:
+    place.limit(10)
+    assert (await place.plan(list(range(10)))).prompt_tokens == 10
+    for prompt in (list(range(11)), "x" * 10, "x" * 1000, [[1], list(range(11))]):
+        with pytest.raises(PromptTooLong) as refusal:
+            await place.plan(prompt)
+        assert (refusal.value.status, refusal.value.param) == (400, "prompt")
+    with pytest.raises(PromptTooLong) as refusal:
+        await place.chat("x" * 50)
+    assert refusal.value.param == "messages"
+
+
+async def test_what_does_not_fit_by_unproven_ids_is_left_to_the_engine(place: Place) -> None:
+    place.limit(10)
+    place.planner.prompts.parity = ParityVerdict()
+    assert (await place.plan("x" * 12)).prompt is None
+    assert (await place.plan("x" * 1000)).prompt_tokens == 0
+    assert (await place.chat("x" * 50)).prompt is None
+    assert (await place.plan("x" * 12, truncate_prompt_tokens=5)).prompt is None
+
+
+async def test_the_context_length_of_the_parity_check_counts_until_the_models_are_known(place: Place) -> None:
+    place.planner.prompts.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(), "a", 4)
+    with pytest.raises(PromptTooLong):
+        await place.plan([1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        None,
+        [],
+        {},
+        5,
+        [[]],
+        [[1], []],
+        [1, "a"],
+        ["a", 1],
+        [True],
+        [[True]],
+        [1.0],
+        [[1.5]],
+        [-1],
+        [[-1]],
+        [2**31],
+        [[[1]]],
+        [None],
+    ],
+)
+async def test_a_malformed_prompt_is_a_bad_request(place: Place, prompt: Any) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        await place.plan(prompt)
+    assert (refusal.value.status, refusal.value.param) == (400, "prompt")
+
+
+@pytest.mark.parametrize("prompt", [[0], [2**31 - 1], [[1], [2, 3]], "", ["", "x"]])
+async def test_well_formed_prompts_are_planned(place: Place, prompt: Any) -> None:
+    assert (await place.plan(prompt)).replica.name in ("a", "b")
+
+
+async def test_an_empty_text_is_left_to_the_engine(place: Place) -> None:
+    assert (await place.plan("", add_special_tokens=False)).prompt is None
+
+
+async def test_only_ready_replicas_are_chosen(place: Place) -> None:
+    place.tables.hold("b", IDS)
+    place.fleet.set("b", ReplicaState.DRAINING)
+    plan = await place.plan(IDS)
+    assert (plan.replica.name, plan.source) == ("a", None)
+    place.fleet.set("a", ReplicaState.STARTING)
+    with pytest.raises(NoReplicaReady, match="a is starting; b is draining"):
+        await place.plan(IDS)
+
+
+async def test_a_pinned_request_goes_where_it_says_and_imports_from_the_best_holder(place: Place) -> None:
+    place.tables.hold("b", LONG)
+    plan = await place.plan(LONG, pinned="a")
+    assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", "b", 600)
+    plan = await place.plan(LONG, pinned="b")
+    assert (plan.replica.name, plan.source) == ("b", None)
+
+
+async def test_a_pin_to_an_unknown_or_unready_replica_is_an_error(place: Place) -> None:
+    with pytest.raises(UnknownReplica):
+        await place.plan(IDS, pinned="zz")
+    place.fleet.set("b", ReplicaState.BACKOFF)
+    with pytest.raises(ReplicaNotReady):
+        await place.plan(IDS, pinned="b")
+
+
+async def test_a_second_plan_avoids_the_lost_replica_and_keeps_what_is_known(place: Place) -> None:
+    place.tables.hold("b", IDS)
+    first = await place.plan(IDS, tenant=ANONYMOUS)
+    again = place.planner.replan(first, exclude={"b"})
+    assert (first.replica.name, again.replica.name, again.source, again.prompt_tokens) == ("b", "a", None, 21)
+    with pytest.raises(NoReplicaReady):
+        place.planner.replan(again, exclude={"a", "b"})
+
+
+async def test_a_second_plan_of_a_pinned_request_has_nowhere_to_go(place: Place) -> None:
+    with pytest.raises(ApiError):
+        place.planner.replan(await place.plan(IDS, pinned="b"), exclude={"b"})
+
+
+async def test_replicas_that_can_not_exchange_import_nothing(place: Place) -> None:
+    place.tables.stop("a")
+    place.tables.start("a", fields={"weights": "others"})
+    place.tables.hold("b", IDS)
+    plan = await place.plan(IDS, pinned="a")
+    assert (plan.source, plan.predicted_tokens) == (None, 0)
+
+
+async def test_a_replica_without_a_table_gets_no_hint(place: Place) -> None:
+    place.tables.stop("a")
+    assert (await place.plan(IDS, pinned="a")).kv_transfer_params is None
+
+
+async def test_prefixes_are_counted_once_a_request(place: Place) -> None:
+    plan = await place.plan(IDS)
+    place.planner.replan(plan, exclude=set())
+    [(_, tokens, requests, _)] = place.planner.prefixes.top(5)
+    assert (tokens, requests) == (20, 1)
+
+
+async def test_decisions_are_counted(place: Place) -> None:
+    place.tables.hold("b", LONG)
+    await place.plan(LONG)
+    await place.plan(LONG, pinned="a")
+    await place.planner.plan("embeddings", {"input": "x"}, ANONYMOUS)
+    counts = place.planner.counts
+    assert (counts.planned, counts.to_holder, counts.with_source, counts.pinned, counts.without_ids) == (3, 1, 1, 1, 1)
+    assert (counts.prompt_tokens, counts.predicted_tokens) == (1202, 1200)
+
+
+async def test_the_body_stays_as_it_is(place: Place) -> None:
+    body = {"prompt": "hello", "model": "m"}
+    await place.planner.plan("completions", body, TENANT)
+    assert body == {"prompt": "hello", "model": "m"}
+
+
+async def test_a_burst_of_equal_prompts_is_computed_once(place: Place) -> None:
+    plans = []
+    for _ in range(50):
+        plans.append(await place.plan(LONG))
+        place.planner.started(plans[-1])
+    computed = [plan for plan in plans if plan.decision.expected.computed_tokens > len(LONG) // 2]
+    assert len(computed) <= 2  # at most once a replica
+    assert len({plan.tag for plan in plans}) == 50
+
+
+async def test_of_requests_that_come_at_once_each_plan_knows_of_those_before_it(place: Place) -> None:
+    async def ask() -> Plan:
+        plan = await place.plan(LONG)
+        place.planner.started(plan)
+        return plan
+
+    await place.occupy("a")  # who is not alone waits for the others before it is planned
+    plans = await asyncio.gather(*(ask() for _ in range(50)))
+    computed = [plan for plan in plans if plan.decision.expected.computed_tokens > len(LONG) // 2]
+    assert len(computed) <= 2
+    assert sum(place.planner.in_flight().values()) == 51
+
+
+async def test_a_prompt_cache_key_keeps_together_what_nobody_holds(place: Place) -> None:
+    prompts = [[first, *LONG] for first in range(8)]
+    homes = {(await place.plan(prompt, prompt_cache_key="session")).replica.name for prompt in prompts}
+    assert len(homes) == 1
+    spread = {(await place.plan(prompt, prompt_cache_key=f"session {prompt[0]}")).replica.name for prompt in prompts}
+    assert spread == {"a", "b"}
+    malformed = {(await place.plan(prompt, prompt_cache_key=["session"])).replica.name for prompt in prompts}
+    assert malformed == {"a", "b"}
+
+
+async def test_a_request_that_relies_on_a_promise_may_be_served_by_another_holder(place: Place) -> None:
+    place.planner.started(await place.plan(LONG, pinned="a"))
+    relying = await place.plan(LONG, pinned="a")
+    assert (relying.decision.action, relying.predicted_tokens) == (Action.HIT, 600)
+    assert relying.kv_transfer_params == {"peerkv": {"tag": relying.tag}}
+
+
+async def test_a_promise_ends_with_the_request_that_made_it(place: Place) -> None:
+    first = await place.plan(LONG)
+    place.planner.started(first)
+    assert (await place.plan(LONG)).predicted_tokens == 600
+    place.planner.finished(first)
+    assert (await place.plan(LONG)).predicted_tokens == 0
+
+
+async def test_an_engines_own_words_send_requests_elsewhere(place: Place) -> None:
+    place.tables.writers["a"].tell_load((1, 0, 4000, 0))
+    chosen = {(await place.plan([first, *LONG])).replica.name for first in range(4)}
+    assert chosen == {"b"}
+
+
+async def test_a_full_cache_is_dear_once_what_it_gave_up_was_asked_for_again(place: Place) -> None:
+    """Until then its price is a belief; a request for what nobody holds any more confirms it, and others soon wear it away."""
+    planner, writer = place.planner, place.tables.writers["a"]
+    await place.plan(LONG)
+    assert planner.evictions.again().tokens == 1.0
+
+    def give_up(tag: int) -> None:
+        writer.count("evictions", 64)
+        writer.deliver(Delivery(tag=tag, arrived_ns=tag * 10**9, first_token_ns=tag * 10**9), "")
+
+    for tag in range(1, 40):
+        give_up(tag)
+    await place.plan(IDS)
+    cheap = planner.evictions.again().tokens
+    assert cheap < 0.1
+    await place.plan(LONG)
+    assert planner.evictions.again().tokens > 2 * cheap
+
+
+async def test_a_prompt_that_somebody_holds_or_computes_was_not_given_up(place: Place) -> None:
+    planner = place.planner
+    planner.started(await place.plan(LONG))
+    place.tables.writers["a"].count("evictions", 1000)
+    place.tables.writers["a"].deliver(Delivery(tag=1, first_token_ns=1), "")
+    await place.plan(IDS)
+    before = planner.evictions.again()
+    await place.plan(LONG)
+    place.tables.hold("b", IDS)
+    await place.plan(IDS)
+    assert planner.evictions.again() == before
+
+
+async def test_a_full_cache_keeps_what_it_has_and_a_free_one_takes_the_prompt(place: Place) -> None:
+    place.tables.hold("a", list(range(9000, 9000 + 250 * 4)))
+    assert [(await place.plan(LONG)).replica.name for _ in range(4)] == ["b"] * 4

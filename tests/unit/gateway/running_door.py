@@ -1,0 +1,284 @@
+"""A real front door on loopback over fake engines on real unix sockets, for tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Set
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from engine.fleet import FleetSnapshot, Replica, ReplicaState
+from gateway.admin.app import build_app
+from gateway.admin.offline_document import NothingKept
+from gateway.errors import NoReplicaReady, ReplicaNotReady, UnknownReplica
+from gateway.http_server.server import DoorServer, bind, build_server
+from gateway.kept_prefixes.shapes import PrefixReport
+from gateway.relay.frontdoor import FrontDoor
+from gateway.relay.relay import Relay
+from gateway.settings import Settings
+from gateway.stats.explain import Explanation, explain
+from gateway.stats.prometheus import Metrics
+from gateway.stats.shapes import (
+    CostStats,
+    GatewayStats,
+    KindParity,
+    KvStats,
+    LedgerStats,
+    ParityStats,
+    SteeringStats,
+    TokenCounts,
+    TokenizerStats,
+    Totals,
+    TransferCounts,
+)
+from gateway.tenants.access import AdminAccess
+from gateway.tenants.tenants import TenantContext, Tenants
+from gateway.upstream.pool import Upstream
+from gateway.upstream.served_models import ModelsCache
+from tests import fake_engine
+
+FAKE_ENGINE = Path(__file__).parents[2] / "fake_engine.py"
+DEADLINE_SECONDS = 15.0
+
+
+async def until(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
+    """Wait for the condition to become true; it may be a coroutine function."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline, "the condition did not become true in time"
+        await asyncio.sleep(0.01)
+
+
+class FakeFleet:
+    """A fleet that the test changes by hand."""
+
+    def __init__(self) -> None:
+        self.replicas: dict[str, Replica] = {}
+        self.version = 0
+        self.suspects: list[str] = []
+
+    def put(self, name: str, socket: Path | str, state: ReplicaState = ReplicaState.READY, reason: str = "") -> None:
+        self.version += 1
+        self.replicas[name] = Replica(name, state, str(socket), 1, 0, reason, "cpu", "/dev/null")
+
+    def set_state(self, name: str, state: ReplicaState, reason: str = "") -> None:
+        self.version += 1
+        self.replicas[name] = replace(self.replicas[name], state=state, reason=reason)
+
+    def snapshot(self) -> FleetSnapshot:
+        return FleetSnapshot(self.version, "fake-model", "fake-model", "", tuple(self.replicas.values()))
+
+    def suspect(self, name: str) -> None:
+        self.suspects.append(name)
+
+
+@dataclass(frozen=True)
+class FakePlan:
+    replica: Replica
+    prompt: list[Any] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+    cache_salt: str | None = None
+
+
+@dataclass
+class FakePlanner:
+    """The first ready replica gets everything."""
+
+    fleet: FakeFleet
+    prompt: list[Any] | None = None
+    error: Exception | None = None
+    in_flight: dict[str, int] = field(default_factory=dict)
+    plans: list[FakePlan] = field(default_factory=list)
+
+    async def read(
+        self, endpoint: str, body: dict[str, Any], tenant: TenantContext, *, pinned: str | None
+    ) -> tuple[Replica, str | None]:
+        if self.error is not None:
+            raise self.error
+        if pinned is not None:
+            found = self.fleet.replicas.get(pinned)
+            if found is None:
+                raise UnknownReplica(pinned, self.fleet.replicas)
+            if found.state is not ReplicaState.READY:
+                raise ReplicaNotReady(pinned, found.state)
+            return found, tenant.salt or None
+        return self._first(frozenset()), tenant.salt or None
+
+    def decide(self, asked: tuple[Replica, str | None]) -> FakePlan:
+        return self._plan(*asked)
+
+    def replan(self, plan: FakePlan, *, exclude: Set[str]) -> FakePlan:
+        return self._plan(self._first(exclude), plan.cache_salt)
+
+    def _first(self, exclude: Set[str]) -> Replica:
+        for found in self.fleet.snapshot().ready():
+            if found.name not in exclude:
+                return found
+        raise NoReplicaReady
+
+    def _plan(self, chosen: Replica, salt: str | None) -> FakePlan:
+        plan = FakePlan(chosen, self.prompt, {"peerkv": {"source": "", "tag": "t"}}, salt)
+        self.plans.append(plan)
+        return plan
+
+    def started(self, plan: FakePlan) -> None:
+        self.in_flight[plan.replica.name] = self.in_flight.get(plan.replica.name, 0) + 1
+
+    def first_byte(self, plan: FakePlan) -> None:
+        """Nothing is learnt from it here."""
+
+    def finished(self, plan: FakePlan) -> None:
+        self.in_flight[plan.replica.name] -= 1
+
+
+class FakeSight:
+    """Nothing to see."""
+
+    def stats(self) -> KvStats:
+        tokens, counts = TokenCounts(), TransferCounts()
+        kind = KindParity(parity="unknown", compared=0, differences=[], reason="")
+        return KvStats(
+            model="fake-model",
+            gateway=GatewayStats(version="0", uptime_seconds=0.0),
+            steering=SteeringStats(),
+            costs=CostStats(),
+            ledger=LedgerStats(),
+            tokenizer=TokenizerStats(loaded=False, chat=False, directory="", reason="", chat_reason=""),
+            parity=ParityStats(replica="", completions=kind, chat=kind),
+            totals=Totals(replicas=0, ready=0, blocks=0, cached_blocks=0, in_flight=0, tokens=tokens, counts=counts),
+            replicas=[],
+        )
+
+    def prefixes(self, limit: int) -> PrefixReport:
+        return PrefixReport(tracked_blocks=0, tracked_blocks_max=limit, prefixes=[])
+
+    def explain(self, request_id: str) -> Explanation | None:
+        return explain(request_id, ()) if request_id == "known" else None
+
+    def metrics(self) -> tuple[bytes, str]:
+        return b"peerkv_up 1\n", "text/plain; version=0.0.4"
+
+
+@dataclass
+class Door:
+    """A running front door."""
+
+    url: str
+    port: int
+    fleet: FakeFleet
+    planner: FakePlanner
+    relay: Relay[FakePlan]
+    server: DoorServer
+    directory: Path
+    session: aiohttp.ClientSession
+    stack: contextlib.AsyncExitStack
+
+    async def add_engine(self, name: str, *arguments: str) -> Any:
+        """A fake engine in this process, ready."""
+        socket = self.directory / f"{name}.sock"
+        args = fake_engine.arguments(["--uds", str(socket), *arguments])
+        engine = fake_engine.FakeEngine(args)
+        runner = web.AppRunner(engine.app(), handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.UnixSite(runner, str(socket)).start()
+        self.stack.push_async_callback(runner.cleanup)
+        self.fleet.put(name, socket)
+        return engine
+
+    async def add_process(self, name: str, *arguments: str) -> asyncio.subprocess.Process:
+        """A fake engine in a process of its own, ready; it is ended with the door."""
+        socket = self.directory / f"{name}.sock"
+        process = await asyncio.create_subprocess_exec(sys.executable, str(FAKE_ENGINE), "--uds", str(socket), *arguments)
+        self.stack.push_async_callback(end, process)
+        await until(lambda: _listens(socket))
+        self.fleet.put(name, socket)
+        return process
+
+    async def seen(self, name: str) -> dict[str, Any]:
+        """What the engine of that name saw."""
+        connector = aiohttp.UnixConnector(self.fleet.replicas[name].socket)
+        async with aiohttp.ClientSession(connector=connector) as session, session.get("http://x/fake/seen") as answer:
+            seen: dict[str, Any] = await answer.json()
+            return seen
+
+    async def post(self, path: str, body: Any = None, **options: Any) -> tuple[int, Any, Any]:
+        """Status, JSON and headers of the answer to a POST."""
+        options.setdefault("json", body)
+        async with self.session.post(self.url + path, **options) as answer:
+            return answer.status, await answer.json(), answer.headers
+
+    async def get(self, path: str, **options: Any) -> tuple[int, Any, Any]:
+        """Status, JSON and headers of the answer to a GET."""
+        async with self.session.get(self.url + path, **options) as answer:
+            return answer.status, await answer.json(), answer.headers
+
+
+async def _listens(path: Path) -> bool:
+    """Whether connections are taken there. The socket's file is there a moment earlier, and refuses them until then."""
+    try:
+        _, writer = await asyncio.open_unix_connection(path)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.kill()
+    await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def running_door(directory: Path, **values: Any) -> AsyncIterator[Door]:
+    """Start a front door without engines; `values` are settings."""
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    settings = Settings(run_dir=directory, control_seconds=2, drain_seconds=1, **values)
+    fleet, access, tenants = FakeFleet(), AdminAccess(settings.admin_key), Tenants(settings.tenants, settings.admin_key)
+    planner, upstream = FakePlanner(fleet), Upstream(settings)
+    models = ModelsCache(fleet, upstream)
+    relay: Relay[FakePlan] = Relay(
+        settings,
+        fleet=fleet,
+        upstream=upstream,
+        models=models,
+        planner=planner,
+        tenants=tenants,
+        access=access,
+    )
+    relay.meter = Metrics()
+    admin = build_app(
+        fleet=fleet,
+        upstream=upstream,
+        sight=FakeSight(),
+        access=access,
+        keeper=NothingKept(),
+        body_bytes_max=settings.body_bytes_max,
+        draining=lambda: relay.draining,
+    )
+    server = build_server(FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin), settings)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    async with contextlib.AsyncExitStack() as stack:
+        await until(lambda: server.started)
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        try:
+            yield Door(f"http://127.0.0.1:{port}", port, fleet, planner, relay, server, directory, session, stack)
+        finally:
+            await session.close()
+            server.should_exit = True
+            await serving
+            await models.close()
+            await upstream.close()

@@ -1,0 +1,112 @@
+"""Prometheus metrics."""
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.prompts.parity import ParityCounts
+from gateway.stats.prometheus import Metrics
+from tests.unit.gateway.ledger.planned_attempts import planned
+from tests.unit.gateway.stats.test_snapshot import Scene
+from tests.unit.transport.replica_tables import ReplicaTables
+from transport.table.deliveries import Delivery
+
+
+@pytest.fixture
+def scene(two_tables: ReplicaTables) -> Scene:
+    return Scene(two_tables)
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:
+    families = text_string_to_metric_families(metrics.render().decode())
+    return {
+        (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_answers_are_counted_and_timed_by_endpoint() -> None:
+    metrics = Metrics()
+    metrics.answered("completions", 200, 0.2, None)
+    metrics.answered("completions", 400, 0.1, None)
+    metrics.answered("chat", 200, 0.3, 0.05)
+    found = samples(metrics)
+    assert found["peerkv_gateway_answers_total", ("completions", "200")] == 1
+    assert found["peerkv_gateway_request_seconds_count", ("completions",)] == 2
+    assert found["peerkv_gateway_request_seconds_sum", ("completions",)] == pytest.approx(0.3)
+    assert found["peerkv_gateway_first_byte_seconds_bucket", ("chat", "0.05")] == 1
+    assert ("peerkv_gateway_first_byte_seconds_count", ("completions",)) not in found
+
+
+def test_the_replicas_counters_are_read_at_each_scrape(scene: Scene) -> None:
+    metrics = Metrics()
+    metrics.attach(scene.view.snapshot)
+    before = samples(metrics)
+    scene.count("a", peer_tokens_shared_memory=30, import_bytes=1 << 20, check_failures=2, import_nanoseconds=500_000_000)
+    scene.tables.hold("b", list(range(8)))
+    found = samples(metrics)
+    assert before["peerkv_prompt_tokens_total", ("a", "peer_shared_memory")] == 0
+    assert found["peerkv_prompt_tokens_total", ("a", "peer_shared_memory")] == 30
+    assert found["peerkv_import_bytes_total", ("a",)] == 1 << 20
+    assert found["peerkv_import_seconds_total", ("a",)] == 0.5
+    assert found["peerkv_check_failures_total", ("a",)] == 2
+    assert found["peerkv_cached_blocks", ("b",)] == 2
+    assert found["peerkv_replica_ready", ("b",)] == 1
+
+
+def test_counters_do_not_fall_when_a_replica_restarts(scene: Scene) -> None:
+    metrics = Metrics()
+    metrics.attach(scene.view.snapshot)
+    scene.count("a", imports=4)
+    seen = [samples(metrics)["peerkv_imports_total", ("a",)]]
+    scene.tables.stop("a")
+    seen.append(samples(metrics)["peerkv_imports_total", ("a",)])
+    scene.tables.start("a")
+    scene.count("a", imports=1)
+    seen.append(samples(metrics)["peerkv_imports_total", ("a",)])
+    assert seen == [4, 4, 5]
+
+
+def test_the_gateways_counts_and_parity_are_metrics_too(scene: Scene) -> None:
+    metrics = Metrics()
+    metrics.attach(scene.view.snapshot)
+    scene.planner.prompts.parity_counts = ParityCounts(checks=3, failures=1, differences=2)
+    found = samples(metrics)
+    assert [found[f"peerkv_parity_{name}_total", ()] for name in ("checks", "failures", "differences_found")] == [3, 1, 2]
+    assert found["peerkv_gateway_requests_total", ()] == 7
+    assert found["peerkv_gateway_in_flight_requests", ()] == 2
+    assert found["peerkv_steering_planned_total", ()] == 0
+    assert found["peerkv_parity_exact", ("chat",)] == 0
+
+
+def test_losses_peers_load_costs_and_verdicts_have_metrics(scene: Scene) -> None:
+    metrics = Metrics()
+    metrics.attach(scene.view.snapshot)
+    scene.recorder.feed.add(metrics.imports.delivered)
+    writer = scene.tables.writers["a"]
+    writer.imported("b", "shared_memory", blocks=3, size=6_000_000, nanoseconds=2_000_000, failed=True)
+    writer.tell_load([1, 2, 300, 4, 5, 6])
+    scene.recorder.feed.refresh()
+    entry = scene.recorder.sent(planned(7), None)
+    record = Delivery(
+        tag=7, scheduled_ns=1, first_token_ns=2, prompt_tokens=100, computed_tokens=100,
+        import_ns=2_000_000, import_wait_ns=30_000_000, source="b",
+    )  # fmt: skip
+    writer.deliver(record, "shared_memory")
+    scene.recorder.ended(entry, 200)
+    found = samples(metrics)
+    pair = ("b", "a", "shared_memory")  # labels by name: peer, replica, transport
+    assert found["peerkv_ledger_requests_total", ("cold",)] == 1
+    assert found["peerkv_ledger_lost_tokens_total", ("evicted",)] == 0
+    assert found["peerkv_ledger_computed_tokens_total", ()] == 100
+    assert found["peerkv_peer_import_bytes_total", pair] == 6_000_000
+    assert found["peerkv_peer_import_seconds_total", pair] == 0.002
+    assert found["peerkv_peer_import_blocks_total", pair] == 3
+    assert found["peerkv_peer_import_failures_total", pair] == 1
+    assert found["peerkv_engine_imports_under_way", ("a",)] == 5
+    assert found["peerkv_import_copy_seconds_bucket", ("0.0025", *pair)] == 1
+    assert found["peerkv_import_wait_seconds_bucket", ("0.025", *pair)] == 0
+    assert found["peerkv_import_wait_seconds_bucket", ("0.05", *pair)] == 1
+    assert found["peerkv_cost_samples_total", ()] == 0
+    assert found["peerkv_parity_verdict", ("chat", "unknown")] == 1
+    assert found["peerkv_parity_verdict", ("chat", "exact")] == 0

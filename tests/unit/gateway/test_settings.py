@@ -1,0 +1,190 @@
+"""Settings: precedence, unknown keys, bounds, and what the engines get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.replicas.devices import CPU_REPLICAS_DEFAULT
+from gateway.errors import SettingsError
+from gateway.settings import RUN_DIR_BYTES_MAX, Settings, engine_settings, load
+
+KEY = "a-secret-key-1"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in [name for name in os.environ if name.upper().startswith("PEERKV_")]:
+        monkeypatch.delenv(name)
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "peerkv.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = toml(tmp_path, 'port = 1001\nhost = "0.0.0.0"\nmodel = "from-file"\n')
+    monkeypatch.setenv("PEERKV_PORT", "1002")
+    monkeypatch.setenv("PEERKV_HOST", "127.0.0.2")
+    settings = load({"port": "1003", "replicas": None}, path)
+    assert (settings.port, settings.host, settings.model, settings.replicas) == (1003, "127.0.0.2", "from-file", "auto")
+
+
+def test_the_environment_may_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_CONFIG", str(toml(tmp_path, "port = 1004")))
+    assert load().port == 1004
+
+
+def test_an_unknown_key_in_the_file_is_named_with_the_one_meant(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"unknown setting 'prot' in .*peerkv\.toml; did you mean 'port'\?"):
+        load(config=toml(tmp_path, "prot = 1"))
+
+
+def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_BOGUS", "1")
+    with pytest.raises(SettingsError, match="unknown setting 'bogus' in the environment"):
+        load()
+
+
+@pytest.mark.parametrize("name", ["PEERKV_CACHE_DIR", "PEERKV_CONFIG_FILE", "PEERKV_TEST_X"])
+def test_a_variable_that_only_begins_like_another_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(SettingsError, match=rf"unknown setting .* in the environment \({name}\)"):
+        load()
+
+
+@pytest.mark.parametrize("name", ["PEERKV_CACHE", "PEERKV_SERVICE_HOST", "PEERKV_PORT_8000_TCP"])
+def test_variables_of_others_are_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "x")
+    assert load().port == 8000
+
+
+def test_an_empty_variable_is_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_ADMIN_KEY", "")
+    monkeypatch.setenv("PEERKV_PORT", "")
+    settings = load(config=toml(tmp_path, "port = 1006"))
+    assert (settings.admin_key, settings.port) == (None, 1006)
+
+
+def test_an_unknown_flag_is_named() -> None:
+    with pytest.raises(SettingsError, match="bogus"):
+        load({"bogus": 1})
+
+
+@pytest.mark.parametrize("value", ["two", "0", "-1", "1.5", 0, True, "257"])
+def test_replicas_are_a_number_or_auto(value: object) -> None:
+    with pytest.raises(SettingsError, match=r"^replicas: must be 'auto' or a whole number from 1 to 256$"):
+        load({"replicas": value})
+
+
+def test_a_wrong_value_is_one_line_that_names_the_key_alone() -> None:
+    with pytest.raises(SettingsError) as raised:
+        load({"port": 0})
+    assert str(raised.value) == "port: Input should be greater than or equal to 1"
+
+
+def test_a_secret_is_not_in_the_error_nor_in_what_is_printed() -> None:
+    with pytest.raises(SettingsError) as raised:
+        load({"tenants": [{"name": "", "api_key": KEY}]})
+    assert KEY not in str(raised.value)
+    assert KEY not in repr(load({"admin_key": KEY, "tenants": [{"name": "a", "api_key": "another-key-1"}]}))
+
+
+@pytest.mark.parametrize("what", ["name", "api_key"])
+def test_two_tenants_may_not_share(what: str) -> None:
+    tenants = [{"name": "a", "api_key": "key-number-1"}, {"name": "b", "api_key": "key-number-2"}]
+    tenants[1][what] = tenants[0][what]
+    with pytest.raises(SettingsError, match=f"same {what}"):
+        load({"tenants": tenants})
+
+
+def test_a_tenant_may_not_have_the_admin_key() -> None:
+    with pytest.raises(SettingsError, match="admin key"):
+        load({"tenants": [{"name": "a", "api_key": KEY}], "admin_key": KEY})
+
+
+def test_tenants_come_from_the_file(tmp_path: Path) -> None:
+    path = toml(tmp_path, '[[tenants]]\nname = "a"\napi_key = "key-number-1"\n')
+    assert [tenant.name for tenant in load(config=path).tenants] == ["a"]
+
+
+@pytest.mark.parametrize("text", ["--a 'b c'", '["--a", "b c"]'])
+def test_arguments_in_the_environment_are_words_or_a_json_list(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_VLLM_ARGS", text)
+    assert load().vllm_args == ("--a", "b c")
+
+
+@pytest.mark.parametrize("text", ["--a 'b", '["--a"'])
+def test_arguments_that_cannot_be_read_are_an_error_that_names_the_key(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_VLLM_ARGS", text)
+    with pytest.raises(SettingsError, match="vllm_args"):
+        load()
+
+
+def test_a_file_that_is_not_there_or_not_toml_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot read the settings file"):
+        load(config=tmp_path / "none.toml")
+    with pytest.raises(SettingsError, match="is not a TOML file"):
+        load(config=toml(tmp_path, "port ="))
+
+
+def test_directories_follow_the_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    settings = load({"port": 1005})
+    assert settings.run_dir == tmp_path / "peerkv" / "1005"
+    assert settings.log_dir == tmp_path / "state" / "peerkv" / "logs" / "1005"
+    assert settings.table_dir.name == "1005"
+
+
+def test_a_run_dir_too_long_for_a_socket_is_refused() -> None:
+    with pytest.raises(SettingsError, match="run_dir: longer than"):
+        load({"run_dir": "/" + "x" * RUN_DIR_BYTES_MAX})
+
+
+def test_a_relative_directory_becomes_absolute() -> None:
+    assert load({"log_dir": "logs"}).log_dir == Path.cwd() / "logs"
+
+
+def test_engines_on_the_cpu_are_forked_and_two_by_default() -> None:
+    engines = engine_settings(load(), model="m", devices=())
+    assert (engines.replicas, engines.preload, engines.served_model_name) == (CPU_REPLICAS_DEFAULT, True, "m")
+
+
+def test_there_is_one_engine_a_gpu_by_default() -> None:
+    engines = engine_settings(load({"served_model_name": "s"}), model="m", devices=("0", "1", "2"))
+    assert (engines.replicas, engines.preload, engines.served_model_name) == (3, False, "s")
+
+
+@pytest.mark.parametrize(
+    ("words", "replicas"),
+    [("--tensor-parallel-size 2", 2), ("-tp 2 --pipeline-parallel-size 2", 1), ("--tensor-parallel-size=4", 1), ("", 4)],
+)
+def test_engines_that_need_several_gpus_are_fewer(words: str, replicas: int) -> None:
+    engines = engine_settings(load({"vllm_args": words}), model="m", devices=("0", "1", "2", "3"))
+    assert engines.replicas == replicas
+
+
+def test_every_bound_of_the_engines_is_a_setting() -> None:
+    import dataclasses
+
+    from engine.replicas.launch import EngineSettings
+
+    assert {field.name for field in dataclasses.fields(EngineSettings)} - set(Settings.model_fields) == {"devices"}
+
+
+def test_defaults_of_settings_and_engines_agree() -> None:
+    import dataclasses
+
+    from engine.replicas.launch import EngineSettings
+
+    own = {"model", "served_model_name", "run_dir", "table_dir", "log_dir", "replicas", "devices", "preload"}
+    defaults = {f.name: f.default for f in dataclasses.fields(EngineSettings) if f.name not in own}
+    assert {name: Settings.model_fields[name].default for name in defaults} == defaults

@@ -1,0 +1,90 @@
+"""Real block tables of a made-up fleet, and a fleet to go with them, for the gateway's tests."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from engine.fleet import FleetSnapshot, Replica, ReplicaState
+from transport.keys import chain_keys, root_key
+from transport.table.layout import Description
+from transport.table.reader import TableReader
+from transport.table.writer import TableWriter
+
+BLOCK_SIZE = 4
+FIELDS = {"weights": "w1", "dtype": "bfloat16"}
+
+
+class ReplicaTables:
+    """Writes tables as replicas do. `start` again under a name that was stopped is a new epoch."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.writers: dict[str, TableWriter] = {}
+
+    def start(
+        self,
+        name: str,
+        *,
+        fields: Mapping[str, str] = FIELDS,
+        status: str = "ok",
+        transport: str = "shared_memory",
+        block_size: int = BLOCK_SIZE,
+        blocks: int = 256,
+        hash_name: str = "xxh3_128",
+    ) -> TableWriter:
+        about = Description(name, os.getpid(), hash_name, transport, status, dict(fields), ())
+        self.writers[name] = TableWriter(self.directory, about, block_size, blocks)
+        return self.writers[name]
+
+    def stop(self, name: str) -> None:
+        self.writers.pop(name).close()
+
+    def hold(self, name: str, ids: Sequence[int], salt: str = "", lora: str = "", *, first_block: int = 0) -> None:
+        """Let the replica offer all full blocks of `ids`."""
+        reader = TableReader(self.directory / f"{name}.table")
+        root = root_key(reader.fingerprint, salt, lora, reader.hash_name)
+        keys = chain_keys(root, ids, reader.block_size, reader.hash_name)
+        reader.close()
+        self.writers[name].publish(range(first_block, first_block + len(keys)), keys)
+
+
+@contextmanager
+def replica_tables(directory: Path) -> Iterator[ReplicaTables]:
+    tables = ReplicaTables(directory)
+    try:
+        yield tables
+    finally:
+        for name in list(tables.writers):
+            tables.stop(name)
+
+
+class StandingFleet:
+    """A fleet whose replicas are in the states they are set to."""
+
+    def __init__(self, *names: str, directory: Path = Path("/nowhere")) -> None:
+        self._snapshot = FleetSnapshot(0, "org/model", "model", str(directory), ())
+        self.suspects: list[str] = []
+        self.become(*names)
+
+    def become(self, *names: str) -> None:
+        """Consist of these replicas from now on."""
+        replicas = tuple(
+            Replica(name, ReplicaState.READY, f"/run/{name}.sock", 100 + place, 0, "", "cpu", "")
+            for place, name in enumerate(names)
+        )
+        self._snapshot = replace(self._snapshot, version=self._snapshot.version + 1, replicas=replicas)
+
+    def snapshot(self) -> FleetSnapshot:
+        return self._snapshot
+
+    def suspect(self, name: str) -> None:
+        self.suspects.append(name)
+
+    def set(self, name: str, state: ReplicaState = ReplicaState.READY, **changes: object) -> None:
+        replicas = tuple(
+            replace(replica, state=state, **changes) if replica.name == name else replica  # type: ignore[arg-type]
+            for replica in self._snapshot.replicas
+        )
+        self._snapshot = replace(self._snapshot, version=self._snapshot.version + 1, replicas=replicas)

@@ -1,0 +1,95 @@
+"""The seam between an engine and the ways to read another replica's KV memory."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from transport.table.layout import Memory
+from transport.table.reader import TableReader
+
+
+@dataclass(frozen=True, slots=True)
+class ImportJob:
+    """Copy `source_blocks` of replica `source` into our `target_blocks`; both int32 (n,).
+
+    `states`, uint64 (n,), are what the source's table said when the blocks were looked up, in the epoch `epoch`.
+    """
+
+    request_id: str
+    source: str
+    epoch: int
+    source_blocks: npt.NDArray[np.int32]
+    states: npt.NDArray[np.uint64]
+    target_blocks: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.source_blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class ImportResult:
+    """How an import ended. `failed_blocks` are target blocks whose content must not be used; `reason` says why, "" if none."""
+
+    job: ImportJob
+    failed_blocks: tuple[int, ...]
+    stale_blocks: int
+    bytes: int
+    nanoseconds: int
+    reason: str
+
+
+class Transport(Protocol):
+    """One rank's way to the KV memory of other replicas. All calls come from the engine's worker thread and return soon.
+
+    An import never needs the owner: `start` begins to copy, `poll` goes on with it and, when all is copied,
+    checks every block's state. Only blocks that passed count.
+    """
+
+    name: ClassVar[str]
+
+    def memory(self) -> Memory:
+        """Return where this rank's KV memory is, for the block table."""
+
+    def prepare(self, reader: TableReader) -> None:
+        """Open an owner's memory ahead of the first import from it, which then does not wait for that.
+
+        Memory that can not be opened, or has another shape, is no fault here: `start` tells of it.
+        """
+
+    def start(self, job: ImportJob, reader: TableReader, *, gently: bool) -> None:
+        """Begin an import; `gently` if other requests are being computed beside it.
+
+        Raises MemoryUnreachable if the owner's memory can not be opened or has another shape.
+        """
+
+    def poll(self) -> list[ImportResult]:
+        """Return the imports that ended since the last call, each exactly once."""
+
+    def pending(self) -> int:
+        """Return how many imports are under way."""
+
+    def retain(self, live: set[tuple[str, int]]) -> None:
+        """Close the memory of all owners but those (replica, epoch) that are `live` or being read."""
+
+    def close(self) -> None:
+        """Release everything."""
+
+
+def check(job: ImportJob, reader: TableReader) -> tuple[tuple[int, ...], int, str]:
+    """Return (failed target blocks, how many of them changed, why) for a copy that is complete.
+
+    Every doubt fails: a block whose state moved on may have been overwritten under the copy, a dead owner vouches for nothing.
+    """
+    if reader.epoch != job.epoch or not reader.alive():
+        return tuple(job.target_blocks.tolist()), 0, f"{job.source} ended while it was read"
+    stale = ~reader.unchanged(job.source_blocks, job.states)
+    if not stale.any():
+        return (), 0, ""
+    count = int(stale.sum())
+    return (
+        tuple(job.target_blocks[stale].tolist()),
+        count,
+        f"{count} blocks of {job.source} were reallocated while they were read",
+    )

@@ -1,0 +1,112 @@
+"""All block tables of a directory: the registry of a node."""
+
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from transport.errors import TableError
+from transport.table import liveness
+from transport.table.reader import SUFFIX, TableReader
+
+_logger = logging.getLogger(__name__)
+
+TABLES_MAX = 1024
+
+
+DRAFT_SECONDS_MAX = 60.0
+SETTLED_NANOSECONDS = 100_000_000
+"""A directory changed this lately may change again without a new time of change: clocks of file systems tick slowly."""
+_DRAFT = re.compile(r"\..+\.\d+\.\d+")  # as TableWriter names it; other hidden files, such as the owner's marker, stay
+
+
+def sweep(path: Path, now: float) -> int:
+    """Remove the tables of owners that are gone, and drafts older than DRAFT_SECONDS_MAX; `now` in seconds since the epoch."""
+    removed = 0
+    try:
+        entries = list(os.scandir(path))
+    except FileNotFoundError:
+        return 0
+    for entry in entries:
+        draft = _DRAFT.fullmatch(entry.name) and now - entry.stat(follow_symlinks=False).st_mtime > DRAFT_SECONDS_MAX
+        if not entry.is_file(follow_symlinks=False) or not (draft or entry.name.endswith(SUFFIX)):
+            continue
+        try:
+            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        try:
+            if not liveness.claimed(fd):
+                os.unlink(entry.path)
+                removed += 1
+        finally:
+            os.close(fd)
+    return removed
+
+
+class TableDirectory:
+    """The live tables under `path`, re-read when the directory changes. Not thread safe.
+
+    `own` names a replica to leave out: the one that asks.
+    """
+
+    def __init__(self, path: Path, own: str = "") -> None:
+        self._path = path
+        self._own = own
+        self._seen: tuple[int, int] | None = None
+        self._readers: dict[str, TableReader] = {}
+        self._broken: dict[str, int] = {}
+
+    def tables(self) -> Mapping[str, TableReader]:
+        """Return the readers of all live tables by replica name. A dead owner's table is closed and left out."""
+        try:
+            found = os.stat(self._path)
+            seen = (found.st_ino, found.st_mtime_ns)
+        except OSError:
+            seen = (-1, -1)
+        if seen != self._seen:
+            self._scan()
+            self._seen = seen if time.time_ns() - seen[1] > SETTLED_NANOSECONDS else None
+        for name in [name for name, reader in self._readers.items() if not reader.alive()]:
+            self._readers.pop(name).close()
+        return self._readers
+
+    def _scan(self) -> None:
+        found: dict[str, int] = {}
+        try:
+            with os.scandir(self._path) as entries:
+                for entry in entries:
+                    if entry.name.endswith(SUFFIX) and len(found) < TABLES_MAX:
+                        found[entry.name.removesuffix(SUFFIX)] = entry.inode()
+        except OSError as error:
+            _logger.debug("no tables under %s: %s", self._path, error)
+        found.pop(self._own, None)
+        for name in [name for name, reader in self._readers.items() if found.get(name) != reader.inode]:
+            self._readers.pop(name).close()
+        self._broken = {name: inode for name, inode in self._broken.items() if found.get(name) == inode}
+        for name, inode in found.items():
+            if name not in self._readers and self._broken.get(name) != inode:
+                self._open(name, inode)
+
+    def _open(self, name: str, inode: int) -> None:
+        try:
+            reader = TableReader(self._path / (name + SUFFIX))
+        except TableError as error:
+            self._broken[name] = inode
+            _logger.warning("%s is left out: %s", name, error)
+            return
+        if reader.name != name:
+            self._broken[name] = inode
+            _logger.warning("%s is left out: its table says that it is %s", name, reader.name)
+            reader.close()
+            return
+        self._readers[name] = reader
+
+    def close(self) -> None:
+        """Close all readers."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+        self._seen = None

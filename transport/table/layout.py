@@ -1,0 +1,184 @@
+"""The bytes of a block table, agreed between its one writer and its readers.
+
+| offset | what |
+|---|---|
+| 0 | fixed header: magic, version, sizes, epoch, flags (`HEADER`) |
+| 64 | heartbeat: CLOCK_MONOTONIC nanoseconds of the owner's last step, uint64 |
+| 72 | number of valid blocks, uint64 |
+| 80 | number of the newest delivery record, uint64 |
+| 128 | load, uint64 each, in the order of `LOAD` |
+| 256 | counters, uint64 each, in the order of `COUNTERS` |
+| 4096 | description: a JSON object (`Description`), padded |
+| then | states: uint64 per block; odd while the content is not valid, even and never repeated while it is |
+| then | keys: 16 bytes per block |
+| then | index: `WAYS` uint32 per bucket, each a block id + 1 or 0; a hint, the block's own key decides |
+| then | peers: what was imported from each (`peer_area.py`) |
+| then | deliveries: the ring of the last records (`delivery_ring.py`) |
+
+All integers are little-endian, all arrays start at a multiple of 4096.
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from transport.table import delivery_ring, peer_area
+from transport.table.deliveries import EngineLoad
+
+SUFFIX = ".table"
+MAGIC = b"PEERKV\x00\x01"
+VERSION = 2
+PAGE_BYTES = 4096
+WAYS = 8
+DESCRIPTION_BYTES_MAX = 4 << 20
+BLOCKS_MAX = 1 << 28
+HEARTBEAT_OFFSET = 64
+VALID_OFFSET = 72
+NEWEST_OFFSET = 80
+LOAD_OFFSET = 128
+LOAD = tuple(field.name for field in fields(EngineLoad))
+COUNTERS_OFFSET = 256
+COUNTERS = (
+    "requests",
+    "prompt_tokens",
+    "local_tokens",
+    "computed_tokens",
+    "peer_tokens_shared_memory",
+    "peer_tokens_cuda_ipc",
+    "imports",
+    "import_blocks",
+    "import_bytes",
+    "import_nanoseconds",
+    "check_failures",
+    "fallbacks",
+    "published_blocks",
+    "evictions",
+    "peers_incompatible",
+    "table_errors",
+    "pins",
+    "pins_refused",
+    "hints_malformed",
+)
+"""Counted by the owner's scheduler since its epoch began. A prompt's tokens are counted once, when it is first scheduled:
+prompt_tokens = local_tokens + peer_tokens_* + computed_tokens. `check_failures` are blocks that changed under a copy,
+`fallbacks` requests whose import failed and that computed instead, `evictions` published blocks that were reallocated,
+`pins` prefixes that were pinned, `hints_malformed` fields of the gateway's hints that were ignored."""
+
+HEADER = struct.Struct("<8sIIQIIIII")  # magic, version, page, epoch, block size, blocks, buckets, ways, description bytes
+
+
+class Region(msgspec.Struct, frozen=True):
+    """One allocation that holds KV: `handle` is what the transport opens it by, `size` its bytes."""
+
+    handle: str
+    size: int
+
+
+class Layer(msgspec.Struct, frozen=True):
+    """Where a layer's blocks lie: block b is `bytes` bytes at `offset + b * stride` of region `region`."""
+
+    region: int
+    offset: int
+    stride: int
+    bytes: int
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """The KV memory of one tensor-parallel rank, reachable through `transport`."""
+
+    rank: int
+    transport: str
+    regions: tuple[Region, ...]
+    layers: tuple[Layer, ...]
+
+
+class Description(msgspec.Struct, frozen=True):
+    """What a table says of its owner. `status` is "ok" or the reason why this replica does not exchange blocks."""
+
+    replica: str
+    pid: int
+    hash_name: str
+    transport: str
+    status: str
+    fingerprint: dict[str, str]
+    memories: tuple[Memory, ...]
+
+
+def align(size: int) -> int:
+    """Round `size` up to a whole number of pages."""
+    return -(-size // PAGE_BYTES) * PAGE_BYTES
+
+
+def bucket_count(blocks: int) -> int:
+    """Return a power of two such that the index is at most a sixteenth full.
+
+    Keys spread evenly, so a bucket holds half a block on average, and more than WAYS once in 1e9. At a quarter, a full table of
+    57,000 blocks lost three that way, and with each the rest of a prefix (seen on a GPU).
+    """
+    return 1 << max(0, (-(-blocks * 16 // WAYS) - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Offsets in bytes of a table's parts, computed from its sizes."""
+
+    blocks: int
+    buckets: int
+    description_bytes: int
+
+    @property
+    def states(self) -> int:
+        return PAGE_BYTES + align(self.description_bytes)
+
+    @property
+    def keys(self) -> int:
+        return self.states + align(8 * self.blocks)
+
+    @property
+    def index(self) -> int:
+        return self.keys + align(16 * self.blocks)
+
+    @property
+    def peers(self) -> int:
+        return self.index + align(4 * WAYS * self.buckets)
+
+    @property
+    def deliveries(self) -> int:
+        return self.peers + align(8 * peer_area.WORDS * peer_area.PEERS_MAX)
+
+    @property
+    def total(self) -> int:
+        return self.deliveries + align(8 * delivery_ring.WORDS * delivery_ring.DELIVERIES)
+
+
+class Areas(NamedTuple):
+    """The arrays of a mapped table.
+
+    States: uint64 (blocks,); keys: uint64 (blocks, 2); entries of the index: uint32 (buckets, WAYS).
+    """
+
+    states: npt.NDArray[np.uint64]
+    keys: npt.NDArray[np.uint64]
+    entries: npt.NDArray[np.uint32]
+    peers: peer_area.PeerArea
+    deliveries: delivery_ring.DeliveryRing
+
+
+def areas(mapped: mmap.mmap, layout: Layout) -> Areas:
+    """Return the arrays of a table of `layout`, in its memory. Raises ValueError if it is shorter than that."""
+    peers = np.frombuffer(mapped, np.uint64, peer_area.WORDS * peer_area.PEERS_MAX, layout.peers)
+    rows = np.frombuffer(mapped, np.uint64, delivery_ring.WORDS * delivery_ring.DELIVERIES, layout.deliveries)
+    return Areas(
+        np.frombuffer(mapped, np.uint64, layout.blocks, layout.states),
+        np.frombuffer(mapped, np.uint64, 2 * layout.blocks, layout.keys).reshape(-1, 2),
+        np.frombuffer(mapped, np.uint32, WAYS * layout.buckets, layout.index).reshape(-1, WAYS),
+        peer_area.PeerArea(peers.reshape(peer_area.PEERS_MAX, -1)),
+        delivery_ring.DeliveryRing(
+            np.frombuffer(mapped, np.uint64, 1, NEWEST_OFFSET), rows.reshape(delivery_ring.DELIVERIES, -1)
+        ),
+    )

@@ -1,0 +1,361 @@
+"""A replica's block table, as others read it: which prefix blocks the replica holds right now.
+
+One writer, the replica's scheduler; any number of readers, which take no lock and send no message. A reader believes a block
+only if its state is even before and after its key was read, and a copy of it only if the state is still the same afterwards.
+"""
+
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from transport.errors import TableError
+from transport.fingerprint import fingerprint_digest
+from transport.keys import Keys
+from transport.table import liveness
+from transport.table.deliveries import Delivery, EngineLoad, PeerCounters
+from transport.table.delivery_ring import DELIVERIES, WORDS, RingReader, delivery
+from transport.table.fence import fence
+from transport.table.layout import (
+    BLOCKS_MAX,
+    COUNTERS,
+    COUNTERS_OFFSET,
+    DESCRIPTION_BYTES_MAX,
+    HEADER,
+    HEARTBEAT_OFFSET,
+    LOAD,
+    LOAD_OFFSET,
+    MAGIC,
+    NEWEST_OFFSET,
+    PAGE_BYTES,
+    SUFFIX,
+    VALID_OFFSET,
+    VERSION,
+    WAYS,
+    Description,
+    Layout,
+    Memory,
+    areas,
+    bucket_count,
+)
+
+__all__ = ["COUNTERS", "SUFFIX", "Run", "TableReader"]
+
+_CHUNK_BLOCKS_MAX = 4096
+_ONE = np.uint64(1)
+_LOAD_END = LOAD_OFFSET + 8 * len(LOAD)
+_EVICTIONS = COUNTERS_OFFSET // 8 + COUNTERS.index("evictions")
+_BUCKET_BYTES = 4 * WAYS
+_SLOTS = struct.Struct(f"={WAYS}I").unpack_from
+_VERIFIED = 16
+"""Places of a chain that was found by halving, evenly spread, at which it is verified."""
+_KNOWN_MIN = 8
+"""Blocks of a chain that are remembered: fewer are found sooner one by one."""
+_PLACES = 64
+"""Places of a known run, evenly spread, of which the states are remembered."""
+_KNOWN_RUNS_MAX = 1024
+"""Known runs that are remembered, with some 1.3 KB each."""
+_ENDS_MAX = 4096
+"""Chains of which it is remembered where they ended, to look there first."""
+
+
+class _KnownRun(NamedTuple):
+    """The second word of its last key, some of its blocks from the first to the last, int64 (n,), and their states then."""
+
+    last: int
+    blocks: npt.NDArray[np.int64]
+    states: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The leading blocks of a chain that a table holds: block ids, int32 (n,), and their states, uint64 (n,)."""
+
+    block_ids: npt.NDArray[np.int32]
+    states: npt.NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.block_ids)
+
+
+class TableReader:
+    """A read-only view of another process's table. Raises TableError if the file is not a whole table of this user's."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise TableError(f"{path}: {error.strerror}") from error
+        try:
+            self._open(path)
+        except (struct.error, ValueError, OSError, msgspec.MsgspecError) as error:
+            os.close(self._fd)
+            raise TableError(f"{path}: {error}") from error
+        except TableError:
+            os.close(self._fd)
+            raise
+
+    def _open(self, path: Path) -> None:
+        found = os.fstat(self._fd)
+        if found.st_uid != os.geteuid() or not stat.S_ISREG(found.st_mode) or found.st_size < PAGE_BYTES:
+            raise TableError(f"{path}: not a table of this user's")
+        self.inode = found.st_ino
+        self._map = mmap.mmap(self._fd, found.st_size, prot=mmap.PROT_READ)
+        magic, version, page, self.epoch, self.block_size, blocks, buckets, ways, length = HEADER.unpack_from(self._map)
+        if magic != MAGIC or (version, page, ways) != (VERSION, PAGE_BYTES, WAYS):
+            raise TableError(f"{path}: not a block table of version {VERSION}")
+        layout = Layout(blocks, buckets, length)
+        bounded = 0 < blocks <= BLOCKS_MAX and buckets == bucket_count(blocks) and length <= DESCRIPTION_BYTES_MAX
+        if not bounded or self.block_size < 1 or layout.total != found.st_size:
+            raise TableError(f"{path}: its sizes do not fit together")
+        self.num_blocks: int = blocks
+        self.description = msgspec.json.decode(self._map[PAGE_BYTES : PAGE_BYTES + length], type=Description)
+        self.name = self.description.replica
+        self._words = np.frombuffer(self._map, np.uint64, PAGE_BYTES // 8)
+        self._states, self._keys, self._index, self._peers, _ = areas(self._map, layout)
+        self._mask = np.uint64(buckets - 1)
+        self._bucket_mask = buckets - 1
+        # single words are read several times faster this way than out of an array
+        self._state_words = self._states.data
+        self._key_words = self._keys.reshape(-1).data
+        self._slots = self._index.reshape(-1).data
+        self._head = self._words.data
+        self._ends: dict[int, int] = {}
+        self._known: dict[int, _KnownRun | None] = {}
+        self._newest = self._words[NEWEST_OFFSET // 8 :].data
+        rows = DELIVERIES * WORDS
+        self._ring = RingReader(self._newest, np.frombuffer(self._map, np.uint64, rows, layout.deliveries).data)
+        self._told = (b"", EngineLoad())
+        self.fingerprint = fingerprint_digest(self.description.fingerprint)
+
+    @property
+    def hash_name(self) -> str:
+        return self.description.hash_name
+
+    @property
+    def transport(self) -> str:
+        return self.description.transport
+
+    @property
+    def status(self) -> str:
+        return self.description.status
+
+    @property
+    def fingerprint_fields(self) -> Mapping[str, str]:
+        return self.description.fingerprint
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        return self.description.memories
+
+    def alive(self) -> bool:
+        """Tell whether the owner still runs, as the kernel knows."""
+        return self._fd >= 0 and liveness.claimed(self._fd)
+
+    def longest_run(self, keys: Keys) -> Run:
+        """Return the longest run of blocks from the start of `keys`, shape (n, 2), that the table holds at this moment."""
+        ids: list[npt.NDArray[np.int32]] = []
+        states: list[npt.NDArray[np.uint64]] = []
+        for chunk in _chunks(keys):
+            found, block_ids, seen = self._look_up(chunk)
+            held = len(chunk) if found.all() else int(found.argmin())
+            ids.append(block_ids[:held])
+            states.append(seen[:held])
+            if held < len(chunk):
+                break
+        if not ids:
+            return Run(np.empty(0, np.int32), np.empty(0, np.uint64))
+        return Run(np.concatenate(ids), np.concatenate(states))
+
+    def _look_up(self, keys: Keys) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
+        slots = self._index[keys[:, 0] & self._mask]
+        rows, ways = np.nonzero(slots)  # a bucket has one entry or two on average, of WAYS
+        blocks = slots[rows, ways].astype(np.int64) - 1
+        if len(blocks) and blocks.max() >= self.num_blocks:
+            possible = blocks < self.num_blocks
+            rows, blocks = rows[possible], blocks[possible]
+        before = self._states[blocks]
+        fence()
+        stored = self._keys[blocks]
+        fence()
+        after = self._states[blocks]
+        asked = keys[rows]
+        match = (before == after) & (before & _ONE == 0) & (stored[:, 0] == asked[:, 0]) & (stored[:, 1] == asked[:, 1])
+        rows = rows[match][::-1]  # of several blocks under one key the first is taken
+        found, block_ids, states = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.int32), np.zeros(len(keys), np.uint64)
+        found[rows] = True
+        block_ids[rows] = blocks[match][::-1]
+        states[rows] = before[match][::-1]
+        return found, block_ids, states
+
+    def held_blocks(self, words: memoryview, known: int = 0) -> int:
+        """Return how many leading blocks of a chain the table holds; `words` are its keys, two uint64 each: for steering.
+
+        A long run is found by halving: engines give up the end of a chain before its front, so where its end is held, so is the
+        rest. That is verified at `_VERIFIED` places, and looked up in full if one of them is not held; between them a missing
+        block may go unseen. The first `known` blocks were often asked for: if they are held, the states of some of them are
+        remembered, and while none of these changes, they are.
+        """
+        blocks, begin = len(words) // 2, 0
+        if known >= _KNOWN_MIN:
+            run = self._known.get(words[2 * known - 2])
+            if run is not None and run.last == words[2 * known - 1] and self._states[run.blocks].tobytes() == run.states:
+                begin = known
+        if not begin:
+            if not blocks or not self._holds(words[0], words[1]):  # as in most tables for most prompts
+                return 0
+            begin = 1
+        held = (self._leading if blocks - begin < 2 * _VERIFIED else self._halved)(words, begin, blocks)
+        if begin < known <= held and known >= _KNOWN_MIN:
+            return self._remember(words, known, held)
+        return held
+
+    def _leading(self, words: memoryview, begin: int, blocks: int) -> int:
+        """Return how many of the first `blocks` blocks are held one by one, those before `begin` being held."""
+        slots, mask, most = self._slots, self._bucket_mask, self.num_blocks
+        states, keys = self._state_words, self._key_words
+        for place in range(begin, blocks):
+            low, high = words[2 * place], words[2 * place + 1]
+            bucket = (low & mask) * WAYS
+            slot = slots[bucket]  # most blocks are the first in their bucket
+            if slot and slot <= most and not states[slot - 1] & 1 and keys[2 * slot - 2] == low and keys[2 * slot - 1] == high:
+                continue
+            if not self._holds(low, high):
+                return place
+        return blocks
+
+    def _halved(self, words: memoryview, begin: int, blocks: int) -> int:
+        """Return how many of the first `blocks` blocks are held, by halving; the first `begin` are, one at least."""
+        holds = self._holds
+        low, high = begin - 1, blocks - 1  # the block at low is held, that at high is not or does not exist
+        if holds(words[2 * high], words[2 * high + 1]):
+            low = high = blocks
+        elif begin == 1:
+            low, high = self._near_end(words, blocks)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if holds(words[2 * middle], words[2 * middle + 1]):
+                low = middle
+            else:
+                high = middle
+        if len(self._ends) >= _ENDS_MAX:
+            self._ends.clear()
+        self._ends[words[0]] = high
+        step = max(1, (high - begin + 1) // _VERIFIED)
+        for place in range(begin - 1 + step, high, step):
+            if not holds(words[2 * place], words[2 * place + 1]):
+                return self._in_full(words, high)
+        return high
+
+    def _in_full(self, words: memoryview, blocks: int) -> int:
+        return len(self.longest_run(np.asarray(words[: 2 * blocks]).reshape(-1, 2)))
+
+    def _remember(self, words: memoryview, known: int, held: int) -> int:
+        """Return how many blocks are held, `held` for all we know. From the second time on, remember the `known` first ones."""
+        name = words[2 * known - 2]
+        if name not in self._known:
+            if len(self._known) >= _KNOWN_RUNS_MAX:
+                self._known.clear()
+            self._known[name] = None
+            return held
+        places = np.linspace(0, known - 1, min(known, _PLACES)).astype(np.int64)
+        found, blocks, states = self._look_up(np.asarray(words).reshape(-1, 2)[places])
+        if not found.all():
+            return self._in_full(words, held)
+        self._known[name] = _KnownRun(words[2 * known - 1], blocks.astype(np.int64), states.tobytes())
+        return held
+
+    def _near_end(self, words: memoryview, blocks: int) -> tuple[int, int]:
+        """Return a block that is held and a later one that is not: next to each other if the run ends where the last one did.
+
+        That is the last one with the same first block; of `words`, the first block is held, and the one before `blocks` is not.
+        """
+        end = self._ends.get(words[0], 0)
+        if not 1 < end < blocks:
+            return 0, blocks - 1
+        if not self._holds(words[2 * end - 2], words[2 * end - 1]):
+            return 0, end - 1
+        if self._holds(words[2 * end], words[2 * end + 1]):
+            return end, blocks - 1
+        return end - 1, end
+
+    def _holds(self, low: int, high: int) -> bool:
+        """Tell whether the block under the key of these two words is held."""
+        for slot in _SLOTS(self._slots, (low & self._bucket_mask) * _BUCKET_BYTES):
+            if slot and slot <= self.num_blocks and self._state_words[slot - 1] & 1 == 0:
+                place = 2 * slot - 2
+                if self._key_words[place] == low and self._key_words[place + 1] == high:
+                    return True
+        return False
+
+    def unchanged(self, block_ids: npt.NDArray[np.int32], states: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Tell for each block whether its content stayed what it was when `states` was read. Call it after the copy."""
+        fence()
+        same: npt.NDArray[np.bool_] = self._states[block_ids] == states
+        return same
+
+    def cached_blocks(self) -> int:
+        """Return how many blocks the table holds."""
+        return self._head[VALID_OFFSET // 8]
+
+    def evicted_blocks(self) -> int:
+        """Return how many blocks that it held the owner has given to others, or withdrawn, since its epoch began."""
+        return self._head[_EVICTIONS]
+
+    def heartbeat_ns(self) -> int:
+        """Return the CLOCK_MONOTONIC nanoseconds of the owner's last step, 0 if it has made none."""
+        return int(self._words[HEARTBEAT_OFFSET // 8])
+
+    def counters(self) -> dict[str, int]:
+        """Return the owner's counters since its epoch began, by the names in COUNTERS."""
+        start = COUNTERS_OFFSET // 8
+        return dict(zip(COUNTERS, self._words[start : start + len(COUNTERS)].tolist(), strict=True))
+
+    def load(self) -> EngineLoad:
+        """Return what the owner has to do, as it last told: the same object as before if it told the same."""
+        told = self._map[LOAD_OFFSET:_LOAD_END]
+        if told != self._told[0]:
+            self._told = (told, EngineLoad(*memoryview(told).cast("Q").tolist()))
+        return self._told[1]
+
+    def deliveries(self, after: int) -> tuple[int, list[Delivery]]:
+        """Return the number of the newest delivery record, and the records after number `after`, oldest first.
+
+        Numbers count from 1 in each epoch: begin with 0 for a new reader. The last DELIVERIES records are kept; of
+        `new - after` that were written, those not in the list were overwritten before they could be read.
+        """
+        if self._newest[0] == after:
+            return after, []
+        newest, rows = self._ring.read(after)
+        found = []
+        for words in rows:
+            told = delivery(words, self._peers.names)
+            if told is not None:
+                found.append(told)
+        return newest, found
+
+    def peers(self) -> tuple[PeerCounters, ...]:
+        """Return what the owner imported from each peer since its epoch began."""
+        return self._peers.counters()
+
+    def close(self) -> None:
+        """Close the descriptor; the mapping goes with the last array that refers to it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _chunks(keys: Keys) -> Iterator[Keys]:
+    start, size = 0, 32
+    while start < len(keys):
+        yield keys[start : start + size]
+        start += size
+        size = min(size * 4, _CHUNK_BLOCKS_MAX)

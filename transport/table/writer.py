@@ -1,0 +1,223 @@
+"""A replica's block table, as its owner writes it: which prefix blocks it holds right now, in memory that everyone can map."""
+
+import contextlib
+import mmap
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from transport.errors import TableError
+from transport.keys import Keys
+from transport.table import liveness
+from transport.table.deliveries import Delivery
+from transport.table.fence import fence
+from transport.table.layout import (
+    BLOCKS_MAX,
+    COUNTERS,
+    COUNTERS_OFFSET,
+    DESCRIPTION_BYTES_MAX,
+    HEADER,
+    HEARTBEAT_OFFSET,
+    LOAD_OFFSET,
+    MAGIC,
+    PAGE_BYTES,
+    SUFFIX,
+    VALID_OFFSET,
+    VERSION,
+    WAYS,
+    Description,
+    Layout,
+    areas,
+    bucket_count,
+)
+
+_COUNTER_INDEX = {name: index for index, name in enumerate(COUNTERS)}
+_ONE = np.uint64(1)
+
+
+class TableWriter:
+    """The owner's side. Not thread safe: one thread, the scheduler's, calls it.
+
+    Creates `directory/<replica>.table` under a temporary name and renames it when it is whole. The file belongs to this
+    process until `close`, which removes it. Raises TableError if the replica's name is taken by a live process, OSError if the
+    directory or its memory is not to be had.
+    """
+
+    def __init__(self, directory: Path, description: Description, block_size: int, blocks: int) -> None:
+        encoded = msgspec.json.encode(description)
+        if not 0 < blocks <= BLOCKS_MAX or len(encoded) > DESCRIPTION_BYTES_MAX:
+            raise TableError(f"a table of {blocks} blocks with {len(encoded)} bytes of description is out of bounds")
+        self.layout = Layout(blocks, bucket_count(blocks), len(encoded))
+        self.path = directory / (description.replica + SUFFIX)
+        self.epoch = time.time_ns()
+        self._mask = np.uint64(self.layout.buckets - 1)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_if_claimed(self.path)
+        draft = directory / f".{description.replica}.{os.getpid()}.{self.epoch}"
+        # the lock has a descriptor of its own: mmap keeps a duplicate of the one it is given, which would keep the lock
+        self._lock = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            if not liveness.claim(self._lock):
+                raise TableError(f"{draft} is locked by another process")
+            os.posix_fallocate(self._lock, 0, self.layout.total)
+            fd = os.open(draft, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self._map = mmap.mmap(fd, self.layout.total)
+            finally:
+                os.close(fd)
+            self._fill(block_size, encoded)
+            os.rename(draft, self.path)
+        except BaseException:
+            os.close(self._lock)
+            draft.unlink(missing_ok=True)
+            raise
+        this = weakref.ref(self)  # what is registered is never let go
+        os.register_at_fork(after_in_child=lambda: _forget_in_child(this))
+
+    def _fill(self, block_size: int, encoded: bytes) -> None:
+        layout = self.layout
+        HEADER.pack_into(
+            self._map, 0, MAGIC, VERSION, PAGE_BYTES, self.epoch, block_size, layout.blocks, layout.buckets, WAYS,
+            layout.description_bytes,
+        )  # fmt: skip
+        self._map[PAGE_BYTES : PAGE_BYTES + len(encoded)] = encoded
+        self._words = memoryview(self._map)[:PAGE_BYTES].cast("Q")
+        self._states, self._keys, self._index, self._peers, self._deliveries = areas(self._map, layout)
+        self._states[:] = 1
+
+    def publish(self, blocks: Sequence[int], keys: Keys) -> None:
+        """Offer `blocks`, all different, under `keys`, shape (len(blocks), 2): their content is complete until `invalidate`."""
+        ids = np.asarray(blocks, np.int64)
+        offered = self._states[ids] & _ONE == 0
+        if offered.any():
+            same = offered & (self._keys[ids] == keys).all(axis=1)
+            self.invalidate(ids[offered & ~same].tolist())
+            lost = same & ~self._indexed(ids, keys)
+            self._index_add(ids[lost], keys[lost])
+            ids, keys = ids[~same], keys[~same]
+        self._keys[ids] = keys
+        fence()
+        self._states[ids] += _ONE
+        self._index_add(ids, keys)
+        self._words[VALID_OFFSET // 8] += len(ids)
+        self.count("published_blocks", len(ids))
+
+    def invalidate(self, blocks: Sequence[int]) -> int:
+        """Withdraw `blocks` before their memory is written again; return how many had been on offer."""
+        ids = np.unique(np.asarray(blocks, np.int64))
+        ids = ids[self._states[ids] & _ONE == 0]
+        if len(ids):
+            self._states[ids] += _ONE
+            fence()
+            buckets = self._keys[ids, 0] & self._mask
+            rows = self._index[buckets] == (ids + 1)[:, None]
+            found = rows.any(axis=1)
+            self._index[buckets[found], rows[found].argmax(axis=1)] = 0
+            self._words[VALID_OFFSET // 8] -= len(ids)
+        return len(ids)
+
+    def clear(self) -> int:
+        """Withdraw every block; return how many had been on offer."""
+        return self.invalidate(np.flatnonzero(self._states & _ONE == 0).tolist())
+
+    def _indexed(self, ids: npt.NDArray[np.int64], keys: Keys) -> npt.NDArray[np.bool_]:
+        entered: npt.NDArray[np.bool_] = (self._index[keys[:, 0] & self._mask] == (ids + 1)[:, None]).any(axis=1)
+        return entered
+
+    def _index_add(self, ids: npt.NDArray[np.int64], keys: Keys) -> None:
+        """Enter blocks in their buckets; where one is full, `_displaced` says at whose cost."""
+        buckets = keys[:, 0] & self._mask
+        while len(ids):
+            _, first = np.unique(buckets, return_index=True)  # one a bucket each time around
+            free = self._index[buckets[first]] == 0
+            way = free.argmax(axis=1)
+            for place in np.flatnonzero(~free.any(axis=1)).tolist():
+                way[place] = self._displaced(int(buckets[first[place]]), int(ids[first[place]]))
+            self._index[buckets[first], way] = ids[first] + 1
+            ids, buckets = np.delete(ids, first), np.delete(buckets, first)
+
+    def _displaced(self, bucket: int, block: int) -> int:
+        """Return which entry of a full bucket makes room for `block`: one whose key another entry has too, if there is one.
+
+        Requests that generate the same text fill blocks of their own with the same keys; kept all, they would push the only
+        entry of some other key out, and with it the rest of a prefix (seen on a GPU).
+        """
+        entries = self._index[bucket].astype(np.int64) - 1
+        seen = {self._keys[block].tobytes()}
+        for way in range(WAYS - 1, -1, -1):
+            key = self._keys[entries[way]].tobytes()
+            if key in seen:
+                return way
+            seen.add(key)
+        return block % WAYS
+
+    def count(self, counter: str, amount: int = 1) -> None:
+        """Add `amount` to a counter named in COUNTERS."""
+        self._words[COUNTERS_OFFSET // 8 + _COUNTER_INDEX[counter]] += amount
+
+    def beat(self, now_ns: int) -> None:
+        """Note the time of a step, CLOCK_MONOTONIC nanoseconds."""
+        self._words[HEARTBEAT_OFFSET // 8] = now_ns
+
+    def tell_load(self, load: Sequence[int]) -> None:
+        """Note what there is to do: the leading fields of an EngineLoad, in its order."""
+        words, first = self._words, LOAD_OFFSET // 8
+        for place, value in enumerate(load, first):
+            words[place] = value
+
+    def deliver(self, delivery: Delivery, transport: str) -> None:
+        """Append a delivery record; `transport` is how its source, if it has one, is read."""
+        self._deliveries.write(delivery, self._peers.place(delivery.source, transport) if delivery.source else -1)
+
+    def imported(self, source: str, transport: str, *, blocks: int, size: int, nanoseconds: int, failed: bool) -> None:
+        """Count an import of `blocks` good blocks and `size` copied bytes from a peer."""
+        self._peers.add(self._peers.place(source, transport), blocks, size, nanoseconds, failed=failed)
+
+    def _forget(self) -> None:
+        """In a forked child: close the copy of the descriptor, so that the lock ends with the owner."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def close(self) -> None:
+        """Withdraw everything, remove the file and end the epoch. Idempotent; nothing happens in a forked child."""
+        if self._lock < 0:
+            return
+        try:
+            self.clear()
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Remove the file and end the epoch, whatever the table says. Idempotent."""
+        if self._lock < 0:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(self.path).st_ino == os.fstat(self._lock).st_ino:
+                os.unlink(self.path)
+        os.close(self._lock)
+        self._lock = -1
+
+
+def _forget_in_child(table: "weakref.ref[TableWriter]") -> None:
+    writer = table()
+    if writer is not None:
+        writer._forget()
+
+
+def _refuse_if_claimed(path: Path) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        if liveness.claimed(fd):
+            raise TableError(f"{path} belongs to a live replica: give this one another name or another directory")
+    finally:
+        os.close(fd)
