@@ -133,7 +133,7 @@ class Settings(BaseSettings):
     )
     drain_seconds: float = Field(30.0, ge=0, description="running requests may finish after a stop signal")
 
-    # Steering and sight.
+    # Steering and figures.
     imports: bool = Field(True, description="replicas import from each other; off: requests go where their prefixes are")
     parity_interval_seconds: float = Field(
         300.0, ge=0, description="between two comparisons of token ids with an engine's; 0: only when replicas start"

@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.connector.accounts import Accounts
 from engine.connector.messages import ImportReport, WorkerReport
-from engine.connector.peers import Sources
+from engine.connector.peers import Peers
 from engine.connector.sequence import Import, Sequence
 from transport.backends.base import ImportJob
 from transport.table.writer import TableWriter
@@ -18,7 +18,7 @@ class Imports:
     """`block_size` is in tokens, `ranks` the number of workers that must report an import before it is done."""
 
     def __init__(
-        self, table: TableWriter, accounts: Accounts, sources: Sources, *, block_size: int, transport: str, ranks: int
+        self, table: TableWriter, accounts: Accounts, sources: Peers, *, block_size: int, transport: str, ranks: int
     ) -> None:
         self._table = table
         self._accounts = accounts

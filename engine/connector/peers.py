@@ -16,7 +16,7 @@ UNREADABLE_MAX = 3
 """After so many imports of which nothing could be read, an owner is not asked again in its epoch."""
 
 
-class Sources:
+class Peers:
     """The peers in `peers` that have our fingerprint (`digest`, made of `fields`); `refused` is called once for each other."""
 
     def __init__(

@@ -7,7 +7,7 @@ from transport.keys import root_key
 from transport.lora import adapter_identity
 
 
-class Roots:
+class RootKeys:
     """Makes root keys for requests of an engine with this `fingerprint`."""
 
     def __init__(self, fingerprint: bytes, hash_name: str) -> None:

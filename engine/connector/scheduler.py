@@ -13,9 +13,9 @@ from engine.connector.accounts import Account, Accounts, PromptWork
 from engine.connector.imports import Imports
 from engine.connector.messages import StepMetadata, WorkerReport
 from engine.connector.offers import NEVER, Offers
-from engine.connector.peers import Sources
+from engine.connector.peers import Peers
 from engine.connector.pins import BlockPool, Pins
-from engine.connector.request_keys import Roots, extra_content
+from engine.connector.request_keys import RootKeys, extra_content
 from engine.connector.sequence import Sequence
 from transport.backends.base import ImportJob
 from transport.hint import PinWish
@@ -51,7 +51,7 @@ class SchedulerHalf:
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.table = table
-        self._sources = Sources(
+        self._sources = Peers(
             peers,
             fingerprint,
             fields,
@@ -60,7 +60,7 @@ class SchedulerHalf:
             transport=transport,
             refused=lambda: table.count("peers_incompatible"),
         )
-        self._roots = Roots(fingerprint, hash_name)
+        self._roots = RootKeys(fingerprint, hash_name)
         self._block_size = block_size
         self._hash_name = hash_name
         self._exchanges = status == "ok"

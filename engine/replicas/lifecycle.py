@@ -9,7 +9,7 @@ from enum import Enum, auto
 from engine.fleet import ReplicaState
 
 
-class Action(Enum):
+class LifecycleAction(Enum):
     """What the shell does to the replica's process. A replica that ends is reported by `exited`."""
 
     SPAWN = auto()
@@ -80,7 +80,7 @@ class Lifecycle:
         """Whether the last health check failed."""
         return self._misses > 0
 
-    def start(self, now: float) -> Action | None:
+    def start(self, now: float) -> LifecycleAction | None:
         """First start, or a new one after STOPPED or FAILED; nothing when it runs."""
         if self._running:
             return None
@@ -103,7 +103,7 @@ class Lifecycle:
             self._enter(ReplicaState.READY, "")
             self._due = now + self._policy.healthy_seconds_reset
 
-    def missed(self, why: str, *, dead: bool = False) -> Action | None:
+    def missed(self, why: str, *, dead: bool = False) -> LifecycleAction | None:
         """A health check failed; `dead`: the replica itself says that it is beyond help."""
         if not self.watched or self.state is ReplicaState.STARTING:
             return None
@@ -113,7 +113,7 @@ class Lifecycle:
             return None
         return self._kill(why)
 
-    def exited(self, how: str, now: float) -> Action | None:
+    def exited(self, how: str, now: float) -> LifecycleAction | None:
         """Its process ended; `how` in words."""
         was_ready = self.state is not ReplicaState.STARTING
         reason = f"{self._blame}; {how}" if self._blame else how
@@ -150,13 +150,13 @@ class Lifecycle:
         self._gone()
         self._enter(ReplicaState.FAILED, why)
 
-    def tick(self, now: float) -> Action | None:
+    def tick(self, now: float) -> LifecycleAction | None:
         """The time `due` has come (harmless before)."""
         if self._due is None or now < self._due:
             return None
         self._due = None
         if self._goal is not Goal.RUN:
-            return Action.KILL if self._running else None
+            return LifecycleAction.KILL if self._running else None
         if self.state is ReplicaState.STARTING:
             return self._kill(f"not ready {self._policy.startup_seconds_max:g} s after its start")
         if self.state is ReplicaState.BACKOFF:
@@ -171,14 +171,14 @@ class Lifecycle:
         if self.state is ReplicaState.READY:
             self._enter(ReplicaState.DRAINING, "draining")
 
-    def restart(self, now: float) -> Action | None:
+    def restart(self, now: float) -> LifecycleAction | None:
         """End it and start it anew; a FAILED, STOPPED or waiting one starts at once."""
         if not self._running:
             self.restarts += 1
             return self.start(now)
         return self._end(Goal.RESTART, "restarting", now, self._policy.terminate_seconds)
 
-    def stop(self, now: float, terminate_seconds: float) -> Action | None:
+    def stop(self, now: float, terminate_seconds: float) -> LifecycleAction | None:
         """End it for good: SIGTERM, and after `terminate_seconds` SIGKILL."""
         if not self._running:
             self._goal = Goal.STOP
@@ -186,25 +186,25 @@ class Lifecycle:
             return None
         return self._end(Goal.STOP, "stopping", now, terminate_seconds)
 
-    def _spawn(self, now: float) -> Action:
+    def _spawn(self, now: float) -> LifecycleAction:
         self._goal = Goal.RUN
         self._running = True
         self._misses = 0
         self._enter(ReplicaState.STARTING, "loading the model")
         self._due = now + self._policy.startup_seconds_max
-        return Action.SPAWN
+        return LifecycleAction.SPAWN
 
-    def _end(self, goal: Goal, reason: str, now: float, terminate_seconds: float) -> Action:
+    def _end(self, goal: Goal, reason: str, now: float, terminate_seconds: float) -> LifecycleAction:
         self._goal = goal
         self._enter(ReplicaState.DRAINING, reason)
         self._due = now + terminate_seconds
-        return Action.TERMINATE
+        return LifecycleAction.TERMINATE
 
-    def _kill(self, why: str) -> Action:
+    def _kill(self, why: str) -> LifecycleAction:
         self._blame = self.reason = why
         if self.state is not ReplicaState.STARTING:
             self._enter(ReplicaState.BACKOFF, why)
-        return Action.KILL
+        return LifecycleAction.KILL
 
     def _gone(self) -> None:
         self._running = False

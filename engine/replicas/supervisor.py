@@ -17,7 +17,7 @@ from engine.replicas.devices import usable_cores
 from engine.replicas.health import Health
 from engine.replicas.host_link import HostLink
 from engine.replicas.launch import EngineSettings, plan_launches, replica_env
-from engine.replicas.lifecycle import Action, Lifecycle
+from engine.replicas.lifecycle import Lifecycle, LifecycleAction
 from engine.replicas.member import Member, narrate
 
 log = logging.getLogger("peerkv.supervisor")
@@ -247,19 +247,19 @@ class Supervisor:
             self._perform(member, member.life.missed(health.why, dead=health.dead))
         self._publish()
 
-    def _perform(self, member: Member, action: Action | None) -> None:
+    def _perform(self, member: Member, action: LifecycleAction | None) -> None:
         if action is None:
             return
         if self._link is None:
             member.life.lost(HOST_GONE, self._now())
             return
         match action:
-            case Action.SPAWN:
+            case LifecycleAction.SPAWN:
                 self._link.tell(member.spawn_command())
                 member.look.set()
-            case Action.TERMINATE:
+            case LifecycleAction.TERMINATE:
                 self._link.tell(Terminate(member.name))
-            case Action.KILL:
+            case LifecycleAction.KILL:
                 self._link.tell(Kill(member.name))
 
     # What others see

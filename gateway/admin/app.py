@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from engine.fleet import FleetView
 from gateway.admin.health import _add_open_routes
-from gateway.admin.kv_routes import Sight, _add_admin_routes, _Guard
+from gateway.admin.kv_routes import Figures, _add_admin_routes, _Guard
 from gateway.admin.openapi import describe
 from gateway.admin.prefix_routes import PrefixKeeper, add_prefix_routes
 from gateway.api import v1_routes
@@ -34,7 +34,7 @@ def build_app(
     *,
     fleet: FleetView,
     upstream: Upstream,
-    sight: Sight,
+    figures: Figures,
     access: AdminAccess,
     keeper: PrefixKeeper,
     body_bytes_max: int,
@@ -49,7 +49,7 @@ def build_app(
     app.include_router(v1_routes.router)
     _add_open_routes(app, fleet, draining)
     guard = _Guard(access)
-    _add_admin_routes(app, fleet, upstream, sight, guard)
+    _add_admin_routes(app, fleet, upstream, figures, guard)
     add_prefix_routes(app, keeper, body_bytes_max, refusals=guard.refusals, guarded=guard.guarded)
     document = describe(app)
 

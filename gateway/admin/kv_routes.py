@@ -25,7 +25,7 @@ from gateway.upstream.pool import Upstream, UpstreamLost
 PREFIXES_SHOWN_MAX = 1000
 
 
-class Sight(Protocol):
+class Figures(Protocol):
     """What there is to see of the replicas' caches."""
 
     def stats(self) -> KvStats:
@@ -66,17 +66,17 @@ class _Guard:
         self.guarded: dict[str, Any] = {"tags": ["admin"], "dependencies": [Depends(admin)]}
 
 
-def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, sight: Sight, guard: _Guard) -> None:
+def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, figures: Figures, guard: _Guard) -> None:
     refusals, guarded = guard.refusals, guard.guarded
 
     @app.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse, responses=refusals, **guarded)
     async def metrics() -> Response:
-        body, content_type = sight.metrics()
+        body, content_type = figures.metrics()
         return Response(body, headers={"content-type": content_type})
 
     @app.get("/kv/stats", summary="Where prompt tokens came from, by replica and in all", responses=refusals, **guarded)
     async def stats() -> KvStats:
-        return sight.stats()
+        return figures.stats()
 
     @app.get(
         "/kv/prefixes",
@@ -85,7 +85,7 @@ def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, sight:
         **guarded,
     )
     async def prefixes(limit: Annotated[int, Query(ge=1, le=PREFIXES_SHOWN_MAX)] = 50) -> PrefixReport:
-        return sight.prefixes(limit)
+        return figures.prefixes(limit)
 
     @app.get(
         "/kv/explain/{request_id}",
@@ -96,7 +96,7 @@ def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, sight:
     async def explain(
         request_id: Annotated[str, Path(description="the header x-request-id of its answer", max_length=128)],
     ) -> Explanation:
-        found = sight.explain(request_id)
+        found = figures.explain(request_id)
         if found is None:
             raise UnknownRequest(request_id)
         return found

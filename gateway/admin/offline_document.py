@@ -20,7 +20,7 @@ _NOWHERE = Path("/nonexistent")
 
 
 class NothingToSee:
-    """Stands where the running gateway's sight is; a document needs its types alone."""
+    """Stands where the running gateway's figures is; a document needs its types alone."""
 
     def stats(self) -> KvStats:
         raise NotImplementedError
@@ -51,7 +51,7 @@ def document() -> dict[str, Any]:
     app = build_app(
         fleet=FileFleet(_NOWHERE),
         upstream=Upstream(settings),
-        sight=NothingToSee(),
+        figures=NothingToSee(),
         access=AdminAccess(None),
         keeper=NothingKept(),
         body_bytes_max=0,

@@ -10,7 +10,7 @@ from transport.table.deliveries import PeerCounters
 _PeerKey = tuple[str, str]
 
 
-class CounterLedger:
+class LifetimeCounters:
     """Sums each replica's counters over its epochs.
 
     The last table of each replica is kept: its memory stays readable when the owner is dead and its file gone, so what it

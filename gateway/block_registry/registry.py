@@ -9,7 +9,7 @@ import numpy as np
 
 from gateway.block_registry.chain import Chain
 from gateway.block_registry.chain_cache import ChainCache
-from gateway.block_registry.lifetime_counters import CounterLedger
+from gateway.block_registry.lifetime_counters import LifetimeCounters
 from gateway.block_registry.tables import Table, Tables
 from gateway.token_ids import TokenIds
 from transport.fingerprint import fingerprint_difference
@@ -54,7 +54,7 @@ class Registry:
     def __init__(self, directory: Tables, key_cache_bytes_max: int = KEY_CACHE_BYTES_MAX) -> None:
         self._directory = directory
         self._chains = ChainCache(key_cache_bytes_max)
-        self.ledger = CounterLedger()
+        self.ledger = LifetimeCounters()
         self._last: Mapping[str, Table] = {}
         self._exchanges: tuple[tuple[tuple[str, int], ...], dict[str, frozenset[str]]] = ((), {})
         self._refused: set[tuple[tuple[str, int], tuple[str, int]]] = set()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from gateway.http_server.cycle import RawHeaders, Scope
 from gateway.http_server.head_fields import HeadFields
+from gateway.http_server.request_cycle import RawHeaders, Scope
 
 HEAD_BYTES_MAX = 4096
 """Longer heads are not remembered, since each connection remembers one."""

@@ -80,7 +80,7 @@ class UnknownPrefix(ApiError):
         super().__init__(f"No prefix '{prefix_id}' is kept: it never was, or its time is over.")
 
 
-class PinBook:
+class KeptPrefixBook:
     """At most `prefixes_max` prefixes with `tokens_max` tokens in all."""
 
     def __init__(self, prefixes_max: int, tokens_max: int) -> None:

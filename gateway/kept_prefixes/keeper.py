@@ -18,7 +18,7 @@ import msgspec
 
 from engine.fleet import FleetView, Replica
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, Unavailable
-from gateway.kept_prefixes.book import KeptPrefix, PinBook, Place, PlaceState
+from gateway.kept_prefixes.book import KeptPrefix, KeptPrefixBook, Place, PlaceState
 from gateway.kept_prefixes.reader import Callers, PrefixReader
 from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixRequest
 from gateway.ledger.attempts import Asked, Entry
@@ -45,7 +45,7 @@ class Keeper:
 
     def __init__(
         self,
-        book: PinBook,
+        book: KeptPrefixBook,
         *,
         fleet: FleetView,
         planner: Planner,

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import msgspec
 
 from gateway.api.body import Endpoint
-from gateway.ledger.misses import COLD, NO_LOSS, Case, Loss, judge
-from gateway.steering.choices import Action, Decision, Option
+from gateway.ledger.misses import COLD, NO_MISS, Case, Miss, judge
+from gateway.steering.choices import Choice, Decision, Option
 from transport.table.deliveries import Delivery, DeliveryReason
 
 _NOTHING = Delivery()
@@ -52,7 +52,7 @@ class Planned(msgspec.Struct, frozen=True, gc=False, array_like=True):
         return self.decision.source or ""
 
     @property
-    def action(self) -> Action:
+    def action(self) -> Choice:
         return self.decision.action
 
     @property
@@ -93,9 +93,9 @@ class Entry(msgspec.Struct, eq=False, gc=False, array_like=True):
     first_byte_seconds: float | None = None
     ended_seconds: float | None = None
     status: int | None = None
-    loss: Loss | None = None
+    loss: Miss | None = None
     settle_until: float = 0.0
-    plain_loss: Loss | None = None
+    plain_loss: Miss | None = None
     """What it loses without any history, by the deliveries so far."""
 
     @property
@@ -114,7 +114,7 @@ class Entry(msgspec.Struct, eq=False, gc=False, array_like=True):
             return found[0]
         return max(found, key=lambda delivery: delivery.prompt_tokens, default=None)
 
-    def judged(self, formerly: int = 0, elsewhere: int = 0) -> Loss:
+    def judged(self, formerly: int = 0, elsewhere: int = 0) -> Miss:
         """Judge it by what was delivered so far; see Case for the arguments."""
         if formerly or elsewhere:
             return judge(self.case(formerly, elsewhere))
@@ -122,7 +122,7 @@ class Entry(msgspec.Struct, eq=False, gc=False, array_like=True):
             self.plain_loss = self._as_most() or judge(self.case())
         return self.plain_loss
 
-    def _as_most(self) -> Loss | None:
+    def _as_most(self) -> Miss | None:
         """What `judge` says of most, which got all that anybody had; None for others."""
         plan, found = self.planned, self.deliveries
         if len(found) != 1 or not plan.looked_up or not plan.reads_cache:
@@ -131,7 +131,7 @@ class Entry(msgspec.Struct, eq=False, gc=False, array_like=True):
         delivered = got.local_tokens + got.peer_tokens
         if delivered < plan.decision.best_available_tokens // size * size or got.why is _READS_NO_CACHE:
             return None
-        return NO_LOSS if delivered or got.prompt_tokens <= size else COLD
+        return NO_MISS if delivered or got.prompt_tokens <= size else COLD
 
     def case(self, formerly: int = 0, elsewhere: int = 0) -> Case:
         """What the attempt is judged by; see Case for the arguments."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gateway.ledger.attempts import Entry, Packed, Planned
-from gateway.ledger.misses import Loss, LossReason
+from gateway.ledger.misses import Miss, MissReason
 from transport.table.deliveries import Delivery
 
 ATTEMPTS_KEPT = 16  # of one request id: clients choose it, and some choose the same one for ever
@@ -118,7 +118,7 @@ class Ledger:
             found.append(entry)
         return found
 
-    def settle(self, entry: Entry, formerly: int = 0, elsewhere: int = 0) -> Loss:
+    def settle(self, entry: Entry, formerly: int = 0, elsewhere: int = 0) -> Miss:
         """Judge an attempt that is over and add it to the sums, once; see Case for the arguments."""
         if entry.loss is not None:
             return entry.loss
@@ -145,23 +145,23 @@ class Ledger:
         found = [self._kept[tag] for tag in self._by_request.get(request_id, ())]
         return tuple(kept.unpacked() if isinstance(kept, Packed) else kept for kept in found)
 
-    def _certain(self, entry: Entry) -> Loss | None:
+    def _certain(self, entry: Entry) -> Miss | None:
         """What can be said without a record of what the engine did, None if such a record is there or may still come."""
         for delivery in entry.deliveries:
             if delivery.scheduled_ns:
                 return None
         status, plan = entry.status, entry.planned
         if status in _NOT_SERVED:
-            return Loss(LossReason.RETRIED, 0, "the replica did not serve it")
+            return Miss(MissReason.RETRIED, 0, "the replica did not serve it")
         if status == LEFT_STATUS and (entry.deliveries or entry.settle_until):
-            return Loss(LossReason.LEFT, 0, "the client left before anything was computed")
+            return Miss(MissReason.LEFT, 0, "the client left before anything was computed")
         if status is not None and 400 <= status < LEFT_STATUS:
-            return Loss(LossReason.NONE, 0, "the engine refused the request")
+            return Miss(MissReason.NONE, 0, "the engine refused the request")
         if not plan.reports:
-            return Loss(LossReason.OFF, 0, "the replica has no block table, so nothing is known of it")
+            return Miss(MissReason.OFF, 0, "the replica has no block table, so nothing is known of it")
         if not plan.reads_cache:
-            return Loss(LossReason.OFF, 0, "the engine computes this request's prompt whole")
-        return Loss(LossReason.UNKNOWN, 0, "the engine left no record of it") if entry.settle_until else None
+            return Miss(MissReason.OFF, 0, "the engine computes this request's prompt whole")
+        return Miss(MissReason.UNKNOWN, 0, "the engine left no record of it") if entry.settle_until else None
 
     def _forget(self, tag: int, kept: Entry | Packed) -> None:
         """`kept` is kept no longer."""

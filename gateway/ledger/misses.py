@@ -7,7 +7,7 @@ import msgspec
 from transport.table.deliveries import DeliveryReason
 
 
-class LossReason(StrEnum):
+class MissReason(StrEnum):
     """One word for each request, in /metrics, /kv/stats, /kv/explain and the header x-peerkv-cache."""
 
     NONE = "none"  # delivered was all that anybody had
@@ -71,68 +71,68 @@ def useful_tokens(prompt_tokens: int, block_size: int) -> int:
     return (prompt_tokens - 1) // block_size * block_size if prompt_tokens > 0 and block_size > 0 else 0
 
 
-class Loss(msgspec.Struct, frozen=True, gc=False, array_like=True):
+class Miss(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """`tokens` were computed though they had been computed before; of a parity loss that is the most it can be."""
 
-    reason: LossReason
+    reason: MissReason
     tokens: int = 0
     words: str = ""
 
 
-NO_LOSS = Loss(LossReason.NONE)
-COLD = Loss(LossReason.COLD, 0, "nobody held any of it")
+NO_MISS = Miss(MissReason.NONE)
+COLD = Miss(MissReason.COLD, 0, "nobody held any of it")
 
 
-def judge(case: Case) -> Loss:
+def judge(case: Case) -> Miss:
     """Tell why less was delivered than could have been, the nearest cause first."""
     if not case.reads_cache or case.why is _READS_NO_CACHE:
-        return Loss(LossReason.OFF, 0, "the engine computes this request's prompt whole")
+        return Miss(MissReason.OFF, 0, "the engine computes this request's prompt whole")
     delivered = case.local + case.peer
     if delivered >= useful_tokens(case.prompt_tokens, case.block_size):
-        return NO_LOSS
+        return NO_MISS
     if not case.looked_up:
         return _unseen(case)
     if delivered < case.best_available:
         return _short(case)
     if case.formerly > delivered or case.elsewhere > delivered:
         return _held_before(case)
-    return NO_LOSS if delivered else COLD
+    return NO_MISS if delivered else COLD
 
 
-def _unseen(case: Case) -> Loss:
+def _unseen(case: Case) -> Miss:
     missing = case.useful - case.delivered
     if not case.parity_exact:
-        return Loss(LossReason.PARITY, missing, "its token ids were not known to be the engine's, so it was steered blindly")
-    return Loss(LossReason.UNKNOWN, 0, "its token ids were not known, so it was steered blindly")
+        return Miss(MissReason.PARITY, missing, "its token ids were not known to be the engine's, so it was steered blindly")
+    return Miss(MissReason.UNKNOWN, 0, "its token ids were not known, so it was steered blindly")
 
 
-def _short(case: Case) -> Loss:
+def _short(case: Case) -> Miss:
     """Somebody held more than was delivered."""
     lost = case.best_available - case.delivered
     if case.why in _CHECK_FAILED:
-        return Loss(LossReason.CHECK_FAILED, lost, "blocks changed, or could not be read, while they were copied")
+        return Miss(MissReason.CHECK_FAILED, lost, "blocks changed, or could not be read, while they were copied")
     if case.why in _STALE:
-        return Loss(LossReason.STALE, lost, "the source held less when the engine looked than when the request was planned")
+        return Miss(MissReason.STALE, lost, "the source held less when the engine looked than when the request was planned")
     if case.why is DeliveryReason.NOT_EXCHANGING:
-        return Loss(LossReason.OFF, lost, "the replica does not exchange with the source")
+        return Miss(MissReason.OFF, lost, "the replica does not exchange with the source")
     if case.why is DeliveryReason.ALLOCATION:
-        return Loss(LossReason.LOAD, lost, "the replica had no room for the import")
+        return Miss(MissReason.LOAD, lost, "the replica had no room for the import")
     if case.delivered >= case.predicted_local + case.predicted_peer:
-        return Loss(
-            LossReason.LOAD, lost, "waiting for, or importing from, the replica that holds more would have taken longer"
+        return Miss(
+            MissReason.LOAD, lost, "waiting for, or importing from, the replica that holds more would have taken longer"
         )
     if case.delivered >= case.best_held:
-        return Loss(LossReason.PROMISED, lost, "another request was computing it, and was not done when this one began")
+        return Miss(MissReason.PROMISED, lost, "another request was computing it, and was not done when this one began")
     if not case.parity_exact:
-        return Loss(LossReason.PARITY, lost, "its token ids were a guess, and the engine's differ")
+        return Miss(MissReason.PARITY, lost, "its token ids were a guess, and the engine's differ")
     if case.local < case.predicted_local:
-        return Loss(LossReason.EVICTED, lost, "the replica's blocks were given away between the plan and the first step")
-    return Loss(LossReason.UNKNOWN, lost, "the engine does not say why it imported less")
+        return Miss(MissReason.EVICTED, lost, "the replica's blocks were given away between the plan and the first step")
+    return Miss(MissReason.UNKNOWN, lost, "the engine does not say why it imported less")
 
 
-def _held_before(case: Case) -> Loss:
+def _held_before(case: Case) -> Miss:
     """All that anybody held when the request was planned was delivered."""
     delivered = case.delivered
     if case.formerly > delivered and case.formerly >= case.elsewhere:
-        return Loss(LossReason.EVICTED, case.formerly - delivered, "no replica holds any more what was computed before")
-    return Loss(LossReason.TENANT_BOUNDARY, case.elsewhere - delivered, "blocks of another tenant hold it")
+        return Miss(MissReason.EVICTED, case.formerly - delivered, "no replica holds any more what was computed before")
+    return Miss(MissReason.TENANT_BOUNDARY, case.elsewhere - delivered, "blocks of another tenant hold it")

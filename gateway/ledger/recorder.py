@@ -13,7 +13,7 @@ from gateway.block_registry.tables import Table
 from gateway.ledger.attempts import Entry, Planned
 from gateway.ledger.history import SeenPrefixes
 from gateway.ledger.ledger import Ledger
-from gateway.ledger.misses import LossReason, useful_tokens
+from gateway.ledger.misses import MissReason, useful_tokens
 from gateway.ledger.waiting_prompts import PROMPTS_BYTES_MAX, WaitingPrompts
 from transport.table.deliveries import Delivery
 
@@ -24,7 +24,7 @@ Who looks at the figures has all of them settled first.
 """
 PROMPT_TOKENS_EACH = 4096
 """An attempt counts once more for so many tokens: settling hashes them, and until then they are held."""
-_REASONS = {reason: f", reason={reason}".encode() for reason in LossReason}
+_REASONS = {reason: f", reason={reason}".encode() for reason in MissReason}
 
 
 class Prefixes(Protocol):

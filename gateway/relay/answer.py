@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from gateway.http_server.exchange import Exchange
+from gateway.http_server.transaction import Transaction
 from gateway.upstream.answer_head import AnswerHead
 from gateway.upstream.connection import EngineConnection
 
@@ -26,25 +26,25 @@ def at_hand(response: EngineConnection) -> Answer | None:
     return None if body is None else Answer(head.status, head.lines, body)
 
 
-async def pass_on(exchange: Exchange, response: EngineConnection, *, bytes_max: int) -> Answer | None:
+async def pass_on(transaction: Transaction, response: EngineConnection, *, bytes_max: int) -> Answer | None:
     """The answer when it is whole and nothing of it was sent yet; None when it was streamed to the client.
 
     An answer of more than `bytes_max` bytes is streamed. Raises ConnectionBroke when the replica breaks off.
     """
     head = response.head
     if head.is_event_stream:
-        events = _Events(exchange, head, bytes_max)
-        await response.pump(events.take, exchange.drained)
+        events = _Events(transaction, head, bytes_max)
+        await response.pump(events.take, transaction.drained)
         events.end()
         return None
-    return await _collect(exchange, response, bytes_max)
+    return await _collect(transaction, response, bytes_max)
 
 
 class _Events:
     """Passes an event stream on. Only whole events are sent, so that an error event can follow any of them."""
 
-    def __init__(self, exchange: Exchange, head: AnswerHead, bytes_max: int) -> None:
-        self._exchange, self._head, self._bytes_max = exchange, head, bytes_max
+    def __init__(self, transaction: Transaction, head: AnswerHead, bytes_max: int) -> None:
+        self._exchange, self._head, self._bytes_max = transaction, head, bytes_max
         self._held = b""
         self._begun = False
 
@@ -73,7 +73,7 @@ class _Events:
         self._exchange.begin(self._head.status, self._head.lines, is_event_stream=True)
 
 
-async def _collect(exchange: Exchange, response: EngineConnection, bytes_max: int) -> Answer | None:
+async def _collect(transaction: Transaction, response: EngineConnection, bytes_max: int) -> Answer | None:
     head = response.head
     parts: list[bytes] = []
     size = 0
@@ -84,11 +84,11 @@ async def _collect(exchange: Exchange, response: EngineConnection, bytes_max: in
             break
     else:
         return Answer(head.status, head.lines, b"".join(parts))
-    exchange.begin(head.status, head.lines)
-    exchange.write(b"".join(parts))
+    transaction.begin(head.status, head.lines)
+    transaction.write(b"".join(parts))
     del parts
     while part := await response.read():
-        if not exchange.write(part):
-            await exchange.drained()
-    exchange.finish()
+        if not transaction.write(part):
+            await transaction.drained()
+    transaction.finish()
     return None

@@ -15,7 +15,7 @@ WAITING_MAX = 32
 """More do not wait for each other: of a great burst the first would be sent as late as the last."""
 
 
-class Abreast:
+class Batching:
     """A place, or some, at which requests wait for each other. Belongs to one event loop."""
 
     def __init__(self) -> None:

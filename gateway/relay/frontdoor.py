@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from gateway.errors import InternalError, MethodNotAllowed, UnknownPath
-from gateway.http_server.cycle import Asgi, Receive, Scope, Send
-from gateway.http_server.exchange import JSON_LINE, Exchange
+from gateway.http_server.request_cycle import Asgi, Receive, Scope, Send
+from gateway.http_server.transaction import JSON_LINE, Transaction
 from gateway.relay.relay import PATHS, Relay
 from gateway.tenants.tenants import Tenants
 from gateway.upstream.served_models import ModelsCache
@@ -39,13 +39,13 @@ class FrontDoor:
         if endpoint is not None and scope["method"] == "POST":
             return self._relay(endpoint, scope)
         if path == "/v1" or path.startswith("/v1/"):
-            exchange = Exchange(scope)
-            return self._relay.guard(OTHER_LABEL, exchange, self._serve_v1(exchange))
+            transaction = Transaction(scope)
+            return self._relay.guard(OTHER_LABEL, transaction, self._serve_v1(transaction))
         return self._serve_admin(scope, receive, send)
 
-    async def _serve_v1(self, exchange: Exchange) -> None:
-        self._tenants.authenticate(exchange.fields.authorization)
-        method, path = exchange.scope["method"], exchange.scope["path"]
+    async def _serve_v1(self, transaction: Transaction) -> None:
+        self._tenants.authenticate(transaction.fields.authorization)
+        method, path = transaction.scope["method"], transaction.scope["path"]
         is_models = path == MODELS_PATH or path.startswith(MODELS_PATH + "/")
         if path in PATHS:
             raise MethodNotAllowed(method, path, ["POST"])
@@ -57,22 +57,22 @@ class FrontDoor:
             body = (await self._models.current()).raw
         else:
             body = msgspec.json.encode(await self._models.card(path[len(MODELS_PATH) + 1 :]))
-        exchange.answer(200, JSON_LINE, body)
+        transaction.answer(200, JSON_LINE, body)
 
     async def _serve_admin(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The admin application answers its own errors; what it raises beyond them is a defect."""
-        exchange = Exchange(scope)
+        transaction = Transaction(scope)
 
         async def send_with_id(message: Any) -> None:
             if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", exchange.request_id.encode())]
+                transaction.status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", transaction.request_id.encode())]
             await send(message)
 
         try:
             await self._admin(scope, receive, send_with_id)
         except Exception:
             self._relay.counters.internal_errors += 1
-            _logger.exception("request %s failed", exchange.request_id)
-            if not exchange.begun:
-                exchange.fail(InternalError(exchange.request_id))
+            _logger.exception("request %s failed", transaction.request_id)
+            if not transaction.begun:
+                transaction.fail(InternalError(transaction.request_id))

@@ -28,12 +28,12 @@ from gateway.errors import (
     TooManyRequests,
     Unavailable,
 )
-from gateway.http_server.cycle import Scope
-from gateway.http_server.exchange import JSON_LINE, ClientLeft, Exchange
+from gateway.http_server.request_cycle import Scope
+from gateway.http_server.transaction import JSON_LINE, ClientLeft, Transaction
 from gateway.ledger.attempts import Asked, Entry
 from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS
 from gateway.relay.answer import Answer, at_hand, pass_on
-from gateway.relay.batching import Abreast
+from gateway.relay.batching import Batching
 from gateway.relay.engine_body import request_parts
 from gateway.relay.interfaces import PlannerLike, PlanT, Witness
 from gateway.settings import Settings
@@ -74,10 +74,10 @@ class RelayCounters:
     internal_errors: int = 0
 
 
-class Journey(msgspec.Struct, Generic[PlanT], eq=False):
+class RelayedRequest(msgspec.Struct, Generic[PlanT], eq=False):
     """A request on its way over one replica or more. `raw` is its body as it came, None if something was taken out of it."""
 
-    exchange: Exchange
+    transaction: Transaction
     path: str
     body: dict[str, Any]
     raw: bytes | None
@@ -112,66 +112,66 @@ class Relay(Generic[PlanT]):
         self._planner = planner
         self._tenants = tenants
         self._access = access
-        self._exchanges: set[Exchange] = set()
-        self._abreast = Abreast()
+        self._transactions: set[Transaction] = set()
+        self._batching = Batching()
         self._held_bytes = 0
         self._idle = asyncio.Event()  # set when nothing new is taken and all is done
 
     @property
     def in_flight(self) -> int:
         """Requests being served now."""
-        return len(self._exchanges)
+        return len(self._transactions)
 
     def __call__(self, endpoint: Endpoint, scope: Scope) -> Awaitable[None]:
         """Serve one POST request to `endpoint`; to be called and awaited by the task that does so."""
-        exchange = Exchange(scope)
-        return self.guard(endpoint, exchange, self._serve(endpoint, exchange))
+        transaction = Transaction(scope)
+        return self.guard(endpoint, transaction, self._serve(endpoint, transaction))
 
-    async def guard(self, label: str, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work`, measure it as `label`, and turn whatever it raises into the right end of the exchange."""
+    async def guard(self, label: str, transaction: Transaction, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work`, measure it as `label`, and turn whatever it raises into the right end of the transaction."""
         self.counters.requests += 1
-        exchanges = self._exchanges
+        exchanges = self._transactions
         try:
             if self.draining:
                 raise Unavailable("The gateway is stopping.")
             if len(exchanges) >= self._settings.requests_in_flight_max:
                 raise TooManyRequests(self._settings.requests_in_flight_max)
-            exchanges.add(exchange)
+            exchanges.add(transaction)
             await work
         except ApiError as error:
             self.counters.refused += error.status < 500
-            exchange.fail(error)
+            transaction.fail(error)
         except ClientLeft:
-            exchange.left = True
+            transaction.left = True
             self.counters.clients_left += 1
         except asyncio.CancelledError:
-            await self._cancelled(exchange)
+            await self._cancelled(transaction)
         except Exception:
             self.counters.internal_errors += 1
-            _logger.exception("request %s failed", exchange.request_id)
-            exchange.fail(InternalError(exchange.request_id))
+            _logger.exception("request %s failed", transaction.request_id)
+            transaction.fail(InternalError(transaction.request_id))
         finally:
             work.close()
-            exchange.unwatch()
-            self._held_bytes -= exchange.body_bytes
-            exchanges.discard(exchange)
+            transaction.unwatch()
+            self._held_bytes -= transaction.body_bytes
+            exchanges.discard(transaction)
             if self.draining and not exchanges:
                 self._idle.set()
             if self.meter is not None:
-                came_at, status = exchange.came_at, exchange.status
-                first = exchange.begun_at - came_at if status else None
-                self.meter.answered(label, LEFT_STATUS if exchange.left else status, time.perf_counter() - came_at, first)
+                came_at, status = transaction.came_at, transaction.status
+                first = transaction.begun_at - came_at if status else None
+                self.meter.answered(label, LEFT_STATUS if transaction.left else status, time.perf_counter() - came_at, first)
 
-    async def _cancelled(self, exchange: Exchange) -> None:
+    async def _cancelled(self, transaction: Transaction) -> None:
         """Our own cancellation ends here; anybody else's goes on."""
         task = asyncio.current_task()
-        if task is None or not (exchange.left or exchange.ending):
+        if task is None or not (transaction.left or transaction.ending):
             raise asyncio.CancelledError
         task.uncancel()
-        if exchange.left:
+        if transaction.left:
             self.counters.clients_left += 1
-        elif exchange.ending is not None:
-            exchange.fail(exchange.ending)
+        elif transaction.ending is not None:
+            transaction.fail(transaction.ending)
 
     async def drain(self, seconds: float) -> None:
         """Take nothing new; wait until all requests are done, then end those that are not after `seconds`.
@@ -182,79 +182,79 @@ class Relay(Generic[PlanT]):
         if await self._idle_in(seconds):
             return
         _logger.warning("ending %d requests that did not finish in %g s", self.in_flight, seconds)
-        for exchange in tuple(self._exchanges):
-            exchange.end(Unavailable("The gateway stopped before the answer was complete."))
+        for transaction in tuple(self._transactions):
+            transaction.end(Unavailable("The gateway stopped before the answer was complete."))
         if not await self._idle_in(ENDING_SECONDS_MAX):
             _logger.warning("%d requests did not end", self.in_flight)
 
     async def _idle_in(self, seconds: float) -> bool:
         """Whether all requests are done within `seconds`."""
-        if not self._exchanges:
+        if not self._transactions:
             return True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
         return self._idle.is_set()
 
-    async def _serve(self, endpoint: Endpoint, exchange: Exchange) -> None:
-        tenant = self._tenants.authenticate(exchange.fields.authorization)
-        if exchange.fields.pinned is not None:
-            self._access.check(exchange.scope)
-        if not exchange.fields.is_json:
+    async def _serve(self, endpoint: Endpoint, transaction: Transaction) -> None:
+        tenant = self._tenants.authenticate(transaction.fields.authorization)
+        if transaction.fields.pinned is not None:
+            self._access.check(transaction.scope)
+        if not transaction.fields.is_json:
             raise InvalidRequest("Send the header 'Content-Type: application/json'.", code="invalid_content_type")
         settings = self._settings
-        raw = exchange.body_at_hand(self._hold, settings.body_bytes_max)
+        raw = transaction.body_at_hand(self._hold, settings.body_bytes_max)
         if raw is None:
-            raw = await exchange.read_body(self._hold, settings.body_bytes_max, settings.body_seconds_max)
-        exchange.watch()
+            raw = await transaction.read_body(self._hold, settings.body_bytes_max, settings.body_seconds_max)
+        transaction.watch()
         body = decode_body(raw)
         untouched = raw if check_body(endpoint, body) else None
         del raw
         model = body.get("model") or ""
         if model and not self._models.lists(model):
             await self._models.card(model)
-        read = await self._planner.read(endpoint, body, tenant, pinned=exchange.fields.pinned)
-        if len(self._exchanges) > 1:
-            await self._abreast.wait()
+        read = await self._planner.read(endpoint, body, tenant, pinned=transaction.fields.pinned)
+        if len(self._transactions) > 1:
+            await self._batching.wait()
         plan = self._planner.decide(read)
-        asked = Asked(exchange.request_id, endpoint, tenant.name, model)
-        await self._travel(Journey(exchange, exchange.scope["path"], body, untouched, plan, asked))
+        asked = Asked(transaction.request_id, endpoint, tenant.name, model)
+        await self._travel(RelayedRequest(transaction, transaction.scope["path"], body, untouched, plan, asked))
 
     def _hold(self, size: int) -> None:
         if self._held_bytes + size > self._settings.bodies_bytes_max:
             raise Unavailable("The gateway holds as many request bytes as it may.")
         self._held_bytes += size
 
-    async def _travel(self, journey: Journey[PlanT]) -> None:
+    async def _travel(self, request: RelayedRequest[PlanT]) -> None:
         """Try replicas until one has answered."""
-        exchange = journey.exchange
+        transaction = request.transaction
         for attempts_left in range(self._settings.retry_attempts_max, -1, -1):
             answer: Answer | None = None
-            entry = journey.entry = None
-            self._planner.started(journey.plan)
+            entry = request.entry = None
+            self._planner.started(request.plan)
             try:
                 if self.witness:
-                    entry = journey.entry = self.witness.sent(journey.plan, journey.asked)
-                if len(self._exchanges) > 1:
-                    await self._abreast.wait()
-                answer = await self._attempt(journey)
-                if exchange.begun:
+                    entry = request.entry = self.witness.sent(request.plan, request.asked)
+                if len(self._transactions) > 1:
+                    await self._batching.wait()
+                answer = await self._attempt(request)
+                if transaction.begun:
                     return
             except UpstreamLost as error:
                 self.counters.replicas_lost += 1
                 # As text: a handler that keeps what is logged shall not keep the request's frames, and its body.
-                _logger.warning("request %s lost its replica: %s", exchange.request_id, str(error))
-                self._fleet.suspect(journey.plan.replica.name)
-                if exchange.begun:
+                _logger.warning("request %s lost its replica: %s", transaction.request_id, str(error))
+                self._fleet.suspect(request.plan.replica.name)
+                if transaction.begun:
                     self.counters.streams_broken += 1
                     raise ReplicaLost from error
             finally:
-                self._planner.finished(journey.plan)
+                self._planner.finished(request.plan)
                 if self.witness and entry:
-                    self.witness.ended(entry, _outcome(exchange, answer))
+                    self.witness.ended(entry, _outcome(transaction, answer))
             if answer is None or answer.status in RETRIED_STATUSES:
                 try:
-                    retried = attempts_left > 0 and exchange.fields.pinned is None and self._replan(journey)
+                    retried = attempts_left > 0 and transaction.fields.pinned is None and self._replan(request)
                 except NoReplicaReady:
                     if answer is None:
                         raise
@@ -264,24 +264,24 @@ class Relay(Generic[PlanT]):
             if answer is None:
                 raise ReplicaLost
             if answer.status == 404 and b'"error"' not in answer.body:  # not vLLM's handler: it has no such route
-                raise NotOfThisModel(journey.path)
-            exchange.answer(answer.status, answer.lines, answer.body)
+                raise NotOfThisModel(request.path)
+            transaction.answer(answer.status, answer.lines, answer.body)
             return
 
-    def _replan(self, journey: Journey[PlanT]) -> bool:
-        journey.excluded |= {journey.plan.replica.name}
-        journey.plan = self._planner.replan(journey.plan, exclude=journey.excluded)
+    def _replan(self, request: RelayedRequest[PlanT]) -> bool:
+        request.excluded |= {request.plan.replica.name}
+        request.plan = self._planner.replan(request.plan, exclude=request.excluded)
         self.counters.retries += 1
         return True
 
-    def _first_byte(self, journey: Journey[PlanT]) -> bytes:
+    def _first_byte(self, request: RelayedRequest[PlanT]) -> bytes:
         """The answer of a replica begins; returns what its header says of where the prompt's tokens came from."""
-        self._planner.first_byte(journey.plan)
-        return self.witness.first_byte(journey.entry) if self.witness and journey.entry else b""
+        self._planner.first_byte(request.plan)
+        return self.witness.first_byte(request.entry) if self.witness and request.entry else b""
 
-    async def _attempt(self, journey: Journey[PlanT]) -> Answer | None:
+    async def _attempt(self, request: RelayedRequest[PlanT]) -> Answer | None:
         """The replica's answer, or None when it was streamed to the client. Raises UpstreamLost."""
-        exchange, plan = journey.exchange, journey.plan
+        transaction, plan = request.transaction, request.plan
         changes: dict[str, Any] = {}
         if plan.prompt is not None:
             changes["prompt"] = plan.prompt
@@ -289,31 +289,31 @@ class Relay(Generic[PlanT]):
             changes["cache_salt"] = plan.cache_salt
         if plan.kv_transfer_params is not None:
             changes["kv_transfer_params"] = plan.kv_transfer_params
-        parts = request_parts(journey.body, journey.raw, changes)
-        lines = b"%bx-request-id: %b\r\n%b" % (JSON_LINE, exchange.request_id.encode(), exchange.fields.accept_line)
-        if len(self._exchanges) > 1:
-            await self._abreast.wait()
-        response = await self._upstream.post(plan.replica, journey.path, lines, parts)
-        exchange.replica = plan.replica.name.encode()
+        parts = request_parts(request.body, request.raw, changes)
+        lines = b"%bx-request-id: %b\r\n%b" % (JSON_LINE, transaction.request_id.encode(), transaction.fields.accept_line)
+        if len(self._transactions) > 1:
+            await self._batching.wait()
+        response = await self._upstream.post(plan.replica, request.path, lines, parts)
+        transaction.replica = plan.replica.name.encode()
         try:
             answer = at_hand(response)
             if answer is None:
-                exchange.answering = lambda: self._first_byte(journey)
-                answer = await pass_on(exchange, response, bytes_max=self._settings.answer_bytes_max)
-            if answer is not None and (cache := self._first_byte(journey)):
+                transaction.answering = lambda: self._first_byte(request)
+                answer = await pass_on(transaction, response, bytes_max=self._settings.answer_bytes_max)
+            if answer is not None and (cache := self._first_byte(request)):
                 answer.lines += b"x-peerkv-cache: %b\r\n" % cache
             return answer
         except ConnectionBroke as error:
             raise broken(plan.replica, error) from error
         finally:
-            exchange.answering = None
+            transaction.answering = None
             self._upstream.release(plan.replica, response)
 
 
-def _outcome(exchange: Exchange, answer: Answer | None) -> int:
+def _outcome(transaction: Transaction, answer: Answer | None) -> int:
     """The status of an attempt: its answer's, or that of what ended it."""
-    if exchange.left:
+    if transaction.left:
         return LEFT_STATUS
     if answer is not None:
         return answer.status
-    return exchange.status if exchange.begun else LOST_STATUS
+    return transaction.status if transaction.begun else LOST_STATUS

@@ -7,8 +7,8 @@ from collections.abc import Awaitable
 import msgspec
 
 from gateway.errors import Unavailable
-from gateway.http_server.cycle import Asgi, Receive, Scope, Send
-from gateway.http_server.exchange import JSON_LINE, Exchange
+from gateway.http_server.request_cycle import Asgi, Receive, Scope, Send
+from gateway.http_server.transaction import JSON_LINE, Transaction
 
 RETRY_SECONDS = 5
 
@@ -20,7 +20,7 @@ class StartingDoor:
         self.reason = reason
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope)
+        exchange = Transaction(scope)
         if scope["path"] == "/health":
             exchange.answer(200, JSON_LINE, msgspec.json.encode({"status": "ok"}))
         elif scope["path"] == "/ready":

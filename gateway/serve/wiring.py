@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.fleet import FleetView
 from gateway.admin.app import build_app
 from gateway.block_registry.recent import RecentTables
-from gateway.kept_prefixes.book import PinBook
+from gateway.kept_prefixes.book import KeptPrefixBook
 from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.reader import PrefixReader
 from gateway.ledger.history import SeenPrefixes
@@ -23,7 +23,7 @@ from gateway.prompts.tokenizer.service import TokenService
 from gateway.relay.frontdoor import FrontDoor
 from gateway.relay.relay import Relay
 from gateway.settings import Settings
-from gateway.stats.view import FleetSight
+from gateway.stats.view import FleetFigures
 from gateway.tenants.access import AdminAccess
 from gateway.tenants.tenants import Tenants
 from gateway.upstream.pool import Upstream
@@ -82,7 +82,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
     )
     witness = relay.witness = PlanWitness(recorder, planner)
     keeper = Keeper(
-        PinBook(settings.prefixes_kept_max, settings.prefixes_kept_tokens_max),
+        KeptPrefixBook(settings.prefixes_kept_max, settings.prefixes_kept_tokens_max),
         fleet=fleet,
         planner=planner,
         upstream=upstream,
@@ -91,7 +91,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
         witness=witness,
         seconds_max=settings.prefix_seconds_max,
     )
-    sight = FleetSight(
+    figures = FleetFigures(
         fleet=fleet,
         planner=planner,
         tokens=tokens,
@@ -99,11 +99,11 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
         recorder=recorder,
         keeper=keeper,
     )
-    relay.meter = sight.measured
+    relay.meter = figures.measured
     admin = build_app(
         fleet=fleet,
         upstream=upstream,
-        sight=sight,
+        figures=figures,
         access=access,
         keeper=keeper,
         body_bytes_max=settings.body_bytes_max,

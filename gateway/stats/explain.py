@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, Field
 
 from gateway.ledger.attempts import Entry
-from gateway.ledger.misses import LossReason
+from gateway.ledger.misses import MissReason
 from gateway.steering.choices import Option
 from transport.table.deliveries import Delivery
 
@@ -72,7 +72,7 @@ class Attempt(BaseModel):
     first_byte_seconds: float | None = Field(description="from sending to the answer's first byte")
     ended_seconds: float | None = Field(description="from sending to the end")
     settled: bool = Field(description="whether `reason` is final")
-    reason: str = Field(description="why less was delivered than possible: " + ", ".join(LossReason))
+    reason: str = Field(description="why less was delivered than possible: " + ", ".join(MissReason))
     reason_in_words: str
     lost_tokens: int = Field(description="prompt tokens computed though they had been computed before")
 
@@ -110,7 +110,7 @@ def _attempt(entry: Entry) -> Attempt:
         first_byte_seconds=entry.first_byte_seconds,
         ended_seconds=entry.ended_seconds,
         settled=entry.settled,
-        reason=loss.reason if known else LossReason.UNKNOWN,
+        reason=loss.reason if known else MissReason.UNKNOWN,
         reason_in_words=loss.words if known else "nothing is known of it yet",
         lost_tokens=loss.tokens if known else 0,
     )

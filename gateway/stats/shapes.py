@@ -10,7 +10,7 @@ class PrefillStats(BaseModel):
     model: str = Field(description="beginning of its fingerprint")
     samples: int
     usual_error: float = Field(description="relative")
-    pace: float = Field(description="what everything expected was multiplied with after the last answer; fades to 1 in seconds")
+    slowdown: float = Field(description="factor on all expected times after the last answer; fades to 1 in seconds")
     fixed_seconds: float
     seconds_per_prompt_token: float
     seconds_per_new_token: float

@@ -6,11 +6,11 @@ from dataclasses import asdict
 
 from engine.fleet import FleetView, Replica, ReplicaState
 from gateway import __version__
-from gateway.block_registry.lifetime_counters import CounterLedger
+from gateway.block_registry.lifetime_counters import LifetimeCounters
 from gateway.block_registry.registry import obstacles
 from gateway.block_registry.tables import Table
 from gateway.ledger.ledger import Ledger
-from gateway.ledger.misses import LossReason
+from gateway.ledger.misses import MissReason
 from gateway.ledger.recorder import Recorder
 from gateway.planner.planner import Planner
 from gateway.prompts.parity import KindVerdict, ParityCounts, ParityVerdict
@@ -102,7 +102,7 @@ def transfer_counts(counters: Mapping[str, int]) -> TransferCounts:
     return TransferCounts(import_seconds=seconds, **same)
 
 
-def _replica_stats(replica: Replica, tables: Mapping[str, Table], ledger: CounterLedger, in_flight: int) -> ReplicaStats:
+def _replica_stats(replica: Replica, tables: Mapping[str, Table], ledger: LifetimeCounters, in_flight: int) -> ReplicaStats:
     table = tables.get(replica.name)
     counters = ledger.counters(replica.name)
     others = {name: obstacles(table, other) for name, other in tables.items() if name != replica.name} if table else {}
@@ -128,7 +128,7 @@ def _replica_stats(replica: Replica, tables: Mapping[str, Table], ledger: Counte
     )
 
 
-def _totals(replicas: list[ReplicaStats], ledger: CounterLedger) -> Totals:
+def _totals(replicas: list[ReplicaStats], ledger: LifetimeCounters) -> Totals:
     summed: dict[str, int] = {}
     for name in ledger.names():
         for counter, count in ledger.counters(name).items():
@@ -177,8 +177,8 @@ def ledger_stats(ledger: Ledger, missed_deliveries: int) -> LedgerStats:
     return LedgerStats(
         kept=len(ledger),
         missed_deliveries=missed_deliveries,
-        requests={reason.value: sums.requests_by_reason[reason] for reason in LossReason},
-        lost_tokens={reason.value: sums.lost_tokens_by_reason[reason] for reason in LossReason},
+        requests={reason.value: sums.requests_by_reason[reason] for reason in MissReason},
+        lost_tokens={reason.value: sums.lost_tokens_by_reason[reason] for reason in MissReason},
         **same,
     )
 

@@ -16,7 +16,7 @@ from gateway.stats.shapes import KvStats
 from gateway.stats.snapshot import StatsView
 
 
-class FleetSight:
+class FleetFigures:
     """Puts them together when asked. Belongs to the event loop's thread, as the tables do.
 
     `measured` takes what the front door measures of each request, `relay_counts` returns the relay's counters by name.

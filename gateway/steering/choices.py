@@ -13,7 +13,7 @@ from gateway.steering.evictions import NOTHING_AGAIN, Again
 CUDA = ModelKey("cuda")
 
 
-class Action(StrEnum):
+class Choice(StrEnum):
     """What becomes of the prefix."""
 
     HIT = "hit"  # the replica holds it, or is computing it
@@ -81,7 +81,7 @@ class Option(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     replica: str
     source: str | None
-    action: Action
+    action: Choice
     import_tokens_max: int | None
     expected: Expected
     score: float
@@ -103,7 +103,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     replica: str
     source: str | None
-    action: Action
+    action: Choice
     import_tokens_max: int | None
     expected: Expected
     best_available_tokens: int
@@ -119,13 +119,13 @@ class Decision(msgspec.Struct, frozen=True, gc=False, array_like=True):
         """Why, in words; worked out when somebody asks."""
         expected = self.expected
         match self.action:
-            case Action.HIT:
+            case Choice.HIT:
                 what = f"holds {expected.local_tokens} tokens"
-            case Action.PULL:
+            case Choice.PULL:
                 what = f"imports {expected.peer_tokens} tokens from {self.source}"
-            case Action.SPLIT:
+            case Choice.SPLIT:
                 what = f"imports {expected.peer_tokens} tokens from {self.source} and computes the tail"
-            case Action.RECOMPUTE:
+            case Choice.RECOMPUTE:
                 available = self.best_available_tokens
                 what = f"computing is sooner than {available} tokens elsewhere" if available else "nobody holds its prefix"
         best = min(self.weighed, key=SCORE).replica

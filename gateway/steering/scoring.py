@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import sqrt
 
-from gateway.steering.choices import Action, Candidate, Expected, Option, PromptView
+from gateway.steering.choices import Candidate, Choice, Expected, Option, PromptView
 from gateway.steering.costs.model import CostModel, ModelKey
 from gateway.steering.costs.replica_load import ReplicaLoad
 from gateway.steering.costs.times import ModelTimes, pairs
@@ -23,7 +23,12 @@ CHANCE_DEVIATIONS = 2.0
 REMOTE_TRANSPORT = "rdma"
 
 
-_HIT, _PULL, _SPLIT, _RECOMPUTE = Action.HIT, Action.PULL, Action.SPLIT, Action.RECOMPUTE  # read from the class it takes longer
+_HIT, _PULL, _SPLIT, _RECOMPUTE = (
+    Choice.HIT,
+    Choice.PULL,
+    Choice.SPLIT,
+    Choice.RECOMPUTE,
+)  # read from the class it takes longer
 
 Taker = tuple[int, float, bool, str, float, int, ModelTimes, Candidate]
 """A replica that may get the request: its rank, which are the first four; the seconds of its queue; the tokens of the prompt
@@ -32,11 +37,11 @@ that it holds or computes; its model's times.
 By rank those that hold more come first (counted below 0, and those without any as 1), then those with less in front of the
 request, then those whose names are not below the pivot.
 """
-_Way = tuple[float, float, float, int, Candidate, Action]
+_Way = tuple[float, float, float, int, Candidate, Choice]
 """An import: score, seconds of the transfer and of computing the rest, tokens in the cache after it, from whom, how."""
 
 
-class Weighing:
+class Scoring:
     """Weighs `candidates` for `prompt` at `now`, CLOCK_MONOTONIC seconds.
 
     `takers` are all replicas that may get the request, by rank: the first `holders` are those with some of the prefix. Of equal
@@ -95,7 +100,7 @@ class Weighing:
     def best_option(self, taker: Taker) -> Option:
         """The best that can be done on `taker`; an import only if it is sooner than computing."""
         _, _, _, name, queue, local, model, candidate = taker
-        load, pace, tokens = candidate.load, model.factor, self._prompt.tokens
+        load, slowdown, tokens = candidate.load, model.factor, self._prompt.tokens
         prefill, others_wait = self._computing(model, load, local)
         score, transfer, computing, cached = prefill + others_wait, 0.0, prefill, local
         source, action = None, _HIT if local else _RECOMPUTE
@@ -120,8 +125,8 @@ class Weighing:
             source.name if source is not None else None,
             action,
             cached if action is _SPLIT else None,
-            Expected(queue, transfer * pace, computing * pace, local, cached - local, tokens - cached),
-            (score + later) * pace + queue + self._crowd(model, load),
+            Expected(queue, transfer * slowdown, computing * slowdown, local, cached - local, tokens - cached),
+            (score + later) * slowdown + queue + self._crowd(model, load),
         )
 
     def _crowd(self, model: ModelTimes, load: ReplicaLoad) -> float:
@@ -170,7 +175,7 @@ class Weighing:
         return split if split[0] < whole[0] - SPLIT_GAIN_SECONDS_MIN else whole
 
     def _way(
-        self, model: ModelTimes, taker: Candidate, transfer: float, cached: int, source: Candidate, action: Action
+        self, model: ModelTimes, taker: Candidate, transfer: float, cached: int, source: Candidate, action: Choice
     ) -> _Way:
         prefill, others_wait = self._computing(model, taker.load, cached)
         return transfer + prefill + others_wait, transfer, prefill, cached, source, action

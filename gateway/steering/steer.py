@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 import xxhash
 
-from gateway.steering.choices import CUDA, SCORE, Action, Candidate, Decision, Expected, Option, PromptView
+from gateway.steering.choices import CUDA, SCORE, Candidate, Choice, Decision, Expected, Option, PromptView
 from gateway.steering.costs.model import CostModel
-from gateway.steering.scoring import HOLDERS_MAX, REMOTE_TRANSPORT, TAKERS_MAX, Taker, Weighing
+from gateway.steering.scoring import HOLDERS_MAX, REMOTE_TRANSPORT, TAKERS_MAX, Scoring, Taker
 
 __all__ = [
     "CUDA",
     "REMOTE_TRANSPORT",
-    "Action",
     "Candidate",
+    "Choice",
     "Decision",
     "Expected",
     "Option",
@@ -44,14 +44,14 @@ def steer(
     costs.pass_time(now)
     if names is None:
         names = sorted([candidate.name for candidate in candidates])
-    weighing = Weighing(prompt, candidates, costs, now, names[turn % len(names)] if names else "")
-    takers, holders = weighing.takers, weighing.holders
+    scoring = Scoring(prompt, candidates, costs, now, names[turn % len(names)] if names else "")
+    takers, holders = scoring.takers, scoring.holders
     if not takers:
         raise ValueError("no candidates")
     if len(takers) > TAKERS_MAX:
         takers = takers[: min(holders, HOLDERS_MAX)] + takers[holders : holders + TAKERS_MAX]
-    options = [weighing.best_option(taker) for taker in takers]
-    chosen = _chosen(options, weighing, prompt.affinity, costs.uncertainty())
+    options = [scoring.best_option(taker) for taker in takers]
+    chosen = _chosen(options, scoring, prompt.affinity, costs.uncertainty())
     if len(options) > OPTIONS_KEPT_MAX:
         options = sorted(options, key=SCORE)[:OPTIONS_KEPT_MAX]
     return Decision(
@@ -60,7 +60,7 @@ def steer(
         chosen.action,
         chosen.import_tokens_max,
         chosen.expected,
-        weighing.best_available,
+        scoring.best_available,
         tuple(options),
     )
 
@@ -70,22 +70,22 @@ def affinity_weight(affinity: str, replica: str) -> int:
     return xxhash.xxh3_64_intdigest(f"{len(affinity)}:{affinity}{replica}".encode("utf-8", "surrogatepass"))
 
 
-def _favourite(affinity: str, weighing: Weighing, doubt_seconds: float) -> Taker:
+def _favourite(affinity: str, scoring: Scoring, doubt_seconds: float) -> Taker:
     """Of replicas that differ by what is in front of them alone, and by no more than the doubt: the one for this affinity."""
-    delays = [(weighing.delay(taker), taker) for taker in weighing.takers]
+    delays = [(scoring.delay(taker), taker) for taker in scoring.takers]
     limit = min(delay for delay, _ in delays) + doubt_seconds
     equal = [taker for delay, taker in delays if delay <= limit]
     return max(equal, key=lambda taker: (affinity_weight(affinity, taker[3]), taker[3]))
 
 
-def _chosen(options: Sequence[Option], weighing: Weighing, affinity: str, doubt: float) -> Option:
+def _chosen(options: Sequence[Option], scoring: Scoring, affinity: str, doubt: float) -> Option:
     """The best option, or one that can not be told from it: that for the affinity, or one with more of the prefix."""
     best = options[0]
     for option in options:
         if option.score < best.score:
             best = option
-    if affinity and not weighing.holders:
-        return weighing.best_option(_favourite(affinity, weighing, doubt * best.score))
+    if affinity and not scoring.holders:
+        return scoring.best_option(_favourite(affinity, scoring, doubt * best.score))
     a, chosen, most = best.expected, best, best.expected.local_tokens
     for option in options:
         b = option.expected

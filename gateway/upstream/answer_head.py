@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gateway.http_server.cycle import BODILESS, RawHeaders
 from gateway.http_server.known_head import Cut, HeadBytes, cut_head
+from gateway.http_server.request_cycle import BODILESS, RawHeaders
 
 _EVENT_STREAM = b"text/event-stream"
 # Of one connection only, or set anew by our own server.

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from cuda.bindings import driver, runtime
 
-from transport.backends.base import ImportJob, ImportResult, check
+from transport.backends.base import ImportJob, ImportResult
 from transport.backends.gather import WORD_BYTES, gather
 from transport.backends.geometry import layer_geometries
+from transport.backends.verification import check
 from transport.errors import MemoryUnreachable
 from transport.table.layout import Layer, Memory, Region
 from transport.table.reader import TableReader

@@ -17,8 +17,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from transport.backends.base import ImportJob, ImportResult, check
+from transport.backends.base import ImportJob, ImportResult
 from transport.backends.geometry import layer_geometries
+from transport.backends.verification import check
 from transport.errors import MemoryUnreachable
 from transport.table.layout import Layer, Memory, Region
 from transport.table.reader import TableReader

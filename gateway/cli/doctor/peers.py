@@ -25,7 +25,7 @@ PATH_WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class FleetMember:
     """One replica and what its table says; `status` is "ok", or why it shares nothing ("" while it has no table)."""
 
     name: str
@@ -48,7 +48,7 @@ class Fleet:
 
     model: str
     table_dir: str
-    members: tuple[Member, ...]
+    members: tuple[FleetMember, ...]
     error: str = ""
 
 
@@ -88,13 +88,13 @@ def path_in_words(path: str) -> str:
     return PATH_WORDS.get(path, path)
 
 
-def _members(snapshot: FleetSnapshot) -> tuple[Member, ...]:
+def _members(snapshot: FleetSnapshot) -> tuple[FleetMember, ...]:
     tables = TableDirectory(Path(snapshot.table_dir)).tables()
     members = []
     for replica in snapshot.replicas:
         table = tables.get(replica.name)
         members.append(
-            Member(
+            FleetMember(
                 name=replica.name,
                 state=replica.state.value,
                 reason=replica.reason,
@@ -125,7 +125,7 @@ def _process(pid: int | None) -> str:
         return "unknown"
 
 
-def _pair(a: Member, b: Member, paths: Mapping[tuple[int, int], Link]) -> Pair:
+def _pair(a: FleetMember, b: FleetMember, paths: Mapping[tuple[int, int], Link]) -> Pair:
     reasons = [f"{m.name} is {m.state}" for m in (a, b) if m.state not in (ReplicaState.READY, ReplicaState.DRAINING)]
     if not reasons:
         reasons = [f"{m.name}: {m.status or 'has no block table'}" for m in (a, b) if m.status != "ok"]
@@ -145,7 +145,7 @@ def _words(transport: str) -> str:
     return TRANSPORT_WORDS.get(transport, transport or "nothing")
 
 
-def _gpus(a: Member, b: Member) -> tuple[int, int]:
+def _gpus(a: FleetMember, b: FleetMember) -> tuple[int, int]:
     """The pair of GPU indices, the lower first; (-1, -1) when either is not on one GPU named by its index."""
     found = [m.device.removeprefix("cuda:") for m in (a, b)]
     if not all(name.isdigit() for name in found):

@@ -56,13 +56,13 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class PrefillReport:
-    """Fitted prefill terms of one model, seconds each; `usual_error` is relative, `pace` as of the last answer."""
+    """Fitted prefill terms of one model, seconds each; `usual_error` is relative, `slowdown` as of the last answer."""
 
     device: str
     model: str
     samples: int
     usual_error: float
-    pace: float
+    slowdown: float
     fixed_seconds: float
     seconds_per_prompt_token: float
     seconds_per_new_token: float
@@ -165,15 +165,15 @@ class CostModel:
         self._errors.append(abs(outcome.expected_seconds - seconds) / seconds)
         if self._samples % 8 == 0 or self._samples < 16:
             self._uncertainty = min(max(median(self._errors), UNCERTAINTY_MIN), UNCERTAINTY_MAX)
-        pace = self.model(outcome.key).pace
-        slowed = sqrt(pace.factor(outcome.now))  # so the terms follow what stays, and what goes again moves them by half
+        slowdown = self.model(outcome.key).slowdown
+        slowed = sqrt(slowdown.factor(outcome.now))  # so the terms follow what stays, and what goes again moves them by half
         features = self._features(outcome)
         if not outcome.import_failed:
-            pace.heard(seconds / self._expected(outcome, features), outcome.now + seconds)
+            slowdown.heard(seconds / self._expected(outcome, features), outcome.now + seconds)
         self._learn(outcome, features, slowed)
 
     def _expected(self, outcome: Outcome, features: tuple[float, ...]) -> float:
-        """What the terms say of what was delivered, above 0, whatever the pace."""
+        """What the terms say of what was delivered, above 0, whatever the slowdown."""
         transfer = 0.0
         if outcome.source is not None:
             transfer = self.transfer_seconds(
@@ -239,7 +239,9 @@ class CostModel:
     def report(self) -> CostReport:
         """Everything fitted, for people."""
         prefill = tuple(
-            PrefillReport(key.device, key.model, fit.samples, fit.usual_error, self._models[key].pace.last, *fit.coefficients)
+            PrefillReport(
+                key.device, key.model, fit.samples, fit.usual_error, self._models[key].slowdown.last, *fit.coefficients
+            )
             for key, fit in sorted(self._prefill.items())
         )
         transfers = tuple(

@@ -1,7 +1,7 @@
 """Which outcomes to learn from when they come faster than there is anything to learn. Pure."""
 
 RATE_MAX = 200.0
-"""Outcomes a second of one model. The terms remember some 400 and the pace seconds: more of them say the same, and cost CPU."""
+"""Outcomes a second of one model. The terms remember some 400 of them and the slowdown those of seconds: more say the same."""
 BURST_SECONDS = 1.0
 """What was not used of the rate for so long may come at once: below the rate nothing is left out."""
 

@@ -3,37 +3,48 @@
 One object for each model lives as long as the cost model, so that a decision finds all it needs of it in one place.
 """
 
-from gateway.steering.costs.pace import Pace
 from gateway.steering.costs.priors import DeviceKind, PrefillTerms
 from gateway.steering.costs.replica_load import ReplicaLoad
+from gateway.steering.costs.slowdown import Slowdown
 
 CHUNK_TOKENS = 8192
 """Prompt tokens of a scheduling step, for counting the steps that running decodes slow down."""
 
 
 class ModelTimes:
-    """The terms of one model, those of its `kind` of device before anything was learnt, and the pace of its machines.
+    """The terms of one model, those of its `kind` of device before anything was learnt, and the slowdown of its machines.
 
     Beside them lies what was reckoned with them for the decision that is being made: objects of its own would take longer to
     make than all that is put into them.
     """
 
     __slots__ = (
-        "again", "decode_step", "decodes_full", "each", "factor", "fixed", "free_tokens", "new_token", "pace", "pair",
-        "prompt_token", "reckoned", "waits",
+        "again",
+        "decode_step",
+        "decodes_full",
+        "each",
+        "factor",
+        "fixed",
+        "free_tokens",
+        "new_token",
+        "pair",
+        "prompt_token",
+        "reckoned",
+        "slowdown",
+        "waits",
     )  # fmt: skip
 
     def __init__(self, kind: DeviceKind) -> None:
         self.free_tokens = kind.free_tokens
         self.decodes_full = kind.decodes_full
-        self.pace = Pace()
+        self.slowdown = Slowdown()
         self.learn(kind.prefill)
         self.begin(0.0, 0.0)
 
     def begin(self, now: float, decode_seconds: float) -> None:
         """A decision begins; answers take `decode_seconds` behind their first token."""
-        self.factor = factor = self.pace.factor(now)
-        """The pace now, one for all replicas with that model: it changes what is expected, and nothing in whom of."""
+        self.factor = factor = self.slowdown.factor(now)
+        """The slowdown now, one for all replicas with that model: it changes what is expected, and nothing in whom of."""
         self.each = decode_seconds * factor / self.decodes_full
         """Seconds that a request takes longer for each other one that is decoded beside it."""
         self.reckoned: dict[int, tuple[float, float]] = {}

@@ -263,7 +263,7 @@ async def running_door(directory: Path, **values: Any) -> AsyncIterator[Door]:
     admin = build_app(
         fleet=fleet,
         upstream=upstream,
-        sight=FakeSight(),
+        figures=FakeSight(),
         access=access,
         keeper=NothingKept(),
         body_bytes_max=settings.body_bytes_max,

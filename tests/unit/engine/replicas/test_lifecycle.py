@@ -1,7 +1,7 @@
 import pytest
 
 from engine.fleet import ReplicaState
-from engine.replicas.lifecycle import Action, Lifecycle, RestartPolicy
+from engine.replicas.lifecycle import Lifecycle, LifecycleAction, RestartPolicy
 
 POLICY = RestartPolicy(
     startup_seconds_max=100,
@@ -16,7 +16,7 @@ POLICY = RestartPolicy(
 
 def started(now: float = 0.0) -> Lifecycle:
     life = Lifecycle(POLICY)
-    assert life.start(now) is Action.SPAWN
+    assert life.start(now) is LifecycleAction.SPAWN
     life.spawned(42)
     return life
 
@@ -35,7 +35,7 @@ def crash_and_come_back(life: Lifecycle, now: float) -> float:
     assert life.due is not None
     wait = life.due - now
     assert life.tick(life.due - 0.001) is None
-    assert life.tick(now + wait) is Action.SPAWN
+    assert life.tick(now + wait) is LifecycleAction.SPAWN
     life.answered(now + wait)
     return wait
 
@@ -80,7 +80,7 @@ def test_a_replica_that_never_gets_ready_is_given_up() -> None:
     for now in (1.0, 11.0):
         life.exited("ended with status 1", now)
         assert life.state is ReplicaState.BACKOFF
-        assert life.tick(now + 5) is Action.SPAWN
+        assert life.tick(now + 5) is LifecycleAction.SPAWN
     life.exited("ended with status 1", 21.0)
     assert life.state is ReplicaState.FAILED
     assert life.reason == "gave up after 3 failed starts: ended with status 1"
@@ -102,14 +102,14 @@ def test_a_failed_replica_can_be_restarted() -> None:
     life = started()
     life.give_up("no hope")
     assert (life.state, life.reason) == (ReplicaState.FAILED, "no hope")
-    assert life.restart(9.0) is Action.SPAWN
+    assert life.restart(9.0) is LifecycleAction.SPAWN
     assert life.state is ReplicaState.STARTING
 
 
 def test_a_start_that_takes_too_long_is_ended_and_counts_as_failed() -> None:
     life = started()
     assert life.tick(99.9) is None
-    assert life.tick(100.0) is Action.KILL
+    assert life.tick(100.0) is LifecycleAction.KILL
     assert life.tick(101.0) is None
     life.exited("killed by SIGKILL", 102.0)
     assert life.reason == "not ready 100 s after its start; killed by SIGKILL"
@@ -128,16 +128,16 @@ def test_a_few_missed_checks_are_borne() -> None:
 def test_too_many_missed_checks_end_a_replica() -> None:
     life = ready()
     actions = [life.missed("no answer") for _ in range(3)]
-    assert actions == [None, None, Action.KILL]
+    assert actions == [None, None, LifecycleAction.KILL]
     assert life.state is ReplicaState.BACKOFF
     life.exited("killed by SIGKILL", 5.0)
     assert life.reason == "no answer; killed by SIGKILL"
-    assert life.tick(6.0) is Action.SPAWN
+    assert life.tick(6.0) is LifecycleAction.SPAWN
 
 
 def test_a_replica_that_says_it_is_dead_is_ended_at_once() -> None:
     life = ready()
-    assert life.missed("/health answers 503", dead=True) is Action.KILL
+    assert life.missed("/health answers 503", dead=True) is LifecycleAction.KILL
     assert life.state is ReplicaState.BACKOFF
 
 
@@ -157,8 +157,8 @@ def test_a_draining_replica_goes_on_until_it_is_restarted() -> None:
     assert (life.state, life.watched) == (ReplicaState.DRAINING, True)
     life.answered(1.0)
     assert (life.state, life.reason) == (ReplicaState.DRAINING, "draining")
-    assert life.restart(2.0) is Action.TERMINATE
-    assert life.exited("ended with status 0", 3.0) is Action.SPAWN
+    assert life.restart(2.0) is LifecycleAction.TERMINATE
+    assert life.exited("ended with status 0", 3.0) is LifecycleAction.SPAWN
     assert life.state is ReplicaState.STARTING
 
 
@@ -172,10 +172,10 @@ def test_only_a_ready_replica_can_drain() -> None:
 def test_a_replica_that_ignores_the_request_to_end_is_killed(ending: str) -> None:
     life = ready()
     action = life.stop(5.0, 10) if ending == "stop" else life.restart(5.0)
-    assert action is Action.TERMINATE
+    assert action is LifecycleAction.TERMINATE
     assert life.tick(14.9) is None
-    assert life.tick(15.0) is Action.KILL
-    assert life.exited("killed by SIGKILL", 15.1) is (None if ending == "stop" else Action.SPAWN)
+    assert life.tick(15.0) is LifecycleAction.KILL
+    assert life.exited("killed by SIGKILL", 15.1) is (None if ending == "stop" else LifecycleAction.SPAWN)
     assert life.state is (ReplicaState.STOPPED if ending == "stop" else ReplicaState.STARTING)
 
 
@@ -183,7 +183,7 @@ def test_a_second_stop_shortens_the_wait() -> None:
     life = ready()
     life.stop(5.0, 100)
     life.stop(6.0, 0)
-    assert life.tick(6.0) is Action.KILL
+    assert life.tick(6.0) is LifecycleAction.KILL
 
 
 def test_a_stopped_replica_stays_stopped() -> None:
@@ -199,7 +199,7 @@ def test_losing_the_host_is_no_failure_of_the_replica() -> None:
     for now in range(20):
         life.lost("the replica host ended", float(now))
         assert life.state is ReplicaState.BACKOFF
-        assert life.tick(float(now)) is Action.SPAWN
+        assert life.tick(float(now)) is LifecycleAction.SPAWN
     life.stop(30.0, 10)
     life.lost("the replica host ended", 31.0)
     assert life.state is ReplicaState.STOPPED

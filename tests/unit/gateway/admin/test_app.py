@@ -171,7 +171,7 @@ async def test_a_refused_head_keeps_the_clients_request_id(tmp_path: Path) -> No
 
 
 async def test_a_defect_in_an_admin_endpoint_is_counted_and_a_500(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(sight: FakeSight) -> KvStats:
+    def broken(figures: FakeSight) -> KvStats:
         raise ZeroDivisionError
 
     monkeypatch.setattr(FakeSight, "stats", broken)

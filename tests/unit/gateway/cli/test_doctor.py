@@ -20,7 +20,7 @@ from gateway.cli.doctor import machine
 from gateway.cli.doctor import report as doctor
 from gateway.cli.doctor.findings import judge
 from gateway.cli.doctor.machine import Gpu, Link, Machine, parse_gpus, parse_matrix, parse_memory
-from gateway.cli.doctor.peers import Fleet, Member, pairs_of, path_in_words, read_fleet
+from gateway.cli.doctor.peers import Fleet, FleetMember, pairs_of, path_in_words, read_fleet
 from gateway.cli.doctor.report import report
 from gateway.settings import Settings
 from transport.table.layout import Description
@@ -60,7 +60,7 @@ GPU_MACHINE = replace(
     packages={"vllm": "0.26.0", "torch": "2.11.0"},
     cpu_only_vllm=False,
 )
-MEMBER = Member(
+MEMBER = FleetMember(
     name="replica-0",
     state="ready",
     reason="",
@@ -76,7 +76,7 @@ MEMBER = Member(
 )
 
 
-def fleet_of(*members: Member) -> Fleet:
+def fleet_of(*members: FleetMember) -> Fleet:
     return Fleet("toy", "/dev/shm/t", members)
 
 

@@ -11,7 +11,7 @@ from gateway.cli.main import build_parser
 from gateway.ledger.attempts import Entry
 from gateway.ledger.ledger import Ledger
 from gateway.stats.explain import Explanation, explain
-from gateway.steering.choices import Action, Expected, Option
+from gateway.steering.choices import Choice, Expected, Option
 from tests.unit.gateway.ledger.planned_attempts import planned
 from transport.table.deliveries import Delivery, DeliveryReason
 
@@ -22,7 +22,7 @@ PLAN = planned(
     endpoint="chat",
     replica="replica-1",
     source="replica-0",
-    action=Action.PULL,
+    action=Choice.PULL,
     prompt_tokens=1000,
     block_size=16,
     peer_tokens=800,
@@ -30,8 +30,8 @@ PLAN = planned(
     best_held_tokens=800,
     seconds=(0.01, 0.02, 0.03),
     options=(
-        Option("replica-1", "replica-0", Action.PULL, None, Expected(0.0, 0.0, 0.06, 0, 960, 40), 0.06),
-        Option("replica-0", None, Action.HIT, None, Expected(1.0, 0.0, 0.5, 960, 0, 40), 1.5),
+        Option("replica-1", "replica-0", Choice.PULL, None, Expected(0.0, 0.0, 0.06, 0, 960, 40), 0.06),
+        Option("replica-0", None, Choice.HIT, None, Expected(1.0, 0.0, 0.5, 960, 0, 40), 1.5),
     ),
 )
 RECORD = Delivery(

@@ -13,8 +13,8 @@ import pytest
 from uvicorn.server import ServerState
 
 from gateway.http_server import protocol as door_protocol
-from gateway.http_server.cycle import Cycle, Receive, Scope, Send
 from gateway.http_server.known_head import HEAD_BYTES_MAX, KnownHead
+from gateway.http_server.request_cycle import Receive, RequestCycle, Scope, Send
 from gateway.http_server.server import build_server
 from gateway.settings import Settings
 
@@ -153,7 +153,7 @@ async def test_a_connection_that_is_gone_leaves_nothing_for_the_collector(tmp_pa
     try:
         for _ in range(3):
             await answers_to([HEAD % 5 + b"hello" + HEAD % 500 + b"a part"], tmp_path)
-        left = [each for each in gc.get_objects() if isinstance(each, (Cycle, door_protocol.DoorProtocol))]
+        left = [each for each in gc.get_objects() if isinstance(each, (RequestCycle, door_protocol.DoorProtocol))]
     finally:
         gc.enable()
     assert left == []

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from engine.fleet import ReplicaState
 from gateway.admin.app import build_app
-from gateway.kept_prefixes.book import PinBook
+from gateway.kept_prefixes.book import KeptPrefixBook
 from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.reader import PrefixReader
 from gateway.ledger.history import SeenPrefixes
@@ -94,7 +94,7 @@ class Scene:
         self.ledger = recorder.ledger
         self.now = 1000.0
         self.keeper = Keeper(
-            PinBook(settings.prefixes_kept_max, settings.prefixes_kept_tokens_max),
+            KeptPrefixBook(settings.prefixes_kept_max, settings.prefixes_kept_tokens_max),
             fleet=self.fleet,
             planner=self.planner,
             upstream=upstream,
@@ -107,7 +107,7 @@ class Scene:
         app = build_app(
             fleet=self.fleet,
             upstream=upstream,
-            sight=FakeSight(),
+            figures=FakeSight(),
             access=AdminAccess(settings.admin_key),
             keeper=self.keeper,
             body_bytes_max=settings.body_bytes_max,

@@ -2,7 +2,7 @@
 
 from gateway.api.body import Endpoint
 from gateway.ledger.attempts import Asked, Planned
-from gateway.steering.choices import Action, Decision, Expected, Option
+from gateway.steering.choices import Choice, Decision, Expected, Option
 
 
 def planned(
@@ -15,7 +15,7 @@ def planned(
     model: str = "",
     replica: str = "a",
     source: str | None = None,
-    action: Action = Action.RECOMPUTE,
+    action: Choice = Choice.RECOMPUTE,
     prompt_tokens: int = 100,
     block_size: int = 4,
     local_tokens: int = 0,

@@ -8,15 +8,21 @@ from msgspec.structs import astuple, replace
 
 from gateway.ledger.attempts import Entry, Planned
 from gateway.ledger.ledger import ATTEMPTS_KEPT, LEFT_STATUS, LOST_STATUS, UNREPORTED_SECONDS, Ledger
-from gateway.ledger.misses import LossReason, judge
-from gateway.steering.choices import Action
+from gateway.ledger.misses import MissReason, judge
+from gateway.steering.choices import Choice
 from tests.unit.gateway.ledger.planned_attempts import planned
 from transport.table.deliveries import Delivery, DeliveryReason
 
 
 def pulled(tag: int = 11, **changes: Any) -> Planned:
     """A plan to import 800 of 1000 tokens."""
-    held = {"source": "b", "action": Action.PULL, "peer_tokens": 800, "best_available_tokens": 800, "best_held_tokens": 800}
+    held = {
+        "source": "b",
+        "action": Choice.PULL,
+        "peer_tokens": 800,
+        "best_available_tokens": 800,
+        "best_held_tokens": 800,
+    }
     return planned(tag, **{"request_id": "r1", "prompt_tokens": 1000, "block_size": 16, **held, **changes})
 
 
@@ -33,7 +39,7 @@ def test_an_attempt_that_got_what_was_planned_is_settled_at_its_end_without_loss
     ledger.first_byte(entry, 100.5)
     ledger.first_byte(entry, 101.0)
     assert ledger.ended(entry, 200, 102.0)
-    assert ledger.settle(entry).reason is LossReason.NONE
+    assert ledger.settle(entry).reason is MissReason.NONE
     assert (entry.first_byte_seconds, entry.ended_seconds, entry.status) == (0.5, 2.0, 200)
     sums = ledger.sums
     assert (sums.settled, sums.predicted_tokens, sums.best_available_tokens) == (1, 800, 800)
@@ -68,7 +74,7 @@ def test_a_record_that_comes_late_is_waited_for() -> None:
     assert ledger.due(1.1) == []
     ledger.delivered(PULLED)
     assert ledger.due(1.2) == [entry]
-    assert ledger.settle(entry).reason is LossReason.NONE
+    assert ledger.settle(entry).reason is MissReason.NONE
     assert ledger.due(100.0) == []
 
 
@@ -77,7 +83,7 @@ def test_a_record_that_never_comes_makes_the_reason_unknown() -> None:
     entry = ledger.open(PLAN, 0.0)
     ledger.ended(entry, 200, 1.0)
     assert ledger.due(1.0 + UNREPORTED_SECONDS) == [entry]
-    assert ledger.settle(entry).reason is LossReason.UNKNOWN
+    assert ledger.settle(entry).reason is MissReason.UNKNOWN
 
 
 def test_a_client_that_leaves_before_anything_is_computed_is_no_loss_of_a_cache() -> None:
@@ -86,7 +92,7 @@ def test_a_client_that_leaves_before_anything_is_computed_is_no_loss_of_a_cache(
     assert not ledger.ended(entry, LEFT_STATUS, 1.0)
     ledger.delivered(Delivery(tag=11, arrived_ns=3, prompt_tokens=1000))
     assert ledger.due(1.1) == [entry]
-    assert ledger.settle(entry).reason is LossReason.LEFT
+    assert ledger.settle(entry).reason is MissReason.LEFT
 
 
 def test_a_client_that_leaves_while_its_answer_runs_is_judged_like_any_other() -> None:
@@ -94,7 +100,7 @@ def test_a_client_that_leaves_while_its_answer_runs_is_judged_like_any_other() -
     entry = ledger.open(PLAN, 0.0)
     ledger.delivered(replace(PULLED, peer_tokens=0, computed_tokens=1000))
     assert ledger.ended(entry, LEFT_STATUS, 1.0)
-    assert ledger.settle(entry).reason is LossReason.UNKNOWN
+    assert ledger.settle(entry).reason is MissReason.UNKNOWN
     assert ledger.sums.lost_tokens_by_reason == {"unknown": 800}
 
 
@@ -102,7 +108,7 @@ def test_an_attempt_whose_replica_was_lost_is_retried_and_both_are_kept_under_th
     ledger = Ledger(10)
     first = ledger.open(PLAN, 0.0)
     assert ledger.ended(first, LOST_STATUS, 1.0)
-    assert ledger.settle(first).reason is LossReason.RETRIED
+    assert ledger.settle(first).reason is MissReason.RETRIED
     second = ledger.open(pulled(12, replica="c"), 1.0)
     kept = ledger.attempts("r1")
     assert [entry.planned for entry in kept] == [first.planned, second.planned]
@@ -113,10 +119,10 @@ def test_a_refused_request_and_a_replica_without_a_table_wait_for_no_record() ->
     ledger = Ledger(10)
     refused = ledger.open(PLAN, 0.0)
     assert ledger.ended(refused, 400, 1.0)
-    assert ledger.settle(refused).reason is LossReason.NONE
+    assert ledger.settle(refused).reason is MissReason.NONE
     plain = ledger.open(pulled(12, reports=False), 0.0)
     assert ledger.ended(plain, 200, 1.0)
-    assert ledger.settle(plain).reason is LossReason.OFF
+    assert ledger.settle(plain).reason is MissReason.OFF
 
 
 def test_several_prompts_are_summed_and_the_longest_is_judged() -> None:
@@ -125,7 +131,7 @@ def test_several_prompts_are_summed_and_the_longest_is_judged() -> None:
     ledger.delivered(Delivery(tag=11, scheduled_ns=1, first_token_ns=2, prompt_tokens=40, computed_tokens=40))
     ledger.delivered(PULLED)
     ledger.ended(entry, 200, 1.0)
-    assert ledger.settle(entry).reason is LossReason.NONE
+    assert ledger.settle(entry).reason is MissReason.NONE
     assert (ledger.sums.peer_tokens, ledger.sums.computed_tokens) == (800, 240)
 
 
@@ -148,7 +154,7 @@ def test_a_forgotten_attempt_still_counts_and_is_not_waited_for() -> None:
     ledger.open(pulled(12), 0.0)
     assert ledger.ended(entry, 200, 1.0)
     assert ledger.due(1.0) == [entry]
-    assert ledger.settle(entry).reason is LossReason.UNKNOWN
+    assert ledger.settle(entry).reason is MissReason.UNKNOWN
     assert ledger.due(1e9) == []
 
 

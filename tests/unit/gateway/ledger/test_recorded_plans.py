@@ -9,7 +9,7 @@ import pytest
 from gateway.ledger.attempts import Asked, Entry
 from gateway.ledger.history import SeenPrefixes
 from gateway.ledger.ledger import Ledger
-from gateway.ledger.misses import LossReason
+from gateway.ledger.misses import MissReason
 from gateway.ledger.plan_witness import PlanWitness
 from gateway.ledger.recorder import Recorder
 from gateway.planner.plan import Plan
@@ -50,7 +50,7 @@ class Scene:
         self.planner.started(plan)
         return plan, self.witness.sent(plan, Asked("r", endpoint, ANONYMOUS.name, "m"))
 
-    def answer(self, plan: Plan, entry: Entry, *, local: int = 0, peer: int = 0, tokens: int = len(IDS)) -> LossReason:
+    def answer(self, plan: Plan, entry: Entry, *, local: int = 0, peer: int = 0, tokens: int = len(IDS)) -> MissReason:
         record = Delivery(
             plan.tag, 1, 1, 2, 3, tokens, local, peer, tokens - local - peer, source=plan.source or "" if peer else ""
         )
@@ -76,7 +76,7 @@ async def test_a_pull_is_entered_with_what_was_expected_and_considered(scene: Sc
     assert plan.kv_transfer_params["peerkv"]["tag"] == entry.planned.tag
     assert (entry.planned.action, entry.planned.source, entry.planned.block_size) == ("pull", "a", 4)
     assert (entry.planned.peer_tokens, entry.planned.best_available_tokens) == (HELD, HELD)
-    assert scene.answer(plan, entry, peer=HELD) is LossReason.NONE
+    assert scene.answer(plan, entry, peer=HELD) is MissReason.NONE
     (attempt,) = explain("r", scene.recorder.ledger.attempts("r")).attempts
     assert attempt.expected.first_token_seconds == pytest.approx(plan.decision.expected.seconds)
     assert attempt.options
@@ -93,7 +93,7 @@ async def test_computing_because_imports_are_slow_is_load(scene: Scene) -> None:
         )
     plan, entry = await scene.send({"prompt": IDS}, pinned="b")
     assert (entry.planned.action, entry.planned.best_available_tokens) == ("recompute", HELD)
-    assert scene.answer(plan, entry) is LossReason.LOAD
+    assert scene.answer(plan, entry) is MissReason.LOAD
     assert entry.loss is not None
     assert entry.loss.tokens == HELD
 
@@ -113,31 +113,31 @@ async def test_a_prompt_that_another_request_was_still_computing_was_promised(sc
     second, entry = await scene.send({"prompt": IDS})
     assert second.replica.name == first.replica.name
     assert (entry.planned.best_available_tokens, entry.planned.best_held_tokens) == (HELD, 0)
-    assert scene.answer(second, entry) is LossReason.PROMISED
-    assert scene.answer(first, first_entry) is LossReason.COLD
+    assert scene.answer(second, entry) is MissReason.PROMISED
+    assert scene.answer(first, first_entry) is MissReason.COLD
 
 
 async def test_a_chat_whose_ids_are_not_the_engines_is_a_parity_loss(scene: Scene) -> None:
     scene.planner.prompts.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.OFF))
     plan, entry = await scene.send({"messages": [{"role": "user", "content": "hello"}]}, endpoint="chat")
-    assert scene.answer(plan, entry) is LossReason.PARITY
+    assert scene.answer(plan, entry) is MissReason.PARITY
 
 
 async def test_a_request_that_reads_no_cache_is_off(scene: Scene) -> None:
     scene.tables.hold("a", IDS)
     plan, entry = await scene.send({"prompt": IDS, "prompt_logprobs": 1})
-    assert scene.answer(plan, entry) is LossReason.OFF
+    assert scene.answer(plan, entry) is MissReason.OFF
 
 
 async def test_a_replica_without_a_table_is_off(scene: Scene) -> None:
     scene.tables.stop("a")
     plan, entry = await scene.send({"prompt": IDS}, pinned="a")
-    assert scene.answer(plan, entry) is LossReason.OFF
+    assert scene.answer(plan, entry) is MissReason.OFF
 
 
 async def test_several_prompts_in_one_request_are_told_of_together(scene: Scene) -> None:
     plan, entry = await scene.send({"prompt": [IDS, IDS[:40]]})
     record = Delivery(plan.tag, 1, 1, 2, 3, 40, 0, 0, 40)
     scene.tables.writers[plan.replica.name].deliver(record, "shared_memory")
-    assert scene.answer(plan, entry) is LossReason.COLD
+    assert scene.answer(plan, entry) is MissReason.COLD
     assert sum(delivery.computed_tokens for delivery in entry.deliveries) == 440

@@ -11,7 +11,7 @@ from gateway.block_registry.registry import Registry
 from gateway.ledger.attempts import Entry
 from gateway.ledger.history import SeenPrefixes
 from gateway.ledger.ledger import ATTEMPTS_KEPT, LEFT_STATUS, UNREPORTED_SECONDS, Ledger
-from gateway.ledger.misses import LossReason
+from gateway.ledger.misses import MissReason
 from gateway.ledger.recorder import PROMPT_TOKENS_EACH, SETTLED_TOGETHER, Recorder
 from gateway.ledger.waiting_prompts import WaitingPrompts
 from tests.unit.gateway.ledger.planned_attempts import planned
@@ -67,7 +67,7 @@ def scene(two_tables: ReplicaTables) -> Scene:
     return Scene(two_tables)
 
 
-def reason(entry: Entry) -> tuple[LossReason, int]:
+def reason(entry: Entry) -> tuple[MissReason, int]:
     assert entry.loss is not None
     return entry.loss.reason, entry.loss.tokens
 
@@ -91,13 +91,13 @@ def test_a_request_that_was_aborted_before_it_was_scheduled_has_no_header(scene:
     scene.deliver(7, scheduled_ns=0, first_token_ns=0, computed_tokens=0)
     assert scene.recorder.first_byte(entry) == b""
     scene.end(entry, LEFT_STATUS)
-    assert reason(entry) == (LossReason.LEFT, 0)
+    assert reason(entry) == (MissReason.LEFT, 0)
 
 
 def test_a_first_prompt_is_cold_and_the_next_one_that_nobody_holds_any_more_was_evicted(scene: Scene) -> None:
-    assert reason(scene.serve(1)) == (LossReason.COLD, 0)
+    assert reason(scene.serve(1)) == (MissReason.COLD, 0)
     found, tokens = reason(scene.serve(2))
-    assert found is LossReason.EVICTED
+    assert found is MissReason.EVICTED
     assert 0.75 * USEFUL <= tokens <= USEFUL
 
 
@@ -107,7 +107,7 @@ def test_two_equal_prompts_at_one_time_are_both_cold(scene: Scene) -> None:
     for tag, entry in zip((1, 2), entries, strict=True):
         scene.deliver(tag)
         scene.end(entry, 200)
-    assert [reason(entry) for entry in entries] == [(LossReason.COLD, 0)] * 2
+    assert [reason(entry) for entry in entries] == [(MissReason.COLD, 0)] * 2
 
 
 def test_a_prompt_that_another_tenants_blocks_hold_stops_at_the_tenant_boundary(scene: Scene) -> None:
@@ -115,7 +115,7 @@ def test_a_prompt_that_another_tenants_blocks_hold_stops_at_the_tenant_boundary(
     scene.tables.hold("a", IDS, SALTS["one"])
     entry = scene.serve(2, "two")
     found, tokens = reason(entry)
-    assert found is LossReason.TENANT_BOUNDARY
+    assert found is MissReason.TENANT_BOUNDARY
     assert 0.75 * USEFUL <= tokens <= USEFUL
 
 
@@ -127,12 +127,12 @@ def test_the_header_of_a_tenant_boundary_says_cold(scene: Scene) -> None:
     header = scene.recorder.first_byte(entry)
     scene.end(entry, 200)
     assert header == b"local=0, peer=0, computed=100, reason=cold"
-    assert reason(entry)[0] is LossReason.TENANT_BOUNDARY
+    assert reason(entry)[0] is MissReason.TENANT_BOUNDARY
 
 
 def test_what_another_tenant_computed_and_nobody_holds_is_cold(scene: Scene) -> None:
     scene.serve(1, "one")
-    assert reason(scene.serve(2, "two")) == (LossReason.COLD, 0)
+    assert reason(scene.serve(2, "two")) == (MissReason.COLD, 0)
 
 
 def test_an_aborted_prompt_was_not_computed_for_anybody(scene: Scene) -> None:
@@ -140,7 +140,7 @@ def test_an_aborted_prompt_was_not_computed_for_anybody(scene: Scene) -> None:
     scene.deliver(1, first_token_ns=0)
     scene.end(entry, LEFT_STATUS)
     scene.now += 1
-    assert reason(scene.serve(2)) == (LossReason.COLD, 0)
+    assert reason(scene.serve(2)) == (MissReason.COLD, 0)
 
 
 def test_a_record_in_the_table_of_a_replica_that_died_is_still_read(scene: Scene) -> None:
@@ -149,7 +149,7 @@ def test_a_record_in_the_table_of_a_replica_that_died_is_still_read(scene: Scene
     scene.tables.stop("a")
     scene.registry.tables()
     scene.end(entry, 200)
-    assert reason(entry) == (LossReason.COLD, 0)
+    assert reason(entry) == (MissReason.COLD, 0)
 
 
 def test_a_replica_that_came_back_is_read_from_its_new_table(scene: Scene) -> None:
@@ -179,7 +179,7 @@ def test_a_late_record_is_found_when_somebody_looks(scene: Scene) -> None:
     assert entry.loss is None
     scene.deliver(1)
     scene.recorder.catch_up()
-    assert reason(entry) == (LossReason.COLD, 0)
+    assert reason(entry) == (MissReason.COLD, 0)
 
 
 def test_records_that_were_overwritten_are_counted(scene: Scene) -> None:
@@ -210,7 +210,7 @@ def test_an_attempt_whose_prompt_was_dropped_is_settled_without_its_history(scen
     scene.end(entry)
     scene.deliver(2)
     scene.recorder.catch_up()
-    assert reason(entry) == (LossReason.COLD, 0)
+    assert reason(entry) == (MissReason.COLD, 0)
 
 
 def test_attempts_are_settled_together_and_all_before_somebody_looks(scene: Scene) -> None:
@@ -234,8 +234,8 @@ def test_an_attempt_that_is_settled_later_was_computed_when_it_ended(scene: Scen
     scene.deliver(2)
     scene.now = 4.0
     scene.end(second)
-    assert reason(first) == (LossReason.COLD, 0)
-    assert reason(second)[0] is LossReason.EVICTED
+    assert reason(first) == (MissReason.COLD, 0)
+    assert reason(second)[0] is MissReason.EVICTED
 
 
 def test_records_of_further_choices_count_though_they_come_after_the_end(scene: Scene) -> None:

@@ -15,7 +15,7 @@ from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.relay.engine_body import encode_body
-from gateway.steering.steer import Action
+from gateway.steering.steer import Choice
 from gateway.tenants.tenants import ANONYMOUS, TenantContext
 from gateway.upstream.served_models import ServedModels
 from tests.unit.gateway.prompts.tiny_model import make_model
@@ -446,7 +446,7 @@ async def test_a_prompt_cache_key_keeps_together_what_nobody_holds(place: Place)
 async def test_a_request_that_relies_on_a_promise_may_be_served_by_another_holder(place: Place) -> None:
     place.planner.started(await place.plan(LONG, pinned="a"))
     relying = await place.plan(LONG, pinned="a")
-    assert (relying.decision.action, relying.predicted_tokens) == (Action.HIT, 600)
+    assert (relying.decision.action, relying.predicted_tokens) == (Choice.HIT, 600)
     assert relying.kv_transfer_params == {"peerkv": {"tag": relying.tag}}
 
 

@@ -2,12 +2,12 @@
 
 import asyncio
 
-from gateway.relay.batching import WAITING_MAX, Abreast
+from gateway.relay.batching import WAITING_MAX, Batching
 
 
 async def steps(count: int) -> list[tuple[int, int]]:
     """So many tasks take two steps each, abreast in between; returns (task, step) in the order in which they were taken."""
-    place, taken = Abreast(), list[tuple[int, int]]()
+    place, taken = Batching(), list[tuple[int, int]]()
 
     async def task(number: int) -> None:
         taken.append((number, 1))
@@ -30,7 +30,7 @@ async def test_of_a_great_burst_only_some_wait() -> None:
 
 
 async def test_who_is_cancelled_while_waiting_waits_no_more() -> None:
-    place = Abreast()
+    place = Batching()
     for _ in range(2 * WAITING_MAX):
         task = asyncio.ensure_future(place.wait())
         await asyncio.sleep(0)

@@ -15,9 +15,9 @@ import pytest
 
 from engine.fleet import ReplicaState
 from gateway.api.body import FORBIDDEN_FIELDS
-from gateway.http_server.cycle import Cycle
-from gateway.http_server.exchange import Exchange
-from gateway.relay.relay import Journey
+from gateway.http_server.request_cycle import RequestCycle
+from gateway.http_server.transaction import Transaction
+from gateway.relay.relay import RelayedRequest
 from tests.unit.gateway.running_door import Door, end, running_door, until
 
 COMPLETION = {"model": "fake-model", "prompt": "hello", "max_tokens": 3}
@@ -221,8 +221,8 @@ async def test_a_request_leaves_nothing_for_the_garbage_collector(door: Door, st
             async with door.session.post(door.url + "/v1/completions", json=COMPLETION | {"stream": stream}) as answer:
                 await answer.read()
         await until(lambda: not door.server.server_state.tasks)
-        left = [kind for each in gc.get_objects() if (kind := type(each)) in (Exchange, Journey, Cycle)]
-        assert {Exchange, Journey}.isdisjoint(left)
+        left = [kind for each in gc.get_objects() if (kind := type(each)) in (Transaction, RelayedRequest, RequestCycle)]
+        assert {Transaction, RelayedRequest}.isdisjoint(left)
         assert len(left) <= 1  # the last cycle of the connection, which is still open
     finally:
         gc.enable()
@@ -275,7 +275,7 @@ def kept() -> list[Any]:
     return [
         each
         for each in gc.get_objects()
-        if type(each) in (Exchange, Journey) or (type(each) is FrameType and "/gateway/" in each.f_code.co_filename)
+        if type(each) in (Transaction, RelayedRequest) or (type(each) is FrameType and "/gateway/" in each.f_code.co_filename)
     ]
 
 

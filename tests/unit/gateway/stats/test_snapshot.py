@@ -6,7 +6,7 @@ from engine.fleet import ReplicaState
 from gateway import __version__
 from gateway.ledger.history import SeenPrefixes
 from gateway.ledger.ledger import Ledger
-from gateway.ledger.misses import LossReason
+from gateway.ledger.misses import MissReason
 from gateway.ledger.recorder import Recorder
 from gateway.planner.planner import Planner
 from gateway.prompts.parity import KindVerdict, Parity, ParityCounts, ParityVerdict
@@ -158,6 +158,6 @@ def test_the_ledger_shows_every_reason_and_the_costs_what_was_learnt(scene: Scen
     scene.tables.writers["a"].deliver(record, "shared_memory")
     scene.recorder.ended(entry, 200)
     stats = scene.view.snapshot()
-    assert set(stats.ledger.requests) == set(stats.ledger.lost_tokens) == {reason.value for reason in LossReason}
+    assert set(stats.ledger.requests) == set(stats.ledger.lost_tokens) == {reason.value for reason in MissReason}
     assert (stats.ledger.requests["cold"], stats.ledger.settled, stats.ledger.computed_tokens) == (1, 1, 100)
     assert (stats.costs.samples, stats.costs.median_error) == (0, None)

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.steering.costs.model import CostModel, ModelKey
-from gateway.steering.costs.pace import Pace
 from gateway.steering.costs.replica_load import ReplicaLoad
+from gateway.steering.costs.slowdown import Slowdown
 from gateway.steering.evictions import Again
-from gateway.steering.steer import Action, Candidate, Decision, PromptView, affinity_weight, steer
+from gateway.steering.steer import Candidate, Choice, Decision, PromptView, affinity_weight, steer
 from tests.unit.gateway.steering.costs.test_model import prefill_seconds
 
 GPU = ModelKey("cuda")
@@ -36,21 +36,26 @@ def decide(fleet: list[Candidate], tokens: int = PROMPT, turn: int = 0, **view: 
 @pytest.mark.parametrize(
     ("fleet", "chosen", "source", "action"),
     [
-        ([replica("a")], "a", None, Action.RECOMPUTE),
-        ([replica("a", 0, 9000), replica("b", 0, 3000)], "b", None, Action.RECOMPUTE),
-        ([replica("a", 12_000), replica("b")], "a", None, Action.HIT),
-        ([replica("a", 12_000, 30_000), replica("b", 0, 2000)], "b", "a", Action.PULL),
-        ([replica("a", 12_000, 30_000), replica("b", 4000, 2000)], "b", "a", Action.PULL),
-        ([replica("a", 12_000, 30_000), replica("b", 0, 2000, frozenset())], "b", None, Action.RECOMPUTE),
-        ([replica("a", 12_000, 30_000), replica("b", 0, 30_000)], "a", None, Action.HIT),
-        ([replica("a", 12_000, 30_000), replica("b", 12_000, 2000)], "b", None, Action.HIT),
-        ([replica("a", 12_000, 30_000), replica("b", 9000, 20_000), replica("c", 0, 1000)], "c", "a", Action.PULL),
-        ([replica("a", 12_000, 30_000), replica("b", 9000, 20_000), replica("c", 0, 0, frozenset("b"))], "c", "b", Action.PULL),
-        ([replica("a", 64, 30_000), replica("b")], "b", None, Action.RECOMPUTE),
+        ([replica("a")], "a", None, Choice.RECOMPUTE),
+        ([replica("a", 0, 9000), replica("b", 0, 3000)], "b", None, Choice.RECOMPUTE),
+        ([replica("a", 12_000), replica("b")], "a", None, Choice.HIT),
+        ([replica("a", 12_000, 30_000), replica("b", 0, 2000)], "b", "a", Choice.PULL),
+        ([replica("a", 12_000, 30_000), replica("b", 4000, 2000)], "b", "a", Choice.PULL),
+        ([replica("a", 12_000, 30_000), replica("b", 0, 2000, frozenset())], "b", None, Choice.RECOMPUTE),
+        ([replica("a", 12_000, 30_000), replica("b", 0, 30_000)], "a", None, Choice.HIT),
+        ([replica("a", 12_000, 30_000), replica("b", 12_000, 2000)], "b", None, Choice.HIT),
+        ([replica("a", 12_000, 30_000), replica("b", 9000, 20_000), replica("c", 0, 1000)], "c", "a", Choice.PULL),
+        (
+            [replica("a", 12_000, 30_000), replica("b", 9000, 20_000), replica("c", 0, 0, frozenset("b"))],
+            "c",
+            "b",
+            Choice.PULL,
+        ),
+        ([replica("a", 64, 30_000), replica("b")], "b", None, Choice.RECOMPUTE),
     ],
 )
 def test_a_request_goes_where_its_first_token_comes_soonest(
-    fleet: list[Candidate], chosen: str, source: str | None, action: Action
+    fleet: list[Candidate], chosen: str, source: str | None, action: Choice
 ) -> None:
     decision = decide(fleet)
     assert (decision.replica, decision.source, decision.action) == (chosen, source, action)
@@ -79,7 +84,7 @@ def test_a_slow_link_carries_the_head_and_the_tail_is_computed_where_that_costs_
     slow = [replica("a", 15_984, 90_000, transport="rdma"), replica("b")]
     costs = CostModel()
     decision = steer(PromptView(PROMPT, block_size=16), slow, costs, 0.0)
-    assert (decision.action, decision.source) == (Action.SPLIT, "a")
+    assert (decision.action, decision.source) == (Choice.SPLIT, "a")
     assert decision.import_tokens_max == (PROMPT - costs.model(GPU).free_tokens) // 16 * 16
     assert decision.expected.peer_tokens == decision.import_tokens_max
 
@@ -98,7 +103,7 @@ def test_within_the_models_uncertainty_the_holder_keeps_the_request() -> None:
 def test_a_prompt_that_is_being_computed_is_waited_for_and_not_computed_again() -> None:
     fleet = [replica("a", 0, PROMPT, promised_tokens=15_984), replica("b")]
     decision = decide(fleet)
-    assert (decision.replica, decision.action, decision.expected.local_tokens) == ("a", Action.HIT, 15_984)
+    assert (decision.replica, decision.action, decision.expected.local_tokens) == ("a", Choice.HIT, 15_984)
     fleet = [replica("a", 0, 4 * PROMPT, promised_tokens=15_984), replica("b")]
     assert decide(fleet).replica == "b"
 
@@ -364,7 +369,7 @@ def test_the_price_of_what_is_given_up_is_bounded_by_computing_as_much(
         assert -1e-9 <= option.score - usual[option.replica].score <= bound + 1e-9
 
 
-class Slow(Pace):
+class Slow(Slowdown):
     """Of machines that all are slow just now."""
 
     def factor(self, now: float) -> float:
@@ -376,7 +381,7 @@ def test_a_pace_changes_what_is_expected_and_no_decision(fleet: list[Candidate],
     fleet = [msgspec.structs.replace(candidate, room_tokens=1000.0 * place) for place, candidate in enumerate(fleet)]
     view = msgspec.structs.replace(view, again=Again(0.5, 4000.0))
     slowed = CostModel()
-    slowed.model(GPU).pace = Slow()
+    slowed.model(GPU).slowdown = Slow()
     usual, slow = (steer(view, fleet, costs, 0.0, turn) for costs in (CostModel(), slowed))
     assert (slow.replica, slow.source, slow.action) == (usual.replica, usual.source, usual.action)
     assert slow.expected.seconds == pytest.approx(1.75 * usual.expected.seconds)

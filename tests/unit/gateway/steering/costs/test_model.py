@@ -91,9 +91,9 @@ class Machine:
         load = replace(load, since=self.now)
         queue = costs.model(GPU).queue_seconds(load, self.now)
         transfer = costs.transfer_seconds("a", source, "cuda_ipc", cached, device="cuda") if source else 0.0
-        expected = (queue + transfer + prefill_seconds(costs, GPU, cached, new, load.decoding)) * costs.model(GPU).pace.factor(
-            self.now
-        )
+        expected = (queue + transfer + prefill_seconds(costs, GPU, cached, new, load.decoding)) * costs.model(
+            GPU
+        ).slowdown.factor(self.now)
         noise = self.rng.lognormvariate(0, self.noise)
         noise *= self.slower
         imported = (self.import_seconds + cached * self.token_bytes / self.bytes_second) * noise if source else 0.0
@@ -143,14 +143,14 @@ def test_a_machine_that_is_slow_for_a_while_is_expected_to_be_and_changes_little
     usual = prefill_seconds(costs, GPU, 0, 8000)
     machine.slower = 1.8
     machine.play(10)
-    assert costs.model(GPU).pace.factor(machine.now) == pytest.approx(
+    assert costs.model(GPU).slowdown.factor(machine.now) == pytest.approx(
         1.8 * usual / prefill_seconds(costs, GPU, 0, 8000), rel=0.2
     )
     assert prefill_seconds(costs, GPU, 0, 8000) < 1.25 * usual
-    assert costs.report().prefill[0].pace > 1.3
-    assert costs.model(CPU).pace.factor(machine.now) == 1.0
+    assert costs.report().prefill[0].slowdown > 1.3
+    assert costs.model(CPU).slowdown.factor(machine.now) == 1.0
     machine.slower, machine.now = 1.0, machine.now + 120
-    assert costs.model(GPU).pace.factor(machine.now) == pytest.approx(1.0, abs=0.01)
+    assert costs.model(GPU).slowdown.factor(machine.now) == pytest.approx(1.0, abs=0.01)
 
 
 def test_a_machine_that_stays_slow_is_learnt() -> None:
@@ -161,7 +161,7 @@ def test_a_machine_that_stays_slow_is_learnt() -> None:
     machine.slower = 1.8
     machine.play(200)
     assert prefill_seconds(costs, GPU, 0, 8000) == pytest.approx(1.8 * usual, rel=0.15)
-    assert costs.model(GPU).pace.factor(machine.now) == pytest.approx(1.0, abs=0.2)
+    assert costs.model(GPU).slowdown.factor(machine.now) == pytest.approx(1.0, abs=0.2)
 
 
 def test_in_waves_the_error_stays_small() -> None:

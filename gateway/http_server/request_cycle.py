@@ -40,11 +40,11 @@ class Line(Protocol):
     def resume_reading(self) -> None: ...
     def answered(self) -> None: ...
     def date_head(self) -> bytes: ...
-    def note(self, cycle: Cycle, status: int) -> None: ...
+    def note(self, cycle: RequestCycle, status: int) -> None: ...
     async def drained(self) -> None: ...
 
 
-class Cycle:
+class RequestCycle:
     """One request. `on_left` is called once when the client leaves before the answer is complete.
 
     `fields` is what is wanted of its headers, where that is known already.
@@ -309,7 +309,7 @@ class Cycle:
             self._waiter = None
 
 
-def cycle_of(scope: Scope) -> Cycle:
+def cycle_of(scope: Scope) -> RequestCycle:
     """The cycle behind a scope of our own server. Raises KeyError for any other's."""
-    cycle: Cycle = scope["extensions"][EXTENSION]
+    cycle: RequestCycle = scope["extensions"][EXTENSION]
     return cycle

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from gateway.errors import ApiError, BodyTooLarge, InvalidRequest, error_body
-from gateway.http_server.cycle import Scope, cycle_of
 from gateway.http_server.head_fields import HeadFields, content_length, fresh_id
+from gateway.http_server.request_cycle import Scope, cycle_of
 
 JSON_LINE = b"content-type: application/json\r\n"
 """The header of an answer in JSON, and of a request."""
@@ -18,7 +18,7 @@ class ClientLeft(Exception):
     """The client closed the connection; nobody waits for an answer."""
 
 
-class Exchange:
+class Transaction:
     """One request and its answer.
 
     `write` sends a part of the answer, and is False when the client does not keep up: wait for `drained`.
@@ -101,7 +101,7 @@ class Exchange:
         self._cycle.on_left = None
 
     def end(self, error: ApiError) -> None:
-        """End the exchange with this error, unless its answer is complete already."""
+        """End the transaction with this error, unless its answer is complete already."""
         if self._task is not None:
             self.ending = error
             self._task.cancel()

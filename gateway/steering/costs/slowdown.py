@@ -10,13 +10,13 @@ SHARE = 0.25
 """Weight of the newest answer."""
 SURPRISE_MAX = 0.4
 """An answer is not believed to be further off than this, in log: a single one that hung says little of the next."""
-PACE_MAX = 0.7
+SLOWDOWN_LOG_MAX = 0.7
 """Bound on the log of the factor: half as fast, twice as fast. What goes further is for the terms to learn."""
 MEMORY_SECONDS = 15.0
 """The log of the factor has faded to 1/e after so long without an answer."""
 
 
-class Pace:
+class Slowdown:
     """A running mean of the log of measured / expected that fades to that of 1. Times are seconds of one clock."""
 
     __slots__ = ("_at", "_log")
@@ -38,7 +38,7 @@ class Pace:
         """An answer took `ratio` times, above 0, what the terms say."""
         faded = self._faded(now)
         surprise = min(max(log(ratio) - faded, -SURPRISE_MAX), SURPRISE_MAX)
-        self._log = min(max(faded + SHARE * surprise, -PACE_MAX), PACE_MAX)
+        self._log = min(max(faded + SHARE * surprise, -SLOWDOWN_LOG_MAX), SLOWDOWN_LOG_MAX)
         self._at = max(self._at, now)
 
     def _faded(self, now: float) -> float:

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from gateway.http_server.cycle import Cycle
+from gateway.http_server.request_cycle import RequestCycle
 
 BODY = b"hello"
 
@@ -34,7 +34,7 @@ class Line:
     def date_head(self) -> bytes:
         return b"date: today\r\n"
 
-    def note(self, cycle: Cycle, status: int) -> None:
+    def note(self, cycle: RequestCycle, status: int) -> None:
         self.told.append(status)
 
     async def drained(self) -> None: ...
@@ -50,7 +50,7 @@ def test_a_whole_answer_is_what_its_parts_would_be(
     ends = []
     for at_once in (True, False):
         line = Line()
-        cycle = Cycle(line, {"method": method, "http_version": "1.1"}, keep_alive=keep_alive, expects_continue=expects)
+        cycle = RequestCycle(line, {"method": method, "http_version": "1.1"}, keep_alive=keep_alive, expects_continue=expects)
         if left:
             cycle.client_left()
         if at_once:
