@@ -19,15 +19,14 @@ class Chain:
 
     `words` are the same as numbers of 8 bytes, two a key. `anchors` are the first words of the keys at the depths 1, 2, 4 …,
     which is where prompts are compared: a key stands for all before it, so two chains agree up to some block and nowhere
-    behind it. The first `known` blocks were met before, with the same end: what is found out of them is worth remembering.
+    behind it.
     """
 
-    __slots__ = ("anchors", "blocks", "known", "raw", "words")
+    __slots__ = ("anchors", "blocks", "raw", "words")
 
-    def __init__(self, raw: bytes, known: int = 0) -> None:
+    def __init__(self, raw: bytes) -> None:
         self.raw = raw
         self.blocks = len(raw) // KEY_BYTES
-        self.known = known
         self.words = memoryview(raw).cast("Q")
         self.anchors: tuple[int, ...] = tuple(_ANCHORS[self.blocks.bit_length()](self.words))
 

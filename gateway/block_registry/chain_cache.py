@@ -32,8 +32,6 @@ class ChainCache:
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
-        self._fresh = False
-        """Whether something of the chain that is being made was not known."""
         self._hashed: OrderedDict[bytes, _Hashed] = OrderedDict()
 
     def __len__(self) -> int:
@@ -48,14 +46,13 @@ class ChainCache:
             return Chain(hash_blocks(root, ids.raw[:left], block_size, hash_name))
         parts = ids.parts
         found: list[bytes] = []
-        last, rest, place, known, self._fresh = root, b"", 0, 0, False
+        last, rest, place = root, b"", 0
         if len(parts) > 1 and len(parts[0]) < block_size and not parts[0].serial:  # what begins every text
             rest, place = parts[0].raw, 1
             left -= len(rest)
         while place < len(parts) and parts[place].serial and 4 * len(parts[place]) <= left:
             keys, last, rest = self._of_part(last, rest, parts[place], block_size, hash_name)
             found.append(keys)
-            known += 0 if self._fresh else len(keys)
             left -= 4 * len(parts[place])
             place += 1
         left += len(rest)
@@ -66,12 +63,11 @@ class ChainCache:
             while len(raw) - start >= width:
                 keys, last, _ = self._of_section(last, raw[start : start + width], block_size, hash_name)
                 found.append(keys)
-                known += 0 if self._fresh else len(keys)
                 start += width
         found.append(hash_blocks(last, raw[start:], block_size, hash_name))
         while self._bytes > self._bytes_max:
             self._bytes -= _size(*self._hashed.popitem(last=False))
-        return Chain(b"".join(found), known // KEY_BYTES)
+        return Chain(b"".join(found))
 
     def _of_part(self, last: bytes, rest: bytes, part: TokenIds, block_size: int, hash_name: str) -> _Hashed:
         name = b"".join((last, block_size.to_bytes(4, "little"), part.serial, rest))
@@ -100,7 +96,6 @@ class ChainCache:
             self._bytes -= _size(name, former)
         self._hashed[name] = hashed
         self._bytes += _size(name, hashed)
-        self._fresh = True
         return hashed
 
 

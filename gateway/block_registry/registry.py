@@ -96,9 +96,9 @@ class Registry:
             chains.append((chain, block_size))
             if not chain.blocks:
                 continue
-            words, known = chain.words, chain.known
+            words = chain.words
             for name, table in alike.items():
-                held = table.held_blocks(words, known)
+                held = table.held_blocks(words)
                 if held:
                     blocks[name] = held
                     if held * block_size > most:

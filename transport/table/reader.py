@@ -11,7 +11,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -57,22 +56,6 @@ _BUCKET_BYTES = 4 * WAYS
 _SLOTS = struct.Struct(f"={WAYS}I").unpack_from
 _VERIFIED = 16
 """Places of a chain that was found by halving, evenly spread, at which it is verified."""
-_KNOWN_MIN = 8
-"""Blocks of a chain that are remembered: fewer are found sooner one by one."""
-_PLACES = 64
-"""Places of a known run, evenly spread, of which the states are remembered."""
-_KNOWN_RUNS_MAX = 1024
-"""Known runs that are remembered, with some 1.3 KB each."""
-_ENDS_MAX = 4096
-"""Chains of which it is remembered where they ended, to look there first."""
-
-
-class _KnownRun(NamedTuple):
-    """The second word of its last key, some of its blocks from the first to the last, int64 (n,), and their states then."""
-
-    last: int
-    blocks: npt.NDArray[np.int64]
-    states: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +111,6 @@ class TableReader:
         self._key_words = self._keys.reshape(-1).data
         self._slots = self._index.reshape(-1).data
         self._head = self._words.data
-        self._ends: dict[int, int] = {}
-        self._known: dict[int, _KnownRun | None] = {}
         self._newest = self._words[NEWEST_OFFSET // 8 :].data
         rows = DELIVERIES * WORDS
         self._ring = RingReader(self._newest, np.frombuffer(self._map, np.uint64, rows, layout.deliveries).data)
@@ -196,96 +177,50 @@ class TableReader:
         states[rows] = before[match][::-1]
         return found, block_ids, states
 
-    def held_blocks(self, words: memoryview, known: int = 0) -> int:
+    def held_blocks(self, words: memoryview) -> int:
         """Return how many leading blocks of a chain the table holds; `words` are its keys, two uint64 each: for steering.
 
         A long run is found by halving: engines give up the end of a chain before its front, so where its end is held, so is the
         rest. That is verified at `_VERIFIED` places, and looked up in full if one of them is not held; between them a missing
-        block may go unseen. The first `known` blocks were often asked for: if they are held, the states of some of them are
-        remembered, and while none of these changes, they are.
+        block may go unseen.
         """
-        blocks, begin = len(words) // 2, 0
-        if known >= _KNOWN_MIN:
-            run = self._known.get(words[2 * known - 2])
-            if run is not None and run.last == words[2 * known - 1] and self._states[run.blocks].tobytes() == run.states:
-                begin = known
-        if not begin:
-            if not blocks or not self._holds(words[0], words[1]):  # as in most tables for most prompts
-                return 0
-            begin = 1
-        held = (self._leading if blocks - begin < 2 * _VERIFIED else self._halved)(words, begin, blocks)
-        if begin < known <= held and known >= _KNOWN_MIN:
-            return self._remember(words, known, held)
+        blocks = len(words) // 2
+        if not blocks or not self._holds(words[0], words[1]):  # as in most tables for most prompts
+            return 0
+        if blocks <= 2 * _VERIFIED:
+            return self._first_missing(words, range(1, blocks))
+        held = self._halved(words, blocks)
+        places = range(max(1, held // _VERIFIED), held, max(1, held // _VERIFIED))
+        if self._first_missing(words, places) < held:
+            return len(self.longest_run(np.asarray(words[: 2 * held]).reshape(-1, 2)))
         return held
 
-    def _leading(self, words: memoryview, begin: int, blocks: int) -> int:
-        """Return how many of the first `blocks` blocks are held one by one, those before `begin` being held."""
+    def _first_missing(self, words: memoryview, places: range) -> int:
+        """Return the first of some places of a chain whose block is not held, the end of `places` if all are."""
         slots, mask, most = self._slots, self._bucket_mask, self.num_blocks
         states, keys = self._state_words, self._key_words
-        for place in range(begin, blocks):
+        for place in places:
             low, high = words[2 * place], words[2 * place + 1]
-            bucket = (low & mask) * WAYS
-            slot = slots[bucket]  # most blocks are the first in their bucket
+            slot = slots[(low & mask) * WAYS]  # most blocks are the first in their bucket
             if slot and slot <= most and not states[slot - 1] & 1 and keys[2 * slot - 2] == low and keys[2 * slot - 1] == high:
                 continue
             if not self._holds(low, high):
                 return place
-        return blocks
+        return places.stop
 
-    def _halved(self, words: memoryview, begin: int, blocks: int) -> int:
-        """Return how many of the first `blocks` blocks are held, by halving; the first `begin` are, one at least."""
+    def _halved(self, words: memoryview, blocks: int) -> int:
+        """Return how many of the first `blocks` blocks are held if there are no gaps; the first is held."""
         holds = self._holds
-        low, high = begin - 1, blocks - 1  # the block at low is held, that at high is not or does not exist
+        low, high = 0, blocks - 1  # the block at low is held, that at high is not or does not exist
         if holds(words[2 * high], words[2 * high + 1]):
-            low = high = blocks
-        elif begin == 1:
-            low, high = self._near_end(words, blocks)
+            return blocks
         while high - low > 1:
             middle = (low + high) // 2
             if holds(words[2 * middle], words[2 * middle + 1]):
                 low = middle
             else:
                 high = middle
-        if len(self._ends) >= _ENDS_MAX:
-            self._ends.clear()
-        self._ends[words[0]] = high
-        step = max(1, (high - begin + 1) // _VERIFIED)
-        for place in range(begin - 1 + step, high, step):
-            if not holds(words[2 * place], words[2 * place + 1]):
-                return self._in_full(words, high)
         return high
-
-    def _in_full(self, words: memoryview, blocks: int) -> int:
-        return len(self.longest_run(np.asarray(words[: 2 * blocks]).reshape(-1, 2)))
-
-    def _remember(self, words: memoryview, known: int, held: int) -> int:
-        """Return how many blocks are held, `held` for all we know. From the second time on, remember the `known` first ones."""
-        name = words[2 * known - 2]
-        if name not in self._known:
-            if len(self._known) >= _KNOWN_RUNS_MAX:
-                self._known.clear()
-            self._known[name] = None
-            return held
-        places = np.linspace(0, known - 1, min(known, _PLACES)).astype(np.int64)
-        found, blocks, states = self._look_up(np.asarray(words).reshape(-1, 2)[places])
-        if not found.all():
-            return self._in_full(words, held)
-        self._known[name] = _KnownRun(words[2 * known - 1], blocks.astype(np.int64), states.tobytes())
-        return held
-
-    def _near_end(self, words: memoryview, blocks: int) -> tuple[int, int]:
-        """Return a block that is held and a later one that is not: next to each other if the run ends where the last one did.
-
-        That is the last one with the same first block; of `words`, the first block is held, and the one before `blocks` is not.
-        """
-        end = self._ends.get(words[0], 0)
-        if not 1 < end < blocks:
-            return 0, blocks - 1
-        if not self._holds(words[2 * end - 2], words[2 * end - 1]):
-            return 0, end - 1
-        if self._holds(words[2 * end], words[2 * end + 1]):
-            return end, blocks - 1
-        return end - 1, end
 
     def _holds(self, low: int, high: int) -> bool:
         """Tell whether the block under the key of these two words is held."""

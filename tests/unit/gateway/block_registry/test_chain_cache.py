@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.block_registry.chain_cache import ENTRY_BYTES, SECTION_BLOCKS, SHORT_BLOCKS, ChainCache
+from gateway.block_registry.chain_cache import ENTRY_BYTES, SECTION_BLOCKS, ChainCache
 from gateway.token_ids import TokenIds
 from transport.keys import HASH_NAMES, KEY_BYTES, chain_keys, root_key
 
@@ -33,19 +33,6 @@ def test_a_chain_goes_on_from_what_is_known_of_it_and_the_oldest_sections_go_fir
     assert len(cache) == 3
     cache.chain(ROOTS[1], ids, 10 * SECTION_BLOCKS, 1, "sha256")
     assert len(cache) == 3
-
-
-def test_a_chain_tells_how_much_of_it_was_met_before() -> None:
-    cache, serial = ChainCache(1 << 20), TokenIds(TokenIds.of(range(100)).raw, serial=b"12345678")
-    ids, others = TokenIds.of(range(400)), TokenIds.of([*range(300), *range(900, 1000)])
-    for _ in range(2):
-        known = cache.chain(ROOTS[0], ids, 100, 1, "xxh3_128").known
-    assert known == SECTION_BLOCKS + 2 * SHORT_BLOCKS
-    assert cache.chain(ROOTS[0], others, 400, 1, "xxh3_128").known == SECTION_BLOCKS
-    assert cache.chain(ROOTS[0], others, 400, 1, "xxh3_128").known == 400
-    assert cache.chain(ROOTS[1], others, 400, 1, "xxh3_128").known == 0
-    joined = TokenIds.joined([serial, TokenIds.of(range(50))])
-    assert [cache.chain(ROOTS[0], joined, 75, 2, "xxh3_128").known for _ in range(2)] == [0, 66]
 
 
 def test_sections_of_as_many_bytes_but_other_blocks_are_told_apart() -> None:
