@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 from bench.field_flags import default_model
 from bench.machine import StartFailed, free_ports
 from bench.started import Started
-from engine.host_process.preload import VLLM_SERVER_MODULE
+from engine.host_process.preload import server_module
 from gateway.cli.bench.words import Words
 from tests.gpu.replica import LLAMA_8B
 
@@ -120,7 +120,7 @@ def start(stack: ExitStack, directory: Path, model: Path, rust: str, tokens_max:
         argv = [rust, "serve", str(model), *where, "--python", sys.executable, "--", *engine]
         env |= {"PYTHONPATH": str(_named_vllm(directory))}
     else:
-        argv = [sys.executable, "-m", VLLM_SERVER_MODULE, "--model", str(model), *where, *engine]
+        argv = [sys.executable, "-m", server_module(), "--model", str(model), *where, *engine]
         argv += ["--disable-uvicorn-access-log", "--enable-scale-out"]
     process = Started(argv, directory / f"{'rust' if rust else 'python'}.log", env)
     stack.callback(process.end)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
-from engine.host_process.preload import VLLM_SERVER_MODULE
+from engine.host_process.preload import server_module
 
 DOORS = "BENCH_DOORS"
 _serve = uvicorn.Server.serve
@@ -32,4 +32,4 @@ async def serve(self: uvicorn.Server, sockets: list[socket.socket] | None = None
 
 if __name__ == "__main__":
     uvicorn.Server.serve = serve  # type: ignore[method-assign]
-    runpy.run_module(VLLM_SERVER_MODULE, run_name="__main__", alter_sys=True)
+    runpy.run_module(server_module(), run_name="__main__", alter_sys=True)

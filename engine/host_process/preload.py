@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import importlib.util
 import logging
 import multiprocessing
 import runpy
@@ -9,13 +10,15 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 log = logging.getLogger("peerkv.host")
 
-VLLM_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+SERVER_MODULE = "vllm.entrypoints.launchers.api_server.entry"
+FORMER_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+"""Where older versions keep the server; 0.32 and 0.33 warn that it will go. Of `vllm serve`, which they recommend, the same
+function is run in the end, but its command line needs a distribution named vllm, which a build for the CPU is not."""
 PRELOAD_MODULES = (
-    VLLM_SERVER_MODULE,
-    "vllm.entrypoints.launchers.api_server.entry",  # where 0.32 keeps the server
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
     "vllm.v1.worker.cpu_worker",
@@ -35,7 +38,7 @@ def preload() -> float:
     """
     began = time.monotonic()
     importlib.import_module("vllm")
-    for name in PRELOAD_MODULES:
+    for name in (server_module(), *PRELOAD_MODULES):
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -45,13 +48,22 @@ def preload() -> float:
     return time.monotonic() - began
 
 
+def server_module() -> str:
+    """The module of the installed vLLM that is run as its server; found without importing any of it."""
+    vllm = importlib.util.find_spec("vllm")
+    places = (vllm.submodule_search_locations or ()) if vllm is not None else ()
+    file = Path(*SERVER_MODULE.split(".")[1:]).with_suffix(".py")
+    return SERVER_MODULE if any((Path(place) / file).is_file() for place in places) else FORMER_SERVER_MODULE
+
+
 def run_server(argv: Sequence[str]) -> None:
-    """Be `python -m vllm.entrypoints.openai.api_server` with these arguments, in this process."""
+    """Be `python -m` of the server's module with these arguments, in this process."""
     _fork_engine_core()
-    sys.argv = [VLLM_SERVER_MODULE, *argv]
+    module = server_module()
+    sys.argv = [module, *argv]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*found in sys.modules.*", category=RuntimeWarning)
-        runpy.run_module(VLLM_SERVER_MODULE, run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _fork_engine_core() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.fleet import FleetError
-from engine.host_process.preload import VLLM_SERVER_MODULE
+from engine.host_process.preload import server_module
 from engine.replicas.devices import assign_devices
 from engine.replicas.lifecycle import RestartPolicy
 
@@ -18,6 +18,7 @@ ENGINE_SOCKET_BYTES = 37  # vLLM names the sockets between its own processes "/<
 CPU_BLOCK_TOKENS = 32  # the CPU attention kernel works in multiples of it
 CPU_KV_BYTES = 512 << 20
 CPU_SEQUENCES_MAX = 16
+CPU_WORKER = "engine.connector.cpu_worker.CpuWorker"
 
 RESERVED_FLAGS = {
     "--model": "give the model to peerkv itself",
@@ -161,9 +162,11 @@ def server_args(settings: EngineSettings, name: str, socket: str) -> tuple[str, 
     args = ["--model", settings.model, "--uds", socket]
     args += ["--served-model-name", settings.served_model_name or settings.model]
     args += ["--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
+    args += ["--no-log-error-stack"]  # dev mode turns it on: some 30 lines in the log for each 4xx
     if not settings.devices:
         args += ["--block-size", str(CPU_BLOCK_TOKENS), "--kv-cache-memory-bytes", str(CPU_KV_BYTES)]
         args += ["--max-num-seqs", str(CPU_SEQUENCES_MAX), "--max-model-len", "auto", "--enforce-eager"]
+        args += ["--worker-cls", CPU_WORKER]
     if settings.connector:
         args += ["--kv-transfer-config", json.dumps(_transfer_config(settings, name), separators=(",", ":"))]
     return (*args, *settings.vllm_args)
@@ -182,7 +185,7 @@ def _plan_launch(settings: EngineSettings, index: int, devices: tuple[str, ...],
         env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     args = server_args(settings, name, socket)
     if not settings.preloads:
-        args = (*(settings.launcher or (sys.executable, "-m", VLLM_SERVER_MODULE)), *args)
+        args = (*(settings.launcher or (sys.executable, "-m", server_module())), *args)
     device = f"cuda:{','.join(devices)}" if devices else "cpu"
     return ReplicaLaunch(name, args, env, device, socket, scratch, str(settings.log_dir / f"{name}.log"))
 

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -5,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.host_process.preload import VLLM_SERVER_MODULE
+from engine.host_process.preload import server_module
 from engine.replicas.devices import NotEnoughDevices, assign_devices, parse_gpu_list, parse_mask, resolve_replicas
 from engine.replicas.launch import (
     SOCKET_PATH_BYTES_MAX,
@@ -37,7 +38,40 @@ def test_each_replica_has_its_own_name_socket_and_log() -> None:
 
 
 def test_a_replica_runs_the_stock_server_with_this_python() -> None:
-    assert plan(CPU)[0].argv[:3] == (sys.executable, "-m", VLLM_SERVER_MODULE)
+    assert plan(CPU)[0].argv[:3] == (sys.executable, "-m", server_module())
+
+
+@pytest.mark.parametrize(
+    ("file", "module"),
+    [
+        ("launchers/api_server/entry.py", "vllm.entrypoints.launchers.api_server.entry"),
+        ("openai/api_server.py", "vllm.entrypoints.openai.api_server"),
+    ],
+)
+def test_the_servers_module_is_the_one_that_this_vllm_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, module: str
+) -> None:
+    server = tmp_path / "vllm" / "entrypoints" / file
+    server.parent.mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('it shall be found without being imported')")
+    server.touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    assert server_module() == module
+
+
+def test_a_replica_logs_no_stack_for_a_clients_error() -> None:
+    for settings in (CPU, GPU):
+        assert "--no-log-error-stack" in plan(settings)[0].argv
+
+
+def test_on_the_cpu_alone_a_worker_of_our_own_is_run() -> None:
+    module, _, name = option(plan(CPU)[0], "--worker-cls").rpartition(".")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    assert f"class {name}(CPUWorker)" in Path(spec.origin).read_text()  # imported, it would take all of vLLM with it
+    assert "--worker-cls" not in plan(GPU)[0].argv
 
 
 def test_a_preloaded_host_gets_the_arguments_alone() -> None:
