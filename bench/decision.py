@@ -67,7 +67,7 @@ class StandingFleet:
     def snapshot(self) -> FleetSnapshot:
         return self._snapshot
 
-    def suspect(self, name: str) -> None:
+    def suspect(self, name: str, *, overdue: bool = False) -> None:
         raise AssertionError(f"{name} is only made up")
 
 

@@ -66,8 +66,8 @@ class FleetView(Protocol):
         """The newest known state."""
         ...
 
-    def suspect(self, name: str) -> None:
-        """A connection to `name` failed: look at it now. Unknown names are ignored."""
+    def suspect(self, name: str, *, overdue: bool = False) -> None:
+        """A connection to `name` failed, or requests are far `overdue` there: look at it now. Unknown names are ignored."""
         ...
 
 
@@ -116,5 +116,5 @@ class FileFleet:
             self._snapshot = FleetSnapshot(gone.version, gone.model, gone.served_model_name, gone.table_dir, ())
         return self._snapshot
 
-    def suspect(self, name: str) -> None:
+    def suspect(self, name: str, *, overdue: bool = False) -> None:
         """Nothing to do from here: the supervisor that writes the file checks its replicas itself."""

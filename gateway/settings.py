@@ -169,6 +169,12 @@ class Settings(BaseSettings):
     health_interval_seconds: float = Field(2.0, gt=0, description="between two health checks of a replica")
     health_timeout_seconds: float = Field(10.0, gt=0, description="for the answer to a health check")
     health_failures_max: int = Field(3, ge=1, description="unanswered checks in a row, then a restart")
+    core_frozen_seconds_max: float = Field(
+        20.0, gt=0, description="an engine that has requests, makes no step and uses no CPU time for so long is restarted"
+    )
+    core_silent_seconds_max: float = Field(
+        600.0, gt=0, description="an engine that has requests and makes no step for so long is restarted, whatever it does"
+    )
     backoff_seconds_min: float = Field(0.5, gt=0, description="before the first restart of a replica")
     backoff_seconds_max: float = Field(30.0, gt=0, description="longest pause before a restart")
     healthy_seconds_reset: float = Field(60.0, gt=0, description="ready for so long: the pauses start anew")

@@ -15,7 +15,9 @@ arguments are accepted and ignored. What it saw is at `GET /fake/seen`. A reques
 Arguments of its own: `--fake-start-seconds S` before it listens, `--fake-exit-code N` ends it at start with a
 message on stderr (with `--fake-exit-on NAME` only that replica), `--fake-exit-once FILE` only when FILE did not
 exist yet, `--fake-reset-fails` has it answer
-so to /reset_prefix_cache, `--fake-no-embeddings` takes that endpoint away, and `--fake-deaf` lets it ignore SIGTERM.
+so to /reset_prefix_cache, `--fake-core` puts the steps into a process of their own with a block table (`fake_core.py`), whose
+id is in /fake/seen, `--fake-status N` has every request answered so (with `--fake-exit-on NAME` only that replica),
+`--fake-no-embeddings` takes that endpoint away, and `--fake-deaf` lets it ignore SIGTERM.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it is run as a file too
+from tests.fake_core import CoreLink
 
 Json = dict[str, Any]
 CONTEXT_TOKENS = 2048
@@ -71,6 +76,8 @@ class FakeEngine:
         self.root = args.model
         self.loras = [module.split("=")[0] for module in args.lora_modules]
         self.reset_fails = args.fake_reset_fails
+        self.core: CoreLink | None = None
+        self.status = args.fake_status if args.fake_exit_on in (None, self.name) else None
         self.embeds = not args.fake_no_embeddings
         self.context_tokens = args.max_model_len
         self.seen: Json = {"requests": [], "aborted": [], "finished": 0, "running": 0, "resets": []}
@@ -96,7 +103,7 @@ class FakeEngine:
         return web.Response()
 
     async def show_seen(self, request: web.Request) -> web.Response:
-        return web.json_response({"name": self.name, "pid": os.getpid(), **self.seen})
+        return web.json_response({"name": self.name, "pid": os.getpid(), "core": self.core and self.core.pid, **self.seen})
 
     async def list_models(self, request: web.Request) -> web.Response:
         base = self.models[0]
@@ -158,8 +165,8 @@ class FakeEngine:
         try:
             if asked.get("delay"):
                 await asyncio.sleep(asked["delay"])
-            if "status" in asked:
-                return failure("as you asked", asked["status"])
+            if status := asked.get("status", self.status):
+                return failure("as you asked", status)
             self._end_here(asked, "before", request)
             counts = [len(tokens_of(prompt)) for prompt in prompts]
             if max(counts) >= self.context_tokens:
@@ -169,7 +176,11 @@ class FakeEngine:
                     400,
                 )
             answer = Answer(self, request, body, asked, prompts, sum(counts), chat=chat)
-            response = await (answer.stream() if body.get("stream") else answer.whole())
+            try:
+                response = await (answer.stream() if body.get("stream") else answer.whole())
+            finally:
+                if answer.number and self.core is not None:
+                    self.core.end(answer.number)
             self.seen["finished"] += 1
             return response
         except asyncio.CancelledError:
@@ -204,6 +215,8 @@ class Answer:
         self.count = body.get("max_tokens") or body.get("max_completion_tokens") or 16
         self.choices = len(prompts) * (body.get("n") or 1)
         self.prompt_tokens = prompt_tokens
+        self.tag = ((body.get("kv_transfer_params") or {}).get("peerkv") or {}).get("tag", 0)
+        self.number = 0
         self.id = ("chatcmpl-" if chat else "cmpl-") + request.headers.get("x-request-id", "none")
 
     def words(self) -> Iterator[str]:
@@ -237,6 +250,9 @@ class Answer:
         }
 
     async def _pause(self, index: int) -> None:
+        if (core := self.engine.core) is not None:
+            self.number = self.number or core.begin()
+            await core.step(self.number, self.tag, self.prompt_tokens)
         if index >= self.asked.get("after", 2):
             self.engine._end_here(self.asked, "mid", self.request)
         # Also without a delay: a cancelled handler must get to know.
@@ -287,6 +303,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fake-exit-code", type=int)
     parser.add_argument("--fake-exit-on")
     parser.add_argument("--fake-exit-once")
+    parser.add_argument("--fake-core", action="store_true")
+    parser.add_argument("--fake-status", type=int)
     parser.add_argument("--fake-reset-fails", action="store_true")
     parser.add_argument("--fake-no-embeddings", action="store_true")
     parser.add_argument("--fake-deaf", action="store_true")
@@ -313,7 +331,10 @@ async def serve(args: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, (lambda: None) if args.fake_deaf else stop.set)
-    runner = web.AppRunner(FakeEngine(args).app(), handler_cancellation=True, shutdown_timeout=1)
+    engine = FakeEngine(args)
+    if args.fake_core:
+        engine.core = await CoreLink.open(sys.argv[1:])
+    runner = web.AppRunner(engine.app(), handler_cancellation=True, shutdown_timeout=1)
     await runner.setup()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(args.uds)

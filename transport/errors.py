@@ -1,5 +1,10 @@
 """What can go wrong between replicas. Every one of them is answered by recomputing the blocks in question."""
 
+import errno
+
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+"""Errors of this process or this machine: they say nothing about the replica or the table that was asked for."""
+
 
 class TransportError(Exception):
     """Base of this package's errors."""

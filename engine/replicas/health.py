@@ -5,13 +5,19 @@ from http import HTTPStatus
 
 import aiohttp
 
+from transport.errors import SHORTAGES
+
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """One answer. `dead`: the server says itself that its engine is beyond help. `why` is "" when well."""
+    """One answer. `dead`: the server says itself that its engine is beyond help. `why` is "" when well.
+
+    `unknown`: it could not be asked, for a reason of our own.
+    """
 
     why: str
     dead: bool = False
+    unknown: bool = False
 
     @property
     def well(self) -> bool:
@@ -41,7 +47,7 @@ class HealthProbe:
         except TimeoutError:
             return Health(f"no answer to /health in {self._timeout.total:g} s")
         except (aiohttp.ClientError, OSError) as error:
-            return Health(f"cannot ask /health: {error}")
+            return Health(f"cannot ask /health: {error}", unknown=getattr(error, "errno", None) in SHORTAGES)
 
     async def close(self) -> None:
         """Let go of the connections."""

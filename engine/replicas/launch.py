@@ -63,6 +63,9 @@ class EngineSettings:
     health_interval_seconds: float = 2.0
     health_timeout_seconds: float = 10.0
     health_failures_max: int = 3  # failed checks in a row before a replica is restarted
+    miss_seconds_apart: float = 1.0  # of checks that fail closer together one counts
+    core_frozen_seconds_max: float = 20.0  # no step and no CPU time, with requests: the replica is restarted
+    core_silent_seconds_max: float = 600.0  # no step, with requests: the same
     backoff_seconds_min: float = 0.5
     backoff_seconds_max: float = 30.0
     healthy_seconds_reset: float = 60.0  # ready for so long: the back-off starts anew
@@ -82,6 +85,9 @@ class EngineSettings:
         return RestartPolicy(
             startup_seconds_max=self.startup_seconds_max,
             health_failures_max=self.health_failures_max,
+            miss_seconds_apart=self.miss_seconds_apart,
+            core_frozen_seconds_max=self.core_frozen_seconds_max,
+            core_silent_seconds_max=self.core_silent_seconds_max,
             backoff_seconds_min=self.backoff_seconds_min,
             backoff_seconds_max=self.backoff_seconds_max,
             healthy_seconds_reset=self.healthy_seconds_reset,

@@ -5,6 +5,7 @@ A method takes what happened and `now`, changes the state, and returns what the 
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from math import inf
 
 from engine.fleet import ReplicaState
 
@@ -31,6 +32,9 @@ class RestartPolicy:
 
     startup_seconds_max: float = 600.0
     health_failures_max: int = 3
+    miss_seconds_apart: float = 1.0
+    core_frozen_seconds_max: float = 20.0
+    core_silent_seconds_max: float = 600.0
     backoff_seconds_min: float = 0.5
     backoff_seconds_max: float = 30.0
     healthy_seconds_reset: float = 60.0
@@ -57,6 +61,8 @@ class Lifecycle:
         self._failures = 0  # in a row, of any kind
         self._start_failures = 0  # in a row, without getting ready
         self._misses = 0  # health checks in a row
+        self._missed_at = -inf
+        self._still = False  # its engine stands still
         self._blame = ""  # why we killed it
 
     @property
@@ -76,9 +82,9 @@ class Lifecycle:
         return self._running and self._goal is Goal.RUN and self.state in states
 
     @property
-    def missing(self) -> bool:
-        """Whether the last health check failed."""
-        return self._misses > 0
+    def in_doubt(self) -> bool:
+        """Whether the last health check failed, or its engine stands still."""
+        return self._misses > 0 or self._still
 
     def start(self, now: float) -> LifecycleAction | None:
         """First start, or a new one after STOPPED or FAILED; nothing when it runs."""
@@ -103,18 +109,39 @@ class Lifecycle:
             self._enter(ReplicaState.READY, "")
             self._due = now + self._policy.healthy_seconds_reset
 
-    def missed(self, why: str, *, dead: bool = False) -> LifecycleAction | None:
-        """A health check failed; `dead`: the replica itself says that it is beyond help."""
+    def missed(self, why: str, now: float, *, dead: bool = False) -> LifecycleAction | None:
+        """A health check failed; `dead`: the replica itself says that it is beyond help.
+
+        Of checks less than `miss_seconds_apart` apart one counts: what goes wrong for a moment may fail many at once.
+        """
         if not self.watched or self.state is ReplicaState.STARTING:
             return None
-        self._misses += 1
         self.reason = why
+        if now - self._missed_at >= self._policy.miss_seconds_apart:
+            self._misses += 1
+            self._missed_at = now
         if not dead and self._misses < self._policy.health_failures_max:
             return None
         return self._kill(why)
 
-    def exited(self, how: str, now: float) -> LifecycleAction | None:
-        """Its process ended; `how` in words."""
+    def stands_still(self, silent_seconds: float, frozen_seconds: float) -> LifecycleAction | None:
+        """Its engine makes no step although it should, for so long, and uses no CPU time either; zeros when it goes on."""
+        if not self.watched or self.state is ReplicaState.STARTING:
+            return None
+        if not silent_seconds:
+            if self._still:
+                self._still = False
+                self.reason = "draining" if self.state is ReplicaState.DRAINING else ""
+            return None
+        self._still = True
+        self.reason = f"its engine made no step for {max(1, round(silent_seconds))} s"
+        policy = self._policy
+        if frozen_seconds < policy.core_frozen_seconds_max and silent_seconds < policy.core_silent_seconds_max:
+            return None
+        return self._kill(self.reason)
+
+    def exited(self, how: str, now: float, *, final: bool = False) -> LifecycleAction | None:
+        """Its process ended; `how` in words. `final`: another start would end the same way."""
         was_ready = self.state is not ReplicaState.STARTING
         reason = f"{self._blame}; {how}" if self._blame else how
         self._gone()
@@ -126,6 +153,9 @@ class Lifecycle:
             return self._spawn(now)
         self._failures += 1
         self._start_failures = 0 if was_ready else self._start_failures + 1
+        if not was_ready and final:
+            self._enter(ReplicaState.FAILED, reason)
+            return None
         if self._start_failures >= self._policy.start_failures_max:
             self._enter(ReplicaState.FAILED, f"gave up after {self._start_failures} failed starts: {reason}")
             return None
@@ -190,6 +220,8 @@ class Lifecycle:
         self._goal = Goal.RUN
         self._running = True
         self._misses = 0
+        self._missed_at = -inf
+        self._still = False
         self._enter(ReplicaState.STARTING, "loading the model")
         self._due = now + self._policy.startup_seconds_max
         return LifecycleAction.SPAWN

@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.fleet import Replica, ReplicaState
 from engine.host_process.logs import log_lines, log_size
 from engine.host_process.messages import Spawn
+from engine.replicas.core_watch import CoreWatch
 from engine.replicas.health import HealthProbe
 from engine.replicas.launch import EngineSettings, ReplicaLaunch
 from engine.replicas.lifecycle import Lifecycle
@@ -22,7 +23,9 @@ class Member:
         self.launch = launch
         self.life = Lifecycle(settings.policy)
         self.probe = HealthProbe(launch.socket, settings.health_timeout_seconds)
+        self.core = CoreWatch()
         self.look = asyncio.Event()
+        self.overdue_until = 0.0  # of the event loop's clock: until then requests of it are known to be overdue
         self._interval_seconds = settings.health_interval_seconds
         self._log_bytes_max = settings.log_bytes_max
         self._log_start = 0
@@ -53,7 +56,7 @@ class Member:
             return None
         if self.life.state is ReplicaState.STARTING:
             return STARTING_POLL_SECONDS
-        return DOUBT_POLL_SECONDS if self.life.missing else self._interval_seconds
+        return DOUBT_POLL_SECONDS if self.life.in_doubt else self._interval_seconds
 
 
 def narrate(before: Replica, after: Replica) -> Iterator[str]:

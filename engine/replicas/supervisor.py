@@ -19,10 +19,12 @@ from engine.replicas.host_link import HostLink
 from engine.replicas.launch import EngineSettings, plan_launches, replica_env
 from engine.replicas.lifecycle import Lifecycle, LifecycleAction
 from engine.replicas.member import Member, narrate
+from transport.table.directory import TableDirectory
 
 log = logging.getLogger("peerkv.supervisor")
 
 HOST_QUIT_SECONDS_MAX = 15.0
+OVERDUE_SECONDS = 3.0  # after the last word of it, requests are no longer known to be overdue
 HOST_GONE = "the replica host ended"
 
 
@@ -45,6 +47,7 @@ class Supervisor:
         cores = usable_cores()
         self._host_env = replica_env(settings, environ, cores)
         self._members = {p.name: Member(p, settings) for p in plan_launches(settings, environ, cores)}
+        self._tables = TableDirectory(settings.table_dir)
         self._host_life = Lifecycle(settings.policy)
         self._link: HostLink | None = None
         self._claims: tuple[Claim, ...] = ()
@@ -58,10 +61,12 @@ class Supervisor:
         """The replicas now."""
         return self._snapshot
 
-    def suspect(self, name: str) -> None:
+    def suspect(self, name: str, *, overdue: bool = False) -> None:
         """Check the replica `name` at once."""
-        if name in self._members:
-            self._members[name].look.set()
+        if (member := self._members.get(name)) is not None:
+            if overdue:
+                member.overdue_until = self._now() + OVERDUE_SECONDS
+            member.look.set()
 
     async def start(self) -> None:
         """Claim the directories and start the replicas; does not wait for them. Raises FleetError."""
@@ -128,6 +133,7 @@ class Supervisor:
         for member in self._members.values():
             member.life.lost(HOST_GONE, self._now())
             await member.probe.close()
+        self._tables.close()
         self._publish()
 
     def _member(self, name: str) -> Member:
@@ -238,13 +244,18 @@ class Supervisor:
                 continue
             health = await member.probe.ask()
             if pid == member.life.pid:  # otherwise that was about a former process
-                self._judge(member, health)
+                self._judge(member, pid, health)
 
-    def _judge(self, member: Member, health: Health) -> None:
-        if health.well:
-            member.life.answered(self._now())
+    def _judge(self, member: Member, pid: int, health: Health) -> None:
+        now = self._now()
+        if health.unknown:
+            log.error("%s could not be checked, which is no fault of its own: %s", member.name, health.why)
+        elif health.well:
+            member.life.answered(now)
+            found = member.core.look(pid, self._tables.tables().get(member.name), now, overdue=now < member.overdue_until)
+            self._perform(member, member.life.stands_still(found.silent_seconds, found.frozen_seconds))
         else:
-            self._perform(member, member.life.missed(health.why, dead=health.dead))
+            self._perform(member, member.life.missed(health.why, now, dead=health.dead))
         self._publish()
 
     def _perform(self, member: Member, action: LifecycleAction | None) -> None:

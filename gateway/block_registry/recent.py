@@ -34,10 +34,10 @@ class RecentFleet:
             self._until = now + RECENT_SECONDS
         return self._snapshot
 
-    def suspect(self, name: str) -> None:
+    def suspect(self, name: str, *, overdue: bool = False) -> None:
         """A connection to `name` failed: what is known of it is out of date."""
         self._snapshot = None
-        self._fleet.suspect(name)
+        self._fleet.suspect(name, overdue=overdue)
 
 
 class RecentTables:

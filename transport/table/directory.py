@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from transport.errors import TableError
+from transport.errors import SHORTAGES, TableError
 from transport.table import liveness
 from transport.table.reader import SUFFIX, TableReader
 
@@ -67,13 +67,15 @@ class TableDirectory:
         except OSError:
             seen = (-1, -1)
         if seen != self._seen:
-            self._scan()
+            if not self._scan():
+                return self._readers
             self._seen = seen if time.time_ns() - seen[1] > SETTLED_NANOSECONDS else None
         for name in [name for name, reader in self._readers.items() if not reader.alive()]:
             self._readers.pop(name).close()
         return self._readers
 
-    def _scan(self) -> None:
+    def _scan(self) -> bool:
+        """Read the directory anew; False if that has to be done again, for want of a descriptor or of memory."""
         found: dict[str, int] = {}
         try:
             with os.scandir(self._path) as entries:
@@ -81,28 +83,33 @@ class TableDirectory:
                     if entry.name.endswith(SUFFIX) and len(found) < TABLES_MAX:
                         found[entry.name.removesuffix(SUFFIX)] = entry.inode()
         except OSError as error:
+            if error.errno in SHORTAGES:
+                return False
             _logger.debug("no tables under %s: %s", self._path, error)
         found.pop(self._own, None)
         for name in [name for name, reader in self._readers.items() if found.get(name) != reader.inode]:
             self._readers.pop(name).close()
         self._broken = {name: inode for name, inode in self._broken.items() if found.get(name) == inode}
-        for name, inode in found.items():
-            if name not in self._readers and self._broken.get(name) != inode:
-                self._open(name, inode)
+        fresh = [name for name in found if name not in self._readers and self._broken.get(name) != found[name]]
+        return all(self._open(name, found[name]) for name in fresh)
 
-    def _open(self, name: str, inode: int) -> None:
+    def _open(self, name: str, inode: int) -> bool:
+        """Open a table, or note that it is broken; False if neither can be told now."""
         try:
             reader = TableReader(self._path / (name + SUFFIX))
         except TableError as error:
+            if getattr(error.__cause__, "errno", None) in SHORTAGES:
+                return False
             self._broken[name] = inode
             _logger.warning("%s is left out: %s", name, error)
-            return
+            return True
         if reader.name != name:
             self._broken[name] = inode
             _logger.warning("%s is left out: its table says that it is %s", name, reader.name)
             reader.close()
-            return
+            return True
         self._readers[name] = reader
+        return True
 
     def close(self) -> None:
         """Close all readers."""

@@ -118,6 +118,10 @@ class TableReader:
         self.fingerprint = fingerprint_digest(self.description.fingerprint)
 
     @property
+    def pid(self) -> int:
+        return self.description.pid
+
+    @property
     def hash_name(self) -> str:
         return self.description.hash_name
 

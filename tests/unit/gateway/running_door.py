@@ -80,7 +80,7 @@ class FakeFleet:
     def snapshot(self) -> FleetSnapshot:
         return FleetSnapshot(self.version, "fake-model", "fake-model", "", tuple(self.replicas.values()))
 
-    def suspect(self, name: str) -> None:
+    def suspect(self, name: str, *, overdue: bool = False) -> None:
         self.suspects.append(name)
 
 

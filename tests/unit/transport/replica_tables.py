@@ -79,7 +79,7 @@ class StandingFleet:
     def snapshot(self) -> FleetSnapshot:
         return self._snapshot
 
-    def suspect(self, name: str) -> None:
+    def suspect(self, name: str, *, overdue: bool = False) -> None:
         self.suspects.append(name)
 
     def set(self, name: str, state: ReplicaState = ReplicaState.READY, **changes: object) -> None:

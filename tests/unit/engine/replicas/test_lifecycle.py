@@ -117,17 +117,17 @@ def test_a_start_that_takes_too_long_is_ended_and_counts_as_failed() -> None:
 
 def test_a_few_missed_checks_are_borne() -> None:
     life = ready()
-    assert life.missed("no answer") is None
-    assert life.missed("no answer") is None
-    assert (life.state, life.reason, life.missing) == (ReplicaState.READY, "no answer", True)
+    assert life.missed("no answer", 1.0) is None
+    assert life.missed("no answer", 3.0) is None
+    assert (life.state, life.reason, life.in_doubt) == (ReplicaState.READY, "no answer", True)
     life.answered(9.0)
-    assert (life.reason, life.missing) == ("", False)
-    assert life.missed("no answer") is None
+    assert (life.reason, life.in_doubt) == ("", False)
+    assert life.missed("no answer", 11.0) is None
 
 
 def test_too_many_missed_checks_end_a_replica() -> None:
     life = ready()
-    actions = [life.missed("no answer") for _ in range(3)]
+    actions = [life.missed("no answer", float(n)) for n in range(3)]
     assert actions == [None, None, LifecycleAction.KILL]
     assert life.state is ReplicaState.BACKOFF
     life.exited("killed by SIGKILL", 5.0)
@@ -135,18 +135,47 @@ def test_too_many_missed_checks_end_a_replica() -> None:
     assert life.tick(6.0) is LifecycleAction.SPAWN
 
 
+def test_checks_that_fail_at_the_same_time_count_once() -> None:
+    life = ready()
+    assert [life.missed("no answer", 5.0 + n / 100) for n in range(90)] == [None] * 90
+    assert [life.missed("no answer", 5.0 + n) for n in (1, 2)] == [None, LifecycleAction.KILL]
+
+
+def test_an_engine_that_stands_still_is_in_doubt_and_then_ended() -> None:
+    life = ready()
+    assert life.stands_still(3.0, 3.0) is None
+    assert (life.state, life.reason, life.in_doubt) == (ReplicaState.READY, "its engine made no step for 3 s", True)
+    assert life.stands_still(0.0, 0.0) is None
+    assert (life.reason, life.in_doubt) == ("", False)
+    assert life.stands_still(19.0, 19.0) is None
+    assert life.stands_still(20.0, 20.0) is LifecycleAction.KILL
+    assert life.state is ReplicaState.BACKOFF
+
+
+def test_an_engine_that_computes_for_long_is_borne_longer() -> None:
+    life = ready()
+    assert life.stands_still(599.0, 0.0) is None
+    assert life.stands_still(600.0, 0.0) is LifecycleAction.KILL
+
+
+def test_a_start_that_would_always_end_the_same_way_is_not_repeated() -> None:
+    life = started()
+    assert life.exited("unrecognized arguments: --no", 1.0, final=True) is None
+    assert (life.state, life.reason, life.restarts) == (ReplicaState.FAILED, "unrecognized arguments: --no", 0)
+
+
 def test_a_replica_that_says_it_is_dead_is_ended_at_once() -> None:
     life = ready()
-    assert life.missed("/health answers 503", dead=True) is LifecycleAction.KILL
+    assert life.missed("/health answers 503", 1.0, dead=True) is LifecycleAction.KILL
     assert life.state is ReplicaState.BACKOFF
 
 
 def test_checks_mean_nothing_while_it_starts_or_ends() -> None:
     life = started()
-    assert [life.missed("no socket yet") for _ in range(9)] == [None] * 9
+    assert [life.missed("no socket yet", float(n)) for n in range(9)] == [None] * 9
     life.answered(1.0)
     life.stop(2.0, 10)
-    assert [life.missed("refused", dead=True) for _ in range(9)] == [None] * 9
+    assert [life.missed("refused", float(n), dead=True) for n in range(9)] == [None] * 9
     life.answered(3.0)
     assert life.state is ReplicaState.DRAINING
 

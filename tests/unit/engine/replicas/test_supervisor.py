@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def settings_in(home: Path, *args: str) -> EngineSettings:
         health_interval_seconds=0.2,
         health_timeout_seconds=1.0,
         health_failures_max=2,
+        miss_seconds_apart=0.1,
         backoff_seconds_min=0.01,
         backoff_seconds_max=0.1,
         start_failures_max=2,
@@ -231,6 +233,45 @@ async def test_a_suspected_replica_is_checked_at_once(tmp_path: Path) -> None:
         supervisor.suspect("replica-0")
         supervisor.suspect("nobody")
         await until(lambda: supervisor.snapshot().replicas[0].restarts == 1)
+
+
+async def test_out_of_descriptors_no_replica_is_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The checks fail for want of a descriptor of ours, which says nothing about the replicas."""
+    async with running(settings_in(tmp_path)) as supervisor:
+        before = await all_ready(supervisor)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        os.close(least_free := os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least_free, hard))
+        try:
+            await until(lambda: caplog.text.count("could not be checked") >= 8)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert supervisor.snapshot().replicas == before
+
+
+async def test_a_frozen_engine_is_restarted_although_its_server_answers(tmp_path: Path) -> None:
+    settings = replace(settings_in(tmp_path, "--fake-core"), core_frozen_seconds_max=1.5)
+    async with running(settings) as supervisor, aiohttp.ClientSession(connector=to(settings, "replica-0")) as session:
+        zero, one = await all_ready(supervisor)
+        async with session.get("http://replica/fake/seen") as answer:
+            core = (await answer.json())["core"]
+        body = {"prompt": "x", "max_tokens": 2, "fake": {"token_delay": 0.01}}
+        async with session.post("http://replica/v1/completions", json=body) as answer:
+            assert answer.status == 200
+        os.kill(core, signal.SIGSTOP)
+        await until(lambda: "made no step" in supervisor.snapshot().replicas[0].reason)
+        os.kill(core, signal.SIGCONT)
+        await until(lambda: not supervisor.snapshot().replicas[0].reason)
+        assert supervisor.snapshot().replicas[0].pid == zero.pid
+        os.kill(core, signal.SIGSTOP)
+        await until(lambda: supervisor.snapshot().replicas[0].restarts == 1)
+        again, same = await all_ready(supervisor)
+        assert (again.pid != zero.pid, same) == (True, one)
+        assert not alive(core)
+
+
+def to(settings: EngineSettings, name: str) -> aiohttp.UnixConnector:
+    return aiohttp.UnixConnector(str(settings.run_dir / f"{name}.sock"))
 
 
 async def test_a_drained_replica_takes_nothing_new_until_it_is_restarted(tmp_path: Path) -> None:

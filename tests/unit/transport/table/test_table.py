@@ -1,6 +1,7 @@
 """The block table: what one writer offers, readers find; in any doubt they find nothing."""
 
 import os
+import resource
 import signal
 import struct
 import time
@@ -299,3 +300,23 @@ def test_an_oversized_table_is_refused_before_memory_is_taken(tmp_path):
     with pytest.raises(TableError, match="out of bounds"):
         TableWriter(tmp_path, description(), 4, 1 << 40)
     assert os.listdir(tmp_path) == []
+
+
+def test_out_of_descriptors_a_directory_keeps_what_it_knows_and_finds_the_rest_later(tmp_path):
+    directory = TableDirectory(tmp_path)
+    first = writer(tmp_path, "replica-0")
+    assert list(directory.tables()) == ["replica-0"]
+    second = writer(tmp_path, "replica-1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(least_free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (least_free, hard))
+    try:
+        assert list(directory.tables()) == ["replica-0"]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least_free + 1, hard))  # the directory can be read, no table opened
+        assert list(directory.tables()) == ["replica-0"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sorted(directory.tables()) == ["replica-0", "replica-1"]
+    directory.close()
+    first.close()
+    second.close()
