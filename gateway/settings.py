@@ -169,6 +169,7 @@ class Settings(BaseSettings):
     health_interval_seconds: float = Field(2.0, gt=0, description="between two health checks of a replica")
     health_timeout_seconds: float = Field(10.0, gt=0, description="for the answer to a health check")
     health_failures_max: int = Field(3, ge=1, description="unanswered checks in a row, then a restart")
+    miss_seconds_apart: float = Field(1.0, ge=0, description="of health checks that fail closer together one counts")
     core_frozen_seconds_max: float = Field(
         20.0, gt=0, description="an engine that has requests, makes no step and uses no CPU time for so long is restarted"
     )
