@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 
 from gateway.errors import ApiError, InvalidRequest, TooManyRequests, Unavailable
 from gateway.http_server.head_fields import sane_request_id
+from gateway.http_server.head_rules import OF_CONNECTION, head_defect
 from gateway.http_server.known_head import KnownHead
 from gateway.http_server.rejection import HeadTooLarge, rejection
 from gateway.http_server.request_cycle import Asgi, RawHeaders, RequestCycle, Scope
@@ -212,9 +213,11 @@ class DoorProtocol(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_message:
-            return  # a trailer: whoever judged the head before us did not see it
-        name = name.lower()
+        if self._in_message:  # a trailer is forgotten: whoever judged the head before us did not see it
+            if name.lower() in OF_CONNECTION:  # but the parser would obey it, and pass over the next request
+                self._reject(InvalidRequest("A trailer may not speak of the connection.", code="invalid_http"))
+            return
+        name, value = name.lower(), value.rstrip(b" \t")
         if name == b"expect" and value.lower() == b"100-continue":
             self._expects_continue = True
         self._headers.append((name, value))
@@ -230,6 +233,10 @@ class DoorProtocol(asyncio.Protocol):
         if self._rejected:
             return
         version = self._parser.get_http_version()
+        defect = head_defect(version, self._headers)
+        if defect is not None:
+            self._reject(defect)
+            return
         keep_alive = version != "1.0" and self._parser.should_keep_alive()
         expects_continue = self._expects_continue and version != "1.0"
         scope = self._scope(version)
@@ -353,7 +360,8 @@ class DoorProtocol(asyncio.Protocol):
 
     def _scope(self, version: str) -> Scope:
         url = httptools.parse_url(self._url)
-        path = url.path.decode("ascii")
+        raw_path = url.path or b"/"  # http://host has none
+        path = raw_path.decode("ascii")
         return {
             "type": "http",
             "asgi": _ASGI,
@@ -364,7 +372,7 @@ class DoorProtocol(asyncio.Protocol):
             "root_path": "",
             "method": self._parser.get_method().decode("ascii"),
             "path": unquote(path) if "%" in path else path,
-            "raw_path": url.path,
+            "raw_path": raw_path,
             "query_string": url.query or b"",
             "headers": self._headers,
         }
