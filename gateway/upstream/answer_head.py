@@ -8,7 +8,18 @@ from gateway.http_server.request_cycle import BODILESS, RawHeaders
 _EVENT_STREAM = b"text/event-stream"
 # Of one connection only, or set anew by our own server.
 _DROPPED = frozenset(
-    {b"connection", b"content-length", b"date", b"keep-alive", b"server", b"transfer-encoding", b"x-request-id"}
+    {
+        b"connection",
+        b"content-length",
+        b"date",
+        b"keep-alive",
+        b"proxy-connection",
+        b"server",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"x-request-id",
+    }
 )
 
 
@@ -20,8 +31,15 @@ class AnswerHead:
 
     def __init__(self, status: int, headers: RawHeaders) -> None:
         self.status = status
-        self.is_event_stream = dict(headers).get(b"content-type", b"").startswith(_EVENT_STREAM)
-        self.lines = b"".join([b"%b: %b\r\n" % header for header in headers if header[0] not in _DROPPED])
+        fields = dict(headers)
+        self.is_event_stream = fields.get(b"content-type", b"").startswith(_EVENT_STREAM)
+        dropped = _DROPPED if b"connection" not in fields else _DROPPED.union(_named_by_connection(headers))
+        self.lines = b"".join([b"%b: %b\r\n" % header for header in headers if header[0] not in dropped])
+
+
+def _named_by_connection(headers: RawHeaders) -> list[bytes]:
+    values = b",".join([value for name, value in headers if name == b"connection"])
+    return [name.strip(b" \t") for name in values.lower().split(b",")]
 
 
 class KnownAnswer(HeadBytes):

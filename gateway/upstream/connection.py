@@ -14,14 +14,13 @@ from typing import cast
 
 import httptools
 
+from gateway.http_server.head_rules import VERSIONS, is_plainly_chunked
 from gateway.upstream.answer_head import AnswerHead, KnownAnswer
 
 HEAD_BYTES_MAX = 64 << 10
 READ_AHEAD_BYTES_MAX = 256 << 10
 """Bytes of an answer that are held before they are asked for; then the replica has to wait."""
 _JOINED_BYTES_MAX = 64 << 10
-
-_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
 _NO_HEAD = AnswerHead(0, [])
 
@@ -199,14 +198,21 @@ class EngineConnection(asyncio.Protocol):
         self._head_bytes += len(name) + len(value)
         if self._head_bytes > HEAD_BYTES_MAX:
             raise ConnectionBroke("the answer's head is too large")
-        self._headers.append((name.lower(), value))
+        self._headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if status >= 200:
-            self.head = AnswerHead(status, self._headers)
-            self._framed = not _FRAMING.isdisjoint(dict(self._headers))
-            self._state = _BODY
+        if status < 100 or self._parser.get_http_version() not in VERSIONS:
+            raise ConnectionBroke(f"an answer of HTTP/{self._parser.get_http_version()} with status {status}")
+        if status < 200:
+            return  # an interim answer
+        names = dict(self._headers)
+        coded = b"transfer-encoding" in names
+        if coded and not is_plainly_chunked(self._headers):
+            raise ConnectionBroke("an answer in another transfer coding than chunked")
+        self._framed = coded or b"content-length" in names
+        self.head = AnswerHead(status, self._headers)
+        self._state = _BODY
 
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)

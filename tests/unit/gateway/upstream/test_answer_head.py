@@ -179,7 +179,10 @@ def test_an_interim_answer_is_not_taken_for_the_one_behind_it() -> None:
 
 def test_what_is_of_one_connection_only_is_not_passed_on() -> None:
     dropped = [b"connection", b"content-length", b"date", b"keep-alive", b"server", b"transfer-encoding", b"x-request-id"]
+    dropped += [b"proxy-connection", b"trailer", b"upgrade"]
     head = AnswerHead(200, [(b"x-a", b"1"), *((name, b"x") for name in dropped), (b"x-b", b"2"), (b"x-a", b"3")])
     assert head.lines == b"x-a: 1\r\nx-b: 2\r\nx-a: 3\r\n"
     assert not head.is_event_stream
     assert AnswerHead(200, [(b"content-type", b"text/event-stream; charset=utf-8")]).is_event_stream
+    named = [(b"connection", b"X-Hop, close"), (b"x-hop", b"1"), (b"x-a", b"1"), (b"connection", b"x-b"), (b"x-b", b"2")]
+    assert AnswerHead(200, named).lines == b"x-a: 1\r\n"

@@ -138,6 +138,11 @@ async def test_an_answer_without_a_length_ends_with_its_connection(server: Serve
     assert not answer.reusable
 
 
+async def test_spaces_behind_a_value_are_no_part_of_it(server: Server) -> None:
+    server.scripts = [server.says(WHOLE.replace(b"\r\n\r\n", b"\r\nx-a: b \t\r\n\r\n"))]
+    assert (await server.post()).head.lines == b"x-a: b\r\n"
+
+
 async def test_an_interim_answer_is_passed_over(server: Server) -> None:
     final = WHOLE.replace(b"\r\n\r\n", b"\r\nx-a: b\r\n\r\n")
     server.scripts = [server.says(b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + final)]
@@ -157,8 +162,17 @@ async def test_an_answer_that_breaks_off_is_not_taken_for_whole(server: Server, 
 
 @pytest.mark.parametrize(
     "said",
-    [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nx: " + b"x" * HEAD_BYTES_MAX + b"\r\n\r\n", CHUNKED + b"zz\r\n"],
-    ids=["nothing", "no HTTP", "an endless head", "no chunk"],
+    [
+        b"",
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nx: " + b"x" * HEAD_BYTES_MAX + b"\r\n\r\n",
+        CHUNKED + b"zz\r\n",
+        WHOLE.replace(b"200", b"099") + WHOLE,
+        WHOLE.replace(b"HTTP/1.1", b"HTTP/2.0"),
+        CHUNKED.replace(b"chunked", b"gzip, chunked") + b"3\r\nabc\r\n0\r\n\r\n",
+        CHUNKED.replace(b"\r\n\r\n", b"\r\ntransfer-encoding: chunked\r\n\r\n") + b"0\r\n\r\n",
+    ],
+    ids=["nothing", "no HTTP", "an endless head", "no chunk", "no status", "another HTTP", "another coding", "two codings"],
 )
 async def test_a_replica_without_a_proper_head_is_lost_after_two_attempts(server: Server, said: bytes) -> None:
     server.scripts = [server.says(said, close=True)]
