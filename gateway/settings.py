@@ -1,4 +1,4 @@
-"""All settings, in one model: flags > `PEERKV_*` environment > TOML file > defaults.
+"""All settings, in one model: flags > `PEERKV_*` environment > files of secrets > TOML file > defaults.
 
 A key that does not exist is an error that names it, wherever it stands. `load` is the one way in.
 """
@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import shlex
 import tomllib
 from collections.abc import Mapping
@@ -22,12 +23,15 @@ from pydantic_settings import SettingsError as PydanticSettingsError
 from engine.replicas.devices import CPU_REPLICAS_DEFAULT, resolve_replicas
 from engine.replicas.launch import EngineSettings, devices_each
 from gateway.errors import SettingsError
+from gateway.secret_files import SECRETS_DIR_VARIABLE, read_secret_files
 
 ENV_PREFIX = "PEERKV_"
 CONFIG_VARIABLE = "PEERKV_CONFIG"
-# Variables with our prefix that are not settings: read elsewhere, or set by an orchestrator for a service named peerkv.
-OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, "PEERKV_CACHE"})
-OTHER_VARIABLE_PREFIXES = ("PEERKV_SERVICE_", "PEERKV_PORT_")
+# Variables with our prefix that are not settings, and are read elsewhere.
+OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, SECRETS_DIR_VARIABLE, "PEERKV_CACHE"})
+# What Kubernetes sets for each service whose name begins with peerkv, PEERKV_PORT=tcp://10.0.0.1:8000 among it.
+SERVICE_VARIABLE = re.compile(r"PEERKV_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 # sun_path holds 108 bytes with the final zero; "/replica-999.sock" needs 17 of them.
 RUN_DIR_BYTES_MAX = 90
 REPLICAS_MAX = 256
@@ -222,7 +226,7 @@ class Settings(BaseSettings):
 
 
 def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
-    """The settings from `flags` (None values are left out), the environment, the TOML file and the defaults.
+    """The settings from `flags` (None values are left out), the environment, files of secrets, the TOML file and the defaults.
 
     `config` defaults to `$PEERKV_CONFIG`. Raises SettingsError with one line that names the key.
     """
@@ -230,7 +234,9 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
     in_environment = _environment_names()
     if config is None and os.environ.get(CONFIG_VARIABLE):
         config = Path(os.environ[CONFIG_VARIABLE])
-    in_file = read_config(config) if config is not None else {}
+    in_file = {**(read_config(config) if config is not None else {}), **read_secret_files()}
+    if "port" not in in_environment:  # else PEERKV_PORT of an orchestrator were taken for it
+        in_file.setdefault("port", Settings.model_fields["port"].default)
     # A constructor's values beat the environment, so of the file only what nobody else says is handed in.
     rest = {name: value for name, value in in_file.items() if name not in given and name not in in_environment}
     try:
@@ -276,13 +282,18 @@ def _environment_names() -> frozenset[str]:
     names = set()
     for variable in os.environ:
         upper = variable.upper()
-        if not upper.startswith(ENV_PREFIX) or upper in OTHER_VARIABLES or upper.startswith(OTHER_VARIABLE_PREFIXES):
+        if not upper.startswith(ENV_PREFIX) or upper in OTHER_VARIABLES or _is_of_a_service(upper, os.environ[variable]):
             continue
         name = upper.removeprefix(ENV_PREFIX).lower()
         _must_be_known(name, f"in the environment ({variable})")
         if os.environ[variable]:  # compose files and .env set empty ones for "not set"
             names.add(name)
     return frozenset(names)
+
+
+def _is_of_a_service(variable: str, value: str) -> bool:
+    """Whether an orchestrator set it to say where a service is."""
+    return bool(SERVICE_VARIABLE.fullmatch(variable) or (variable.endswith("_PORT") and SERVICE_ADDRESS.fullmatch(value)))
 
 
 def _must_be_known(name: str, where: str) -> None:

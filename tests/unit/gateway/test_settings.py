@@ -66,6 +66,27 @@ def test_variables_of_others_are_left_alone(name: str, monkeypatch: pytest.Monke
     assert load().port == 8000
 
 
+def test_it_starts_with_what_kubernetes_sets_for_services_named_peerkv(monkeypatch: pytest.MonkeyPatch) -> None:
+    for service in ("PEERKV", "PEERKV_PODS"):
+        monkeypatch.setenv(f"{service}_SERVICE_HOST", "10.0.0.1")
+        monkeypatch.setenv(f"{service}_SERVICE_PORT", "8000")
+        monkeypatch.setenv(f"{service}_SERVICE_PORT_HTTP", "8000")
+        monkeypatch.setenv(f"{service}_PORT", "tcp://10.0.0.1:8000")
+        monkeypatch.setenv(f"{service}_PORT_8000_TCP", "tcp://10.0.0.1:8000")
+        monkeypatch.setenv(f"{service}_PORT_8000_TCP_PROTO", "tcp")
+        monkeypatch.setenv(f"{service}_PORT_8000_TCP_PORT", "8000")
+        monkeypatch.setenv(f"{service}_PORT_8000_TCP_ADDR", "10.0.0.1")
+    assert load().port == 8000
+    assert load({"port": 9000}).port == 9000
+
+
+@pytest.mark.parametrize(("name", "value"), [("PEERKV_PORT", "http"), ("PEERKV_METRICS_PORT", "9000")])
+def test_a_port_that_is_no_services_address_is_taken_as_meant(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match="port"):
+        load()
+
+
 def test_an_empty_variable_is_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEERKV_ADMIN_KEY", "")
     monkeypatch.setenv("PEERKV_PORT", "")
