@@ -42,13 +42,17 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class FleetSnapshot:
-    """All replicas at one moment; `version` grows with every change."""
+    """All replicas at one moment; `version` grows with every change.
+
+    `pid_namespace` is the inode of the one that their processes' ids belong to, 0 where that is not known.
+    """
 
     version: int
     model: str
     served_model_name: str
     table_dir: str
     replicas: tuple[Replica, ...]
+    pid_namespace: int = 0
 
     def ready(self) -> tuple[Replica, ...]:
         """The replicas that take new requests, in their order."""
@@ -69,6 +73,14 @@ class FleetView(Protocol):
     def suspect(self, name: str, *, overdue: bool = False) -> None:
         """A connection to `name` failed, or requests are far `overdue` there: look at it now. Unknown names are ignored."""
         ...
+
+
+def own_pid_namespace() -> int:
+    """The inode of the PID namespace of this process; 0 where /proc does not tell."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
 
 
 def encode_fleet(snapshot: FleetSnapshot) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from engine.fleet import FleetError, FleetSnapshot, ReplicaState, write_fleet
+from engine.fleet import FleetError, FleetSnapshot, ReplicaState, own_pid_namespace, write_fleet
 from engine.host_process.directories import Claim, claim_all, release
 from engine.host_process.logs import LOG_TAIL_LINES, describe_exit, root_cause
 from engine.host_process.messages import Event, Exited, Hello, Kill, Preloaded, Spawned, Terminate
@@ -19,6 +19,7 @@ from engine.replicas.host_link import HostLink
 from engine.replicas.launch import EngineSettings, plan_launches, replica_env
 from engine.replicas.lifecycle import Lifecycle, LifecycleAction
 from engine.replicas.member import Member, narrate
+from engine.replicas.room import check_room
 from transport.table.directory import TableDirectory
 
 log = logging.getLogger("peerkv.supervisor")
@@ -42,6 +43,7 @@ class Supervisor:
     ) -> None:
         """Nothing starts yet. Raises FleetError when it could not start with these settings."""
         self._settings = settings
+        self._pid_namespace = own_pid_namespace()
         self._progress = progress or log.info
         environ = os.environ if environ is None else environ
         cores = usable_cores()
@@ -72,6 +74,7 @@ class Supervisor:
         """Claim the directories and start the replicas; does not wait for them. Raises FleetError."""
         settings = self._settings
         settings.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_room(settings)
         paths = (settings.run_dir, settings.table_dir)
         self._claims = await asyncio.to_thread(claim_all, paths, settings.claim_seconds_max)
         write_fleet(settings.run_dir, self._snapshot)
@@ -283,6 +286,7 @@ class Supervisor:
             served_model_name=settings.served_model_name or settings.model,
             table_dir=str(settings.table_dir),
             replicas=tuple(m.seen() for m in self._members.values()),
+            pid_namespace=self._pid_namespace,
         )
 
     def _publish(self) -> None:

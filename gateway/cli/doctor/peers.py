@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from engine.fleet import FLEET_FILE, FileFleet, FleetSnapshot, ReplicaState
-from gateway.cli.doctor.machine import Link
+from engine.fleet import FLEET_FILE, FileFleet, FleetSnapshot, ReplicaState, own_pid_namespace
+from gateway.cli.doctor.gpus import Link
 from transport.fingerprint import fingerprint_difference
 from transport.table.directory import TableDirectory
 
@@ -101,7 +101,7 @@ def _members(snapshot: FleetSnapshot) -> tuple[FleetMember, ...]:
                 device=replica.device,
                 log=replica.log,
                 pid=replica.pid,
-                process=_process(replica.pid),
+                process=_process(replica.pid, snapshot.pid_namespace),
                 status=table.status if table else "",
                 transport=table.transport if table else "",
                 blocks=table.num_blocks if table else 0,
@@ -112,10 +112,15 @@ def _members(snapshot: FleetSnapshot) -> tuple[FleetMember, ...]:
     return tuple(members)
 
 
-def _process(pid: int | None) -> str:
-    """Whether a replica's process is in our namespaces: "ok", "unseen", "foreign ipc" or "unknown"."""
+def _process(pid: int | None, pid_namespace: int) -> str:
+    """Whether a replica's process is in our namespaces: "ok", "elsewhere", "unseen", "foreign ipc" or "unknown".
+
+    "elsewhere" is another PID namespace, where the process cannot be looked at from here; its table can.
+    """
     if pid is None:
         return "unknown"
+    if pid_namespace not in (0, own_pid_namespace()):
+        return "elsewhere"
     try:
         theirs = os.stat(f"/proc/{pid}/ns/ipc").st_ino
         return "ok" if theirs == os.stat("/proc/self/ns/ipc").st_ino else "foreign ipc"

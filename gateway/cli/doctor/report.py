@@ -12,7 +12,8 @@ from typing import Any
 
 from engine.default_model.packaged import DEFAULT_NAME
 from engine.fleet import FleetError
-from gateway.cli.doctor.findings import Finding, _size, judge
+from gateway.cli.doctor.finding import Finding, in_words
+from gateway.cli.doctor.findings import judge
 from gateway.cli.doctor.links import LinkSpeeds, matrix_lines, measure
 from gateway.cli.doctor.machine import Machine, look
 from gateway.cli.doctor.peers import Fleet, Pair, pairs_of, path_in_words, read_fleet
@@ -21,7 +22,7 @@ from gateway.settings import Settings
 
 def run(settings: Settings, *, as_json: bool = False, measure_links: bool = True) -> int:
     """Prints the report; returns the exit status: 0 without problems, else 1."""
-    machine = look(settings.host, settings.port)
+    machine = look(settings)
     speeds = measure(machine) if measure_links else None
     try:
         fleet = read_fleet(settings.run_dir)
@@ -65,8 +66,8 @@ def _machine_lines(machine: Machine) -> Iterator[str]:
     yield "This machine"
     yield f"  system      {machine.system}, Linux {machine.kernel}, Python {machine.python}"
     yield f"  processor   {machine.cores} cores"
-    yield f"  memory      {_size(machine.memory_bytes)}, {_size(machine.memory_free_bytes)} available"
-    yield f"  /dev/shm    {_size(machine.shm_bytes)}, {_size(machine.shm_free_bytes)} free"
+    yield f"  memory      {in_words(machine.memory_bytes)}, {in_words(machine.memory_free_bytes)} available"
+    yield f"  /dev/shm    {in_words(machine.shm_bytes)}, {in_words(machine.shm_free_bytes)} free"
     if not machine.gpus:
         yield "  GPUs        none: replicas run on the CPU"
     for gpu in machine.gpus:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.fleet import FleetSnapshot, Replica, ReplicaState, write_fleet
+from engine.fleet import FleetSnapshot, Replica, ReplicaState, own_pid_namespace, write_fleet
 from gateway.cli.doctor import links as link_speed
 from gateway.cli.doctor import machine
 from gateway.cli.doctor import report as doctor
 from gateway.cli.doctor.findings import judge
-from gateway.cli.doctor.machine import Gpu, Link, Machine, parse_gpus, parse_matrix, parse_memory
+from gateway.cli.doctor.gpus import Gpu, Link, parse_gpus, parse_matrix
+from gateway.cli.doctor.machine import Machine, parse_memory
 from gateway.cli.doctor.peers import Fleet, FleetMember, pairs_of, path_in_words, read_fleet
 from gateway.cli.doctor.report import report
 from gateway.settings import Settings
@@ -52,6 +53,12 @@ CPU_MACHINE = Machine(
     port=8000,
     port_error="",
     gateway_answers=False,
+    driver_gpus=0,
+    replicas=2,
+    kv_bytes_each=512 << 20,
+    user=10001,
+    unwritable=(),
+    admin_key=False,
 )
 GPU_MACHINE = replace(
     CPU_MACHINE,
@@ -59,6 +66,7 @@ GPU_MACHINE = replace(
     links=(Link(0, 1, "NV18", "OK"),),
     packages={"vllm": "0.26.0", "torch": "2.11.0"},
     cpu_only_vllm=False,
+    driver_gpus=2,
 )
 MEMBER = FleetMember(
     name="replica-0",
@@ -115,6 +123,17 @@ def test_a_good_machine_has_no_problem(facts: Machine) -> None:
             "--run-dir",
         ),
         (replace(CPU_MACHINE, shm_free_bytes=64 << 20), "/dev/shm has 64 MiB free", "shm-size"),
+        (
+            replace(CPU_MACHINE, replicas=32, cores=64, memory_free_bytes=256 * GIB),
+            "the KV of 32 replicas need 16.1 GiB",
+            "SHM_SIZE",
+        ),
+        (replace(CPU_MACHINE, kv_bytes_each=8 * GIB, memory_free_bytes=64 * GIB), "2 replicas need 16.1 GiB", "SHM_SIZE"),
+        (
+            replace(CPU_MACHINE, unwritable=(("log_dir", "/var/log/peerkv"),)),
+            "user 10001 may not write to /var/log/peerkv (log_dir)",
+            "chown 10001 /var/log/peerkv",
+        ),
         (replace(CPU_MACHINE, memory_free_bytes=GIB), "1.0 GiB of memory", "--replicas 1"),
         (replace(CPU_MACHINE, port_error="in use"), "127.0.0.1:8000 can not be listened on: in use", "--port"),
         (replace(CPU_MACHINE, model_present=False, cache_free_bytes=GIB // 4), "cache directory has 256 MiB", "PEERKV_CACHE"),
@@ -142,6 +161,9 @@ def test_each_problem_is_said_with_what_to_do(facts: Machine, what: str, remedy:
         (replace(CPU_MACHINE, model_present=False), "fetches it"),
         (replace(CPU_MACHINE, gpus=GPU_MACHINE.gpus), "TARGET=gpu"),
         (replace(GPU_MACHINE, cuda_visible_devices="1"), "leaves 1 of 2 GPUs"),
+        (replace(GPU_MACHINE, driver_gpus=8), "6 of 8 GPUs are hidden from this container"),
+        (replace(CPU_MACHINE, host="0.0.0.0"), "listens on 0.0.0.0 without an admin key"),
+        (replace(CPU_MACHINE, host="::"), "PEERKV_ADMIN_KEY"),
         (replace(CPU_MACHINE, cores=1), "--replicas 1"),
         (replace(GPU_MACHINE, gpus=(Gpu(0, "X", 1, "Default", True, "GPU-0"),)), "MIG"),
     ],
@@ -187,7 +209,7 @@ def test_many_alike_replicas_take_one_line() -> None:
         ({"status": ""}, "replica-1 shares no KV: it has no block table in /dev/shm/t"),
         ({"fingerprint": {"dtype": "float32"}}, "do not exchange KV: dtype: bfloat16 here, float32 there"),
         ({"transport": "cuda_ipc"}, "replica-0 offers shared memory, replica-1 CUDA IPC"),
-        ({"process": "unseen"}, "another PID namespace"),
+        ({"process": "unseen"}, "replica-1's process 10 is gone"),
         ({"process": "foreign ipc"}, "another IPC namespace"),
     ],
 )
@@ -196,6 +218,42 @@ def test_a_replica_that_can_not_exchange_is_one_problem(change: dict[str, object
     (found,) = problems(CPU_MACHINE, fleet)
     assert what in found[0]
     assert found[1]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_without_an_admin_key_nothing_is_wrong_on_loopback(host: str) -> None:
+    assert "admin key" not in words(replace(CPU_MACHINE, host=host))
+    assert "admin key" not in words(replace(CPU_MACHINE, host="0.0.0.0", admin_key=True))
+
+
+def test_replicas_in_another_container_are_judged_by_their_tables_alone() -> None:
+    gateway = replace(CPU_MACHINE, packages={}, cpu_only_vllm=False)
+    apart = replace(MEMBER, process="elsewhere")
+    assert problems(gateway, fleet_of(apart, replace(apart, name="replica-1"))) == []
+    (found,) = problems(gateway, fleet_of(apart, replace(apart, name="replica-1", status="")))
+    assert "replica-1 shares no KV: it has no block table in /dev/shm/t" in found[0]
+    assert "one volume" in found[1]
+
+
+def test_a_gateways_container_is_not_blamed_for_what_only_replicas_need() -> None:
+    gateway = replace(CPU_MACHINE, packages={}, shm_free_bytes=0, unwritable=(("log_dir", "/var/log/peerkv"),))
+    (found,) = problems(gateway)
+    assert "it can run a gateway, no replicas" in found[0]
+    assert "the same volume as run_dir" in found[1]
+
+
+def test_directories_that_this_user_can_not_make_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: tmp_path / "locked" not in (Path(path), *Path(path).parents))
+    monkeypatch.setenv("PEERKV_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "locked").mkdir()
+    settings = Settings(run_dir=tmp_path / "run", table_dir=tmp_path / "tables", log_dir=tmp_path / "locked" / "a" / "b")
+    assert machine.look(settings).unwritable == (("log_dir", str(tmp_path / "locked")),)
+
+
+def test_what_a_start_takes_comes_from_the_settings() -> None:
+    found = machine.look(Settings(port=1, replicas=3, vllm_args=("--kv-cache-memory-bytes", "2G")))
+    assert (found.replicas, found.kv_bytes_each) == (3, 2 << 30)
+    assert machine.look(Settings(port=1)).replicas == 2
 
 
 def test_a_running_fleet_is_read_from_its_directories(tmp_path: Path) -> None:
@@ -219,6 +277,17 @@ def test_a_running_fleet_is_read_from_its_directories(tmp_path: Path) -> None:
     assert (first.process, first.status, first.transport, first.blocks) == ("ok", "ok", "shared_memory", 64)
     assert first.fingerprint == fields
     assert (second.state, second.process, second.status) == ("starting", "unknown", "")
+
+
+def test_a_process_of_another_pid_namespace_is_not_mistaken_for_one_of_ours(tmp_path: Path) -> None:
+    member = Replica("replica-0", ReplicaState.READY, "s0", os.getpid(), 0, "", "cpu", "log0")
+    found = []
+    for namespace in (own_pid_namespace(), own_pid_namespace() + 1, 0):
+        write_fleet(tmp_path, FleetSnapshot(1, "toy", "toy", str(tmp_path / "tables"), (member,), namespace))
+        fleet = read_fleet(tmp_path)
+        assert fleet is not None
+        found.append(fleet.members[0].process)
+    assert found == ["ok", "elsewhere", "ok"]
 
 
 def settings_for(tmp_path: Path, port: int) -> Settings:
@@ -258,7 +327,7 @@ def test_a_waiting_gateway_is_told_from_a_foreign_program(tmp_path: Path, capsys
 def test_the_json_form_says_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "look", lambda host, port: replace(CPU_MACHINE, cores=1))
+    monkeypatch.setattr(doctor, "look", lambda settings: replace(CPU_MACHINE, cores=1))
     assert doctor.run(settings_for(tmp_path, 8000), as_json=True) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["machine"]["cores"] == 1
@@ -344,11 +413,11 @@ esac
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = machine.look("127.0.0.1", 0)
+    found = machine.look(Settings(port=1))
     assert [gpu.index for gpu in found.gpus] == [0, 1]
     assert found.links == (Link(0, 1, "NV18", "OK"),)
     program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
-    assert "NVIDIA-SMI has failed" in machine.look("127.0.0.1", 0).gpu_error
+    assert "NVIDIA-SMI has failed" in machine.look(Settings(port=1)).gpu_error
 
 
 @pytest.mark.parametrize(("path", "said"), [("NV4", "NVLink, 4 links"), ("PIX", "PCIe, one switch"), ("ODD", "ODD")])

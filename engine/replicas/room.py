@@ -1,0 +1,52 @@
+"""Whether shared memory has room for what the replicas keep there, asked before they start."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.fleet import FleetError
+from engine.replicas.launch import CPU_KV_BYTES, EngineSettings
+
+SHARED_MEMORY = Path("/dev/shm")
+KV_FLAG = "--kv-cache-memory-bytes"
+# vLLM's own suffixes: small ones are decimal, capital ones binary.
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class SharedMemoryTooSmall(FleetError):
+    """The replicas' KV does not fit into shared memory, so they could not exchange it; the message says what to change."""
+
+
+def check_room(settings: EngineSettings) -> None:
+    """Raises SharedMemoryTooSmall when the file system, were it empty, could not hold the replicas' KV.
+
+    What fills it later is another matter: then a replica says so and serves without sharing.
+    """
+    need = shared_kv_bytes(settings)
+    status = os.statvfs(SHARED_MEMORY)
+    size = status.f_blocks * status.f_frsize
+    if need > size:
+        raise SharedMemoryTooSmall(
+            f"{SHARED_MEMORY} has {size >> 20} MiB, and the KV of {settings.replicas} replicas takes {need >> 20}: make it"
+            f" larger (mount -o remount,size={(need >> 30) + 1}g {SHARED_MEMORY}; in a container --shm-size, SHM_SIZE for"
+            f" compose.yaml, the volume's sizeLimit in Kubernetes), or give vLLM a smaller {KV_FLAG}"
+        )
+
+
+def shared_kv_bytes(settings: EngineSettings) -> int:
+    """What the KV of all replicas takes of shared memory: of replicas on GPUs, or without our connector, nothing."""
+    if settings.devices or not settings.connector or settings.launcher is not None:
+        return 0
+    return settings.replicas * kv_bytes_each(settings.vllm_args)
+
+
+def kv_bytes_each(vllm_args: Sequence[str]) -> int:
+    """The KV of a replica on the CPU under these vLLM options; 0 for a size that cannot be read here: vLLM says so itself."""
+    found = str(CPU_KV_BYTES)
+    for at, argument in enumerate(vllm_args):
+        flag, equals, value = argument.partition("=")
+        if flag.replace("_", "-") == KV_FLAG:
+            found = value if equals else (vllm_args[at + 1] if at + 1 < len(vllm_args) else "")
+    parsed = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)", found.strip())
+    return int(float(parsed[1]) * _UNITS[parsed[2]]) if parsed else 0

@@ -1,0 +1,68 @@
+"""What surrounds a start, judged: memory, directories, the port, who is let in. Containers get these wrong most often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gateway.cli.doctor.finding import Finding, in_words
+from gateway.cli.doctor.machine import Machine
+from gateway.tenants.access import is_loopback
+
+TABLES_BYTES = 64 << 20
+# A replica on the CPU beside its KV: torch, vLLM and the default model, measured at 0.6 to 1.3 GB.
+CPU_REPLICA_BYTES = 1_300_000_000
+
+
+def judge_room(machine: Machine) -> Iterator[Finding]:
+    """Before a start: is there room for what the replicas will take?"""
+    on_cpu = machine.cpu_only_vllm or not machine.gpus
+    kv_bytes = machine.replicas * machine.kv_bytes_each if on_cpu else 0
+    need = TABLES_BYTES + kv_bytes
+    if machine.shm_free_bytes < need:
+        what = f"the block tables and the KV of {machine.replicas} replicas need" if on_cpu else "the block tables need"
+        yield Finding(
+            True,
+            f"/dev/shm has {in_words(machine.shm_free_bytes)} free; {what} {in_words(need)}",
+            "mount -o remount,size=4g /dev/shm; for a container --shm-size=4g (SHM_SIZE for compose.yaml; in Kubernetes the"
+            " sizeLimit of the volume at /dev/shm)",
+        )
+    wanted = machine.replicas * CPU_REPLICA_BYTES + kv_bytes
+    if on_cpu and machine.memory_free_bytes < wanted:
+        free = in_words(machine.memory_free_bytes)
+        what = f"{free} of memory are available; {machine.replicas} replicas take about {in_words(wanted)}"
+        yield Finding(True, what, "stop something, or start one replica: --replicas 1")
+    if on_cpu and machine.cores < machine.replicas:
+        yield Finding(False, f"{machine.cores} core for {machine.replicas} replicas", "--replicas 1")
+
+
+def judge_directories(machine: Machine) -> Iterator[Finding]:
+    """Before a start: may peerkv write where it keeps things?"""
+    for setting, path in machine.unwritable:
+        yield Finding(
+            True,
+            f"user {machine.user} may not write to {path} ({setting})",
+            f"chown {machine.user} {path}; a container's volume belongs to the user of the image, 10001: in Kubernetes fsGroup",
+        )
+
+
+def judge_port(machine: Machine) -> Iterator[Finding]:
+    """Before a start: is the gateway's address free?"""
+    where = f"{machine.host}:{machine.port}"
+    if machine.gateway_answers:
+        what = f"a gateway of peerkv has {where}, and no replicas run in the run_dir that is asked"
+        remedy = "start `peerkv engine` with its run_dir (containers: one volume in both), or ask with its own --run-dir"
+        yield Finding(True, what, remedy)
+    elif machine.port_error:
+        what = f"{where} can not be listened on: {machine.port_error}"
+        yield Finding(True, what, "stop the program that listens there, or choose another with --port (PEERKV_PORT)")
+
+
+def judge_access(machine: Machine) -> Iterator[Finding]:
+    """Whether those who shall see /metrics and /kv/* can."""
+    if machine.admin_key or machine.host == "localhost" or is_loopback(machine.host):
+        return
+    what = (
+        f"the gateway listens on {machine.host} without an admin key: /metrics and /kv/* answer nobody who comes through a"
+        " proxy or a container's published port"
+    )
+    yield Finding(False, what, "set PEERKV_ADMIN_KEY (ADMIN_KEY_FILE for compose.yaml, the secret peerkv in Kubernetes)")

@@ -1,0 +1,62 @@
+"""Shared memory that is too small for the replicas is found before they start."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from engine.replicas.launch import CPU_KV_BYTES, EngineSettings
+from engine.replicas.room import SharedMemoryTooSmall, check_room, kv_bytes_each, shared_kv_bytes
+from engine.replicas.supervisor import Supervisor
+
+CPU = EngineSettings("org/model", Path("/run/p"), Path("/dev/shm/p"), Path("/log/p"))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared memory as a container has it by default: 64 MiB."""
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=64 << 20 >> 12, f_frsize=1 << 12))
+
+
+def test_replicas_that_do_not_fit_are_refused_with_what_to_change(small: None) -> None:
+    with pytest.raises(SharedMemoryTooSmall, match=r"has 64 MiB, and the KV of 2 replicas takes 1024: .*SHM_SIZE"):
+        check_room(CPU)
+
+
+def test_replicas_that_fit_are_accepted(small: None) -> None:
+    check_room(replace(CPU, vllm_args=("--kv-cache-memory-bytes", "32M")))
+    with pytest.raises(SharedMemoryTooSmall):
+        check_room(replace(CPU, vllm_args=("--kv-cache-memory-bytes", "32M"), replicas=3))
+
+
+@pytest.mark.parametrize("change", [{"devices": ("0", "1")}, {"connector": False}, {"launcher": ("fake",)}])
+def test_replicas_that_keep_no_kv_there_are_accepted(small: None, change: dict[str, object]) -> None:
+    assert shared_kv_bytes(replace(CPU, **change)) == 0
+    check_room(replace(CPU, **change))
+
+
+async def test_a_supervisor_does_not_start_without_room(small: None, tmp_path: Path) -> None:
+    settings = EngineSettings("org/model", tmp_path / "run", tmp_path / "tables", tmp_path / "logs")
+    with pytest.raises(SharedMemoryTooSmall):
+        await Supervisor(settings).start()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ((), CPU_KV_BYTES),
+        (("--kv-cache-memory-bytes", "1000"), 1000),
+        (("--kv-cache-memory-bytes=1G",), 1 << 30),
+        (("--kv_cache_memory_bytes", "1.5g"), 1_500_000_000),
+        (("--kv-cache-memory-bytes", "1k", "--kv-cache-memory-bytes", "2k"), 2000),
+        (("--kv-cache-memory-bytes", "plenty"), 0),
+        (("--kv-cache-memory-bytes",), 0),
+    ],
+)
+def test_the_last_size_that_vllm_is_given_counts(arguments: tuple[str, ...], size: int) -> None:
+    assert kv_bytes_each(arguments) == size
