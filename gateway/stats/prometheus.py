@@ -28,6 +28,7 @@ _REPLICA_COUNTERS: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] 
 )
 _REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = (
     ("peerkv_replica_ready", "1 while the replica takes requests.", lambda r: float(r.state == "ready")),
+    ("peerkv_replica_exchanges", "1 while others can import from the replica.", lambda r: float(r.exchanges == "ok")),
     ("peerkv_blocks", "Size of the replica's KV cache in blocks.", lambda r: r.blocks),
     ("peerkv_cached_blocks", "Blocks that the replica offers now.", lambda r: r.cached_blocks),
     ("peerkv_in_flight_requests", "Requests that the gateway has with the replica.", lambda r: r.in_flight),

@@ -52,6 +52,15 @@ def test_the_replicas_counters_are_read_at_each_scrape(scene: Scene) -> None:
     assert found["peerkv_check_failures_total", ("a",)] == 2
     assert found["peerkv_cached_blocks", ("b",)] == 2
     assert found["peerkv_replica_ready", ("b",)] == 1
+    assert found["peerkv_replica_exchanges", ("b",)] == 1
+
+
+def test_a_replica_without_a_table_exchanges_nothing(scene: Scene) -> None:
+    metrics = Metrics()
+    metrics.attach(scene.view.snapshot)
+    scene.tables.stop("a")
+    found = samples(metrics)
+    assert [found["peerkv_replica_exchanges", (name,)] for name in ("a", "b")] == [0, 1]
 
 
 def test_counters_do_not_fall_when_a_replica_restarts(scene: Scene) -> None:
