@@ -56,8 +56,9 @@ class ApiError(GatewayError):
 
 
 def error_body(message: str, *, type: str, code: str | None = None, param: str | None = None) -> bytes:
-    """OpenAI's error JSON."""
-    return msgspec.json.encode({"error": {"message": message, "type": type, "param": param, "code": code}})
+    """OpenAI's error JSON. Half a surrogate pair out of a client's text has no UTF-8: it is shown as "?"."""
+    shown = message.encode(errors="replace").decode()
+    return msgspec.json.encode({"error": {"message": shown, "type": type, "param": param, "code": code}})
 
 
 class InvalidRequest(ApiError):

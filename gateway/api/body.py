@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from gateway.api.encodings import decode_half_pairs, is_whole
 from gateway.errors import InvalidJson, InvalidRequest, UnsupportedParameter
 
 Endpoint = Literal["completions", "chat", "embeddings"]
@@ -33,6 +34,14 @@ FORBIDDEN_FIELDS: Mapping[str, str] = {
     "data_parallel_rank": "the gateway picks the replica",
     "logits_processors": "it would load code by name",
 }
+# With such a value a forbidden field says nothing: it is vLLM's default, and clients send all that they know.
+_SAYS_NOTHING: Mapping[str, object] = {
+    "priority": 0,
+    "routed_experts_prompt_start": 0,
+    "return_mm_kwargs": False,
+    "mm_payload": "tensors",
+}
+_TOKENISED = ("prompt", "messages", "input")
 
 _FORBIDDEN = frozenset(FORBIDDEN_FIELDS)
 _decode = msgspec.json.Decoder().decode
@@ -44,15 +53,19 @@ def decode_body(raw: bytes | bytearray) -> dict[str, Any]:
         body = _decode(raw)
     except RecursionError:
         raise InvalidJson("The body is nested too deeply.") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise InvalidJson(f"The body is not JSON: {error}.") from None
+    except UnicodeDecodeError:
+        body = _with_half_pairs(raw)
+    except msgspec.MsgspecError as error:
+        if not _is_half_pair(error):
+            raise InvalidJson(f"The body is not JSON: {error}.") from None
+        body = _with_half_pairs(raw)
     if not isinstance(body, dict):
         raise InvalidJson(f"The body must be a JSON object, not {_json_type(body)}.")
     return body
 
 
 def check_body(endpoint: Endpoint, body: dict[str, Any]) -> bool:
-    """Refuse what a client may not set, and wrong types of what the gateway reads; nulls of the former are dropped.
+    """Refuse what a client may not set, and wrong types of what the gateway reads; of the former vLLM's defaults are dropped.
 
     Returns whether the body is as it was. Raises UnsupportedParameter and InvalidRequest.
     """
@@ -73,17 +86,34 @@ def check_body(endpoint: Endpoint, body: dict[str, Any]) -> bool:
     return is_as_it_was
 
 
+def _is_half_pair(error: msgspec.MsgspecError) -> bool:
+    """Whether a string ended between the halves of a surrogate pair, or had the second one alone."""
+    text = str(error)
+    return "truncated" in text or "surrogate" in text or "hex escape" in text
+
+
+def _with_half_pairs(raw: bytes | bytearray) -> Any:
+    body = decode_half_pairs(raw)
+    for name in _TOKENISED if isinstance(body, dict) else ():
+        if not is_whole(body.get(name)):
+            raise InvalidRequest(
+                f"'{name}' holds half a surrogate pair, which has no tokens.", param=name, code="invalid_prompt"
+            )
+    return body
+
+
 def _drop_forbidden(body: dict[str, Any]) -> None:
     for name in _FORBIDDEN.intersection(body):
-        if body[name] is not None:
+        value = body[name]
+        if value is not None and value != _SAYS_NOTHING.get(name):
             raise UnsupportedParameter(name, FORBIDDEN_FIELDS[name])
         del body[name]
 
 
 def _check_messages(body: dict[str, Any]) -> None:
     messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise _wrong_type("messages", "a list of at least one message", messages)
+    if not isinstance(messages, list):
+        raise _wrong_type("messages", "a list of messages", messages)
     _check_parts(messages)
 
 

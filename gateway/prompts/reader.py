@@ -94,7 +94,8 @@ class PromptReader:
                 return self._unknown(error, characters, refused)
             tokens = len(only)
             _check_length("prompt", tokens, refused)
-            return KnownPrompt(only, only if certain and tokens else None, certain, tokens=tokens)
+            # vLLM refuses an empty text, whatever ids a tokenizer makes of it.
+            return KnownPrompt(only, only if certain and tokens and prompt else None, certain, tokens=tokens)
         prompts = split_prompts(prompt)
         cacheable, count = not reads_no_cache(body), len(prompts)
         if not ids_are_the_prompt(body):
@@ -112,7 +113,7 @@ class PromptReader:
         longest = ids[0] if count == 1 else max(ids, key=len)
         _check_length("prompt", len(longest), refused)
         sent: Sequence[Any] | None = None
-        if text and certain and not depends_on_text(body) and all(ids):
+        if text and certain and not depends_on_text(body) and all(ids) and prompt:
             sent = ids[0] if isinstance(prompt, str) else ids
         return KnownPrompt(longest, sent, certain, cacheable, count, len(longest))
 

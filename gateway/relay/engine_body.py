@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.api.encodings import encode_half_pairs
 from gateway.errors import InvalidJson
 from gateway.token_ids import TokenIds
 
@@ -20,6 +21,12 @@ def _leave_out(value: object) -> msgspec.Raw:
 def _write(value: object) -> msgspec.Raw:
     if isinstance(value, TokenIds):
         return value.json()
+    raise TypeError(f"{type(value).__name__} is no part of a body")
+
+
+def _listed(value: object) -> list[int]:
+    if isinstance(value, TokenIds):
+        return value.tolist()
     raise TypeError(f"{type(value).__name__} is no part of a body")
 
 
@@ -71,6 +78,9 @@ def request_parts(body: dict[str, Any], raw: bytes | None, changes: Mapping[str,
 
 def _encoded(value: Mapping[str, Any], encode: Callable[[object], bytes]) -> bytes:
     try:
-        return encode(value)
+        try:
+            return encode(value)
+        except UnicodeEncodeError:  # half a surrogate pair, which is no UTF-8
+            return encode_half_pairs(value, _listed)
     except (OverflowError, RecursionError, ValueError) as error:
         raise InvalidJson(f"The body cannot be passed on: {error}.") from None

@@ -18,6 +18,7 @@ import msgspec
 
 from engine.fleet import FleetView
 from gateway.api.body import Endpoint, check_body, decode_body
+from gateway.api.encodings import as_utf8
 from gateway.errors import (
     ApiError,
     InternalError,
@@ -207,6 +208,7 @@ class Relay(Generic[PlanT]):
         if raw is None:
             raw = await transaction.read_body(self._hold, settings.body_bytes_max, settings.body_seconds_max)
         transaction.watch()
+        raw = as_utf8(raw)
         body = decode_body(raw)
         untouched = raw if check_body(endpoint, body) else None
         del raw

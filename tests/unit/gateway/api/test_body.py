@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from gateway.api.body import FORBIDDEN_FIELDS, check_body, decode_body
+from gateway.api.encodings import HALF_PAIRS_BYTES_MAX, as_utf8
 from gateway.errors import ApiError, UnsupportedParameter
 from gateway.relay.engine_body import encode_body, request_parts
 from gateway.token_ids import TokenIds
@@ -190,6 +191,26 @@ def test_an_untouched_body_is_passed_on_as_it_came() -> None:
 
 def test_of_a_key_that_occurs_twice_the_last_counts() -> None:
     assert decode_body(b'{"a": 1, "a": 2}') == {"a": 2}
+
+
+def test_what_json_loads_takes_and_json_does_not_have_is_refused() -> None:
+    for number in (b"NaN", b"Infinity", b"-Infinity", b"1e999"):
+        for rest in (b"", b', "b": "\\ud83d"'):
+            assert statuses(decode_body, b'{"a": %b%b}' % (number, rest))[0] == 400
+
+
+def test_half_a_surrogate_pair_is_taken_in_a_body_of_bounded_size() -> None:
+    assert decode_body(b'{"a": "\\ud83d"}') == {"a": "\ud83d"}
+    assert statuses(decode_body, b'{"a": "\\ud83d", "b": "%b"}' % (b"x" * HALF_PAIRS_BYTES_MAX))[0] == 400
+
+
+@PATIENT
+@given(
+    st.dictionaries(st.text(max_size=8), JSON, min_size=1), st.sampled_from(["utf-8-sig", "utf-16", "utf-32-be", "utf-16-le"])
+)
+def test_other_encodings_of_a_body_say_the_same(body: dict[str, Any], encoding: str) -> None:
+    text = json.dumps(body, ensure_ascii=False)
+    assert decode_body(as_utf8(text.encode(encoding))) == decode_body(text.encode())
 
 
 def test_every_conversation_of_a_batch_is_looked_at() -> None:

@@ -125,6 +125,49 @@ async def test_a_forbidden_field_that_is_null_does_not_reach_the_engine(door: Do
     assert not {"cache_salt", "priority"} & (await door.seen("replica-0"))["requests"][0]["body"].keys()
 
 
+async def test_a_forbidden_field_with_vllms_default_is_no_reason_to_refuse(door: Door) -> None:
+    defaults = {"priority": 0, "routed_experts_prompt_start": 0, "return_mm_kwargs": False, "mm_payload": "tensors"}
+    assert (await door.post("/v1/completions", COMPLETION | defaults))[0] == 200
+    assert not defaults.keys() & (await door.seen("replica-0"))["requests"][0]["body"].keys()
+    assert (await door.post("/v1/completions", COMPLETION | {"priority": -1}))[0] == 400
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("ids", [None, [1, 2]])
+async def test_a_body_in_any_encoding_of_json_reaches_the_engine(door: Door, encoding: str, ids: list[int] | None) -> None:
+    door.planner.prompt = ids
+    raw = json.dumps(COMPLETION | {"user": "Zoë 🦜"}, ensure_ascii=False).encode(encoding)
+    status, _, _ = await door.post("/v1/completions", data=raw, json=None, headers={"content-type": "application/json"})
+    assert status == 200
+    body = (await door.seen("replica-0"))["requests"][0]["body"]
+    assert (body["user"], body["prompt"]) == ("Zoë 🦜", ids or "hello")
+
+
+@pytest.mark.parametrize("raw", [b"\xef\xbb\xbf", b"\xff\xfe{", '{"prompt":'.encode("utf-16"), b"{\x00", b"\x00\x00\x00{"])
+async def test_half_a_body_in_another_encoding_is_400(door: Door, raw: bytes) -> None:
+    status, body, _ = await door.post("/v1/completions", data=raw, json=None, headers={"content-type": "application/json"})
+    assert (status, body["error"]["code"]) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize(
+    "half", [b"\\ud83d", b"\\ud83d and on", b"\\ude00", b"\xed\xa0\xbd"], ids=["end", "first", "second", "raw"]
+)
+@pytest.mark.parametrize("ids", [None, [1, 2], [[1], [2]]])
+async def test_half_a_surrogate_pair_reaches_the_engine_as_it_came(door: Door, half: bytes, ids: list[Any] | None) -> None:
+    door.planner.prompt = ids
+    raw = b'{"prompt": "x", "max_tokens": 1, "cache_salt": null, "user": "%b"}' % half
+    status, _, _ = await door.post("/v1/completions", data=raw, json=None, headers={"content-type": "application/json"})
+    assert status == 200
+    assert (await door.seen("replica-0"))["requests"][0]["body"]["user"] == json.loads(raw)["user"]
+
+
+async def test_half_a_surrogate_pair_in_a_name_is_the_clients_error_and_no_defect(door: Door) -> None:
+    raw = b'{"prompt": "x", "model": "\\ud83d"}'
+    status, body, _ = await door.post("/v1/completions", data=raw, json=None, headers={"content-type": "application/json"})
+    assert (status, body["error"]["code"]) == (404, "model_not_found")
+    assert door.relay.counters.internal_errors == 0
+
+
 async def test_a_forbidden_field_cannot_hide_behind_a_duplicate_key(door: Door) -> None:
     raw = '{"prompt": "x", "cache_salt": null, "cache_salt": "other", "max_tokens": 1}'
     status, body, _ = await door.post("/v1/completions", data=raw, json=None, headers={"content-type": "application/json"})
