@@ -35,6 +35,8 @@ SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 # sun_path holds 108 bytes with the final zero; "/replica-999.sock" needs 17 of them.
 RUN_DIR_BYTES_MAX = 90
 REPLICAS_MAX = 256
+# As browsers send it: no path, lower case, a port only where it is not the scheme's own.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 Words = Annotated[tuple[str, ...], NoDecode]
@@ -102,6 +104,9 @@ class Settings(BaseSettings):
         None, min_length=8, description="guards /metrics, /kv/* and replica pinning; unset: loopback callers only"
     )
     tenants: tuple[Tenant, ...] = Field((), description="who may call, each with a key; none: open to everybody")
+    cors_origins: Words = Field(
+        (), description="web pages that may call /v1 from a browser, such as https://chat.example; *: all pages; none: none"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     access_log: bool = Field(False, description="log a line for each request")
 
@@ -197,7 +202,7 @@ class Settings(BaseSettings):
             return value
         raise ValueError(f"must be 'auto' or a whole number from 1 to {REPLICAS_MAX}")
 
-    @field_validator("vllm_args", "launcher", mode="before")
+    @field_validator("vllm_args", "launcher", "cors_origins", mode="before")
     @classmethod
     def _split_words(cls, value: object) -> object:
         """A string is split as a shell would; a JSON list is taken as one (both come from the environment)."""
@@ -206,6 +211,14 @@ class Settings(BaseSettings):
         if value.lstrip().startswith("["):
             return tuple(json.loads(value))
         return tuple(shlex.split(value))
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"'{origin}' is no origin, such as https://chat.example or http://localhost:3000, nor *")
+        return value
 
     @field_validator("run_dir", "table_dir", "log_dir")
     @classmethod

@@ -11,6 +11,9 @@ arguments are accepted and ignored. What it saw is at `GET /fake/seen`. A reques
     after         tokens sent before "mid" (default 2)
     status        answer this HTTP status with an error in vLLM's form
     body_bytes    length of the answer's text
+    comments      keep-alive comments before a stream's first token, `token_delay` apart
+    stream_error  an error event in vLLM's form after so many tokens, in place of the rest
+    error         the error to answer, beside `status`, in place of vLLM's usual one
 
 Arguments of its own: `--fake-start-seconds S` before it listens, `--fake-exit-code N` ends it at start with a
 message on stderr (with `--fake-exit-on NAME` only that replica), `--fake-exit-once FILE` only when FILE did not
@@ -166,7 +169,7 @@ class FakeEngine:
             if asked.get("delay"):
                 await asyncio.sleep(asked["delay"])
             if status := asked.get("status", self.status):
-                return failure("as you asked", status)
+                return web.json_response(asked["error"], status=status) if "error" in asked else failure("as you asked", status)
             self._end_here(asked, "before", request)
             counts = [len(tokens_of(prompt)) for prompt in prompts]
             if max(counts) >= self.context_tokens:
@@ -217,6 +220,7 @@ class Answer:
         self.prompt_tokens = prompt_tokens
         self.tag = ((body.get("kv_transfer_params") or {}).get("peerkv") or {}).get("tag", 0)
         self.number = 0
+        self.prompt_ids = tokens_of(prompts[0])
         self.id = ("chatcmpl-" if chat else "cmpl-") + request.headers.get("x-request-id", "none")
 
     def words(self) -> Iterator[str]:
@@ -268,7 +272,8 @@ class Answer:
         for i in range(self.choices):
             choice: Json = {"index": i, "finish_reason": "length", "logprobs": None}
             choices.append(choice | ({"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}))
-        return web.json_response(self.frame(choices, chunk=False) | {"usage": self.usage()})
+        ids = {"prompt_token_ids": self.prompt_ids} if self.chat and self.body.get("return_token_ids") else {}
+        return web.json_response(self.frame(choices, chunk=False) | {"usage": self.usage()} | ids)
 
     async def stream(self) -> web.StreamResponse:
         """The answer as server-sent events, closed by [DONE]."""
@@ -278,8 +283,15 @@ class Answer:
         async def send(data: Json) -> None:
             await response.write(b"data: " + json.dumps(data).encode() + b"\n\n")
 
+        for _ in range(self.asked.get("comments", 0)):
+            await response.write(b": keep-alive\n\n")
+            await asyncio.sleep(self.asked.get("token_delay", 0))
         for index, word in enumerate(self.words()):
             await self._pause(index)
+            if index == self.asked.get("stream_error"):
+                error = {"message": "the engine failed", "type": "InternalServerError", "param": None, "code": 500}
+                await send({"error": error})
+                break
             last = index == self.count - 1 or "body_bytes" in self.asked
             for i in range(self.choices):
                 choice: Json = {"index": i, "finish_reason": "length" if last else None, "logprobs": None}

@@ -152,10 +152,10 @@ class ErrorDetail(BaseModel):
     message: str
     type: str = Field(examples=["invalid_request_error"])
     param: str | None = Field(None, description="the field that is wrong")
-    code: str | int | None = Field(None, examples=["model_not_found"])
+    code: str | None = Field(None, examples=["model_not_found"])
 
 
 class ErrorAnswer(BaseModel):
-    """OpenAI's error form. The code is a word, or the status where vLLM refused the request."""
+    """OpenAI's error form. The code is a word, if there is one for what is wrong."""
 
     error: ErrorDetail

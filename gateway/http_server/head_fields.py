@@ -10,16 +10,19 @@ import msgspec
 
 _JSON = b"application/json"
 
+# W3C Trace Context: vLLM's spans become children of the client's.
+_PASSED = (b"accept", b"traceparent", b"tracestate")
+
 Headers = Iterable[tuple[bytes, bytes]]
 
 
 class HeadFields(msgspec.Struct, frozen=True):
-    """Of a header that occurs twice the last one counts. `is_json` tells of the body's type, `accept_line` is for the replica,
-    `request_id` the client's own if it is harmless."""
+    """Of a header that occurs twice the last one counts. `is_json` tells of the body's type, `passed_lines` are for the
+    replica, `request_id` the client's own if it is harmless."""
 
     authorization: bytes | None
     is_json: bool
-    accept_line: bytes
+    passed_lines: bytes
     pinned: str | None
     request_id: str | None
 
@@ -27,11 +30,11 @@ class HeadFields(msgspec.Struct, frozen=True):
     def of(cls, headers: Headers) -> HeadFields:
         """Look at a request's headers, names in lower case."""
         header = dict(headers).get
-        kind, accept, pinned = header(b"content-type", b""), header(b"accept"), header(b"x-peerkv-replica")
+        kind, pinned = header(b"content-type", b""), header(b"x-peerkv-replica")
         return cls(
             header(b"authorization"),
             kind == _JSON or kind.partition(b";")[0].strip().lower() == _JSON,
-            b"accept: %b\r\n" % accept if accept else b"",
+            b"".join([b"%b: %b\r\n" % (name, value) for name in _PASSED if (value := header(name))]),
             None if pinned is None else pinned.decode("latin-1"),
             sane_id(header(b"x-request-id")),
         )

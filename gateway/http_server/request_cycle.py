@@ -62,6 +62,7 @@ class RequestCycle:
         "_waiter",
         "begun",
         "complete",
+        "extra_lines",
         "fields",
         "keep_alive",
         "left",
@@ -77,6 +78,7 @@ class RequestCycle:
     ) -> None:
         self.scope = scope
         self.fields = fields
+        self.extra_lines = b""  # headers of the answer, whoever gives it
         self.task: asyncio.Task[None] | None = None  # in which the application runs
         self.keep_alive = keep_alive
         self.more_body = True
@@ -233,7 +235,7 @@ class RequestCycle:
             last = last[:-2] + b"connection: close\r\n\r\n"
         first = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
         self._line.note(self, status)
-        self._head = b"%b%b%b%b" % (first, self._line.date_head(), lines, last)
+        self._head = b"%b%b%b%b%b" % (first, self._line.date_head(), self.extra_lines, lines, last)
 
     def answer(self, status: int, lines: bytes, body: bytes) -> None:
         """Send a whole answer; `lines` as for `begin`, its length among them."""
@@ -245,7 +247,7 @@ class RequestCycle:
             return
         self.begun = self.complete = True
         line.note(self, status)
-        line.write(b"%b%b%b\r\n%b" % (first, line.date_head(), lines, body))
+        line.write(b"%b%b%b%b\r\n%b" % (first, line.date_head(), self.extra_lines, lines, body))
         self._wake()
         line.answered()
 

@@ -10,6 +10,7 @@ from typing import Any
 import uvicorn
 
 from gateway.errors import SettingsError
+from gateway.http_server.cors import Cors
 from gateway.http_server.protocol import DoorProtocol
 from gateway.settings import Settings
 
@@ -40,7 +41,7 @@ def build_server(app: Any, settings: Settings) -> DoorServer:
         },
     )
     config = uvicorn.Config(
-        app,
+        Cors(app, settings.cors_origins) if settings.cors_origins else app,
         http=protocol,
         interface="asgi3",
         ws="none",

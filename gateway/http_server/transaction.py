@@ -39,6 +39,7 @@ class Transaction:
         self.begun_at = 0.0
         self.is_event_stream = False
         self.body_bytes = 0
+        self._head_left = False
         self._cycle = cycle = cycle_of(scope)
         self._task = cycle.task
         self.write = cycle.write
@@ -47,7 +48,7 @@ class Transaction:
 
     @property
     def begun(self) -> bool:
-        """Whether the answer's head was sent."""
+        """Whether the client got something of the answer, comments aside."""
         return self.status != 0
 
     def body_at_hand(self, hold: Callable[[int], None], bytes_max: int) -> bytes | None:
@@ -107,29 +108,41 @@ class Transaction:
             self._task.cancel()
 
     def begin(self, status: int, lines: bytes, *, is_event_stream: bool = False) -> None:
-        """Begin the answer, `lines` among its headers; its head leaves with the first bytes of its body."""
+        """Begin the answer, `lines` among its headers; its head leaves with the first bytes of its body, if not before."""
         self.status = status
         self.begun_at = time.perf_counter()
         self.is_event_stream = is_event_stream
         lines += self._own_lines()
         if self.answering is not None and (cache := self.answering()):
             lines += b"x-peerkv-cache: %b\r\n" % cache
-        self._cycle.begin(status, lines)
+        if not self._head_left:
+            self._cycle.begin(status, lines)
+
+    def comment(self, status: int, lines: bytes, comment: bytes) -> bool:
+        """Send a comment ahead of an event stream's first event, as `write` does: the answer has not begun, and another
+        replica may still give it. Its head leaves without what is known only then: x-peerkv-cache, and the replica."""
+        if not self._head_left:
+            self._head_left = self.is_event_stream = True
+            self._cycle.begin(status, lines + self._own_lines(replica=False))
+        return self.write(comment)
 
     async def drained(self) -> None:
         """Wait until the client has read enough for more, or is gone."""
         await self._cycle.drained()
 
     def answer(self, status: int, lines: bytes, body: bytes) -> None:
-        """Send a whole answer, `lines` among its headers."""
+        """Send a whole answer, `lines` among its headers; after comments it is the stream's one event."""
         self.unwatch()
         self.status = status
         self.begun_at = time.perf_counter()
+        if self._head_left:
+            self.finish(b"data: %b\n\n" % body)
+            return
         self._cycle.answer(status, b"%bcontent-length: %d\r\n%b" % (lines, len(body), self._own_lines()), body)
 
-    def _own_lines(self) -> bytes:
+    def _own_lines(self, *, replica: bool = True) -> bytes:
         """The headers that every answer has from us."""
-        if self.replica:
+        if replica and self.replica:
             return b"x-request-id: %b\r\nx-peerkv-replica: %b\r\n" % (self.request_id.encode(), self.replica)
         return b"x-request-id: %b\r\n" % self.request_id.encode()
 

@@ -1,13 +1,19 @@
-"""A replica's answer on its way to the client, byte for byte."""
+"""A replica's answer on its way to the client, byte for byte but for errors, which get OpenAI's form."""
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 
+from gateway.api.engine_errors import ERROR_EVENT, events_in_our_form
 from gateway.http_server.transaction import Transaction
 from gateway.upstream.answer_head import AnswerHead
 from gateway.upstream.connection import EngineConnection
 
+COMMENTS_HELD_SECONDS = 15.0
+"""Keep-alive comments are for proxies, which wait for 30 s or more. For so long they wait for the first event, since with
+them the head leaves, and x-peerkv-cache is not known before that event."""
 _EVENT_END = b"\n\n"
 
 
@@ -44,9 +50,10 @@ class _Events:
     """Passes an event stream on. Only whole events are sent, so that an error event can follow any of them."""
 
     def __init__(self, transaction: Transaction, head: AnswerHead, bytes_max: int) -> None:
-        self._exchange, self._head, self._bytes_max = transaction, head, bytes_max
-        self._held = b""
+        self._transaction, self._head, self._bytes_max = transaction, head, bytes_max
+        self._held = self._comments = b""
         self._begun = False
+        self._came_at = time.monotonic()
 
     def take(self, chunk: bytes) -> bool:
         """Send what is whole; False when the client does not keep up."""
@@ -59,18 +66,44 @@ class _Events:
                 return True
             chunk, self._held = chunk[:whole], chunk[whole:]
         if not self._begun:
+            if chunk.startswith(b":"):
+                comments, chunk = _split_comments(chunk)
+                self._comments += comments
+                if not chunk:
+                    return self._show_comments()
             self._begin()
-        return self._exchange.write(chunk)
+            chunk, self._comments = self._comments + chunk, b""
+        if ERROR_EVENT in chunk:
+            chunk = events_in_our_form(chunk)
+        return self._transaction.write(chunk)
 
     def end(self) -> None:
         """The replica's answer is complete."""
         if not self._begun:
             self._begin()
-        self._exchange.finish(self._held)
+        self._transaction.finish(self._comments + self._held)
+
+    def _show_comments(self) -> bool:
+        """Send the comments of a stream without an event yet, once they were held for long enough."""
+        if time.monotonic() < self._came_at + COMMENTS_HELD_SECONDS:
+            return True
+        comments, self._comments = self._comments, b""
+        return self._transaction.comment(self._head.status, self._head.lines, comments)
 
     def _begin(self) -> None:
         self._begun = True
-        self._exchange.begin(self._head.status, self._head.lines, is_event_stream=True)
+        self._transaction.begin(self._head.status, self._head.lines, is_event_stream=True)
+
+
+def _split_comments(chunk: bytes) -> tuple[bytes, bytes]:
+    """The comments that whole events begin with, and what follows them."""
+    start = 0
+    while chunk.startswith(b":", start):
+        end = chunk.find(_EVENT_END, start)
+        if end < 0 or not all(line.startswith(b":") for line in chunk[start:end].split(b"\n")):
+            break
+        start = end + len(_EVENT_END)
+    return chunk[:start], chunk[start:]
 
 
 async def _collect(transaction: Transaction, response: EngineConnection, bytes_max: int) -> Answer | None:

@@ -19,6 +19,7 @@ import msgspec
 from engine.fleet import FleetView
 from gateway.api.body import Endpoint, check_body, decode_body
 from gateway.api.encodings import as_utf8
+from gateway.api.engine_errors import error_in_our_form
 from gateway.errors import (
     ApiError,
     InternalError,
@@ -258,8 +259,6 @@ class Relay(Generic[PlanT]):
                 try:
                     retried = attempts_left > 0 and transaction.fields.pinned is None and self._replan(request)
                 except NoReplicaReady:
-                    if answer is None:
-                        raise
                     retried = False
                 if retried:
                     continue
@@ -267,6 +266,8 @@ class Relay(Generic[PlanT]):
                 raise ReplicaLost
             if answer.status == 404 and b'"error"' not in answer.body:  # not vLLM's handler: it has no such route
                 raise NotOfThisModel(request.path)
+            if answer.status >= 400:
+                answer.lines, answer.body = JSON_LINE, error_in_our_form(answer.status, answer.body)
             transaction.answer(answer.status, answer.lines, answer.body)
             return
 
@@ -292,7 +293,7 @@ class Relay(Generic[PlanT]):
         if plan.kv_transfer_params is not None:
             changes["kv_transfer_params"] = plan.kv_transfer_params
         parts = request_parts(request.body, request.raw, changes)
-        lines = b"%bx-request-id: %b\r\n%b" % (JSON_LINE, transaction.request_id.encode(), transaction.fields.accept_line)
+        lines = b"%bx-request-id: %b\r\n%b" % (JSON_LINE, transaction.request_id.encode(), transaction.fields.passed_lines)
         if len(self._transactions) > 1:
             await self._batching.wait()
         response = await self._upstream.post(plan.replica, request.path, lines, parts)

@@ -94,7 +94,7 @@ async def test_a_replica_that_dies_makes_two_attempts_under_one_id(door: Door, w
 
 async def test_a_request_that_no_replica_serves_says_so_without_the_header(door: Door, witness: FakeWitness) -> None:
     status, _, headers = await door.post("/v1/completions", COMPLETION | {"fake": {"drop": "before"}})
-    assert status == 503
+    assert status == 502
     assert "x-peerkv-cache" not in headers
     assert witness.events == [("sent", "replica-0"), ("ended", "replica-0", LOST_STATUS)]
 

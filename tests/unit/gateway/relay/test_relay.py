@@ -230,7 +230,7 @@ async def test_no_model_means_the_default_as_in_vllm(door: Door, model: str | No
 async def test_an_error_of_the_engine_is_passed_on_as_it_is(door: Door) -> None:
     status, body, _ = await door.post("/v1/completions", COMPLETION | {"prompt": "x" * 3000})
     assert status == 400
-    assert body["error"]["code"] == 400
+    assert body["error"]["code"] is None
     assert "maximum context length is 2048" in body["error"]["message"]
     assert door.relay.counters.retries == 0
 
@@ -279,7 +279,7 @@ async def test_a_request_leaves_nothing_for_the_garbage_collector(door: Door, st
         (json.dumps(COMPLETION | {"prompt": 1}).encode(), 400),
         (json.dumps(COMPLETION | {"model": "another"}).encode(), 404),
         (json.dumps(COMPLETION | {"fake": {"status": 422}}).encode(), 422),
-        (json.dumps(COMPLETION | {"fake": {"drop": "before"}}).encode(), 503),
+        (json.dumps(COMPLETION | {"fake": {"drop": "before"}}).encode(), 502),
         (json.dumps(COMPLETION | {"stream": True, "fake": {"drop": "middle"}}).encode(), 200),
     ],
 )
@@ -436,12 +436,46 @@ async def test_a_killed_replica_with_idle_connections_costs_nobody_an_error(tmp_
         assert {(status, headers["x-peerkv-replica"]) for status, _, headers in answers} == {(200, "replica-1")}
 
 
-async def test_when_the_only_replica_dies_the_answer_is_503_with_retry_after(tmp_path: Path) -> None:
+async def test_when_the_only_replica_dies_the_answer_is_502_with_retry_after(tmp_path: Path) -> None:
     async with running_door(tmp_path) as door:
         await door.add_process("replica-0")
         status, body, headers = await door.post("/v1/completions", COMPLETION | {"fake": {"die": "before"}})
-        assert (status, body["error"]["code"]) == (503, "no_replica_ready")
+        assert (status, body["error"]["code"]) == (502, "replica_lost")
         assert int(headers["retry-after"]) > 0
+
+
+async def test_a_lone_replica_that_breaks_off_and_stays_ready_is_lost_and_not_unready(door: Door) -> None:
+    status, body, headers = await door.post("/v1/completions", COMPLETION | {"fake": {"drop": "mid", "after": 1}})
+    assert (status, body["error"]["code"]) == (502, "replica_lost")
+    assert int(headers["retry-after"]) > 0
+
+
+async def test_traces_are_continued_by_the_engine_and_other_headers_stay_here(door: Door) -> None:
+    trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=1,b=2"}
+    for _ in range(2):  # the second head is known by its bytes
+        await door.post("/v1/completions", COMPLETION, headers=trace | {"x-session-id": "1", "baggage": "a=b"})
+    for request in (await door.seen("replica-0"))["requests"]:
+        assert trace.items() <= request["headers"].items()
+        assert not {"x-session-id", "baggage"} & request["headers"].keys()
+
+
+async def test_an_engines_refusal_has_openais_form_and_vllms_message(door: Door) -> None:
+    vllms = {
+        "error": {
+            "message": "max_tokens must be at least 1",
+            "type": "BadRequestError",
+            "param": "body.max_tokens",
+            "code": 400,
+        }
+    }
+    status, body, headers = await door.post("/v1/completions", COMPLETION | {"fake": {"status": 400, "error": vllms}})
+    told = {"message": "max_tokens must be at least 1", "type": "invalid_request_error", "param": "max_tokens", "code": None}
+    assert (status, body) == (400, {"error": told})
+    assert headers["content-type"] == "application/json"
+    async with client_of(door) as client:
+        with pytest.raises(openai.BadRequestError, match="at least 1") as refused:
+            await client.completions.create(**COMPLETION, extra_body={"fake": {"status": 400, "error": vllms}})
+    assert (refused.value.type, refused.value.param, refused.value.code) == ("invalid_request_error", "max_tokens", None)
 
 
 async def test_no_replica_ready_is_503_with_retry_after(door: Door) -> None:
