@@ -5,6 +5,9 @@
 `key[-1]` is the root, made of the fingerprint of everything that changes KV bytes, the tenant's salt and the LoRA adapter, so
 that equal keys mean equal KV. Only full blocks have keys. xxh3_128 is fast and not collision resistant: choose sha256 (cut to
 128 bits) where the registry is shared with people you do not trust.
+
+In a table the key of a block says its group too: a block of the group's ends where key i does, and stands under key i with the
+group's mask laid over it. The first group's mask is 0: a model of one group has the chain's own keys.
 """
 
 import hashlib
@@ -15,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
+from transport.groups import GROUPS_MAX
 
 KEY_BYTES = 16
 Keys = npt.NDArray[np.uint64]
@@ -29,6 +34,24 @@ def _sha256(data: bytes) -> bytes:
 
 HASHES: Mapping[str, Hash] = {"xxh3_128": xxhash.xxh3_128_digest, "sha256": _sha256}
 HASH_NAMES = tuple(HASHES)
+
+
+def _mask(group: int) -> bytes:
+    return xxhash.xxh3_128_digest(b"peerkv-group %d" % group) if group else bytes(KEY_BYTES)
+
+
+_MASKS = np.frombuffer(b"".join(map(_mask, range(GROUPS_MAX))), dtype="<u8").reshape(GROUPS_MAX, 2)
+
+
+def group_keys(keys: Keys, group: int, ratio: int = 1) -> Keys:
+    """Return the keys of a group's blocks, each of which holds the tokens of `ratio` keys of the chain; full blocks only.
+
+    Raises IndexError for a group beyond GROUPS_MAX.
+    """
+    if not group and ratio == 1:
+        return keys
+    masked: Keys = keys[ratio - 1 :: ratio] ^ _MASKS[group]
+    return masked
 
 
 def root_key(fingerprint: bytes, salt: str = "", lora: str = "", hash_name: str = "xxh3_128") -> bytes:

@@ -27,12 +27,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from transport.groups import Group
 from transport.table import delivery_ring, peer_area
 from transport.table.deliveries import EngineLoad
 
 SUFFIX = ".table"
 MAGIC = b"PEERKV\x00\x01"
-VERSION = 2
+VERSION = 3
 PAGE_BYTES = 4096
 WAYS = 8
 DESCRIPTION_BYTES_MAX = 4 << 20
@@ -80,12 +81,16 @@ class Region(msgspec.Struct, frozen=True):
 
 
 class Layer(msgspec.Struct, frozen=True):
-    """Where a layer's blocks lie: block b is `bytes` bytes at `offset + b * stride` of region `region`."""
+    """Where a layer's blocks lie: block b is `bytes` bytes at `offset + b * stride` of region `region`.
+
+    Layers of different groups lie over each other: a block is of one group at a time, and only that group's layers hold it.
+    """
 
     region: int
     offset: int
     stride: int
     bytes: int
+    group: int = 0
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -98,7 +103,10 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class Description(msgspec.Struct, frozen=True):
-    """What a table says of its owner. `status` is "ok" or the reason why this replica does not exchange blocks."""
+    """What a table says of its owner. `status` is "ok" or the reason why this replica does not exchange blocks.
+
+    `groups` are the model's KV cache groups, those that need all blocks first; none where they are not known.
+    """
 
     replica: str
     pid: int
@@ -107,6 +115,7 @@ class Description(msgspec.Struct, frozen=True):
     status: str
     fingerprint: dict[str, str]
     memories: tuple[Memory, ...]
+    groups: tuple[Group, ...] = ()
 
 
 def align(size: int) -> int:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from transport.errors import TableError
 from transport.fingerprint import fingerprint_digest
+from transport.groups import Group
 from transport.keys import Keys
 from transport.table import liveness
 from transport.table.deliveries import Delivery, EngineLoad, PeerCounters
@@ -141,6 +142,10 @@ class TableReader:
     def memories(self) -> tuple[Memory, ...]:
         return self.description.memories
 
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.description.groups
+
     def alive(self) -> bool:
         """Tell whether the owner still runs, as the kernel knows."""
         return self._fd >= 0 and liveness.claimed(self._fd)
@@ -150,7 +155,7 @@ class TableReader:
         ids: list[npt.NDArray[np.int32]] = []
         states: list[npt.NDArray[np.uint64]] = []
         for chunk in _chunks(keys):
-            found, block_ids, seen = self._look_up(chunk)
+            found, block_ids, seen = self.look_up(chunk)
             held = len(chunk) if found.all() else int(found.argmin())
             ids.append(block_ids[:held])
             states.append(seen[:held])
@@ -160,7 +165,8 @@ class TableReader:
             return Run(np.empty(0, np.int32), np.empty(0, np.uint64))
         return Run(np.concatenate(ids), np.concatenate(states))
 
-    def _look_up(self, keys: Keys) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
+    def look_up(self, keys: Keys) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
+        """Return for each of `keys`, shape (n, 2), whether the table holds it at this moment, its block's id and its state."""
         slots = self._index[keys[:, 0] & self._mask]
         rows, ways = np.nonzero(slots)  # a bucket has one entry or two on average, of WAYS
         blocks = slots[rows, ways].astype(np.int64) - 1
@@ -189,7 +195,7 @@ class TableReader:
         block may go unseen.
         """
         blocks = len(words) // 2
-        if not blocks or not self._holds(words[0], words[1]):  # as in most tables for most prompts
+        if not blocks or not self.holds(words[0], words[1]):  # as in most tables for most prompts
             return 0
         if blocks <= 2 * _VERIFIED:
             return self._first_missing(words, range(1, blocks))
@@ -208,13 +214,13 @@ class TableReader:
             slot = slots[(low & mask) * WAYS]  # most blocks are the first in their bucket
             if slot and slot <= most and not states[slot - 1] & 1 and keys[2 * slot - 2] == low and keys[2 * slot - 1] == high:
                 continue
-            if not self._holds(low, high):
+            if not self.holds(low, high):
                 return place
         return places.stop
 
     def _halved(self, words: memoryview, blocks: int) -> int:
         """Return how many of the first `blocks` blocks are held if there are no gaps; the first is held."""
-        holds = self._holds
+        holds = self.holds
         low, high = 0, blocks - 1  # the block at low is held, that at high is not or does not exist
         if holds(words[2 * high], words[2 * high + 1]):
             return blocks
@@ -226,7 +232,7 @@ class TableReader:
                 high = middle
         return high
 
-    def _holds(self, low: int, high: int) -> bool:
+    def holds(self, low: int, high: int) -> bool:
         """Tell whether the block under the key of these two words is held."""
         for slot in _SLOTS(self._slots, (low & self._bucket_mask) * _BUCKET_BYTES):
             if slot and slot <= self.num_blocks and self._state_words[slot - 1] & 1 == 0:

@@ -1,0 +1,98 @@
+"""KV cache groups: which blocks of a prefix each kind of layer needs, and how much of a prefix a holder can supply.
+
+A model's layers fall into groups that allocate blocks from one pool. Full attention reads every block before a token, a
+sliding window the blocks that the window reaches, a state layer (Mamba, gated delta net) only the state at the token before.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+Kind = Literal["full", "window", "chunk", "state"]
+GROUPS_MAX = 64
+
+
+class Group(msgspec.Struct, frozen=True):
+    """One group. `block_size` is in tokens; `bytes` are those of a block over the group's `layers` on one rank.
+
+    `window` is, in tokens: for a sliding window how far back a token sees, itself included; for chunked local attention the
+    size of a chunk; 0 otherwise.
+    """
+
+    kind: Kind
+    block_size: int
+    window: int = 0
+    layers: int = 0
+    bytes: int = 0
+
+    def first_needed(self, tokens: int) -> int:
+        """Return the first block that is read by whatever is computed behind `tokens`, a multiple of the block size.
+
+        It never falls as `tokens` grows. Source: get_num_skipped_tokens in vLLM's v1/core/single_type_kv_cache_manager.py.
+        """
+        if self.kind == "full":
+            return 0
+        if self.kind == "state":
+            unread = tokens - 1
+        elif self.kind == "chunk":
+            unread = tokens // self.window * self.window
+        else:
+            unread = tokens - self.window + 1
+        return max(0, unread) // self.block_size
+
+
+class Holder(Protocol):
+    """What somebody holds of one chain, block by block of a group (an index into the list of groups)."""
+
+    def run_end(self, group: int, begin: int, end: int) -> int:
+        """Return the first of the blocks from `begin` to before `end` that is not held, `end` if all are."""
+
+    def last_missing(self, group: int, begin: int, end: int) -> int:
+        """Return the last of the blocks from `begin` to before `end` that is not held, -1 if all are."""
+
+
+def plain(groups: Sequence[Group]) -> bool:
+    """Whether all blocks of a prefix are needed and nothing else, so that whoever holds one can supply any shorter one."""
+    return all(group.kind == "full" for group in groups) and len(groups) <= 1
+
+
+def unit(groups: Sequence[Group]) -> int:
+    """Return how many tokens each key of a chain stands for: every group's block ends at a key."""
+    return math.gcd(*(group.block_size for group in groups))
+
+
+def step(groups: Sequence[Group]) -> int:
+    """Return what the length of a supplied prefix is a multiple of, in tokens: there a block of every group ends."""
+    return math.lcm(*(group.block_size for group in groups))
+
+
+def needed(group: Group, begin: int, end: int) -> range:
+    """Return the blocks of `group` with which a prefix of `begin` tokens grows to `end`; both multiples of `step`."""
+    return range(max(group.first_needed(end), begin // group.block_size), end // group.block_size)
+
+
+def supplied(groups: Sequence[Group], holder: Holder, begin: int, end: int) -> int:
+    """Return to how many tokens, at most `end`, a prefix of `begin` tokens that one has grows by what `holder` holds.
+
+    `begin` if by none. It is the longest length at which every group has the blocks that it needs there: groups that need all
+    blocks bound it first; then each missing block of another group takes it down to where that block is not needed yet.
+    """
+    size = step(groups)
+    length = end // size * size
+    for number, group in enumerate(groups):
+        if group.kind == "full" and length > begin:
+            run = holder.run_end(number, begin // group.block_size, length // group.block_size)
+            length = run * group.block_size // size * size
+    others = [(number, group) for number, group in enumerate(groups) if group.kind != "full"]
+    checked = 0
+    while length > begin and checked < len(others):
+        number, group = others[checked]
+        blocks = needed(group, begin, length)
+        missing = holder.last_missing(number, blocks.start, blocks.stop)
+        checked += 1
+        if missing >= 0:  # so it is at every length from here down to the block's own begin
+            length = missing * group.block_size // size * size
+            checked = 0
+    return max(length, begin)
