@@ -1,5 +1,6 @@
 """The seam between an engine and the ways to read another replica's KV memory."""
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -14,7 +15,8 @@ from transport.table.reader import TableReader
 class ImportJob:
     """Copy `source_blocks` of replica `source` into our `target_blocks`; both int32 (n,).
 
-    `states`, uint64 (n,), are what the source's table said when the blocks were looked up, in the epoch `epoch`.
+    `states`, uint64 (n,), are what the source's table said when the blocks were looked up, in the epoch `epoch`. `counts` tells
+    how many of the blocks are of each KV cache group, in the order of the groups; empty if the model has one.
     """
 
     request_id: str
@@ -23,9 +25,15 @@ class ImportJob:
     source_blocks: npt.NDArray[np.int32]
     states: npt.NDArray[np.uint64]
     target_blocks: npt.NDArray[np.int32]
+    counts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.source_blocks)
+
+    def groups(self) -> list[slice]:
+        """Return where each group's blocks are."""
+        ends = list(itertools.accumulate(self.counts or (len(self),)))
+        return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 @dataclass(frozen=True, slots=True)

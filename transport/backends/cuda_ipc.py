@@ -16,7 +16,7 @@ import torch
 from cuda.bindings import driver, runtime
 
 from transport.backends.base import ImportJob, ImportResult
-from transport.backends.gather import WORD_BYTES, gather
+from transport.backends.gather import WORD_BYTES, gather, plan, segments_of
 from transport.backends.geometry import layer_geometries
 from transport.backends.verification import check
 from transport.errors import MemoryUnreachable
@@ -62,8 +62,10 @@ class CudaIpcTransport:
 
     name: ClassVar[str] = "cuda_ipc"
 
-    def __init__(self, kv_caches: Mapping[str, Any], num_blocks: int, rank: int = 0) -> None:
-        geometries = layer_geometries(kv_caches, num_blocks)
+    def __init__(
+        self, kv_caches: Mapping[str, Any], num_blocks: int, rank: int = 0, groups: Mapping[str, int] | None = None
+    ) -> None:
+        geometries = layer_geometries(kv_caches, num_blocks, groups)
         self._device = next(iter(kv_caches.values())).device
         self._caches = tuple(kv_caches.values())
         addresses = [geometry.storage.data_ptr() + geometry.offset for geometry in geometries]
@@ -73,11 +75,12 @@ class CudaIpcTransport:
         bases = list(dict.fromkeys(spans))
         regions = tuple(Region(_export(base), size) for base, size in bases)
         layers = tuple(
-            Layer(bases.index(span), address - span[0], geometry.stride, geometry.bytes)
+            Layer(bases.index(span), address - span[0], geometry.stride, geometry.bytes, geometry.group)
             for span, address, geometry in zip(spans, addresses, geometries, strict=True)
         )
         self._memory = Memory(rank, self.name, regions, layers)
-        self._bytes = [geometry.bytes for geometry in geometries]
+        self._shape = [(geometry.group, geometry.bytes) for geometry in geometries]
+        self._segments = segments_of(self._shape)
         self._own = self._table([(a, g.stride, g.bytes) for a, g in zip(addresses, geometries, strict=True)])
         self._stream = torch.cuda.Stream(self._device)
         self._opener = ThreadPoolExecutor(1, "peerkv-open", initializer=torch.cuda.set_device, initargs=(self._device,))
@@ -142,15 +145,18 @@ class CudaIpcTransport:
 
     def _launch(self, copy: _Copy, peer: _Peer) -> None:
         """Enqueue the gather behind all that the engine enqueued before: the target blocks may still be read by it."""
-        blocks = torch.from_numpy(np.stack((copy.job.source_blocks, copy.job.target_blocks))).pin_memory()
+        job = copy.job
+        rows, pieces = plan(self._segments, job.groups())
+        numbers = torch.from_numpy(np.concatenate((job.source_blocks, job.target_blocks, rows.ravel()))).pin_memory()
         copy.begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            on_device = blocks.to(self._device, non_blocking=True)
+            on_device = numbers.to(self._device, non_blocking=True)
+            blocks = on_device[: 2 * len(job)].view(2, -1)
             copy.begin.record()
-            gather(peer.layers, self._own, on_device, max(self._bytes) // WORD_BYTES, copy.programs)
+            gather(peer.layers, self._own, self._segments, on_device[2 * len(job) :], pieces, blocks, copy.programs)
             end.record()
-        copy.held = (blocks, on_device, peer.layers)
+        copy.held = (numbers, on_device, peer.layers)
         copy.end = end
 
     def _finish(self, copy: _Copy) -> ImportResult:
@@ -158,13 +164,16 @@ class CudaIpcTransport:
         assert copy.end is not None
         failed, stale, reason = check(copy.job, copy.reader)
         nanoseconds = int(copy.begin.elapsed_time(copy.end) * 1e6)
-        return ImportResult(copy.job, failed, stale, sum(self._bytes) * len(copy.job), nanoseconds, reason)
+        parts = copy.job.groups()
+        size = sum(size * (parts[group].stop - parts[group].start) for group, size in self._shape)
+        return ImportResult(copy.job, failed, stale, size, nanoseconds, reason)
 
     def _compile(self) -> None:
         """Compile the gather before the first import, by copying the null block 0 onto itself."""
         with torch.cuda.stream(self._stream):
             blocks = torch.zeros((2, 1), dtype=torch.int32, device=self._device)
-            gather(self._own, self._own, blocks, max(self._bytes) // WORD_BYTES, 1)
+            rows, pieces = plan(self._segments, [slice(0, 1)] * (1 + max(group for group, _ in self._shape)))
+            gather(self._own, self._own, self._segments, torch.from_numpy(rows.ravel()).to(self._device), pieces, blocks, 1)
         self._stream.synchronize()
 
     def _table(self, layers: list[tuple[int, int, int]]) -> torch.Tensor:
@@ -174,7 +183,7 @@ class CudaIpcTransport:
     def _open(self, name: str, blocks: int, memories: tuple[Memory, ...]) -> _Peer:
         """Open an owner's memory; runs in the opener's thread, with the importer's own device current."""
         memory = next((m for m in memories if m.rank == self._memory.rank and m.transport == self.name), None)
-        if memory is None or [layer.bytes for layer in memory.layers] != self._bytes:
+        if memory is None or [(layer.group, layer.bytes) for layer in memory.layers] != self._shape:
             raise MemoryUnreachable(f"{name} offers no CUDA memory of our shape for rank {self._memory.rank}")
         for layer in memory.layers:
             inside = 0 <= layer.region < len(memory.regions) and layer.offset >= 0 and layer.stride >= layer.bytes

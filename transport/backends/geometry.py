@@ -15,16 +15,23 @@ class LayerGeometry:
     offset: int
     stride: int
     bytes: int
+    group: int = 0
 
 
-def layer_geometries(kv_caches: Mapping[str, Any], num_blocks: int) -> list[LayerGeometry]:
-    """Return one geometry a layer, in the order of `kv_caches` (torch tensors whose first dimension counts blocks).
+def layer_geometries(
+    kv_caches: Mapping[str, Any], num_blocks: int, groups: Mapping[str, int] | None = None
+) -> list[LayerGeometry]:
+    """Return one geometry a layer, of `kv_caches` (torch tensors whose first dimension counts blocks).
 
-    A tensor may hold several kernel blocks for each of the engine's `num_blocks`. Raises MemoryUnreachable for a layout in
-    which a block is not one dense run of bytes.
+    They are in the order of their groups, in each by the bytes of a block, and else in that of `kv_caches`; `groups` tells
+    each layer's, None that there is one. Layers that share their memory come once. A tensor may hold several kernel blocks for
+    each of the engine's `num_blocks`. Raises MemoryUnreachable for a layout in which a block is not one dense run of bytes.
     """
-    layers = []
+    layers: dict[tuple[int, int, int], LayerGeometry] = {}
     for name, tensor in kv_caches.items():
+        group = groups.get(name) if groups is not None else 0
+        if group is None:
+            raise MemoryUnreachable(f"{name} is in no KV cache group")
         rows = int(tensor.shape[0])
         if rows % num_blocks:
             raise MemoryUnreachable(f"{name}: {rows} rows can not hold {num_blocks} blocks; use a layout with blocks outermost")
@@ -38,7 +45,8 @@ def layer_geometries(kv_caches: Mapping[str, Any], num_blocks: int) -> list[Laye
                 f"{name}: shape {tuple(tensor.shape)}, strides {tensor.stride()}: a block is not one dense run"
             )
         offset = int(tensor.storage_offset()) * item
-        layers.append(LayerGeometry(tensor.untyped_storage(), offset, row_stride * ratio, row_bytes * ratio))
+        geometry = LayerGeometry(tensor.untyped_storage(), offset, row_stride * ratio, row_bytes * ratio, group)
+        layers.setdefault((geometry.storage.data_ptr(), offset, group), geometry)
     if not layers:
         raise MemoryUnreachable("the engine registered no KV tensors")
-    return layers
+    return sorted(layers.values(), key=lambda layer: (layer.group, layer.bytes))

@@ -38,9 +38,9 @@ class _Handle(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class _Peer:
-    """An owner's mapped memory: for each layer the address of block 0, the stride, the bytes of a block."""
+    """An owner's mapped memory: for each layer the address of block 0 and the stride."""
 
-    layers: tuple[tuple[int, int, int], ...]
+    layers: tuple[tuple[int, int], ...]
     maps: tuple[mmap.mmap, ...]
 
 
@@ -61,13 +61,15 @@ class SharedMemoryTransport:
 
     name: ClassVar[str] = "shared_memory"
 
-    def __init__(self, kv_caches: Mapping[str, Any], num_blocks: int, rank: int = 0) -> None:
-        geometries = layer_geometries(kv_caches, num_blocks)
+    def __init__(
+        self, kv_caches: Mapping[str, Any], num_blocks: int, rank: int = 0, groups: Mapping[str, int] | None = None
+    ) -> None:
+        geometries = layer_geometries(kv_caches, num_blocks, groups)
         storages = {g.storage._cdata: g.storage for g in geometries}  # several layers may share one allocation
         places = {key: place for place, key in enumerate(storages)}
         regions = tuple(_share(storage) for storage in storages.values())
-        self._layers = tuple((g.storage.data_ptr() + g.offset, g.stride, g.bytes) for g in geometries)
-        layers = tuple(Layer(places[g.storage._cdata], g.offset, g.stride, g.bytes) for g in geometries)
+        self._layers = tuple((g.storage.data_ptr() + g.offset, g.stride) for g in geometries)
+        layers = tuple(Layer(places[g.storage._cdata], g.offset, g.stride, g.bytes, g.group) for g in geometries)
         self._memory = Memory(rank, self.name, regions, layers)
         self._rank = rank
         self._storages = tuple(storages.values())  # the addresses above live as long as these
@@ -84,9 +86,11 @@ class SharedMemoryTransport:
         peer = self._peers.get((job.source, job.epoch))
         if peer is None:
             peer = self._peers[job.source, job.epoch] = self._map(reader)
-        block_bytes = sum(size for _, _, size in self._layers)
-        pieces = _pieces(_runs(job.source_blocks, job.target_blocks), peer.layers, self._layers)
-        self._copies.append(_Copy(job, reader, pieces, block_bytes * len(job), time.monotonic_ns()))
+        parts, layers = job.groups(), self._memory.layers
+        size = sum(layer.bytes * (parts[layer.group].stop - parts[layer.group].start) for layer in layers)
+        runs = [_runs(job.source_blocks[part], job.target_blocks[part]) for part in parts]
+        pieces = _pieces(runs, layers, peer.layers, self._layers)
+        self._copies.append(_Copy(job, reader, pieces, size, time.monotonic_ns()))
 
     def poll(self) -> list[ImportResult]:
         results: list[ImportResult] = []
@@ -119,8 +123,7 @@ class SharedMemoryTransport:
         memory = next((m for m in reader.memories if m.rank == self._rank and m.transport == self.name), None)
         if memory is None:
             raise MemoryUnreachable(f"{reader.name} offers no shared memory for rank {self._rank}")
-        sizes = [layer.bytes for layer in memory.layers]
-        if sizes != [size for _, _, size in self._layers]:
+        if [(layer.group, layer.bytes) for layer in memory.layers] != [(own.group, own.bytes) for own in self._memory.layers]:
             raise MemoryUnreachable(f"{reader.name} has layers of other sizes")
         maps = tuple(_map_region(region) for region in memory.regions)
         layers = []
@@ -131,7 +134,7 @@ class SharedMemoryTransport:
             if layer.offset + (reader.num_blocks - 1) * layer.stride + layer.bytes > len(region):
                 raise MemoryUnreachable(f"{reader.name} describes a layer that ends beyond its memory")
             base = int(np.frombuffer(region, np.uint8).__array_interface__["data"][0])
-            layers.append((base + layer.offset, layer.stride, layer.bytes))
+            layers.append((base + layer.offset, layer.stride))
         return _Peer(tuple(layers), maps)
 
 
@@ -160,6 +163,8 @@ def _map_region(region: Region) -> mmap.mmap:
 
 def _runs(source: npt.NDArray[np.int32], target: npt.NDArray[np.int32]) -> list[tuple[int, int, int]]:
     """Join neighbours: (first source block, first target block, blocks) for stretches consecutive on both sides."""
+    if not len(source):
+        return []
     breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
     starts = np.concatenate(([0], breaks))
     lengths = np.diff(np.concatenate((starts, [len(source)])))
@@ -167,15 +172,17 @@ def _runs(source: npt.NDArray[np.int32], target: npt.NDArray[np.int32]) -> list[
 
 
 def _pieces(
-    runs: list[tuple[int, int, int]],
-    source_layers: tuple[tuple[int, int, int], ...],
-    target_layers: tuple[tuple[int, int, int], ...],
+    runs: list[list[tuple[int, int, int]]],
+    layers: tuple[Layer, ...],
+    sources: tuple[tuple[int, int], ...],
+    targets: tuple[tuple[int, int], ...],
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield (target address, source address, bytes), at most about PIECE_BYTES_MAX each."""
-    for (source, source_stride, size), (target, target_stride, _) in zip(source_layers, target_layers, strict=True):
+    """Yield (target address, source address, bytes), at most about PIECE_BYTES_MAX each; `runs` are those of each group."""
+    for layer, (source, source_stride), (target, target_stride) in zip(layers, sources, targets, strict=True):
+        size = layer.bytes
         dense = source_stride == target_stride == size
         step = max(1, PIECE_BYTES_MAX // size) if dense else 1
-        for first_source, first_target, blocks in runs:
+        for first_source, first_target, blocks in runs[layer.group]:
             for at in range(0, blocks, step):
                 count = min(step, blocks - at)
                 yield (

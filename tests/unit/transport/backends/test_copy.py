@@ -98,6 +98,40 @@ def test_an_import_copies_exactly_the_blocks_asked_for(tmp_path, layout, blocks,
     assert result.bytes == sum(rows(t, 0).numel() * t.element_size() for t in caches.values()) * len(blocks)
 
 
+def test_blocks_of_each_group_are_copied_in_that_groups_layers_alone(tmp_path):
+    """Layers of different groups lie over the same memory, as in vLLM."""
+    groups = {"layer.0": 0, "layer.1": 1, "layer.2": 1, "again": 1}
+
+    def overlaid():
+        whole = torch.zeros(2, BLOCKS, 2, 4, 8)
+        return {"layer.0": whole[0], "layer.1": whole[0], "layer.2": whole[1], "again": whole[1]}
+
+    caches, theirs = overlaid(), overlaid()
+    fill(theirs, 1)
+    owner_transport = SharedMemoryTransport(theirs, BLOCKS, groups=groups)
+    table = writer(tmp_path, "owner", BLOCKS, memories=(owner_transport.memory(),))
+    importer = SharedMemoryTransport(caches, BLOCKS, groups=groups)
+    with closing(table):
+        table.publish([3, 9, 4], KEYS[:3])
+        reader = TableDirectory(tmp_path).tables()["owner"]
+        run = reader.longest_run(KEYS[:3])
+        job = ImportJob("r", "owner", reader.epoch, run.block_ids, run.states, np.array([0, 15, 7], np.int32), (1, 2))
+        importer.start(job, reader, gently=False)
+        (result,) = drain(importer)
+    block = 2 * 4 * 8 * 4
+    assert (result.failed_blocks, result.bytes) == ((), block * (1 + 2 * 2))
+    assert torch.equal(caches["layer.0"][0], theirs["layer.0"][3])
+    assert not caches["layer.2"][0].any()
+    for target, source in ((15, 9), (7, 4)):
+        assert torch.equal(caches["layer.1"][target], theirs["layer.1"][source])
+        assert torch.equal(caches["layer.2"][target], theirs["layer.2"][source])
+
+
+def test_layers_that_are_in_no_group_are_not_shared():
+    with pytest.raises(MemoryUnreachable, match=r"layer\.1 is in no KV cache group"):
+        layer_geometries(one_allocation(), BLOCKS, {"layer.0": 0})
+
+
 def test_moving_the_cache_into_shared_memory_keeps_its_content(tmp_path):
     caches = one_allocation()
     fill(caches, 3)
