@@ -9,6 +9,7 @@ import torch
 import xxhash
 
 from engine.connector import compat
+from transport.groups import Group
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "tekken.json")
@@ -16,15 +17,14 @@ _MEDIA = ("preprocessor_config.json", "processor_config.json", "video_preprocess
 _READ_BYTES = 1 << 24
 
 
-def scheduler_fields(vllm_config: Any, kv_cache_config: Any, hash_name: str) -> dict[str, str]:
-    """Return the fields that the engine's configuration decides."""
+def scheduler_fields(vllm_config: Any, groups: tuple[Group, ...], hash_name: str) -> dict[str, str]:
+    """Return the fields that the engine's configuration decides; `groups` are its KV cache groups."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     name, revision, tokenizer = compat.model_identity(model)
     load = vllm_config.load_config
     folder = model_folder(name, revision, load.download_dir)
     config = {key: value for key, value in model.hf_config.to_dict().items() if not key.startswith("_")}
     config.pop("transformers_version", None)
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     return {
         "vllm": compat.vllm_version(),
         "torch": str(torch.__version__),
@@ -39,15 +39,17 @@ def scheduler_fields(vllm_config: Any, kv_cache_config: Any, hash_name: str) -> 
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "kv dtype": str(cache.cache_dtype),
-        "block size": str(cache.block_size),
-        "layers": str(len(kv_cache_config.kv_cache_groups[0].layer_names)),
-        "kv heads": str(getattr(spec, "num_kv_heads", "")),
-        "head size": str(getattr(spec, "head_size", "")),
-        "sliding window": str(getattr(spec, "sliding_window", None)),
+        "groups": "; ".join(map(describe, groups)),
         "tensor parallel size": str(parallel.tensor_parallel_size),
         "pipeline parallel size": str(parallel.pipeline_parallel_size),
         "hash": hash_name,
     }
+
+
+def describe(group: Group) -> str:
+    """Return what a group is, in words that are equal when its blocks are."""
+    window = f" of {group.window} tokens" if group.window else ""
+    return f"{group.layers} layers of {group.kind}{window}, {group.block_size} tokens and {group.bytes} bytes a block"
 
 
 def worker_fields(vllm_config: Any, kv_caches: dict[str, torch.Tensor]) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """Imports under way: begun when vLLM gave a request its blocks, settled when every worker has reported."""
 
 import logging
+from collections.abc import Sequence as Blocks
 
 import numpy as np
 
 from engine.connector.accounts import Accounts
+from engine.connector.groups import ModelGroups
 from engine.connector.messages import ImportReport, WorkerReport
 from engine.connector.peers import Peers
 from engine.connector.sequence import Import, Sequence
@@ -15,15 +17,15 @@ _logger = logging.getLogger(__name__)
 
 
 class Imports:
-    """`block_size` is in tokens, `ranks` the number of workers that must report an import before it is done."""
+    """`groups` are the model's, `ranks` the number of workers that must report an import before it is done."""
 
     def __init__(
-        self, table: TableWriter, accounts: Accounts, sources: Peers, *, block_size: int, transport: str, ranks: int
+        self, table: TableWriter, accounts: Accounts, sources: Peers, *, groups: ModelGroups, transport: str, ranks: int
     ) -> None:
         self._table = table
         self._accounts = accounts
         self._sources = sources
-        self._block_size = block_size
+        self._groups = groups
         self._transport = transport
         self._ranks = ranks
         self._under_way: dict[str, tuple[Sequence, Import]] = {}
@@ -44,13 +46,16 @@ class Imports:
         self._under_way[request_id] = (sequence, plan)
         self._accounts.import_begun(sequence.account, plan.source, now_ns)
         self._starting.append(
-            ImportJob(request_id, plan.source, plan.epoch, plan.source_blocks, plan.states, plan.target_blocks)
+            ImportJob(request_id, plan.source, plan.epoch, plan.source_blocks, plan.states, plan.target_blocks, plan.counts)
         )
 
-    def give_up(self, request_id: str, targets: list[int]) -> None:
-        """Have the workers report an import as failed that can not be begun: with no source to read from."""
+    def give_up(self, request_id: str, block_ids: Blocks[Blocks[int]], tokens: int) -> None:
+        """Have the workers report an import of `tokens` tokens as failed that can not be begun: with no source to read from."""
+        plain = self._groups.plain
+        targets = block_ids[0][-(tokens // self._groups.unit) :] if plain else [block for ids in block_ids for block in ids]
         blocks, count = np.array(targets, np.int32), len(targets)
-        self._starting.append(ImportJob(request_id, "", 0, np.zeros(count, np.int32), np.zeros(count, np.uint64), blocks))
+        none, counts = np.zeros(count, np.int32), () if plain else tuple(map(len, block_ids))
+        self._starting.append(ImportJob(request_id, "", 0, none, np.zeros(count, np.uint64), blocks, counts))
 
     def take_starting(self) -> tuple[ImportJob, ...]:
         """Return the imports to begin in this step, each once."""
@@ -78,17 +83,16 @@ class Imports:
         self._partial.clear()
 
     def _end(self, sequence: Sequence, plan: Import, report: ImportReport, now_ns: int) -> None:
-        targets = plan.target_blocks.tolist()
-        good = next((place for place, block in enumerate(targets) if block in report.failed_blocks), len(targets))
+        good = self._good_tokens(plan, report)
         # the blocks are offered onward with the request's first step, behind which nobody waits
-        size = self._block_size
-        self._accounts.import_ended(sequence.account, plan.local_blocks * size, good * size, report, now_ns)
-        failed, table = good < len(targets), self._table
+        self._accounts.import_ended(sequence.account, plan.begin, good, report, now_ns)
+        failed, table = bool(report.failed_blocks), self._table
+        blocks = good // self._groups.unit if not plan.counts else len(plan.source_blocks) if good else 0
         table.imported(
-            plan.source, self._transport, blocks=good, size=report.bytes, nanoseconds=report.nanoseconds, failed=failed
+            plan.source, self._transport, blocks=blocks, size=report.bytes, nanoseconds=report.nanoseconds, failed=failed
         )
         table.count("imports")
-        table.count("import_blocks", good)
+        table.count("import_blocks", blocks)
         table.count("import_bytes", report.bytes)
         table.count("import_nanoseconds", report.nanoseconds)
         if report.failed_blocks and not report.bytes:  # nothing was copied at all
@@ -97,3 +101,11 @@ class Imports:
             table.count("check_failures", report.stale_blocks)
             table.count("fallbacks")
             _logger.info("import of %s from %s fell short: %s", sequence.request.request_id, plan.source, report.reason)
+
+    def _good_tokens(self, plan: Import, report: ImportReport) -> int:
+        """Return how many tokens it brought: of several groups all or none, as vLLM computes such a request from its begin."""
+        targets = plan.target_blocks.tolist()
+        good = next((place for place, block in enumerate(targets) if block in report.failed_blocks), len(targets))
+        if plan.counts:
+            return plan.tokens if good == len(targets) else 0
+        return good * self._groups.unit

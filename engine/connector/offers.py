@@ -1,9 +1,12 @@
 """What this engine offers to others: full blocks whose KV is computed, until vLLM gives them away."""
 
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Blocks
 
-from engine.connector.sequence import Sequence
+from engine.connector.groups import ModelGroups
+from engine.connector.sequence import NULL_BLOCK, Sequence
+from transport.keys import group_keys
 from transport.table.writer import TableWriter
 
 NEVER = 1 << 60
@@ -13,11 +16,15 @@ NEVER = 1 << 60
 class Offers:
     """Keeps `table` true. It remembers in which step each block was given away last: an older step's content is not offered."""
 
-    def __init__(self, table: TableWriter) -> None:
+    def __init__(self, table: TableWriter, groups: ModelGroups) -> None:
         self._table = table
+        self._groups = groups
+        self._ratios = [
+            (number, group.block_size // groups.unit) for number, group in enumerate(groups.groups) if group.kind != "state"
+        ]
         self._allocated = array("q", bytes(8 * table.layout.blocks))
 
-    def end(self, blocks: list[int], step: int) -> None:
+    def end(self, blocks: Blocks[int], step: int) -> None:
         """vLLM gave away `blocks` in `step`: what they held is offered no more."""
         if blocks:
             for block in blocks:
@@ -32,17 +39,41 @@ class Offers:
         """Tell whether all `blocks` hold what they did when `step` was done."""
         return all(self._allocated[block] <= step for block in blocks)
 
-    def publish(self, sequence: Sequence, full_blocks: int, step: int) -> None:
-        """Offer the first `full_blocks` of a sequence, as far as `step` filled them and nobody else has them since."""
-        first, last = sequence.published, min(full_blocks, len(sequence.block_ids))
+    def publish(self, sequence: Sequence, full_keys: int, step: int, kept: Callable[[int], bool]) -> None:
+        """Offer the blocks of a sequence's first `full_keys` keys, as far as `step` filled them and nobody has them since.
+
+        Of groups that do not need all blocks those are offered that vLLM has `kept` for its own prefix cache: the others it
+        gives away before any else, as soon as the sequence has moved on. States are offered by `publish_state`.
+        """
+        first, last = sequence.published, full_keys
+        for number, ratio in self._ratios:
+            last = min(last, len(sequence.block_ids[number]) * ratio)
         if last <= first:
             return
         keys = sequence.keys(last)
-        last = min(last, len(keys))
-        blocks, keys = sequence.block_ids[first:last], keys[first:last]
-        allocated = self._allocated
-        if any(allocated[block] > step for block in blocks):  # given away while the step was under way
-            places = [place for place, block in enumerate(blocks) if allocated[block] <= step]
-            blocks, keys = [blocks[place] for place in places], keys[places]
-        self._table.publish(blocks, keys)
+        last, allocated = min(last, len(keys)), self._allocated
+        for number, ratio in self._ratios:
+            begin, end = first // ratio, last // ratio
+            blocks = sequence.block_ids[number][begin:end]
+            own = group_keys(keys, number, ratio)[begin:end]
+            if self._groups.groups[number].kind != "full":
+                places = [
+                    at for at, block in enumerate(blocks) if block != NULL_BLOCK and allocated[block] <= step and kept(block)
+                ]
+                blocks, own = [blocks[place] for place in places], own[places]
+            elif any(allocated[block] > step for block in blocks):  # given away while the step was under way
+                places = [place for place, block in enumerate(blocks) if allocated[block] <= step]
+                blocks, own = [blocks[place] for place in places], own[places]
+            self._table.publish(blocks, own)
         sequence.published = last
+
+    def publish_state(self, sequence: Sequence, group: int, block: int, tokens: int, step: int) -> None:
+        """Offer the state behind the first `tokens` tokens, which `step` left in `block`, if that is the end of a block."""
+        size = self._groups.groups[group].block_size
+        if sequence.published == NEVER or tokens % size or self._allocated[block] > step:
+            return
+        keys = sequence.keys(tokens // self._groups.unit)
+        if len(keys) * self._groups.unit >= tokens:
+            self._table.publish([block], group_keys(keys[-1:], group))
+            if tokens <= sequence.account.prompt_tokens:
+                sequence.states[group] = (tokens, block)

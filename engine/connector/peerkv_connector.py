@@ -14,23 +14,26 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
+    KVConnectorTransferResults,
     SupportsHMA,
 )
 
 from engine.connector import compat, fingerprint
+from engine.connector.groups import GroupNotHandled, ModelGroups, model_groups
 from engine.connector.messages import Handshake, StepMetadata, WorkerReport
 from engine.connector.pins import unpin_before_reset
 from engine.connector.scheduler import SchedulerHalf
 from engine.connector.worker import WorkerHalf
 from transport.errors import TransportError
 from transport.fingerprint import fingerprint_digest
+from transport.groups import Group
 from transport.keys import HASH_NAMES
 from transport.table.directory import TableDirectory, sweep
 from transport.table.layout import Description
@@ -63,6 +66,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._fields: dict[str, str] = {}
+        self._groups: ModelGroups | None = None
         self._bound: Any = None
         # a failed import must be computed, not reported to the client; vLLM reads this after it made the connector
         vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
@@ -78,6 +82,15 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     # Scheduler
 
+    @property
+    def supports_divergent_local_hybrid_hits(self) -> bool:
+        """An import may begin where full attention's blocks end here: it brings the state that is missing there."""
+        return self._groups is not None and self._groups.restores_states
+
+    def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
+        """All groups: vLLM must not zero what an import writes."""
+        return self._groups.places if self._groups is not None and not self._groups.plain else ()
+
     def set_xfer_handshake_metadata(self, metadata: dict[int, Handshake]) -> None:
         """Create the block table, now that the workers have told where their KV memory is."""
         self._guard("create the block table", lambda: self._create_table(list(metadata.values())), None)
@@ -87,26 +100,33 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._guard("create the block table", lambda: self._create_table(list(metadata.values())), None)
 
     def _create_table(self, handshakes: list[Handshake]) -> None:
-        config, groups = self._vllm_config, self._kv_cache_config.kv_cache_groups
-        fields = fingerprint.scheduler_fields(config, self._kv_cache_config, self._hash_name)
+        config, refusal = self._vllm_config, ""
+        block_size = int(config.cache_config.block_size)
+        try:
+            groups = model_groups(self._kv_cache_config.kv_cache_groups)
+        except GroupNotHandled as error:
+            groups, refusal = ModelGroups((Group("full", block_size),)), str(error)
+        fields = fingerprint.scheduler_fields(config, groups.groups, self._hash_name)
         unread = (
             "the model's weight files are not found: nothing tells whether a peer has the same" if not fields["weights"] else ""
         )
-        status = _refusal(config, groups) or unread or next((h.status for h in handshakes if h.status != "ok"), "ok")
+        status = refusal or _refusal(config) or unread or next((h.status for h in handshakes if h.status != "ok"), "ok")
         fields["namespace"] = self._namespace
         for shake in handshakes:
             fields.update(shake.fields)
         memories = tuple(sorted((h.memory for h in handshakes if h.memory), key=lambda memory: memory.rank))
         transport = memories[0].transport if memories else "none"
         sweep(self._table_dir, time.time())
-        description = Description(self._replica, os.getpid(), self._hash_name, transport, status, fields, memories)
-        block_size = int(config.cache_config.block_size)
+        description = Description(
+            self._replica, os.getpid(), self._hash_name, transport, status, fields, memories, groups.groups
+        )
+        self._groups = groups
         self._scheduler = SchedulerHalf(
-            TableWriter(self._table_dir, description, block_size, int(self._kv_cache_config.num_blocks)),
+            TableWriter(self._table_dir, description, groups.unit, int(self._kv_cache_config.num_blocks)),
             TableDirectory(self._table_dir, self._replica),
             fingerprint_digest(fields),
             fields,
-            block_size=block_size,
+            groups=groups,
             hash_name=self._hash_name,
             transport=transport,
             status=status,
@@ -149,7 +169,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler is not None and num_external_tokens:
-            half, block_ids = self._scheduler, list(blocks.get_block_ids()[0])
+            half, block_ids = self._scheduler, blocks.get_block_ids()
             done = self._guard("plan an import", lambda: half.allocated(request, block_ids, num_external_tokens), None)
             if not done:  # vLLM waits for every import that it allocated for
                 self._guard("give up an import", lambda: half.give_up(request.request_id, block_ids, num_external_tokens), None)
@@ -193,7 +213,14 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         num_blocks = int(self._kv_cache_config.num_blocks)
         self._fields = self._guard("read the KV layout", lambda: fingerprint.worker_fields(self._vllm_config, kv_caches), {})
         if self._fields:
-            self._guard("share the KV memory", lambda: worker.register(kv_caches, num_blocks), None)
+            self._guard("share the KV memory", lambda: worker.register(kv_caches, num_blocks, self._layer_groups()), None)
+
+    def _layer_groups(self) -> Mapping[str, int] | None:
+        """Return the KV cache group of each layer; None if the groups are not handled, and nothing is exchanged."""
+        try:
+            return model_groups(self._kv_cache_config.kv_cache_groups).layers
+        except GroupNotHandled:
+            return None
 
     def get_handshake_metadata(self) -> Handshake | None:
         return self._worker.handshake(self._fields) if self._worker is not None else None
@@ -203,14 +230,14 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if worker is not None and isinstance(metadata, StepMetadata):
             self._guard("begin an import", lambda: worker.start(metadata), None)
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         worker = self._worker
         if worker is None:
-            return None, None
+            return KVConnectorTransferResults()
         ended = self._guard("poll imports", worker.poll, None)
         if ended is None:
             ended = worker.fail_all("a fault in the transport")
-        return None, ended or None
+        return KVConnectorTransferResults(finished_recving=ended, failed_recving=worker.take_failed())
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_load_errors() if self._worker is not None else set()
@@ -261,14 +288,8 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             half.table.end()
 
 
-def _refusal(vllm_config: Any, groups: Iterable[Any]) -> str:
+def _refusal(vllm_config: Any) -> str:
     """Return why this model's KV is not exchanged, "" if it is."""
-    groups = list(groups)
-    if len(groups) != 1:
-        return f"the model has {len(groups)} KV cache groups (hybrid); only one is handled yet"
-    kind = type(groups[0].kv_cache_spec).__name__
-    if kind != "FullAttentionSpec":
-        return f"the model keeps {kind}; only full attention is handled yet"
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     for name in ("pipeline", "decode_context", "prefill_context"):
         if int(getattr(parallel, f"{name}_parallel_size", 1) or 1) > 1:

@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Callable, Mapping
 
+from engine.connector.groups import ModelGroups
 from engine.connector.sequence import Import
 from transport.fingerprint import fingerprint_difference
 from transport.keys import Keys
 from transport.table.deliveries import DeliveryReason
 from transport.table.directory import TableDirectory
+from transport.table.prefix import GroupChain, supply
 from transport.table.reader import TableReader
 
 _logger = logging.getLogger(__name__)
@@ -25,32 +27,45 @@ class Peers:
         digest: bytes,
         fields: Mapping[str, str],
         *,
-        block_size: int,
+        groups: ModelGroups,
         hash_name: str,
         transport: str,
         refused: Callable[[], None],
     ) -> None:
         self._peers = peers
         self._fields = fields
-        self._alike = (digest, "ok", block_size, hash_name, transport)
+        self._groups = groups
+        self._alike = (digest, "ok", groups.unit, hash_name, transport)
         self._on_refusal = refused
         self._refused: set[tuple[str, int]] = set()
         self._unreadable: dict[tuple[str, int], int] = {}
 
-    def longest(self, source: str | None, keys: Keys, local_blocks: int) -> tuple[Import | None, DeliveryReason]:
-        """Return an import of the longest run of `keys` that one may be asked for, and why it is not all of them.
+    def longest(self, source: str | None, keys: Keys, begin: int, end: int) -> tuple[Import | None, DeliveryReason]:
+        """Return the import that brings a sequence from `begin` tokens closest to `end`, and why it is not all of them.
 
-        `keys` are those behind `local_blocks` blocks; `source` names the one to ask, None for whoever has most.
+        `keys` are those of the first `end` tokens; `source` names the one to ask, None for whoever has most.
         """
         best: Import | None = None
         readers, why = self._find(source)
+        chain = GroupChain(self._groups.groups, keys)
         for reader in readers:
-            run = reader.longest_run(keys)
-            if len(run) > (len(best) if best else 0):
-                best = Import(reader.name, reader.epoch, local_blocks, run.block_ids, run.states)
-        if readers and (best is None or len(best) < len(keys)):
+            found = self._supply(reader, chain, keys, begin, end)
+            if found is not None and (best is None or found.end > best.end):
+                best = found
+        if readers and (best is None or best.end < end):
             why = DeliveryReason.SOURCE_HELD_LESS
         return best, why
+
+    def _supply(self, reader: TableReader, chain: GroupChain, keys: Keys, begin: int, end: int) -> Import | None:
+        if self._groups.plain:
+            size = self._groups.unit
+            run = reader.longest_run(keys[begin // size :])
+            reached = begin + len(run) * size
+            return Import(reader.name, reader.epoch, begin, reached, run.block_ids, run.states) if len(run) else None
+        found = supply(reader, chain, begin, end)
+        if found is None:
+            return None
+        return Import(reader.name, reader.epoch, begin, found.tokens, found.block_ids, found.states, found.counts)
 
     def not_read(self, name: str, epoch: int) -> None:
         """Note that an import brought nothing at all."""

@@ -7,31 +7,46 @@ and `engine.connector.peerkv_connector` keeps any exception from reaching vLLM.
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Blocks
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.connector.accounts import Account, Accounts, PromptWork
+from engine.connector.groups import ModelGroups
 from engine.connector.imports import Imports
 from engine.connector.messages import StepMetadata, WorkerReport
 from engine.connector.offers import NEVER, Offers
 from engine.connector.peers import Peers
 from engine.connector.pins import BlockPool, Pins
 from engine.connector.request_keys import RootKeys, extra_content
-from engine.connector.sequence import Sequence
+from engine.connector.sequence import NULL_BLOCK, Sequence
 from transport.backends.base import ImportJob
+from transport.groups import needed
 from transport.hint import PinWish
 from transport.keys import KeyChain
 from transport.table.deliveries import DeliveryReason
 from transport.table.directory import TableDirectory
 from transport.table.writer import TableWriter
 
-Work = list[tuple[Sequence, int]]
-"""What a step will have computed: sequences, and how many tokens of each are computed then."""
+GroupBlocks = Blocks[Blocks[int]]
+"""Block ids, a list for each KV cache group, in vLLM's order."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What a step will have computed: sequences with how many tokens of each are computed then, and the states it leaves.
+
+    A state is a sequence's, of a KV cache group, in a block, behind so many tokens.
+    """
+
+    ends: list[tuple[Sequence, int]] = field(default_factory=list)
+    states: list[tuple[Sequence, int, int, int]] = field(default_factory=list)
 
 
 class SchedulerHalf:
     """Keeps `table` true and plans imports from `peers`.
 
-    `block_size` is in tokens, `ranks` the number of workers that must report an import before it is done, `pin_share_max` the
+    `groups` are the model's, `ranks` the number of workers that must report an import before it is done, `pin_share_max` the
     share of all blocks that pins may hold.
     """
 
@@ -42,7 +57,7 @@ class SchedulerHalf:
         fingerprint: bytes,
         fields: dict[str, str],
         *,
-        block_size: int,
+        groups: ModelGroups,
         hash_name: str,
         transport: str,
         status: str,
@@ -55,22 +70,22 @@ class SchedulerHalf:
             peers,
             fingerprint,
             fields,
-            block_size=block_size,
+            groups=groups,
             hash_name=hash_name,
             transport=transport,
             refused=lambda: table.count("peers_incompatible"),
         )
         self._roots = RootKeys(fingerprint, hash_name)
-        self._block_size = block_size
+        self._groups = groups
         self._hash_name = hash_name
         self._exchanges = status == "ok"
         self._clock_ns = clock_ns
         self._pool: BlockPool | None = None
         self._pool_map: Any = None
-        self._offers = Offers(table)
+        self._offers = Offers(table, groups)
         self._accounts = Accounts(table, transport)
         self._pins = Pins(int(pin_share_max * table.layout.blocks))
-        self._imports = Imports(table, self._accounts, self._sources, block_size=block_size, transport=transport, ranks=ranks)
+        self._imports = Imports(table, self._accounts, self._sources, groups=groups, transport=transport, ranks=ranks)
         self._sequences: dict[str, Sequence] = {}
         self._steps: deque[tuple[int, Work, PromptWork]] = deque()
         self._step = 0
@@ -99,13 +114,13 @@ class SchedulerHalf:
         if sequence is None and account.hint.pin is not None and not account.asked_ns:
             self.table.count("pins_refused")
         if sequence is None or not sequence.tried:
-            tokens, account.why = self._plan(sequence, request, computed_tokens // self._block_size)
+            tokens, account.why = self._plan(sequence, request, computed_tokens // self._groups.step * self._groups.step)
             account.planned_tokens = tokens
             account.source = sequence.planned.source if sequence is not None and sequence.planned is not None else ""
         self._accounts.looked_up(request.request_id, account, computed_tokens + tokens, now_ns)
         return tokens
 
-    def allocated(self, request: Any, block_ids: list[int], external_tokens: int) -> bool:
+    def allocated(self, request: Any, block_ids: GroupBlocks, external_tokens: int) -> bool:
         """Begin the import of a request that vLLM gave blocks to; False if there is nothing to begin."""
         sequence = self._sequences.get(request.request_id)
         if sequence is None:
@@ -113,38 +128,39 @@ class SchedulerHalf:
         plan = sequence.planned
         sequence.planned = None
         sequence.tried = True
-        count = external_tokens // self._block_size
-        if plan is None or len(plan) < count or plan.local_blocks + count > len(block_ids):
+        targets = (
+            plan.targets(self._groups.groups, self._groups.ordered(block_ids), external_tokens) if plan is not None else None
+        )
+        if plan is None or targets is None:
             sequence.account.why = DeliveryReason.ALLOCATION
             self.give_up(request.request_id, block_ids, external_tokens)
             return True
-        targets = block_ids[plan.local_blocks : plan.local_blocks + count]
         self._offers.end(targets, self._step + 1)
         self._imports.begin(sequence, plan, targets, self._clock_ns())
         return True
 
-    def give_up(self, request_id: str, block_ids: list[int], external_tokens: int) -> None:
+    def give_up(self, request_id: str, block_ids: GroupBlocks, external_tokens: int) -> None:
         """Have an import that vLLM allocated for reported as failed."""
-        self._imports.give_up(request_id, block_ids[-(external_tokens // self._block_size) :])
+        self._imports.give_up(request_id, self._groups.ordered(block_ids), external_tokens)
 
     def step(self, output: Any) -> StepMetadata:
         """Close a scheduling step: end the offers of blocks that it gave away, note what it will have computed."""
         self._step += 1
         self._notice_reset()
         now_ns = self._clock_ns()
-        work: Work = []
+        work = Work()
         scheduled = output.num_scheduled_tokens
         for request_id in output.preempted_req_ids or ():
             self._accounts.preempted(request_id)
         for new in output.scheduled_new_reqs:  # with model runner V2, resumed ones too
-            tokens, blocks = scheduled.get(new.req_id, 0), list(new.block_ids[0])
-            self._offers.end(blocks[new.num_computed_tokens // self._block_size :], self._step)
+            tokens, sequence = scheduled.get(new.req_id, 0), self._sequences.get(new.req_id)
+            self._given(sequence, new.block_ids, new.num_computed_tokens, again=True)
             self._accounts.scheduled(new.req_id, new.num_computed_tokens, tokens, now_ns)
-            sequence = self._sequences.get(new.req_id)
             if sequence is not None:
-                sequence.block_ids, sequence.published = blocks, 0
-                work.append((sequence, new.num_computed_tokens + tokens))
+                work.ends.append((sequence, new.num_computed_tokens + tokens))
         self._step_cached(output.scheduled_cached_reqs, scheduled, work, now_ns)
+        if not self._groups.plain:
+            self._step_groups(output, work)
         self._steps.append((self._step, work, self._accounts.close_step()))
         self._pins.expire(now_ns)
         asked, running = self._accounts.asked, self._accounts.running
@@ -157,25 +173,42 @@ class SchedulerHalf:
         """Return the imports to begin in this step, each once."""
         return self._imports.take_starting()
 
+    def _given(self, sequence: Sequence | None, block_ids: GroupBlocks, computed: int, *, again: bool) -> None:
+        """vLLM gave a request blocks: behind those it has, or, `again`, all it has, the first with `computed` tokens."""
+        ordered = self._groups.ordered(block_ids)
+        for group, blocks in zip(self._groups.groups, ordered, strict=True):
+            self._offers.end(blocks[computed // group.block_size :] if again else blocks, self._step)
+        if sequence is None:
+            return
+        if again:
+            sequence.block_ids, sequence.published = [list(blocks) for blocks in ordered], 0
+        else:
+            for own, blocks in zip(sequence.block_ids, ordered, strict=True):
+                own += blocks
+
     def _step_cached(self, cached: Any, scheduled: dict[str, int], work: Work, now_ns: int) -> None:
         """Note the requests that run on. Nothing is done for one that decodes and neither got nor filled a block."""
-        size, sequences, resumed = self._block_size, self._sequences, cached.resumed_req_ids
+        size, sequences, resumed = self._groups.unit, self._sequences, cached.resumed_req_ids
         for request_id, computed, added in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
             sequence = sequences.get(request_id)
-            if added and added[0]:
-                blocks = list(added[0])
-                again = request_id in resumed
-                self._offers.end(blocks[computed // size :] if again else blocks, self._step)
-                if sequence is not None and again:
-                    sequence.block_ids, sequence.published = blocks, 0
-                elif sequence is not None:
-                    sequence.block_ids += blocks
+            if added and any(added):
+                self._given(sequence, added, computed, again=request_id in resumed)
             if sequence is not None:
                 end = computed + scheduled.get(request_id, 0)
                 if end // size > sequence.published:
-                    work.append((sequence, end))
+                    work.ends.append((sequence, end))
         if resumed or self._accounts.prefilling:
             self._step_prompts(cached, scheduled, work, now_ns)
+
+    def _step_groups(self, output: Any, work: Work) -> None:
+        """Note what a step does to blocks of several groups beside giving them away: it copies some, and keeps states."""
+        copies = output.kv_cache_block_copies
+        self._offers.end([copy.dst_block_id for copy in copies] if copies else [], self._step)
+        kept = output.kv_connector_block_state
+        for request_id, states in kept.boundary_state_offloads.items() if kept is not None else ():
+            sequence = self._sequences.get(request_id)
+            if sequence is not None:
+                work.states += [(sequence, self._groups.places.index(place), block, tokens) for place, block, tokens in states]
 
     def _step_prompts(self, cached: Any, scheduled: dict[str, int], work: Work, now_ns: int) -> None:
         """Account for the requests that run on with a part of their prompt."""
@@ -185,7 +218,7 @@ class SchedulerHalf:
                 tokens, sequence = scheduled.get(request_id, 0), self._sequences.get(request_id)
                 self._accounts.scheduled(request_id, computed, tokens, now_ns)
                 if sequence is not None and sequence.pin is not None:  # its last part may fill no block
-                    work.append((sequence, computed + tokens))
+                    work.ends.append((sequence, computed + tokens))
 
     # What vLLM tells when a step is over
 
@@ -194,11 +227,13 @@ class SchedulerHalf:
         now_ns = self._clock_ns()
         while self._steps and self._steps[0][0] <= report.step:
             step, work, prompts = self._steps.popleft()
-            for sequence, end in work:
+            for sequence, group, block, tokens in work.states if self._exchanges else ():
+                self._offers.publish_state(sequence, group, block, tokens, step)
+            for sequence, end in work.ends:
                 # the KV of the newest token is not computed yet; rejected drafts never reach all_token_ids
                 computed = min(end, len(sequence.request.all_token_ids) - 1)
                 if self._exchanges:
-                    self._offers.publish(sequence, computed // self._block_size, step)
+                    self._offers.publish(sequence, computed // self._groups.unit, step, self._kept)
                 if sequence.pin is not None and end >= sequence.account.prompt_tokens:
                     self._pin(sequence, sequence.pin, step, now_ns)
             self._accounts.computed(prompts, now_ns)
@@ -217,7 +252,7 @@ class SchedulerHalf:
         if self._pool is not None:
             self._pool_map = self._pool.cached_block_hash_to_block
         self._offers.end_all()
-        self._steps = deque((step, [], prompts) for step, _, prompts in self._steps)
+        self._steps = deque((step, Work(), prompts) for step, _, prompts in self._steps)
         self._imports.forget()
         for sequence in self._sequences.values():
             sequence.published = NEVER
@@ -257,36 +292,59 @@ class SchedulerHalf:
         root = self._roots.of(request)
         if root is None:
             return None
-        chain = KeyChain(root, self._block_size, self._hash_name)
-        extras = extra_content(request, self._block_size)
+        chain = KeyChain(root, self._groups.unit, self._hash_name)
+        extras = extra_content(request, self._groups.unit)
         sequence = self._sequences[request.request_id] = Sequence(request, account, chain, extras, account.hint.pin)
         return sequence
 
     def _plan(self, sequence: Sequence | None, request: Any, local: int) -> tuple[int, DeliveryReason]:
-        """Plan an import behind `local` blocks; return how many tokens it brings, and why it brings no more."""
+        """Plan an import behind `local` tokens; return how many tokens it brings, and why it brings no more."""
         if sequence is None or request.skip_reading_prefix_cache:
             return 0, DeliveryReason.READS_NO_CACHE
-        size, hint = self._block_size, sequence.account.hint
+        step, unit, hint = self._groups.step, self._groups.unit, sequence.account.hint
         sequence.planned = None
-        full = (request.num_tokens - 1) // size
-        wanted = full if hint.tokens is None else min(full, hint.tokens // size)
+        full = (request.num_tokens - 1) // step * step
+        wanted = full if hint.tokens is None else min(full, hint.tokens // step * step)
         if local >= full or not self._exchanges:
             return 0, DeliveryReason.NONE if local >= full else DeliveryReason.NOT_EXCHANGING
         if local >= wanted or hint.source == "":
             return 0, DeliveryReason.LIMITED if local >= wanted else DeliveryReason.NO_SOURCE_GIVEN
-        keys = sequence.keys(wanted)[local:]
-        plan, why = self._sources.longest(hint.source, keys, local)
+        keys = sequence.keys(wanted // unit)
+        wanted = len(keys) * unit // step * step
+        plan, why = self._sources.longest(hint.source, keys, local, wanted)
         sequence.planned = plan
-        if plan is not None and len(plan) == len(keys) and wanted < full:
+        if plan is not None and plan.end == wanted and wanted < full:
             why = DeliveryReason.LIMITED
-        return (len(plan) if plan is not None else 0) * size, why
+        return (plan.tokens if plan is not None else 0), why
 
     def _pin(self, sequence: Sequence, wish: PinWish, step: int, now_ns: int) -> None:
-        """Pin the full blocks of a prompt that is computed, if nobody else was given one of them since."""
+        """Pin what is needed of a prompt that is computed, if nobody else was given one of its blocks since."""
         sequence.pin = None
-        blocks = sequence.block_ids[: sequence.account.prompt_tokens // self._block_size]
-        whole = self._exchanges and self._offers.unchanged(blocks, step)
-        self.table.count("pins" if whole and self._pins.take(wish, blocks, now_ns) else "pins_refused")
+        blocks = self._pinnable(sequence)
+        whole = self._exchanges and blocks is not None and self._offers.unchanged(blocks, step)
+        self.table.count("pins" if whole and self._pins.take(wish, blocks or [], now_ns) else "pins_refused")
+
+    def _pinnable(self, sequence: Sequence) -> list[int] | None:
+        """Return the blocks with which the prompt's full blocks are a prefix that can be used again; None if some are gone."""
+        prompt, step = sequence.account.prompt_tokens, self._groups.step
+        if self._groups.plain:
+            return sequence.block_ids[0][: prompt // step]
+        end, found = (prompt - 1) // step * step, []
+        for number, group in enumerate(self._groups.groups):
+            part = needed(group, 0, end)
+            if group.kind == "state":
+                tokens, block = sequence.states.get(number, (0, NULL_BLOCK))
+                blocks = [block] if tokens == end else []
+            else:
+                blocks = sequence.block_ids[number][part.start : part.stop]
+            if len(blocks) < len(part) or not all(block != NULL_BLOCK and self._kept(block) for block in blocks):
+                return None
+            found += blocks
+        return found
+
+    def _kept(self, block: int) -> bool:
+        """Tell whether vLLM keeps a block for its own prefix cache."""
+        return self._pool is None or self._pool.blocks[block].block_hash is not None
 
     def _notice_reset(self) -> None:
         if self._pool is not None and self._pool.cached_block_hash_to_block is not self._pool_map:

@@ -1,6 +1,7 @@
 """One request as the connector sees it: its keys, its blocks, and what became of its import."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Blocks
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,31 +9,57 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.connector.accounts import Account
+from transport.groups import Group, needed
 from transport.hint import PinWish
 from transport.keys import KeyChain, Keys
+
+NULL_BLOCK = 0
+"""What vLLM puts in place of a block that a sequence needs no more: never anyone's."""
 
 
 @dataclass(slots=True)
 class Import:
-    """An import that is planned or under way: from table `source` in `epoch`, behind `local_blocks` that we hold ourselves."""
+    """An import that is planned or under way, from table `source` in `epoch`: `begin` tokens that we hold become `end`.
+
+    `counts` tells how many of the blocks are of each KV cache group; empty if the model has one, of full attention.
+    """
 
     source: str
     epoch: int
-    local_blocks: int
+    begin: int
+    end: int
     source_blocks: npt.NDArray[np.int32]
     states: npt.NDArray[np.uint64]
+    counts: tuple[int, ...] = ()
     target_blocks: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     ranks_done: int = 0
 
-    def __len__(self) -> int:
-        return len(self.source_blocks)
+    @property
+    def tokens(self) -> int:
+        """How many tokens it brings."""
+        return self.end - self.begin
+
+    def targets(self, groups: tuple[Group, ...], block_ids: Blocks[Blocks[int]], tokens: int) -> list[int] | None:
+        """Return where the blocks of its first `tokens` tokens go in a request's `block_ids`; None if they do not fit."""
+        if tokens > self.tokens:
+            return None
+        if not self.counts:
+            size = groups[0].block_size
+            found = list(block_ids[0][self.begin // size : (self.begin + tokens) // size])
+            return found if len(found) == tokens // size else None
+        parts = (needed(group, self.begin, self.end) for group in groups)
+        found = [block for part, blocks in zip(parts, block_ids, strict=True) for block in blocks[part.start : part.stop]]
+        whole = tokens == self.tokens and len(found) == len(self.source_blocks) and NULL_BLOCK not in found
+        return found if whole else None
 
 
 @dataclass(slots=True)
 class Sequence:
-    """Blocks are ids in the order of the sequence; `published` counts leading blocks known to be on offer.
+    """`block_ids` are in the order of the sequence, a list for each KV cache group.
 
-    `pin` is what is to be pinned once the prompt is computed.
+    `published` counts leading keys whose blocks are known to be on offer, `pin` is what is to be pinned once the prompt is
+    computed; `states` are, for a group of states, the length in tokens and the block of the last one that was kept within the
+    prompt.
     """
 
     request: Any
@@ -40,8 +67,9 @@ class Sequence:
     chain: KeyChain
     extras: Mapping[int, bytes]
     pin: PinWish | None = None
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: list[list[int]] = field(default_factory=list)
     published: int = 0
+    states: dict[int, tuple[int, int]] = field(default_factory=dict)
     planned: Import | None = None
     tried: bool = False
 

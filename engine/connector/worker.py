@@ -33,14 +33,15 @@ class WorkerHalf:
         self._ended: dict[str, ImportReport] = {}
         self._jobs: dict[str, ImportJob] = {}
         self._load_errors: set[int] = set()
+        self._failed: set[str] = set()
         self._step = 0
         self._lock = threading.Lock()
         self._closing = threading.Event()
 
-    def register(self, kv_caches: Mapping[str, Any], num_blocks: int) -> None:
-        """Make the KV tensors readable for peers, by the transport that fits their device."""
+    def register(self, kv_caches: Mapping[str, Any], num_blocks: int, groups: Mapping[str, int] | None = None) -> None:
+        """Make the KV tensors readable for peers by the transport that fits them; `groups` tells each layer's group."""
         try:
-            self._transport = _transport(kv_caches, num_blocks, self._rank)
+            self._transport = _transport(kv_caches, num_blocks, self._rank, groups)
         except (TransportError, OSError, RuntimeError, ImportError) as error:
             self._status = f"KV memory can not be shared: {error}"
             _logger.warning("%s", self._status)
@@ -101,6 +102,12 @@ class WorkerHalf:
         errors, self._load_errors = self._load_errors, set()
         return errors
 
+    def take_failed(self) -> set[str]:
+        """Return the requests that must be recomputed, once: of models with several KV cache groups, whose blocks vLLM does not
+        tell apart in an error."""
+        failed, self._failed = self._failed, set()
+        return failed
+
     def take_report(self) -> WorkerReport:
         """Return what the scheduler's half has to know of this step, once."""
         ended, self._ended = self._ended, {}
@@ -134,7 +141,10 @@ class WorkerHalf:
                 transport.prepare(table)
 
     def _end(self, result: ImportResult) -> None:
-        self._load_errors.update(result.failed_blocks)
+        if not result.job.counts:
+            self._load_errors.update(result.failed_blocks)
+        elif result.reason:
+            self._failed.add(result.job.request_id)
         self._ended[result.job.request_id] = ImportReport(
             frozenset(result.failed_blocks), result.stale_blocks, result.bytes, result.nanoseconds, result.reason
         )
@@ -143,13 +153,13 @@ class WorkerHalf:
         self._end(ImportResult(job, tuple(job.target_blocks.tolist()), 0, 0, 0, reason))
 
 
-def _transport(kv_caches: Mapping[str, Any], num_blocks: int, rank: int) -> Transport:
+def _transport(kv_caches: Mapping[str, Any], num_blocks: int, rank: int, groups: Mapping[str, int] | None = None) -> Transport:
     """Return the transport that fits the device of the KV tensors. Raises MemoryUnreachable if none does."""
     devices = {str(tensor.device.type) for tensor in kv_caches.values()}
     if devices == {"cpu"}:
-        return SharedMemoryTransport(kv_caches, num_blocks, rank)
+        return SharedMemoryTransport(kv_caches, num_blocks, rank, groups)
     if devices == {"cuda"}:
         from transport.backends.cuda_ipc import CudaIpcTransport
 
-        return CudaIpcTransport(kv_caches, num_blocks, rank)
+        return CudaIpcTransport(kv_caches, num_blocks, rank, groups)
     raise MemoryUnreachable(f"no transport for KV memory on {', '.join(sorted(devices)) or 'no device'}")

@@ -4,16 +4,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+from engine.connector.groups import ModelGroups
 from engine.connector.messages import ImportReport, StepMetadata, WorkerReport
 from engine.connector.scheduler import SchedulerHalf
 from tests.unit.transport.table_fixtures import FIELDS, description
 from transport.fingerprint import fingerprint_digest
+from transport.groups import Group
 from transport.keys import chain_keys, root_key
 from transport.table.directory import TableDirectory
 from transport.table.reader import TableReader
 from transport.table.writer import TableWriter
 
 SIZE = 4
+PLAIN = ModelGroups((Group("full", SIZE),))
 FINGERPRINT = fingerprint_digest(FIELDS)
 
 
@@ -40,6 +43,10 @@ class Request:
         return len(self.all_token_ids)
 
 
+def by_group(ids):
+    return tuple(map(list, ids)) if isinstance(ids, tuple) else (list(ids),)
+
+
 def keys_of(tokens, salt="", lora=""):
     return chain_keys(root_key(FINGERPRINT, salt, lora), tokens, SIZE)
 
@@ -47,13 +54,13 @@ def keys_of(tokens, salt="", lora=""):
 class Replica:
     """A scheduler half and the small part of vLLM's scheduler that drives it."""
 
-    def __init__(self, path: Path, name, blocks=32, status="ok", **about):
+    def __init__(self, path: Path, name, blocks=32, status="ok", groups=PLAIN, **about):
         self.half = SchedulerHalf(
-            TableWriter(path, description(name, status=status), SIZE, blocks),
+            TableWriter(path, description(name, status=status), groups.unit, blocks),
             TableDirectory(path, name),
             FINGERPRINT,
             dict(FIELDS),
-            block_size=SIZE,
+            groups=groups,
             hash_name="xxh3_128",
             transport="shared_memory",
             status=status,
@@ -61,21 +68,26 @@ class Replica:
         )
         self.reader = TableReader(self.half.table.path)
 
-    def schedule(self, new=(), cached=(), resumed=(), preempted=()) -> StepMetadata:
-        """`new`: (request, block ids, computed, scheduled); `cached`: (request, added blocks, computed, scheduled)."""
+    def schedule(self, new=(), cached=(), resumed=(), preempted=(), states=None, copies=()) -> StepMetadata:
+        """`new`: (request, block ids, computed, scheduled); `cached`: (request, added blocks, computed, scheduled).
+
+        Block ids are a list, or a tuple of one for each group; `states`: {request id: [(group, block, tokens)]}.
+        """
         output = SimpleNamespace(
             num_scheduled_tokens={r.request_id: n for r, _, _, n in [*new, *cached]},
             scheduled_new_reqs=[
-                SimpleNamespace(req_id=r.request_id, block_ids=(list(ids),), num_computed_tokens=computed)
+                SimpleNamespace(req_id=r.request_id, block_ids=by_group(ids), num_computed_tokens=computed)
                 for r, ids, computed, _ in new
             ],
             scheduled_cached_reqs=SimpleNamespace(
                 req_ids=[r.request_id for r, _, _, _ in cached],
                 resumed_req_ids=set(resumed),
-                new_block_ids=[(list(ids),) if ids else None for _, ids, _, _ in cached],
+                new_block_ids=[by_group(ids) if ids else None for _, ids, _, _ in cached],
                 num_computed_tokens=[computed for _, _, computed, _ in cached],
             ),
             preempted_req_ids=set(preempted),
+            kv_cache_block_copies=[SimpleNamespace(dst_block_id=block) for block in copies],
+            kv_connector_block_state=SimpleNamespace(boundary_state_offloads=states or {}),
         )
         return self.half.step(output)
 
@@ -112,6 +124,6 @@ def run_on(b, request, ids, computed):
 
 def import_all(b, request, ids, local=0):
     tokens = b.half.match(request, local)
-    b.half.allocated(request, ids, tokens)
+    b.half.allocated(request, by_group(ids), tokens)
     meta = b.schedule()
     return tokens, meta

@@ -105,7 +105,7 @@ def test_a_hint_splits_a_prompt_into_what_is_imported_and_what_is_computed(pair,
     request.kv_transfer_params["peerkv"]["tokens"] = limit
     assert b.half.match(request, local) == peer
     if peer:
-        b.half.allocated(request, [20, 21, 22, 23], peer)
+        b.half.allocated(request, ([20, 21, 22, 23],), peer)
         b.done(b.schedule().step, s=report())
     run_on(b, request, [20, 21, 22, 23], local + peer)
     assert split(record(b)) == (local, peer, 14 - local - peer)
@@ -118,7 +118,7 @@ def test_a_limit_beyond_what_there_is_limits_nothing(pair):
     request = hinted(source="replica-0")
     request.kv_transfer_params["peerkv"]["tokens"] = 12
     assert b.half.match(request, 0) == 12
-    b.half.allocated(request, [20, 21, 22, 23], 12)
+    b.half.allocated(request, ([20, 21, 22, 23],), 12)
     b.done(b.schedule().step, s=report())
     run_on(b, request, [20, 21, 22, 23], 12)
     assert record(b).why is DeliveryReason.NONE

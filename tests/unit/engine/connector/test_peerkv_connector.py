@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, KVConnectorTransferResults
 from vllm.v1.request import RequestStatus
 
 from engine.connector.messages import StepMetadata
@@ -22,6 +22,9 @@ class Faulty:
         return ("job",)
 
     def fail_all(self, reason):
+        return {"r"}
+
+    def take_failed(self):
         return {"r"}
 
     def __getattr__(self, name):
@@ -63,7 +66,7 @@ def test_a_fault_in_the_schedulers_half_stays_inside_and_withdraws_everything(ca
 @pytest.mark.parametrize(
     ("call", "answer"),
     [
-        (lambda c: c.get_finished(set()), (None, {"r"})),
+        (lambda c: c.get_transfer_results(set()), KVConnectorTransferResults(set(), {"r"}, {"r"})),
         (lambda c: c.register_kv_caches({}), None),
         (lambda c: c.start_load_kv(None, some_new_argument=1), None),
     ],
@@ -145,30 +148,19 @@ def test_an_unknown_hash_is_refused_at_start():
         connector(KVConnectorRole.SCHEDULER, hash="md5")
 
 
-class FullAttentionSpec:
-    pass
-
-
-class SlidingWindowSpec:
-    pass
-
-
 @pytest.mark.parametrize(
-    ("kinds", "about", "said"),
+    ("about", "said"),
     [
-        ([FullAttentionSpec], {}, ""),
-        ([FullAttentionSpec, SlidingWindowSpec], {}, "2 KV cache groups"),
-        ([SlidingWindowSpec], {}, "SlidingWindowSpec"),
-        ([FullAttentionSpec], {"pipeline_parallel_size": 2}, "pipeline parallelism"),
-        ([FullAttentionSpec], {"decode_context_parallel_size": 2}, "decode context parallelism"),
-        ([FullAttentionSpec], {"enable_prefix_caching": False}, "prefix caching is off"),
-        ([FullAttentionSpec], {"calculate_kv_scales": True}, "KV scales"),
-        ([FullAttentionSpec], {"is_diffusion": True}, "diffusion"),
+        ({}, ""),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"enable_prefix_caching": False}, "prefix caching is off"),
+        ({"calculate_kv_scales": True}, "KV scales"),
+        ({"is_diffusion": True}, "diffusion"),
     ],
 )
-def test_a_model_that_is_not_handled_is_refused_with_the_reason(kinds, about, said):
+def test_an_engine_that_is_not_handled_is_refused_with_the_reason(about, said):
     whole = SimpleNamespace(**({"pipeline_parallel_size": 1, "enable_prefix_caching": True} | about))
-    config = SimpleNamespace(parallel_config=whole, cache_config=whole, model_config=whole)
-    refusal = _refusal(config, [SimpleNamespace(kv_cache_spec=kind()) for kind in kinds])
+    refusal = _refusal(SimpleNamespace(parallel_config=whole, cache_config=whole, model_config=whole))
     assert said in refusal
     assert bool(refusal) == bool(said)

@@ -314,7 +314,7 @@ def test_steps_without_work_for_another_reason_cost_no_pins(tmp_path, scene):
             if request is not None:
                 scene.half.arrived(request)
             if request is imports:
-                scene.half.allocated(imports, [20, 21, 22], scene.half.match(imports, 0))
+                scene.half.allocated(imports, ([20, 21, 22],), scene.half.match(imports, 0))
             for _ in range(2 * DRY_STEPS_MAX):
                 scene.replica.schedule()
             assert scene.pinned == 3

@@ -292,7 +292,7 @@ def test_an_allocation_that_was_not_planned_still_ends_as_a_failed_import(pair):
     _, b = pair
     request = Request("s", list(PROMPT))
     assert b.half.match(request, 0) == 0
-    b.half.allocated(request, [20, 21, 22, 23], 12)
+    b.half.allocated(request, ([20, 21, 22, 23],), 12)
     (job,) = b.schedule().imports
     assert (job.source, len(job)) == ("", 3)
 

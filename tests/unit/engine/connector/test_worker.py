@@ -1,5 +1,6 @@
 """The worker half: every import that came in is reported once, whatever happens to it."""
 
+import dataclasses
 import queue
 from contextlib import closing
 
@@ -92,6 +93,19 @@ def test_memory_that_can_not_be_opened_fails_the_import(owner, tmp_path):
     half.start(StepMetadata(1, (job(owner),)))
     assert half.poll() == {"r"}
     assert half.take_load_errors() == {4, 5}
+
+
+def test_an_import_of_several_groups_that_fails_is_reported_by_its_request(owner, worker):
+    whole = job(owner, "whole")
+    failing = job(owner, "failing", epoch=1)
+    jobs = tuple(dataclasses.replace(each, counts=(1, 1)) for each in (whole, failing))
+    half = WorkerHalf(worker._peers._path, "several", 0)
+    half.register({"full": torch.zeros(8, 2, 4, 8), "window": torch.zeros(8, 2, 4, 8)}, 8, {"full": 0, "window": 1})
+    half.start(StepMetadata(1, jobs))
+    assert half.poll() == {"whole", "failing"}
+    assert half.take_load_errors() == set()
+    assert half.take_failed() == {"whole", "failing"}  # the owner's layers are of one group: its memory is not ours
+    assert half.take_failed() == set()
 
 
 def test_an_unexpected_fault_in_starting_fails_every_import_of_the_step(owner, worker, monkeypatch):
