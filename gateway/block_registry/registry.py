@@ -13,7 +13,9 @@ from gateway.block_registry.lifetime_counters import LifetimeCounters
 from gateway.block_registry.tables import Table, Tables
 from gateway.token_ids import TokenIds
 from transport.fingerprint import fingerprint_difference
+from transport.groups import Group, plain
 from transport.keys import HASHES, Keys, root_key
+from transport.table.prefix import GroupChain, held_tokens
 
 STATUS_OK = "ok"
 KEY_CACHE_BYTES_MAX = 32 << 20
@@ -27,13 +29,15 @@ class LookUp(msgspec.Struct, frozen=True):
     """What the tables say of a prompt: how many leading blocks each replica holds, those left out that hold none.
 
     `chains` are those that were looked up, with block sizes, `places` tells which of them is a replica's, for each with a live
-    table whose hash is known; `held_tokens_max` are the tokens that somebody holds.
+    table whose hash is known; `held_tokens_max` are the tokens that somebody holds. `divisible`: of what is held any leading
+    part can be supplied too, which windows and states do not allow.
     """
 
     blocks: Mapping[str, int]
     places: Mapping[str, int]
     chains: tuple[tuple[Chain, int], ...]
     held_tokens_max: int
+    divisible: bool = True
 
 
 NOTHING = LookUp({}, {}, (), 0)
@@ -45,6 +49,8 @@ class _Kind(NamedTuple):
     fingerprint: bytes
     block_size: int
     hash_name: str
+    groups: tuple[Group, ...]
+    plain: bool
     tables: dict[str, Table]
 
 
@@ -90,20 +96,24 @@ class Registry:
         chains: list[tuple[Chain, int]] = []
         blocks: dict[str, int] = {}
         most = 0
-        for fingerprint, block_size, hash_name, alike in kinds:
-            root = _root_key(fingerprint, salt, lora, hash_name)
-            chain = self._chains.chain(root, ids, tokens // block_size, block_size, hash_name)
+        divisible = True
+        for kind in kinds:
+            block_size = kind.block_size
+            root = _root_key(kind.fingerprint, salt, lora, kind.hash_name)
+            chain = self._chains.chain(root, ids, tokens // block_size, block_size, kind.hash_name)
             chains.append((chain, block_size))
+            divisible = divisible and kind.plain
             if not chain.blocks:
                 continue
             words = chain.words
-            for name, table in alike.items():
-                held = table.held_blocks(words)
+            groups = None if kind.plain else GroupChain(kind.groups, chain.keys)
+            for name, table in kind.tables.items():
+                held = table.held_blocks(words) if groups is None else held_tokens(table, groups) // block_size
                 if held:
                     blocks[name] = held
                     if held * block_size > most:
                         most = held * block_size
-        return LookUp(blocks, places, tuple(chains), most)
+        return LookUp(blocks, places, tuple(chains), most, divisible)
 
     def _sort(self, tables: Mapping[str, Table]) -> tuple[list[_Kind], Mapping[str, int]]:
         """Return the tables by what their chains are made of, and the place of each one's kind."""
@@ -112,7 +122,7 @@ class Registry:
             if table.hash_name not in HASHES:  # of a later version, or damaged: it holds nothing that we could name
                 continue
             key = (table.fingerprint, table.block_size, table.hash_name)
-            by_chain.setdefault(key, _Kind(*key, {})).tables[name] = table
+            by_chain.setdefault(key, _Kind(*key, table.groups, plain(table.groups), {})).tables[name] = table
         kinds = list(by_chain.values())
         self._kinds = (tables, kinds, {name: place for place, kind in enumerate(kinds) for name in kind.tables})
         return kinds, self._kinds[2]
@@ -152,7 +162,7 @@ class Registry:
         words = Chain.of(keys).words
         for name, table in sorted(self.tables().items()):
             for row, names in enumerate(found):
-                if table.held_blocks(words[2 * row : 2 * row + 2]):
+                if table.holds(words[2 * row], words[2 * row + 1]):
                     names.append(name)
         return found
 

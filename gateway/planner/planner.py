@@ -207,6 +207,8 @@ class Planner:
             if held:
                 rate = self._popularity.rate(chain, held // block_size, now)
         again = self.evictions.again()
+        if not look_up.divisible:
+            block_size = asked.known.tokens + 1  # an import is cut nowhere
         return PromptView(asked.known.tokens, asked.affinity, rate, self.load.decode_seconds, block_size, again)
 
     def _plan(self, asked: Asked, one: Standing, decision: Decision, look_up: LookUp, now: float) -> Plan:

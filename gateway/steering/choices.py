@@ -27,7 +27,7 @@ class PromptView(msgspec.Struct, frozen=True, gc=False):
 
     `affinity` is the caller's hint which requests belong together. `rate` is how many requests a second begin with the
     prefix that the best holder holds, `decode_seconds` how long answers take behind their first token. `again` is what has to
-    be computed again for each token of KV that a cache gives up.
+    be computed again for each token of KV that a cache gives up. An import may end at any multiple of `block_size` tokens.
     """
 
     tokens: int

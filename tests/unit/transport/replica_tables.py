@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.fleet import FleetSnapshot, Replica, ReplicaState
+from transport.groups import Group
 from transport.keys import chain_keys, root_key
 from transport.table.layout import Description
 from transport.table.reader import TableReader
@@ -33,8 +34,9 @@ class ReplicaTables:
         block_size: int = BLOCK_SIZE,
         blocks: int = 256,
         hash_name: str = "xxh3_128",
+        groups: tuple[Group, ...] = (),
     ) -> TableWriter:
-        about = Description(name, os.getpid(), hash_name, transport, status, dict(fields), ())
+        about = Description(name, os.getpid(), hash_name, transport, status, dict(fields), (), groups)
         self.writers[name] = TableWriter(self.directory, about, block_size, blocks)
         return self.writers[name]
 

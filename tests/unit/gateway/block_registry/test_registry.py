@@ -7,6 +7,9 @@ import pytest
 
 from gateway.block_registry.registry import Registry, key_array, obstacles
 from tests.unit.transport.replica_tables import BLOCK_SIZE, FIELDS, ReplicaTables, replica_tables
+from transport.fingerprint import fingerprint_digest
+from transport.groups import Group
+from transport.keys import chain_keys, group_keys, root_key
 from transport.table.directory import TableDirectory
 
 PROMPT = list(range(100, 100 + 5 * BLOCK_SIZE))
@@ -32,6 +35,19 @@ def test_each_replica_holds_the_leading_blocks_that_its_table_has(tables: Replic
     assert look_up.blocks == {"a": 5, "b": 2}
     assert look_up.places == {"a": 0, "b": 0, "c": 0}
     assert look_up.held_tokens_max == 5 * BLOCK_SIZE
+
+
+def test_of_a_model_with_windows_a_replica_holds_what_it_can_supply(tables: ReplicaTables, registry: Registry) -> None:
+    groups = (Group("full", BLOCK_SIZE), Group("window", BLOCK_SIZE, BLOCK_SIZE + 2))  # two blocks at the end of a block
+    windows = {"a": (), "b": (2, 3), "c": (0, 2, 3, 4), "d": (4,)}
+    for name, held in windows.items():
+        writer = tables.start(name, groups=groups)
+        tables.hold(name, PROMPT)
+        keys = group_keys(chain_keys(root_key(fingerprint_digest(FIELDS)), PROMPT, BLOCK_SIZE), 1)
+        writer.publish([100 + block for block in held], keys[list(held)])
+    look_up = registry.look_up([*PROMPT, 1])
+    assert look_up.blocks == {"b": 4, "c": 5}
+    assert not look_up.divisible
 
 
 def test_a_block_that_ends_with_the_last_token_does_not_count(tables: ReplicaTables, registry: Registry) -> None:
