@@ -1,6 +1,6 @@
-"""All settings, in one model: flags > `PEERKV_*` environment > files of secrets > TOML file > defaults.
+"""All settings in one model: flags > `PEERKV_*` variables > files of secrets > TOML file > defaults. The leftmost wins.
 
-A key that does not exist is an error that names it, wherever it stands. `load` is the one way in.
+An unknown key is an error that names it, wherever it comes from. `load` is the only way in.
 """
 
 from __future__ import annotations
@@ -81,73 +81,85 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
     # What is served.
-    model: str = Field("", description="directory or hub id that vLLM loads; empty: the default model")
-    served_model_name: str = Field("", description="name that clients use; empty: the model as given")
+    model: str = Field("", description="directory or hub id of the model that vLLM loads; empty: the default model")
+    served_model_name: str = Field("", description="model name that clients use; empty: the model as given")
     replicas: int | Literal["auto"] = Field(
-        "auto", description=f"number of replicas; auto: one a GPU, or {CPU_REPLICAS_DEFAULT} on the CPU"
+        "auto", description=f"number of replicas; auto: one per GPU, or {CPU_REPLICAS_DEFAULT} on the CPU"
     )
-    vllm_args: Words = Field((), description="further arguments for each vLLM server; they win over ours")
-    preload: bool | None = Field(None, description="import vLLM once and fork the replicas; unset: on the CPU only")
-    launcher: Words | None = Field(None, description="command started instead of a vLLM server")
-    namespace: str = Field("", max_length=128, description="replicas of different namespaces never exchange KV")
-    hash_name: Literal["xxh3_128", "sha256"] = Field("xxh3_128", description="hash of the block keys")
+    vllm_args: Words = Field((), description="additional arguments for each vLLM server; they override ours")
+    preload: bool | None = Field(
+        None, description="import vLLM once and fork the replicas from that process; unset: on the CPU only"
+    )
+    launcher: Words | None = Field(None, description="command to start instead of a vLLM server")
+    namespace: str = Field("", max_length=128, description="replicas in different namespaces never exchange KV")
+    hash_name: Literal["xxh3_128", "sha256"] = Field("xxh3_128", description="hash function for block keys")
 
     pin_share_max: float = Field(
-        0.25, ge=0, lt=1, description="share of a replica's KV cache that pinned prefixes may hold; 0: no pins"
+        0.25, ge=0, lt=1, description="share of a replica's KV cache that pinned prefixes may take; 0 disables pinning"
     )
 
     # The front door.
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=1, le=65535, description="port to listen on")
-    reuse_port: bool = Field(False, description="share the port with other gateways that do so too")
+    reuse_port: bool = Field(False, description="share the port with other gateways that also set this")
     admin_key: SecretStr | None = Field(
-        None, min_length=8, description="guards /metrics, /kv/* and replica pinning; unset: loopback callers only"
+        None,
+        min_length=8,
+        description="protects /metrics, /kv/* and the choice of a replica; unset: callers on this machine only",
     )
-    tenants: tuple[Tenant, ...] = Field((), description="who may call, each with a key; none: open to everybody")
+    tenants: tuple[Tenant, ...] = Field((), description="who may call, each with an API key; none: open to everybody")
     cors_origins: Words = Field(
         (), description="web pages that may call /v1 from a browser, such as https://chat.example; *: all pages; none: none"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
-    access_log: bool = Field(False, description="log a line for each request")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
+    access_log: bool = Field(False, description="log one line per request")
 
     # Where things are; created with mode 0700.
     run_dir: Path = Field(
-        default_factory=lambda data: default_run_dir(data.get("port", 0)), description="sockets and fleet.json"
+        default_factory=lambda data: default_run_dir(data.get("port", 0)), description="directory for sockets and fleet.json"
     )
-    table_dir: Path = Field(default_factory=lambda data: default_table_dir(data.get("port", 0)), description="block tables")
-    log_dir: Path = Field(default_factory=lambda data: default_log_dir(data.get("port", 0)), description="logs of the replicas")
+    table_dir: Path = Field(
+        default_factory=lambda data: default_table_dir(data.get("port", 0)), description="directory for block tables"
+    )
+    log_dir: Path = Field(
+        default_factory=lambda data: default_log_dir(data.get("port", 0)), description="directory for replica logs"
+    )
 
     # Bounds of the front door.
     body_bytes_max: int = Field(32 << 20, ge=1024, description="largest request body")
-    bodies_bytes_max: int = Field(1 << 30, ge=1024, description="all request bodies held at one time")
-    body_seconds_max: float = Field(60.0, gt=0, description="for a request body to come in")
+    bodies_bytes_max: int = Field(1 << 30, ge=1024, description="total size of all request bodies held at once")
+    body_seconds_max: float = Field(60.0, gt=0, description="time allowed for receiving a request body")
     header_bytes_max: int = Field(64 << 10, ge=4096, description="largest request head")
     answer_bytes_max: int = Field(
-        8 << 20, ge=1024, description="largest answer held back for a retry; a larger one is streamed"
+        8 << 20, ge=1024, description="largest answer held back so that it can be retried; larger ones are streamed"
     )
-    requests_in_flight_max: int = Field(1024, ge=1, description="requests at one time; more get 429")
-    retry_attempts_max: int = Field(2, ge=0, le=16, description="further replicas tried when one dies under a request")
-    connect_seconds: float = Field(5.0, gt=0, description="to connect to a replica")
+    requests_in_flight_max: int = Field(1024, ge=1, description="concurrent requests; beyond that clients get 429")
+    retry_attempts_max: int = Field(2, ge=0, le=16, description="other replicas to try when one dies while serving a request")
+    connect_seconds: float = Field(5.0, gt=0, description="time allowed for connecting to a replica")
     response_head_seconds_max: float | None = Field(
-        None, gt=0, description="until a replica begins its answer; unset: no bound, a long prompt may take minutes"
+        None,
+        gt=0,
+        description="time until a replica must begin its answer; unset: no limit, since a long prompt may take minutes",
     )
-    control_seconds: float = Field(10.0, gt=0, description="for a control call to a replica, such as /v1/models")
-    connections_max: int = Field(4096, ge=1, description="client connections at one time; more get 503")
+    control_seconds: float = Field(10.0, gt=0, description="time allowed for a control call to a replica, such as /v1/models")
+    connections_max: int = Field(4096, ge=1, description="concurrent client connections; beyond that clients get 503")
     client_stall_seconds_max: float = Field(
-        120.0, gt=0, description="a client that reads nothing of its answer for so long is cut off"
+        120.0, gt=0, description="disconnect a client that has read nothing of its answer for this long"
     )
-    keep_alive_seconds: float = Field(75.0, gt=0, description="an idle client connection is kept")
+    keep_alive_seconds: float = Field(75.0, gt=0, description="how long an idle client connection is kept open")
     upstream_idle_seconds: float = Field(
-        3.0, gt=0, description="an idle connection to a replica is kept; vLLM closes it after 5"
+        3.0, gt=0, description="how long an idle connection to a replica is kept open; vLLM closes it after 5 s"
     )
-    drain_seconds: float = Field(30.0, ge=0, description="running requests may finish after a stop signal")
+    drain_seconds: float = Field(30.0, ge=0, description="time for running requests to finish after a stop signal")
 
     # Steering and figures.
-    imports: bool = Field(True, description="replicas import from each other; off: requests go where their prefixes are")
-    parity_interval_seconds: float = Field(
-        300.0, ge=0, description="between two comparisons of token ids with an engine's; 0: only when replicas start"
+    imports: bool = Field(
+        True, description="let replicas import from each other; requests go where their prefixes are either way"
     )
-    ledger_requests_max: int = Field(4096, ge=1, description="requests that /kv/explain can tell of")
+    parity_interval_seconds: float = Field(
+        300.0, ge=0, description="interval between comparisons of our token ids with an engine's; 0: only when replicas start"
+    )
+    ledger_requests_max: int = Field(4096, ge=1, description="number of past requests that /kv/explain knows")
     ledger_prefixes_max: int = Field(
         65536, ge=0, description="beginnings of prompts that the ledger knows evictions and tenant boundaries by"
     )
@@ -156,42 +168,51 @@ class Settings(BaseSettings):
         ge=0,
         description="token ids of prompts that ended without a record yet; of others no eviction is known",
     )
-    prefixes_kept_max: int = Field(256, ge=0, description="prefixes that POST /kv/prefixes keeps at one time")
-    prefixes_kept_tokens_max: int = Field(4_000_000, ge=0, description="tokens of all kept prefixes, 4 bytes each")
-    prefix_seconds_max: float = Field(600.0, gt=0, description="for a replica to compute a prefix that is to be kept")
-    prefixes_tracked_max: int = Field(65536, ge=1, description="prefixes in /kv/prefixes' memory")
+    prefixes_kept_max: int = Field(256, ge=0, description="prefixes kept at once by POST /kv/prefixes")
+    prefixes_kept_tokens_max: int = Field(4_000_000, ge=0, description="total tokens of all kept prefixes, 4 bytes each")
+    prefix_seconds_max: float = Field(600.0, gt=0, description="time for a replica to compute a prefix that is to be kept")
+    prefixes_tracked_max: int = Field(65536, ge=1, description="number of prefixes that GET /kv/prefixes counts")
     tokenize_inline_chars_max: int = Field(
-        8192, ge=0, description="more text that was not seen before is tokenised in a thread, off the event loop"
+        8192, ge=0, description="longer unseen text is tokenised in a thread, off the event loop"
     )
     send_chat_ids: bool = Field(
-        True, description="vLLM 0.32 and later: send a chat's token ids with it, for the engine to render and tokenise nothing"
+        True,
+        description="vLLM 0.32 and later: send a chat's token ids along, so that the engine need not render or tokenise it",
     )
-    key_cache_bytes_max: int = Field(32 << 20, ge=0, description="block keys of prompts seen before; a million take 19 MB")
+    key_cache_bytes_max: int = Field(
+        32 << 20, ge=0, description="cache of block keys of earlier prompts; a million keys take 19 MB"
+    )
     text_cache_bytes_max: int = Field(
-        64 << 20, ge=0, description="texts seen before, kept as they are to be recognised: words and long prompts"
+        64 << 20, ge=0, description="cache of earlier texts (words and long prompts), kept verbatim to recognise them"
     )
-    token_cache_bytes_max: int = Field(128 << 20, ge=0, description="token ids of texts seen before; a million ids take 11 MB")
+    token_cache_bytes_max: int = Field(
+        128 << 20, ge=0, description="cache of token ids of earlier texts; a million ids take 11 MB"
+    )
 
     # The supervisor.
-    connector: bool = Field(True, description="load our connector; off: plain vLLM replicas that share nothing")
-    startup_seconds_max: float = Field(600.0, gt=0, description="until a replica must be ready")
-    health_interval_seconds: float = Field(2.0, gt=0, description="between two health checks of a replica")
-    health_timeout_seconds: float = Field(10.0, gt=0, description="for the answer to a health check")
-    health_failures_max: int = Field(3, ge=1, description="unanswered checks in a row, then a restart")
-    miss_seconds_apart: float = Field(1.0, ge=0, description="of health checks that fail closer together one counts")
+    connector: bool = Field(True, description="load the KV connector; off: plain vLLM replicas that share nothing")
+    startup_seconds_max: float = Field(600.0, gt=0, description="time within which a replica must be ready")
+    health_interval_seconds: float = Field(2.0, gt=0, description="interval between health checks of a replica")
+    health_timeout_seconds: float = Field(10.0, gt=0, description="time allowed for the answer to a health check")
+    health_failures_max: int = Field(3, ge=1, description="consecutive failed health checks before a replica is restarted")
+    miss_seconds_apart: float = Field(1.0, ge=0, description="failed health checks closer together than this count as one")
     core_frozen_seconds_max: float = Field(
-        20.0, gt=0, description="an engine that has requests, makes no step and uses no CPU time for so long is restarted"
+        20.0, gt=0, description="restart an engine that has requests but makes no step and uses no CPU time for this long"
     )
     core_silent_seconds_max: float = Field(
-        600.0, gt=0, description="an engine that has requests and makes no step for so long is restarted, whatever it does"
+        600.0, gt=0, description="restart an engine that has requests but makes no step for this long, even if it uses CPU time"
     )
-    backoff_seconds_min: float = Field(0.5, gt=0, description="before the first restart of a replica")
+    backoff_seconds_min: float = Field(0.5, gt=0, description="pause before the first restart of a replica")
     backoff_seconds_max: float = Field(30.0, gt=0, description="longest pause before a restart")
-    healthy_seconds_reset: float = Field(60.0, gt=0, description="ready for so long: the pauses start anew")
-    start_failures_max: int = Field(3, ge=1, description="failed starts in a row, then the replica is given up")
-    terminate_seconds: float = Field(10.0, gt=0, description="from SIGTERM to SIGKILL of a replica")
-    claim_seconds_max: float = Field(15.0, gt=0, description="for a former peerkv to let go of run_dir and table_dir")
-    log_bytes_max: int = Field(16 << 20, ge=4096, description="a longer replica log is rotated, while the replica runs too")
+    healthy_seconds_reset: float = Field(60.0, gt=0, description="once ready for this long, the pauses start over")
+    start_failures_max: int = Field(3, ge=1, description="consecutive failed starts before a replica is given up")
+    terminate_seconds: float = Field(10.0, gt=0, description="time between SIGTERM and SIGKILL when a replica is stopped")
+    claim_seconds_max: float = Field(
+        15.0, gt=0, description="time to wait for a previous peerkv to release run_dir and table_dir"
+    )
+    log_bytes_max: int = Field(
+        16 << 20, ge=4096, description="a replica log larger than this is rotated, even while the replica runs"
+    )
 
     @field_validator("replicas", mode="before")
     @classmethod
@@ -205,7 +226,7 @@ class Settings(BaseSettings):
     @field_validator("vllm_args", "launcher", "cors_origins", mode="before")
     @classmethod
     def _split_words(cls, value: object) -> object:
-        """A string is split as a shell would; a JSON list is taken as one (both come from the environment)."""
+        """Split a string as a shell would, or read it as a JSON list. Both forms come from the environment."""
         if not isinstance(value, str):
             return value
         if value.lstrip().startswith("["):
@@ -228,7 +249,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(os.fsencode(self.run_dir)) > RUN_DIR_BYTES_MAX:
-            raise ValueError(f"run_dir: longer than the {RUN_DIR_BYTES_MAX} bytes that a unix socket's path leaves")
+            raise ValueError(f"run_dir: longer than the {RUN_DIR_BYTES_MAX} bytes that fit into the path of a unix socket")
         for what in ("name", "api_key"):
             seen = [getattr(tenant, what) for tenant in self.tenants]
             if len(set(seen)) != len(seen):

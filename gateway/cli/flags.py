@@ -1,4 +1,4 @@
-"""Command-line flags made from the settings: one for each, with its description and default."""
+"""Command-line flags generated from the settings: one for each, with its description and default."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from gateway.settings import Settings
 
-# Set in other ways: tenants hold secrets and have structure, vLLM's arguments follow "--", a launcher is for tests.
+# Set in other ways: tenants are structured and hold secrets, vLLM's arguments follow "--", a launcher is for tests.
 WITHOUT_FLAG = frozenset({"tenants", "vllm_args", "launcher"})
 PATH_DEFAULTS = {
     "run_dir": "$XDG_RUNTIME_DIR/peerkv/PORT or /tmp/peerkv-UID/PORT",
@@ -27,7 +27,7 @@ _METAVARS: dict[Any, str] = {int: "N", float: "N", Path: "DIR"}
 def add_settings_flags(parser: argparse.ArgumentParser, main: Iterable[str], *, leave_out: Iterable[str] = ()) -> None:
     """Add a flag for each setting: those in `main` first, the rest in a group of their own.
 
-    A flag that is not given leaves None, so that environment and file are heard.
+    A flag that is not given is None, so that the environment and the file apply.
     """
     first, out = list(main), WITHOUT_FLAG | set(leave_out)
     group = parser.add_argument_group("further settings")

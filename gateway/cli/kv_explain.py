@@ -1,4 +1,4 @@
-"""`peerkv kv explain ID`: what a running gateway decided for a request, what was delivered, and why it was not more."""
+"""`peerkv kv explain ID`: what a running gateway decided for a request, what was delivered, and why not more."""
 
 import argparse
 import json
@@ -20,14 +20,14 @@ from gateway.stats.explain import Attempt, Delivered, Explanation, OptionConside
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to `parser`."""
     parser.add_argument("request_id", metavar="ID", help="the x-request-id of the answer")
-    parser.add_argument("--url", default=None, help="the gateway (default: by the host and port of the settings)")
-    parser.add_argument("--admin-key", default=None, help="the admin key (default: that of the settings)")
+    parser.add_argument("--url", default=None, help="URL of the gateway (default: from the host and port in the settings)")
+    parser.add_argument("--admin-key", default=None, help="the admin key (default: from the settings)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
     parser.add_argument("--json", action="store_true", help="print /kv/explain as JSON")
 
 
 def run(arguments: argparse.Namespace, console: Console | None = None, transport: httpx.BaseTransport | None = None) -> int:
-    """Run the command; return its exit status, 1 when there is nothing to tell. Raises SettingsError."""
+    """Run the command and return its exit status: 1 if nothing could be read. Raises SettingsError."""
     console = console or Console()
     with client_for(arguments, transport) as client:
         try:
@@ -49,7 +49,7 @@ def read_explanation(client: httpx.Client, request_id: str) -> Explanation:
     try:
         return Explanation.model_validate_json(answer)
     except ValidationError as error:
-        raise StatsNotRead(f"that is no peerkv of this version: {error.error_count()} fields do not fit") from error
+        raise StatsNotRead(f"the server is not a peerkv of this version: {error.error_count()} fields do not match") from error
 
 
 def render(attempt: Attempt) -> RenderableType:
@@ -68,7 +68,7 @@ def render(attempt: Attempt) -> RenderableType:
     lines = [
         Text(head, style="bold"),
         Text(f"{attempt.action} on {where}: {attempt.why}"),
-        Text(f"the best that any replica held: {expected.best_available_tokens} tokens"),
+        Text(f"longest prefix that any replica held: {expected.best_available_tokens} tokens"),
     ]
     if attempt.options:
         lines.append(Text("considered: " + "; ".join(map(_considered, attempt.options))))

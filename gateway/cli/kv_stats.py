@@ -1,4 +1,4 @@
-"""`peerkv kv stats`: the figures of a running gateway as a live table, as one table, or as JSON."""
+"""`peerkv kv stats`: the figures of a running gateway as a live table, a single table, or JSON."""
 
 import argparse
 import json
@@ -22,29 +22,29 @@ INTERVAL_SECONDS = 1.0
 ANSWER_SECONDS_MAX = 10.0
 _COLUMNS = ("replica", "state", "busy", "blocks", "local", "peers", "computed", "hit", "MiB", "ms", "lost")
 _LEGEND = (
-    "tokens from the replica's own cache, from peers, computed; MiB imported and ms an import; "
+    "tokens from the replica's own cache, from peers, computed; MiB imported, ms per import; "
     "lost: imports that failed and were computed"
 )
 
 
 class StatsNotRead(Exception):
-    """The gateway's figures could not be had; the message says what to do."""
+    """The gateway's figures could not be read; the message says what to do."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to `parser`."""
-    parser.add_argument("--url", default=None, help="the gateway (default: by the host and port of the settings)")
-    parser.add_argument("--admin-key", default=None, help="the admin key (default: that of the settings)")
+    parser.add_argument("--url", default=None, help="URL of the gateway (default: from the host and port in the settings)")
+    parser.add_argument("--admin-key", default=None, help="the admin key (default: from the settings)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
-    parser.add_argument("--once", action="store_true", help="show the table once and end")
-    parser.add_argument("--json", action="store_true", help="print /kv/stats as JSON and end")
+    parser.add_argument("--once", action="store_true", help="print the table once and exit")
+    parser.add_argument("--json", action="store_true", help="print /kv/stats as JSON and exit")
     parser.add_argument(
-        "--interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS", help="between two looks (default 1)"
+        "--interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS", help="time between updates (default: 1)"
     )
 
 
 def run(arguments: argparse.Namespace, console: Console | None = None, transport: httpx.BaseTransport | None = None) -> int:
-    """Run the command; return its exit status, 1 when the figures could not be had. Raises SettingsError."""
+    """Run the command and return its exit status: 1 if the figures could not be read. Raises SettingsError."""
     console = console or Console()
     with client_for(arguments, transport) as client:
         try:
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, console: Console | None = None, transport
 
 
 def client_for(arguments: argparse.Namespace, transport: httpx.BaseTransport | None) -> httpx.Client:
-    """A client of the gateway that the flags or the settings name. Raises SettingsError."""
+    """Return a client for the gateway that the flags or the settings name. Raises SettingsError."""
     settings = load(config=arguments.config)
     key = arguments.admin_key or (settings.admin_key.get_secret_value() if settings.admin_key else "")
     url = arguments.url or address(settings)
@@ -73,17 +73,17 @@ def client_for(arguments: argparse.Namespace, transport: httpx.BaseTransport | N
 
 
 def ask(client: httpx.Client, path: str, *, missing: str = "") -> bytes:
-    """The body of the gateway's 200 answer to a GET; `missing` is what a 404 means. Raises StatsNotRead."""
+    """Return the body of the gateway's 200 answer to a GET; `missing` says what a 404 means. Raises StatsNotRead."""
     try:
         answer = client.get(path)
     except httpx.HTTPError as error:
-        raise StatsNotRead(f"no gateway answers at {client.base_url}: {error}") from error
+        raise StatsNotRead(f"no gateway is answering at {client.base_url}: {error}") from error
     if answer.status_code in (401, 403):
-        raise StatsNotRead("the gateway wants the admin key: give --admin-key or set PEERKV_ADMIN_KEY")
+        raise StatsNotRead("the gateway requires the admin key: pass --admin-key or set PEERKV_ADMIN_KEY")
     if answer.status_code == 404 and missing:
         raise StatsNotRead(missing)
     if answer.status_code != 200:
-        raise StatsNotRead(f"the gateway answers {answer.status_code} to {client.base_url}{path}")
+        raise StatsNotRead(f"the gateway answered {answer.status_code} to {client.base_url}{path}")
     return answer.content
 
 
@@ -93,7 +93,7 @@ def read_stats(client: httpx.Client) -> KvStats:
     try:
         return KvStats.model_validate_json(answer)
     except ValidationError as error:
-        raise StatsNotRead(f"that is no peerkv of this version: {error.error_count()} fields do not fit") from error
+        raise StatsNotRead(f"the server is not a peerkv of this version: {error.error_count()} fields do not match") from error
 
 
 def _follow(
@@ -115,7 +115,7 @@ def _follow(
 
 
 def render(stats: KvStats, before: KvStats | None, seconds: float) -> RenderableType:
-    """Return the table; `before` is the snapshot of `seconds` ago, for rates."""
+    """Return the table; `before` is the snapshot from `seconds` ago, for rates."""
     title = f"{stats.model}, peerkv {stats.gateway.version}, up {stats.gateway.uptime_seconds:,.0f} s"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=_LEGEND)
     for column in _COLUMNS:
@@ -132,7 +132,7 @@ def _replica_cells(replica: ReplicaStats) -> list[str]:
 
 
 def _total_cells(totals: Totals) -> list[str]:
-    return ["in all", f"{totals.ready}/{totals.replicas}", *_figures(totals)]
+    return ["total", f"{totals.ready}/{totals.replicas}", *_figures(totals)]
 
 
 def _figures(part: ReplicaStats | Totals) -> list[str]:
@@ -174,7 +174,7 @@ def _losses(ledger: LedgerStats) -> list[Text]:
     ]
     predicted, delivered = ledger.predicted_tokens, ledger.local_tokens + ledger.peer_tokens
     return [
-        Text(f"requests by why their prompt was not cached, with the tokens lost: {', '.join(parts)}"),
+        Text(f"requests by the reason for their cache miss, with the tokens lost: {', '.join(parts)}"),
         Text(f"tokens from caches: {short(predicted)} expected, {short(delivered)} delivered"),
     ]
 

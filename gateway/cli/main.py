@@ -1,6 +1,6 @@
 """The command line: `peerkv serve`, `engine`, `gateway`, `doctor`, `bench`, `kv stats`, `openapi`.
 
-Exit status: 0 after a clean end, 1 when something failed, 2 for wrong usage or settings, 130 when ended at once.
+Exit status: 0 after a clean end, 1 if something failed, 2 for wrong usage or settings, 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 _MAIN_FLAGS = ("replicas", "host", "port", "served_model_name", "admin_key")
 _BENCH_ABOUT = (
-    "Measure a running installation from outside: the time to the first token of prompts that nobody has (cold), that another "
-    "replica computed (import) and that the same one did (local hit); what the gateway adds to a small request; and what comes "
-    "of requests at a fixed rate that share prefixes. Prompts are random words. Takes about two minutes on two CPU cores."
+    "Measure a running installation from the outside: the time to the first token of prompts that no replica has (cold), that "
+    "another replica computed (import) and that the same replica computed (local hit); the time the gateway adds to a small "
+    "request; and throughput at a fixed rate with shared prefixes. Prompts are random words. Takes about two minutes on "
+    "two CPU cores."
 )
-_SERVE_EPILOG = "What follows -- is given to every vLLM server, for example: peerkv serve MODEL -- --max-model-len 8192"
+_SERVE_EPILOG = "Arguments after -- are passed to every vLLM server, for example: peerkv serve MODEL -- --max-model-len 8192"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given, vllm_args = given[:cut], given[cut + 1 :]
     parsed = build_parser().parse_args(given)
     if vllm_args is not None and not parsed.takes_vllm_args:
-        return _fail("arguments after -- go to vLLM, and this command starts none", EXIT_USAGE)
+        return _fail("arguments after -- are for vLLM, but this command does not start it", EXIT_USAGE)
     parsed.vllm_args = vllm_args
     try:
         status: int = parsed.run(parsed)
@@ -55,14 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="peerkv", description="An OpenAI gateway over vLLM replicas that import each other's KV cache.", allow_abbrev=False
+        prog="peerkv",
+        description="An OpenAI-compatible gateway for vLLM replicas that import each other's KV cache.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"peerkv {__version__}")
     parser.set_defaults(takes_vllm_args=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_runner(commands, "serve", _serve, "start the replicas and the gateway", vllm=True)
-    _add_runner(commands, "engine", _engine, "start the replicas alone, for a gateway with the same run_dir", vllm=True)
-    _add_runner(commands, "gateway", _gateway, "start the gateway alone, for replicas that `peerkv engine` runs")
+    _add_runner(commands, "engine", _engine, "start only the replicas, for a gateway with the same run_dir", vllm=True)
+    _add_runner(commands, "gateway", _gateway, "start only the gateway, for replicas that `peerkv engine` runs")
     _add_doctor(commands)
     _add_bench(commands)
     _add_kv(commands)
@@ -81,17 +84,17 @@ def _add_runner(
     epilog = _SERVE_EPILOG if vllm else None
     parser = commands.add_parser(name, help=summary, description=summary, epilog=epilog, allow_abbrev=False)
     if vllm:
-        text = "directory or hub id that vLLM loads (default: SmolLM2-135M-Instruct, fetched once)"
+        text = "directory or hub id of the model that vLLM loads (default: SmolLM2-135M-Instruct, downloaded once)"
         parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
     add_settings_flags(parser, _MAIN_FLAGS, leave_out=("model",))
     parser.set_defaults(run=run, takes_vllm_args=vllm)
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    summary = "say what this machine has, and what the replicas can exchange and how"
+    summary = "show what this machine has, what the replicas can exchange, and what should be fixed"
     parser = commands.add_parser("doctor", help=summary, description=summary, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="print it as JSON (default: as text)")
-    parser.add_argument("--quick", action="store_true", help="do not measure the links between GPUs (default: do, about 10 s)")
+    parser.add_argument("--json", action="store_true", help="print JSON (default: text)")
+    parser.add_argument("--quick", action="store_true", help="skip measuring the links between GPUs, which takes about 10 s")
     parser.add_argument("--host", help="the gateway's host (default: as for serve)")
     parser.add_argument("--port", help="the gateway's port (default: as for serve)")
     parser.add_argument("--run-dir", help="the gateway's run_dir (default: as for serve)")
@@ -100,29 +103,31 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    summary = "measure a running installation: time to first token, the gateway's share, throughput"
+    summary = "measure a running installation: time to first token, gateway overhead, throughput"
     parser = commands.add_parser("bench", help=summary, description=_BENCH_ABOUT, allow_abbrev=False)
     bench_flags.add_arguments(parser)
     parser.set_defaults(run=_bench)
 
 
 def _add_kv(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("kv", help="look at the caches", description="look at the caches")
+    parser = commands.add_parser("kv", help="inspect the caches", description="inspect the caches")
     views = parser.add_subparsers(metavar="VIEW", required=True)
-    summary = "a live table of where prompt tokens came from"
+    summary = "live table of where prompt tokens came from"
     stats = views.add_parser("stats", help=summary, description=summary, allow_abbrev=False)
     kv_live.add_arguments(stats)
     stats.set_defaults(run=kv_live.run)
-    summary = "why a request was served as it was"
+    summary = "explain why a request was served the way it was"
     explained = views.add_parser("explain", help=summary, description=summary, allow_abbrev=False)
     kv_explain.add_arguments(explained)
     explained.set_defaults(run=kv_explain.run)
 
 
 def _add_openapi(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    summary = "write the OpenAPI document, or check that the file is up to date"
+    summary = "write the OpenAPI document, or check that the file is current"
     parser = commands.add_parser("openapi", help=summary, description=summary, allow_abbrev=False)
-    parser.add_argument("--check", action="store_true", help="compare only; status 1 when it differs (default: write)")
+    parser.add_argument(
+        "--check", action="store_true", help="only compare; exit with status 1 if the file differs (default: write it)"
+    )
     path = Path("openapi/openapi.json")
     parser.add_argument("--output", type=Path, default=path, metavar="FILE", help=f"the file (default: {path})")
     parser.set_defaults(run=_openapi)

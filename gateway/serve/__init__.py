@@ -1,1 +1,1 @@
-"""Start, wiring and orderly end of the process; nothing else knows all the parts. May import everything but cli."""
+"""Start, wiring and orderly shutdown of the process. Only this package knows all the parts. May import everything but cli."""

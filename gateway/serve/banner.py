@@ -1,4 +1,4 @@
-"""What the user reads in the terminal."""
+"""What the user sees in the terminal."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from gateway.settings import Settings, address
 
 
 def say(line: str) -> None:
-    """One line of progress, on stderr."""
+    """Print one line of progress to stderr."""
     print(f"peerkv: {line}", file=sys.stderr, flush=True)
 
 
 def curl_line(settings: Settings, model: str) -> str:
-    """A shell command that gets a completion."""
+    """Return a shell command that requests a completion."""
     body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 16}, ensure_ascii=False)
     key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.tenants else ""
     return f"curl {address(settings)}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
 
 def _url_flag(url: str) -> str:
-    """What `peerkv kv stats` needs to find this gateway from a shell without these settings."""
+    """Return the flag `peerkv kv stats` needs to find this gateway from a shell without these settings."""
     fields = Settings.model_fields
     return "" if url == f"http://{fields['host'].default}:{fields['port'].default}" else f" --url {url}"
 
 
 def banner(settings: Settings, snapshot: FleetSnapshot, log_dir: Path | None) -> str:
-    """The lines shown when the gateway serves."""
+    """Return the lines shown once the gateway is serving."""
     url = address(settings)
     key = " -H 'Authorization: Bearer ADMIN_KEY'" if settings.admin_key else ""
     ready = len(snapshot.ready())

@@ -1,4 +1,4 @@
-"""The model to serve when none is named: made by `python -m engine.default_model` in a process of its own."""
+"""The model that is served when none is named: made by `python -m engine.default_model` in its own process."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gateway.settings import Settings
 
 
 class NoModel(GatewayError):
-    """The default model could not be had."""
+    """The default model is not available."""
 
 
 async def with_model(settings: Settings) -> Settings:
-    """The settings with `model` and `served_model_name` filled in. Raises NoModel.
+    """Return the settings with `model` and `served_model_name` filled in. Raises NoModel.
 
-    The first time this fetches and converts the default model, with progress on stderr.
+    The first call downloads and converts the default model, with progress on stderr.
     """
     if settings.model or settings.launcher is not None:
         model = settings.model or DEFAULT_NAME
@@ -40,5 +40,5 @@ async def _make_default_model() -> str:
     lines = output.decode().split("\n")
     directory = next((line for line in reversed(lines) if line.strip()), "")
     if process.returncode != 0 or not directory:
-        raise NoModel("the default model could not be made, see above; or name one: peerkv serve MODEL")
+        raise NoModel("the default model could not be prepared (see above); you can name another one: peerkv serve MODEL")
     return directory

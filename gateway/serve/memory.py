@@ -1,4 +1,4 @@
-"""How the gateway's process keeps memory: what the collector looks at, what malloc gives back, and the size of its pages."""
+"""Memory of the gateway's process: what the garbage collector scans, what malloc gives back, the size of pages."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 COLLECTOR_THRESHOLDS = (5_000, 10, 100)  # objects, then collections of the generation before
 TRIM_BYTES = 16 << 20
-"""Free memory that malloc keeps at the heap's end."""
+"""Free memory that malloc keeps at the end of the heap."""
 MMAP_BYTES = 1 << 20
-"""Smaller blocks come from the heap, larger ones from the kernel, and go back there."""
+"""Smaller blocks come from the heap. Larger ones come from the kernel and go back to it."""
 HUGE_PAGE_BYTES = 2 << 20
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MADV_HUGEPAGE = 14  # of the kernel's mman-common.h
@@ -22,18 +22,18 @@ _M_MMAP_THRESHOLD = -3
 
 
 def settle_memory() -> None:
-    """Call it once, when all that stays is there, before requests come."""
+    """Call once, when all long-lived objects exist and before requests arrive."""
     _spare_the_collector()
     _keep_freed_memory()
     _use_huge_pages()
 
 
 def _spare_the_collector() -> None:
-    """Have the garbage collector stop requests for less time.
+    """Make the garbage collector pause requests less.
 
-    What there is by now stays: it need not look at that again, 0.1 s each time. What comes later leaves by its reference
-    counts, as no request leaves objects that refer to each other. So there is little to find, and it looks seldom: at
-    everything, 40 ms with a full ledger, least of all.
+    Objects that exist by now stay, so scanning them again (0.1 s each time) is pointless. Later objects are freed by their
+    reference counts, since no request leaves reference cycles behind. There is little to collect, so collections are rare;
+    full ones, which take 40 ms with a full ledger, are the rarest.
     """
     gc.collect()
     gc.freeze()
@@ -41,23 +41,23 @@ def _spare_the_collector() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have malloc keep what a body of some 100 KB took, for the next one.
+    """Make malloc keep the memory of a body of some 100 KB for the next one.
 
-    By default it goes back to the kernel each time, and each page of it is zeroed and faulted in anew: a quarter of the relay's
-    time for a request with 220 KB.
+    By default it goes back to the kernel each time, and every page is zeroed and faulted in again: a quarter of the relay's
+    time for a request of 220 KB.
     """
-    with contextlib.suppress(AttributeError, OSError):  # of glibc alone
+    with contextlib.suppress(AttributeError, OSError):  # glibc only
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, TRIM_BYTES)
         mallopt(_M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 def _use_huge_pages() -> None:
-    """Put what there is by now into huge pages, unless the system is set to have none; where that fails all stays as it is.
+    """Move the current heap into huge pages, unless the system forbids them. If that fails, nothing changes.
 
-    A request touches objects all over the heap, whose small pages are more than a processor remembers the places of.
+    A request touches objects all over the heap, which spans more small pages than the TLB has entries for.
     """
-    with contextlib.suppress(AttributeError, OSError):  # of Linux alone
+    with contextlib.suppress(AttributeError, OSError):  # Linux only
         if "[never]" in _HUGE_PAGES.read_text():
             return
         madvise = ctypes.CDLL(None).madvise
@@ -69,7 +69,7 @@ def _use_huge_pages() -> None:
 
 
 def huge_places(maps: bytes) -> Iterator[tuple[int, int]]:
-    """Yield addresses, first and behind the last, of what of the heap in /proc/<pid>/maps huge pages could hold."""
+    """Yield the [start, end) address ranges of the heap in /proc/<pid>/maps that huge pages could hold."""
     for line in maps.split(b"\n")[:-1]:
         addresses, mode, _, _, _, *name = line.split(maxsplit=5)
         if mode == b"rw-p" and name in ([], [b"[heap]"]):

@@ -1,7 +1,7 @@
-"""`peerkv serve`, `peerkv gateway` and `peerkv engine`: start, progress, an orderly end.
+"""`peerkv serve`, `peerkv gateway` and `peerkv engine`: start, progress, orderly shutdown.
 
 Each is a coroutine that runs until it is cancelled and cleans up after itself; it raises GatewayError or FleetError
-when it cannot go on. The order of an end: take nothing new, let running requests finish, end the replicas,
+when it cannot go on. The order of a shutdown: refuse new requests, let running ones finish, stop the replicas,
 close the connections.
 """
 
@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 async def serve(settings: Settings) -> None:
-    """The gateway with its replicas."""
+    """Run the gateway and its replicas."""
     async with contextlib.AsyncExitStack() as stack:
         starting = StartingDoor("preparing the model")
         server, switch = await stack.enter_async_context(_serving(settings, starting))
@@ -54,7 +54,7 @@ async def serve(settings: Settings) -> None:
 
 
 async def gateway(settings: Settings) -> None:
-    """The front door alone, for the replicas that another process runs in `run_dir`."""
+    """Run only the front door, for the replicas that another process runs in `run_dir`."""
     async with contextlib.AsyncExitStack() as stack:
         starting = StartingDoor(f"waiting for the replicas of {settings.run_dir}")
         server, switch = await stack.enter_async_context(_serving(settings, starting))
@@ -69,13 +69,16 @@ async def gateway(settings: Settings) -> None:
 
 
 async def engine(settings: Settings) -> None:
-    """The replicas alone."""
+    """Run only the replicas."""
     settings = await with_model(settings)
     async with _supervised(settings) as supervisor:
         async with _heartbeat(supervisor):
             await supervisor.wait_ready()
             await _settle(supervisor)
-        say(f"{len(supervisor.snapshot().ready())} replicas are ready; a gateway finds them in {settings.run_dir}")
+        ready = len(supervisor.snapshot().ready())
+        say(
+            f"{'1 replica is' if ready == 1 else f'{ready} replicas are'} ready; a gateway will find them in {settings.run_dir}"
+        )
         await _while_there_is_hope(supervisor)
 
 
@@ -115,7 +118,7 @@ async def _open(
     model: str,
     table_dir: Path,
 ) -> None:
-    """Wire the front door and serve it from now on; at the stack's end it is drained."""
+    """Wire the front door and serve it from now on; it is drained when the stack closes."""
     door = build_door(settings, fleet, model=model, table_dir=table_dir)
     stack.push_async_callback(_drain, door, server, settings.drain_seconds)
     watch = ParityWatch(fleet, door.planner.prompts, door.tokens, interval_seconds=settings.parity_interval_seconds)
@@ -132,15 +135,15 @@ async def _open(
 async def _drain(door: Door, server: DoorServer, seconds: float) -> None:
     server.should_exit = True
     if door.relay.in_flight:
-        say(f"{door.relay.in_flight} requests may take {seconds:g} s to finish")
+        say(f"waiting up to {seconds:g} s for running requests ({door.relay.in_flight}) to finish")
     await door.relay.drain(seconds)
     await door.close()
 
 
 def _tell_of_defect(task: asyncio.Task[None]) -> None:
-    """A task that goes on for ever ended by itself."""
+    """Log that a task which should run for ever has ended."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        _logger.error("%s ended: what it looked after stays as it is", task.get_name(), exc_info=error)
+        _logger.error("%s ended unexpectedly: what it maintained is no longer updated", task.get_name(), exc_info=error)
 
 
 async def _end(task: asyncio.Task[None]) -> None:
@@ -149,14 +152,14 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 
 async def _settle(supervisor: Supervisor) -> None:
-    """Wait a bounded time for those replicas that still start."""
+    """Wait a bounded time for the replicas that are still starting."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(SETTLE_SECONDS_MAX):
             await _until(lambda: all(r.state is not ReplicaState.STARTING for r in supervisor.snapshot().replicas))
 
 
 async def _while_there_is_hope(fleet: FleetView) -> None:
-    """Return never. Raises FleetError when every replica has been given up."""
+    """Never return. Raises FleetError once every replica has been given up."""
     await _until(lambda: all(r.state is ReplicaState.FAILED for r in fleet.snapshot().replicas))
     raise FleetError("every replica failed: " + "; ".join(f"{r.name}: {r.reason}" for r in fleet.snapshot().replicas))
 
@@ -167,23 +170,23 @@ async def _wait_for(fleet: FleetView, seconds: float) -> FleetSnapshot:
         async with asyncio.timeout(seconds):
             await _until(lambda: bool(fleet.snapshot().replicas))
     except TimeoutError:
-        raise FleetError(f"no replicas came up in {seconds:g} s: is `peerkv engine` running with this run_dir?") from None
+        raise FleetError(f"no replicas came up within {seconds:g} s: is `peerkv engine` running with this run_dir?") from None
     return fleet.snapshot()
 
 
 def _same(found: FleetSnapshot, now: FleetSnapshot) -> FleetSnapshot:
-    """`now`, of the fleet that the front door was wired for. Raises FleetError when it is of another one.
+    """Return `now` if it describes the fleet that the front door was wired for; raise FleetError if not.
 
-    The tokenizer and the block tables belong to a model and a table_dir: with others the front door starts anew.
+    The tokenizer and the block tables belong to one model and one table_dir. With others, the front door must be restarted.
     """
     for what, before, after in (("model", found.model, now.model), ("table_dir", found.table_dir, now.table_dir)):
         if before != after:
-            raise FleetError(f"the replicas now have the {what} {after}, and had {before}: start the gateway anew")
+            raise FleetError(f"the replicas' {what} changed from {before} to {after}: restart the gateway")
     return now
 
 
 async def _until(holds: Callable[[], bool]) -> None:
-    """Look every WATCH_SECONDS: the fleet may be another process's."""
+    """Poll every WATCH_SECONDS: the fleet may belong to another process."""
     while True:
         if holds():
             return
@@ -192,7 +195,7 @@ async def _until(holds: Callable[[], bool]) -> None:
 
 @contextlib.asynccontextmanager
 async def _heartbeat(supervisor: Supervisor) -> AsyncIterator[None]:
-    """Say now and then what a starting replica logged last."""
+    """Report from time to time what starting replicas logged last."""
     task = asyncio.create_task(_beat(supervisor))
     try:
         yield
@@ -206,4 +209,4 @@ async def _beat(supervisor: Supervisor) -> None:
         for replica in supervisor.snapshot().replicas:
             if replica.state is ReplicaState.STARTING:
                 lines = log_lines(Path(replica.log), 0)
-                say(f"{replica.name} still starts: {lines[-1][:LOG_LINE_SHOWN] if lines else 'nothing logged yet'}")
+                say(f"{replica.name} is still starting: {lines[-1][:LOG_LINE_SHOWN] if lines else 'nothing logged yet'}")

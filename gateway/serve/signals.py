@@ -1,4 +1,4 @@
-"""Signals: the first asks for an orderly stop, the second ends the process at once."""
+"""Signals: the first one requests an orderly stop, the second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 def run_until_stopped(work: Callable[[], Coroutine[None, None, None]]) -> int:
     """Run `work` on uvloop; the first SIGINT or SIGTERM cancels it, and it cleans up. Returns the exit status:
-    0 when it was stopped or ended well, EXIT_FAILED after a GatewayError or FleetError, which is said in one line.
+    0 if it was stopped or ended normally, EXIT_FAILED after a GatewayError or FleetError, which is reported in one line.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_supervise(work))
@@ -37,10 +37,10 @@ async def _supervise(work: Callable[[], Coroutine[None, None, None]]) -> int:
         nonlocal stopping
         if stopping:
             # The replica host sees our end of its pipe close and ends what is left.
-            say("ending at once")
+            say("exiting at once")
             os._exit(EXIT_AT_ONCE)
         stopping = True
-        say("stopping; once more to end at once")
+        say("stopping; repeat to exit at once")
         task.cancel()
 
     loop = asyncio.get_running_loop()
@@ -55,6 +55,6 @@ async def _supervise(work: Callable[[], Coroutine[None, None, None]]) -> int:
         say(f"error: {error}")
         return EXIT_FAILED
     except Exception:
-        _logger.exception("the gateway has a defect")
+        _logger.exception("the gateway failed because of a defect in peerkv")
         return EXIT_FAILED
     return 0

@@ -1,4 +1,4 @@
-"""What is served until the front door is wired: the gateway lives, and is not ready."""
+"""What is served until the front door is wired: the gateway is alive but not ready."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RETRY_SECONDS = 5
 
 
 class StartingDoor:
-    """Answers /health and /ready, and 503 to all else. `reason` says what is being waited for."""
+    """Answers /health and /ready, and everything else with 503. `reason` says what the gateway is waiting for."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -31,7 +31,7 @@ class StartingDoor:
 
 
 class Switch:
-    """An ASGI application that hands on to another one, which may be exchanged."""
+    """An ASGI application that delegates to another one, which can be replaced."""
 
     def __init__(self, app: Asgi) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""Puts the parts of the front door together."""
+"""Assembles the parts of the front door."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from transport.table.directory import TableDirectory
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """The parts that the process holds on to."""
+    """The parts that the process keeps a reference to."""
 
     app: FrontDoor
     relay: Relay[Plan]
@@ -52,7 +52,7 @@ class Door:
 
 
 def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: Path) -> Door:
-    """The front door for `fleet`, which serves `model`."""
+    """Build the front door for `fleet`, which serves `model`."""
     upstream = Upstream(settings)
     models = ModelsCache(fleet, upstream)
     tables = TableDirectory(table_dir)

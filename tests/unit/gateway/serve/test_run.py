@@ -326,7 +326,7 @@ async def test_a_gateway_whose_engine_came_back_as_another_ends_with_an_error(tm
             assert await engine.ended() == 0
         async with peerkv(tmp_path, command="engine", **{what: str(tmp_path / "another")}):
             assert await gateway.ended() == 1
-            assert "start the gateway anew" in gateway.err[-1]
+            assert "restart the gateway" in gateway.err[-1]
 
 
 async def test_the_gateway_shows_that_it_compared_token_ids(tmp_path: Path) -> None:
