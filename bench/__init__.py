@@ -1,1 +1,1 @@
-"""Comparisons of peerkv with other routers: one command each, not part of the installed package."""
+"""Comparisons of peerkv with other routers: each is one command; not part of the installed package."""

@@ -1,4 +1,4 @@
-"""The proxies that are measured: how each is started, and what it needs."""
+"""The proxies under test: how each one is started, and what it needs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ DIRECT = ARMS[0].name
 
 
 def launch(arm: Arm, backends: Backends, port: int, spare_port: int) -> Launch:
-    """How `arm` is started on `port`; `spare_port` is for what else it listens on."""
+    """Return how to start `arm` on `port`; `spare_port` is for anything else it listens on."""
     program, _, rest = arm.name.partition(" ")
     policy = rest.partition(" ")[0]
     where = ("--host", "127.0.0.1", "--port", str(port))

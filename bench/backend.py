@@ -1,11 +1,11 @@
 """A stand-in for vLLM servers that costs next to nothing: `python -m bench.backend`.
 
-Each replica listens on a TCP port and on a unix socket. A completion gets a ready-made answer, whole or as EVENTS events, each
-written by itself. Each replica has a block table, and tells there what it delivered. A request whose `user` is PROOF is
-decoded, and its answer carries the SHA-256 of the prompt's text: the proof that a proxy passes prompts on as they were.
+Each replica listens on a TCP port and on a unix socket. A completion gets a canned answer, whole or as EVENTS events that are
+written one by one. Each replica has a block table, where it reports what it delivered. A request whose `user` is PROOF is
+decoded, and its answer contains the SHA-256 of the prompt's text, which proves that a proxy forwards prompts unchanged.
 
-The TCP ports have no route /tokenize: vllm-router 0.1.17 with cache_aware would ask there for every prompt's ids, and what the
-stand-in's tokenizer takes would be counted against it. So it goes by the text.
+The TCP ports have no /tokenize route: vllm-router 0.1.17 with cache_aware would ask for every prompt's ids there, and the time
+of the stand-in's tokenizer would be counted against it. So it goes by the text.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _FIXED: dict[bytes, bytes] = {
 
 
 class Engine:
-    """What one replica answers beside ready-made completions; `requests` counts those."""
+    """What one replica answers besides canned completions; `requests` counts the canned ones."""
 
     def __init__(self, model: str) -> None:
         self.requests = 0
@@ -79,7 +79,7 @@ class Engine:
         self._tokenizer = Tokenizer.from_file(f"{state.directory}/tokenizer.json")
 
     def answer(self, path: bytes, body: bytes) -> bytes:
-        """The answer to anything that is not a plain completion."""
+        """Return the answer to anything that is not a plain completion."""
         if path == b"/health":
             return _answer(b"")
         if path == b"/tokenize":
@@ -104,7 +104,7 @@ class Engine:
 
 
 class BackendProtocol(asyncio.Protocol):
-    """One connection to replica `place`; requests are not pipelined. Unless it `tokenizes` there is no such route."""
+    """One connection to replica `place`; requests are not pipelined. /tokenize exists only if `tokenizes` is set."""
 
     def __init__(self, engine: Engine, holders: Holders, place: int, tokenizes: bool, loop: asyncio.AbstractEventLoop) -> None:
         self._engine, self._holders, self._place, self._tokenizes = engine, holders, place, tokenizes
@@ -152,7 +152,7 @@ class BackendProtocol(asyncio.Protocol):
             self._transport.write(_WHOLE)
 
     def _next_event(self, left: int) -> None:
-        """One event in each turn of the loop, so that each is sent by itself."""
+        """Write one event per turn of the loop, so that each is sent separately."""
         if self._transport.is_closing():
             return
         if left:
@@ -169,7 +169,7 @@ async def _serve(model: str, holders: Holders, ports: list[int], sockets: list[s
     def replica(place: int, tokenizes: bool) -> Callable[[], BackendProtocol]:
         return lambda: BackendProtocol(engine, holders, place, tokenizes, loop)
 
-    # A server that nobody holds on to is collected, and closes.
+    # Without a reference to it, a server is garbage collected and closes.
     tcp = [await loop.create_server(replica(place, False), "127.0.0.1", port, backlog=1024) for place, port in enumerate(ports)]
     unix = [await loop.create_unix_server(replica(place, True), path, backlog=1024) for place, path in enumerate(sockets)]
     print("ready", flush=True)
@@ -180,8 +180,10 @@ def main() -> None:
     """Serve until killed; prints "ready"."""
     parser = argparse.ArgumentParser(prog="bench.backend", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="directory with the tokenizer")
-    parser.add_argument("--table-dir", type=Path, required=True, help="for the replicas' block tables")
-    parser.add_argument("--endpoint", choices=tuple(PATHS), default="completions", help="whose prompts the tables hold")
+    parser.add_argument("--table-dir", type=Path, required=True, help="directory for the replicas' block tables")
+    parser.add_argument(
+        "--endpoint", choices=tuple(PATHS), default="completions", help="endpoint whose prompts the tables hold"
+    )
     parser.add_argument("--port", type=int, action="append", default=[])
     parser.add_argument("--socket", action="append", default=[])
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The six cases, and the requests that they are made of."""
+"""The six cases and the requests they consist of."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATHS: dict[Endpoint, str] = {"completions": "/v1/completions", "chat": "/v1/cha
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`connections` clients, each with one request after the other; `characters` is about a prompt's length."""
+    """`connections` clients, each sending one request after another; `characters` is the approximate prompt length."""
 
     name: str
     characters: int
@@ -41,7 +41,7 @@ CASES = (
 
 
 def documents(characters: int) -> list[str]:
-    """DOCUMENTS texts of English words, always the same ones."""
+    """Return DOCUMENTS texts of English words, always the same ones."""
     source = random.Random(characters)
     texts = []
     for number in range(DOCUMENTS):
@@ -56,10 +56,10 @@ def documents(characters: int) -> list[str]:
 
 
 def bodies(case: Case, prompts: Prompts, endpoint: Endpoint, seed: int) -> Iterator[bytes]:
-    """JSON bodies without end.
+    """Yield JSON bodies without end.
 
-    "tail": one of DOCUMENTS, then a question that was never asked before. "same": one of DOCUMENTS. "fresh": nothing in common
-    with any prompt before.
+    "tail": one of DOCUMENTS, then a question never asked before. "same": one of DOCUMENTS. "fresh": nothing in common with any
+    earlier prompt.
     """
     frames = [_frame(text, case.stream, endpoint) for text in documents(case.characters)]
     number = seed
@@ -76,7 +76,7 @@ def bodies(case: Case, prompts: Prompts, endpoint: Endpoint, seed: int) -> Itera
 
 
 def _question(number: int) -> bytes:
-    """Eight words that no other number below 18 ** 8 has."""
+    """Return eight words that are unique to this number below 18 ** 8."""
     number = number * 0x9E3779B1 % len(_WORDS) ** 8
     words = []
     for _ in range(8):
@@ -86,7 +86,7 @@ def _question(number: int) -> bytes:
 
 
 def _frame(text: str, stream: bool, endpoint: Endpoint) -> tuple[bytes, bytes]:
-    """What comes before a question in a body, and what comes after it."""
+    """Return the parts of a body before and after the question."""
     mark = "@question@"
     prompt = text + mark
     asked = {"prompt": prompt} if endpoint == "completions" else {"messages": [{"role": "user", "content": prompt}]}

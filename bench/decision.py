@@ -1,10 +1,10 @@
-"""What a decision costs the gateway, from body to plan, by length of prompt, number of replicas and what was seen.
+"""What a decision costs the gateway, from body to plan, by prompt length, number of replicas and what was seen before.
 
     python -m bench.decision --model DIR            a table of milliseconds
     python -m bench.decision --model DIR --memory   the memory of a gateway that steers a million blocks
 
-DIR holds the model's tokenizer.json. The planner, the tables and the tokenizer are the real ones; the replicas are tables that
-nobody computes for: one holds the whole prompt, one the first half, the others other prompts.
+DIR contains the model's tokenizer.json. The planner, the tables and the tokenizer are real. The replicas are tables without an
+engine: one holds the whole prompt, one the first half, the others hold other prompts.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class StandingFleet:
 
 @contextmanager
 def a_fleet(replicas: int, blocks_each: int, tokens: TokenService) -> Iterator[tuple[Planner, list[TableWriter]]]:
-    """A planner over the tables of so many replicas, which hold nothing yet."""
+    """Return a planner over the tables of this many replicas, which hold nothing yet."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix="peerkv-bench-")))
         names = [f"replica-{number}" for number in range(replicas)]
@@ -86,14 +86,14 @@ def a_fleet(replicas: int, blocks_each: int, tokens: TokenService) -> Iterator[t
 
 
 def a_text(seed: object, tokens: int, service: TokenService) -> str:
-    """A text of about so many tokens."""
+    """Return a text of about this many tokens."""
     words = random.Random(str(seed)).choices(WORDS, k=tokens)
     ids = len(service.encode(" ".join(words[:500])))
     return " ".join(words[: tokens * min(500, tokens) // ids])
 
 
 async def milliseconds(planner: Planner, bodies: Iterator[Mapping[str, Any]], rounds: int) -> str:
-    """The median time of a plan, and the least."""
+    """Return the median and the least time of a plan."""
     taken = []
     for body in bodies:
         begun = time.perf_counter()
@@ -105,7 +105,7 @@ async def milliseconds(planner: Planner, bodies: Iterator[Mapping[str, Any]], ro
 
 
 async def row(replicas: int, tokens: int, service: TokenService, rounds: int) -> list[str]:
-    """The milliseconds of a plan for ids, text that is new, goes on from what was seen, and was seen before."""
+    """Return the milliseconds of a plan for ids, for new text, for text that continues a known one, and for known text."""
     with a_fleet(replicas, max(64, min(40_000, 2_000_000 // replicas)), service) as (planner, writers):
         text = a_text((replicas, tokens), tokens, service)
         ids = service.encode(text)
@@ -132,14 +132,14 @@ async def times(service: TokenService, lengths: Sequence[int], fleets: Sequence[
 
 
 def megabytes() -> dict[str, float]:
-    """This process's resident memory, its own and what it shares with the replicas."""
+    """Return this process's resident memory: its own, and what it shares with the replicas."""
     lines = Path("/proc/self/status").read_text("ascii").splitlines()
     words = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
     return {name: int(kilobytes) / 1024 for name, kilobytes in words.items()}
 
 
 async def memory(service: TokenService, blocks: int, replicas: int) -> None:
-    """Print what a gateway takes that was asked once for prompts whose blocks its replicas hold."""
+    """Print the memory of a gateway that was asked once for each prompt whose blocks its replicas hold."""
     prompt_tokens = 8192 * BLOCK_SIZE
     before = megabytes()
     with a_fleet(replicas, -(-blocks // replicas), service) as (planner, writers):

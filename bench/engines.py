@@ -1,4 +1,4 @@
-"""Two real vLLM replicas for a comparison, each on a unix socket and a TCP port, and what their own counters say."""
+"""Two real vLLM replicas for a comparison, each on a unix socket and a TCP port, and the figures of their own counters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PLAIN = {"vllm:num_preemptions_total{": "preemptions", "vllm:generation_tokens_
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Tokens by an engine's own counters: a prompt's, by where their KV came from, and those generated."""
+    """Tokens by an engine's own counters: prompt tokens by where their KV came from, and generated tokens."""
 
     computed: int = 0
     local: int = 0
@@ -35,7 +35,7 @@ class Counts:
     preemptions: int = 0
 
     def since(self, before: Counts) -> Counts:
-        """What was added after `before`."""
+        """Return what was added since `before`."""
         return Counts(*(getattr(self, name) - getattr(before, name) for name in self.__dataclass_fields__))
 
     def __add__(self, other: Counts) -> Counts:
@@ -43,7 +43,7 @@ class Counts:
 
 
 def parse_counts(metrics: str) -> Counts:
-    """The counts in the text of vLLM's /metrics."""
+    """Parse the counts from the text of vLLM's /metrics."""
     found = dict.fromkeys(Counts.__dataclass_fields__, 0)
     for line in metrics.splitlines():
         if line.startswith(_BY_SOURCE):
@@ -56,13 +56,13 @@ def parse_counts(metrics: str) -> Counts:
 
 
 class Engines:
-    """`peerkv engine` with two replicas that bench.two_doors starts. `vllm_args` are each server's own."""
+    """`peerkv engine` with two replicas that bench.two_doors starts. `vllm_args` go to each server."""
 
     def __init__(self, directory: Path, model: str, vllm_args: Sequence[str], served_model_name: str) -> None:
         self.run_dir = directory / "run"
         self.model = served_model_name
         names = ("replica-0", "replica-1")
-        self._held = {name: held_port() for name in names}  # an engine takes minutes before it binds its own
+        self._held = {name: held_port() for name in names}  # an engine takes minutes until it binds its own
         self.ports: Mapping[str, int] = {name: held.getsockname()[1] for name, held in self._held.items()}
         self.urls = tuple(f"http://127.0.0.1:{port}" for port in self.ports.values())
         settings = directory / "engine.toml"
@@ -75,7 +75,7 @@ class Engines:
         self._process = Started([*argv, "--", *vllm_args], directory / "engine.log", {DOORS: json.dumps(self.ports)})
 
     def wait(self) -> None:
-        """Wait until both serve. Raises StartFailed."""
+        """Wait until both are serving. Raises StartFailed."""
         deadline = time.monotonic() + START_SECONDS_MAX
         for url in self.urls:
             while not self._serves(url):
@@ -95,7 +95,7 @@ class Engines:
         return "".join(f"\n{path.name}: …{path.read_text(errors='replace')[-1500:]}" for path in self._logs.glob("*.log"))
 
     def counts(self) -> Counts:
-        """Both engines' counts so far."""
+        """Return both engines' counts so far."""
         total = Counts()
         for url in self.urls:
             total += parse_counts(httpx.get(f"{url}/metrics", timeout=RESET_SECONDS_MAX).raise_for_status().text)
@@ -108,7 +108,7 @@ class Engines:
             answer.raise_for_status()
 
     def end(self) -> None:
-        """End the replicas."""
+        """Stop the replicas."""
         self._process.end()
         for held in self._held.values():
             held.close()

@@ -1,8 +1,8 @@
 """`python -m bench.field`: two real vLLM replicas behind peerkv and behind other routers, in one run.
 
 The same two engine processes serve every arm: bench.two_doors opens a TCP port beside each unix socket. Prefix caches are
-emptied between the runs, prompts are fresh, arrival times the same for all arms of a round. Requests of the other arms carry a
-hint to import nothing, and the engines' counters must agree. What is counted as computed comes from vLLM's own /metrics.
+emptied between runs, prompts are fresh, arrival times are the same for all arms of a round. Requests of the other arms carry a
+hint to import nothing, and the engines' counters must confirm it. Computed tokens are counted by vLLM's own /metrics.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ MODEL = "field"
 
 
 class ArmFailed(Exception):
-    """A run can not be counted; the message says why."""
+    """A run does not count; the message says why."""
 
 
 class Field:
-    """Runs arms over engines that serve."""
+    """Runs arms over engines that are already serving."""
 
     def __init__(self, given: argparse.Namespace, engines: Engines, directory: Path) -> None:
         self._given, self._engines, self._directory = given, engines, directory
 
     def run(self, arm: FieldArm, workload: Workload, turn: int) -> Figures:
-        """Start `arm`, play the workload, end it. Raises StartFailed, ArmFailed, httpx.HTTPError."""
+        """Start `arm`, play the workload, stop it. Raises StartFailed, ArmFailed, httpx.HTTPError."""
         port, spare = free_ports(2)
         argv, env = command(arm, self._engines, self._given.venv / "bin", port, spare)
         url = f"http://127.0.0.1:{port}"
@@ -99,7 +99,7 @@ class Field:
         return Words(random.Random(seed), NUMBERED if self._given.numbered else COMMON)
 
     def _warm_up(self) -> list[Talk]:
-        """Prompts that share nothing, of several lengths, so that whoever learns has seen some."""
+        """Return prompts of several lengths that share nothing, so that routers that learn have seen some."""
         size: Size = self._given.size
         words = self._words(f"warm {time.time_ns()}")
         lengths = (size.background_tokens, size.prefix_tokens, size.suffix_tokens)
@@ -114,13 +114,13 @@ class Field:
 
 
 def measure(given: argparse.Namespace, console: Console, figures: list[Figures], failed: list[str]) -> None:
-    """All rounds; the order of the arms is turned around in every second one. Figures and failures go into the lists."""
+    """Run all rounds, reversing the order of the arms in every second one. Figures and failures go into the lists."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pkv-", dir="/tmp")))
         model = given.model or str(write_chat_model(directory / "model"))
         engines = Engines(directory, model, given.vllm_args, MODEL)
         stack.callback(engines.end)
-        with console.status("the replicas start"):
+        with console.status("starting the replicas"):
             engines.wait()
         field = Field(given, engines, directory)
         columns = (TextColumn("{task.description:52}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
@@ -146,7 +146,7 @@ def _save(given: argparse.Namespace, figures: Sequence[Figures], failed: Sequenc
 
 
 def main() -> int:
-    """Measure and print; status 1 when something failed."""
+    """Measure and print; status 1 if something failed."""
     given = parse()
     console = Console(width=150, stderr=True)
     if given.show is not None:

@@ -1,4 +1,4 @@
-"""What stands before the two replicas in a comparison: peerkv, other routers, and a small relay with two simple policies."""
+"""What stands in front of the two replicas in a comparison: peerkv, other routers, a small relay with two simple policies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.engines import Engines
 
 IMPORT_NOTHING = {"peerkv": {"source": ""}}
-"""In kv_transfer_params: our connector imports nothing for this request."""
+"""In kv_transfer_params: tells our connector to import nothing for this request."""
 SPILL = ("--balance-abs-threshold", "2", "--balance-rel-threshold", "1.2")
 
 
@@ -24,11 +24,11 @@ class FieldArm:
 
     @property
     def peerkv(self) -> bool:
-        """Whether it is ours."""
+        """Whether it is peerkv itself."""
         return self.name.startswith("peerkv")
 
     def extra_fields(self) -> Mapping[str, object]:
-        """What requests carry beside their own fields: peerkv gives hints itself, other requests must import nothing."""
+        """Fields added to each request: peerkv sends its own hints, requests of other arms must import nothing."""
         return {} if self.peerkv else {"kv_transfer_params": IMPORT_NOTHING}
 
 
@@ -51,7 +51,7 @@ GPU_ARMS = (PEERKV, PEERKV_ALONE, ROUND_ROBIN, STICKY)
 def command(
     arm: FieldArm, engines: Engines, routers: Path, port: int, spare_port: int
 ) -> tuple[Sequence[str], Mapping[str, str]]:
-    """The command line that starts `arm` on `port`, and what to add to its environment.
+    """Return the command line that starts `arm` on `port`, and what to add to its environment.
 
     `routers` is the directory with the routers' commands, `spare_port` is for their metrics.
     """

@@ -19,7 +19,7 @@ from bench.workloads import WORKLOADS, Size
 from tests.gpu.replica import write_model
 
 OVERHEAD_SECONDS = 10.0
-"""Around a run: the arm's start, the warm-up, the last answers."""
+"""Time around a run: the arm's start, the warm-up, the last answers."""
 SPECIALS = 10
 NUMBERED = tuple(f"w{number}" for number in range(20, 128_000))
 """The vocabulary of tests.gpu.replica.write_model."""
@@ -50,24 +50,26 @@ GPU_VLLM = (
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags as given, with `size`, `arms`, `workloads`, `vllm_args` and `cache_tokens` filled in for the kind of engine."""
+    """Parse the flags, with `size`, `arms`, `workloads`, `vllm_args` and `cache_tokens` filled in for the kind of engine."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peerkv"
     about = "Two vLLM replicas behind peerkv and behind other routers, in one run."
     parser = argparse.ArgumentParser(prog="bench.field", description=about, allow_abbrev=False)
-    parser.add_argument("--engines", choices=("cpu", "gpu"), default="cpu", help="cpu: the default model; gpu: 8B shape, dummy")
-    parser.add_argument("--model", default="", help="a model directory (default: peerkv's default model; gpu: written anew)")
     parser.add_argument(
-        "--numbered", action="store_true", help="the model's words are w0, w1, … (default: if it is written anew)"
+        "--engines", choices=("cpu", "gpu"), default="cpu", help="cpu: the default model; gpu: 8B shape, dummy weights"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="each arm once in each (default: 3)")
-    parser.add_argument("--arms", help=f"with commas between, of: {', '.join(arm.name for arm in ARMS)}")
-    parser.add_argument("--workloads", help=f"of: {', '.join(each.name for each in WORKLOADS)} (default: all)")
-    parser.add_argument("--seed", type=int, default=1, help="of arrival times and shapes (default: 1)")
-    parser.add_argument("--vllm-args", help=f"for each replica (default cpu: {CPU_VLLM}; gpu: {GPU_VLLM})")
-    parser.add_argument("--venv", type=Path, default=cache / "bench-routers", help="the other routers' environment")
-    parser.add_argument("--install", action="store_true", help="make that environment first")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, after each run")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing, print the tables of such a file")
+    parser.add_argument("--model", default="", help="model directory (default: peerkv's default model; gpu: a generated one)")
+    parser.add_argument("--numbered", action="store_true", help="the model's words are w0, w1, … (default: if it is generated)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; each arm runs once per round (default: 3)")
+    parser.add_argument("--arms", help=f"comma-separated list of: {', '.join(arm.name for arm in ARMS)}")
+    parser.add_argument(
+        "--workloads", help=f"comma-separated list of: {', '.join(each.name for each in WORKLOADS)} (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of arrival times and shapes (default: 1)")
+    parser.add_argument("--vllm-args", help=f"arguments for each replica (default cpu: {CPU_VLLM}; gpu: {GPU_VLLM})")
+    parser.add_argument("--venv", type=Path, default=cache / "bench-routers", help="virtual environment of the other routers")
+    parser.add_argument("--install", action="store_true", help="create that environment first")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE after each run")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing, print the tables of such a FILE")
     for field in fields(Size):
         flag = "--" + field.name.replace("_", "-")
         values = f"cpu: {getattr(CPU_SIZE, field.name):g}; gpu: {getattr(GPU_SIZE, field.name):g}"
@@ -100,15 +102,15 @@ def _chosen(text: str, known: Sequence[Any]) -> list[Any]:
 
 
 def default_model() -> str:
-    """The directory of peerkv's default model, fetched if need be. Raises CalledProcessError."""
+    """Return the directory of peerkv's default model, downloading it if needed. Raises CalledProcessError."""
     made = subprocess.run([sys.executable, "-m", "engine.default_model"], stdout=subprocess.PIPE, text=True, check=True)
     return made.stdout.split("\n")[-2]
 
 
 def write_chat_model(folder: Path) -> Path:
-    """The 8B shape of the GPU tests, with a chat template, and special tokens that are not the beginning of a word.
+    """Write the 8B shape of the GPU tests, with a chat template and with special tokens that are not the beginning of a word.
 
-    Otherwise a w2 that ends texts would cut w20 in two, in some tokenizers and not in others.
+    Otherwise a special token w2 would cut w20 in two, in some tokenizers and not in others.
     """
     write_model(folder)
     names = {f"w{number}": f"<{number}>" for number in range(SPECIALS)}

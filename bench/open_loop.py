@@ -1,4 +1,4 @@
-"""Plays a workload's talks against one address and times every answer."""
+"""Plays a workload's conversations against one address and times every answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DONE = b"[DONE]"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request. `sent_at` counts from the begin of the run, times are seconds; `error` is empty for a whole answer."""
+    """One request. `sent_at` counts from the start of the run, times are in seconds; `error` is empty for a complete answer."""
 
     sent_at: float
     first_seconds: float
@@ -40,7 +40,7 @@ class Player:
         self._began = 0.0
 
     async def play(self, talks: Iterable[Talk]) -> float:
-        """Play all; returns the seconds from the first arrival to the last answer."""
+        """Play everything; return the seconds from the first arrival to the last answer."""
         self._began = time.perf_counter()
         timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS_MAX)
         connector = aiohttp.TCPConnector(limit=0)
@@ -63,7 +63,7 @@ class Player:
             said.append({"role": "assistant", "content": answer})
 
     async def _ask(self, session: aiohttp.ClientSession, path: str, asked: Mapping[str, Any], turn: Turn) -> str | None:
-        """The answer's text, None if there was none. Its times go into the samples either way."""
+        """Return the answer's text, or None if there was none. Its times go into the samples either way."""
         body = msgspec.json.encode(self._fixed | dict(asked) | {"max_tokens": turn.answer_tokens})
         began = time.perf_counter()
         reader = _Events()
@@ -113,7 +113,7 @@ class _Events:
             self.answer_tokens, self.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
 
     def error(self, answer_tokens: int) -> str:
-        """What is wrong with the stream that ended; empty if nothing is."""
+        """Return what is wrong with the stream that ended; empty if nothing is."""
         if self._broken or not self._done:
             return self._broken or "the stream ended early"
         if self.answer_tokens != answer_tokens:

@@ -1,4 +1,4 @@
-"""The least that a proxy in Python can be: raw ASGI towards the client, aiohttp towards the backends in turn."""
+"""The simplest possible proxy in Python: raw ASGI towards the client, aiohttp towards the backends in turn."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What planning and accounting cost a request, step by step, in process: `python -m bench.planning --model DIR`.
 
-The planner, the tokenizer, the ledger and two replicas' block tables are the real ones; an engine's part is a record in its
-table that says what was delivered. Each prompt is one of eight known documents and a question that was never asked before; 32
-are in flight. Figures are microseconds of this process: of means over as many requests as are settled together, the 20th
-percentile, since others use the same caches and cores.
+The planner, the tokenizer, the ledger and two replicas' block tables are real; the engine's part is a record in its table
+that says what was delivered. Each prompt is one of eight known documents followed by a question never asked before; 32 are in flight.
+Figures are microseconds of this process: the 20th percentile of means over as many requests as are settled together, since
+other programs use the same caches and cores.
 `--profile` prints where the time goes, by cProfile.
 """
 
@@ -63,7 +63,7 @@ T = TypeVar("T")
 
 
 class Steps:
-    """A planner and a witness over tables that hold the documents; `seconds` has the times of each of STEPS."""
+    """A planner and a witness over tables that hold the documents; `seconds` collects the times of each of STEPS."""
 
     def __init__(self, stack: ExitStack, service: TokenService, characters: int, endpoint: Endpoint) -> None:
         self.seconds: dict[str, list[float]] = {step: [] for step in STEPS}
@@ -92,7 +92,7 @@ class Steps:
             used[name] += len(keys)
 
     def request(self, body: dict[str, Any]) -> None:
-        """Plan one more request; what came IN_FLIGHT requests before is answered first."""
+        """Plan one more request; the one from IN_FLIGHT requests ago is answered first."""
         if len(self._flying) == IN_FLIGHT:
             self._answer()
         self._number += 1
@@ -109,11 +109,11 @@ class Steps:
         work = self._planner.plan(self._endpoint, body, ANONYMOUS)
         try:
             while work.send(None) is None:
-                pass  # it let others come as far
+                pass  # it waited for others
         except StopIteration as stop:
             plan: Plan = stop.value
         else:
-            raise RuntimeError("the prompt was tokenised in a thread: it is not like one that was seen before")
+            raise RuntimeError("the prompt was tokenised in a thread: it does not resemble an earlier one")
         if isinstance(plan.prompt, TokenIds):
             plan.prompt.text  # noqa: B018  the ids as JSON, as the relay sends them
         return plan
@@ -156,22 +156,24 @@ class Steps:
 
 
 def run(steps: Steps, source: Iterator[bytes], requests: int) -> None:
-    """Plan and answer `requests` requests; the bodies are read beforehand."""
+    """Plan and answer `requests` requests; the bodies are generated in advance."""
     for body in [decode_body(next(source)) for _ in range(requests)]:
         steps.request(body)
 
 
 def _means(seconds: list[float]) -> list[float]:
-    """Of as many requests each as are settled together: what that costs comes with the last of them."""
+    """Average over as many requests as are settled together: the last of them bears the cost."""
     return [fmean(seconds[start : start + SETTLED_TOGETHER]) for start in range(0, len(seconds), SETTLED_TOGETHER)]
 
 
 def main() -> int:
-    """Measure and print a table; status 1 when the model has no tokenizer."""
+    """Measure and print a table; status 1 if the model has no tokenizer."""
     parser = argparse.ArgumentParser(prog="bench.planning", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="", help="directory with the tokenizer (default: peerkv's default model)")
-    parser.add_argument("--rounds", type=int, default=12, help="of 300 small, 100 of 16 KB, 40 of 220 KB (default: 12)")
-    parser.add_argument("--profile", action="store_true", help="where the time goes, by function")
+    parser.add_argument(
+        "--rounds", type=int, default=12, help="rounds of 300 small requests, 100 of 16 KB and 40 of 220 KB (default: 12)"
+    )
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, by function")
     given = parser.parse_args()
     service = TokenService(TokenizerSource(given.model or default_model()))
     if not (state := service.load()).loaded:
@@ -183,7 +185,7 @@ def main() -> int:
         with ExitStack() as stack:
             steps = Steps(stack, service, characters, endpoint)
             source = bodies(Case(name, characters, IN_FLIGHT), "tail", endpoint, 1 << 20)
-            run(steps, source, requests)  # nobody's first requests count
+            run(steps, source, requests)  # warm-up requests do not count
             steps.seconds = {step: [] for step in STEPS}
             profile = cProfile.Profile() if given.profile else None
             with profile or nullcontext():

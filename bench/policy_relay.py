@@ -1,7 +1,7 @@
-"""A relay with the two simplest policies, for machines where the Rust routers can not be installed.
+"""A relay with the two simplest policies, for machines where the Rust routers cannot be installed.
 
-BENCH_BACKENDS: URLs with commas between; BENCH_POLICY: round_robin, or sticky, which sends a prompt where its first
-PREFIX_CHARS characters hash to.
+BENCH_BACKENDS: comma-separated URLs. BENCH_POLICY: round_robin, or sticky, which picks a backend by a hash of the prompt's
+first PREFIX_CHARS characters.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _sessions: list[aiohttp.ClientSession] = []
 
 
 class Asked(msgspec.Struct):
-    """What the sticky policy reads of a body."""
+    """The fields that the sticky policy reads from a body."""
 
     prompt: str = ""
     messages: list[dict[str, Any]] = []
 
 
 def place(policy: str, body: bytes, turn: int, backends: int) -> int:
-    """Which of `backends` a request goes to."""
+    """Return which of `backends` a request goes to."""
     if policy == "round_robin" or not body:
         return turn % backends
     asked = msgspec.json.decode(body, type=Asked)

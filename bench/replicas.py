@@ -1,4 +1,4 @@
-"""Two mock replicas as peerkv knows them: sockets, fleet.json, and block tables that hold the documents' blocks and say what
+"""Two mock replicas as peerkv sees them: sockets, fleet.json, and block tables that hold the documents' blocks and report what
 was delivered."""
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _FIELDS = {"weights": "bench", "dtype": "bfloat16"}
 _TAG = re.compile(rb'"peerkv":\{[^}]*"tag":(\d+)')
 _PROMPT = re.compile(rb'"(?:prompt|content)":["\[]')
 _OPENING_BYTES = 64
-"""So many bytes of a prompt's JSON, text or ids, tell the documents apart."""
+"""This many bytes of a prompt's JSON, text or ids, are enough to tell the documents apart."""
 _TEXT_BYTES_PER_TOKEN = 4
 
 
 def write_config(directory: Path) -> Path:
-    """A settings file with one tenant."""
+    """Return a settings file with one tenant."""
     path = directory / "peerkv.toml"
     path.write_text(f'[[tenants]]\nname = "{TENANT}"\napi_key = "{KEY}"\n')
     return path
 
 
 def write_run_dir(run_dir: Path, table_dir: Path, model: str, pid: int) -> list[str]:
-    """Write fleet.json of two ready replicas, whose process is `pid`; return their sockets."""
+    """Write a fleet.json with two ready replicas of process `pid`; return their sockets."""
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     sockets = [str(run_dir / f"{name}.sock") for name in NAMES]
     replicas = tuple(
@@ -55,7 +55,7 @@ def write_run_dir(run_dir: Path, table_dir: Path, model: str, pid: int) -> list[
 
 
 class Holders:
-    """The replicas' tables. Document i of each length is held by replica i modulo 2, for everybody and for the tenant."""
+    """The replicas' tables. Document i of each length is held by replica i modulo 2, with and without the tenant."""
 
     def __init__(self, table_dir: Path, model: str, endpoint: Endpoint) -> None:
         tokens = TokenService(source_from_arguments(model, ()))
@@ -82,7 +82,7 @@ class Holders:
                     self._writers[place].publish(range(first, first + len(keys)), keys)
 
     def deliver(self, place: int, body: bytes) -> None:
-        """Account for a request to replica `place` as an engine does before its first token, if the gateway tagged it."""
+        """Record a request to replica `place` as an engine does before its first token, if the gateway tagged it."""
         tag = _TAG.search(body)
         prompt = _PROMPT.search(body)
         if tag is None or prompt is None:

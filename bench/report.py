@@ -33,13 +33,13 @@ class Figures:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed."""
+    """Return the smallest value that at least `share` of them do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]
 
 
 def medians(figures: Sequence[Figures]) -> list[dict[str, Any]]:
-    """For each arm and case the medians over the rounds; latencies at one connection also as added to no proxy's."""
+    """Return medians over the rounds per arm and case; latencies at one connection also relative to no proxy."""
     rows: list[dict[str, Any]] = []
     for key in dict.fromkeys((each.case, each.arm) for each in figures):
         mine = [each for each in figures if (each.case, each.arm) == key]
@@ -59,10 +59,10 @@ def medians(figures: Sequence[Figures]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]], case: str) -> Table:
-    """One case as a table, the cheapest proxy first."""
+    """Return one case as a table, the cheapest proxy first."""
     lonely = next(each for each in CASES if each.name == case).connections == 1
     title = f"{case}: medians of {max(row['rounds'] for row in rows)} rounds"
-    shown = Table("proxy", "done/s", "CPU µs each", "per core and s", title=title, title_justify="left")
+    shown = Table("proxy", "done/s", "CPU µs per request", "req per core-second", title=title, title_justify="left")
     for heading in ("added p50 ms", "added p99 ms", "stalls") if lonely else ("p50 ms", "p99 ms", "MiB"):
         shown.add_column(heading, justify="right")
     for column in shown.columns[1:4]:
@@ -82,7 +82,7 @@ def _number(value: float | None, digits: int = 0) -> str:
 
 
 def markdown(figures: Sequence[Figures], rows: Sequence[dict[str, Any]], ours: Sequence[str]) -> str:
-    """Tables of the medians with a column a case, and of what arms cost in CPU time relative to `ours` in the same round."""
+    """Return tables of the medians with a column per case, and of CPU time relative to `ours` in the same round."""
     cases = [case.name for case in CASES if any(row["case"] == case.name for row in rows)]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     at = {(row["arm"], row["case"]): row for row in rows}
@@ -101,7 +101,7 @@ def markdown(figures: Sequence[Figures], rows: Sequence[dict[str, Any]], ours: S
     found = lines("CPU µs a request", median("proxy_cpu_us"))
     for mine in ours:
         found += lines(f"its CPU / that of {mine}", lambda arm, case, mine=mine: _ratio(figures, arm, mine, case))  # type: ignore[misc]
-    found += lines("requests a second, the load on the other core", median("per_second"))
+    found += lines("requests per second, the load on the other core", median("per_second"))
     found += lines("added p50, ms", median("added_p50_ms", 2), lonely)
     found += lines("added p99, ms", median("added_p99_ms", 2), lonely)
     found += lines("the longest, ms", median("longest_ms", 1), lonely)
@@ -110,7 +110,7 @@ def markdown(figures: Sequence[Figures], rows: Sequence[dict[str, Any]], ours: S
 
 
 def _ratio(figures: Sequence[Figures], arm: str, ours: str, case: str) -> str:
-    """The median of the rounds' ratios, with the least and the most."""
+    """Return the median of the rounds' ratios, with the least and the most."""
     spent = {(each.arm, each.round): each.proxy_cpu_us for each in figures if each.case == case}
     pairs = [(spent[arm, turn], mine) for (name, turn), mine in spent.items() if name == ours and (arm, turn) in spent]
     ratios = [theirs / mine for theirs, mine in pairs if theirs and mine]
@@ -118,5 +118,5 @@ def _ratio(figures: Sequence[Figures], arm: str, ours: str, case: str) -> str:
 
 
 def as_json(figures: Sequence[Figures], rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
-    """What is written to the JSON file."""
+    """Return what is written to the JSON file."""
     return {"about": about, "medians": list(rows), "runs": [asdict(each) for each in figures]}

@@ -1,9 +1,9 @@
-"""`python -m bench.routers`: what a request costs in peerkv's gateway, and in other routers in the same run.
+"""`python -m bench.routers`: what a request costs in peerkv's gateway and, in the same run, in other routers.
 
 The proxy under test has one core; the mock replicas and the load share the other. A request's cost is the CPU time of all the
-proxy's processes over the requests done, so it does not depend on what the load could drive. Each arm is proven first: a
-prompt's digest comes back from the engine, and where keys are needed nobody gets in without one; each answer under load is
-compared too.
+proxy's processes divided by the number of requests, so it does not depend on how much load could be generated. Each arm is
+verified first: a prompt's digest comes back from the engine, and where keys are needed nobody gets in without one. Each answer
+under load is compared as well.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VERSIONS = ("aiohttp", "uvicorn", "uvloop", "httptools", "msgspec", "tokenizers"
 
 
 class Bench:
-    """Runs arms and cases over mock replicas that are up."""
+    """Runs arms and cases over mock replicas that are already running."""
 
     def __init__(self, given: argparse.Namespace, backends: Backends, ports: Sequence[int], directory: Path) -> None:
         self.figures: list[Figures] = []
@@ -51,7 +51,7 @@ class Bench:
         self._seed = 0
 
     async def arm(self, arm: Arm, turn: int, done: Callable[[], None]) -> None:
-        """Start `arm`, prove it, measure its cases, end it. Raises StartFailed and load.WrongAnswer."""
+        """Start `arm`, verify it, measure its cases, stop it. Raises StartFailed and load.WrongAnswer."""
         if arm.name == DIRECT:
             await self._cases(arm, turn, load.Target(self._ports[0]), None, done)
             return
@@ -89,7 +89,7 @@ class Bench:
             raise load.WrongAnswer(f"{arm.name} serves callers without a key")
 
     def _prove_steering(self, port: int) -> None:
-        """Whether what the replicas said of their prefix hits arrived. Raises WrongAnswer."""
+        """Check that the replicas' reports of prefix hits arrived. Raises WrongAnswer."""
         told = httpx.get(f"http://127.0.0.1:{port}/kv/stats", timeout=START_SECONDS_MAX).json()["ledger"]
         if not told["settled"] or (self._given.prompts != "fresh" and not told["local_tokens"]):
             raise load.WrongAnswer(f"no prefix hit was delivered: {told}")
@@ -127,7 +127,7 @@ class Bench:
 
 
 async def measure(given: argparse.Namespace, console: Console) -> tuple[list[Figures], list[str]]:
-    """All rounds; the order of the arms is turned around in every second one. Returns the figures and what failed."""
+    """Run all rounds, reversing the order of the arms in every second one. Returns the figures and the failures."""
     failed: list[str] = []
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pkv-", dir="/tmp")))
@@ -159,7 +159,7 @@ async def measure(given: argparse.Namespace, console: Console) -> tuple[list[Fig
 
 
 def install(venv: Path, console: Console) -> None:
-    """Make the other routers' environment. Raises CalledProcessError."""
+    """Create the other routers' environment. Raises CalledProcessError."""
     console.print(f"installing {REQUIREMENTS} into {venv}")
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     subprocess.run([str(venv / "bin" / "pip"), "install", "--quiet", "-r", str(REQUIREMENTS)], check=True)
@@ -193,30 +193,32 @@ def _chosen(text: str, known: Sequence[Any], what: str) -> list[Any]:
 def _parse() -> argparse.Namespace:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peerkv"
     parser = argparse.ArgumentParser(prog="bench.routers", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=3, help="each arm once in each (default: 3)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="measured in each case (default: 2)")
-    parser.add_argument("--warm-seconds", type=float, default=0.4, help="of load before that (default: 0.4)")
-    parser.add_argument("--parity-seconds", type=float, default=1.5, help="for peerkv to compare token ids (default: 1.5)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; each arm runs once per round (default: 3)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="measured time per case (default: 2)")
+    parser.add_argument("--warm-seconds", type=float, default=0.4, help="warm-up load before that (default: 0.4)")
+    parser.add_argument("--parity-seconds", type=float, default=1.5, help="time for peerkv to compare token ids (default: 1.5)")
     arms = ", ".join(arm.name for arm in ARMS)
     parser.add_argument("--arms", type=lambda text: _chosen(text, ARMS, "arm"), default=list(ARMS), help=f"of: {arms}")
     cases = ", ".join(case.name for case in CASES)
     parser.add_argument("--cases", type=lambda text: _chosen(text, CASES, "case"), default=list(CASES), help=f"of: {cases}")
-    parser.add_argument("--prompts", choices=("tail", "same", "fresh"), default="tail", help="what they share (default: tail)")
+    parser.add_argument(
+        "--prompts", choices=("tail", "same", "fresh"), default="tail", help="what prompts share (default: tail)"
+    )
     parser.add_argument("--endpoint", choices=("completions", "chat"), default="completions")
     parser.add_argument("--model", default=os.environ.get("PEERKV_MODEL", ""), help="directory with the tokenizer")
-    parser.add_argument("--venv", type=Path, default=cache / "bench-routers", help="the other routers' environment")
-    parser.add_argument("--install", action="store_true", help="make that environment first")
-    parser.add_argument("--output", type=Path, help="write all figures there as JSON, and tables beside it as Markdown")
+    parser.add_argument("--venv", type=Path, default=cache / "bench-routers", help="virtual environment of the other routers")
+    parser.add_argument("--install", action="store_true", help="create that environment first")
+    parser.add_argument("--output", type=Path, help="write all figures to this file as JSON, and tables next to it as Markdown")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Measure and print; status 1 when something failed."""
+    """Measure and print; status 1 if something failed."""
     given = _parse()
     console = Console(width=110)
     end_on_sigterm()
     if (os.cpu_count() or 1) < 2:
-        console.print("two cores are needed: one for the proxy, one for the load")
+        console.print("this needs two cores: one for the proxy, one for the load")
         return 2
     if given.install:
         install(given.venv, console)

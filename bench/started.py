@@ -1,4 +1,4 @@
-"""A process that a measurement starts, in a session of its own, and ends."""
+"""A process that a measurement starts in its own session and stops at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG_CHARS_SHOWN = 2000
 
 
 class Started:
-    """Runs from the start; its output goes into `log`. The session's PEERKV_* variables are not handed on."""
+    """Runs as soon as it is created; its output goes to `log`. It does not inherit PEERKV_* variables."""
 
     def __init__(self, argv: Sequence[str], log: Path, env: Mapping[str, str], end_seconds_max: float = 30.0) -> None:
         self._log, self._end_seconds_max = log, end_seconds_max
@@ -31,14 +31,14 @@ class Started:
             )
 
     def check(self, in_time: bool, more: str = "") -> None:
-        """Raise StartFailed if it ended, or if it is not `in_time`; `more` is said too."""
+        """Raise StartFailed if it ended or is not `in_time`; `more` is added to the message."""
         ended = self._process.poll() is not None
         if ended or not in_time:
             tail = self._log.read_text(errors="replace")[-LOG_CHARS_SHOWN:]
-            raise StartFailed(f"{'it ended' if ended else 'it did not get ready'}; its log: {tail}{more}")
+            raise StartFailed(f"{'it ended' if ended else 'it did not become ready'}; its log: {tail}{more}")
 
     def end(self) -> None:
-        """End it, by force if need be."""
+        """Stop it, by force if necessary."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self._process.poll() is None:
                 os.killpg(self._process.pid, number)

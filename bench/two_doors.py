@@ -1,7 +1,7 @@
 """`python -m bench.two_doors …`: vLLM's server, on a TCP port beside its unix socket.
 
-So one engine process serves peerkv, which speaks to unix sockets, and routers that speak TCP alone. The port is that of the
-socket's name in the variable BENCH_DOORS, a JSON object.
+So one engine process serves both peerkv, which uses unix sockets, and routers that only speak TCP. The variable BENCH_DOORS, a
+JSON object, maps the socket's name to the port.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _serve = uvicorn.Server.serve
 
 
 async def serve(self: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
-    """uvicorn's serve, with our port's socket beside those given."""
+    """uvicorn's serve, with our port's socket added to those given."""
     path = Path(sys.argv[sys.argv.index("--uds") + 1])
     door = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""Workloads for a comparison: who asks what, and when. A seed gives every arm the same times and shapes; words differ."""
+"""Workloads for a comparison: who asks what, and when. The seed fixes times and shapes for every arm; words differ."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from bench.simulate.workloads import HOT_SHARE, SHARED_FACTOR, TURNS
 from gateway.cli.bench.words import Words
 
 HOT_RATE = 2.5
-"""The hot workload's rate, times that of the others: most of its prompts are cached."""
+"""The hot workload's rate relative to the others: most of its prompts are cached."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much a workload asks for. Lengths are in tokens, `rate` in requests a second, over `seconds`.
+    """The size of a workload. Lengths are in tokens, `rate` is in requests per second, over `seconds`.
 
-    `turn_tokens` is what a user adds in a turn of a conversation, `think_seconds` the mean pause before it. `cache_tokens` is
+    `turn_tokens` is what a user adds per turn of a conversation, `think_seconds` the mean pause before it. `cache_tokens` is
     what one replica's cache holds.
     """
 
@@ -34,7 +34,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One request: after `pause` seconds, `text` follows what the conversation has so far."""
+    """One request: after `pause` seconds, `text` is appended to the conversation so far."""
 
     pause: float
     text: str
@@ -43,7 +43,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """Begins `at` seconds after the run does; each turn waits for the answer before. One turn and no chat: a completion."""
+    """Begins `at` seconds into the run; each turn waits for the previous answer. One turn and no chat: a completion."""
 
     at: float
     turns: tuple[Turn, ...]
@@ -51,7 +51,7 @@ class Talk:
 
 
 def arrivals(shape: random.Random, rate: float, seconds: float) -> list[float]:
-    """Poisson arrivals: times from 0 to `seconds`."""
+    """Return Poisson arrivals: times from 0 to `seconds`."""
     times, now = [], shape.expovariate(rate)
     while now < seconds:
         times.append(now)
@@ -60,7 +60,7 @@ def arrivals(shape: random.Random, rate: float, seconds: float) -> list[float]:
 
 
 def shared(size: Size, shape: random.Random, words: Words) -> list[Talk]:
-    """Prefixes equally often, SHARED_FACTOR times the tokens that one replica's cache holds in all, and a new question each."""
+    """Use each prefix equally often, with a new question each time; together they have SHARED_FACTOR times one cache's tokens."""
     count = max(2, round(SHARED_FACTOR * size.cache_tokens / size.prefix_tokens))
     prefixes = [words.text(size.prefix_tokens) for _ in range(count)]
     return [
@@ -70,7 +70,7 @@ def shared(size: Size, shape: random.Random, words: Words) -> list[Talk]:
 
 
 def hot(size: Size, shape: random.Random, words: Words) -> list[Talk]:
-    """HOT_SHARE of the requests begin with the same prefix, the others share nothing; HOT_RATE times as many as elsewhere."""
+    """Let HOT_SHARE of the requests begin with the same prefix; the others share nothing. HOT_RATE times the usual rate."""
     prefix = words.text(size.prefix_tokens)
     talks = []
     for at in arrivals(shape, HOT_RATE * size.rate, size.seconds):
@@ -82,7 +82,7 @@ def hot(size: Size, shape: random.Random, words: Words) -> list[Talk]:
 
 
 def conversations(size: Size, shape: random.Random, words: Words) -> list[Talk]:
-    """Chats of TURNS turns, each with all that was said before; they begin so that turns come at the rate, roughly."""
+    """Return chats of TURNS turns, each with the whole history; they start so that turns arrive at roughly the given rate."""
     talks = []
     for at in arrivals(shape, size.rate / TURNS, size.seconds):
         first = Turn(0.0, words.text(3 * size.turn_tokens), size.answer_tokens)
@@ -100,7 +100,7 @@ def _single(at: float, text: str, size: Size) -> Talk:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A name and how its talks are made."""
+    """A name and how its conversations are generated."""
 
     name: str
     talks: Callable[[Size, random.Random, Words], list[Talk]]
