@@ -1,7 +1,7 @@
 """What planning and accounting cost a request, step by step, in process: `python -m bench.planning --model DIR`.
 
 The planner, the tokenizer, the ledger and two replicas' block tables are real; the engine's part is a record in its table
-that says what was delivered. Each prompt is one of eight known documents followed by a question never asked before; 32 are in flight.
+that says what was delivered. Each prompt is one of eight known documents and a question never asked before; 32 are in flight.
 Figures are microseconds of this process: the 20th percentile of means over as many requests as are settled together, since
 other programs use the same caches and cores.
 `--profile` prints where the time goes, by cProfile.

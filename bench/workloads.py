@@ -60,7 +60,7 @@ def arrivals(shape: random.Random, rate: float, seconds: float) -> list[float]:
 
 
 def shared(size: Size, shape: random.Random, words: Words) -> list[Talk]:
-    """Use each prefix equally often, with a new question each time; together they have SHARED_FACTOR times one cache's tokens."""
+    """Use each prefix equally often, with new questions; together they have SHARED_FACTOR times one cache's tokens."""
     count = max(2, round(SHARED_FACTOR * size.cache_tokens / size.prefix_tokens))
     prefixes = [words.text(size.prefix_tokens) for _ in range(count)]
     return [

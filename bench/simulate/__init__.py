@@ -1,1 +1,1 @@
-"""A simulated fleet: what steering does on more replicas than there are at hand. `python -m bench.simulate --help`."""
+"""A simulated fleet: how steering behaves with more replicas than are available. `python -m bench.simulate --help`."""

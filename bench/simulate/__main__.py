@@ -1,4 +1,4 @@
-"""`python -m bench.simulate`: what each policy would do with a trace on so many replicas."""
+"""`python -m bench.simulate`: how each policy would serve a trace on a given number of replicas."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from bench.simulate.traces import TraceRefused
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; return the exit status."""
+    """Run the command line; return the exit status."""
     options = parser().parse_args(arguments)
     try:
         runs = list(_make(list(_tasks(options)), options.jobs))

@@ -1,12 +1,12 @@
 """A replica modelled after vLLM's V1 scheduler (v1/core/sched/scheduler.py of 0.26).
 
 Each step has a budget of tokens: running decodes take one each, half-prefilled prompts the next share, then waiting requests
-in their order of arrival, as long as memory lasts for a whole prompt (`scheduler_reserve_full_isl`). Blocks count as cached as
-soon as they are scheduled, as in vLLM, and are published when their step is done. A peer's blocks are asked for when the
-scheduler first reaches a request, arrive between steps, and the request is then first in line. If generated tokens find no
-memory, the request that was admitted last is preempted.
+in order of arrival, as long as there is memory for a whole prompt (`scheduler_reserve_full_isl`). Blocks count as cached as
+soon as they are scheduled, as in vLLM, and are published when their step is done. A peer's blocks are requested when the
+scheduler first reaches a request; they arrive between steps, and the request is then first in line. If there is no memory for
+generated tokens, the request that was admitted last is preempted.
 
-Steps without prompt tokens are taken many at once, up to the next one in which something happens.
+Steps without prompt tokens are simulated many at once, up to the next one in which something happens.
 """
 
 import heapq
@@ -24,7 +24,7 @@ CONTENDED_STEPS_MAX = 16  # steps taken at once where other replicas slow them d
 class Engine:
     """One replica. The caller owns the clock: it calls `begin`, and `complete` at the time that `begin` returned.
 
-    What happened is left in `first_tokens`, `finished` and `imports`, which the caller empties.
+    Results are left in `first_tokens`, `finished` and `imports`, which the caller empties.
     """
 
     def __init__(self, number: int, profile: EngineProfile, trace_block_tokens: int, published: PublishedBlocks) -> None:
@@ -57,12 +57,12 @@ class Engine:
 
     @property
     def decoding(self) -> int:
-        """Requests that generate."""
+        """Requests that are generating."""
         return self._decoding
 
     @property
     def running(self) -> int:
-        """Requests that are admitted and not done."""
+        """Requests that are admitted and not finished."""
         return len(self._running)
 
     def submit(self, job: Job) -> None:
@@ -121,7 +121,7 @@ class Engine:
         return self._slowdown * (steps * self._first_step_seconds + grows * steps * (steps - 1) / 2)
 
     def interrupt(self, now: float) -> float | None:
-        """Something new came: end a run of equal steps at its next boundary. Returns the new end, None if it is the old one."""
+        """Something new arrived: end a run of equal steps at its next boundary. Returns the new end, None if unchanged."""
         if self.ends is None or self._taken <= 1:
             return None
         steps = self._steps_by(now)
@@ -134,7 +134,7 @@ class Engine:
         return self.ends
 
     def _steps_by(self, now: float) -> int:
-        """The least number of steps, at least one, that end at `now` or later."""
+        """Return the smallest number of steps, at least one, that ends at `now` or later."""
         passed = (now - self._began) / self._slowdown
         half = self.profile.decode_seconds_context_token * self._decoding / 2
         linear = self._first_step_seconds - half
@@ -160,7 +160,7 @@ class Engine:
     # A request
 
     def _admit(self, job: Job, now: float) -> bool:
-        """Give the first waiting request its memory, or begin its import. False: it has to wait, and those behind it too."""
+        """Give the first waiting request its memory, or begin its import. False if it and all behind it have to wait."""
         if not job.asked:
             job.asked = now
         if not job.admitted:
@@ -210,7 +210,7 @@ class Engine:
         return True
 
     def imported(self, job: Job, blocks: int) -> None:
-        """The copy is done, and `blocks` of those that were asked for arrived whole; the job is next in line."""
+        """The copy is done and `blocks` of the requested ones arrived intact; the job is next in line."""
         before = job.ready_tokens
         asked = job.held + len(job.importing)
         good = job.importing[:blocks]
@@ -225,7 +225,7 @@ class Engine:
         self.waiting.appendleft(job)
 
     def _compute(self, job: Job, budget: int) -> tuple[int, float]:
-        """Let the step compute what fits; return the tokens and the pairs of tokens that attend."""
+        """Let the step compute what fits; return the tokens and the attention pairs."""
         chunk = min(job.left_tokens, budget)
         behind = job.ready_tokens
         job.ready_tokens += chunk
@@ -249,7 +249,7 @@ class Engine:
         return covered_tokens(count, job.request.prompt_tokens, self._trace_block_tokens, self.profile.block_tokens)
 
     def _generate(self, job: Job, now: float) -> None:
-        """The prompt is computed, which gives one token; the others follow one a step."""
+        """The prompt is computed, which yields one token; the others follow, one per step."""
         del self._prefilling[job.tag]
         if not job.first_token:
             job.first_token = now
@@ -287,7 +287,7 @@ class Engine:
         self.finished.append(job)
 
     def _make_room_to_decode(self) -> None:
-        """Reserve a token for every decode; until there is room, preempt whoever was admitted last."""
+        """Reserve a token for every decode; until there is room, preempt the request admitted last."""
         while not self.cache.reserve(self._decoding):
             tag, job = self._running.popitem()
             self.preemptions += 1

@@ -11,36 +11,49 @@ from bench.simulate.workloads import WORKLOADS
 
 REPLICAS_MAX = 4096
 
-_DESCRIPTION = "Play requests against a simulated fleet, once with each way to pick replicas."
+_DESCRIPTION = "Play requests against a simulated fleet, once with each policy."
 _EPILOG = """Traces: https://github.com/kvcache-ai/Mooncake, FAST25-release/traces. Fleets of more than 8 replicas get one copy
-of the trace's users for every 8 replicas unless --copies says otherwise. Figures of engines and links:
-bench/simulate/profiles.py."""
+of the trace's users for every 8 replicas unless --copies says otherwise. The costs of engines and links
+are in bench/simulate/profiles.py."""
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m bench.simulate`."""
     names = [*FIELD_POLICIES, *OWN_POLICIES]
     flags = argparse.ArgumentParser(prog="python -m bench.simulate", description=_DESCRIPTION, epilog=_EPILOG)
-    flags.add_argument("trace", nargs="?", type=Path, help="a file in Mooncake's format; without it, conversations are made up")
     flags.add_argument(
-        "--workload", choices=WORKLOADS, default="", help="without a trace: caches too small, 1 request/s, 300 in all"
+        "trace", nargs="?", type=Path, help="a file in Mooncake's format; without it, conversations are generated"
     )
-    flags.add_argument("--replicas", type=integers, default=[8], metavar="N,…", help="fleet sizes (8)")
-    flags.add_argument("--rates", type=positives, default=[1.0], metavar="X,…", help="times the trace's own rate (1)")
-    flags.add_argument("--copies", type=int, help="groups of users, each with prompts of its own, that play the trace at once")
-    flags.add_argument("--requests", type=int, help="take only so many of the trace's requests")
+    flags.add_argument(
+        "--workload",
+        choices=WORKLOADS,
+        default="",
+        help="generated instead of a trace: caches too small, 1 request/s, 300 in total",
+    )
+    flags.add_argument("--replicas", type=integers, default=[8], metavar="N,…", help="fleet sizes (default: 8)")
+    flags.add_argument(
+        "--rates", type=positives, default=[1.0], metavar="X,…", help="multiples of the trace's own rate (default: 1)"
+    )
+    flags.add_argument(
+        "--copies", type=int, help="groups of users, each with its own prompts, that play the trace concurrently"
+    )
+    flags.add_argument("--requests", type=int, help="use only this many of the trace's requests")
     flags.add_argument("--policies", type=one_of(names), default=names, metavar="NAME,…", help=", ".join(names))
-    flags.add_argument("--profile", choices=list(PROFILES), default=next(iter(PROFILES)), help="figures of engines and links")
-    flags.add_argument("--profile-file", type=Path, metavar="FILE", help='JSON: {"engine": {…}, "links": {…}} instead of some')
+    flags.add_argument("--profile", choices=list(PROFILES), default=next(iter(PROFILES)), help="costs of engines and links")
+    flags.add_argument(
+        "--profile-file", type=Path, metavar="FILE", help='JSON: {"engine": {…}, "links": {…}} overrides some of them'
+    )
     flags.add_argument("--seed", type=int, default=0, metavar="N")
-    flags.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1; with more, µs a decision mislead)")
-    flags.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    flags.add_argument("--plot", type=Path, metavar="FILE", help="write a chart there, SVG: p90 over the rate")
+    flags.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1; with more, µs per decision is misleading)"
+    )
+    flags.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    flags.add_argument("--plot", type=Path, metavar="FILE", help="write an SVG chart of p90 over the rate to FILE")
     return flags
 
 
 def integers(text: str) -> list[int]:
-    """Read sizes of fleets. Raises ArgumentTypeError."""
+    """Parse fleet sizes. Raises ArgumentTypeError."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError as error:
@@ -51,7 +64,7 @@ def integers(text: str) -> list[int]:
 
 
 def positives(text: str) -> list[float]:
-    """Read rates. Raises ArgumentTypeError."""
+    """Parse rates. Raises ArgumentTypeError."""
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError as error:

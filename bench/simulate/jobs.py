@@ -9,8 +9,8 @@ from bench.simulate.traces import TraceRequest
 class Job:
     """A request and what has become of it; times are simulated seconds, tokens are of the prompt unless said otherwise.
 
-    `chain` are the trace's blocks that a cache can hold, `held` of them are kept in the replica's cache by this job and
-    `private_tokens` of its memory are nobody else's.
+    `chain` are the trace's blocks that a cache can hold. This job keeps `held` of them in the replica's cache, and
+    `private_tokens` of memory are its own.
     """
 
     tag: int
@@ -38,7 +38,7 @@ class Job:
     tried_import: bool = False
     admitted: bool = False
     target_tokens: int = 0  # to be in the cache before the next token can be generated
-    ready_tokens: int = 0  # of them, in the cache or being computed in this step
+    ready_tokens: int = 0  # of those: in the cache or being computed in this step
     held: int = 0
     private_tokens: int = 0
     generated: int = 0
@@ -52,7 +52,7 @@ class Job:
 
 
 def cacheable(request: TraceRequest, trace_block_tokens: int, block_tokens: int) -> tuple[int, ...]:
-    """Return the blocks of a request that a cache of `block_tokens` can hold: its tail only if that fills a block."""
+    """Return the blocks of a request that a cache of `block_tokens` can hold: the last one only if it is full."""
     tail = request.prompt_tokens - (len(request.blocks) - 1) * trace_block_tokens
     return request.blocks if tail >= block_tokens else request.blocks[:-1]
 
@@ -63,5 +63,5 @@ def covered_tokens(count: int, prompt_tokens: int, trace_block_tokens: int, bloc
 
 
 def useful_tokens(tokens: int, prompt_tokens: int, block_tokens: int) -> int:
-    """Return how many of `tokens` cached ones an engine uses: whole blocks, and the last token is always computed."""
+    """Return how many of `tokens` cached ones an engine uses: whole blocks; the last token is always computed."""
     return min(tokens, (prompt_tokens - 1) // block_tokens * block_tokens)

@@ -1,4 +1,4 @@
-"""Copies of KV between replicas, which share what leaves an owner and what arrives at an importer."""
+"""Copies of KV between replicas; they share the bandwidth out of an owner and into an importer."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from bench.simulate.profiles import LinkProfile
 
 @dataclass(eq=False, slots=True)
 class Copy:
-    """A copy under way. `due` is when it will be done if nothing changes; an event of an older `version` is void."""
+    """A copy under way. `due` is when it will be done if nothing changes; events of an older `version` are void."""
 
     owner: int
     importer: int
@@ -43,7 +43,7 @@ class Links:
         return one // each != other // each
 
     def seconds_before(self, copy: Copy) -> float:
-        """What a copy costs before its bytes flow."""
+        """The fixed cost of a copy before its bytes flow."""
         return self.profile.across_hosts_seconds if copy.across_hosts else self.profile.within_host_seconds
 
     def start(self, copy: Copy, now: float) -> list[Copy]:

@@ -1,7 +1,7 @@
 """peerkv's own steering (gateway/steering/steer.py, costs.py, load.py) in a simulated fleet.
 
-It is fed with what the gateway would see: block tables, which are exact; what engines say of themselves there; the gateway's
-own tickets; and, at each first token, what was delivered.
+It sees what the gateway would see: exact block tables; what engines report about themselves there; the gateway's own tickets;
+and, at each first token, what was delivered.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ PREFIXES_MAX = 65536
 
 @dataclass(frozen=True, slots=True)
 class _Words:
-    """What an engine's table says of its load."""
+    """The load that an engine's table reports."""
 
     waiting_requests: int
     waiting_tokens: int
@@ -32,7 +32,7 @@ class _Words:
 
 @dataclass(slots=True)
 class PeerKV:
-    """Steers `fleet`. With `imports` False replicas exchange nothing; `device` says which priors the cost model begins with."""
+    """Steers `fleet`. Without `imports`, replicas exchange nothing; `device` selects the cost model's priors."""
 
     fleet: Fleet
     imports: bool = True
@@ -65,7 +65,7 @@ class PeerKV:
         self._transport = "cuda_ipc" if self.device == "cuda" else "shared_memory"
 
     def choose(self, job: Job, now: float) -> Choice:
-        """As the planner does: look up, weigh, decide, and count it as being under way."""
+        """As the planner does: look up, score, decide, and count the request as in flight."""
         request, size = job.request, self.fleet.trace_block_tokens
         keys = np.zeros((len(job.chain), 2), dtype="<u8")
         keys[:, 0] = job.chain
@@ -96,7 +96,7 @@ class PeerKV:
         return Choice(replica, source, decision.import_tokens_max, cached)
 
     def _candidates(self, job: Job, chain: Chain, now: float) -> tuple[list[Candidate], int]:
-        """Every replica as steering sees it, in order; and the most blocks of the prompt that one of them holds."""
+        """Return every replica as steering sees it, in order, and the most blocks of the prompt that one of them holds."""
         size, fleet = self.fleet.trace_block_tokens, self.fleet
         runs = fleet.published.runs(job.chain)
         whole = covered_tokens(len(job.chain), job.request.prompt_tokens, size, fleet.profile.engine.block_tokens)
@@ -112,7 +112,7 @@ class PeerKV:
         return candidates, int(runs.max(initial=0))
 
     def _note(self, chain: Chain, candidates: list[Candidate], held_most: int, now: float) -> None:
-        """Count a request, and learn what of its prompt all gave up: asked for before, and neither held nor being computed."""
+        """Count a request and learn what all caches evicted of its prompt: seen before, neither held nor being computed."""
         size = self.fleet.trace_block_tokens
         promised = max((each.promised_tokens for each in candidates), default=0)
         held = max(held_most, promised // size)
@@ -121,12 +121,12 @@ class PeerKV:
             self.evictions.missed((formerly - held) * size, held * size)
 
     def _room(self) -> list[int]:
-        """Tokens of each cache that hold nothing."""
+        """Return the free tokens of each cache."""
         caches = [engine.cache for engine in self.fleet.engines]
         return [cache.capacity_tokens - cache.used_tokens for cache in caches]
 
     def _listen(self) -> None:
-        """Read every table's words, and pass on those that changed."""
+        """Read every table's load and pass on what changed."""
         said = self._said
         for engine in self.fleet.engines:
             words = (len(engine.waiting), engine.waiting_tokens, engine.decoding)
@@ -135,7 +135,7 @@ class PeerKV:
                 self.load.heard(self._names[engine.number], _Words(*words))
 
     def first_byte(self, job: Job, now: float) -> None:
-        """The cost model learns from what was delivered."""
+        """Let the cost model learn from what was delivered."""
         self.load.first_byte(self._tickets[job.tag], now)
         given_up = self.fleet.engines[job.replica].cache.evicted_tokens
         self.evictions.gave_up(self._names[job.replica], 0, given_up, now)
@@ -163,5 +163,5 @@ class PeerKV:
         )
 
     def finished(self, job: Job, now: float) -> None:
-        """Its ticket ends."""
+        """Close its ticket."""
         self.load.finished(self._tickets.pop(job.tag), now)

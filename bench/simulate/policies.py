@@ -1,4 +1,4 @@
-"""Ways to pick a replica that need no block tables: what routers do, for comparison."""
+"""Policies that need no block tables: what other routers do, for comparison."""
 
 import random
 from collections import OrderedDict
@@ -24,13 +24,13 @@ class Choice:
 
 
 class Policy(Protocol):
-    """Picks replicas. Each chosen request is then reported once at each of the other calls, in this order."""
+    """Picks replicas. For each request that was placed, the other methods are called once each, in this order."""
 
     def choose(self, job: Job, now: float) -> Choice:
         """Pick for a request that has just arrived."""
 
     def first_byte(self, job: Job, now: float) -> None:
-        """Its first token is there."""
+        """Its first token has arrived."""
 
     def finished(self, job: Job, now: float) -> None:
         """Its answer is complete."""
@@ -105,7 +105,7 @@ class LeastLoad:
         self._in_flight = InFlight(replicas)
 
     def choose(self, job: Job, now: float) -> Choice:
-        """The idlest."""
+        """The least busy replica."""
         replica = self._in_flight.least()
         self._in_flight.counts[replica] += 1
         return Choice(replica)
@@ -141,8 +141,8 @@ class CacheAwareTree:
 
     A tree of the prompts it has sent, each node with the replicas they went to. If the most and the fewest requests in flight
     differ by more than both thresholds, the least busy replica gets the request. Else, if more than `cache_threshold` of the
-    prompt is in the tree, the replica that was last sent through the deepest matching node; else the least busy. What engines
-    evict is not seen; the tree forgets its own least recently used parts.
+    prompt is in the tree, the replica that was last sent through the deepest matching node; else the least busy. What
+    engines evict is not seen; the tree forgets its own least recently used parts.
 
     Blocks stand for the text of the real tree: a block's name implies all blocks before it, so a flat dict is that tree.
     """
@@ -157,7 +157,7 @@ class CacheAwareTree:
         self._evicts = settings.eviction_interval_seconds
 
     def choose(self, job: Job, now: float) -> Choice:
-        """Imbalanced: the idlest. Known: its replica. Else the idlest."""
+        """The least busy replica if the load is unbalanced or the prefix unknown; otherwise the prefix's replica."""
         if now >= self._evicts:
             self._evicts = now + self._settings.eviction_interval_seconds
             self._evict()
@@ -210,7 +210,7 @@ class CacheAwareTree:
 
 
 PolicyMaker = Callable[[int, int, int], Policy]
-"""(replicas, tokens of a trace's block, seed) to a policy."""
+"""Makes a policy from (replicas, tokens of a trace's block, seed)."""
 
 FIELD_POLICIES: dict[str, PolicyMaker] = {
     "random": lambda replicas, block_tokens, seed: Random(replicas, seed),
@@ -220,4 +220,4 @@ FIELD_POLICIES: dict[str, PolicyMaker] = {
     "tree": lambda replicas, block_tokens, seed: CacheAwareTree(replicas, block_tokens, TreeSettings()),
     "tree-library": lambda replicas, block_tokens, seed: CacheAwareTree(replicas, block_tokens, LIBRARY_TREE),
 }
-"""What the field's routers do, by the names that the command line takes."""
+"""The policies of other routers, by their names on the command line."""

@@ -1,11 +1,11 @@
-"""A replica's KV memory: shared prefix blocks with a least-recently-used order, and what running requests have of their own."""
+"""A replica's KV memory: shared prefix blocks in least-recently-used order, and the private memory of running requests."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 
 class PrefixCache:
-    """Counts tokens of KV. A block is a trace's id with its number of tokens; blocks that no request uses stay until
+    """Counts tokens of KV. A block is a trace's id with its number of tokens; unused blocks stay until
     their room is needed, least recently used first, as in vLLM. Memory that is not shared (the last, partial block,
     generated tokens, prompts not yet computed) is a number of private tokens.
 
@@ -45,7 +45,7 @@ class PrefixCache:
 
     @property
     def room_tokens(self) -> int:
-        """Tokens that could be had by giving up every unused block."""
+        """Tokens that would be free after evicting every unused block."""
         return self.capacity_tokens - self.used_tokens + self._idle_tokens
 
     def match(self, chain: Sequence[int]) -> int:
@@ -68,7 +68,7 @@ class PrefixCache:
             users[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """A request lets go of its blocks; its last ones are given up before its first ones."""
+        """Release a request's blocks; its last ones will be evicted before its first ones."""
         users, idle, tokens = self._users, self._idle, self._tokens
         for block in reversed(blocks):
             users[block] -= 1
@@ -77,7 +77,7 @@ class PrefixCache:
                 self._idle_tokens += tokens[block]
 
     def reserve(self, tokens: int) -> bool:
-        """Take `tokens` of private memory, giving up unused blocks as needed. Without room nothing happens, and it is False."""
+        """Take `tokens` of private memory, evicting unused blocks as needed. False, without effect, if there is no room."""
         if tokens > self.room_tokens:
             return False
         self.private_tokens += tokens
@@ -90,7 +90,7 @@ class PrefixCache:
         self.private_tokens -= tokens
 
     def share(self, block: int, tokens: int) -> None:
-        """Turn reserved memory into a block that its request uses; if the block is held already, use that one."""
+        """Turn reserved memory into a block that its request uses; if the block is already held, use that one."""
         self.private_tokens -= tokens
         if block in self._tokens:
             self.use((block,))

@@ -1,4 +1,4 @@
-"""What the simulated engines and links cost. Every figure has a name, and a JSON file may replace any of them."""
+"""What simulated engines and links cost. Every figure has a name, and a JSON file can override any of them."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 
 class ProfileRefused(Exception):
-    """A file of figures can not be used; the message says why."""
+    """A profile file cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,11 @@ class EngineProfile:
     request_seconds: float = 0.008  # HTTP and tokens on their way into the engine
     request_seconds_token: float = 1.3e-6
     response_seconds: float = 0.001  # from the engine to the client
-    contention: float = 0.0  # a step is so much longer for each other replica that computes (replicas of one CPU)
+    contention: float = 0.0  # how much longer a step gets per other computing replica (replicas on one CPU)
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that the KV cache holds."""
+        """Tokens that fit into the KV cache."""
         return self.kv_blocks * self.block_tokens
 
 
@@ -71,7 +71,7 @@ class Profile:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the engines compute on CPUs, as their names tell."""
+        """Whether the engines compute on CPUs, according to their names."""
         return self.name.startswith("cpu")
 
 
@@ -80,7 +80,7 @@ H200_LLAMA_8B = Profile("h200-llama-8b")
 
 Prefill: least squares through the cold times of 2,048 to 60,000 tokens, within 0.5 % of each. The shortest step is a prefix
 hit's, eager. Copies: what an import took longer than a local hit, least squares over the same sizes. The batch of 8,192 tokens
-is vLLM's default for servers on such GPUs. Reckoned, not measured: KV, 0.9 of 139 GiB without the weights and 3 GiB of
+is vLLM's default for servers on such GPUs. Estimated, not measured: KV, 0.9 of 139 GiB without the weights and 3 GiB of
 activations; how a decode step grows with sequences and contexts, from the memory's bandwidth (64 sequences took 6.2 to 6.7 ms);
 the network across hosts, 40 of the 50 GB/s that a 400 Gb/s card carries.
 """

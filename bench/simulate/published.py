@@ -1,4 +1,4 @@
-"""The block tables of a simulated fleet, as the gateway and the importers read them: exact, and never late."""
+"""The block tables of a simulated fleet, as the gateway and the importers read them: exact and never late."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ class PublishedBlocks:
             self._holders.pop(block, None)
 
     def run(self, replica: int, chain: Sequence[int], start: int = 0) -> int:
-        """Return how many leading blocks of the chain the replica holds; the first `start` are taken for granted."""
+        """Return how many leading blocks of the chain the replica holds; the first `start` are assumed."""
         bit, holders = 1 << replica, self._holders
         for at in range(start, len(chain)):
             if not holders.get(chain[at], 0) & bit:

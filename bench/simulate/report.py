@@ -14,8 +14,8 @@ from bench.simulate.summary import DecisionCost, Summary
 from gateway.cli.bench.plot import line_chart
 
 _COLUMNS = (
-    "policy", "p50 s", "p90 s", "p99 s", "hit %", "peer %", "computed M", "imbalance", "GB in hosts", "GB across", "preempted",
-    "drain s", "µs a decision",
+    "policy", "p50 s", "p90 s", "p99 s", "hit %", "peer %", "computed M", "imbalance", "GB within hosts", "GB across",
+    "preempted", "drain s", "µs per decision",
 )  # fmt: skip
 TABLE_CHARACTERS = 160
 
@@ -98,12 +98,12 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
 
 def in_a_line(run: Run) -> str:
-    """Return what matters of a run, for whoever waits for the others."""
+    """Return the main figures of a run, for people waiting for the other runs."""
     it, network = run.summary, run.summary.bytes_across_hosts / 1e9
     ttft = f"p50 {it.ttft_p50:.3f}, p90 {it.ttft_p90:.3f}, p99 {it.ttft_p99:.2f} s"
     return f"{ttft}; {it.hit_share:.1%} hit, {network:.0f} GB across hosts, {run.decisions.p50 * 1e6:.0f} µs a decision"
 
 
 def say(text: str) -> None:
-    """Tell whoever waits."""
+    """Print the run's main figures."""
     print(text, file=sys.stderr, flush=True)

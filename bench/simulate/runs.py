@@ -1,4 +1,4 @@
-"""Runs to make, and making one: traces are read and scaled here, policies built, and the real clock is read."""
+"""What to run, and running it: this is where traces are read and scaled, policies built, and the real clock is read."""
 
 import time
 from collections.abc import Callable
@@ -22,7 +22,7 @@ WORKLOAD_REQUESTS = 300
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One run. `trace` None: a workload, or conversations, are made up. `copies` None: one for every 8 replicas."""
+    """One run. Without a `trace`, a workload or conversations are generated; `copies` defaults to one per 8 replicas."""
 
     trace: Path | None
     requests_max: int | None

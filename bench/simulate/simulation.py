@@ -45,7 +45,7 @@ class Fleet:
 
 @dataclass(slots=True)
 class Played:
-    """What came of a run: every request of the trace, and the fleet as it is after the last one."""
+    """The result of a run: every request of the trace, and the fleet after the last one."""
 
     jobs: list[Job]
     fleet: Fleet
@@ -132,7 +132,7 @@ class Simulation:
         self._at(now + handling, _Event.SUBMIT, job)
 
     def _wake(self, engine: Engine, now: float) -> None:
-        """Something new is with the engine: it begins, or sees it at the next end of a step."""
+        """An engine has something new: it begins, or notices it at the end of its current step."""
         if engine.ends is None:
             self._begin(engine, now)
         else:
@@ -173,7 +173,7 @@ class Simulation:
             self._at(copy.due, _Event.COPY_ENDS, copy, copy.version)
 
     def _copied(self, copy: Copy, now: float) -> None:
-        """As the check after a copy: blocks that the owner has given up meanwhile, and those behind them, are not taken."""
+        """Model the check after a copy: reject blocks that the owner has evicted in the meantime, and those after them."""
         job = self._jobs[copy.tag]
         job.import_seconds += now
         good = self._fleet.published.run(copy.owner, job.importing)

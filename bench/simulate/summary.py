@@ -1,4 +1,4 @@
-"""What a simulated run came to, in figures that are the same for the same inputs."""
+"""Figures of a simulated run; the same inputs give the same figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class DecisionCost:
-    """Real seconds that the policy's code took for each decision on the machine that simulated; never the same twice."""
+    """Real seconds per decision of the policy's code on the simulating machine; never the same twice."""
 
     mean: float
     p50: float
@@ -114,7 +114,7 @@ def summarize(played: Played, setting: Setting) -> Summary:
 
 
 def decision_cost(played: Played) -> DecisionCost:
-    """Return what the stopwatch said of the run's decisions."""
+    """Return the stopwatch's figures for the run's decisions."""
     taken = np.array(played.decision_seconds)
     return DecisionCost(float(taken.mean()), *np.percentile(taken, (50, 99)).tolist())
 

@@ -1,4 +1,4 @@
-"""Requests to play: traces in Mooncake's format, scaled and multiplied, and conversations made up from a seed."""
+"""Requests to play: traces in Mooncake's format, scaled and multiplied, and conversations generated from a seed."""
 
 import json
 import random
@@ -13,7 +13,7 @@ SYSTEM_SHARE = 0.1
 
 
 class TraceRefused(Exception):
-    """A trace can not be read; the message says where and why."""
+    """A trace cannot be read; the message says where and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def with_sessions(trace: Trace) -> Trace:
 
 
 def system_blocks(requests: Sequence[TraceRequest]) -> frozenset[int]:
-    """Return the blocks in so many requests that they must be a system prompt's."""
+    """Return the blocks that occur in so many requests that they must belong to a system prompt."""
     counts = Counter(block for request in requests for block in request.blocks)
     return frozenset(block for block, count in counts.items() if count > max(1, SYSTEM_SHARE * len(requests)))
 
@@ -132,7 +132,7 @@ def _next_timestamps(requests: Sequence[TraceRequest]) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Conversations:
-    """What made-up traffic looks like: users who hold conversations of `turns`, each prompt the former one and more."""
+    """The shape of generated traffic: users hold conversations of `turns`; each prompt extends the previous one."""
 
     conversations: int = 100
     turns: int = 4

@@ -9,15 +9,15 @@ from bench.simulate.profiles import Profile
 from bench.simulate.traces import Trace, TraceRequest, with_sessions
 
 SHARED_FACTOR = 1.4
-"""Tokens of all shared prefixes, in caches of one replica."""
+"""Total tokens of the shared prefixes, in multiples of one replica's cache."""
 HOT_SHARE = 0.6
-"""Of the requests, those that begin with the hot prefix; the others share nothing."""
+"""Share of the requests that begin with the hot prefix; the others share nothing."""
 TURNS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadShape:
-    """Sizes in tokens. A conversation goes on by `turn_tokens`, `think_requests` mean times between requests later."""
+    """Sizes in tokens. A turn adds `turn_tokens` and comes `think_requests` mean request intervals after the previous one."""
 
     block_tokens: int
     cache_tokens: int
@@ -31,11 +31,11 @@ class WorkloadShape:
 
 CPU_SHAPE = WorkloadShape(32, 128 * 32, 480, 32, 6, 150, 60)
 GPU_SHAPE = WorkloadShape(16, 16384 * 16, 24_000, 200, 48, 4_000, 4_000)
-"""Those that bench.field plays to real replicas too."""
+"""The shapes that bench.field also plays to real replicas."""
 
 
 def shape_for(profile: Profile) -> WorkloadShape:
-    """Return the sizes for engines of that kind, with their own blocks and caches."""
+    """Return the sizes for this kind of engine, with its own blocks and caches."""
     engine = profile.engine
     base = CPU_SHAPE if profile.on_cpu else GPU_SHAPE
     return replace(base, block_tokens=engine.block_tokens, cache_tokens=engine.kv_tokens)
@@ -78,7 +78,7 @@ def _conversations(
 ) -> Iterator[TraceRequest]:
     for place, start in enumerate(arrivals):
         if place % TURNS:
-            continue  # so that turns come once a second in the mean
+            continue  # so that on average one turn arrives per second
         at, blocks = start, texts.take(3 * shape.turn_tokens)
         for _ in range(TURNS):
             yield TraceRequest(at, len(blocks) * shape.block_tokens, shape.answer_tokens, blocks, 0)
@@ -97,7 +97,7 @@ WORKLOADS = tuple(_MAKERS)
 
 
 def workload(name: str, shape: WorkloadShape, requests: int, seed: int) -> Trace:
-    """Return that workload's trace, the same for the same seed: Poisson arrivals, one a second. Raises KeyError."""
+    """Return the workload's trace, the same for the same seed: Poisson arrivals, one per second. Raises KeyError."""
     chance = random.Random(f"{name}/{seed}")
     made = sorted(
         _MAKERS[name](shape, _Texts(shape.block_tokens), chance, _arrivals(chance, requests)),
