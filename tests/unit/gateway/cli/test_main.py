@@ -89,7 +89,7 @@ def test_the_halves_can_be_run_alone(command: str, runs: list[tuple[str, Setting
     [
         (["serve", "--replicas", "many"], "replicas: must be 'auto'"),
         (["serve", "--config", "/nonexistent.toml"], "cannot read the settings file"),
-        (["gateway", "--", "--x"], "go to vLLM"),
+        (["gateway", "--", "--x"], "are for vLLM"),
         (["openapi", "--check", "--output", "/nonexistent.json"], "write it with `peerkv openapi`"),
     ],
 )
