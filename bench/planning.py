@@ -2,8 +2,8 @@
 
 The planner, the tokenizer, the ledger and two replicas' block tables are real; the engine's part is a record in its table
 that says what was delivered. Each prompt is one of eight known documents and a question never asked before; 32 are in flight.
-Figures are microseconds of this process: the 20th percentile of means over as many requests as are settled together, since
-other programs use the same caches and cores.
+Figures are microseconds of this thread's processor time: the 20th percentile of means over MEAN_OF requests, since other
+programs use the same caches and cores.
 `--profile` prints where the time goes, by cProfile.
 """
 
@@ -29,11 +29,9 @@ from bench.field_flags import default_model
 from bench.report import quantile
 from gateway.api.body import decode_body
 from gateway.block_registry.recent import RecentTables
-from gateway.ledger.attempts import Asked, Entry
-from gateway.ledger.history import SeenPrefixes
+from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import Ledger
-from gateway.ledger.plan_witness import PlanWitness
-from gateway.ledger.recorder import SETTLED_TOGETHER, Recorder
+from gateway.ledger.recorder import Recorder
 from gateway.planner.plan import Plan
 from gateway.planner.planner import Planner
 from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
@@ -51,6 +49,7 @@ from transport.table.writer import TableWriter
 NAMES = ("replica-0", "replica-1")
 BLOCKS = 1 << 16
 IN_FLIGHT = 32
+MEAN_OF = 16
 CASES: tuple[tuple[str, int, Endpoint], ...] = (
     ("small", 200, "completions"),
     ("small chat", 200, "chat"),
@@ -63,7 +62,7 @@ T = TypeVar("T")
 
 
 class Steps:
-    """A planner and a witness over tables that hold the documents; `seconds` collects the times of each of STEPS."""
+    """A planner and a recorder over tables that hold the documents; `seconds` collects the times of each of STEPS."""
 
     def __init__(self, stack: ExitStack, service: TokenService, characters: int, endpoint: Endpoint) -> None:
         self.seconds: dict[str, list[float]] = {step: [] for step in STEPS}
@@ -77,10 +76,8 @@ class Steps:
         settings = load()
         self._planner = Planner(StandingFleet(directory, list(NAMES)), RecentTables(tables), service, settings)
         self._planner.prompts.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
-        ledger, seen = Ledger(settings.ledger_requests_max), SeenPrefixes(settings.ledger_prefixes_max)
-        recorder = Recorder(ledger, seen, self._planner.feed, self._planner.registry, lambda name: "")
-        self._witness = PlanWitness(recorder, self._planner)
-        self._flying: deque[tuple[Plan, Entry]] = deque()
+        self._recorder = Recorder(Ledger(settings.ledger_requests_max), self._planner)
+        self._flying: deque[tuple[Plan, Attempt]] = deque()
         self._number = 0
         used = dict.fromkeys(NAMES, 0)
         for number, text in enumerate(documents(characters)):
@@ -97,13 +94,8 @@ class Steps:
             self._answer()
         self._number += 1
         plan = self._timed("plan", lambda: self._planned(body))
-        asked = Asked(f"id-{self._number}", self._endpoint, "", "model")
-
-        def sent() -> Entry:
-            self._planner.started(plan)
-            return self._witness.sent(plan, asked)
-
-        self._flying.append((plan, self._timed("sent", sent)))
+        info = RequestInfo(f"id-{self._number}", self._endpoint, "", "model")
+        self._flying.append((plan, self._timed("sent", lambda: self._recorder.begin(plan, info))))
 
     def _planned(self, body: dict[str, Any]) -> Plan:
         work = self._planner.plan(self._endpoint, body, ANONYMOUS)
@@ -119,19 +111,10 @@ class Steps:
         return plan
 
     def _answer(self) -> None:
-        plan, entry = self._flying.popleft()
+        plan, attempt = self._flying.popleft()
         self._deliver(plan)
-
-        def first_byte() -> None:
-            self._planner.first_byte(plan)
-            self._witness.first_byte(entry)
-
-        def ended() -> None:
-            self._planner.finished(plan)
-            self._witness.ended(entry, 200)
-
-        self._timed("first byte", first_byte)
-        self._timed("ended", ended)
+        self._timed("first byte", lambda: self._recorder.first_byte(attempt))
+        self._timed("ended", lambda: self._recorder.ended(attempt, 200))
 
     def _deliver(self, plan: Plan) -> None:
         now, expected = time.monotonic_ns(), plan.decision.expected
@@ -149,9 +132,9 @@ class Steps:
         self._writers[plan.replica.name].deliver(delivery, "shared_memory")
 
     def _timed(self, step: str, work: Callable[[], T]) -> T:
-        began = time.perf_counter()
+        began = time.thread_time()
         result = work()
-        self.seconds[step].append(time.perf_counter() - began)
+        self.seconds[step].append(time.thread_time() - began)
         return result
 
 
@@ -162,8 +145,8 @@ def run(steps: Steps, source: Iterator[bytes], requests: int) -> None:
 
 
 def _means(seconds: list[float]) -> list[float]:
-    """Average over as many requests as are settled together: the last of them bears the cost."""
-    return [fmean(seconds[start : start + SETTLED_TOGETHER]) for start in range(0, len(seconds), SETTLED_TOGETHER)]
+    """Of MEAN_OF requests each."""
+    return [fmean(seconds[start : start + MEAN_OF]) for start in range(0, len(seconds), MEAN_OF)]
 
 
 def main() -> int:

@@ -160,14 +160,6 @@ class Settings(BaseSettings):
         300.0, ge=0, description="interval between comparisons of our token ids with an engine's; 0: only when replicas start"
     )
     ledger_requests_max: int = Field(4096, ge=1, description="number of past requests that /kv/explain knows")
-    ledger_prefixes_max: int = Field(
-        65536, ge=0, description="beginnings of prompts that the ledger knows evictions and tenant boundaries by"
-    )
-    ledger_prompts_bytes_max: int = Field(
-        256 << 20,
-        ge=0,
-        description="token ids of prompts that ended without a record yet; of others no eviction is known",
-    )
     prefixes_kept_max: int = Field(256, ge=0, description="prefixes kept at once by POST /kv/prefixes")
     prefixes_kept_tokens_max: int = Field(4_000_000, ge=0, description="total tokens of all kept prefixes, 4 bytes each")
     prefix_seconds_max: float = Field(600.0, gt=0, description="time for a replica to compute a prefix that is to be kept")

@@ -116,7 +116,7 @@ class PeerKV:
         size = self.fleet.trace_block_tokens
         promised = max((each.promised_tokens for each in candidates), default=0)
         held = max(held_most, promised // size)
-        formerly = self.popularity.note(chain, now, held, self.evictions.counts_since(now))
+        _, formerly = self.popularity.note(chain, now, held, self.evictions.counts_since(now))
         if formerly > held:
             self.evictions.missed((formerly - held) * size, held * size)
 

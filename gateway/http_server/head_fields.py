@@ -23,19 +23,19 @@ class HeadFields(msgspec.Struct, frozen=True):
     authorization: bytes | None
     is_json: bool
     passed_lines: bytes
-    pinned: str | None
+    wanted_replica: str | None
     request_id: str | None
 
     @classmethod
     def of(cls, headers: Headers) -> HeadFields:
         """Look at a request's headers, names in lower case."""
         header = dict(headers).get
-        kind, pinned = header(b"content-type", b""), header(b"x-peerkv-replica")
+        kind, wanted = header(b"content-type", b""), header(b"x-peerkv-replica")
         return cls(
             header(b"authorization"),
             kind == _JSON or kind.partition(b";")[0].strip().lower() == _JSON,
             b"".join([b"%b: %b\r\n" % (name, value) for name in _PASSED if (value := header(name))]),
-            None if pinned is None else pinned.decode("latin-1"),
+            None if wanted is None else wanted.decode("latin-1"),
             sane_id(header(b"x-request-id")),
         )
 

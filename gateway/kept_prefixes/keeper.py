@@ -7,10 +7,9 @@ than computing it. Pins travel in its hint; the engine ends them by itself at th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +20,9 @@ from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, Unavailable
 from gateway.kept_prefixes.book import KeptPrefix, KeptPrefixBook, Place, PlaceState
 from gateway.kept_prefixes.reader import Callers, PrefixReader
 from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixRequest
-from gateway.ledger.attempts import Asked, Entry
+from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import LOST_STATUS
-from gateway.ledger.plan_witness import PlanWitness
+from gateway.ledger.recorder import Recorder
 from gateway.planner.hint import HINT
 from gateway.planner.plan import Plan
 from gateway.planner.planner import Planner
@@ -52,7 +51,7 @@ class Keeper:
         upstream: Upstream,
         reader: PrefixReader,
         tenants: Callers,
-        witness: PlanWitness,
+        recorder: Recorder,
         seconds_max: float,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -62,7 +61,7 @@ class Keeper:
         self._upstream = upstream
         self._reader = reader
         self._tenants = tenants
-        self._witness = witness
+        self._recorder = recorder
         self._seconds_max = seconds_max
         self._wall_clock = wall_clock
         self._placing = asyncio.Lock()
@@ -166,14 +165,14 @@ class Keeper:
         refused = self._refusals(replica.name)
         pin = {"pin": {"id": kept.number, "seconds": kept.ttl_seconds}} if kept.pin else {}
         try:
-            entry = await self._request(kept, replica.name, kept.ids, pin)
+            attempt = await self._request(kept, replica.name, kept.ids, pin)
         except ApiError as error:
             _logger.warning("prefix %s is not kept on %s: %s", kept.id, replica.name, error.message)
             return replace(place, state=PlaceState.FAILED, reason=error.message)
         state = PlaceState.WARM
         if kept.pin:
             state = PlaceState.PINNED if self._refusals(replica.name) == refused else PlaceState.REFUSED
-        got = entry.steered
+        got = attempt.steered
         if got is None:
             return replace(place, state=state)
         return replace(
@@ -188,7 +187,7 @@ class Keeper:
     async def _unpin(self, kept: KeptPrefix, replica: str) -> None:
         await self._request(kept, replica, TokenIds.of([kept.ids[0]]), {"unpin": [kept.number]})
 
-    async def _request(self, kept: KeptPrefix, replica: str, ids: TokenIds, hint: dict[str, Any]) -> Entry:
+    async def _request(self, kept: KeptPrefix, replica: str, ids: TokenIds, hint: dict[str, Any]) -> Attempt:
         """Have the replica compute one token behind `ids`. Raises ApiError."""
         tenant = self._tenants.named(kept.tenant)
         if tenant is None:
@@ -196,28 +195,20 @@ class Keeper:
         body: dict[str, Any] = {"prompt": ids.tolist(), "max_tokens": 1, "temperature": 0, "ignore_eos": True}
         if kept.model:
             body["model"] = kept.model
-        plan = await self._planner.plan("completions", body, tenant, pinned=replica)
+        plan = await self._planner.plan("completions", body, tenant, wanted_replica=replica)
         if plan.kv_transfer_params is None:
             raise Unavailable(f"{replica} has no block table.")
         body["kv_transfer_params"] = {HINT: {**plan.kv_transfer_params[HINT], **hint}}
         if plan.cache_salt is not None:
             body["cache_salt"] = plan.cache_salt
-        asked = Asked(f"prefix-{kept.id}", "completions", kept.tenant, kept.model)
-        with self._aloft(plan, asked) as attempt:
-            attempt.status = await self._send(plan, body)
-        return attempt.entry
-
-    @contextlib.contextmanager
-    def _aloft(self, plan: Plan, asked: Asked) -> Iterator[_Attempt]:
-        """Tell the planner and the ledger of a request while it is with its replica."""
-        self._planner.started(plan)
-        attempt = _Attempt(self._witness.sent(plan, asked))
+        attempt = self._recorder.begin(plan, RequestInfo(f"prefix-{kept.id}", "completions", kept.tenant, kept.model))
+        status = LOST_STATUS
         try:
-            yield attempt
-            self._witness.first_byte(attempt.entry)
+            status = await self._send(plan, body)
+            self._recorder.first_byte(attempt)
         finally:
-            self._planner.finished(plan)
-            self._witness.ended(attempt.entry, attempt.status)
+            self._recorder.ended(attempt, status)
+        return attempt
 
     async def _send(self, plan: Plan, body: dict[str, Any]) -> int:
         """The status of the replica's answer, which is 200. Raises ApiError."""
@@ -243,11 +234,3 @@ class Keeper:
             if before is not None and replica.pid != before:
                 self.book.lost(replica.name, "the replica was restarted")
             self._pids[replica.name] = replica.pid
-
-
-class _Attempt:
-    """A request under way; `status` is that of its answer."""
-
-    def __init__(self, entry: Entry) -> None:
-        self.entry = entry
-        self.status = LOST_STATUS

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from gateway.block_registry.tables import Table
-from gateway.planner.plan import Asked
+from gateway.prompts.reader import KnownPrompt
 from gateway.steering.steer import Decision
 
 HINT = "peerkv"
@@ -21,18 +21,18 @@ CHAT_IDS_SINCE = (0, 32)
 VERSIONS_MAX = 64
 
 
-def hint(asked: Asked, decision: Decision, tag: int, held_tokens: int, *, imports: bool) -> dict[str, Any]:
+def hint(known: KnownPrompt, decision: Decision, tag: int, held_tokens: int, *, imports: bool) -> dict[str, Any]:
     """Tell the connector what to import, nothing where `imports` is off.
 
     Without a source, it is told to look no further only if we know for certain what the replica holds: what it is still
     computing or importing may not be there in time, and then another replica may have it.
     """
     told: dict[str, Any] = {"tag": tag}
-    if decision.source is not None and asked.known.cacheable:
+    if decision.source is not None and known.cacheable:
         told["source"] = decision.source
         if decision.import_tokens_max is not None:
             told["tokens"] = decision.import_tokens_max
-    elif not imports or (asked.known.certain and asked.known.count == 1 and held_tokens >= decision.expected.local_tokens):
+    elif not imports or (known.certain and known.count == 1 and held_tokens >= decision.expected.local_tokens):
         told["source"] = ""
     return {HINT: told}
 

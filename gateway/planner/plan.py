@@ -12,14 +12,14 @@ from gateway.steering.in_flight import Flight
 from gateway.steering.steer import Decision
 
 
-class Asked(msgspec.Struct, frozen=True, gc=False, eq=False):
-    """What of a request outlives its first plan."""
+class PlanningRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
+    """What planning needs of a request, a second time too. `wanted_replica` is the one that it names."""
 
     known: KnownPrompt
     salt: str = ""
     lora: str = ""
     affinity: str = ""
-    pinned: str | None = None
+    wanted_replica: str | None = None
     streamed: bool = False
     embeds: bool = False
 
@@ -28,8 +28,8 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
     """Where a request goes. `prompt` (token ids in place of text), `kv_transfer_params` and `cache_salt` go into its body.
 
     `predicted_tokens` of `prompt_tokens` are expected out of a cache, the replica's own or the source's; `held_tokens_max` were
-    in the cache that held most of it. `tag` comes back with
-    what the engine says of it.
+    in the cache that held most of it, about `formerly_tokens` were asked for before: 0 if that is not more than is at hand.
+    `tag` comes back with what the engine says of it.
     """
 
     replica: Replica
@@ -41,13 +41,14 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
     prompt_tokens: int
     predicted_tokens: int
     held_tokens_max: int
+    formerly_tokens: int
     flight: Flight
-    asked: Asked
+    request: PlanningRequest
 
     @property
     def reason(self) -> str:
         """The decision in words."""
-        known = self.asked.known
+        known = self.request.known
         return self.decision.reason if known.ids is not None else f"{self.decision.reason} ({known.why_unknown})"
 
     @property
@@ -57,12 +58,7 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def salt(self) -> str:
-        return self.asked.salt
-
-    @property
-    def pinned(self) -> str | None:
-        """The replica that the request named."""
-        return self.asked.pinned
+        return self.request.salt
 
 
 @dataclass(slots=True)
@@ -79,15 +75,15 @@ class SteeringCounts:
 
     def count(self, plan: Plan) -> None:
         """Count a decision."""
-        asked, cached = plan.asked, plan.predicted_tokens
+        request, cached = plan.request, plan.predicted_tokens
         self.planned += 1
         if plan.decision.source is not None:
             self.with_source += 1
-        elif cached > 0 and asked.pinned is None:
+        elif cached > 0 and request.wanted_replica is None:
             self.to_holder += 1
-        if asked.pinned is not None:
+        if request.wanted_replica is not None:
             self.pinned += 1
-        if asked.known.ids is None:
+        if request.known.ids is None:
             self.without_ids += 1
         self.prompt_tokens += plan.prompt_tokens
         self.predicted_tokens += cached

@@ -13,7 +13,7 @@ from gateway.block_registry.delivery_feed import DeliveryFeed
 from gateway.block_registry.registry import NOTHING, LookUp, Registry
 from gateway.block_registry.tables import Table, Tables
 from gateway.planner.hint import CHAT_IDS, Tags, hint, takes_chat_ids
-from gateway.planner.plan import Asked, Plan, SteeringCounts
+from gateway.planner.plan import Plan, PlanningRequest, SteeringCounts
 from gateway.planner.prefix_counts import PrefixCounts
 from gateway.planner.ready import EMPTY, Lineup, ReadyReplicas, Standing, line_up
 from gateway.prompts.reader import PromptReader
@@ -48,7 +48,7 @@ class PlannerSettings(Protocol):
 class Planner:
     """Plans requests for one fleet. Belongs to the event loop's thread.
 
-    Call `started` without an await after `plan`, `decide` or `replan`: the next plan then knows of this request.
+    Tell `flights` of the plan's without an await after `plan`, `decide` or `replan`: the next plan then knows of this request.
     """
 
     def __init__(
@@ -71,98 +71,86 @@ class Planner:
         self._lineup = EMPTY
         self.costs = CostModel()
         self.load = FleetLoad()
-        self._flights = Flights(self.load, self.costs, self.registry.refused)
+        self.flights = Flights(self.load, self.costs, self.registry.refused)
         self.feed = DeliveryFeed(self.registry.tables)
         self.evictions = Evictions()
-        self.feed.add(self._flights.delivered)
+        self.feed.add(self.flights.delivered)
         self.feed.add(self.evictions.delivered)
         self._popularity = Popularity(settings.prefixes_tracked_max)
         self.counts = SteeringCounts()
         self.prefixes = PrefixCounts(settings.prefixes_tracked_max)
 
     async def plan(
-        self, endpoint: Endpoint, body: Mapping[str, Any], tenant: TenantContext, *, pinned: str | None = None
+        self, endpoint: Endpoint, body: Mapping[str, Any], tenant: TenantContext, *, wanted_replica: str | None = None
     ) -> Plan:
         """Return a plan for the request: `read` and `decide` in one. Raises what they raise."""
-        return self.decide(await self.read(endpoint, body, tenant, pinned=pinned))
+        return self.decide(await self.read(endpoint, body, tenant, wanted_replica=wanted_replica))
 
     async def read(
-        self, endpoint: Endpoint, body: Mapping[str, Any], tenant: TenantContext, *, pinned: str | None = None
-    ) -> Asked:
+        self, endpoint: Endpoint, body: Mapping[str, Any], tenant: TenantContext, *, wanted_replica: str | None = None
+    ) -> PlanningRequest:
         """Return what planning needs of the request, whose body stays as it is.
 
-        `pinned` names the replica it has to go to. Raises ApiError: NoReplicaReady, UnknownReplica, ReplicaNotReady,
+        `wanted_replica` names the one it has to go to. Raises ApiError: NoReplicaReady, UnknownReplica, ReplicaNotReady,
         PromptTooLong, InvalidRequest.
         """
-        self._ready.now(pinned)
+        self._ready.now(wanted_replica)
         known = await self.prompts.read(endpoint, body)
-        return Asked(
+        return PlanningRequest(
             known=known,
             salt=tenant.salt,
             lora=self.prompts.adapter(body),
             affinity=_affinity(body, tenant.salt),
-            pinned=pinned,
+            wanted_replica=wanted_replica,
             streamed=body.get("stream") is True,
             embeds=endpoint == "embeddings",
         )
 
-    def decide(self, asked: Asked) -> Plan:
+    def decide(self, request: PlanningRequest) -> Plan:
         """Return a plan for what was read. Raises NoReplicaReady, UnknownReplica and ReplicaNotReady."""
-        return self._decide(asked, frozenset(), first=True)
+        return self._decide(request, frozenset())
 
     def replan(self, plan: Plan, *, exclude: Set[str]) -> Plan:
         """Return another plan for the same request, on none of the replicas in `exclude`. Raises NoReplicaReady."""
-        return self._decide(plan.asked, exclude)
-
-    def started(self, plan: Plan) -> None:
-        """The request is about to be sent."""
-        self._flights.started(plan.flight, self._clock())
-
-    def first_byte(self, plan: Plan) -> None:
-        """The first byte of the replica's answer came, for streams that of the first event; further calls change nothing."""
-        now, flight = self._clock(), plan.flight
-        self.feed.poll(flight.replica)  # also for those of further choices, which the ledger tells the client of
-        self._flights.first_byte(flight, now)
-
-    def finished(self, plan: Plan) -> None:
-        """The request ended there; call it once for each `started`."""
-        flight = plan.flight
-        if flight.delivery is None:
-            self.feed.poll(flight.replica)
-        self._flights.finished(flight, self._clock())
+        return self._decide(plan.request, exclude, plan)
 
     def in_flight(self) -> Mapping[str, int]:
         """Requests with each replica now."""
         return self.load.in_flight()
 
-    def _decide(self, asked: Asked, exclude: Set[str], *, first: bool = False) -> Plan:
-        ready = self._ready.now(asked.pinned, exclude)
-        now, known = self._clock(), asked.known
+    def _decide(self, request: PlanningRequest, exclude: Set[str], former: Plan | None = None) -> Plan:
+        ready = self._ready.now(request.wanted_replica, exclude)
+        now, known = self._clock(), request.known
         tables = self.registry.tables()
-        self._flights.listen_to(tables)
+        self.flights.listen_to(tables)
         self.feed.refresh(tables)
         lineup = self._line_up(ready, tables)
         look_up = usable = NOTHING
         if known.ids is not None:
-            look_up = self.registry.look_up(known.ids, asked.salt, asked.lora, tables)
+            look_up = self.registry.look_up(known.ids, request.salt, request.lora, tables)
             if known.cacheable:
                 usable = look_up
-        candidates, held, computed = self._candidates(lineup, asked, usable, now)
-        if first and look_up.chains:
-            self._note(*look_up.chains[0], max(look_up.held_tokens_max, computed), now, missed=known.cacheable)
-        view = self._view(asked, usable, held, now)
+        candidates, held, computed = self._candidates(lineup, request, usable, now)
+        formerly = 0
+        if former is not None:
+            formerly = former.formerly_tokens
+        elif look_up.chains:
+            formerly = self._note(*look_up.chains[0], max(look_up.held_tokens_max, computed), now, missed=known.cacheable)
+        view = self._view(request, usable, held, now)
         decision = steer(view, candidates, self.costs, now, next(self._turns), lineup.names)
-        plan = self._plan(asked, lineup.replicas[decision.replica], decision, usable, now)
+        plan = self._plan(request, lineup.replicas[decision.replica], decision, usable, formerly, now)
         self.counts.count(plan)
         return plan
 
-    def _candidates(self, lineup: Lineup, asked: Asked, look_up: LookUp, now: float) -> tuple[list[Candidate], int, int]:
+    def _candidates(
+        self, lineup: Lineup, request: PlanningRequest, look_up: LookUp, now: float
+    ) -> tuple[list[Candidate], int, int]:
         """Return the ready replicas, and how many tokens of the prompt one of them holds and one of them computes at most."""
         promises: Mapping[str, int] = {}
         for chain, block_size in look_up.chains:
             promised = self.load.promised(chain, block_size)
             promises = {**promises, **promised} if promises else promised
-        blocks, load, pinned = look_up.blocks, self.load.load, asked.pinned
+        blocks, load, wanted = look_up.blocks, self.load.load, request.wanted_replica
         found = []
         held_most = computed_most = 0
         for name, one in lineup.replicas.items():
@@ -173,10 +161,21 @@ class Planner:
                     held_most = held
             if promise > computed_most:
                 computed_most = promise
-            takes, room, table = pinned is None or pinned == name, inf, one.table
+            takes, room, table = wanted is None or wanted == name, inf, one.table
             if table is not None:  # what is being decoded holds a block without a key
                 room = (one.blocks - table.cached_blocks() - ahead.decoding) * one.block_size
-            found.append(Candidate(name, held, ahead, one.sources, one.key, one.transport, promise, takes, "", room))
+            candidate = Candidate(
+                name=name,
+                held_tokens=held,
+                load=ahead,
+                exchanges_with=one.sources,
+                key=one.key,
+                transport=one.transport,
+                promised_tokens=promise,
+                takes=takes,
+                room_tokens=room,
+            )
+            found.append(candidate)
         return found, held_most, computed_most
 
     def _line_up(self, ready: Mapping[str, Replica], tables: Mapping[str, Table]) -> Lineup:
@@ -191,16 +190,19 @@ class Planner:
         self._lineup = line_up(ready, tables, exchanges, imports=self._imports)
         return self._lineup
 
-    def _note(self, chain: Chain, block_size: int, at_hand: int, now: float, *, missed: bool) -> None:
-        """Count a request, and learn what is `missed`: asked for before, beyond the tokens that are held or being computed."""
-        missed = missed and at_hand < chain.blocks * block_size
-        since = self.evictions.counts_since(now) if missed else inf
-        formerly = self._popularity.note(chain, now, at_hand // block_size, since) * block_size
-        if formerly > at_hand:
-            self.evictions.missed(formerly - at_hand, at_hand)
-        self.prefixes.note(chain, block_size, time.time())
+    def _note(self, chain: Chain, block_size: int, at_hand: int, now: float, *, missed: bool) -> int:
+        """Count a request. Return how many of its tokens were asked for before, 0 if no more than are held or being computed.
 
-    def _view(self, asked: Asked, look_up: LookUp, held: int, now: float) -> PromptView:
+        What of these was given up too early is `missed`.
+        """
+        since = self.evictions.counts_since(now) if missed else inf
+        formerly, lately = self._popularity.note(chain, now, at_hand // block_size, since)
+        if lately * block_size > at_hand:
+            self.evictions.missed(lately * block_size - at_hand, at_hand)
+        self.prefixes.note(chain, block_size, time.time())
+        return formerly * block_size
+
+    def _view(self, request: PlanningRequest, look_up: LookUp, held: int, now: float) -> PromptView:
         rate, block_size = 0.0, 1
         if look_up.chains:
             chain, block_size = look_up.chains[0]
@@ -208,54 +210,55 @@ class Planner:
                 rate = self._popularity.rate(chain, held // block_size, now)
         again = self.evictions.again()
         if not look_up.divisible:
-            block_size = asked.known.tokens + 1  # an import is cut nowhere
-        return PromptView(asked.known.tokens, asked.affinity, rate, self.load.decode_seconds, block_size, again)
+            block_size = request.known.tokens + 1  # an import is cut nowhere
+        return PromptView(request.known.tokens, request.affinity, rate, self.load.decode_seconds, block_size, again)
 
-    def _plan(self, asked: Asked, one: Standing, decision: Decision, look_up: LookUp, now: float) -> Plan:
-        known, expected, name, table = asked.known, decision.expected, one.name, one.table
-        tag = self._tags.next()
+    def _plan(
+        self, request: PlanningRequest, one: Standing, decision: Decision, look_up: LookUp, formerly: int, now: float
+    ) -> Plan:
+        known, expected, name, table = request.known, decision.expected, one.name, one.table
         place = look_up.places.get(name)
         chain, block_size = look_up.chains[place] if place is not None else (None, 0)
         cached = expected.local_tokens + expected.peer_tokens
-        new = known.tokens - cached
-        ready_in = expected.seconds
+        new, seconds = known.tokens - cached, expected.seconds
         flight = Flight(
-            tag,
-            name,
-            decision.source,
-            known.tokens,
-            cached,
-            new,
-            new * (cached + new / 2),
-            now + ready_in,
-            chain,
-            block_size,
-            one.key,
-            self.load.load(name, now),
-            one.transport,
-            now,
-            ready_in,
-            asked.streamed,
-            known.count == 1 and not asked.embeds,
-            table is not None and not asked.embeds,
+            tag=self._tags.next(),
+            replica=name,
+            source=decision.source,
+            prompt_tokens=known.tokens,
+            cached_tokens=cached,
+            new_tokens=new,
+            new_pairs=new * (cached + new / 2),
+            ready_at=now + seconds,
+            chain=chain,
+            block_size=block_size,
+            key=one.key,
+            load=self.load.load(name, now),
+            transport=one.transport,
+            decided_at=now,
+            expected_seconds=seconds,
+            streamed=request.streamed,
+            teaches=known.count == 1 and not request.embeds,
+            reports=table is not None and not request.embeds,
         )
         params = None
         if flight.reports:
-            params = hint(asked, decision, tag, look_up.blocks.get(name, 0) * block_size, imports=self._imports)
+            params = hint(known, decision, flight.tag, look_up.blocks.get(name, 0) * block_size, imports=self._imports)
             if known.chat_ids and self._send_chat_ids and table is not None and takes_chat_ids(table):
                 params[CHAT_IDS] = known.ids
         return Plan(
             replica=one.replica,
             decision=decision,
-            tag=tag,
+            tag=flight.tag,
             prompt=known.sent,
             kv_transfer_params=params,
-            cache_salt=asked.salt or None,
+            cache_salt=request.salt or None,
             prompt_tokens=known.tokens if known.ids is not None else 0,
             predicted_tokens=cached,
             held_tokens_max=look_up.held_tokens_max,
+            formerly_tokens=formerly,
             flight=flight,
-            asked=asked,
+            request=request,
         )
 
 

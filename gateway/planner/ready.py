@@ -71,17 +71,17 @@ class ReadyReplicas:
         self._snapshot: FleetSnapshot | None = None
         self._ready: Mapping[str, Replica] = {}
 
-    def now(self, pinned: str | None = None, exclude: Set[str] = frozenset()) -> Mapping[str, Replica]:
+    def now(self, wanted: str | None = None, exclude: Set[str] = frozenset()) -> Mapping[str, Replica]:
         """Return them by name, in their order; the same object as before if nothing changed.
 
-        Raises UnknownReplica, ReplicaNotReady and NoReplicaReady, also when the one that is `pinned` can not be had.
+        Raises UnknownReplica, ReplicaNotReady and NoReplicaReady, also when the one that is `wanted` can not be had.
         """
         snapshot = self._fleet.snapshot()
         if snapshot is not self._snapshot:
             self._snapshot = snapshot
             self._ready = {replica.name: replica for replica in snapshot.ready()}
-        if pinned is not None:
-            _check(snapshot, pinned, exclude)
+        if wanted is not None:
+            _check(snapshot, wanted, exclude)
         ready = self._ready
         if exclude:
             ready = {name: replica for name, replica in ready.items() if name not in exclude}
@@ -90,11 +90,11 @@ class ReadyReplicas:
         return ready
 
 
-def _check(snapshot: FleetSnapshot, pinned: str, exclude: Set[str]) -> None:
-    replica = snapshot.find(pinned)
+def _check(snapshot: FleetSnapshot, wanted: str, exclude: Set[str]) -> None:
+    replica = snapshot.find(wanted)
     if replica is None:
-        raise UnknownReplica(pinned, [known.name for known in snapshot.replicas])
+        raise UnknownReplica(wanted, [known.name for known in snapshot.replicas])
     if replica.state is not ReplicaState.READY:
-        raise ReplicaNotReady(pinned, replica.state.value)
-    if pinned in exclude:
-        raise NoReplicaReady(f"{pinned} was lost")
+        raise ReplicaNotReady(wanted, replica.state.value)
+    if wanted in exclude:
+        raise NoReplicaReady(f"{wanted} was lost")

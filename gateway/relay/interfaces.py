@@ -1,4 +1,4 @@
-"""What the front door asks of the planner: the seam between relaying and steering."""
+"""What the relay asks of the planner and of the ledger: the seam between relaying and steering."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from engine.fleet import Replica
 from gateway.api.body import Endpoint
-from gateway.ledger.attempts import Asked, Entry
+from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.tenants.tenants import TenantContext
 
 
@@ -31,13 +31,13 @@ PlanT = TypeVar("PlanT", bound=Plan)
 
 
 class PlannerLike(Protocol[PlanT]):
-    """Decides which replica gets a request, and counts what is in flight."""
+    """Decides which replica gets a request."""
 
-    async def read(self, endpoint: Endpoint, body: dict[str, Any], tenant: TenantContext, *, pinned: str | None) -> Any:
+    async def read(self, endpoint: Endpoint, body: dict[str, Any], tenant: TenantContext, *, wanted_replica: str | None) -> Any:
         """What `decide` needs. Raises ApiError: NoReplicaReady, PromptTooLong, UnknownReplica, ReplicaNotReady."""
         ...
 
-    def decide(self, asked: Any) -> PlanT:
+    def decide(self, request: Any) -> PlanT:
         """A plan for what was read. Raises ApiError: NoReplicaReady, UnknownReplica, ReplicaNotReady."""
         ...
 
@@ -45,33 +45,21 @@ class PlannerLike(Protocol[PlanT]):
         """Another plan for the same request, on none of the excluded replicas. Raises NoReplicaReady."""
         ...
 
-    def started(self, plan: PlanT) -> None:
-        """The request is about to be sent to `plan.replica`."""
-        ...
 
-    def first_byte(self, plan: PlanT) -> None:
-        """The first byte of the replica's answer came, for streams that of the first event; further calls change nothing."""
-        ...
-
-    def finished(self, plan: PlanT) -> None:
-        """The request ended there, well or not; called once for each `started`."""
-        ...
+PlanT_contra = TypeVar("PlanT_contra", bound=Plan, contravariant=True)
 
 
-PlanT_contra = TypeVar("PlanT_contra", contravariant=True)
-
-
-class Witness(Protocol[PlanT_contra]):
+class AttemptRecorder(Protocol[PlanT_contra]):
     """Is told of each attempt to serve a request, in this order and on the event loop's thread."""
 
-    def sent(self, plan: PlanT_contra, asked: Asked) -> Entry:
-        """The request is about to be sent to the plan's replica."""
+    def begin(self, plan: PlanT_contra, info: RequestInfo) -> Attempt:
+        """The request is about to be sent to the plan's replica, without an await after the plan was made."""
         ...
 
-    def first_byte(self, entry: Entry) -> bytes:
+    def first_byte(self, attempt: Attempt) -> bytes:
         """The replica's answer begins, or is there as a whole; returns the value of x-peerkv-cache, empty if not known."""
         ...
 
-    def ended(self, entry: Entry, status: int) -> None:
+    def ended(self, attempt: Attempt, status: int) -> None:
         """The attempt is over: an HTTP status, or one of gateway.ledger's for those without an answer."""
         ...

@@ -32,12 +32,12 @@ from gateway.errors import (
 )
 from gateway.http_server.request_cycle import Scope
 from gateway.http_server.transaction import JSON_LINE, ClientLeft, Transaction
-from gateway.ledger.attempts import Asked, Entry
+from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS
 from gateway.relay.answer import Answer, at_hand, pass_on
 from gateway.relay.batching import Batching
 from gateway.relay.engine_body import request_parts
-from gateway.relay.interfaces import PlannerLike, PlanT, Witness
+from gateway.relay.interfaces import AttemptRecorder, PlannerLike, PlanT
 from gateway.settings import Settings
 from gateway.tenants.access import AdminAccess
 from gateway.tenants.tenants import Tenants
@@ -84,8 +84,7 @@ class RelayedRequest(msgspec.Struct, Generic[PlanT], eq=False):
     body: dict[str, Any]
     raw: bytes | None
     plan: PlanT
-    asked: Asked
-    entry: Entry | None = None
+    info: RequestInfo
     excluded: frozenset[str] = frozenset()
 
 
@@ -100,18 +99,19 @@ class Relay(Generic[PlanT]):
         upstream: Upstream,
         models: ModelsCache,
         planner: PlannerLike[PlanT],
+        recorder: AttemptRecorder[PlanT],
         tenants: Tenants,
         access: AdminAccess,
     ) -> None:
         self.counters = RelayCounters()
         self.draining = False
         self.meter: Meter | None = None
-        self.witness: Witness[PlanT] | None = None
         self._settings = settings
         self._fleet = fleet
         self._upstream = upstream
         self._models = models
         self._planner = planner
+        self._recorder = recorder
         self._tenants = tenants
         self._access = access
         self._transactions: set[Transaction] = set()
@@ -200,7 +200,7 @@ class Relay(Generic[PlanT]):
 
     async def _serve(self, endpoint: Endpoint, transaction: Transaction) -> None:
         tenant = self._tenants.authenticate(transaction.fields.authorization)
-        if transaction.fields.pinned is not None:
+        if transaction.fields.wanted_replica is not None:
             self._access.check(transaction.scope)
         if not transaction.fields.is_json:
             raise InvalidRequest("Send the header 'Content-Type: application/json'.", code="invalid_content_type")
@@ -216,12 +216,12 @@ class Relay(Generic[PlanT]):
         model = body.get("model") or ""
         if model and not self._models.lists(model):
             await self._models.card(model)
-        read = await self._planner.read(endpoint, body, tenant, pinned=transaction.fields.pinned)
+        read = await self._planner.read(endpoint, body, tenant, wanted_replica=transaction.fields.wanted_replica)
         if len(self._transactions) > 1:
             await self._batching.wait()
         plan = self._planner.decide(read)
-        asked = Asked(transaction.request_id, endpoint, tenant.name, model)
-        await self._travel(RelayedRequest(transaction, transaction.scope["path"], body, untouched, plan, asked))
+        info = RequestInfo(transaction.request_id, endpoint, tenant.name, model)
+        await self._travel(RelayedRequest(transaction, transaction.scope["path"], body, untouched, plan, info))
 
     def _hold(self, size: int) -> None:
         if self._held_bytes + size > self._settings.bodies_bytes_max:
@@ -233,14 +233,11 @@ class Relay(Generic[PlanT]):
         transaction = request.transaction
         for attempts_left in range(self._settings.retry_attempts_max, -1, -1):
             answer: Answer | None = None
-            entry = request.entry = None
-            self._planner.started(request.plan)
+            attempt = self._recorder.begin(request.plan, request.info)
             try:
-                if self.witness:
-                    entry = request.entry = self.witness.sent(request.plan, request.asked)
                 if len(self._transactions) > 1:
                     await self._batching.wait()
-                answer = await self._attempt(request)
+                answer = await self._attempt(request, attempt)
                 if transaction.begun:
                     return
             except UpstreamLost as error:
@@ -252,12 +249,10 @@ class Relay(Generic[PlanT]):
                     self.counters.streams_broken += 1
                     raise ReplicaLost from error
             finally:
-                self._planner.finished(request.plan)
-                if self.witness and entry:
-                    self.witness.ended(entry, _outcome(transaction, answer))
+                self._recorder.ended(attempt, _outcome(transaction, answer))
             if answer is None or answer.status in RETRIED_STATUSES:
                 try:
-                    retried = attempts_left > 0 and transaction.fields.pinned is None and self._replan(request)
+                    retried = attempts_left > 0 and transaction.fields.wanted_replica is None and self._replan(request)
                 except NoReplicaReady:
                     retried = False
                 if retried:
@@ -277,12 +272,7 @@ class Relay(Generic[PlanT]):
         self.counters.retries += 1
         return True
 
-    def _first_byte(self, request: RelayedRequest[PlanT]) -> bytes:
-        """The answer of a replica begins; returns what its header says of where the prompt's tokens came from."""
-        self._planner.first_byte(request.plan)
-        return self.witness.first_byte(request.entry) if self.witness and request.entry else b""
-
-    async def _attempt(self, request: RelayedRequest[PlanT]) -> Answer | None:
+    async def _attempt(self, request: RelayedRequest[PlanT], attempt: Attempt) -> Answer | None:
         """The replica's answer, or None when it was streamed to the client. Raises UpstreamLost."""
         transaction, plan = request.transaction, request.plan
         changes: dict[str, Any] = {}
@@ -301,9 +291,9 @@ class Relay(Generic[PlanT]):
         try:
             answer = at_hand(response)
             if answer is None:
-                transaction.answering = lambda: self._first_byte(request)
+                transaction.answering = lambda: self._recorder.first_byte(attempt)
                 answer = await pass_on(transaction, response, bytes_max=self._settings.answer_bytes_max)
-            if answer is not None and (cache := self._first_byte(request)):
+            if answer is not None and (cache := self._recorder.first_byte(attempt)):
                 answer.lines += b"x-peerkv-cache: %b\r\n" % cache
             return answer
         except ConnectionBroke as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,9 +11,7 @@ from gateway.block_registry.recent import RecentTables
 from gateway.kept_prefixes.book import KeptPrefixBook
 from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.reader import PrefixReader
-from gateway.ledger.history import SeenPrefixes
 from gateway.ledger.ledger import Ledger
-from gateway.ledger.plan_witness import PlanWitness
 from gateway.ledger.recorder import Recorder
 from gateway.planner.plan import Plan
 from gateway.planner.planner import Planner
@@ -62,25 +59,17 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
     planner = Planner(fleet, RecentTables(tables), tokens, settings, lambda: models.known)
     access = AdminAccess(settings.admin_key)
     tenants = Tenants(settings.tenants, settings.admin_key)
+    recorder = Recorder(Ledger(settings.ledger_requests_max), planner)
     relay: Relay[Plan] = Relay(
         settings,
         fleet=fleet,
         upstream=upstream,
         models=models,
         planner=planner,
+        recorder=recorder,
         tenants=tenants,
         access=access,
     )
-    recorder = Recorder(
-        Ledger(settings.ledger_requests_max),
-        SeenPrefixes(settings.ledger_prefixes_max),
-        planner.feed,
-        planner.registry,
-        tenants.salt_of,
-        prompts_bytes_max=settings.ledger_prompts_bytes_max,
-        later=lambda work: asyncio.get_running_loop().call_soon(work),
-    )
-    witness = relay.witness = PlanWitness(recorder, planner)
     keeper = Keeper(
         KeptPrefixBook(settings.prefixes_kept_max, settings.prefixes_kept_tokens_max),
         fleet=fleet,
@@ -88,7 +77,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: P
         upstream=upstream,
         reader=PrefixReader(planner, tokens, tenants, models),
         tenants=tenants,
-        witness=witness,
+        recorder=recorder,
         seconds_max=settings.prefix_seconds_max,
     )
     figures = FleetFigures(

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from gateway.ledger.attempts import Entry
+from gateway.ledger import attempts
+from gateway.ledger.judging import judge
 from gateway.ledger.misses import MissReason
 from gateway.steering.choices import Option
 from transport.table.deliveries import Delivery
@@ -84,45 +85,44 @@ class Explanation(BaseModel):
     attempts: list[Attempt]
 
 
-def explain(request_id: str, entries: Sequence[Entry]) -> Explanation:
+def explain(request_id: str, kept: Sequence[attempts.Attempt]) -> Explanation:
     """Put the kept attempts of a request into words."""
-    return Explanation(request_id=request_id, attempts=[_attempt(entry) for entry in entries])
+    return Explanation(request_id=request_id, attempts=[_attempt(each) for each in kept])
 
 
-def _attempt(entry: Entry) -> Attempt:
-    plan = entry.planned
-    loss = entry.loss or entry.judged()
-    known = entry.settled or bool(entry.deliveries)
+def _attempt(kept: attempts.Attempt) -> Attempt:
+    miss = kept.miss or judge(kept)
+    known = kept.settled or bool(kept.deliveries)
     return Attempt(
-        time=plan.at,
-        endpoint=plan.asked.endpoint,
-        tenant=plan.asked.tenant,
-        model=plan.asked.model,
-        replica=plan.replica,
-        source=plan.source,
-        action=plan.action,
-        why=plan.reason,
-        prompt_tokens=plan.prompt_tokens,
-        expected=_expected(entry),
-        options=[_option(option) for option in plan.options],
-        delivered=[_delivered(delivery) for delivery in entry.deliveries],
-        status=entry.status,
-        first_byte_seconds=entry.first_byte_seconds,
-        ended_seconds=entry.ended_seconds,
-        settled=entry.settled,
-        reason=loss.reason if known else MissReason.UNKNOWN,
-        reason_in_words=loss.words if known else "nothing is known of it yet",
-        lost_tokens=loss.tokens if known else 0,
+        time=kept.at,
+        endpoint=kept.info.endpoint,
+        tenant=kept.info.tenant,
+        model=kept.info.model,
+        replica=kept.replica,
+        source=kept.source,
+        action=kept.action,
+        why=kept.reason,
+        prompt_tokens=kept.prompt_tokens,
+        expected=_expected(kept),
+        options=[_option(option) for option in kept.options],
+        delivered=[_delivered(delivery) for delivery in kept.deliveries],
+        status=kept.status,
+        first_byte_seconds=kept.first_byte_seconds,
+        ended_seconds=kept.ended_seconds,
+        settled=kept.settled,
+        reason=miss.reason if known else MissReason.UNKNOWN,
+        reason_in_words=miss.words if known else "nothing is known of it yet",
+        lost_tokens=miss.tokens if known else 0,
     )
 
 
-def _expected(entry: Entry) -> Expected:
-    plan, expected = entry.planned, entry.planned.decision.expected
+def _expected(kept: attempts.Attempt) -> Expected:
+    expected = kept.decision.expected
     return Expected(
-        local_tokens=plan.local_tokens,
-        peer_tokens=plan.peer_tokens,
-        computed_tokens=max(0, plan.prompt_tokens - plan.local_tokens - plan.peer_tokens),
-        best_available_tokens=plan.best_available_tokens,
+        local_tokens=kept.local_tokens,
+        peer_tokens=kept.peer_tokens,
+        computed_tokens=max(0, kept.prompt_tokens - kept.local_tokens - kept.peer_tokens),
+        best_available_tokens=kept.best_available_tokens,
         queue_seconds=expected.queue_seconds,
         transfer_seconds=expected.transfer_seconds,
         prefill_seconds=expected.prefill_seconds,

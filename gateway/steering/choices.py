@@ -60,7 +60,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     room_tokens: float = inf
 
 
-class Expected(msgspec.Struct, frozen=True, gc=False, array_like=True):
+class Expected(msgspec.Struct, frozen=True, gc=False):
     """What is expected of a request: seconds, and prompt tokens by where their KV comes from."""
 
     queue_seconds: float
@@ -76,7 +76,7 @@ class Expected(msgspec.Struct, frozen=True, gc=False, array_like=True):
         return self.queue_seconds + self.transfer_seconds + self.prefill_seconds
 
 
-class Option(msgspec.Struct, frozen=True, gc=False, array_like=True):
+class Option(msgspec.Struct, frozen=True, gc=False):
     """One thing that could be done. `score` is in seconds: the time to the first token, and what the choice costs others."""
 
     replica: str
@@ -95,7 +95,7 @@ class Option(msgspec.Struct, frozen=True, gc=False, array_like=True):
 SCORE = attrgetter("score")
 
 
-class Decision(msgspec.Struct, frozen=True, gc=False, array_like=True):
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """Send the request to `replica`; import from `source` up to `import_tokens_max` prompt tokens in all (None: what it holds).
 
     `best_available_tokens` is the longest prefix that any replica held or computed; `weighed` are the options, at least one.

@@ -16,22 +16,24 @@ class Popularity:
         self._prefixes_max = prefixes_max
         self._counts: OrderedDict[int, tuple[float, float]] = OrderedDict()
 
-    def note(self, chain: Chain, now: float, beyond: int = 0, since: float = inf) -> int:
+    def note(self, chain: Chain, now: float, beyond: int = 0, since: float = inf) -> tuple[int, int]:
         """A request with the keys of `chain` came. Return about how many of its leading blocks were asked for before.
 
-        That counts if they are more than `beyond`, and were asked for at `since` or later; else it is 0. They are known at
-        depths that are powers of two: what was asked for ends half-way to the next one, for all we know.
+        Once at any time, and once at `since` or later; each is 0 if it is not more than `beyond`. They are known at depths that
+        are powers of two: what was asked for ends half-way to the next one, for all we know.
         """
         counts, last, faded = self._counts, now, 1.0
-        depth, formerly = 1, 0
+        depth, formerly, lately = 1, 0, 0
         for key in chain.anchors:
             known = counts.get(key)
             if known is None:
                 counts[key] = (1.0, now)
             else:
                 count, at = known
-                if depth > beyond and at >= since:
+                if depth > beyond:
                     formerly = depth
+                    if at >= since:
+                        lately = depth
                 if at != last:  # most keys of a prompt were last asked for together
                     last = at
                     faded = exp((at - now) / FADE_SECONDS)
@@ -40,7 +42,7 @@ class Popularity:
             depth *= 2
         while len(counts) > self._prefixes_max:
             counts.popitem(last=False)
-        return (formerly + min(2 * formerly - 1, chain.blocks)) // 2 if formerly else 0
+        return _halfway(formerly, chain.blocks), _halfway(lately, chain.blocks)
 
     def rate(self, chain: Chain, blocks: int, now: float) -> float:
         """Requests a second that begin with the first `blocks` of `chain`, or with what is at most half of that prefix."""
@@ -50,3 +52,8 @@ class Popularity:
                 count, at = known
                 return count * exp((at - now) / FADE_SECONDS) / FADE_SECONDS
         return 0.0
+
+
+def _halfway(depth: int, blocks: int) -> int:
+    """Between `depth` and the next one, or the end of a chain of `blocks`."""
+    return (depth + min(2 * depth - 1, blocks)) // 2 if depth else 0

@@ -66,11 +66,6 @@ class Tenants:
             for tenant in callers
         )
 
-    def salt_of(self, name: str) -> str | None:
-        """The salt of the tenant of that name, None if there is none."""
-        found = self.named(name)
-        return found.salt if found else None
-
     def named(self, name: str) -> TenantContext | None:
         """The tenant of that name, None if there is none; where nobody needs a key, "" is the one that there is."""
         if self.open:

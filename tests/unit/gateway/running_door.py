@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from gateway.admin.offline_document import NothingKept
 from gateway.errors import NoReplicaReady, ReplicaNotReady, UnknownReplica
 from gateway.http_server.server import DoorServer, bind, build_server
 from gateway.kept_prefixes.shapes import PrefixReport
+from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.relay.frontdoor import FrontDoor
 from gateway.relay.relay import Relay
 from gateway.settings import Settings
@@ -43,6 +45,7 @@ from gateway.tenants.tenants import TenantContext, Tenants
 from gateway.upstream.pool import Upstream
 from gateway.upstream.served_models import ModelsCache
 from tests import fake_engine
+from tests.unit.gateway.ledger.begun_attempts import begun
 
 FAKE_ENGINE = Path(__file__).parents[2] / "fake_engine.py"
 DEADLINE_SECONDS = 15.0
@@ -99,25 +102,24 @@ class FakePlanner:
     fleet: FakeFleet
     prompt: list[Any] | None = None
     error: Exception | None = None
-    in_flight: dict[str, int] = field(default_factory=dict)
     plans: list[FakePlan] = field(default_factory=list)
 
     async def read(
-        self, endpoint: str, body: dict[str, Any], tenant: TenantContext, *, pinned: str | None
+        self, endpoint: str, body: dict[str, Any], tenant: TenantContext, *, wanted_replica: str | None
     ) -> tuple[Replica, str | None]:
         if self.error is not None:
             raise self.error
-        if pinned is not None:
-            found = self.fleet.replicas.get(pinned)
+        if wanted_replica is not None:
+            found = self.fleet.replicas.get(wanted_replica)
             if found is None:
-                raise UnknownReplica(pinned, self.fleet.replicas)
+                raise UnknownReplica(wanted_replica, self.fleet.replicas)
             if found.state is not ReplicaState.READY:
-                raise ReplicaNotReady(pinned, found.state)
+                raise ReplicaNotReady(wanted_replica, found.state)
             return found, tenant.salt or None
         return self._first(frozenset()), tenant.salt or None
 
-    def decide(self, asked: tuple[Replica, str | None]) -> FakePlan:
-        return self._plan(*asked)
+    def decide(self, request: tuple[Replica, str | None]) -> FakePlan:
+        return self._plan(*request)
 
     def replan(self, plan: FakePlan, *, exclude: Set[str]) -> FakePlan:
         return self._plan(self._first(exclude), plan.cache_salt)
@@ -133,14 +135,32 @@ class FakePlanner:
         self.plans.append(plan)
         return plan
 
-    def started(self, plan: FakePlan) -> None:
-        self.in_flight[plan.replica.name] = self.in_flight.get(plan.replica.name, 0) + 1
 
-    def first_byte(self, plan: FakePlan) -> None:
-        """Nothing is learnt from it here."""
+class FakeRecorder:
+    """Writes down what it is told; `events` have the replica's name, and the status of ended attempts."""
 
-    def finished(self, plan: FakePlan) -> None:
-        self.in_flight[plan.replica.name] -= 1
+    def __init__(self) -> None:
+        self.attempts: list[Attempt] = []
+        self.events: list[tuple[Any, ...]] = []
+        self.in_flight: Counter[str] = Counter()
+        self.header = b"local=1, peer=2, computed=3, reason=cold"
+
+    def begin(self, plan: FakePlan, info: RequestInfo) -> Attempt:
+        name = plan.replica.name
+        attempt = begun(len(self.attempts) + 1, request_id=info.request_id, replica=name)
+        attempt.info = info
+        self.attempts.append(attempt)
+        self.events.append(("begun", name))
+        self.in_flight[name] += 1
+        return attempt
+
+    def first_byte(self, attempt: Attempt) -> bytes:
+        self.events.append(("first byte", attempt.replica))
+        return self.header
+
+    def ended(self, attempt: Attempt, status: int) -> None:
+        self.events.append(("ended", attempt.replica, status))
+        self.in_flight[attempt.replica] -= 1
 
 
 class FakeSight:
@@ -179,6 +199,7 @@ class Door:
     port: int
     fleet: FakeFleet
     planner: FakePlanner
+    recorder: FakeRecorder
     relay: Relay[FakePlan]
     server: DoorServer
     directory: Path
@@ -248,7 +269,7 @@ async def running_door(directory: Path, **values: Any) -> AsyncIterator[Door]:
     port = listener.getsockname()[1]
     settings = Settings(run_dir=directory, control_seconds=2, drain_seconds=1, **values)
     fleet, access, tenants = FakeFleet(), AdminAccess(settings.admin_key), Tenants(settings.tenants, settings.admin_key)
-    planner, upstream = FakePlanner(fleet), Upstream(settings)
+    planner, recorder, upstream = FakePlanner(fleet), FakeRecorder(), Upstream(settings)
     models = ModelsCache(fleet, upstream)
     relay: Relay[FakePlan] = Relay(
         settings,
@@ -256,6 +277,7 @@ async def running_door(directory: Path, **values: Any) -> AsyncIterator[Door]:
         upstream=upstream,
         models=models,
         planner=planner,
+        recorder=recorder,
         tenants=tenants,
         access=access,
     )
@@ -275,7 +297,7 @@ async def running_door(directory: Path, **values: Any) -> AsyncIterator[Door]:
         await until(lambda: server.started)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         try:
-            yield Door(f"http://127.0.0.1:{port}", port, fleet, planner, relay, server, directory, session, stack)
+            yield Door(f"http://127.0.0.1:{port}", port, fleet, planner, recorder, relay, server, directory, session, stack)
         finally:
             await session.close()
             server.should_exit = True

@@ -8,32 +8,13 @@ from rich.console import Console
 
 from gateway.cli import kv_explain
 from gateway.cli.main import build_parser
-from gateway.ledger.attempts import Entry
+from gateway.ledger.attempts import Attempt
 from gateway.ledger.ledger import Ledger
 from gateway.stats.explain import Explanation, explain
 from gateway.steering.choices import Choice, Expected, Option
-from tests.unit.gateway.ledger.planned_attempts import planned
+from tests.unit.gateway.ledger.begun_attempts import begun
 from transport.table.deliveries import Delivery, DeliveryReason
 
-PLAN = planned(
-    5,
-    request_id="r-1",
-    at=1e9,
-    endpoint="chat",
-    replica="replica-1",
-    source="replica-0",
-    action=Choice.PULL,
-    prompt_tokens=1000,
-    block_size=16,
-    peer_tokens=800,
-    best_available_tokens=800,
-    best_held_tokens=800,
-    seconds=(0.01, 0.02, 0.03),
-    options=(
-        Option("replica-1", "replica-0", Choice.PULL, None, Expected(0.0, 0.0, 0.06, 0, 960, 40), 0.06),
-        Option("replica-0", None, Choice.HIT, None, Expected(1.0, 0.0, 0.5, 960, 0, 40), 1.5),
-    ),
-)
 RECORD = Delivery(
     tag=5,
     arrived_ns=1_000_000_000,
@@ -53,16 +34,38 @@ RECORD = Delivery(
 )
 
 
-def settled() -> Entry:
-    """As it is kept once it is settled."""
+def opened(ledger: Ledger) -> Attempt:
+    attempt = begun(
+        5,
+        request_id="r-1",
+        at=1e9,
+        began_at=50.0,
+        endpoint="chat",
+        replica="replica-1",
+        source="replica-0",
+        action=Choice.PULL,
+        prompt_tokens=1000,
+        block_size=16,
+        peer_tokens=800,
+        best_available_tokens=800,
+        best_held_tokens=800,
+        seconds=(0.01, 0.02, 0.03),
+        options=(
+            Option("replica-1", "replica-0", Choice.PULL, None, Expected(0.0, 0.0, 0.06, 0, 960, 40), 0.06),
+            Option("replica-0", None, Choice.HIT, None, Expected(1.0, 0.0, 0.5, 960, 0, 40), 1.5),
+        ),
+    )
+    ledger.open(attempt)
+    return attempt
+
+
+def settled() -> Attempt:
     ledger = Ledger(10)
-    entry = ledger.open(PLAN, 50.0)
+    attempt = opened(ledger)
     ledger.delivered(RECORD)
-    ledger.first_byte(entry, 50.125)
-    ledger.ended(entry, 200, 51.0)
-    ledger.settle(entry)
-    (kept,) = ledger.attempts("r-1")
-    return kept
+    attempt.first_byte_seconds = 0.125
+    ledger.ended(attempt, 200, 51.0)
+    return attempt
 
 
 def test_an_attempt_shows_what_was_expected_delivered_and_lost() -> None:
@@ -80,11 +83,11 @@ def test_an_attempt_shows_what_was_expected_delivered_and_lost() -> None:
 
 def test_a_running_attempt_is_not_final() -> None:
     ledger = Ledger(10)
-    entry = ledger.open(PLAN, 0.0)
-    (attempt,) = explain("r-1", [entry]).attempts
+    running = opened(ledger)
+    (attempt,) = explain("r-1", [running]).attempts
     assert (attempt.settled, attempt.status, attempt.reason) == (False, None, "unknown")
     ledger.delivered(RECORD)
-    (attempt,) = explain("r-1", [entry]).attempts
+    (attempt,) = explain("r-1", [running]).attempts
     assert (attempt.settled, attempt.reason) == (False, "check_failed")
 
 

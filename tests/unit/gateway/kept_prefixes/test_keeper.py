@@ -17,9 +17,7 @@ from gateway.admin.app import build_app
 from gateway.kept_prefixes.book import KeptPrefixBook
 from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.reader import PrefixReader
-from gateway.ledger.history import SeenPrefixes
 from gateway.ledger.ledger import Ledger
-from gateway.ledger.plan_witness import PlanWitness
 from gateway.ledger.recorder import Recorder
 from gateway.planner.planner import Planner
 from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
@@ -89,8 +87,7 @@ class Scene:
         models = ModelsCache(self.fleet, upstream)
         self.planner = Planner(self.fleet, TableDirectory(tables.directory), tokens, Bounds(), lambda: models.known)
         self.planner.prompts.parity = EXACT
-        registry = self.planner.registry
-        recorder = Recorder(Ledger(10), SeenPrefixes(10), self.planner.feed, registry, tenants.salt_of)
+        recorder = Recorder(Ledger(10), self.planner)
         self.ledger = recorder.ledger
         self.now = 1000.0
         self.keeper = Keeper(
@@ -100,7 +97,7 @@ class Scene:
             upstream=upstream,
             reader=PrefixReader(self.planner, tokens, tenants, models),
             tenants=tenants,
-            witness=PlanWitness(recorder, self.planner),
+            recorder=recorder,
             seconds_max=settings.prefix_seconds_max,
             wall_clock=lambda: self.now,
         )
@@ -261,8 +258,8 @@ async def test_texts_and_messages_are_tokenised_as_their_requests_are(scene: Sce
     completion = await scene.planner.plan("completions", {"prompt": text}, ANONYMOUS)
     chat = {"messages": [*messages, {"role": "user", "content": "Hello"}]}
     chat_plan = await scene.planner.plan("chat", chat, ANONYMOUS)
-    assert prompts[0] == list(completion.asked.known.ids or ())
-    assert prompts[1] == list(chat_plan.asked.known.ids or ())[: len(prompts[1])]
+    assert prompts[0] == list(completion.request.known.ids or ())
+    assert prompts[1] == list(chat_plan.request.known.ids or ())[: len(prompts[1])]
 
 
 async def test_ids_that_may_not_be_the_engines_are_refused(scene: Scene) -> None:

@@ -1,6 +1,7 @@
 """The planner: from a body to a replica, a source and token ids, over real tables and a tiny tokenizer."""
 
 import asyncio
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,21 @@ class Place:
         self.planner = Planner(self.fleet, TableDirectory(tables.directory), self.tokens, Bounds(), lambda: self.models)
         self.planner.prompts.parity = EXACT
 
-    async def plan(self, prompt: Any = None, pinned: str | None = None, tenant: TenantContext = ANONYMOUS, **body: Any) -> Plan:
-        return await self.planner.plan("completions", {"prompt": prompt, **body}, tenant, pinned=pinned)
+    async def plan(self, prompt: Any = None, wanted: str | None = None, tenant: TenantContext = ANONYMOUS, **body: Any) -> Plan:
+        return await self.planner.plan("completions", {"prompt": prompt, **body}, tenant, wanted_replica=wanted)
+
+    def begin(self, plan: Plan) -> None:
+        """The request is sent."""
+        self.planner.flights.started(plan.flight, time.monotonic())
+
+    def end(self, plan: Plan) -> None:
+        """Its answer is complete."""
+        self.planner.feed.poll(plan.replica.name)
+        self.planner.flights.finished(plan.flight, time.monotonic())
 
     async def occupy(self, replica: str) -> None:
         """Send a long prompt there that nobody holds."""
-        self.planner.started(await self.plan([ord(replica), *LONG], pinned=replica))
+        self.begin(await self.plan([ord(replica), *LONG], wanted=replica))
 
     async def chat(self, text: str, **body: Any) -> Plan:
         return await self.planner.plan("chat", {"messages": [{"role": "user", "content": text}], **body}, ANONYMOUS)
@@ -94,12 +104,12 @@ async def test_a_source_that_the_engine_refused_is_offered_to_it_no_more(place: 
     await place.occupy("b")
     plan = await place.plan(LONG)
     assert plan.source == "b"
-    place.planner.started(plan)
+    place.begin(plan)
     place.tables.writers["a"].deliver(
         Delivery(tag=plan.tag, scheduled_ns=1, first_token_ns=2, prompt_tokens=601, computed_tokens=601, why=why), ""
     )
-    place.planner.finished(plan)
-    assert (await place.plan(LONG, pinned="a")).source is None
+    place.end(plan)
+    assert (await place.plan(LONG, wanted="a")).source is None
 
 
 async def test_with_imports_switched_off_nobody_is_a_source(place: Place) -> None:
@@ -107,7 +117,7 @@ async def test_with_imports_switched_off_nobody_is_a_source(place: Place) -> Non
     place.planner.prompts.parity = EXACT
     place.tables.hold("b", LONG)
     await place.occupy("b")
-    plans = [await place.plan(LONG), await place.plan(LONG, pinned="a")]
+    plans = [await place.plan(LONG), await place.plan(LONG, wanted="a")]
     assert [plan.source for plan in plans] == [None, None]
     assert [plan.kv_transfer_params["peerkv"]["source"] for plan in plans if plan.kv_transfer_params] == ["", ""]
 
@@ -115,15 +125,15 @@ async def test_with_imports_switched_off_nobody_is_a_source(place: Place) -> Non
 async def test_in_flight_counts_go_back_when_requests_finish(place: Place) -> None:
     plans = [await place.plan(IDS), await place.plan(IDS)]
     for plan in plans:
-        place.planner.started(plan)
+        place.begin(plan)
     for plan in plans:
-        place.planner.finished(plan)
+        place.end(plan)
     assert place.planner.in_flight() == {}
 
 
 async def test_requests_that_nobody_holds_spread_by_what_is_in_flight(place: Place) -> None:
     for first in range(4):
-        place.planner.started(await place.plan([first, *LONG]))
+        place.begin(await place.plan([first, *LONG]))
     assert place.planner.in_flight() == {"a": 2, "b": 2}
 
 
@@ -134,7 +144,7 @@ async def test_a_chats_ids_go_with_it_to_an_engine_that_takes_them(place: Place)
 
     async def sent(replica: str, **body: Any) -> Any:
         body = {"messages": [{"role": "user", "content": "this"}], **body}
-        plan = await place.planner.plan("chat", body, ANONYMOUS, pinned=replica)
+        plan = await place.planner.plan("chat", body, ANONYMOUS, wanted_replica=replica)
         assert plan.kv_transfer_params is not None
         return plan.kv_transfer_params.get("prompt_token_ids")
 
@@ -238,7 +248,7 @@ async def test_media_are_steered_by_load(place: Place) -> None:
 
 
 async def test_embeddings_go_to_the_least_busy_replica(place: Place) -> None:
-    place.planner.started(await place.planner.plan("embeddings", {"input": "x"}, TENANT))
+    place.begin(await place.planner.plan("embeddings", {"input": "x"}, TENANT))
     plan = await place.planner.plan("embeddings", {"input": "x"}, TENANT)
     assert (plan.replica.name, plan.kv_transfer_params, plan.cache_salt) == ("b", None, "salty")
 
@@ -346,18 +356,18 @@ async def test_only_ready_replicas_are_chosen(place: Place) -> None:
 
 async def test_a_pinned_request_goes_where_it_says_and_imports_from_the_best_holder(place: Place) -> None:
     place.tables.hold("b", LONG)
-    plan = await place.plan(LONG, pinned="a")
+    plan = await place.plan(LONG, wanted="a")
     assert (plan.replica.name, plan.source, plan.predicted_tokens) == ("a", "b", 600)
-    plan = await place.plan(LONG, pinned="b")
+    plan = await place.plan(LONG, wanted="b")
     assert (plan.replica.name, plan.source) == ("b", None)
 
 
 async def test_a_pin_to_an_unknown_or_unready_replica_is_an_error(place: Place) -> None:
     with pytest.raises(UnknownReplica):
-        await place.plan(IDS, pinned="zz")
+        await place.plan(IDS, wanted="zz")
     place.fleet.set("b", ReplicaState.BACKOFF)
     with pytest.raises(ReplicaNotReady):
-        await place.plan(IDS, pinned="b")
+        await place.plan(IDS, wanted="b")
 
 
 async def test_a_second_plan_avoids_the_lost_replica_and_keeps_what_is_known(place: Place) -> None:
@@ -371,20 +381,20 @@ async def test_a_second_plan_avoids_the_lost_replica_and_keeps_what_is_known(pla
 
 async def test_a_second_plan_of_a_pinned_request_has_nowhere_to_go(place: Place) -> None:
     with pytest.raises(ApiError):
-        place.planner.replan(await place.plan(IDS, pinned="b"), exclude={"b"})
+        place.planner.replan(await place.plan(IDS, wanted="b"), exclude={"b"})
 
 
 async def test_replicas_that_can_not_exchange_import_nothing(place: Place) -> None:
     place.tables.stop("a")
     place.tables.start("a", fields={"weights": "others"})
     place.tables.hold("b", IDS)
-    plan = await place.plan(IDS, pinned="a")
+    plan = await place.plan(IDS, wanted="a")
     assert (plan.source, plan.predicted_tokens) == (None, 0)
 
 
 async def test_a_replica_without_a_table_gets_no_hint(place: Place) -> None:
     place.tables.stop("a")
-    assert (await place.plan(IDS, pinned="a")).kv_transfer_params is None
+    assert (await place.plan(IDS, wanted="a")).kv_transfer_params is None
 
 
 async def test_prefixes_are_counted_once_a_request(place: Place) -> None:
@@ -397,7 +407,7 @@ async def test_prefixes_are_counted_once_a_request(place: Place) -> None:
 async def test_decisions_are_counted(place: Place) -> None:
     place.tables.hold("b", LONG)
     await place.plan(LONG)
-    await place.plan(LONG, pinned="a")
+    await place.plan(LONG, wanted="a")
     await place.planner.plan("embeddings", {"input": "x"}, ANONYMOUS)
     counts = place.planner.counts
     assert (counts.planned, counts.to_holder, counts.with_source, counts.pinned, counts.without_ids) == (3, 1, 1, 1, 1)
@@ -414,7 +424,7 @@ async def test_a_burst_of_equal_prompts_is_computed_once(place: Place) -> None:
     plans = []
     for _ in range(50):
         plans.append(await place.plan(LONG))
-        place.planner.started(plans[-1])
+        place.begin(plans[-1])
     computed = [plan for plan in plans if plan.decision.expected.computed_tokens > len(LONG) // 2]
     assert len(computed) <= 2  # at most once a replica
     assert len({plan.tag for plan in plans}) == 50
@@ -423,7 +433,7 @@ async def test_a_burst_of_equal_prompts_is_computed_once(place: Place) -> None:
 async def test_of_requests_that_come_at_once_each_plan_knows_of_those_before_it(place: Place) -> None:
     async def ask() -> Plan:
         plan = await place.plan(LONG)
-        place.planner.started(plan)
+        place.begin(plan)
         return plan
 
     await place.occupy("a")  # who is not alone waits for the others before it is planned
@@ -444,17 +454,17 @@ async def test_a_prompt_cache_key_keeps_together_what_nobody_holds(place: Place)
 
 
 async def test_a_request_that_relies_on_a_promise_may_be_served_by_another_holder(place: Place) -> None:
-    place.planner.started(await place.plan(LONG, pinned="a"))
-    relying = await place.plan(LONG, pinned="a")
+    place.begin(await place.plan(LONG, wanted="a"))
+    relying = await place.plan(LONG, wanted="a")
     assert (relying.decision.action, relying.predicted_tokens) == (Choice.HIT, 600)
     assert relying.kv_transfer_params == {"peerkv": {"tag": relying.tag}}
 
 
 async def test_a_promise_ends_with_the_request_that_made_it(place: Place) -> None:
     first = await place.plan(LONG)
-    place.planner.started(first)
+    place.begin(first)
     assert (await place.plan(LONG)).predicted_tokens == 600
-    place.planner.finished(first)
+    place.end(first)
     assert (await place.plan(LONG)).predicted_tokens == 0
 
 
@@ -485,7 +495,7 @@ async def test_a_full_cache_is_dear_once_what_it_gave_up_was_asked_for_again(pla
 
 async def test_a_prompt_that_somebody_holds_or_computes_was_not_given_up(place: Place) -> None:
     planner = place.planner
-    planner.started(await place.plan(LONG))
+    place.begin(await place.plan(LONG))
     place.tables.writers["a"].count("evictions", 1000)
     place.tables.writers["a"].deliver(Delivery(tag=1, first_token_ns=1), "")
     await place.plan(IDS)

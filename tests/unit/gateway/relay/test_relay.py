@@ -351,7 +351,7 @@ async def test_a_client_that_leaves_a_stream_cancels_it_in_the_engine(door: Door
 
     await until(aborted, 1.0)
     assert door.relay.counters.clients_left == 1
-    assert door.planner.in_flight == {"replica-0": 0}
+    assert door.recorder.in_flight == {"replica-0": 0}
 
 
 @pytest.mark.parametrize("fake", [{"delay": 30}, {"token_delay": 0.05}], ids=["before the head", "while generating"])
@@ -369,7 +369,7 @@ async def test_a_client_that_leaves_without_streaming_cancels_too(door: Door, fa
 
     await until(aborted, 1.0)
     assert door.relay.in_flight == 0
-    assert door.planner.in_flight == {"replica-0": 0}
+    assert door.recorder.in_flight == {"replica-0": 0}
 
 
 async def test_a_connection_that_drops_before_the_head_is_tried_again_and_then_elsewhere(door: Door) -> None:
@@ -380,7 +380,7 @@ async def test_a_connection_that_drops_before_the_head_is_tried_again_and_then_e
     assert headers["x-peerkv-replica"] == "replica-1"
     assert len((await door.seen("replica-0"))["requests"]) == 2
     assert door.fleet.suspects == ["replica-0"]
-    assert door.planner.in_flight == {"replica-0": 0, "replica-1": 0}
+    assert door.recorder.in_flight == {"replica-0": 0, "replica-1": 0}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,7 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.prompts.parity import ParityCounts
 from gateway.stats.prometheus import Metrics
-from tests.unit.gateway.ledger.planned_attempts import planned
+from tests.unit.gateway.ledger.begun_attempts import begun
 from tests.unit.gateway.stats.test_snapshot import Scene
 from tests.unit.transport.replica_tables import ReplicaTables
 from transport.table.deliveries import Delivery
@@ -96,13 +96,14 @@ def test_losses_peers_load_costs_and_verdicts_have_metrics(scene: Scene) -> None
     writer.imported("b", "shared_memory", blocks=3, size=6_000_000, nanoseconds=2_000_000, failed=True)
     writer.tell_load([1, 2, 300, 4, 5, 6])
     scene.recorder.feed.refresh()
-    entry = scene.recorder.sent(planned(7), None)
+    attempt = begun(7)
+    scene.recorder.ledger.open(attempt)
     record = Delivery(
         tag=7, scheduled_ns=1, first_token_ns=2, prompt_tokens=100, computed_tokens=100,
         import_ns=2_000_000, import_wait_ns=30_000_000, source="b",
     )  # fmt: skip
     writer.deliver(record, "shared_memory")
-    scene.recorder.ended(entry, 200)
+    scene.recorder.ended(attempt, 200)
     found = samples(metrics)
     pair = ("b", "a", "shared_memory")  # labels by name: peer, replica, transport
     assert found["peerkv_ledger_requests_total", ("cold",)] == 1

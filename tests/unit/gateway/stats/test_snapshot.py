@@ -4,7 +4,7 @@ import pytest
 
 from engine.fleet import ReplicaState
 from gateway import __version__
-from gateway.ledger.history import SeenPrefixes
+from gateway.ledger.attempts import RequestInfo
 from gateway.ledger.ledger import Ledger
 from gateway.ledger.misses import MissReason
 from gateway.ledger.recorder import Recorder
@@ -15,7 +15,7 @@ from gateway.prompts.tokenizer.service import TokenService
 from gateway.stats.shapes import KvStats, LoadStats, TokenCounts, TransferCounts
 from gateway.stats.snapshot import StatsView
 from gateway.tenants.tenants import ANONYMOUS
-from tests.unit.gateway.ledger.planned_attempts import planned
+from tests.unit.gateway.ledger.begun_attempts import begun
 from tests.unit.gateway.planner.test_planner import Bounds
 from tests.unit.transport.replica_tables import FIELDS, ReplicaTables, StandingFleet
 from transport.table.deliveries import Delivery
@@ -31,8 +31,7 @@ class Scene:
         self.planner = Planner(self.fleet, TableDirectory(tables.directory), tokens, Bounds())
         self.now = 100.0
         self.door = {"requests": 7, "retries": 1, "in_flight": 2, "unheard_of": 5}
-        registry = self.planner.registry
-        self.recorder = Recorder(Ledger(10), SeenPrefixes(10), self.planner.feed, registry, lambda name: None, lambda: self.now)
+        self.recorder = Recorder(Ledger(10), self.planner, lambda: self.now)
         self.view = StatsView(self.fleet, self.planner, tokens, self.recorder, lambda: self.door, lambda: self.now)
 
     def count(self, name: str, **counts: int) -> None:
@@ -88,7 +87,9 @@ def test_a_replica_that_left_the_fleet_still_counts_in_all(scene: Scene) -> None
 async def test_replicas_are_shown_with_state_blocks_and_requests(scene: Scene) -> None:
     scene.tables.hold("a", list(range(8)))
     scene.fleet.set("b", ReplicaState.BACKOFF, reason="killed by signal 9", restarts=3)
-    scene.planner.started(await scene.planner.plan("completions", {"prompt": [1, 2]}, ANONYMOUS))
+    scene.recorder.begin(
+        await scene.planner.plan("completions", {"prompt": [1, 2]}, ANONYMOUS), RequestInfo("r", "completions", "", "")
+    )
     stats = scene.view.snapshot()
     first, second = stats.replicas
     assert (first.state, first.blocks, first.cached_blocks, first.block_size, first.in_flight) == ("ready", 256, 2, 4, 1)
@@ -153,10 +154,11 @@ def test_the_engines_load_is_shown_and_that_of_a_replica_without_a_table_is_noth
 
 def test_the_ledger_shows_every_reason_and_the_costs_what_was_learnt(scene: Scene) -> None:
     scene.recorder.feed.refresh()
-    entry = scene.recorder.sent(planned(7), list(range(100)))
+    attempt = begun(7)
+    scene.recorder.ledger.open(attempt)
     record = Delivery(tag=7, scheduled_ns=1, first_token_ns=2, prompt_tokens=100, computed_tokens=100)
     scene.tables.writers["a"].deliver(record, "shared_memory")
-    scene.recorder.ended(entry, 200)
+    scene.recorder.ended(attempt, 200)
     stats = scene.view.snapshot()
     assert set(stats.ledger.requests) == set(stats.ledger.lost_tokens) == {reason.value for reason in MissReason}
     assert (stats.ledger.requests["cold"], stats.ledger.settled, stats.ledger.computed_tokens) == (1, 1, 100)

@@ -227,15 +227,15 @@ def test_the_popularity_of_a_prefix_counts_all_that_begin_with_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("held", "since", "blocks"),
-    [(0, 5.0, 11), (7, 5.0, 11), (8, 5.0, 0), (16, 5.0, 0), (0, 6.0, 0), (3, float("-inf"), 11)],
+    ("held", "since", "formerly", "lately"),
+    [(0, 5.0, 11, 11), (7, 5.0, 11, 11), (8, 5.0, 0, 0), (16, 5.0, 0, 0), (0, 6.0, 11, 0), (3, float("-inf"), 11, 11)],
 )
-def test_what_was_asked_for_before_is_known_to_about_its_length(held: int, since: float, blocks: int) -> None:
+def test_what_was_asked_for_before_is_known_to_about_its_length(held: int, since: float, formerly: int, lately: int) -> None:
     popularity = Popularity(1000)
     prefix = range(10 * BLOCK)
     popularity.note(chain_of(*prefix, *range(1000, 1000 + 10 * BLOCK)), 5.0)
     asked = chain_of(*prefix, *range(5000, 5000 + 7 * BLOCK))
-    assert popularity.note(asked, 6.0, held, since) == blocks
+    assert popularity.note(asked, 6.0, held, since) == (formerly, lately)
 
 
 def test_popularity_keeps_a_bounded_number_of_prefixes() -> None:

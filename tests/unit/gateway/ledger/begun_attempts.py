@@ -1,15 +1,16 @@
-"""Plans as the ledger keeps them, by what matters to a test."""
+"""Attempts as they are begun, by what matters to a test."""
 
 from gateway.api.body import Endpoint
-from gateway.ledger.attempts import Asked, Planned
+from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.steering.choices import Choice, Decision, Expected, Option
 
 
-def planned(
+def begun(
     tag: int = 1,
     *,
     request_id: str = "r",
     at: float = 0.0,
+    began_at: float = 0.0,
     endpoint: Endpoint = "completions",
     tenant: str = "one",
     model: str = "",
@@ -24,19 +25,22 @@ def planned(
     best_held_tokens: int = 0,
     seconds: tuple[float, float, float] = (0.0, 0.0, 0.0),
     options: tuple[Option, ...] = (),
+    formerly_tokens: int = 0,
     reports: bool = True,
-) -> Planned:
+) -> Attempt:
     """`seconds` are those of the queue, the transfer and the prefill; without `options` there was one, which was taken."""
     expected = Expected(*seconds, local_tokens, peer_tokens, prompt_tokens - local_tokens - peer_tokens)
     options = options or (Option(replica, source, action, None, expected, expected.seconds),)
     decision = Decision(replica, source, action, None, expected, best_available_tokens, options)
-    return Planned(
-        Asked(request_id, endpoint, tenant, model),
-        decision,
-        tag,
-        at,
-        prompt_tokens,
-        block_size,
-        best_held_tokens,
+    return Attempt(
+        info=RequestInfo(request_id, endpoint, tenant, model),
+        decision=decision,
+        tag=tag,
+        at=at,
+        began_at=began_at,
+        prompt_tokens=prompt_tokens,
+        block_size=block_size,
+        best_held_tokens=best_held_tokens,
+        formerly_tokens=formerly_tokens,
         reports=reports,
     )
