@@ -1,4 +1,4 @@
-"""From a prefix that somebody wants kept to its tenant and its token ids, or a clear refusal."""
+"""From a request to keep a prefix to its tenant and token ids, or a clear refusal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gateway.upstream.served_models import ModelsCache
 
 
 class Callers(Protocol):
-    """What is needed of gateway.tenants.Tenants."""
+    """The part of gateway.tenants.Tenants that is needed here."""
 
     def named(self, name: str) -> TenantContext | None: ...
     @property
@@ -24,7 +24,7 @@ class Callers(Protocol):
 
 
 class PrefixReader:
-    """Belongs to the event loop's thread; texts are tokenised in another."""
+    """Belongs to the event loop's thread; texts are tokenised in another thread."""
 
     def __init__(self, planner: Planner, tokens: TokenService, tenants: Callers, models: ModelsCache) -> None:
         self._planner = planner
@@ -40,7 +40,7 @@ class PrefixReader:
         ids = await self._ids(wanted)
         sizes = [table.block_size for table in self._planner.registry.tables().values()]
         if not sizes:
-            raise Unavailable("No replica has a block table: prefixes can not be kept.")
+            raise Unavailable("No replica has a block table, so prefixes cannot be kept.")
         if len(ids) < min(sizes):
             why = f"The prefix has {len(ids)} tokens, and only whole blocks of {min(sizes)} are kept."
             raise InvalidRequest(why, code="prefix_too_short")
@@ -59,14 +59,16 @@ class PrefixReader:
             return TokenIds.of(wanted.ids)
         verdict = self._planner.prompts.parity.chat if wanted.messages is not None else self._planner.prompts.parity.completions
         if verdict.parity is not Parity.EXACT:
-            why = f"Token ids are not known to be the engine's ({verdict.parity.value}). Give the prefix as 'ids'."
+            why = (
+                f"The gateway's token ids are not proven to be the engine's ({verdict.parity.value}). Give the prefix as 'ids'."
+            )
             raise InvalidRequest(why, code="token_ids_unknown", status=409)
         try:
             return await asyncio.to_thread(self._encode, wanted)
         except TextTooLong as long:
             raise InvalidRequest(f"The prefix has at least {long.tokens_min} tokens.", code="prefix_too_long") from long
         except NoTokenIds as unknown:
-            raise InvalidRequest(f"The prefix can not be tokenised: {unknown}.", code="token_ids_unknown") from unknown
+            raise InvalidRequest(f"The prefix cannot be tokenised: {unknown}.", code="token_ids_unknown") from unknown
 
     def _encode(self, wanted: PrefixRequest) -> TokenIds:
         limit = self._planner.prompts.parity.context_tokens

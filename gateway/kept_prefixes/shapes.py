@@ -25,11 +25,11 @@ class PrefixRequest(BaseModel):
     tools: list[dict[str, Any]] | None = Field(None, description="with `messages`: the chats' tools")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="with `messages`: as the chats have them")
     model: str = Field("", description="a LoRA adapter of /v1/models; empty: the served model")
-    tenant: str = Field("", description="by name, whose cache it is kept in; needed where tenants are configured")
-    replicas: int = Field(1, ge=1, description="how many replicas shall hold it")
-    ttl: float = Field(TTL_SECONDS_DEFAULT, gt=0, le=TTL_SECONDS_MAX, description="seconds that it is kept")
-    pin: bool = Field(True, description="keep its blocks from being evicted; false: only put them into the caches")
-    renew: bool = Field(False, description="start its time anew before it is over, until it is deleted")
+    tenant: str = Field("", description="name of the tenant whose cache keeps it; required if tenants are configured")
+    replicas: int = Field(1, ge=1, description="number of replicas that should hold it")
+    ttl: float = Field(TTL_SECONDS_DEFAULT, gt=0, le=TTL_SECONDS_MAX, description="seconds to keep it")
+    pin: bool = Field(True, description="protect its blocks from eviction; false: only put them into the caches")
+    renew: bool = Field(False, description="renew its ttl before it runs out, until it is deleted")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -51,7 +51,7 @@ class PrefixPlace(BaseModel):
     local_tokens: int
     peer_tokens: int
     computed_tokens: int
-    source: str = Field(description="replica that it was imported from, empty for none")
+    source: str = Field(description="replica that it was imported from; empty if none")
     reason: str = Field(description="what failed")
 
 
@@ -71,7 +71,7 @@ class KeptPrefixAnswer(BaseModel):
 
 
 class PrefixRemoved(BaseModel):
-    """A prefix that is kept no more. Where the replica could not be told, its pin ends at its time."""
+    """A prefix that is no longer kept. If a replica could not be told, its pin ends when its time is up."""
 
     id: str
     unpinned: list[str]
@@ -79,7 +79,7 @@ class PrefixRemoved(BaseModel):
 
 
 def kept_answer(kept: KeptPrefix) -> KeptPrefixAnswer:
-    """A kept prefix as it is shown."""
+    """Return a kept prefix in the form that is shown."""
     places = [
         PrefixPlace(
             replica=place.replica,
@@ -107,10 +107,10 @@ def kept_answer(kept: KeptPrefix) -> KeptPrefixAnswer:
 
 
 class Prefix(BaseModel):
-    """One prefix that requests had in common."""
+    """One prefix that requests shared."""
 
     key: str = Field(description="key of its last block, 32 hex digits")
-    tokens: int = Field(description="its length in tokens, in whole blocks; of a long one up to an eighth is left out")
+    tokens: int = Field(description="its length in tokens, in whole blocks; up to an eighth of a long one may be missing")
     requests: int = Field(description="requests that began with it")
     last_used: float = Field(description="Unix time of the last of them, seconds")
     holders: list[str] = Field(description="replicas that hold its last block now")
@@ -120,6 +120,6 @@ class PrefixReport(BaseModel):
     """The body of GET /kv/prefixes."""
 
     tracked_blocks: int = Field(description="block keys counted now")
-    tracked_blocks_max: int = Field(description="bound on them; the least recently used go first")
+    tracked_blocks_max: int = Field(description="limit on these; the least recently used are dropped first")
     prefixes: list[Prefix] = Field(description="most requested first")
     kept: list[KeptPrefixAnswer] = Field(default_factory=list, description="those of POST /kv/prefixes, oldest first")

@@ -1,4 +1,4 @@
-"""The body of GET /kv/explain/{request_id}: what was decided for a request, what became of it, and why it was not more."""
+"""The body of GET /kv/explain/{request_id}: what was decided for a request, what happened to it, and why not more."""
 
 from collections.abc import Sequence
 
@@ -17,15 +17,15 @@ class OptionConsidered(BaseModel):
     """A way to serve the request that steering weighed."""
 
     replica: str
-    source: str = Field(description="replica to import from, empty for none")
+    source: str = Field(description="replica to import from; empty if none")
     action: str = Field(description="hit, pull, split or recompute")
-    seconds: float = Field(description="expected until the first token")
+    seconds: float = Field(description="expected seconds to the first token")
 
 
 class Expected(BaseModel):
     """What steering expected."""
 
-    local_tokens: int = Field(description="prompt tokens out of the replica's own cache")
+    local_tokens: int = Field(description="prompt tokens from the replica's own cache")
     peer_tokens: int = Field(description="imported from the source")
     computed_tokens: int = Field(description="computed")
     best_available_tokens: int = Field(description="the longest prefix that any replica held")
@@ -42,40 +42,44 @@ class Delivered(BaseModel):
     local_tokens: int
     peer_tokens: int
     computed_tokens: int
-    source: str = Field(description="replica that blocks were imported from, empty for none")
-    why: str = Field(description="why the import did not bring all that was missing, in the engine's words")
+    source: str = Field(description="replica that blocks were imported from; empty if none")
+    why: str = Field(description="why the import did not deliver everything that was missing, in the engine's words")
     planned_tokens: int = Field(description="tokens that the source held when the engine looked")
     stale_blocks: int = Field(description="blocks that changed while they were copied")
     failed_blocks: int = Field(description="blocks that were computed because their import failed")
     import_bytes: int
-    import_seconds: float = Field(description="the copy alone")
-    import_wait_seconds: float = Field(description="from the allocation of its blocks to the first step behind the import")
-    queue_seconds: float | None = Field(description="from its arrival in the engine to its first step, null if it had none")
-    first_token_seconds: float | None = Field(description="from its arrival in the engine, null if there was none")
+    import_seconds: float = Field(description="seconds of the copy alone")
+    import_wait_seconds: float = Field(
+        description="seconds from the allocation of its blocks to the first step after the import"
+    )
+    queue_seconds: float | None = Field(
+        description="seconds from its arrival in the engine to its first step; null if there was none"
+    )
+    first_token_seconds: float | None = Field(description="seconds from its arrival in the engine; null if there was none")
 
 
 class Attempt(BaseModel):
-    """One attempt to serve the request; a lost replica makes for another."""
+    """One attempt to serve the request; losing a replica leads to another."""
 
     time: float = Field(description="when it was sent, Unix time in seconds")
     endpoint: str
     tenant: str
-    model: str = Field(description="as the client named it, empty for the served one")
+    model: str = Field(description="as the client named it; empty for the served one")
     replica: str
-    source: str = Field(description="replica that it was to import from, empty for none")
+    source: str = Field(description="replica that it was told to import from; empty if none")
     action: str = Field(description="hit, pull, split or recompute")
     why: str = Field(description="why this replica and this source, in words")
     prompt_tokens: int = Field(description="0 when the token ids were not known")
     expected: Expected
     options: list[OptionConsidered]
-    delivered: list[Delivered] = Field(description="one for each prompt and choice; empty while nothing is known")
-    status: int | None = Field(description="of the answer; null while it runs, 0 without an answer, 499 if the client left")
+    delivered: list[Delivered] = Field(description="one per prompt and choice; empty until something is known")
+    status: int | None = Field(description="HTTP status; null while it runs, 0 without an answer, 499 if the client left")
     first_byte_seconds: float | None = Field(description="from sending to the answer's first byte")
     ended_seconds: float | None = Field(description="from sending to the end")
     settled: bool = Field(description="whether `reason` is final")
     reason: str = Field(description="why less was delivered than possible: " + ", ".join(MissReason))
     reason_in_words: str
-    lost_tokens: int = Field(description="prompt tokens computed though they had been computed before")
+    lost_tokens: int = Field(description="prompt tokens computed although they had been computed before")
 
 
 class Explanation(BaseModel):
@@ -86,7 +90,7 @@ class Explanation(BaseModel):
 
 
 def explain(request_id: str, kept: Sequence[attempts.Attempt]) -> Explanation:
-    """Put the kept attempts of a request into words."""
+    """Describe the recorded attempts of a request."""
     return Explanation(request_id=request_id, attempts=[_attempt(each) for each in kept])
 
 

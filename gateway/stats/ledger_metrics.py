@@ -34,14 +34,14 @@ class ImportTimes:
         )
         self._wait = Histogram(
             "peerkv_import_wait_seconds",
-            "What a request waited for its import, from the allocation of its blocks.",
+            "How long a request waited for its import, from the allocation of its blocks.",
             labels,
             buckets=_IMPORT_SECONDS,
             registry=registry,
         )
 
     def delivered(self, replica: str, table: Table, delivery: Delivery) -> None:
-        """Take note of a record if it tells of an import."""
+        """Record an import, if the delivery record describes one."""
         if delivery.import_wait_ns:
             labels = (replica, delivery.source, table.transport)
             self._copy.labels(*labels).observe(delivery.import_ns / 1e9)
@@ -49,7 +49,7 @@ class ImportTimes:
 
 
 def ledger_metrics(stats: KvStats) -> Iterator[Metric]:
-    """Everything that a snapshot has of the ledger and of the engines' own figures."""
+    """Yield everything in a snapshot about the ledger and the engines' own figures."""
     yield from _sums(stats.ledger)
     yield from _peers(stats)
     yield from _loads(stats)

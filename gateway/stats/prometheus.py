@@ -32,12 +32,12 @@ _REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = 
     ("peerkv_blocks", "Size of the replica's KV cache in blocks.", lambda r: r.blocks),
     ("peerkv_cached_blocks", "Blocks that the replica offers now.", lambda r: r.cached_blocks),
     ("peerkv_in_flight_requests", "Requests that the gateway has with the replica.", lambda r: r.in_flight),
-    ("peerkv_incompatible_replicas", "Replicas that it can not exchange with.", lambda r: len(r.incompatible)),
+    ("peerkv_incompatible_replicas", "Replicas that it cannot exchange with.", lambda r: len(r.incompatible)),
 )
 
 
 class Metrics:
-    """What the front door measures of each request. One a process; `attach` adds everything that /kv/stats counts."""
+    """What the front door measures for each request. One per process; `attach` adds everything that /kv/stats counts."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -64,7 +64,7 @@ class Metrics:
             self._first.add(endpoint, first_byte_seconds)
 
     def attach(self, snapshot: Callable[[], KvStats]) -> None:
-        """Show what `snapshot` counts too, read at each scrape."""
+        """Also show what `snapshot` counts, read at each scrape."""
         self.registry.register(_StatsCollector(snapshot))
 
     def render(self) -> bytes:
@@ -101,7 +101,7 @@ def _gateway_metrics(stats: KvStats) -> Iterator[Metric]:
         yield CounterMetricFamily(f"peerkv_parity_{count}", text, value=getattr(stats.parity, count))
     exact = GaugeMetricFamily("peerkv_parity_exact", "1 if our token ids are the engine's.", labels=("kind",))
     verdicts = GaugeMetricFamily(
-        "peerkv_parity_verdict", "1 for what the last comparison of token ids came to.", labels=("kind", "verdict")
+        "peerkv_parity_verdict", "1 for the result of the last comparison of token ids.", labels=("kind", "verdict")
     )
     differences = GaugeMetricFamily("peerkv_parity_differences", "Canaries whose ids are not the engine's.", labels=("kind",))
     for kind, verdict in (("completions", stats.parity.completions), ("chat", stats.parity.chat)):
@@ -141,7 +141,7 @@ def cost_metrics(costs: CostStats) -> Iterator[Metric]:
         text = "Relative error of the expected time to the first token, median of the last requests."
         yield GaugeMetricFamily("peerkv_cost_median_error", text, value=costs.median_error)
     prefill = GaugeMetricFamily(
-        "peerkv_cost_prefill_seconds", "Fitted terms of computing a prompt.", labels=("device", "model", "term")
+        "peerkv_cost_prefill_seconds", "Fitted cost terms of computing a prompt.", labels=("device", "model", "term")
     )
     for one in costs.prefill:
         for term, value in one.model_dump().items():
@@ -149,7 +149,9 @@ def cost_metrics(costs: CostStats) -> Iterator[Metric]:
                 prefill.add_metric((one.device, one.model, term), value)
     yield prefill
     pair = ("taker", "source", "transport")
-    fixed = GaugeMetricFamily("peerkv_cost_transfer_fixed_seconds", "Fitted time of an import beside its bytes.", labels=pair)
+    fixed = GaugeMetricFamily(
+        "peerkv_cost_transfer_fixed_seconds", "Fitted fixed time of an import, without its bytes.", labels=pair
+    )
     rate = GaugeMetricFamily("peerkv_cost_transfer_bytes_per_second", "Fitted rate of imports.", labels=pair)
     for each in costs.transfers:
         labels = (each.taker, each.source, each.transport)

@@ -19,7 +19,7 @@ class PrefillStats(BaseModel):
 
 
 class TransferStats(BaseModel):
-    """Fitted times of imports: of a pair of replicas, or of all of a transport when both names are empty."""
+    """Fitted times of imports: for a pair of replicas, or for a whole transport if both names are empty."""
 
     taker: str
     source: str
@@ -31,21 +31,23 @@ class TransferStats(BaseModel):
 
 
 class CostStats(BaseModel):
-    """What steering expects requests to cost, and how well that held."""
+    """What steering expects requests to cost, and how accurate that was."""
 
-    samples: int = Field(0, description="answered requests that it learnt from")
-    samples_kept: int = Field(0, description="of these, the last ones that `median_error` is of")
-    median_error: float | None = Field(None, description="of the expected time to the first token, relative; null without any")
+    samples: int = Field(0, description="answered requests that the model learnt from")
+    samples_kept: int = Field(0, description="of these, the most recent ones that `median_error` covers")
+    median_error: float | None = Field(
+        None, description="relative error of the expected time to the first token; null without samples"
+    )
     prefill: list[PrefillStats] = Field(default_factory=list)
     transfers: list[TransferStats] = Field(default_factory=list)
 
 
 class LedgerStats(BaseModel):
-    """Attempts to serve requests that are over, retries included, and the prompt tokens that they lost to each reason."""
+    """Finished attempts to serve requests, including retries, and the prompt tokens lost to each reason."""
 
-    kept: int = Field(0, description="attempts that /kv/explain can tell of")
-    settled: int = Field(0, description="attempts that are over and judged")
-    prompt_tokens: int = Field(0, description="tokens of their prompts whose ids were known")
+    kept: int = Field(0, description="attempts that /kv/explain knows")
+    settled: int = Field(0, description="attempts that are finished and judged")
+    prompt_tokens: int = Field(0, description="tokens of their prompts, if the token ids were known")
     predicted_tokens: int = Field(0, description="of these, expected from a cache")
     best_available_tokens: int = Field(0, description="of these, held by the replica that held most")
     local_tokens: int = Field(0, description="delivered from the replica's own cache")
@@ -53,24 +55,26 @@ class LedgerStats(BaseModel):
     computed_tokens: int = Field(0, description="computed")
     unmatched_deliveries: int = Field(0, description="engines' records of requests that are not in the ledger")
     missed_deliveries: int = Field(0, description="engines' records that were overwritten before they were read")
-    dropped: int = Field(0, description="attempts forgotten before they were over: the ledger is too small")
-    requests: dict[str, int] = Field(default_factory=dict, description="attempts by the reason of their loss")
-    lost_tokens: dict[str, int] = Field(default_factory=dict, description="tokens computed though they had been, by reason")
+    dropped: int = Field(0, description="attempts forgotten before they were finished: the ledger is too small")
+    requests: dict[str, int] = Field(default_factory=dict, description="attempts by the reason for the miss")
+    lost_tokens: dict[str, int] = Field(
+        default_factory=dict, description="tokens computed although they had been computed before, by reason"
+    )
 
 
 class LoadStats(BaseModel):
-    """What a replica's engine has to do, as of its last step."""
+    """The load of a replica's engine as of its last step."""
 
-    waiting_requests: int = Field(0, description="requests of which nothing was scheduled yet")
-    running_requests: int = Field(0, description="requests being computed")
-    waiting_tokens: int = Field(0, description="prompt tokens that are neither computed nor known to be cached")
+    waiting_requests: int = Field(0, description="requests not scheduled yet")
+    running_requests: int = Field(0, description="requests whose prompt is being computed")
+    waiting_tokens: int = Field(0, description="prompt tokens neither computed nor known to be cached")
     decoding_requests: int = Field(0, description="requests whose prompt is computed")
     imports_under_way: int = Field(0, description="requests whose blocks are being copied")
-    pinned_blocks: int = Field(0, description="blocks that a pin keeps")
+    pinned_blocks: int = Field(0, description="blocks held by pins")
 
 
 class PeerStats(BaseModel):
-    """What a replica imported from one other."""
+    """What a replica imported from one other replica."""
 
     name: str
     transport: str
@@ -79,7 +83,7 @@ class PeerStats(BaseModel):
     bytes: int
     seconds: float = Field(description="time of the copies alone")
     failures: int = Field(description="imports that fell short")
-    gigabytes_per_second: float = Field(description="bytes over the time of the copies, 1e9 bytes; 0 without any")
+    gigabytes_per_second: float = Field(description="1e9 bytes per second of copying; 0 without imports")
 
 
 class TokenCounts(BaseModel):
@@ -92,12 +96,12 @@ class TokenCounts(BaseModel):
     computed: int = Field(0, description="computed")
 
     def by_source(self) -> dict[str, int]:
-        """The parts by name, without their sum."""
+        """Return the parts by name, without their sum."""
         return {name: count for name, count in self.model_dump().items() if name != "prompt"}
 
 
 class TransferCounts(BaseModel):
-    """What was imported and what was not."""
+    """Counts of what was imported and what was not."""
 
     requests: int = Field(0, description="requests scheduled")
     imports: int = Field(0, description="imports from another replica")
@@ -105,33 +109,33 @@ class TransferCounts(BaseModel):
     import_bytes: int = Field(0, description="bytes imported")
     import_seconds: float = Field(0.0, description="time spent in imports, seconds")
     check_failures: int = Field(0, description="blocks that changed while they were copied, and were computed instead")
-    fallbacks: int = Field(0, description="requests whose import failed and that computed instead")
+    fallbacks: int = Field(0, description="requests that computed because their import failed")
     published_blocks: int = Field(0, description="blocks offered to other replicas")
     evictions: int = Field(0, description="offered blocks that were reallocated")
-    peers_incompatible: int = Field(0, description="other replicas' tables refused for what differs")
+    peers_incompatible: int = Field(0, description="other replicas' tables refused because their fingerprints differ")
     table_errors: int = Field(0, description="other replicas' tables that could not be used")
     pins: int = Field(0, description="prefixes that were pinned")
-    pins_refused: int = Field(0, description="pins that were asked for and not to be had")
+    pins_refused: int = Field(0, description="pins that were requested but refused")
     hints_malformed: int = Field(0, description="fields of hints that were ignored")
 
 
 class ReplicaStats(BaseModel):
-    """One replica. Counts are over all its lives since the gateway started watching."""
+    """One replica. Counts span all its restarts since the gateway started watching."""
 
     name: str
     state: str = Field(description="starting, ready, draining, backoff, failed or stopped")
     reason: str = Field(description="why it is not ready, in words")
     device: str
     restarts: int
-    epochs: int = Field(description="lives seen by this gateway")
+    epochs: int = Field(description="process starts seen by this gateway")
     exchanges: str = Field(description='"ok", or why it exchanges no KV')
-    transport: str = Field(description="how others read its KV: shared_memory, cuda_ipc, or empty without a table")
-    fingerprint: str = Field(description="digest of all that changes KV bytes, 32 hex digits; empty without a table")
-    incompatible: dict[str, list[str]] = Field(description="replicas it can not import from, and what differs")
-    block_size: int = Field(description="tokens a block")
+    transport: str = Field(description="how others read its KV: shared_memory or cuda_ipc; empty without a table")
+    fingerprint: str = Field(description="digest of everything that changes KV bytes, 32 hex digits; empty without a table")
+    incompatible: dict[str, list[str]] = Field(description="replicas it cannot import from, and what differs")
+    block_size: int = Field(description="tokens per block")
     blocks: int = Field(description="size of its KV cache")
     cached_blocks: int = Field(description="blocks on offer now")
-    in_flight: int = Field(description="requests that this gateway has with it")
+    in_flight: int = Field(description="requests that this gateway has in flight there")
     load: LoadStats
     tokens: TokenCounts
     counts: TransferCounts
@@ -139,7 +143,7 @@ class ReplicaStats(BaseModel):
 
 
 class Totals(BaseModel):
-    """The fleet in all, replicas that are gone included."""
+    """Totals of the fleet, including replicas that are gone."""
 
     replicas: int
     ready: int
@@ -164,8 +168,8 @@ class ParityStats(BaseModel):
 
     replica: str = Field(description="the replica that was asked; empty while there is no verdict")
     checks: int = Field(0, description="comparisons begun")
-    failures: int = Field(0, description="of these, comparisons that the engine did not answer")
-    changes: int = Field(0, description="comparisons that came to another verdict than the one before")
+    failures: int = Field(0, description="of these, comparisons without an answer from the engine")
+    changes: int = Field(0, description="comparisons whose verdict differed from the previous one")
     differences_found: int = Field(0, description="canaries whose ids differed, over all comparisons")
     completions: KindParity
     chat: KindParity
@@ -188,8 +192,8 @@ class GatewayStats(BaseModel):
     uptime_seconds: float
     in_flight: int = Field(0, description="requests being served now")
     requests: int = Field(0, description="requests taken")
-    refused: int = Field(0, description="answered with an error that the client can mend, status below 500")
-    retries: int = Field(0, description="requests sent again, to another replica")
+    refused: int = Field(0, description="answered with an error that the client can fix, status below 500")
+    retries: int = Field(0, description="requests sent again to another replica")
     replicas_lost: int = Field(0, description="connections to replicas that failed or broke")
     streams_broken: int = Field(0, description="event streams that ended with an error")
     clients_left: int = Field(0, description="requests whose client left")
@@ -203,8 +207,8 @@ class SteeringStats(BaseModel):
     without_ids: int = Field(0, description="of these, requests whose token ids were not known: steered by load alone")
     to_holder: int = Field(0, description="sent to a replica that holds their longest prefix")
     with_source: int = Field(0, description="sent elsewhere, with a replica to import from")
-    pinned: int = Field(0, description="sent where the request said")
-    prompt_tokens: int = Field(0, description="tokens of all prompts whose ids were known")
+    pinned: int = Field(0, description="sent to the replica that the request named")
+    prompt_tokens: int = Field(0, description="tokens of all prompts with known ids")
     predicted_tokens: int = Field(0, description="of these, tokens expected from a cache, own or imported")
 
 

@@ -36,7 +36,7 @@ from transport.table.deliveries import EngineLoad, PeerCounters
 
 
 class StatsView:
-    """Puts the snapshot together.
+    """Assembles the snapshot.
 
     `door` gives the front door's counts by the names in GatewayStats; what it leaves out is 0.
     """
@@ -85,7 +85,7 @@ class StatsView:
 
 
 def token_counts(counters: Mapping[str, int]) -> TokenCounts:
-    """The tokens among a table's counters."""
+    """Return the token counts among a table's counters."""
     return TokenCounts(
         prompt=counters.get("prompt_tokens", 0),
         local=counters.get("local_tokens", 0),
@@ -96,7 +96,7 @@ def token_counts(counters: Mapping[str, int]) -> TokenCounts:
 
 
 def transfer_counts(counters: Mapping[str, int]) -> TransferCounts:
-    """The rest of a table's counters."""
+    """Return the rest of a table's counters."""
     seconds = counters.get("import_nanoseconds", 0) / 1e9
     same = {name: counters.get(name, 0) for name in TransferCounts.model_fields if name != "import_seconds"}
     return TransferCounts(import_seconds=seconds, **same)
@@ -166,12 +166,12 @@ def _kind(verdict: KindVerdict) -> KindParity:
 
 
 def cost_stats(report: CostReport) -> CostStats:
-    """The report as it is shown."""
+    """Return the report in the form that is shown."""
     return CostStats.model_validate(asdict(report))
 
 
 def ledger_stats(ledger: Ledger, missed_deliveries: int) -> LedgerStats:
-    """The ledger's sums, every reason among them."""
+    """Return the ledger's sums, with every reason."""
     sums = ledger.sums
     same = {name: getattr(sums, name) for name in LedgerStats.model_fields if hasattr(sums, name)}
     return LedgerStats(
@@ -184,12 +184,12 @@ def ledger_stats(ledger: Ledger, missed_deliveries: int) -> LedgerStats:
 
 
 def load_stats(load: EngineLoad) -> LoadStats:
-    """An engine's load as it is shown."""
+    """Return an engine's load in the form that is shown."""
     return LoadStats(**asdict(load))
 
 
 def peer_stats(peers: Iterable[PeerCounters]) -> list[PeerStats]:
-    """What was imported by peer, with the rate that comes of it."""
+    """Return what was imported by peer, and at what rate."""
     return [
         PeerStats(
             name=peer.name,

@@ -1,6 +1,6 @@
 """Counters and histograms of the hot path: plain numbers that become Prometheus metrics when somebody asks.
 
-prometheus_client's own take a lock, and walk over all buckets of a histogram, at each observation.
+prometheus_client's own metrics take a lock and walk over all buckets of a histogram at each observation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 
 class Times:
-    """How often something took how long: `counts[i]` of at most the bound i in seconds, and above the one before it."""
+    """A histogram of durations: `counts[i]` counts those up to bound i in seconds and above the previous one."""
 
     __slots__ = ("bounds", "counts", "created", "seconds")
 
@@ -25,7 +25,7 @@ class Times:
         self.created = time.time()
 
     def add(self, seconds: float) -> None:
-        """It took `seconds` once more."""
+        """Record one more duration."""
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.seconds += seconds
 
@@ -38,14 +38,14 @@ class Histogram(Collector):
         self._times: dict[str, Times] = {}
 
     def add(self, value: str, seconds: float) -> None:
-        """It took `seconds` once more, under the label's `value`."""
+        """Record one more duration under the label's `value`."""
         times = self._times.get(value)
         if times is None:
             times = self._times[value] = Times(self._bounds)
         times.add(seconds)
 
     def collect(self) -> Iterator[Metric]:
-        """Return the metric, as Prometheus wants it: each bucket with all that is below it."""
+        """Return the metric in Prometheus' form, with cumulative buckets."""
         family = HistogramMetricFamily(self._name, self._text, labels=(self._label,))
         for value, times in self._times.items():
             total, buckets = 0, []

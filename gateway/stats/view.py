@@ -1,4 +1,4 @@
-"""What there is to see of the replicas' caches: the bodies of /kv/stats, /kv/prefixes and /metrics."""
+"""The bodies of /kv/stats, /kv/prefixes, /kv/explain and /metrics."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,9 +17,9 @@ from gateway.stats.snapshot import StatsView
 
 
 class FleetFigures:
-    """Puts them together when asked. Belongs to the event loop's thread, as the tables do.
+    """Assembles them on request. Belongs to the event loop's thread, as the tables do.
 
-    `measured` takes what the front door measures of each request, `relay_counts` returns the relay's counters by name.
+    `measured` takes what the front door measures for each request, `relay_counts` returns the relay's counters by name.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FleetFigures:
         self.measured.attach(self.stats)
 
     def stats(self) -> KvStats:
-        """The body of GET /kv/stats."""
+        """Return the body of GET /kv/stats."""
         return self._view.snapshot()
 
     def prefixes(self, limit: int) -> PrefixReport:
@@ -56,7 +56,7 @@ class FleetFigures:
         return explain(request_id, entries) if entries else None
 
     def metrics(self) -> tuple[bytes, str]:
-        """The body of GET /metrics and its content type."""
+        """Return the body of GET /metrics and its content type."""
         return self.measured.render(), CONTENT_TYPE
 
     def _holders(self, keys: Sequence[bytes]) -> list[list[str]]:

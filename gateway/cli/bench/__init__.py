@@ -1,1 +1,1 @@
-"""`peerkv bench`: a running installation measured from outside; installation.py speaks HTTP, most of the rest is pure."""
+"""`peerkv bench`: measures a running installation from the outside. installation.py speaks HTTP, most of the rest is pure."""

@@ -33,7 +33,7 @@ STOPPED = 130
 
 
 def run(given: argparse.Namespace, console: Console | None = None, progress_console: Console | None = None) -> int:
-    """Measure and print; return the exit status. Raises SettingsError, NotMeasured after printing what was measured."""
+    """Measure and print; return the exit status. Raises SettingsError, and NotMeasured after printing what was measured."""
     console, shown = console or Console(), progress_console or Console(stderr=True)
     settings = load(config=given.config)
     key = given.admin_key or (settings.admin_key.get_secret_value() if settings.admin_key else "")
@@ -44,25 +44,25 @@ def run(given: argparse.Namespace, console: Console | None = None, progress_cons
         url, run_dir = given.url or address(settings), settings.run_dir
         try:
             if given.start is not None:
-                with shown.status("starting replicas and a gateway; the first time this fetches the default model"):
+                with shown.status("starting replicas and a gateway; the first time this downloads the default model"):
                     own = stack.enter_context(StartedInstallation(given.start))
                 url, run_dir = own.url, own.run_dir
             asyncio.run(_Bench(given, results, run_dir, shown).measure(Installation(url, given.api_key, key)))
         except KeyboardInterrupt:
-            shown.print("stopped" + ("; nothing was measured" if results.empty else "; this is what was measured:"))
+            shown.print("stopped" + ("; nothing was measured" if results.empty else "; results so far:"))
             return STOPPED
     return 0
 
 
 def _check_files(given: argparse.Namespace) -> None:
-    """Raise NotMeasured if a file that is asked for can not be written: better now than after minutes."""
+    """Raise NotMeasured if a requested file cannot be written: better now than minutes later."""
     for path in (given.json, given.plot):
         if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-            raise NotMeasured(f"{path} can not be written: name a file in a directory that is there and yours")
+            raise NotMeasured(f"{path} cannot be written: choose a file in an existing directory that you can write to")
 
 
 def _finish(results: Results, given: argparse.Namespace, console: Console) -> None:
-    """Print and write what was measured, be it all or not."""
+    """Print and write what was measured, even if incomplete."""
     if results.empty:
         return
     print_results(results, console)
@@ -76,7 +76,7 @@ def _finish(results: Results, given: argparse.Namespace, console: Console) -> No
 
 
 class _Bench:
-    """One measurement: the sections in their order."""
+    """One measurement: the sections in order."""
 
     def __init__(self, given: argparse.Namespace, results: Results, run_dir: Path, console: Console) -> None:
         self._given, self._results, self._run_dir, self._console = given, results, run_dir, console
@@ -115,7 +115,7 @@ class _Bench:
             return list(choose_lengths(described.context_tokens, *times))
         longest = described.context_tokens - first_token.ANSWER_TOKENS
         if too_long := [length for length in self._given.lengths if length > longest]:
-            raise NotMeasured(f"a prompt of {too_long[0]} tokens does not fit the context of {described.context_tokens}")
+            raise NotMeasured(f"a prompt of {too_long[0]} tokens does not fit into the context of {described.context_tokens}")
         return list(self._given.lengths)
 
     async def _first_token(self, installation: Installation, described: Described, progress: Progress) -> None:
@@ -130,7 +130,7 @@ class _Bench:
         done = itertools.count(1)
 
         def step(trial: first_token.Trial) -> None:
-            ran = next(done)  # more than planned where trials were disturbed
+            ran = next(done)  # more than planned if trials were disturbed
             total = max(ran, len(planned))
             progress.update(bar, completed=ran, total=total, description=f"first token, {trial.tokens:,} tokens")
 
@@ -141,21 +141,21 @@ class _Bench:
         samples = self._results.samples
         disturbed = sum(not sample.good for sample in samples)
         if disturbed:
-            text = f"{disturbed} of {len(samples)} samples are left out: their prompts did not come from where they should have"
+            text = f"{disturbed} of {len(samples)} samples are left out: their prompts did not come from the intended cache"
             self._results.notes.append(
-                f"{text} (other requests, a cache that is too small, or steering that would rather compute)"
+                f"{text} (other requests, a cache that is too small, or steering that preferred to compute)"
             )
         for row in rows(samples):
             for kind in Kind:
                 if kind not in row.seconds and (imports or kind is not Kind.IMPORT):
-                    self._results.notes.append(f"no {kind.value} of {row.tokens:,} tokens came about")
+                    self._results.notes.append(f"no {kind.value} of {row.tokens:,} tokens was measured")
 
     async def _overhead(self, installation: Installation, described: Described, progress: Progress) -> None:
         known = overhead.sockets(installation.url, self._run_dir)
         replica = described.replicas[0]
         if replica not in known:
             self._results.notes.append(
-                "what the gateway adds was not measured: the replicas' sockets are not in this machine's run_dir (--config)"
+                "the gateway's overhead was not measured: the replicas' sockets are not in this machine's run_dir (--config)"
             )
         bar = progress.add_task("gateway overhead", total=self._given.pairs + overhead.WARM_PAIRS)
         self._results.overhead = await overhead.measure(

@@ -1,4 +1,4 @@
-"""Time to the first token of prompts cold, by import and by local hit."""
+"""Time to the first token of prompts: cold, by import and by local hit."""
 
 import asyncio
 import random
@@ -10,15 +10,15 @@ from gateway.cli.bench.kinds import Kind, Sample, kind_of
 from gateway.cli.bench.words import Words
 
 SETTLE_SECONDS = 0.1
-"""Before each request, for the engines to fall idle."""
+"""Pause before each request, so that the engines become idle."""
 ANSWER_TOKENS = 2
 EXTRA_SHARE = 1.0
-"""Prompts tried again because somebody else's requests got in the way, as a share of those asked for."""
+"""Share of the prompts that may be retried because other requests interfered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A prompt of `tokens` that is computed on `home`, then asked for again by the kinds in `again`, in this order."""
+    """A prompt of `tokens` that is computed on `home`, then requested again by the kinds in `again`, in this order."""
 
     tokens: int
     home: str
@@ -29,7 +29,7 @@ class Trial:
 def trials(
     source: random.Random, lengths: Sequence[int], replicas: Sequence[str], samples: int, *, imports: bool
 ) -> list[Trial]:
-    """`samples` trials of each length in random order; each replica in turn is the home, what comes first is random too."""
+    """Return `samples` trials of each length in random order; replicas take turns as home, the order of kinds is random."""
     found = []
     for tokens in lengths:
         for number in range(samples):
@@ -63,7 +63,7 @@ async def measure(
     into: list[Sample],
     step: Callable[[Trial], None],
 ) -> None:
-    """Run all trials, those that were disturbed once more; samples go `into` the list as they come. Raises NotMeasured."""
+    """Run all trials, and disturbed ones once more; samples are appended to `into`. Raises NotMeasured."""
     spare = round(EXTRA_SHARE * len(planned))
     waiting = list(planned)
     while waiting:

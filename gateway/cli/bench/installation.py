@@ -1,4 +1,4 @@
-"""A running gateway as its clients see it: what it serves, its figures, and the time that its answers take."""
+"""A running gateway as its clients see it: what it serves, its figures, and the time its answers take."""
 
 import re
 import time
@@ -19,7 +19,7 @@ _CACHE_FIELD = re.compile(r"\b(local|peer)=(\d+)")
 
 
 class NotMeasured(GatewayError):
-    """The installation can not be measured; the message says why and what to do."""
+    """The installation cannot be measured; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +49,21 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
-    """Prompt tokens of all replicas so far, by where they came from."""
+    """Prompt tokens of all replicas so far, by source."""
 
     local: int
     peer: int
     computed: int
 
     def since(self, before: "PromptTokens") -> "PromptTokens":
-        """What was added after `before`."""
+        """Return what was added since `before`."""
         return PromptTokens(self.local - before.local, self.peer - before.peer, self.computed - before.computed)
 
 
 class Installation:
     """A gateway at `url`. `api_key` is a tenant's, `admin_key` for its figures and to choose replicas; empty: none.
 
-    Who has the admin key is a tenant too, so that a request to a chosen replica is sent in its name.
+    The holder of the admin key is a tenant too, so requests to a chosen replica are sent in the admin's name.
     """
 
     def __init__(self, url: str, api_key: str = "", admin_key: str = "") -> None:
@@ -84,7 +84,7 @@ class Installation:
         await self._session.close()
 
     async def describe(self) -> Described:
-        """What serves there. Raises NotMeasured."""
+        """Return what is being served. Raises NotMeasured."""
         ready = await self._get("/ready", self._admin)
         names = tuple(replica["name"] for replica in ready.get("replicas", ()) if replica["ready"])
         if not names:
@@ -104,12 +104,12 @@ class Installation:
         )
 
     async def prompt_tokens(self) -> PromptTokens:
-        """The fleet's counts so far. Raises NotMeasured."""
+        """Return the fleet's counts so far. Raises NotMeasured."""
         tokens = (await self._stats())["totals"]["tokens"]
         return PromptTokens(tokens["local"], tokens["peer_shared_memory"] + tokens["peer_cuda_ipc"], tokens["computed"])
 
     async def round_trip(self) -> float:
-        """Seconds of a request that the gateway answers by itself. Raises NotMeasured."""
+        """Time a request that the gateway answers itself, in seconds. Raises NotMeasured."""
         began = time.perf_counter()
         await self._get("/v1/models", self._api)
         return time.perf_counter() - began
@@ -138,7 +138,7 @@ class Installation:
         return Answer(first, seconds, usage["prompt_tokens"], local, peer, usage["completion_tokens"])
 
     async def whole(self, body: Mapping[str, Any], replica: str) -> float:
-        """Seconds of a completion on `replica` that is not streamed. Raises NotMeasured."""
+        """Time a completion on `replica` without streaming, in seconds. Raises NotMeasured."""
         began = time.perf_counter()
         headers = self._choosing | {"x-peerkv-replica": replica}
         try:
@@ -160,21 +160,21 @@ class Installation:
                 content = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise NotMeasured(
-                f"no gateway answers at {self.url} ({error}): start one with `peerkv serve`, name it with --url, or let "
-                "--start start one for the measurement"
+                f"no gateway is answering at {self.url} ({error}): start one with `peerkv serve`, name it with --url, or use "
+                "--start to start one for the measurement"
             ) from error
         if response.status in (401, 403):
-            which = "an API key: give --api-key" if path.startswith("/v1/") else "the admin key: give --admin-key"
-            raise NotMeasured(f"{self.url}{path} wants {which}")
+            which = "an API key: pass --api-key" if path.startswith("/v1/") else "the admin key: pass --admin-key"
+            raise NotMeasured(f"{self.url}{path} requires {which}")
         try:
             found: dict[str, Any] = msgspec.json.decode(content, type=dict)
         except msgspec.MsgspecError as error:
-            raise NotMeasured(f"{self.url}{path} does not answer as peerkv does, with status {response.status}") from error
+            raise NotMeasured(f"{self.url}{path} does not answer like peerkv: status {response.status}") from error
         return found
 
 
 def completion(model: str, prompt: str, answer_tokens: int) -> dict[str, Any]:
-    """The body of a greedy completion of exactly so many tokens."""
+    """Return the body of a greedy completion of exactly this many tokens."""
     return {"model": model, "prompt": prompt, "max_tokens": answer_tokens, "temperature": 0, "ignore_eos": True}
 
 
@@ -191,7 +191,7 @@ def _event(line: bytes) -> dict[str, Any]:
 
 
 def _cached(cache: str, usage: Mapping[str, Any]) -> tuple[int, int]:
-    """Local and peer tokens by the header x-peerkv-cache; without it all cached tokens count as local."""
+    """Parse local and peer tokens from the header x-peerkv-cache; without it all cached tokens count as local."""
     found = {name: int(count) for name, count in _CACHE_FIELD.findall(cache)}
     if found:
         return found.get("local", 0), found.get("peer", 0)
@@ -200,7 +200,7 @@ def _cached(cache: str, usage: Mapping[str, Any]) -> tuple[int, int]:
 
 def _obstacles(replicas: list[dict[str, Any]]) -> str:
     if len(replicas) < 2:
-        return "there is one replica only"
+        return "there is only one replica"
     for replica in replicas:
         if replica["exchanges"] != "ok":
             return f"{replica['name']} exchanges nothing: {replica['exchanges']}"
@@ -212,9 +212,9 @@ def _obstacles(replicas: list[dict[str, Any]]) -> str:
 def _refused(status: int, text: str, *, pinned: bool) -> NotMeasured:
     if status in (401, 403) and pinned:
         return NotMeasured(
-            "the gateway does not let us choose the replica, which these measurements need: give --admin-key, or where it has "
+            "the gateway does not allow choosing the replica, which these measurements need: pass --admin-key, or where it has "
             "none run this on the gateway's machine"
         )
     if status == 401:
-        return NotMeasured("the gateway wants an API key: give --api-key")
+        return NotMeasured("the gateway requires an API key: pass --api-key")
     return NotMeasured(f"a request was answered with status {status}: {text[:300]}")

@@ -1,4 +1,4 @@
-"""What a request's prompt came from, and one measured request."""
+"""Where a request's prompt came from, and one measured request."""
 
 import enum
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gateway.cli.bench.spread import Spread, spread
 
 BLOCKS_LEFT_MAX = 2
-"""Blocks at a prompt's end that no cache can hold: the one that is not full, and the last token, which is always computed."""
+"""Blocks at a prompt's end that no cache supplies: the partial one and that of the last token, which is always computed."""
 
 
 class Kind(enum.StrEnum):
@@ -20,7 +20,7 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request on `replica`: what it was meant to be, what it was (None: something in between), and its time in seconds."""
+    """One request on `replica`: the intended kind, the actual kind (None: something in between), and its time in seconds."""
 
     tokens: int
     wanted: Kind
@@ -33,7 +33,7 @@ class Sample:
 
     @property
     def good(self) -> bool:
-        """Whether it was what it was meant to be."""
+        """Whether the actual kind is the intended one."""
         return self.wanted is self.got
 
 
@@ -49,21 +49,21 @@ def kind_of(prompt_tokens: int, local_tokens: int, peer_tokens: int, block_size:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The times of one prompt length by kind, in seconds; a kind that never came about is missing."""
+    """The times of one prompt length by kind, in seconds; kinds that never occurred are missing."""
 
     tokens: int
     prompt_tokens: int
     seconds: Mapping[Kind, Spread]
 
     def ratio(self, above: Kind, below: Kind) -> float | None:
-        """The median of one kind over that of another."""
+        """Return the ratio of one kind's median to another's."""
         if above in self.seconds and below in self.seconds:
             return self.seconds[above].median / self.seconds[below].median
         return None
 
 
 def rows(samples: Sequence[Sample]) -> list[Row]:
-    """A row for each length, of the samples that were what they were meant to be."""
+    """Return a row per length, from the samples whose kind was the intended one."""
     found = []
     for tokens in sorted({sample.tokens for sample in samples}):
         mine = [sample for sample in samples if sample.tokens == tokens]

@@ -1,4 +1,4 @@
-"""What the gateway adds to a small request: the same one through it and straight to the replica's socket, in turn."""
+"""What the gateway adds to a small request: the same request through it and directly to the replica's socket, in turn."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -20,9 +20,9 @@ WARM_PAIRS = 3
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """Seconds. `added` is that of each pair's difference; None where the replica's socket is not on this machine.
+    """Seconds. `added` is the difference within each pair; None if the replica's socket is not on this machine.
 
-    `round_trip` is a request that the gateway answers by itself.
+    `round_trip` is a request that the gateway answers itself.
     """
 
     round_trip: Spread
@@ -32,7 +32,7 @@ class Overhead:
 
 
 def sockets(url: str, run_dir: Path) -> Mapping[str, str]:
-    """The replicas' sockets by name, where the gateway at `url` is on this machine and `run_dir` is its; else nothing."""
+    """Return the replicas' sockets by name if the gateway at `url` is on this machine and uses `run_dir`; otherwise nothing."""
     host = urlsplit(url).hostname or ""
     if host != "localhost" and not is_loopback(host):
         return {}
@@ -46,7 +46,7 @@ def sockets(url: str, run_dir: Path) -> Mapping[str, str]:
 async def measure(
     installation: Installation, model: str, replica: str, socket: str, words: Words, pairs: int, step: Callable[[], None]
 ) -> Overhead:
-    """Ask for one token `pairs` times each way. `socket` is the replica's, empty if it is out of reach. Raises NotMeasured."""
+    """Request one token `pairs` times each way. `socket` is the replica's, empty if unreachable. Raises NotMeasured."""
     trips, through, direct = [], [], []
     connector = aiohttp.UnixConnector(path=socket) if socket else aiohttp.TCPConnector()
     async with aiohttp.ClientSession(connector=connector) as session:

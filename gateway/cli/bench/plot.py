@@ -1,4 +1,4 @@
-"""A line chart as SVG, written by hand: one picture is not worth a plotting library."""
+"""A line chart as SVG, written by hand: one picture does not justify a plotting library."""
 
 import math
 from collections.abc import Mapping, Sequence

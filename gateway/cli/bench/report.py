@@ -1,4 +1,4 @@
-"""Results for people: tables on a terminal, a picture as SVG."""
+"""Results for people: tables on a terminal, a chart as SVG."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ TITLE_COLUMNS = 60
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Print what there is."""
+    """Print the results there are."""
     described = results.described
     if described is not None:
         console.print(
@@ -45,7 +45,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def first_token_table(found: Sequence[Row]) -> Table:
-    """A line for each length and kind; the last columns say how many times sooner it came than cold and than an import."""
+    """Return a line per length and kind; the last columns say how many times faster it was than cold and than an import."""
     heads = ("prompt", "kind", "median", "least", "most", "n", "cold/this", "import/this")
     table = _table("seconds to the first token, prompts in tokens", *heads)
     for row in found:
@@ -63,15 +63,15 @@ def overhead_table(found: Overhead) -> Table:
     table = _table("a small request, milliseconds: median (least to most)", "one token of answer", "")
     table.add_row("through the gateway", with_spread(found.through, 1e3))
     if found.direct is not None and found.added is not None:
-        table.add_row("straight to the replica", with_spread(found.direct, 1e3))
-        table.add_row("the gateway adds (by pairs)", with_spread(found.added, 1e3))
+        table.add_row("directly to the replica", with_spread(found.direct, 1e3))
+        table.add_row("the gateway adds (in pairs)", with_spread(found.added, 1e3))
     table.add_row("answered by the gateway itself", with_spread(found.round_trip, 1e3))
     return table
 
 
 def throughput_table(found: Throughput) -> Table:
     """An open-loop run."""
-    table = _table(f"{found.requests} requests at {found.rate:g} a second, shared prefixes, open loop", "", "")
+    table = _table(f"{found.requests} requests at {found.rate:g} per second, shared prefixes, open loop", "", "")
     table.add_row("requests/s answered", f"{found.requests_per_second:.2f}")
     table.add_row("prompt tokens/s", f"{found.prompt_tokens_per_second:,.0f}")
     table.add_row("answer tokens/s", f"{found.answer_tokens_per_second:,.1f}")

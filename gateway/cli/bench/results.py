@@ -1,4 +1,4 @@
-"""All that a measurement found, as far as it came, and as JSON."""
+"""Everything a measurement has found so far, and as JSON."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ class Results:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was measured yet."""
+        """Whether nothing has been measured yet."""
         return not self.samples and self.overhead is None and self.throughput is None
 
     def as_json(self, arguments: Sequence[str]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def surroundings(arguments: Sequence[str]) -> dict[str, Any]:
-    """When, where and how; the machine is the one that measured."""
+    """Return when, where and how it was measured; the machine is the measuring one."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["peerkv", "bench", *arguments]),

@@ -1,4 +1,4 @@
-"""An installation started for a measurement alone: `peerkv serve` on a free port, ended with the measurement."""
+"""An installation started just for a measurement: `peerkv serve` on a free port, stopped afterwards."""
 
 import json
 import os
@@ -39,8 +39,8 @@ class StartedInstallation:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        """Start it and wait until all replicas serve and token ids were compared. Raises NotMeasured."""
-        # Its own session: Ctrl-C ends the measurement, and the measurement ends it.
+        """Start it and wait until all replicas are ready and token ids have been compared. Raises NotMeasured."""
+        # Its own session: Ctrl-C stops the measurement, which then stops the installation.
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

@@ -1,4 +1,4 @@
-"""What a fleet does with requests that come whether or not it is ready for them, and share beginnings."""
+"""Throughput of a fleet under open-loop requests with shared prefixes."""
 
 import asyncio
 import time
@@ -26,13 +26,13 @@ class Throughput:
     first_p99: float
     whole_p50: float
     tokens: PromptTokens
-    """By the engines' own counters, other callers' prompts included."""
+    """From the engines' own counters, including other callers' prompts."""
 
 
 async def run(
     installation: Installation, arrivals: Sequence[Arrival], *, rate: float, answer_tokens: int, step: Callable[[], None]
 ) -> Throughput:
-    """Send each request at its time. Failed ones are counted. Raises NotMeasured when none succeeded."""
+    """Send each request at its time and count failures. Raises NotMeasured if none succeeded."""
     answers: list[Answer] = []
     failures: list[str] = []
     before = await installation.prompt_tokens()

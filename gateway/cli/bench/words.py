@@ -1,4 +1,4 @@
-"""Prompts of random words: nobody's text, and no two of them share a block."""
+"""Prompts of random words: nobody else's text, and no two share a block."""
 
 import random
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ COMMON = tuple(_TEXT.split())
 
 
 class Words:
-    """Makes texts of random words out of `vocabulary`. Texts of different calls share no more than a few words by chance."""
+    """Makes texts of random words from `vocabulary`. Different texts share at most a few words by chance."""
 
     def __init__(self, source: random.Random, vocabulary: Sequence[str] = COMMON, tokens_each: float = 1.0) -> None:
         self._source, self._vocabulary = source, vocabulary
         self.tokens_each = tokens_each
-        """Tokens that a word takes on average; measure it, it depends on the model."""
+        """Average tokens per word; depends on the model, so measure it."""
 
     def text(self, tokens: int) -> str:
-        """A text of about `tokens` tokens, at least one word."""
+        """Return a text of about `tokens` tokens, at least one word."""
         return " ".join(self._source.choices(self._vocabulary, k=max(1, round(tokens / self.tokens_each))))

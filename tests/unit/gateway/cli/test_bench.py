@@ -81,7 +81,7 @@ async def test_samples_that_went_another_way_are_tried_again_then_left_out_and_s
     async with serving(CachingGateway(forgets=frozenset({"peer"}))) as gateway:
         status, output = await bench("--url", gateway.url, *SMALL, "--only", "first-token")
     assert status == 0
-    assert "no import of 64 tokens came about" in output
+    assert "no import of 64 tokens was measured" in output
     assert "8 of 24 samples are left out" in output
 
 
@@ -103,7 +103,7 @@ async def test_the_admin_key_is_sent_and_asked_for() -> None:
     async with serving(CachingGateway(key="a-long-secret")) as gateway:
         status, _ = await bench("--url", gateway.url, *SMALL, "--only", "first-token", "--admin-key", "a-long-secret")
         assert status == 0
-        with pytest.raises(NotMeasured, match="give --admin-key"):
+        with pytest.raises(NotMeasured, match="pass --admin-key"):
             await bench("--url", gateway.url, *SMALL)
 
 
@@ -127,9 +127,9 @@ async def test_errors_say_what_to_do(tmp_path: Path) -> None:
         with pytest.raises(NotMeasured, match="status 503"):
             await bench("--url", gateway.url, *SMALL)
         gateway.status = 200
-        with pytest.raises(NotMeasured, match="does not fit the context of 4096"):
+        with pytest.raises(NotMeasured, match="does not fit into the context of 4096"):
             await bench("--url", gateway.url, "--lengths", "5000")
-        with pytest.raises(NotMeasured, match="can not be written"):
+        with pytest.raises(NotMeasured, match="cannot be written"):
             await bench("--url", gateway.url, "--json", str(tmp_path / "absent" / "b.json"))
 
 
@@ -144,10 +144,10 @@ async def test_a_real_front_door_is_measured_through_and_past_it(tmp_path: Path)
     written = json.loads((tmp_path / "b.json").read_text())
     assert status == 0
     assert written["overhead"]["direct"]["count"] == written["overhead"]["added"]["count"] == 3
-    assert "the gateway adds (by pairs)" in output
+    assert "the gateway adds (in pairs)" in output
     assert set(written["first_token"][0]["seconds"]) == {"cold"}  # a fake engine has no cache
-    assert "no local hit of 64 tokens came about" in output
-    assert "no imports were measured: there is one replica only" in output
+    assert "no local hit of 64 tokens was measured" in output
+    assert "no imports were measured: there is only one replica" in output
 
 
 async def test_ctrl_c_ends_it_with_what_was_measured() -> None:
@@ -175,7 +175,7 @@ async def test_ctrl_c_ends_it_with_what_was_measured() -> None:
                 process.kill()
                 await process.wait()
     assert process.returncode == 130
-    assert b"stopped; this is what was measured" in errors
+    assert b"stopped; results so far" in errors
     assert b"Traceback" not in errors
     assert b"seconds to the first token" in output
 
