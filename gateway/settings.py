@@ -86,6 +86,7 @@ class Settings(BaseSettings):
     replicas: int | Literal["auto"] = Field(
         "auto", description=f"number of replicas; auto: one per GPU, or {CPU_REPLICAS_DEFAULT} on the CPU"
     )
+    replicas_per_gpu: int = Field(1, ge=1, le=16, description="replicas that share a GPU and its memory, for small models")
     vllm_args: Words = Field((), description="additional arguments for each vLLM server; they override ours")
     preload: bool | None = Field(
         None, description="import vLLM once and fork the replicas from that process; unset: on the CPU only"
@@ -283,7 +284,7 @@ def engine_settings(settings: Settings, *, model: str, devices: tuple[str, ...])
     values |= {
         "model": model,
         "devices": devices,
-        "replicas": resolve_replicas(settings.replicas, devices, devices_each(settings.vllm_args)),
+        "replicas": resolve_replicas(settings.replicas, devices, devices_each(settings.vllm_args), settings.replicas_per_gpu),
         "preload": not devices if settings.preload is None else settings.preload,
         "served_model_name": settings.served_model_name or model,
     }

@@ -82,7 +82,7 @@ def vllm_is_for_cpu() -> bool:
     return False
 
 
-def resolve_replicas(replicas: int | Literal["auto"], devices: Sequence[str], devices_each: int) -> int:
+def resolve_replicas(replicas: int | Literal["auto"], devices: Sequence[str], devices_each: int, per_gpu: int = 1) -> int:
     """The number of replicas: "auto" is as many as the GPUs allow, or CPU_REPLICAS_DEFAULT on the CPU."""
     if replicas != "auto":
         return replicas
@@ -90,13 +90,23 @@ def resolve_replicas(replicas: int | Literal["auto"], devices: Sequence[str], de
         return CPU_REPLICAS_DEFAULT
     if len(devices) < devices_each:
         raise NotEnoughDevices(f"a replica needs {devices_each} GPUs, and {len(devices)} are visible")
-    return len(devices) // devices_each
+    return len(devices) // devices_each * per_gpu
 
 
-def assign_devices(devices: Sequence[str], replicas: int, devices_each: int) -> tuple[tuple[str, ...], ...]:
-    """For each replica its own `devices_each` GPUs, or nothing on the CPU. Raises NotEnoughDevices."""
+def assign_devices(devices: Sequence[str], replicas: int, devices_each: int, per_gpu: int = 1) -> tuple[tuple[str, ...], ...]:
+    """For each replica its `devices_each` GPUs, nothing on the CPU; up to `per_gpu` share one. Raises NotEnoughDevices."""
     if not devices:
         return ((),) * replicas
+    if per_gpu > 1:
+        if devices_each > 1:
+            raise NotEnoughDevices(
+                f"replicas that need {devices_each} GPUs each can not share them: replicas_per_gpu must be 1"
+            )
+        if replicas > len(devices) * per_gpu:
+            raise NotEnoughDevices(
+                f"{replicas} replicas, {per_gpu} on a GPU, need more than {len(devices)} ({', '.join(devices)})"
+            )
+        return tuple((devices[number % len(devices)],) for number in range(replicas))
     if replicas * devices_each > len(devices):
         raise NotEnoughDevices(
             f"{replicas} replicas of {devices_each} GPUs each need {replicas * devices_each},"

@@ -18,6 +18,8 @@ ENGINE_SOCKET_BYTES = 37  # vLLM names the sockets between its own processes "/<
 CPU_BLOCK_TOKENS = 32  # the CPU attention kernel works in multiples of it
 CPU_KV_BYTES = 512 << 20
 CPU_SEQUENCES_MAX = 16
+GPU_MEMORY_SHARE = 0.9
+"""What replicas that share a GPU take of its memory together; the rest is for each one's CUDA context."""
 CPU_WORKER = "engine.connector.cpu_worker.CpuWorker"
 
 RESERVED_FLAGS = {
@@ -51,6 +53,7 @@ class EngineSettings:
     log_dir: Path
     served_model_name: str = ""  # empty: the same as `model`
     replicas: int = 2
+    replicas_per_gpu: int = 1
     devices: tuple[str, ...] = ()  # GPU ids as CUDA_VISIBLE_DEVICES takes them; empty: CPU
     vllm_args: tuple[str, ...] = ()  # the user's own, they win over ours
     namespace: str = ""  # replicas of different namespaces exchange nothing
@@ -112,7 +115,7 @@ class ReplicaLaunch:
 def plan_launches(settings: EngineSettings, environ: Mapping[str, str], cores: int) -> tuple[ReplicaLaunch, ...]:
     """The start of every replica. Raises LaunchRefused, NotEnoughDevices."""
     check_user_args(settings.vllm_args)
-    devices = assign_devices(settings.devices, settings.replicas, devices_each(settings.vllm_args))
+    devices = assign_devices(settings.devices, settings.replicas, devices_each(settings.vllm_args), settings.replicas_per_gpu)
     shared = replica_env(settings, environ, cores)
     return tuple(_plan_launch(settings, i, own, shared) for i, own in enumerate(devices))
 
@@ -173,6 +176,8 @@ def server_args(settings: EngineSettings, name: str, socket: str) -> tuple[str, 
         args += ["--block-size", str(CPU_BLOCK_TOKENS), "--kv-cache-memory-bytes", str(CPU_KV_BYTES)]
         args += ["--max-num-seqs", str(CPU_SEQUENCES_MAX), "--max-model-len", "auto", "--enforce-eager"]
         args += ["--worker-cls", CPU_WORKER]
+    elif settings.replicas_per_gpu > 1:
+        args += ["--gpu-memory-utilization", f"{GPU_MEMORY_SHARE / settings.replicas_per_gpu:.3f}"]
     if settings.connector:
         args += ["--kv-transfer-config", json.dumps(_transfer_config(settings, name), separators=(",", ":"))]
     return (*args, *settings.vllm_args)

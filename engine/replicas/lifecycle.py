@@ -93,6 +93,16 @@ class Lifecycle:
         self._failures = self._start_failures = 0
         return self._spawn(now)
 
+    def held_back(self, why: str) -> None:
+        """Its start has to wait, for as long as that takes."""
+        self.reason = why
+        self._due = None
+
+    def let_go(self, now: float) -> None:
+        """It starts now."""
+        self.reason = "loading the model"
+        self._due = now + self._policy.startup_seconds_max
+
     def spawned(self, pid: int) -> None:
         """Its process has this id."""
         self.pid = pid

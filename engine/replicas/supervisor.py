@@ -20,6 +20,7 @@ from engine.replicas.launch import EngineSettings, plan_launches, replica_env
 from engine.replicas.lifecycle import Lifecycle, LifecycleAction
 from engine.replicas.member import Member, narrate
 from engine.replicas.room import check_room
+from engine.replicas.start_turns import StartTurns
 from transport.table.directory import TableDirectory
 
 log = logging.getLogger("peerkv.supervisor")
@@ -49,6 +50,7 @@ class Supervisor:
         cores = usable_cores()
         self._host_env = replica_env(settings, environ, cores)
         self._members = {p.name: Member(p, settings) for p in plan_launches(settings, environ, cores)}
+        self._turns = StartTurns(self._members.values())
         self._tables = TableDirectory(settings.table_dir)
         self._host_life = Lifecycle(settings.policy)
         self._link: HostLink | None = None
@@ -192,6 +194,7 @@ class Supervisor:
         if not self._stopping:
             self._progress(why)
         for member in self._members.values():
+            self._turns.forget(member)
             if self._host_life.state is ReplicaState.FAILED:
                 member.life.give_up(why)
             else:
@@ -269,12 +272,18 @@ class Supervisor:
             return
         match action:
             case LifecycleAction.SPAWN:
-                self._link.tell(member.spawn_command())
-                member.look.set()
+                if not self._turns.hold(member):
+                    self._spawn(self._link, member)
+            case _ if self._turns.forget(member):
+                self._perform(member, member.life.exited("it had not been started", self._now()))
             case LifecycleAction.TERMINATE:
                 self._link.tell(Terminate(member.name))
             case LifecycleAction.KILL:
                 self._link.tell(Kill(member.name))
+
+    def _spawn(self, link: HostLink, member: Member) -> None:
+        link.tell(member.spawn_command())
+        member.look.set()
 
     # What others see
 
@@ -290,7 +299,10 @@ class Supervisor:
         )
 
     def _publish(self) -> None:
-        """Make changes known, if there are any."""
+        """Start whose turn has come, and make changes known, if there are any."""
+        if self._link is not None:
+            for member in self._turns.due(self._now()):
+                self._spawn(self._link, member)
         before, fresh = self._snapshot, self._look()
         if fresh.replicas == before.replicas:
             return

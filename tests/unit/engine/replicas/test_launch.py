@@ -173,6 +173,19 @@ def test_auto_is_one_replica_for_each_share_of_the_gpus() -> None:
         resolve_replicas("auto", ("0",), 2)
 
 
+def test_replicas_that_share_gpus_are_spread_over_them_and_share_the_memory() -> None:
+    assert resolve_replicas("auto", ("0", "1"), 1, 3) == 6
+    shared = replace(GPU, devices=("0", "1"), replicas=3, replicas_per_gpu=2)
+    assert [launch.env["CUDA_VISIBLE_DEVICES"] for launch in plan(shared)] == ["0", "1", "0"]
+    assert {option(launch, "--gpu-memory-utilization") for launch in plan(shared)} == {"0.450"}
+    assert option(plan(replace(shared, vllm_args=("--gpu-memory-utilization", "0.3")))[0], "--gpu-memory-utilization") == "0.3"
+    assert "--gpu-memory-utilization" not in plan(replace(shared, replicas=2, replicas_per_gpu=1))[0].argv
+    with pytest.raises(NotEnoughDevices, match="5 replicas, 2 on a GPU"):
+        plan(replace(shared, replicas=5))
+    with pytest.raises(NotEnoughDevices, match="can not share"):
+        plan(replace(shared, vllm_args=("-tp", "2")))
+
+
 def test_masked_gpus_stay_masked() -> None:
     assert parse_mask("3, 1") == ("3", "1")
     assert parse_mask("GPU-aa,MIG-bb") == ("GPU-aa", "MIG-bb")
