@@ -3,7 +3,7 @@
 #   docker build -f docker/engine.Dockerfile --target cpu -t peerkv-engine:cpu .
 #   docker build -f docker/engine.Dockerfile --target gpu -t peerkv-engine:gpu .
 ARG PYTHON_IMAGE=python:3.12.11-slim-bookworm
-ARG VLLM_IMAGE=vllm/vllm-openai:v0.26.0
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.33.0
 
 FROM ${PYTHON_IMAGE} AS wheel
 WORKDIR /src
@@ -51,7 +51,7 @@ ENV PYTHONUNBUFFERED=1 XDG_CACHE_HOME=/models TRITON_CACHE_DIR=/models/triton
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     wheel="$(echo /wheels/peerkv-*.whl)" \
     && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir "${wheel}[gpu]" \
-    && python3 -c "import importlib.metadata as m; assert m.version('vllm').startswith('0.26')" \
+    && python3 -c "import importlib.metadata as m; assert m.version('vllm').startswith('0.33')" \
     && python3 -c "from cuda.bindings import driver, runtime; import msgspec, tokenizers, triton, xxhash"
 COPY docker/healthcheck.py /opt/peerkv/healthcheck.py
 USER 10001:10001

@@ -120,7 +120,7 @@ class Pins:
 def unpin_before_reset(pool: Any, unpin: Callable[[], None]) -> None:
     """Have `unpin` called before `pool` resets its prefix cache.
 
-    vLLM (0.26 and 0.32, v1/core/sched/scheduler.py, reset_prefix_cache) refuses a reset while any block has a reference, raises
+    vLLM (0.32 and 0.33, v1/core/sched/scheduler.py, reset_prefix_cache) refuses a reset while any block has a reference, raises
     if it had preempted everybody for it, as on sleep and pause, and asks connectors only afterwards. So this one pool gets a
     method of its own in place of its class's. A reset that vLLM refuses all the same, since requests run, costs the pins too.
     """

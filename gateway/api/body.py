@@ -15,7 +15,7 @@ from gateway.errors import InvalidJson, InvalidRequest, UnsupportedParameter
 
 Endpoint = Literal["completions", "chat", "embeddings"]
 
-# Fields of vLLM's request models (0.26 to 0.33) that reach past a request: into the KV transfer, another
+# Fields of vLLM's request models (0.32 and 0.33) that reach past a request: into the KV transfer, another
 # tenant's cache, the scheduler's order, other requests' ids, or code that is loaded by name; and those that only
 # the parts of a serving system send to each other. tests/unit/gateway/api/test_body.py compares with the installed vLLM.
 FORBIDDEN_FIELDS: Mapping[str, str] = {

