@@ -1,7 +1,7 @@
 """Errors that the gateway answers with, in OpenAI's JSON form.
 
-A leaf says what the caller can do. `ApiError` carries everything that an answer needs, so any layer may raise
-one and only the front door turns it into bytes.
+Leaf classes say what the caller can do. `ApiError` carries everything an answer needs, so any layer may raise one
+and only the front door turns it into bytes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ RETRY_AFTER_SECONDS = 1
 
 
 class GatewayError(Exception):
-    """The base of every error that the gateway raises itself."""
+    """Base of every error that the gateway itself raises."""
 
 
 class SettingsError(GatewayError):
-    """The settings are wrong; the message is one line that names the key and what to do."""
+    """The settings are wrong; the message is one line that names the key and says what to do."""
 
 
 class ApiError(GatewayError):
@@ -51,7 +51,7 @@ class ApiError(GatewayError):
         self.headers: dict[str, str] = dict(headers or {})
 
     def body(self) -> bytes:
-        """The answer's JSON: `{"error": {"message", "type", "param", "code"}}`."""
+        """Return the answer's JSON: `{"error": {"message", "type", "param", "code"}}`."""
         return error_body(self.message, type=self.type, code=self.code, param=self.param)
 
 
@@ -69,7 +69,7 @@ class InvalidRequest(ApiError):
 
 
 class InvalidJson(InvalidRequest):
-    """The body is not a JSON object that we can read."""
+    """The body is not a readable JSON object."""
 
     code = "invalid_json"
 
@@ -84,7 +84,7 @@ class UnsupportedParameter(InvalidRequest):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt does not fit into the model's context."""
+    """The prompt does not fit into the model's context window."""
 
     code = "context_length_exceeded"
 
@@ -97,7 +97,7 @@ class PromptTooLong(InvalidRequest):
 
 
 class NotAuthenticated(ApiError):
-    """No key, or one that nobody has."""
+    """No key, or one that belongs to nobody."""
 
     status = 401
     type = "authentication_error"
@@ -139,18 +139,18 @@ class UnknownModel(ApiError):
 
 
 class NotOfThisModel(ApiError):
-    """The endpoint exists, and the engine does not have it for the model that it serves."""
+    """The endpoint exists, but the engine does not offer it for this model."""
 
     status = 404
     type = INVALID
     code = "unsupported_endpoint"
 
     def __init__(self, path: str) -> None:
-        super().__init__(f"The model served here can not do {path}. Embeddings, for one, need an embedding model.")
+        super().__init__(f"The model served here does not support {path}. Embeddings, for example, need an embedding model.")
 
 
 class MethodNotAllowed(ApiError):
-    """The endpoint exists and takes other methods; `allowed` goes into the `allow` header."""
+    """The endpoint exists but takes other methods; `allowed` goes into the `allow` header."""
 
     status = 405
     type = INVALID
@@ -169,11 +169,11 @@ class BodyTooLarge(ApiError):
     code = "body_too_large"
 
     def __init__(self, bytes_max: int) -> None:
-        super().__init__(f"The request body is larger than the {bytes_max} bytes that are taken.")
+        super().__init__(f"The request body is larger than the limit of {bytes_max} bytes.")
 
 
 class TooManyRequests(ApiError):
-    """The gateway holds as many requests as it may; try again shortly."""
+    """The gateway is serving as many requests as it may; try again shortly."""
 
     status = 429
     type = "rate_limit_error"
@@ -181,7 +181,7 @@ class TooManyRequests(ApiError):
 
     def __init__(self, requests_max: int) -> None:
         super().__init__(
-            f"{requests_max} requests are in flight already. Try again shortly.",
+            f"{requests_max} requests are already in flight. Try again shortly.",
             headers={"retry-after": str(RETRY_AFTER_SECONDS)},
         )
 
@@ -208,7 +208,7 @@ class NoReplicaReady(Unavailable):
 
 
 class ReplicaNotReady(Unavailable):
-    """The replica that the request is pinned to is not ready."""
+    """The replica that the request names is not ready."""
 
     code = "replica_not_ready"
 
@@ -217,7 +217,7 @@ class ReplicaNotReady(Unavailable):
 
 
 class UnknownReplica(InvalidRequest):
-    """The request is pinned to a replica that does not exist."""
+    """The request names a replica that does not exist."""
 
     code = "unknown_replica"
 
@@ -233,11 +233,11 @@ class UnknownRequest(ApiError):
     code = "request_not_found"
 
     def __init__(self, request_id: str) -> None:
-        super().__init__(f"No request '{request_id}' is in the ledger: it never came, or others pushed it out.")
+        super().__init__(f"No request '{request_id}' is in the ledger: it was never received, or newer ones displaced it.")
 
 
 class ReplicaLost(ApiError):
-    """Replicas died under the request and the attempts are used up; it may be sent again."""
+    """Replicas died while serving the request and all attempts are used up; the client may send it again."""
 
     status = 502
     type = "upstream_error"
@@ -259,7 +259,7 @@ class ReplicaTooSlow(ApiError):
 
 
 class InternalError(ApiError):
-    """A defect of the gateway. The message says nothing of the inside; the log does, under the request's id."""
+    """A defect in the gateway. The message reveals no internals; the log has them under the request's id."""
 
     code = "internal_error"
 

@@ -231,7 +231,9 @@ class Settings(BaseSettings):
     def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for origin in value:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"'{origin}' is no origin, such as https://chat.example or http://localhost:3000, nor *")
+                raise ValueError(
+                    f"'{origin}' is neither an origin, such as https://chat.example or http://localhost:3000, nor *"
+                )
         return value
 
     @field_validator("run_dir", "table_dir", "log_dir")

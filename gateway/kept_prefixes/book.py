@@ -1,7 +1,7 @@
-"""Prefixes that somebody asked to keep, and where they are: a book without clock or sockets.
+"""Prefixes that somebody asked to keep, and where they are: pure bookkeeping, without clock or sockets.
 
-A kept prefix is pinned in its replicas' caches, or only prewarmed there. The engines end pins by themselves at their time; this
-book knows when, and when they are to be renewed. `now` is Unix time in seconds. keeper.py does what the book says.
+A kept prefix is pinned in its replicas' caches, or only prewarmed there. The engines end pins by themselves when their time is
+up; the book knows when that is and when to renew them. `now` is Unix time in seconds. keeper.py does what the book says.
 """
 
 import secrets
@@ -11,17 +11,17 @@ from enum import StrEnum
 from gateway.errors import ApiError, InvalidRequest
 from gateway.token_ids import TokenIds
 
-RENEW_SHARE = 0.8  # of its time is over when a prefix is renewed
+RENEW_SHARE = 0.8  # share of its time after which a prefix is renewed
 RENEW_SECONDS_MIN = 5.0  # between two attempts
 _ID_BITS = 62
 
 
 class PlaceState(StrEnum):
-    """How a prefix fares on one replica."""
+    """The state of a prefix on one replica."""
 
     PENDING = "pending"  # being computed or imported
     PINNED = "pinned"
-    WARM = "warm"  # in its cache, and evicted as anything else
+    WARM = "warm"  # in its cache, and evicted like anything else
     REFUSED = "refused"  # in its cache, but the pin was refused: the share of blocks for pins is used up
     FAILED = "failed"
 
@@ -41,7 +41,7 @@ class Place:
 
 @dataclass(slots=True, eq=False)
 class KeptPrefix:
-    """One kept prefix. `number` is what the engines know its pin by; `ids` are its token ids."""
+    """One kept prefix. `number` identifies its pin to the engines; `ids` are its token ids."""
 
     number: int
     tenant: str
@@ -77,11 +77,11 @@ class UnknownPrefix(ApiError):
     code = "prefix_not_found"
 
     def __init__(self, prefix_id: str) -> None:
-        super().__init__(f"No prefix '{prefix_id}' is kept: it never was, or its time is over.")
+        super().__init__(f"No prefix '{prefix_id}' is kept: it never was, or its time is up.")
 
 
 class KeptPrefixBook:
-    """At most `prefixes_max` prefixes with `tokens_max` tokens in all."""
+    """At most `prefixes_max` prefixes with `tokens_max` tokens in total."""
 
     def __init__(self, prefixes_max: int, tokens_max: int) -> None:
         self._prefixes_max = prefixes_max
@@ -111,10 +111,10 @@ class KeptPrefixBook:
         renew: bool,
         now: float,
     ) -> KeptPrefix:
-        """Enter a prefix, not placed anywhere yet. Raises TooManyPrefixes."""
+        """Add a prefix that is not placed anywhere yet. Raises TooManyPrefixes."""
         self.drop_expired(now)
         if len(self._kept) >= self._prefixes_max:
-            raise TooManyPrefixes(f"{self._prefixes_max} prefixes are kept, which is as many as there may be.")
+            raise TooManyPrefixes(f"{self._prefixes_max} prefixes are kept, which is the maximum.")
         if self.tokens + len(ids) > self._tokens_max:
             raise TooManyPrefixes(f"With it the kept prefixes would have more than {self._tokens_max} tokens.")
         kept = KeptPrefix(
@@ -141,7 +141,7 @@ class KeptPrefixBook:
         return kept
 
     def remove(self, prefix_id: str, now: float) -> KeptPrefix:
-        """Take a prefix out of the book; its pins are the caller's to end. Raises UnknownPrefix."""
+        """Take a prefix out of the book; the caller has to end its pins. Raises UnknownPrefix."""
         kept = self.get(prefix_id, now)
         del self._kept[prefix_id]
         return kept
@@ -151,16 +151,16 @@ class KeptPrefixBook:
         self._kept.pop(kept.id, None)
 
     def place(self, kept: KeptPrefix, place: Place) -> None:
-        """Note how a prefix fares on a replica."""
+        """Record the state of a prefix on a replica."""
         kept.places[place.replica] = place
 
     def renewed(self, kept: KeptPrefix, now: float) -> None:
-        """Its time begins anew."""
+        """Restart its time."""
         kept.expires = now + kept.ttl_seconds
         kept.renew_at = now + RENEW_SHARE * kept.ttl_seconds
 
     def due(self, now: float) -> list[KeptPrefix]:
-        """Prefixes to renew now; each is due again after RENEW_SECONDS_MIN at the earliest."""
+        """Return the prefixes to renew now; each is due again after RENEW_SECONDS_MIN at the earliest."""
         self.drop_expired(now)
         found = [kept for kept in self._kept.values() if kept.renew and kept.renew_at <= now]
         for kept in found:
@@ -168,18 +168,18 @@ class KeptPrefixBook:
         return found
 
     def lost(self, replica: str, reason: str) -> None:
-        """What was on a replica is gone, as it ended. Prefixes that are renewed are due at once."""
+        """A replica ended and its contents are gone. Renewed prefixes are due at once."""
         for kept in self._kept.values():
             if replica in kept.places:
                 kept.places[replica] = Place(replica, PlaceState.FAILED, reason=reason)
                 kept.renew_at = 0.0
 
     def all(self, now: float) -> list[KeptPrefix]:
-        """Every kept prefix, oldest first."""
+        """Return every kept prefix, oldest first."""
         self.drop_expired(now)
         return list(self._kept.values())
 
     def drop_expired(self, now: float) -> None:
-        """Forget those whose time is over; one that is renewed stays until it is deleted."""
+        """Forget prefixes whose time is up; renewed ones stay until they are deleted."""
         for prefix_id in [each for each, kept in self._kept.items() if kept.expires <= now and not kept.renew]:
             del self._kept[prefix_id]

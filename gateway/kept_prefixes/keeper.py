@@ -1,7 +1,7 @@
-"""Puts kept prefixes into replicas' caches, pins them there, renews and ends pins, as the book (book.py) says.
+"""Puts kept prefixes into replicas' caches, pins them there, and renews and ends pins, as the book (book.py) says.
 
-A prefix is put on a replica by a request for one token, planned like any other, so that it is imported where that is cheaper
-than computing it. Pins travel in its hint; the engine ends them by itself at their time.
+A prefix is put on a replica by a request for one token, planned like any other, so that it is imported if that is cheaper than
+computing it. Pins travel in its hint; the engine ends them by itself when their time is up.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Keeper:
         return self.book.all(self._wall_clock())
 
     async def keep(self, wanted: PrefixRequest) -> KeptPrefix:
-        """Put a prefix on as many replicas as wanted; returns when it is there, or failed there.
+        """Put a prefix on as many replicas as requested; return once it is there or has failed there.
 
         Raises ApiError: InvalidRequest, TooManyPrefixes, PromptTooLong, NoReplicaReady, Unavailable when no replica took it.
         """
@@ -110,7 +110,7 @@ class Keeper:
         return done
 
     async def run(self) -> None:
-        """Renew what is to be renewed until cancelled. Raises FleetError when the fleet can not be read."""
+        """Renew what is due, until cancelled. Raises FleetError if the fleet cannot be read."""
         while True:
             self._notice_restarts()
             for kept in self.book.due(self._wall_clock()):
@@ -130,7 +130,7 @@ class Keeper:
             raise Unavailable("No replica took it: " + "; ".join(f"{p.replica}: {p.reason}" for p in kept.places.values()))
 
     async def _place(self, kept: KeptPrefix) -> None:
-        """Put the prefix where it is to be: where it is already first, so that others can import from there."""
+        """Put the prefix on its replicas, starting with those that hold it, so that others can import from there."""
         async with self._placing:
             if kept not in self.book:
                 return
@@ -145,7 +145,7 @@ class Keeper:
                 self.book.renewed(kept, self._wall_clock())
 
     def _candidates(self, kept: KeptPrefix) -> list[Replica]:
-        """Ready replicas: those that keep it, then those that hold most of it, then the least busy."""
+        """Return the ready replicas: those that keep it first, then those that hold most of it, then the least busy."""
         tenant = self._tenants.named(kept.tenant)
         lora = self._planner.prompts.adapter({"model": kept.model})
         look_up = self._planner.registry.look_up(kept.ids, tenant.salt if tenant else "", lora)
@@ -159,7 +159,7 @@ class Keeper:
         return sorted(self._fleet.snapshot().ready(), key=rank)
 
     async def _put(self, kept: KeptPrefix, replica: Replica) -> Place:
-        """One request for one token, with the pin in its hint; failures are noted, not raised."""
+        """Send a request for one token with the pin in its hint; failures are recorded, not raised."""
         place = Place(replica.name)
         self.book.place(kept, place)
         refused = self._refusals(replica.name)
@@ -188,7 +188,7 @@ class Keeper:
         await self._request(kept, replica, TokenIds.of([kept.ids[0]]), {"unpin": [kept.number]})
 
     async def _request(self, kept: KeptPrefix, replica: str, ids: TokenIds, hint: dict[str, Any]) -> Attempt:
-        """Have the replica compute one token behind `ids`. Raises ApiError."""
+        """Have the replica compute one token after `ids`. Raises ApiError."""
         tenant = self._tenants.named(kept.tenant)
         if tenant is None:
             raise InvalidRequest(f"There is no tenant '{kept.tenant}' any more.")
@@ -211,7 +211,7 @@ class Keeper:
         return attempt
 
     async def _send(self, plan: Plan, body: dict[str, Any]) -> int:
-        """The status of the replica's answer, which is 200. Raises ApiError."""
+        """Return the status of the replica's answer, which is 200. Raises ApiError."""
         name = plan.replica.name
         try:
             status, answer = await self._upstream.post_json(plan.replica, _PATH, msgspec.json.encode(body), self._seconds_max)
@@ -228,7 +228,7 @@ class Keeper:
         return table.counters().get(_REFUSED, 0) if table is not None else 0
 
     def _notice_restarts(self) -> None:
-        """What a replica kept is gone when another process serves under its name."""
+        """Note that what a replica kept is gone if another process serves under its name."""
         for replica in self._fleet.snapshot().replicas:
             before = self._pids.get(replica.name, replica.pid)
             if before is not None and replica.pid != before:

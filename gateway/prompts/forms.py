@@ -26,7 +26,7 @@ def is_plain(body: Mapping[str, Any]) -> bool:
 def split_prompts(prompt: object) -> list[str] | list[TokenIds]:
     """Return the prompts of a request one by one: str, list[str], list[int] and list[list[int]] are taken.
 
-    Raises InvalidRequest (400) for anything else, for an empty list, and for ids that are no int32 of at least 0.
+    Raises InvalidRequest (400) for anything else, for an empty list, and for ids that are not non-negative int32.
     """
     if isinstance(prompt, str):
         return [prompt]
@@ -40,7 +40,7 @@ def split_prompts(prompt: object) -> list[str] | list[TokenIds]:
         return prompt
     if kinds != {list}:
         raise _invalid(_MIXED)
-    return [_token_ids(ids, "holds a list that is empty or has something in it that is no token id") for ids in prompt]
+    return [_token_ids(ids, "holds a list that is empty or contains something that is not a token id") for ids in prompt]
 
 
 def _token_ids(given: Sequence[Any], otherwise: str) -> TokenIds:
@@ -52,10 +52,10 @@ def _token_ids(given: Sequence[Any], otherwise: str) -> TokenIds:
     except TypeError:
         raise _invalid(otherwise) from None
     except OverflowError:
-        raise _invalid("holds a number that is no token id") from None
+        raise _invalid("holds a number that is not a token id") from None
     numbers = ids.numpy()
     if numbers.min() < 0:
-        raise _invalid(f"holds {numbers.min()}, which is no token id")
+        raise _invalid(f"holds {numbers.min()}, which is not a token id")
     if any(type(given[place]) is not int for place in np.flatnonzero(numbers <= 1)):  # true and false pass for 1 and 0
         raise _invalid(otherwise)
     return ids

@@ -210,7 +210,7 @@ def _allocation(address: int) -> tuple[int, int]:
     """Return (base, bytes) of the device allocation that holds `address`."""
     status, base, size = driver.cuMemGetAddressRange(address)
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise MemoryUnreachable(f"the KV cache at {address:#x} is no plain CUDA allocation: {status.name}")
+        raise MemoryUnreachable(f"the KV cache at {address:#x} is not a plain CUDA allocation: {status.name}")
     return int(base), int(size)
 
 

@@ -1,4 +1,4 @@
-"""One thing that the doctor found."""
+"""One finding of the doctor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing to know. A problem stops replicas from starting or from sharing; anything else is a note."""
+    """One thing worth knowing. A problem keeps replicas from starting or sharing; anything else is a note."""
 
     problem: bool
     what: str
@@ -15,5 +15,5 @@ class Finding:
 
 
 def in_words(size_bytes: int) -> str:
-    """A size as people read it."""
+    """Return a size in human-readable form."""
     return f"{size_bytes / (1 << 30):.1f} GiB" if size_bytes >= 1 << 30 else f"{size_bytes / (1 << 20):.0f} MiB"

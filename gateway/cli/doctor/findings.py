@@ -1,4 +1,4 @@
-"""What is wrong with a machine or a fleet, judged from facts that were collected before: a pure function."""
+"""What is wrong with a machine or a fleet: a pure function of facts collected beforehand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CUDA_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
 def judge(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...]) -> Iterator[Finding]:
-    """What is wrong or worth knowing, most basic first."""
+    """Yield what is wrong or worth knowing, most basic first."""
     yield from _judge_packages(machine, fleet)
     yield from _judge_gpus(machine)
     yield from _judge_model(machine)
@@ -40,11 +40,11 @@ def _judge_packages(machine: Machine, fleet: Fleet | None) -> Iterator[Finding]:
                 "make install (or pip install 'peerkv[cpu]', 'peerkv[gpu]'); in a gateway's container, start the engine's with"
                 " the same volume as run_dir"
             )
-            yield Finding(True, "vLLM is not installed in this environment: it can run a gateway, no replicas", remedy)
+            yield Finding(True, "vLLM is not installed in this environment: it can run a gateway but no replicas", remedy)
         return
     for error in machine.cpu_errors:
         remedy = "apt-get install libnuma1 util-linux; in a container or chroot, see that /sys is mounted"
-        yield Finding(True, f"vLLM's CPU build can not start: {error}", remedy)
+        yield Finding(True, f"vLLM's CPU build cannot start: {error}", remedy)
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if not VLLM_RANGE[0] <= numbers < VLLM_RANGE[1]:
         yield Finding(True, f"vLLM {version} is not one that peerkv works with (0.32 and 0.33)", "make install")
@@ -52,7 +52,7 @@ def _judge_packages(machine: Machine, fleet: Fleet | None) -> Iterator[Finding]:
     if foreign and packages.get("torch", "").endswith("+cpu"):
         yield Finding(
             True,
-            f"{', '.join(foreign)} beside a CPU build of torch: CUDA builds, with which vLLM can not be imported",
+            f"{', '.join(foreign)} beside a CPU build of torch: CUDA builds, with which vLLM cannot be imported",
             f"pip uninstall {' '.join(foreign)}",
         )
     if not machine.cpu_only_vllm and packages.get("torch", "").endswith("+cpu"):
@@ -63,29 +63,29 @@ def _judge_packages(machine: Machine, fleet: Fleet | None) -> Iterator[Finding]:
         yield Finding(
             True,
             "the installed vLLM needs a GPU, and nvidia-smi shows none",
-            "make install TARGET=cpu, or mend the driver; in a container, start it with access to all GPUs (--gpus all)",
+            "make install TARGET=cpu, or fix the driver; in a container, start it with access to all GPUs (--gpus all)",
         )
 
 
 def _judge_gpus(machine: Machine) -> Iterator[Finding]:
     if machine.gpu_error:
-        yield Finding(True, machine.gpu_error, "mend the NVIDIA driver; in a container, start it with access to all GPUs")
+        yield Finding(True, machine.gpu_error, "fix the NVIDIA driver; in a container, start it with access to all GPUs")
     for gpu in machine.gpus:
         if "exclusive" in gpu.compute_mode.lower() or "prohibited" in gpu.compute_mode.lower():
             what = (
-                f"GPU {gpu.index} is in compute mode {gpu.compute_mode}: no second process may use it, so peers can not read it"
+                f"GPU {gpu.index} is in compute mode {gpu.compute_mode}: only one process may use it, so peers cannot read it"
             )
             yield Finding(True, what, f"nvidia-smi -i {gpu.index} -c DEFAULT")
         if gpu.mig:
             what = f"GPU {gpu.index} is split (MIG): CUDA IPC does not work between its parts, so their replicas recompute"
-            yield Finding(False, what, "use whole GPUs for replicas that shall share KV")
+            yield Finding(False, what, "use whole GPUs for replicas that should share KV")
     blocked = [link for link in machine.links if link.peer_read not in ("OK", "?")]
     if blocked:
         named = ", ".join(f"{link.first}-{link.second} ({link.peer_read})" for link in blocked)
         yield Finding(
             True,
-            f"GPUs that can not read each other: {named}; their replicas recompute what the other has",
-            "in a virtual machine or with an IOMMU, turn PCIe ACS off; many consumer GPUs can not do it at all",
+            f"GPUs that cannot read each other: {named}; their replicas recompute what the other has",
+            "in a virtual machine or with an IOMMU, turn PCIe ACS off; many consumer GPUs cannot do it at all",
         )
     hidden = machine.driver_gpus - len(machine.gpus)
     if machine.gpus and hidden > 0:

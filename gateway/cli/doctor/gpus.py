@@ -1,4 +1,4 @@
-"""The GPUs of this machine and the ways between them, as nvidia-smi tells it."""
+"""The GPUs of this machine and the paths between them, according to nvidia-smi."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU as nvidia-smi tells it; `memory_mib` is 0 where it does not know."""
+    """One GPU according to nvidia-smi; `memory_mib` is 0 if unknown."""
 
     index: int
     name: str
@@ -29,7 +29,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """The way between two GPUs in nvidia-smi's words: `path` is "NV18", "PIX", "SYS", …; `peer_read` "OK", "NS", …."""
+    """The path between two GPUs in nvidia-smi's terms: `path` is "NV18", "PIX", "SYS", …; `peer_read` "OK", "NS", …."""
 
     first: int
     second: int
@@ -38,7 +38,7 @@ class Link:
 
 
 def find_gpus() -> tuple[tuple[Gpu, ...], tuple[Link, ...], str]:
-    """The GPUs, the ways between them, and what went wrong in words; takes about a second where there are some."""
+    """Return the GPUs, the paths between them, and what went wrong; takes about a second if there are GPUs."""
     if shutil.which("nvidia-smi") is None:
         return (), (), ""
     listing, error = _nvidia_smi(f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader,nounits")
@@ -53,7 +53,7 @@ def find_gpus() -> tuple[tuple[Gpu, ...], tuple[Link, ...], str]:
 
 
 def driver_gpus() -> int:
-    """How many GPUs the driver knows, those among them that are hidden from us; 0 where it does not say."""
+    """Return how many GPUs the driver knows, including those hidden from this process; 0 if it does not say."""
     try:
         return len(os.listdir(DRIVER_GPUS))
     except OSError:

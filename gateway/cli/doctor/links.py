@@ -1,4 +1,4 @@
-"""How fast the GPUs of this machine read each other, measured by a program of its own (transport/backends/link_probe.py)."""
+"""How fast the GPUs of this machine read each other, measured by a separate program (transport/backends/link_probe.py)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROBE_COMMAND = (sys.executable, "-m", "transport.backends.link_probe")
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What `reader` copies out of `owner`'s memory (UUIDs), in units of 1e9 bytes a second; 0 with the reason in `error`."""
+    """What `reader` copies out of `owner`'s memory (UUIDs), in 1e9 bytes per second; 0 with the reason in `error`."""
 
     reader: str
     owner: str
@@ -27,16 +27,16 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeeds:
-    """The measured pairs, by (reader, owner) in nvidia-smi's numbers; `error` says why there are none, "" if all is well."""
+    """The measured pairs, by (reader, owner) in nvidia-smi's numbers; `error` says why there are none, or is ""."""
 
     speeds: dict[tuple[int, int], Speed]
     error: str = ""
 
 
 def measure(machine: Machine, command: tuple[str, ...] = PROBE_COMMAND) -> LinkSpeeds | None:
-    """Measure the pairs that CUDA_VISIBLE_DEVICES leaves; None where there are no two GPUs. Takes about ten seconds.
+    """Measure the pairs that CUDA_VISIBLE_DEVICES allows; None with fewer than two GPUs. Takes about ten seconds.
 
-    Never raises for what a machine may lack; PROBE_SECONDS_MAX bounds it.
+    Never raises for something the machine lacks; PROBE_SECONDS_MAX bounds the time.
     """
     if len(machine.gpus) < 2 or machine.cpu_only_vllm:
         return None
@@ -51,12 +51,12 @@ def measure(machine: Machine, command: tuple[str, ...] = PROBE_COMMAND) -> LinkS
     try:
         found = msgspec.json.decode(done.stdout, type=list[Speed])
     except msgspec.MsgspecError as error:
-        return LinkSpeeds({}, f"the links were not measured: what it printed is no measurement: {error}")
+        return LinkSpeeds({}, f"the links were not measured: the probe's output cannot be read: {error}")
     return LinkSpeeds({(index[s.reader], index[s.owner]): s for s in found if s.reader in index and s.owner in index})
 
 
 def matrix_lines(machine: Machine, measured: LinkSpeeds) -> Iterator[str]:
-    """The matrix in words: a row a reader, a column an owner, nvidia-smi's name of the path and GB/s in each cell."""
+    """Return the matrix as text: a row per reader, a column per owner, nvidia-smi's name of the path and GB/s in each cell."""
     if measured.error:
         yield f"  GPU links   {measured.error}"
         return

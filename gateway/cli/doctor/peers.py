@@ -26,7 +26,7 @@ PATH_WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class FleetMember:
-    """One replica and what its table says; `status` is "ok", or why it shares nothing ("" while it has no table)."""
+    """One replica and what its table says; `status` is "ok" or why it shares nothing ("" while it has no table)."""
 
     name: str
     state: str
@@ -44,7 +44,7 @@ class FleetMember:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """A fleet that runs now; `error` says why it could not be read, and then there are no members."""
+    """A running fleet; `error` says why it could not be read, in which case there are no members."""
 
     model: str
     table_dir: str
@@ -54,9 +54,9 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two replicas: by what they exchange KV, or the reasons why not (then `transport` is "").
+    """Two replicas: how they exchange KV, or the reasons why they do not (`transport` is "" then).
 
-    `mismatch` says that each of the two would share, only not with the other.
+    `mismatch` says that each of the two does share, but not with the other.
     """
 
     first: str
@@ -68,7 +68,7 @@ class Pair:
 
 
 def read_fleet(run_dir: Path) -> Fleet | None:
-    """The fleet that runs with this run_dir; None when there is none. Raises FleetError for a damaged fleet.json."""
+    """Return the fleet that runs with this run_dir, None if there is none. Raises FleetError for a damaged fleet.json."""
     if not (run_dir / FLEET_FILE).exists():
         return None
     snapshot = FileFleet(run_dir).snapshot()
@@ -76,13 +76,13 @@ def read_fleet(run_dir: Path) -> Fleet | None:
 
 
 def pairs_of(fleet: Fleet, links: tuple[Link, ...]) -> tuple[Pair, ...]:
-    """Every two replicas of the fleet."""
+    """Return every pair of replicas of the fleet."""
     paths = {(link.first, link.second): link for link in links}
     return tuple(_pair(a, b, paths) for a, b in combinations(fleet.members, 2))
 
 
 def path_in_words(path: str) -> str:
-    """nvidia-smi's name of a path between GPUs, in words."""
+    """Describe nvidia-smi's name of a path between GPUs."""
     if path.startswith("NV") and path[2:].isdigit():
         return f"NVLink, {path[2:]} links"
     return PATH_WORDS.get(path, path)
@@ -115,7 +115,7 @@ def _members(snapshot: FleetSnapshot) -> tuple[FleetMember, ...]:
 def _process(pid: int | None, pid_namespace: int) -> str:
     """Whether a replica's process is in our namespaces: "ok", "elsewhere", "unseen", "foreign ipc" or "unknown".
 
-    "elsewhere" is another PID namespace, where the process cannot be looked at from here; its table can.
+    "elsewhere" is another PID namespace, where the process cannot be inspected from here, but its table can.
     """
     if pid is None:
         return "unknown"
@@ -141,7 +141,7 @@ def _pair(a: FleetMember, b: FleetMember, paths: Mapping[tuple[int, int], Link])
         reasons = [f"{a.name} offers {_words(a.transport)}, {b.name} {_words(b.transport)}"]
     link = paths.get(_gpus(a, b))
     if not reasons and a.transport == "cuda_ipc" and link and link.peer_read not in ("OK", "?"):
-        reasons = [f"GPU {link.first} and GPU {link.second} can not read each other ({link.peer_read})"]
+        reasons = [f"GPU {link.first} and GPU {link.second} cannot read each other ({link.peer_read})"]
     path = path_in_words(link.path) if link else ""
     return Pair(a.name, b.name, "" if reasons else _words(a.transport), path, tuple(reasons), bool(reasons) and not alone)
 
@@ -151,7 +151,7 @@ def _words(transport: str) -> str:
 
 
 def _gpus(a: FleetMember, b: FleetMember) -> tuple[int, int]:
-    """The pair of GPU indices, the lower first; (-1, -1) when either is not on one GPU named by its index."""
+    """Return the pair of GPU indices, the lower one first; (-1, -1) if either is not on a single GPU named by its index."""
     found = [m.device.removeprefix("cuda:") for m in (a, b)]
     if not all(name.isdigit() for name in found):
         return (-1, -1)

@@ -1,6 +1,6 @@
-"""`peerkv doctor`: what this machine has, what the replicas can exchange and by which transport, and what to mend.
+"""`peerkv doctor`: what this machine has, what the replicas can exchange and how, and what should be fixed.
 
-The judgement is a pure function of the facts that gateway/cli/doctor/machine.py and gateway/cli/doctor/peers.py collect.
+findings.py judges the facts that machine.py and peers.py collect; it is a pure function.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gateway.settings import Settings
 
 
 def run(settings: Settings, *, as_json: bool = False, measure_links: bool = True) -> int:
-    """Prints the report; returns the exit status: 0 without problems, else 1."""
+    """Print the report and return the exit status: 0 without problems, otherwise 1."""
     machine = look(settings)
     speeds = measure(machine) if measure_links else None
     try:
@@ -44,7 +44,7 @@ def report(
     pairs: tuple[Pair, ...],
     findings: tuple[Finding, ...],
 ) -> Iterator[str]:
-    """The report in words, line by line."""
+    """Return the report as lines of text."""
     yield from _machine_lines(machine)
     if speeds is not None:
         yield from matrix_lines(machine, speeds)
@@ -99,7 +99,7 @@ def _fleet_lines(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...])
         yield f"  {member.name}   {member.state}, {member.device}, {table}"
     together = {(pair.transport, pair.path) for pair in pairs}
     if len(pairs) > 1 and len(together) == 1 and pairs[0].transport:
-        yield f"  every two exchange KV by {_by(pairs[0])}"
+        yield f"  all pairs exchange KV by {_by(pairs[0])}"
         return
     for pair in pairs:
         way = f"exchange KV by {_by(pair)}" if pair.transport else f"exchange nothing: {'; '.join(pair.reasons)}"
@@ -110,8 +110,8 @@ def _prospect(machine: Machine) -> str:
     if machine.cpu_only_vllm or not machine.gpus:
         return "run on the CPU and exchange KV by shared memory"
     if len(machine.gpus) == 1:
-        return "run on one GPU, where a single replica has nobody to exchange KV with"
-    return "run one a GPU and exchange KV by CUDA IPC wherever peer reads work (see the GPU paths)"
+        return "run on one GPU, where a single replica has no peer to exchange KV with"
+    return "run one per GPU and exchange KV by CUDA IPC wherever peer reads work (see GPU paths)"
 
 
 def _by(pair: Pair) -> str:

@@ -1,4 +1,4 @@
-"""What surrounds a start, judged: memory, directories, the port, who is let in. Containers get these wrong most often."""
+"""Findings about a start's surroundings: memory, directories, the port, access. Containers get these wrong most often."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from gateway.cli.doctor.machine import Machine
 from gateway.tenants.access import is_loopback
 
 TABLES_BYTES = 64 << 20
-# A replica on the CPU beside its KV: torch, vLLM and the default model, measured at 0.6 to 1.3 GB.
+# A replica on the CPU without its KV: torch, vLLM and the default model, measured at 0.6 to 1.3 GB.
 CPU_REPLICA_BYTES = 1_300_000_000
 
 
 def judge_room(machine: Machine) -> Iterator[Finding]:
-    """Before a start: is there room for what the replicas will take?"""
+    """Before a start: is there enough room for the replicas?"""
     on_cpu = machine.cpu_only_vllm or not machine.gpus
     kv_bytes = machine.replicas * machine.kv_bytes_each if on_cpu else 0
     need = TABLES_BYTES + kv_bytes
@@ -36,7 +36,7 @@ def judge_room(machine: Machine) -> Iterator[Finding]:
 
 
 def judge_directories(machine: Machine) -> Iterator[Finding]:
-    """Before a start: may peerkv write where it keeps things?"""
+    """Before a start: may peerkv write to its directories?"""
     for setting, path in machine.unwritable:
         yield Finding(
             True,
@@ -49,16 +49,16 @@ def judge_port(machine: Machine) -> Iterator[Finding]:
     """Before a start: is the gateway's address free?"""
     where = f"{machine.host}:{machine.port}"
     if machine.gateway_answers:
-        what = f"a gateway of peerkv has {where}, and no replicas run in the run_dir that is asked"
+        what = f"a gateway of peerkv has {where}, but no replicas run in the run_dir that was examined"
         remedy = "start `peerkv engine` with its run_dir (containers: one volume in both), or ask with its own --run-dir"
         yield Finding(True, what, remedy)
     elif machine.port_error:
-        what = f"{where} can not be listened on: {machine.port_error}"
+        what = f"{where} cannot be listened on: {machine.port_error}"
         yield Finding(True, what, "stop the program that listens there, or choose another with --port (PEERKV_PORT)")
 
 
 def judge_access(machine: Machine) -> Iterator[Finding]:
-    """Whether those who shall see /metrics and /kv/* can."""
+    """Can the intended callers reach /metrics and /kv/*?"""
     if machine.admin_key or machine.host == "localhost" or is_loopback(machine.host):
         return
     what = (

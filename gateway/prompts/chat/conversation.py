@@ -95,7 +95,7 @@ def _part_text(part: object) -> str | None:
         return part
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not isinstance(kind, str) or kind not in _TEXT_PARTS or "uuid" in part:
-        raise ChatNotRendered("a content part that is no text is the engine's business")
+        raise ChatNotRendered("only the engine handles content parts that are not text")
     text = part.get(_TEXT_PARTS[kind])
     if text is None and kind in ("text", "refusal"):
         return None

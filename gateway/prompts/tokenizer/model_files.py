@@ -14,7 +14,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 
 class ModelFilesError(Exception):
-    """The tokenizer files are absent or can not be used: requests are steered without token ids."""
+    """The tokenizer files are missing or unusable: requests are steered without token ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def find_directory(source: TokenizerSource, environment: Mapping[str, str] = os.
     if local.is_dir():
         return local
     if local.is_absolute() or source.model.count("/") > 1:
-        raise ModelFilesError(f"{source.model} is no directory")
+        raise ModelFilesError(f"{source.model} is not a directory")
     cache = Path(source.cache_dir) if source.cache_dir else _hub_cache(environment)
     repository = cache / ("models--" + source.model.replace("/", "--"))
     revision = source.revision or "main"
@@ -157,7 +157,7 @@ def _given_template(given: str) -> dict[str, str]:
         if path.is_file():
             return {"default": _read_text(path, TEMPLATE_BYTES_MAX)}
     except OSError:
-        pass  # a template is no valid file name
+        pass  # a template is not a valid file name
     return {"default": given} if any(mark in given for mark in "{}\n") else {}
 
 
@@ -169,7 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelFilesError(f"{path}: {error}") from error
     if not isinstance(content, dict):
-        raise ModelFilesError(f"{path} is no JSON object")
+        raise ModelFilesError(f"{path} is not a JSON object")
     return content
 
 

@@ -82,4 +82,4 @@ def test_the_command_writes_and_then_finds_it_up_to_date(tmp_path: Path, capsys:
     assert main(["openapi", "--check", "--output", str(path)]) == 0
     path.write_text(path.read_text() + " ")
     assert main(["openapi", "--check", "--output", str(path)]) == 1
-    assert "write it anew" in capsys.readouterr().err
+    assert "update it with" in capsys.readouterr().err

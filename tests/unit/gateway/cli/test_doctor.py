@@ -135,11 +135,11 @@ def test_a_good_machine_has_no_problem(facts: Machine) -> None:
             "chown 10001 /var/log/peerkv",
         ),
         (replace(CPU_MACHINE, memory_free_bytes=GIB), "1.0 GiB of memory", "--replicas 1"),
-        (replace(CPU_MACHINE, port_error="in use"), "127.0.0.1:8000 can not be listened on: in use", "--port"),
+        (replace(CPU_MACHINE, port_error="in use"), "127.0.0.1:8000 cannot be listened on: in use", "--port"),
         (replace(CPU_MACHINE, model_present=False, cache_free_bytes=GIB // 4), "cache directory has 256 MiB", "PEERKV_CACHE"),
         (replace(GPU_MACHINE, gpus=(), links=()), "needs a GPU", "TARGET=cpu"),
         (replace(GPU_MACHINE, gpu_error="nvidia-smi topo: failed"), "nvidia-smi topo", "driver"),
-        (replace(GPU_MACHINE, links=(Link(0, 1, "SYS", "CNS"),)), "can not read each other: 0-1 (CNS)", "ACS"),
+        (replace(GPU_MACHINE, links=(Link(0, 1, "SYS", "CNS"),)), "cannot read each other: 0-1 (CNS)", "ACS"),
         (
             replace(GPU_MACHINE, gpus=(Gpu(3, "X", 1, "Exclusive_Process", False, "GPU-3"),)),
             "GPU 3 is in compute mode Exclusive_Process",
@@ -193,7 +193,7 @@ def test_the_path_between_two_gpus_is_named() -> None:
     fleet = fleet_of(first, replace(first, name="replica-1", device="cuda:0"))
     assert "exchange KV by CUDA IPC (NVLink, 18 links)" in words(GPU_MACHINE, fleet)
     blocked = replace(GPU_MACHINE, links=(Link(0, 1, "PHB", "NS"),))
-    assert "exchange nothing: GPU 0 and GPU 1 can not read each other (NS)" in words(blocked, fleet)
+    assert "exchange nothing: GPU 0 and GPU 1 cannot read each other (NS)" in words(blocked, fleet)
 
 
 def test_many_alike_replicas_take_one_line() -> None:
@@ -238,7 +238,7 @@ def test_replicas_in_another_container_are_judged_by_their_tables_alone() -> Non
 def test_a_gateways_container_is_not_blamed_for_what_only_replicas_need() -> None:
     gateway = replace(CPU_MACHINE, packages={}, shm_free_bytes=0, unwritable=(("log_dir", "/var/log/peerkv"),))
     (found,) = problems(gateway)
-    assert "it can run a gateway, no replicas" in found[0]
+    assert "it can run a gateway but no replicas" in found[0]
     assert "the same volume as run_dir" in found[1]
 
 
@@ -298,7 +298,7 @@ def test_a_taken_port_is_found_and_fails_the_check(tmp_path: Path, capsys: pytes
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert doctor.run(settings_for(tmp_path, port)) == 1
-    assert f"127.0.0.1:{port} can not be listened on: in use" in capsys.readouterr().out
+    assert f"127.0.0.1:{port} cannot be listened on: in use" in capsys.readouterr().out
 
 
 class Ready(BaseHTTPRequestHandler):
@@ -453,7 +453,7 @@ def test_links_that_can_not_be_measured_do_not_stop_the_doctor() -> None:
     assert measured is not None
     assert "the links were not measured: ModuleNotFoundError" in "\n".join(report(GPU_MACHINE, measured, None, (), ()))
     assert "the links were not measured" in (link_speed.measure(GPU_MACHINE, ("/nowhere/python",)) or measured).error
-    assert "what it printed" in (link_speed.measure(GPU_MACHINE, probe_printing("no JSON")) or measured).error
+    assert "the probe's output" in (link_speed.measure(GPU_MACHINE, probe_printing("no JSON")) or measured).error
 
 
 def test_nothing_is_measured_without_two_gpus() -> None:

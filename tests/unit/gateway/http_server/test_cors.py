@@ -103,7 +103,7 @@ async def test_without_the_setting_there_is_no_word_of_it(tmp_path: Path) -> Non
     "origin", ["chat.example", "https://chat.example/", "https://chat.example/path", "https://*", "HTTPS://A.b"]
 )
 def test_what_is_no_origin_is_refused_at_the_start(origin: str) -> None:
-    with pytest.raises(ValueError, match="is no origin"):
+    with pytest.raises(ValueError, match="is neither an origin"):
         Settings(cors_origins=[origin])
 
 

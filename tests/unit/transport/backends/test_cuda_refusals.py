@@ -47,7 +47,7 @@ def test_memory_that_can_not_be_exported_says_which_settings_of_vllm_to_change(c
 
 
 def test_memory_that_is_no_plain_allocation_is_refused_with_its_address(cuda_ipc):
-    with pytest.raises(cuda_ipc.MemoryUnreachable, match="0x1000 is no plain CUDA allocation: cudaErrorInvalidValue"):
+    with pytest.raises(cuda_ipc.MemoryUnreachable, match="0x1000 is not a plain CUDA allocation: cudaErrorInvalidValue"):
         cuda_ipc._allocation(4096)
 
 
