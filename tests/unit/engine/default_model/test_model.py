@@ -283,7 +283,8 @@ def test_a_later_start_prints_the_directory_and_imports_no_torch(tmp_path: Path)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == str(directory)
     assert done.stderr == ""
-    code = "import sys, engine.default_model.model; print([n for n in ('torch', 'transformers', 'vllm', 'numpy') if n in sys.modules])"
+    heavy = ("torch", "transformers", "vllm", "numpy")
+    code = f"import sys, engine.default_model.model; print([n for n in {heavy} if n in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True) == "[]\n"
 
 
