@@ -68,6 +68,18 @@ def step(groups: Sequence[Group]) -> int:
     return math.lcm(*(group.block_size for group in groups))
 
 
+def import_bytes(groups: Sequence[Group]) -> tuple[float, float]:
+    """Return the bytes of an import into one rank: those that any long one has, and those for each token of it."""
+    fixed = each = 0.0
+    for group in groups:
+        if group.kind == "full":
+            each += group.bytes / group.block_size
+        else:  # of a chunk the half on average
+            seen = {"window": group.window - 1, "chunk": group.window / 2, "state": group.block_size}[group.kind]
+            fixed += math.ceil(seen / group.block_size) * group.bytes
+    return fixed, each
+
+
 def needed(group: Group, begin: int, end: int) -> range:
     """Return the blocks of `group` with which a prefix of `begin` tokens grows to `end`; both multiples of `step`."""
     return range(max(group.first_needed(end), begin // group.block_size), end // group.block_size)

@@ -188,6 +188,9 @@ class Planner:
             for name, table in tables.items():
                 self.evictions.appeared(name, table)
         self._lineup = line_up(ready, tables, exchanges, imports=self._imports)
+        for one in self._lineup.replicas.values():
+            if one.table is not None:
+                self.costs.size_imports(one.key.device, *one.table.import_bytes())
         return self._lineup
 
     def _note(self, chain: Chain, block_size: int, at_hand: int, now: float, *, missed: bool) -> int:

@@ -119,6 +119,16 @@ class TransferCounts(BaseModel):
     hints_malformed: int = Field(0, description="fields of hints that were ignored")
 
 
+class GroupStats(BaseModel):
+    """A KV cache group of the model: layers that need the same blocks of a prefix."""
+
+    kind: str = Field(description="full: all blocks; window, chunk: those that the next token sees; state: the last one")
+    layers: int
+    block_size: int = Field(description="tokens per block")
+    window: int = Field(description="tokens that a sliding window or a chunk spans; 0 for others")
+    block_bytes: int = Field(description="bytes of one block, in all its layers on one rank")
+
+
 class ReplicaStats(BaseModel):
     """One replica. Counts span all its restarts since the gateway started watching."""
 
@@ -132,6 +142,7 @@ class ReplicaStats(BaseModel):
     transport: str = Field(description="how others read its KV: shared_memory or cuda_ipc; empty without a table")
     fingerprint: str = Field(description="digest of everything that changes KV bytes, 32 hex digits; empty without a table")
     incompatible: dict[str, list[str]] = Field(description="replicas it cannot import from, and what differs")
+    groups: list[GroupStats] = Field(description="the model's KV cache groups")
     block_size: int = Field(description="tokens per block")
     blocks: int = Field(description="size of its KV cache")
     cached_blocks: int = Field(description="blocks on offer now")

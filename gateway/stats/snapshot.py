@@ -18,6 +18,7 @@ from gateway.prompts.tokenizer.service import TokenService
 from gateway.stats.shapes import (
     CostStats,
     GatewayStats,
+    GroupStats,
     KindParity,
     KvStats,
     LedgerStats,
@@ -117,6 +118,10 @@ def _replica_stats(replica: Replica, tables: Mapping[str, Table], ledger: Lifeti
         transport=table.transport if table else "",
         fingerprint=table.fingerprint.hex() if table else "",
         incompatible={name: list(found) for name, found in others.items() if found},
+        groups=[
+            GroupStats(kind=g.kind, layers=g.layers, block_size=g.block_size, window=g.window, block_bytes=g.bytes)
+            for g in (table.groups if table else ())
+        ],
         block_size=table.block_size if table else 0,
         blocks=table.num_blocks if table else 0,
         cached_blocks=table.cached_blocks() if table else 0,

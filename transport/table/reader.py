@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from transport.errors import TableError
 from transport.fingerprint import fingerprint_digest
-from transport.groups import Group
+from transport.groups import Group, import_bytes
 from transport.keys import Keys
 from transport.table import liveness
 from transport.table.deliveries import Delivery, EngineLoad, PeerCounters
@@ -145,6 +145,11 @@ class TableReader:
     @property
     def groups(self) -> tuple[Group, ...]:
         return self.description.groups
+
+    def import_bytes(self) -> tuple[float, float]:
+        """Return the bytes of an import from here: those that any long one has, and those for each token; zeros if unknown."""
+        fixed, each = import_bytes(self.groups)
+        return fixed * len(self.memories), each * len(self.memories)
 
     def alive(self) -> bool:
         """Tell whether the owner still runs, as the kernel knows."""

@@ -97,6 +97,8 @@ def _fleet_lines(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...])
     for member in fleet.members:
         table = f"{member.cached_blocks} of {member.blocks} blocks cached" if member.blocks else "no block table"
         yield f"  {member.name}   {member.state}, {member.device}, {table}"
+    if groups := {member.fingerprint["groups"] for member in fleet.members if "groups" in member.fingerprint}:
+        yield f"  KV cache: {' | '.join(sorted(groups))}"
     together = {(pair.transport, pair.path) for pair in pairs}
     if len(pairs) > 1 and len(together) == 1 and pairs[0].transport:
         yield f"  all pairs exchange KV by {_by(pairs[0])}"

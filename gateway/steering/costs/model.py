@@ -102,6 +102,7 @@ class CostModel:
         self._models: dict[ModelKey, ModelTimes] = {}
         self._transfers = Transfers(MEMORY)
         self._kv_token_bytes: dict[str, float] = {}
+        self._sizes: dict[str, tuple[float, float]] = {}
         self._errors: deque[float] = deque(maxlen=ERRORS_KEPT)
         self._sampling: dict[ModelKey, Sampling] = {}
         self._samples = 0
@@ -126,14 +127,24 @@ class CostModel:
         """Importing `tokens`; `sharing` transfers use the same replicas at a time. `device` tells how large a token is."""
         if tokens <= 0:
             return 0.0
-        kv_bytes = tokens * self.kv_token_bytes(device) * max(1, sharing)
+        kv_bytes = self._import_bytes(device, tokens) * max(1, sharing)
         fixed, a_byte = self._transfers.terms(taker, source, transport)
         return fixed + a_byte * kv_bytes
+
+    def size_imports(self, device: str, fixed_bytes: float, token_bytes: float) -> None:
+        """A model's imports have `fixed_bytes` for windows and states, and `token_bytes` for each token; zeros are unknown."""
+        if fixed_bytes or token_bytes:
+            self._sizes[device] = (fixed_bytes, token_bytes)
+
+    def _import_bytes(self, device: str, tokens: int) -> float:
+        fixed, each = self._sizes.get(device) or (0.0, self.kv_token_bytes(device))
+        return fixed + each * tokens
 
     def transfer_terms(self, taker: str, source: str, transport: str, device: str) -> tuple[float, float]:
         """Seconds for each import, and seconds for each token of it, while no other import uses these replicas."""
         fixed, a_byte = self._transfers.terms(taker, source, transport)
-        return fixed, a_byte * self.kv_token_bytes(device)
+        fixed_bytes, token_bytes = self._sizes.get(device) or (0.0, self.kv_token_bytes(device))
+        return fixed + a_byte * fixed_bytes, a_byte * token_bytes
 
     def kv_token_bytes(self, device: str) -> float:
         """Bytes of KV that one token has; from the imports so far."""
@@ -220,7 +231,7 @@ class CostModel:
         device = outcome.key.device
         if outcome.import_bytes > 0:
             self._kv_token_bytes[device] = outcome.import_bytes / outcome.peer_tokens
-        kv_bytes = outcome.peer_tokens * self.kv_token_bytes(device) * max(1, outcome.load.importing + 1)
+        kv_bytes = self._import_bytes(device, outcome.peer_tokens) * max(1, outcome.load.importing + 1)
         assert outcome.source is not None
         self._transfers.observe((outcome.replica, outcome.source, outcome.transport), kv_bytes, seconds, outcome.now)
 

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from transport.groups import Group, needed, step, supplied, unit
+from transport.groups import Group, import_bytes, needed, step, supplied, unit
 
 UNITS = 24
 """Keys of the longest chain that is tried."""
@@ -58,6 +58,14 @@ def tried(groups: list[Group], held: Held, begin: int, end: int) -> int:
         ):
             best = length
     return best
+
+
+def test_the_bytes_of_an_import_are_those_of_its_windows_and_states_and_those_of_each_token():
+    groups = [Group("full", 16, 0, 2, 3200), Group("window", 16, 128, 2, 500), Group("state", 64, 0, 1, 9000)]
+    assert import_bytes(groups) == (8 * 500 + 9000, 200.0)
+    assert import_bytes([]) == (0.0, 0.0)
+    long = sum(len(needed(group, 0, 6400)) * group.bytes for group in groups)
+    assert long == 8 * 500 + 9000 + 6400 * 200
 
 
 KINDS = st.sampled_from(["full", "window", "chunk", "state"])

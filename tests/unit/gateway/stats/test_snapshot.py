@@ -18,6 +18,7 @@ from gateway.tenants.tenants import ANONYMOUS
 from tests.unit.gateway.ledger.begun_attempts import begun
 from tests.unit.gateway.planner.test_planner import Bounds
 from tests.unit.transport.replica_tables import FIELDS, ReplicaTables, StandingFleet
+from transport.groups import Group
 from transport.table.deliveries import Delivery
 from transport.table.directory import TableDirectory
 from transport.table.layout import COUNTERS
@@ -82,6 +83,14 @@ def test_a_replica_that_left_the_fleet_still_counts_in_all(scene: Scene) -> None
     stats = scene.view.snapshot()
     assert [replica.name for replica in stats.replicas] == ["a", "b"]
     assert stats.totals.counts.imports == 3
+
+
+async def test_a_replica_says_what_groups_its_cache_has(scene: Scene) -> None:
+    scene.tables.stop("a")
+    scene.tables.start("a", groups=(Group("full", 4, 0, 2, 512), Group("window", 4, 6, 3, 768)))
+    full, window = scene.view.snapshot().replicas[0].groups
+    assert (full.kind, full.layers, full.block_size, full.window, full.block_bytes) == ("full", 2, 4, 0, 512)
+    assert (window.kind, window.window) == ("window", 6)
 
 
 async def test_replicas_are_shown_with_state_blocks_and_requests(scene: Scene) -> None:

@@ -239,3 +239,14 @@ def test_the_report_names_every_model_and_pair() -> None:
     ]
     assert all(found.samples > 0 for found in report.prefill)
     assert all(found.samples > 0 for found in report.transfers)
+
+
+def test_an_imports_size_is_that_of_its_windows_and_states_and_of_its_tokens() -> None:
+    costs = CostModel()
+    costs.size_imports("cuda", 0.0, 0.0)  # of a table that does not say
+    before = costs.transfer_terms("a", "b", "cuda_ipc", "cuda")
+    costs.size_imports("cuda", 30e6, 1000.0)
+    fixed, each = costs.transfer_terms("a", "b", "cuda_ipc", "cuda")
+    assert fixed - before[0] == pytest.approx(30e6 / 300e9)
+    assert each == pytest.approx(1000.0 / 300e9)
+    assert costs.transfer_seconds("a", "b", "cuda_ipc", 5000, device="cuda") == pytest.approx(fixed + 5000 * each)
