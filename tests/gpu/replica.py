@@ -54,10 +54,10 @@ def write_model(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def prompt(tokens: int, seed: int) -> list[int]:
-    """Return random token ids, equal for equal seeds."""
+def prompt(tokens: int, seed: int, end: int = 128000) -> list[int]:
+    """Return random token ids below `end`, equal for equal seeds."""
     rng = random.Random(seed)
-    return [rng.randrange(10, 128000) for _ in range(tokens)]
+    return [rng.randrange(10, end) for _ in range(tokens)]
 
 
 @dataclass
@@ -69,6 +69,11 @@ class Answer:
     first_seconds: float = 0.0
     cached: int = 0
     params: dict[str, Any] | None = None
+    preempted: int = 0
+
+    def same_as(self, other: "Answer") -> bool:
+        """Whether tokens and log-probabilities are the same to the last bit."""
+        return (self.tokens, self.logprobs) == (other.tokens, other.logprobs)
 
 
 class Replica:
@@ -116,10 +121,20 @@ class Replica:
         source: str | None = None,
         params: dict[str, Any] | None = None,
         seconds: float = 60,
+        **more: Any,
     ) -> Answer:
-        """Run one request to its end. `source` is the gateway's hint: a replica's name, "" for no import; or whole `params`."""
-        self.begin(ids, tokens, logprobs=logprobs, source=source, params=params)
+        """Run one request to its end. `source` is the gateway's hint: a replica's name, "" for no import; or whole `params`.
+
+        `more` goes into vLLM's prompt (`cache_salt`, `multi_modal_data`), `lora` aside: an adapter's name, number and path.
+        """
+        self.begin(ids, tokens, logprobs=logprobs, source=source, params=params, **more)
         return self.end(seconds)
+
+    def ask_all(self, prompts: list[list[int]], tokens: int, seconds: float = 60) -> list[Answer]:
+        """Run requests beside each other to their ends."""
+        self._pipe.send(("batch", (prompts, tokens)))
+        answers: list[Answer] = self._take(seconds)
+        return answers
 
     def begin(
         self,
@@ -129,10 +144,11 @@ class Replica:
         logprobs: bool = False,
         source: str | None = None,
         params: dict[str, Any] | None = None,
+        **more: Any,
     ) -> None:
         """Send a request and do not wait for it."""
         hint = {"peerkv": {"source": source}} if source is not None else params
-        self._pipe.send(("ask", (ids, tokens, logprobs, hint)))
+        self._pipe.send(("ask", (ids, tokens, logprobs, hint, more)))
 
     def end(self, seconds: float = 60) -> Answer:
         """Wait for the request that was begun."""
@@ -236,8 +252,17 @@ class _Engine:
             if self.engine.has_unfinished_requests():
                 self.step()
 
-    def add(self, kind: str, ids: list[int], tokens: int, logprobs: bool = False, params: dict[str, Any] | None = None) -> str:
+    def add(
+        self,
+        kind: str,
+        ids: list[int],
+        tokens: int,
+        logprobs: bool = False,
+        params: dict[str, Any] | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> str:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         self.number += 1
         name = f"{kind}-{self.number}"
@@ -250,7 +275,10 @@ class _Engine:
             extra_args=extra,
             detokenize=False,
         )
-        self.engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+        given = dict(more or {})
+        lora = given.pop("lora", None)
+        whole: Any = {"prompt_token_ids": ids} | given
+        self.engine.add_request(name, whole, sampling, lora_request=LoRARequest(*lora) if lora else None)
         if kind != "ask":
             self.background.add(name)
         return name
@@ -277,10 +305,26 @@ class _Engine:
         self.pipe.send(("ok", self.answer))
 
     def do_ask(self, value: Any) -> None:
-        ids, tokens, logprobs, params = value
+        ids, tokens, logprobs, params, more = value
         self.answer = Answer()
         self.began = time.perf_counter()
-        self.asked = self.add("ask", ids, tokens, logprobs, params)
+        self.asked = self.add("ask", ids, tokens, logprobs, params, more)
+
+    def do_batch(self, value: Any) -> None:
+        prompts, tokens = value
+        names = [self.add("ask", ids, tokens) for ids in prompts]
+        answers = {name: Answer() for name in names}
+        requests = self.engine.engine_core.engine_core.scheduler.requests  # type: ignore[attr-defined]
+        while self.engine.has_unfinished_requests():
+            for request in requests.values():
+                answer = answers.get(request.request_id.rsplit("-", 1)[0])
+                if answer is not None:
+                    answer.preempted = request.num_preemptions
+            for output in self.engine.step():
+                if output.finished and output.request_id in answers:
+                    answer = answers[output.request_id]
+                    answer.tokens, answer.cached = list(output.outputs[0].token_ids), output.num_cached_tokens
+        self.pipe.send(("ok", [answers[name] for name in names]))
 
     def do_load(self, value: Any) -> None:
         requests, prompt_tokens, tokens, seed = value

@@ -1,24 +1,31 @@
-"""Imports between two GPUs: skipped without them. `pytest tests/gpu`, a few minutes."""
+"""Imports on GPUs, between two or between two engines on one: skipped without. `pytest tests/gpu`, a few minutes."""
 
+import argparse
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.gpu.bench import GRAPHS, Bench, Scale, exact, kills
+from tests.gpu.bench import GRAPHS, Bench, exact, gpu_scale, kills
+from tests.gpu.families import SHAPES, Run, one_family
 from tests.gpu.races import race
 from tests.gpu.replica import write_model
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+GPUS = torch.cuda.device_count()
+pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
 
 
 @pytest.fixture
 def bench(tmp_path):
-    return Bench(Scale(write_model(tmp_path / "llama8b"), exact=(1024, 8192), kills=4, pull=16384), Path(tmp_path / "tables"))
+    return Bench(
+        gpu_scale(write_model(tmp_path / "llama8b"), exact=(1024, 8192), kills=4, pull=16384), Path(tmp_path / "tables")
+    )
 
 
-def test_no_wrong_block_is_accepted_from_an_owner_that_rewrites_its_blocks(tmp_path):
-    outcome = race(("cuda:0", "cuda:1"), tmp_path, imports=500, seconds=60)
+@pytest.mark.parametrize("several", [False, True], ids=["one-group", "three-groups"])
+def test_no_wrong_block_is_accepted_from_an_owner_that_rewrites_its_blocks(tmp_path, several):
+    outcome = race(("cuda:0", f"cuda:{GPUS - 1}"), tmp_path, imports=500, seconds=60, several=several)
     assert outcome.accepted_blocks > 0
     assert outcome.check_failures > 0
     assert outcome.wrong_unchecked > 0
@@ -34,10 +41,19 @@ def test_an_import_equals_a_local_prefix_hit_bit_by_bit(bench, variant):
         assert row["equal_to_owner"]
 
 
+@pytest.mark.parametrize("family", SHAPES)
+def test_an_import_of_every_family_equals_a_local_prefix_hit_bit_by_bit(tmp_path, family):
+    given = argparse.Namespace(dry=False, tiny=True, cache_dtype="auto", graphs=False)
+    run = Run(given, tmp_path)
+    one_family(run, family, ["exact"])
+    assert run.failed == 0, json.dumps(run.rows, indent=1)
+
+
 def test_an_owner_killed_in_the_middle_of_a_copy_is_not_believed_and_its_memory_is_freed(bench):
     kills(bench)
     (row,) = bench.rows["kills"]
-    assert row["in_the_middle"] > 0
     assert row["right_answers"] == row["killed"] == 4
     assert row["importer_lives"]
-    assert row["owners_gpu_mib_after"] < row["owners_gpu_mib"] / 2
+    if GPUS > 1:  # within one GPU copies are too short to hit, and the importer's memory is on it as well
+        assert row["in_the_middle"] > 0
+        assert row["owners_gpu_mib_after"] < row["owners_gpu_mib"] / 2
