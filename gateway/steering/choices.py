@@ -1,4 +1,4 @@
-"""What steering weighs and what it decides: plain values."""
+"""What steering considers and what it decides: plain values."""
 
 from enum import StrEnum
 from math import inf
@@ -14,20 +14,20 @@ CUDA = ModelKey("cuda")
 
 
 class Choice(StrEnum):
-    """What becomes of the prefix."""
+    """What happens to the prefix."""
 
     HIT = "hit"  # the replica holds it, or is computing it
-    PULL = "pull"  # imported from the source, all that it holds
-    SPLIT = "split"  # the head is imported, the tail computed although the source holds it
-    RECOMPUTE = "recompute"  # nobody's cache is used
+    PULL = "pull"  # everything that the source holds is imported
+    SPLIT = "split"  # the beginning is imported, the rest computed although the source holds it
+    RECOMPUTE = "recompute"  # no cache is used
 
 
 class PromptView(msgspec.Struct, frozen=True, gc=False):
-    """What steering needs to know of a prompt.
+    """What steering needs to know about a prompt.
 
-    `affinity` is the caller's hint which requests belong together. `rate` is how many requests a second begin with the
-    prefix that the best holder holds, `decode_seconds` how long answers take behind their first token. `again` is what has to
-    be computed again for each token of KV that a cache gives up. An import may end at any multiple of `block_size` tokens.
+    `affinity` is the caller's hint about which requests belong together. `rate` is how many requests per second begin with the
+    prefix that the best holder has, `decode_seconds` how long answers take after their first token. `again` is what has to be
+    recomputed for each token of KV that a cache evicts. An import may end at any multiple of `block_size` tokens.
     """
 
     tokens: int
@@ -41,11 +41,10 @@ class PromptView(msgspec.Struct, frozen=True, gc=False):
 class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A ready replica. It holds the first `held_tokens` of the prompt and can import from the replicas in `exchanges_with`.
 
-    `promised_tokens` of it are being computed there for another request; `takes` says whether it may get this one, or be a
-    source only.
-    `room_tokens` of its cache hold nothing: some are for what `load` has ahead, what more comes makes it give something up.
-    Between nodes KV goes over REMOTE_TRANSPORT, within one over the source's `transport`. One is made for each replica and
-    request: a struct takes a fifth of the time of a dataclass or a named tuple.
+    `promised_tokens` of it are being computed there for another request. `takes` says whether it may get this request, rather
+    than only be a source. `room_tokens` of its cache are free: some are for the work in `load`, and anything beyond evicts
+    blocks. Between nodes KV goes over REMOTE_TRANSPORT, within a node over the source's `transport`. One is made per replica
+    and request: a struct takes a fifth of the time of a dataclass or a named tuple.
     """
 
     name: str
@@ -61,7 +60,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 
 
 class Expected(msgspec.Struct, frozen=True, gc=False):
-    """What is expected of a request: seconds, and prompt tokens by where their KV comes from."""
+    """What is expected for a request: seconds, and prompt tokens by the source of their KV."""
 
     queue_seconds: float
     transfer_seconds: float
@@ -77,7 +76,7 @@ class Expected(msgspec.Struct, frozen=True, gc=False):
 
 
 class Option(msgspec.Struct, frozen=True, gc=False):
-    """One thing that could be done. `score` is in seconds: the time to the first token, and what the choice costs others."""
+    """One possible decision. `score` is in seconds: the time to the first token plus what the choice costs others."""
 
     replica: str
     source: str | None
@@ -98,7 +97,8 @@ SCORE = attrgetter("score")
 class Decision(msgspec.Struct, frozen=True, gc=False):
     """Send the request to `replica`; import from `source` up to `import_tokens_max` prompt tokens in all (None: what it holds).
 
-    `best_available_tokens` is the longest prefix that any replica held or computed; `weighed` are the options, at least one.
+    `best_available_tokens` is the longest prefix that any replica held or computed; `weighed` are the options considered, at
+    least one.
     """
 
     replica: str
@@ -111,12 +111,12 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """What was weighed, best first."""
+        """The options considered, best first."""
         return tuple(sorted(self.weighed, key=SCORE))
 
     @property
     def reason(self) -> str:
-        """Why, in words; worked out when somebody asks."""
+        """The reason in words, put together on request."""
         expected = self.expected
         match self.action:
             case Choice.HIT:
@@ -129,5 +129,5 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
                 available = self.best_available_tokens
                 what = f"computing is sooner than {available} tokens elsewhere" if available else "nobody holds its prefix"
         best = min(self.weighed, key=SCORE).replica
-        tie = "" if self.replica == best else f", as soon as {best} for all we know"
+        tie = "" if self.replica == best else f", a tie with {best} within the model's error"
         return f"{what}: {expected.seconds * 1e3:.0f} ms expected{tie}"

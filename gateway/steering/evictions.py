@@ -1,16 +1,16 @@
-"""What it costs that full caches give up blocks, learnt from what is asked for again. Pure; times are in seconds.
+"""What evictions from full caches cost, learnt from what is requested again. Pure; times are in seconds.
 
-A cache with room for a prompt takes it for nothing. A full one gives up, for each token that it takes in, computed or copied,
-the one that was used least recently. Of such a token, `again` says how much will have to be computed again, from 0 to 1:
+A cache with room takes in a prompt for free. A full one evicts its least recently used token for each token that it takes in,
+computed or copied. `again` says how much of such a token will have to be recomputed, from 0 to 1:
 
-    again = SOONER * tokens asked for again that nobody holds any more / tokens that all caches gave up
+    again = SOONER * tokens requested again that nobody holds any more / tokens that all caches evicted
 
-over about the last turnover, the time in which the caches give up as much as they hold. What another replica holds is not lost:
-copies may push copies out for little, but not what is single. Of what was asked for again, only what would still be there in
-caches AGE_MAX times as large counts: the rest would be gone whatever is decided now.
+over about the last turnover, the time in which the caches evict as much as they hold. What another replica holds is not lost: a
+copy may cheaply displace another copy, but not the only one. Of what was requested again, only what caches AGE_MAX times as
+large would still hold counts: the rest would be gone whatever is decided now.
 
-The price of a choice is what it gives up, times `again`, times what computing a token takes (costs.py), times how many requests
-wait at a replica in the mean and the one itself, as they all wait that much longer.
+The price of a choice is the number of tokens it evicts, times `again`, times the time to compute a token (costs/), times the
+mean number of requests waiting at a replica plus one, as they all wait that much longer.
 """
 
 from collections.abc import Mapping
@@ -21,18 +21,18 @@ from gateway.block_registry.tables import Table
 from transport.table.deliveries import Delivery
 
 SOONER = 3.0
-"""Taking something in makes not only the oldest block go, but each block that stays go sooner, by as much.
+"""Taking something in not only evicts the oldest block, it also brings forward the eviction of every other block.
 
-What that loses is the rate at which blocks of that age are asked for, times their age; the share that is asked for again counts
-each once. Prefixes asked for at random have 3 times as much, conversations 1 to 2 (measured in the simulator).
+The loss is the rate at which blocks of that age are requested, times their age; the share requested again counts each once.
+Prefixes requested at random lose 3 times as much, conversations 1 to 2 (measured in the simulator).
 """
 AGE_MAX = 2.0
 BELIEF = 0.1
-"""In turnovers: so much is believed to have been given up, and all of it lost, before anything was seen."""
+"""In turnovers: the evictions assumed before anything was seen, all of them lost."""
 
 
 class Again(NamedTuple):
-    """What is computed again for each token that is given up: tokens, from 0 to 1, and pairs of a new token and one before."""
+    """What is recomputed for each evicted token: tokens, from 0 to 1, and attention pairs."""
 
     tokens: float
     pairs: float
@@ -42,7 +42,7 @@ NOTHING_AGAIN = Again(0.0, 0.0)
 
 
 class Evictions:
-    """Learns what caches gave up, and what of it was missed. Belongs to one thread."""
+    """Learns what caches evicted, and how much of it was missed. Belongs to one thread."""
 
     def __init__(self) -> None:
         self._capacities: dict[str, int] = {}
@@ -56,25 +56,25 @@ class Evictions:
         self._again: Again | None = None
 
     def caches(self, capacities: Mapping[str, int]) -> None:
-        """These are the replicas now, with the tokens that their caches hold."""
+        """Set the current replicas, with the tokens that their caches hold."""
         self._capacities = dict(capacities)
         self._capacity = sum(self._capacities.values())
         self._again = None
 
     def appeared(self, replica: str, table: Table) -> None:
-        """A replica's table is here: what it gives up counts from now on, if it was not known before."""
+        """A replica's table has appeared: its evictions count from now on, if it is new."""
         self._counted.setdefault(replica, (table.epoch, table.evicted_blocks() * table.block_size))
 
     def delivered(self, replica: str, table: Table, delivery: Delivery) -> None:
-        """A replica served a request: see what it has given up meanwhile."""
+        """A replica served a request: check what it has evicted meanwhile."""
         epoch, tokens = table.epoch, table.evicted_blocks() * table.block_size
         if self._counted.get(replica) != (epoch, tokens):
             self.gave_up(replica, epoch, tokens, max(delivery.first_token_ns, delivery.arrived_ns) / 1e9)
 
     def gave_up(self, replica: str, epoch: int, tokens: int, now: float) -> None:
-        """A replica's cache gave up `tokens` since `epoch` began; with an epoch's end, all that it held is gone.
+        """A replica's cache has evicted `tokens` since `epoch` began; when an epoch ends, everything it held is gone.
 
-        What it had given up before it was first asked is not counted: nobody knows when, nor what of it was missed.
+        Evictions before the first look are not counted: nobody knows when they happened or what was missed.
         """
         capacity = self._capacities.get(replica)
         if not capacity:
@@ -89,7 +89,7 @@ class Evictions:
         fades = exp(-new / self._capacity)
         if self._since is None:
             self._since = now
-        now = max(now, self._since)  # replicas are asked one after the other, each for what came since
+        now = max(now, self._since)  # replicas are polled one after the other, each for what came since
         self._seconds = self._seconds * fades + now - self._since
         self._since = now
         self._given_up = self._given_up * fades + new
@@ -98,19 +98,19 @@ class Evictions:
         self._again = None
 
     def counts_since(self, now: float) -> float:
-        """What was asked for last at that time or later, and is not held any more, was given up too early."""
+        """What was last requested at that time or later, and is no longer held, was evicted too early."""
         if not self._seconds:
             return -inf
         return now - AGE_MAX * self._capacity * self._seconds / self._given_up
 
     def missed(self, tokens: int, behind: int) -> None:
-        """`tokens` behind `behind` others, given up too early, are computed again."""
+        """`tokens` after `behind` others, evicted too early, are recomputed."""
         self._tokens += tokens
         self._pairs += tokens * (behind + tokens / 2)
         self._again = None
 
     def again(self) -> Again:
-        """For each token that is given up next; nothing before any cache is known."""
+        """Return the cost of each further evicted token; nothing while no cache is known."""
         if self._again is None:
             self._again = self._reckoned()
         return self._again

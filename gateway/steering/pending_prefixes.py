@@ -1,7 +1,7 @@
-"""Prefixes that replicas compute right now: what a request that comes next may find there.
+"""Prefixes that replicas are computing right now, which the next request may find there.
 
-A chain's key stands for all before it, so two chains agree up to some block and nowhere behind it. That block is
-found by halving.
+A key stands for everything before it, so two chains agree up to some block and nowhere after it. Bisection finds
+that block.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,11 +11,11 @@ from typing import Protocol
 from gateway.block_registry.chain import Chain
 
 EXAMINED_MAX = 32
-"""Requests in flight that are compared with a new one; the oldest that share the longest prefix by powers of two."""
+"""In-flight requests compared with a new one: the oldest that share the longest prefix, by powers of two."""
 
 
 class Computed(Protocol):
-    """A request whose prompt, with the keys of `chain` for blocks of `block_size` tokens, a replica was asked to compute."""
+    """A request sent to a replica; `chain` has the keys of its prompt's blocks of `block_size` tokens."""
 
     @property
     def tag(self) -> int: ...
@@ -28,7 +28,7 @@ class Computed(Protocol):
 
 
 class Promises:
-    """Requests in flight by the keys of their chains at depths that are powers of two. Belongs to one thread."""
+    """In-flight requests by the keys of their chains at depths that are powers of two. Belongs to one thread."""
 
     def __init__(self) -> None:
         self._anchors: dict[int, dict[int, Computed]] = {}
@@ -57,7 +57,7 @@ class Promises:
                     del anchors[key]
 
     def find(self, chain: Chain, block_size: int) -> Mapping[str, int]:
-        """For each replica that computes a prefix of `chain` now, the tokens of the longest such one."""
+        """Return, for each replica that is computing a prefix of `chain`, the tokens of the longest one."""
         found: dict[str, int] = {}
         anchors, known = chain.anchors, self._anchors
         for power in range(len(anchors) - 1, -1, -1) if known else ():
@@ -69,7 +69,7 @@ class Promises:
 
 
 def _compare(chain: Chain, block_size: int, requests: Iterable[Computed], least: int, found: dict[str, int]) -> None:
-    """Put into `found` what `requests` have in common with `chain`: `least` blocks, and less than twice as many."""
+    """Add to `found` what `requests` have in common with `chain`: at least `least` blocks, and less than twice as many."""
     most = min(2 * least - 1, chain.blocks) * block_size
     for request in islice(requests, EXAMINED_MAX):
         if request.block_size != block_size or request.chain is None:

@@ -1,4 +1,4 @@
-"""How often prefixes are asked for now: a count of requests that fades, by key, at depths that are powers of two."""
+"""How often prefixes are currently requested: a fading count by key, at depths that are powers of two."""
 
 from collections import OrderedDict
 from math import exp, inf
@@ -6,21 +6,21 @@ from math import exp, inf
 from gateway.block_registry.chain import Chain
 
 FADE_SECONDS = 20.0
-"""A request counts 1/e after this time."""
+"""A request counts 1/e after this many seconds."""
 
 
 class Popularity:
-    """Rates of at most `prefixes_max` prefixes, the least recently asked for out first. Times are in seconds."""
+    """Rates of at most `prefixes_max` prefixes; the least recently requested are dropped first. Times are in seconds."""
 
     def __init__(self, prefixes_max: int) -> None:
         self._prefixes_max = prefixes_max
         self._counts: OrderedDict[int, tuple[float, float]] = OrderedDict()
 
     def note(self, chain: Chain, now: float, beyond: int = 0, since: float = inf) -> tuple[int, int]:
-        """A request with the keys of `chain` came. Return about how many of its leading blocks were asked for before.
+        """Count a request with the keys of `chain`. Return about how many of its leading blocks were requested before.
 
-        Once at any time, and once at `since` or later; each is 0 if it is not more than `beyond`. They are known at depths that
-        are powers of two: what was asked for ends half-way to the next one, for all we know.
+        The first number is for any earlier time, the second for `since` or later; each is 0 unless it is more than `beyond`.
+        Blocks are known at depths that are powers of two: an earlier request is assumed to end half-way to the next one.
         """
         counts, last, faded = self._counts, now, 1.0
         depth, formerly, lately = 1, 0, 0
@@ -34,7 +34,7 @@ class Popularity:
                     formerly = depth
                     if at >= since:
                         lately = depth
-                if at != last:  # most keys of a prompt were last asked for together
+                if at != last:  # most keys of a prompt were last requested together
                     last = at
                     faded = exp((at - now) / FADE_SECONDS)
                 counts[key] = (1.0 + count * faded, now)
@@ -45,7 +45,7 @@ class Popularity:
         return _halfway(formerly, chain.blocks), _halfway(lately, chain.blocks)
 
     def rate(self, chain: Chain, blocks: int, now: float) -> float:
-        """Requests a second that begin with the first `blocks` of `chain`, or with what is at most half of that prefix."""
+        """Return the requests per second that begin with the first `blocks` of `chain`, or with at most half of that prefix."""
         for key in reversed(chain.anchors[: blocks.bit_length()]):
             known = self._counts.get(key)
             if known is not None:

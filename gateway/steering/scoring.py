@@ -1,4 +1,4 @@
-"""One request against one fleet: what each replica's best option is, and which replicas are worth a look. Pure."""
+"""One request against one fleet: each replica's best option, and which replicas are worth considering. Pure."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -10,15 +10,15 @@ from gateway.steering.costs.times import ModelTimes, pairs
 from gateway.steering.popularity import FADE_SECONDS
 
 SOURCES_MAX = 4
-"""Sources weighed for a replica: those that hold most, the least read first."""
+"""Sources considered for a replica: those that hold most, the least busy reading first."""
 HOLDERS_MAX = 16
-"""Replicas with some of the prefix that are weighed in full: those with most of it, the least busy first."""
+"""Replicas with part of the prefix that are scored in full: those with most of it, the least busy first."""
 TAKERS_MAX = 8
-"""Replicas without any of the prefix that are weighed in full: those with the least in front of a request."""
+"""Replicas without any of the prefix that are scored in full: those with the least work ahead."""
 SPLIT_GAIN_SECONDS_MIN = 5e-4
-"""A split that saves less is not worth its name: over NVLink a token's KV comes in less than a microsecond."""
+"""A split that saves less is pointless: over NVLink a token's KV arrives in less than a microsecond."""
 BUSY_MAX = 0.95
-"""A hot prefix is not reckoned to keep its holders busier than this, so that the wait expected of it stays finite."""
+"""A hot prefix is assumed to keep its holders at most this busy, so that the expected wait stays finite."""
 CHANCE_DEVIATIONS = 2.0
 REMOTE_TRANSPORT = "rdma"
 
@@ -28,7 +28,7 @@ _HIT, _PULL, _SPLIT, _RECOMPUTE = (
     Choice.PULL,
     Choice.SPLIT,
     Choice.RECOMPUTE,
-)  # read from the class it takes longer
+)  # looking it up in the class takes longer
 
 Taker = tuple[int, float, bool, str, float, int, ModelTimes, Candidate]
 """A replica that may get the request: its rank, which are the first four; the seconds of its queue; the tokens of the prompt
@@ -42,7 +42,7 @@ _Way = tuple[float, float, float, int, Candidate, Choice]
 
 
 class Scoring:
-    """Weighs `candidates` for `prompt` at `now`, CLOCK_MONOTONIC seconds.
+    """Scores `candidates` for `prompt` at `now`, CLOCK_MONOTONIC seconds.
 
     `takers` are all replicas that may get the request, by rank: the first `holders` are those with some of the prefix. Of equal
     ones those whose names are not below `pivot` come first.
@@ -98,7 +98,7 @@ class Scoring:
         return queue + self._crowd(model, candidate.load)
 
     def best_option(self, taker: Taker) -> Option:
-        """The best that can be done on `taker`; an import only if it is sooner than computing."""
+        """Return the best option on `taker`; an import only if it is faster than computing."""
         _, _, _, name, queue, local, model, candidate = taker
         load, slowdown, tokens = candidate.load, model.factor, self._prompt.tokens
         prefill, others_wait = self._computing(model, load, local)
@@ -117,7 +117,7 @@ class Scoring:
             as_now, with_a_copy = model.waits or self._waits(model)
             if local:
                 later += as_now
-            else:  # what a copy spares those who ask for it soon pays for what it pushes out
+            else:  # what a copy saves later requests pays for what it evicts
                 spared = (as_now - with_a_copy) * self._prompt.rate * FADE_SECONDS
                 later = max(0.0, later - spared) + with_a_copy
         return Option(
@@ -158,7 +158,7 @@ class Scoring:
         return found
 
     def _import(self, model: ModelTimes, taker: Candidate, local: int, source: Candidate) -> _Way:
-        """The best way to import from `source`: all it holds, or the head up to where computing the rest begins to cost.
+        """Return the best way to import from `source`: all it holds, or up to where computing the rest starts to cost.
 
         The time is linear or concave in the cut on both sides of that place, so the best cut is there or at an end.
         """
@@ -181,7 +181,7 @@ class Scoring:
         return transfer + prefill + others_wait, transfer, prefill, cached, source, action
 
     def _evictions(self, model: ModelTimes, new: int) -> float:
-        """What it costs later that a full cache gives up others' KV for what it lacks of the prompt, however that comes.
+        """Return the later cost of a full cache evicting others' KV for the part of the prompt it lacks, computed or copied.
 
         All of it or nothing: whichever of the full ones has a little room would get everything.
         """
@@ -191,7 +191,7 @@ class Scoring:
         return new * model.again
 
     def _waits(self, model: ModelTimes) -> tuple[float, float]:
-        """The wait to expect of further requests for a hot prefix, and that once one replica more holds it."""
+        """Return the expected wait of further requests for a hot prefix, now and once one more replica holds it."""
         prompt, available, holders = self._prompt, self.best_available, len(self._sources) or 1
         new = prompt.tokens - available
         service = model.work_seconds(new, pairs(available, new)) + prompt.decode_seconds / model.decodes_full
@@ -201,16 +201,16 @@ class Scoring:
 
 
 def _queueing(service: float, busy: float) -> float:
-    """The mean wait for one who serves each in `service` seconds and is `busy` so much of the time (M/D/1)."""
+    """Return the mean wait at a server that takes `service` seconds each and is `busy` that share of the time (M/D/1)."""
     if busy > BUSY_MAX:
         busy = BUSY_MAX
     return service * busy / (2 * (1 - busy))
 
 
 def _by_chance(requests: int, replicas: int) -> float:
-    """How many requests a replica may well have without any reason: two standard deviations above the mean (Poisson).
+    """Return how many requests a replica may have by chance: two standard deviations above the mean (Poisson).
 
-    Such a difference goes as it came. A copy of a prefix made for it would stay, and push others out of the cache.
+    Such a difference disappears by itself. A copy of a prefix made because of it would stay and evict others.
     """
     if not replicas:
         return 0.0

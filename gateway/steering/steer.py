@@ -1,7 +1,7 @@
-"""Which replica gets a request, and what it imports from whom: whatever gives the first token soonest. Pure.
+"""Which replica gets a request and what it imports from where: whatever gives the earliest first token. Pure.
 
 For each replica the time to the first token is its queue, plus importing what a source holds, plus computing what nobody
-supplies (costs.py). Differences that the model is not sure of are ties, and a tie stays with who holds the prefix.
+supplies (costs/). Differences smaller than the model's error are ties, and a tie goes to the replica that holds the prefix.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ def steer(
 ) -> Decision:
     """Pick a replica and a source. Raises ValueError if no candidate takes requests.
 
-    `turn` rotates among equals; let it grow by one with each request. The order of `candidates` does not matter; `names` are
-    theirs in order, if they are at hand.
+    `turn` rotates among equals; increase it by one per request. The order of `candidates` does not matter; `names` are their
+    sorted names, if already known.
     """
     costs.pass_time(now)
     if names is None:
@@ -66,12 +66,12 @@ def steer(
 
 
 def affinity_weight(affinity: str, replica: str) -> int:
-    """Rendezvous hashing: the replica with the largest weight gets it, so that a change of the fleet moves few."""
+    """Rendezvous hashing: the replica with the largest weight gets the request, so that a change of the fleet moves few."""
     return xxhash.xxh3_64_intdigest(f"{len(affinity)}:{affinity}{replica}".encode("utf-8", "surrogatepass"))
 
 
 def _favourite(affinity: str, scoring: Scoring, doubt_seconds: float) -> Taker:
-    """Of replicas that differ by what is in front of them alone, and by no more than the doubt: the one for this affinity."""
+    """Of replicas that differ only in the work ahead, and by no more than the doubt, return the one for this affinity."""
     delays = [(scoring.delay(taker), taker) for taker in scoring.takers]
     limit = min(delay for delay, _ in delays) + doubt_seconds
     equal = [taker for delay, taker in delays if delay <= limit]
@@ -79,7 +79,7 @@ def _favourite(affinity: str, scoring: Scoring, doubt_seconds: float) -> Taker:
 
 
 def _chosen(options: Sequence[Option], scoring: Scoring, affinity: str, doubt: float) -> Option:
-    """The best option, or one that can not be told from it: that for the affinity, or one with more of the prefix."""
+    """Return the best option, or one indistinguishable from it: the one for the affinity, or one with more of the prefix."""
     best = options[0]
     for option in options:
         if option.score < best.score:
@@ -91,7 +91,7 @@ def _chosen(options: Sequence[Option], scoring: Scoring, affinity: str, doubt: f
         b = option.expected
         if b.local_tokens <= most and (b.local_tokens < most or option.score >= chosen.score):
             continue
-        # what both have in common is no source of doubt
+        # what both have in common does not add to the doubt
         differs = (
             abs(a.queue_seconds - b.queue_seconds)
             + abs(a.transfer_seconds - b.transfer_seconds)

@@ -150,10 +150,10 @@ class ChatTemplate:
         """Return what the template is rendered with, beside the messages: engine's defaults, client's words, ours."""
         for name in ("chat_template", *_TEXT_RANGE_FIELDS):
             if body.get(name) is not None:
-                raise ChatNotRendered(f"{name} is the engine's business")
+                raise ChatNotRendered(f"only the engine handles {name}")
         given = body.get("chat_template_kwargs") or {}
         if not isinstance(given, Mapping) or _RENDERER_WORDS & given.keys():
-            raise ChatNotRendered("chat_template_kwargs are the engine's business")
+            raise ChatNotRendered("only the engine handles chat_template_kwargs")
         effort = body.get("reasoning_effort")
         ours = {
             "add_generation_prompt": body.get("add_generation_prompt", True),

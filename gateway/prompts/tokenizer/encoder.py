@@ -1,4 +1,4 @@
-"""From text to token ids, of which the parts that were seen before are looked up and not computed anew."""
+"""From text to token ids; parts that were seen before are looked up instead of computed again."""
 
 import hashlib
 import logging
@@ -16,15 +16,15 @@ from gateway.token_ids import TokenIds
 _logger = logging.getLogger(__name__)
 
 SHORT_CHARS_MAX = 2 * CHUNK_CHARS_MIN
-"""A shorter text, or what is left of one behind its pages, is put together from heads and pieces."""
+"""A shorter text, or what follows a text's pages, is assembled from heads and pieces."""
 PIECE_CHARS_MIN = 128
-"""Pieces of what is new, which are put together from their words if they are new too."""
+"""Size of the pieces of new text; new pieces are assembled from their words."""
 PIECED_CHARS_MAX = 8192
 """A longer new text is mostly new: its words would only fill the cache."""
 TEXTS_BYTES_MAX = 64 << 20
-"""Texts that are found by comparing them: an eighth of it words, an eighth heads, a quarter leaves, the rest pages."""
+"""Texts found by comparison: an eighth of this is for words, an eighth for heads, a quarter for leaves, the rest for pages."""
 FEW = 4
-"""So many short texts are tokenised one by one before it pays to wake other cores."""
+"""Up to this many short texts are tokenised one by one; only beyond that does it pay to wake other cores."""
 FEW_CHARS_MAX = 1024
 
 _CANARIES = (
@@ -68,7 +68,7 @@ class Encoder:
 
     @property
     def cuts_texts(self) -> bool:
-        """Whether a text with a known beginning is tokenised from where it differs."""
+        """Whether a text with a known beginning is tokenised only from where it differs."""
         return self._cuts is not None
 
     def encode(self, text: str, add_special_tokens: bool, new_chars_max: int | None = None) -> TokenIds | None:
@@ -101,7 +101,7 @@ class Encoder:
         return TokenIds.joined([*known, ids]) if ids is not None and start else ids
 
     def _short(self, heads: Heads, text: str, known: list[TokenIds], new_chars_max: int | None) -> TokenIds | None:
-        """Return the ids of `known`, which stand before `text`, and of this."""
+        """Return the ids of `known`, which precede `text`, followed by those of `text`."""
         start, begins = heads.leading(text)
         if start:
             known += begins
@@ -147,7 +147,7 @@ class Encoder:
         return TokenIds.joined([part for part in parts if part is not None])
 
     def _keep_pages(self, texts: list[str], parts: list[TokenIds | None], known: int) -> None:
-        """Make pages of the first `known` chunks, which were seen before: of a text that comes for the second time."""
+        """Make pages of the first `known` chunks, which were seen before: the text has come for the second time."""
         known_ids = [part for part in parts[:known] if part is not None]
         first = chars = 0
         last = min(known, len(texts) - 1)
@@ -160,7 +160,7 @@ class Encoder:
             self._leaves.keep(texts[first:last], known_ids[first:last], texts[last])
 
     def _fresh(self, texts: list[str], special: bool) -> list[TokenIds]:
-        """Tokenise texts that are not known as they are. Of a few, what is known is looked up in pieces of a line or less."""
+        """Tokenise texts that are not known as a whole. If they are few, known pieces of a line or less are looked up."""
         if special or self._cuts is None or sum(map(len, texts)) > PIECED_CHARS_MAX:
             return self._tokenise(texts, special)
         return [TokenIds(self._of_words(text)) for text in texts]
@@ -178,17 +178,17 @@ def encode_all(tokenizer: Tokenizer, texts: list[str], special: bool) -> list[To
 
 
 def make_encoder(tokenizer: Tokenizer, cache: IdCache, texts_bytes_max: int = TEXTS_BYTES_MAX) -> Encoder:
-    """Return an encoder that cuts texts if that is exact, by what is known of this kind of tokenizer and by a trial."""
+    """Return an encoder; it cuts texts if that is exact, according to the kind of tokenizer and to a trial."""
     affixes = find_affixes(tokenizer)
     cuts = find_cuts(tokenizer)
     if cuts is not None and not cuts_are_exact(tokenizer, cuts):
-        _logger.error("texts are tokenised as a whole: cut up, some would get other token ids (please report this tokenizer)")
+        _logger.error("texts are tokenised as a whole: cutting them would change some token ids (please report this tokenizer)")
         cuts = None
     return Encoder(tokenizer, cache, cuts, affixes, texts_bytes_max)
 
 
 def find_affixes(tokenizer: Tokenizer) -> tuple[TokenIds, TokenIds] | None:
-    """Return the ids that special tokens put before and behind every text, None if that is not so."""
+    """Return the ids of the special tokens before and after every text, None if they vary."""
     plain, full = (encode_all(tokenizer, [*_CANARIES, ""], special) for special in (False, True))
     bare, whole = plain[0].tolist(), full[0].tolist()
     at = next((at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare), None)
@@ -201,7 +201,7 @@ def find_affixes(tokenizer: Tokenizer) -> tuple[TokenIds, TokenIds] | None:
 
 
 def cuts_are_exact(tokenizer: Tokenizer, cuts: TextCuts) -> bool:
-    """Try whether canaries, cut at every place that there is, get the ids that they get as a whole."""
+    """Check that canaries, cut at every possible place, get the same ids as uncut."""
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()][:64]
     texts = [*_CANARIES, "".join(_CANARIES), "".join(f"x y{text}\nZ {text}{text} q" for text in special)]
     return all(_cut_up(tokenizer, cuts.sized(size), texts) == encode_all(tokenizer, texts, False) for size in (1, 7))

@@ -7,13 +7,13 @@ from threading import Lock
 from gateway.token_ids import TokenIds
 
 ENTRY_BYTES = 310
-"""What an entry takes beside its ids, measured: the key, the objects, and its place in an ordered dictionary."""
+"""Measured size of an entry without its ids: the key, the objects, and its place in an ordered dictionary."""
 
 
 class IdCache:
-    """Ids under keys that name their text, least recently used out first. Thread safe.
+    """Ids by keys that identify their text; the least recently used are dropped first. Thread safe.
 
-    Keys are digests that nobody can forge, so no text is kept and none can be taken for another.
+    Keys are digests that nobody can forge, so no text is kept and none can be mistaken for another.
     """
 
     def __init__(self, bytes_max: int) -> None:
@@ -27,11 +27,11 @@ class IdCache:
 
     @property
     def held_bytes(self) -> int:
-        """How many bytes are held, keys and bookkeeping included."""
+        """Bytes held, including keys and bookkeeping."""
         return self._bytes
 
     def get(self, keys: Sequence[bytes]) -> list[TokenIds | None]:
-        """Return the ids under each of `keys`, None where there are none."""
+        """Return the ids for each of `keys`, None where there are none."""
         with self._lock:
             entries = self._entries
             found = list(map(entries.get, keys))
@@ -41,7 +41,7 @@ class IdCache:
         return found
 
     def put(self, entries: Iterable[tuple[bytes, TokenIds]]) -> None:
-        """Keep ids under their keys, at the cost of the oldest others."""
+        """Store ids under their keys, dropping the oldest others."""
         with self._lock:
             for key, ids in entries:
                 former = self._entries.pop(key, None)

@@ -1,8 +1,8 @@
-"""Long stretches of text that were seen before, found by comparing them: a tenth of the time that it takes to hash them.
+"""Long stretches of text that were seen before, found by comparison: a tenth of the time of hashing them.
 
-A page is a run of chunks (text_cuts.py) from a place where a text may be cut to another one. It is looked for by samples of the
-text behind that place, and taken only if the text there is exactly its own, with as much behind it as decides that the text may
-be cut there: what follows it is cut as it would be without pages.
+A page is a run of chunks (text_cuts.py) between two places where a text may be cut. It is looked up by samples of the text
+after the first place, and used only if the text there is exactly its own, with enough after it to decide that the text may be
+cut there: what follows is cut as it would be without pages.
 """
 
 from collections import OrderedDict
@@ -15,13 +15,13 @@ import msgspec
 from gateway.token_ids import TokenIds
 
 PAGE_CHARS_MIN = 16384
-"""A page ends with the first chunk that makes it so long."""
+"""A page ends with the first chunk that makes it this long."""
 LEAF_CHARS_MIN = 2048
-"""What is no page behind the pages is kept as a shorter one, a leaf, if it is so long."""
+"""What remains after the pages is kept as a shorter page, a leaf, if it is this long."""
 ENTRY_BYTES = 900
-"""What a page takes beside its text and its ids: its samples, the objects, and its place in an ordered dictionary."""
+"""Size of a page without its text and ids: its samples, the objects, and its place in an ordered dictionary."""
 REPLACED_EVERY = 8
-"""One page in so many takes the place of another one that looks the same, so that those that come by turns cost little."""
+"""One page in this many replaces another one that looks the same, so that alternating ones cost little."""
 _SAMPLES = 5
 _SAMPLE_CHARS = 24
 _serials = count(1)
@@ -32,7 +32,7 @@ def _nowhere(text: str, at: int) -> bool:
 
 
 class Page(msgspec.Struct, frozen=True, gc=False, eq=False):
-    """`text` is the page's own, of `chars` characters, and what stood behind it, so much that it decides of the place."""
+    """`text` is the page's own text of `chars` characters plus what followed it, enough to decide about the place."""
 
     text: str
     chars: int
@@ -44,11 +44,11 @@ class Page(msgspec.Struct, frozen=True, gc=False, eq=False):
 
 
 class Pages:
-    """At most `bytes_max` bytes of them, least recently used out first. Thread safe.
+    """At most `bytes_max` bytes of pages; the least recently used are dropped first. Thread safe.
 
-    Of pages that look the same in all samples, taken of the first `chars_min` characters, one is kept: what both begin
-    with if that is long enough, else one of the two. `specials` are those that texts are cut before, and
-    `place_at` tells, given a text and where, whether it may be cut there.
+    Of pages that look the same in all samples, taken from the first `chars_min` characters, one is kept: their common
+    beginning if that is long enough, otherwise one of the two. `specials` are the special tokens that texts are cut before,
+    and `place_at` tells whether a text may be cut at a place.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Pages:
         return self._place_at(text, start + page.chars) and text.startswith(page.text[: page.chars], start)
 
     def keep(self, chunks: Sequence[str], ids: Sequence[TokenIds], behind: str) -> None:
-        """Keep `chunks`, of `chars_min` characters or more, as a page with their ids; `behind` is the chunk behind them."""
+        """Keep `chunks`, of `chars_min` characters or more, as a page with their ids; `behind` is the chunk after them."""
         samples = self._samples(chunks[0] if len(chunks[0]) >= self._chars_min else "".join(chunks))
         with self._lock:
             former = self._pages.get(samples)
@@ -118,7 +118,7 @@ class Pages:
 
 
 def _common(chunks: Sequence[str], text: str) -> tuple[int, int]:
-    """How many leading chunks are what `text` begins with, and how many characters these have."""
+    """Return how many leading chunks `text` begins with, and how many characters these have."""
     chars = 0
     for place, chunk in enumerate(chunks):
         if not text.startswith(chunk, chars):

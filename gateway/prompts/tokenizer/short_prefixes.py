@@ -1,8 +1,8 @@
-"""Beginnings that short texts have in common, found by their first characters and by comparing them.
+"""Beginnings that short texts share, found by their first characters and by comparison.
 
-A head is what texts with the same first characters agree in, up to a place where they may be cut (text_cuts.py): a system
-prompt, and behind it a document, and behind that what a question begins with. What is left of a text behind its heads is new.
-A head is taken only where the text is exactly the head's, and may be cut behind it.
+A head is what texts with the same first characters have in common, up to a place where they may be cut (text_cuts.py): a system
+prompt, then a document, then the beginning of a question. What follows a text's heads is new. A head is used only if the text
+is exactly the head's and may be cut after it.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from gateway.prompts.tokenizer.text_cuts import TextCuts
 from gateway.token_ids import TokenIds
 
 KEY_CHARS = 64
-"""Heads are looked for under so many characters, and only in what is longer."""
+"""Heads are looked up by this many first characters, and only in longer texts."""
 HEAD_CHARS_MIN = 24
 SERIAL_CHARS_MIN = 512
-"""Keys of a longer head's ids are kept (chains.py); those of a shorter one are hashed in less time than they are looked up."""
+"""Keys of longer heads' ids are kept (chain_cache.py); hashing those of shorter ones is faster than looking them up."""
 ENTRY_BYTES = 700
-"""What a head takes beside its text and its ids: its key, the objects, and its place in a dictionary."""
+"""Size of a head without its text and ids: its key, the objects, and its place in a dictionary."""
 _NO_PLACE = ""
 _serials = count(1 << 62)
 
@@ -41,7 +41,7 @@ class Heads:
         self._generation_bytes_max = bytes_max // 2
         self._bytes = 0
         self._heads: dict[str, Head] = {}
-        self._texts: dict[str, str] = {}  # that no head is known of
+        self._texts: dict[str, str] = {}  # without a known head
         self._older: tuple[dict[str, Head], dict[str, str]] = ({}, {})
 
     def leading(self, text: str) -> tuple[int, list[TokenIds]]:
@@ -62,7 +62,7 @@ class Heads:
         return start, found
 
     def note(self, text: str) -> None:
-        """Take notice of a text, or of what is left of one behind its heads: of what it has in common with the one before."""
+        """Learn from a text, or from what follows its heads: what it has in common with the previous one."""
         if len(text) <= KEY_CHARS:
             return
         key = text[:KEY_CHARS]
@@ -104,7 +104,7 @@ class Heads:
 
 
 def _common(text: str, other: str) -> int:
-    """How many characters both begin with."""
+    """Return how many leading characters both share."""
     least, most = 0, min(len(text), len(other))
     while least < most:
         middle = (least + most + 1) // 2

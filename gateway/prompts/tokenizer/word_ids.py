@@ -1,8 +1,8 @@
-"""Ids of short texts, put together from those of their words.
+"""Ids of short texts, assembled from those of their words.
 
-Behind a known beginning a prompt's text is new, but its words are not, and looking them up takes a tenth of tokenising them.
-Where a text may be cut between words is for text_cuts.py to say: before a space between characters of certain kinds. A word
-with anything else beside that space is taken together with its neighbour.
+After a known beginning a prompt's text is new, but its words are not, and looking them up takes a tenth of the time of
+tokenising them. text_cuts.py decides where a text may be cut between words: before a space between characters of certain kinds.
+A word with anything else next to that space stays together with its neighbour.
 """
 
 import re
@@ -12,9 +12,9 @@ from typing import Any
 from gateway.token_ids import TokenIds
 
 ENTRY_BYTES = 220
-"""What an entry takes beside the characters of its text and its ids, measured: two objects and their place in a dictionary."""
+"""Measured size of an entry without the characters of its text and its ids: two objects and their place in a dictionary."""
 PARTS_MIN = 16
-"""A text of fewer parts is not worth an entry of its own."""
+"""A text of fewer parts is not worth a separate entry."""
 
 _EMPTY_BYTES = "".__sizeof__()
 _New = list[tuple[int, str]]
@@ -39,7 +39,7 @@ class WordIds:
         self._older: tuple[dict[str, bytes], dict[str, bytes]] = ({}, {})
 
     def raw(self, texts: Sequence[str], new_chars_max: int | None = None) -> bytes | None:
-        """Return the ids of `texts`, one behind the other, as int32; None if more than `new_chars_max` characters are new.
+        """Return the ids of `texts`, concatenated, as int32; None if more than `new_chars_max` characters are new.
 
         `texts` are whole, or parts between places where a text may be cut. Raises UnicodeEncodeError for half a surrogate pair.
         """
@@ -64,7 +64,7 @@ class WordIds:
         return b"".join(parts)
 
     def _take_apart(self, text: str, parts: list[bytes], new: _New) -> None:
-        """Append the ids of what `text` consists of to `parts`, and what is not known to `new` with its place there."""
+        """Append the ids of the parts of `text` to `parts`, and unknown parts to `new` with their place there."""
         words = text.split(" ") if self._cuts_words else [text]
         found: list[Any] = list(map(self._words.get, words))
         done, count = 0, len(words)
@@ -106,7 +106,7 @@ class WordIds:
             parts[place] = ids[text]
 
     def _find(self, text: str) -> bytes | None:
-        """Return the ids of a text, and bring it over into the younger generation."""
+        """Return the ids of a text, and move it to the younger generation."""
         known = self._texts.get(text)
         if known is None and text[:1] == " ":  # what a piece begins with
             known = self._words.get(text[1:])

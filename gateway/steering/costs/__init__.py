@@ -1,1 +1,1 @@
-"""What a choice costs in seconds: the terms of the cost model and how they are fitted to what was measured. Knows no choice."""
+"""What a choice costs in seconds: the terms of the cost model, and how they are fitted. Knows nothing of choices."""

@@ -1,34 +1,34 @@
-"""A robust linear fit that goes on for ever: non-negative coefficients, relative errors, old samples fade away.
+"""A robust online linear fit: non-negative coefficients, relative errors, old samples fade.
 
-Each sample is `y ≈ Σ x_j·c_j`. What is minimised is the relative error, because 10 ms matter at 30 ms and not at 10 s; a sample
-whose error is unusual for the fit counts less (Huber), unless they all err to one side: then what is measured has changed, and
-the past fades fast. Coefficients that the samples say nothing about stay where they were.
+Each sample is `y ≈ Σ x_j·c_j`. It minimises the relative error, because 10 ms matter at 30 ms and not at 10 s. A sample with
+an unusual error counts less (Huber), unless all samples err to one side: then what is measured has changed, and the past fades
+fast. Coefficients that the samples say nothing about stay where they were.
 """
 
 from collections.abc import Sequence
 from math import inf, log
 
 HUBER = 1.5
-"""Errors beyond so many times the usual one count linearly: Huber's own choice loses 5 % on normal errors."""
+"""Errors beyond this multiple of the usual one count linearly: Huber's choice, which loses 5 % on normal errors."""
 USUAL_SHARE = 0.05
 """Weight of the newest sample in the usual error."""
 STAY = 0.01
-"""How firmly a coefficient stays, in samples that it alone explains."""
+"""How firmly a coefficient stays at its value, in samples that it alone explains."""
 STREAK = 12
-"""So many errors to one side in a row are no chance (1 in 2,048)."""
+"""This many consecutive errors to one side are not chance (1 in 2,048)."""
 STREAK_FADE = 0.85
 SWEEPS = 12
 WARM_UP = 64
-"""So many samples are solved one by one; later ones in groups of `SOLVE_EVERY`."""
+"""The first samples are solved one by one, later ones in groups of `SOLVE_EVERY`."""
 SOLVE_EVERY = 8
 _SECONDS_MIN = 1e-9
 
 
 class Fit:
-    """Coefficients of at least 0, from `prior`, all above 0; a sample has faded to 1/e after `memory` further ones.
+    """Non-negative coefficients, starting from `prior`, all above 0; a sample has faded to 1/e after `memory` further ones.
 
-    None becomes more than `factors_max` times its prior: where two things always come together, the samples can not tell which
-    of them takes the time, and one that is known to be small must not get it all.
+    None exceeds `factors_max` times its prior: if two terms always occur together, the samples cannot tell which of them
+    takes the time, and one that is known to be small must not get all of it.
     """
 
     __slots__ = ("_a", "_b", "_memory", "_most", "_scale", "_streak", "_unsolved", "_usual", "_z", "coefficients", "samples")
@@ -48,7 +48,7 @@ class Fit:
         self._unsolved = 0
         self.samples = 0
         self.coefficients = tuple(prior)
-        """The fit as it is now, in the order of the prior."""
+        """The current coefficients, in the order of the prior."""
 
     @property
     def usual_error(self) -> float:
@@ -56,21 +56,21 @@ class Fit:
         return self._usual
 
     def predict(self, x: Sequence[float]) -> float:
-        """What the fit expects for `x`."""
+        """Return what the fit expects for `x`."""
         return sum(value * coefficient for value, coefficient in zip(x, self.coefficients, strict=True))
 
     def observe(self, x: Sequence[float], y: float, holds: float = 1.0) -> None:
         """Learn that `x` gave `y` above 0; `x` has no negative number.
 
-        `holds` is the share of what was learnt that is still thought to hold, for what was learnt long ago. The sample decides:
-        if it is unusual for the fit and nearer to what `faded` expects, the rest is forgotten.
+        `holds` is the share of old knowledge that is still believed. The sample decides: if it is unusual for the fit and
+        closer to what `faded` expects, the rest is forgotten.
         """
         y = max(y, _SECONDS_MIN)
         u = [value * scale for value, scale in zip(x, self._scale, strict=True)]
         if holds < 1:
             self._doubt(u, y, holds)
         expected = _expected(u, self._z)
-        # relative to what was expected, so that noise in y biases nothing; a prior that was far too low must not rule for long
+        # relative to what was expected, so that noise in y causes no bias; a prior far too low must not dominate for long
         weight = 1 / max(expected, y / 4) ** 2
         error = abs(y - expected) * weight**0.5
         limit = HUBER * self._usual
@@ -91,9 +91,9 @@ class Fit:
             self._solve()
 
     def faded(self, share: float) -> tuple[float, ...]:
-        """The coefficients if only `share`, 0 to 1, of what was learnt still holds: on their way back to the prior.
+        """Return the coefficients if only `share`, 0 to 1, of what was learnt still holds: part of the way back to the prior.
 
-        Large ones go by their ratio to it, so that one that is 100 times too large does not take 100 times as long.
+        Large ones shrink by their ratio to it, so that one that is 100 times too large does not take 100 times as long.
         """
         return tuple(scale * value for scale, value in zip(self._scale, self._faded(share), strict=True))
 
@@ -101,18 +101,18 @@ class Fit:
         return [value**share if value > 1 else 1 - share * (1 - value) for value in self._z]
 
     def _doubt(self, u: Sequence[float], y: float, share: float) -> None:
-        """Forget all but `share` of what was learnt, if the sample says so."""
+        """Forget all but `share` of what was learnt, if the sample suggests it."""
         faded = self._faded(share)
         off, off_if_faded = (abs(log(y / max(_expected(u, z), _SECONDS_MIN))) for z in (self._z, faded))
         if off <= log(1 + HUBER * self._usual) or off_if_faded >= off:
             return
         self._z = faded
         self._a = [[share * value for value in row] for row in self._a]
-        # the samples that are left speak for where the coefficients are now
+        # the remaining samples support the current coefficients
         self._b = [sum(value * other for value, other in zip(row, self._z, strict=True)) for row in self._a]
 
     def _solve(self) -> None:
-        """Coordinate descent from the last solution, which also is what the coefficients are drawn to."""
+        """Coordinate descent from the last solution, to which the coefficients are also drawn."""
         z = self._z
         stay = [STAY / max(1.0, value) ** 2 for value in z]
         drawn = [weight * value for weight, value in zip(stay, z, strict=True)]

@@ -1,4 +1,4 @@
-"""What is believed of devices and transports before anything was measured, with the source of each figure."""
+"""Assumptions about devices and transports before anything was measured, with the source of each figure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class ModelKey(NamedTuple):
-    """Whose prefill terms: a kind of device ("cpu", "cuda") and the model on it (any name, fingerprints do)."""
+    """The key of prefill terms: a kind of device ("cpu", "cuda") and the model on it (any name, fingerprints do)."""
 
     device: str
     model: str = ""
@@ -24,15 +24,15 @@ class PrefillTerms(NamedTuple):
 
 
 PREFILL_FACTORS_MAX = PrefillTerms(inf, inf, inf, inf, 10.0)
-"""Decodes come with whatever else slows a machine down; their own cost is known well enough to bound it."""
+"""Decodes coincide with everything else that slows a machine down; their own cost is known well enough to bound it."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceKind:
-    """What is believed of a kind of device before anything was measured, with the source of each figure.
+    """Assumptions about a kind of device before anything was measured, with the source of each figure.
 
     `free_tokens` cost nothing beyond the step that computes one token, because that step reads all weights anyway (roofline).
-    `decodes_full` answers decoded at a time make each of them take twice as long.
+    Decoding `decodes_full` answers at once makes each of them take twice as long.
     """
 
     prefill: PrefillTerms
@@ -59,5 +59,5 @@ TRANSPORT_PRIORS: Mapping[str, tuple[float, float]] = {
 
 
 def device_kind(device: str) -> DeviceKind:
-    """What was believed of the device beforehand; an unknown kind is taken for a GPU."""
+    """Return the assumptions about the device; an unknown kind is treated as a GPU."""
     return DEVICE_KINDS.get(device, _CUDA)

@@ -1,16 +1,16 @@
-"""What a replica has to do, as far as a request that comes now has to wait for it."""
+"""The work of a replica that a request arriving now has to wait for."""
 
 import msgspec
 
 HEAD_DONE_MAX = 0.9
-"""Of the prompt that is being computed at most this share is taken to be done while its first token is not there."""
+"""Of the prompt being computed, at most this share is assumed done while its first token is missing."""
 
 
 class ReplicaLoad(msgspec.Struct, frozen=True, gc=False):
     """One replica's load. `tokens` and `pairs` are the work of the prompts sent there and not answered yet.
 
-    Of these the first, `head_tokens` and `head_pairs`, is being computed since `since`. `engine_tokens` and `engine_pairs` are
-    the engine's own count. `importing` and `reading` are imports under way to it and from it.
+    The first of these, with `head_tokens` and `head_pairs`, has been computing since `since`. `engine_tokens` and
+    `engine_pairs` are the engine's own count. `importing` and `reading` are imports under way to it and from it.
     """
 
     tokens: float = 0.0

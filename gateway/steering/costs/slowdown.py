@@ -1,7 +1,8 @@
-"""How much slower or faster than usual a machine is just now. Pure.
+"""How much slower or faster than usual a machine is at the moment. Pure.
 
-The fitted terms learn slowly, so that chance does not move them. But what shares a machine comes and goes within seconds, and
-slows down everything at once: one factor for all that is expected, learnt from the last few answers and soon forgotten.
+The fitted terms learn slowly, so that chance does not move them. But other programs on the machine come and go within seconds
+and slow down everything at once. So there is one factor on all expected times, learnt from the last few answers and soon
+forgotten.
 """
 
 from math import exp, log
@@ -9,15 +10,15 @@ from math import exp, log
 SHARE = 0.25
 """Weight of the newest answer."""
 SURPRISE_MAX = 0.4
-"""An answer is not believed to be further off than this, in log: a single one that hung says little of the next."""
+"""Limit on the log error of one answer: a single one that hung says little about the next."""
 SLOWDOWN_LOG_MAX = 0.7
-"""Bound on the log of the factor: half as fast, twice as fast. What goes further is for the terms to learn."""
+"""Bound on the log of the factor: half as fast, twice as fast. Anything beyond is for the terms to learn."""
 MEMORY_SECONDS = 15.0
-"""The log of the factor has faded to 1/e after so long without an answer."""
+"""Time without an answer after which the log of the factor has faded to 1/e."""
 
 
 class Slowdown:
-    """A running mean of the log of measured / expected that fades to that of 1. Times are seconds of one clock."""
+    """A running mean of log(measured / expected) that fades to 0. Times are seconds of one clock."""
 
     __slots__ = ("_at", "_log")
 

@@ -1,6 +1,6 @@
-"""What computing takes with one model, by the terms that were fitted last. Pure; times are in seconds.
+"""Compute times of one model, from the terms fitted last. Pure; times are in seconds.
 
-One object for each model lives as long as the cost model, so that a decision finds all it needs of it in one place.
+One object for each model lives as long as the cost model, so that a decision finds everything about it in one place.
 """
 
 from gateway.steering.costs.priors import DeviceKind, PrefillTerms
@@ -14,8 +14,8 @@ CHUNK_TOKENS = 8192
 class ModelTimes:
     """The terms of one model, those of its `kind` of device before anything was learnt, and the slowdown of its machines.
 
-    Beside them lies what was reckoned with them for the decision that is being made: objects of its own would take longer to
-    make than all that is put into them.
+    It also holds what was computed from them for the decision being made: creating separate objects would take longer than
+    filling them.
     """
 
     __slots__ = (
@@ -42,29 +42,29 @@ class ModelTimes:
         self.begin(0.0, 0.0)
 
     def begin(self, now: float, decode_seconds: float) -> None:
-        """A decision begins; answers take `decode_seconds` behind their first token."""
+        """Begin a decision; answers take `decode_seconds` after their first token."""
         self.factor = factor = self.slowdown.factor(now)
-        """The slowdown now, one for all replicas with that model: it changes what is expected, and nothing in whom of."""
+        """The current slowdown, the same for all replicas with this model: it changes the expected times, not their order."""
         self.each = decode_seconds * factor / self.decodes_full
-        """Seconds that a request takes longer for each other one that is decoded beside it."""
+        """Extra seconds of a request for each other one being decoded at the same time."""
         self.reckoned: dict[int, tuple[float, float]] = {}
-        """What `computing` said of the prompt, by the tokens that are cached."""
+        """Results of `computing` for the prompt, by the number of cached tokens."""
         self.waits: tuple[float, float] | None = None
         self.again: float | None = None
 
     def learn(self, terms: PrefillTerms) -> None:
-        """These are the coefficients from now on."""
+        """Set the coefficients."""
         self.fixed, self.prompt_token, self.new_token, self.pair, self.decode_step = terms
 
     def paid(self, prompt_tokens: int, new_tokens: int) -> tuple[int, float]:
-        """Of a prompt's new tokens and their pairs, what costs time beyond that of a step for one token."""
+        """Return the share of a prompt's new tokens and pairs that costs time beyond a step for one token."""
         paid = max(0, new_tokens - self.free_tokens)
         return paid, pairs(prompt_tokens - paid, paid)
 
     def computing(self, cached_tokens: int, prompt_tokens: int) -> tuple[float, float]:
-        """Return the seconds to the first token from a prompt's first step on, and by how much what waits there waits longer.
+        """Return the seconds from a prompt's first step to its first token, and the extra wait of the requests behind it.
 
-        `cached_tokens` of the prompt are there; handling it is in the former. Nothing is decoded meanwhile.
+        `cached_tokens` of the prompt are present; the former includes handling it. Nothing is decoded meanwhile.
         """
         seconds = self.fixed + self.prompt_token * prompt_tokens
         paid = prompt_tokens - cached_tokens - self.free_tokens
@@ -77,15 +77,15 @@ class ModelTimes:
         )
 
     def slowed_seconds(self, decoding: int, new_tokens: int) -> float:
-        """How much longer computing takes while others are decoded."""
+        """Return how much longer computing takes while others are being decoded."""
         return self.decode_step * decoding * new_tokens / CHUNK_TOKENS
 
     def work_seconds(self, tokens: float, work_pairs: float) -> float:
-        """Computing `tokens` new tokens with `work_pairs`, without what each request costs beside."""
+        """Return the time of computing `tokens` new tokens with `work_pairs`, without the fixed cost of a request."""
         return self.new_token * tokens + self.pair * work_pairs
 
     def queue_seconds(self, load: ReplicaLoad, now: float) -> float:
-        """Until a new prompt's first step, behind the work ahead of it."""
+        """Return the time until a new prompt's first step, after the work ahead of it."""
         new_token, pair = self.new_token, self.pair
         tokens, ahead_pairs = load.ahead(now, new_token, pair)
         seconds = new_token * tokens + pair * ahead_pairs
@@ -93,5 +93,5 @@ class ModelTimes:
 
 
 def pairs(cached_tokens: float, new_tokens: float) -> float:
-    """Pairs of a new token and one before it: what attention computes for `new_tokens` behind `cached_tokens`."""
+    """Return the attention pairs of `new_tokens` after `cached_tokens`: each new token with every one before it."""
     return new_tokens * (cached_tokens + new_tokens / 2)

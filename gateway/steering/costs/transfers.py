@@ -1,7 +1,7 @@
-"""What imports take: a fixed time and a time a byte, per pair of replicas and per transport. Pure; times are in seconds.
+"""What imports take: a fixed time and a time per byte, per pair of replicas and per transport. Pure; times are in seconds.
 
-What is not tried is not measured. So that a few slow imports do not end imports for ever, what was learnt fades with time:
-a pair that was not used for a while is taken for one like the others, and a transport for what is believed beforehand.
+What is not tried is not measured. So that a few slow imports do not end imports for ever, knowledge fades with time: a pair
+that has not been used for a while is treated like the others, and a transport falls back to its prior.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from gateway.steering.costs.fitting import Fit
 from gateway.steering.costs.priors import TRANSPORT_PRIORS
 
 PAIR_SAMPLES_MIN = 3
-"""Fewer transfers between two replicas than this, and what all pairs of that transport took speaks for them."""
+"""With fewer transfers than this between two replicas, the average over all pairs of that transport is used."""
 PAIRS_MAX = 4096
 FADE_SECONDS = 1800.0
-"""So long after its last import, 1/e is left of what was learnt of a transport, and nothing of what was learnt of a pair.
+"""This long after the last import, 1/e of what was learnt about a transport is left, and nothing about a pair.
 
-An import or a few in about that time is what it costs to find out that nothing changed.
+A few imports in that time are the cost of finding out that nothing has changed.
 """
 FADE_STEP_SECONDS = 1.0
 
@@ -27,14 +27,14 @@ Pair = tuple[str, str, str]
 
 @dataclass(slots=True)
 class _Known:
-    """`terms` are what the fit says now."""
+    """`terms` are the current coefficients."""
 
     fit: Fit
     used_at: float
     terms: tuple[float, ...]
 
     def holds(self, now: float) -> float:
-        """The share of what was learnt that is thought to hold still."""
+        """Return the share of what was learnt that is still believed."""
         return exp(min(0.0, self.used_at - now) / FADE_SECONDS)
 
     def observe(self, kv_bytes: float, seconds: float, now: float) -> None:
@@ -53,14 +53,14 @@ class Transfers:
         self._now = 0.0
 
     def pass_time(self, now: float) -> None:
-        """It is `now`, on the clock that `observe` is told too: what was learnt fades. Cheap."""
+        """Let what was learnt fade until `now`, on the same clock as `observe`. Cheap."""
         if now - self._now >= FADE_STEP_SECONDS:
             self._now = now
             for known in self._transports.values():
                 known.terms = known.fit.faded(known.holds(now))
 
     def terms(self, taker: str, source: str, transport: str) -> tuple[float, float]:
-        """Seconds for each import, and for each byte of it, while no other import uses these replicas."""
+        """Return the seconds per import and per byte of it, while no other import uses these replicas."""
         known = self._pair((taker, source, transport))
         if known is None or known.fit.samples < PAIR_SAMPLES_MIN:
             known = self._transport(transport)
@@ -68,7 +68,7 @@ class Transfers:
         return fixed, a_byte
 
     def observe(self, pair: Pair, kv_bytes: float, seconds: float, now: float) -> None:
-        """Learn that an import took `seconds`. `kv_bytes` count once for each import that shared the way with it."""
+        """Learn that an import took `seconds`. `kv_bytes` count once for each import that shared the link with it."""
         self.pass_time(now)
         common = self._transport(pair[2])
         known = self._pair(pair)
@@ -82,7 +82,7 @@ class Transfers:
         common.observe(kv_bytes, seconds, now)
 
     def known(self) -> Iterator[tuple[Pair, Fit, tuple[float, ...]]]:
-        """Every fit that counts now with its terms: transports, then pairs."""
+        """Return every fit in use with its terms: transports, then pairs."""
         for transport, known in sorted(self._transports.items()):
             yield ("", "", transport), known.fit, known.terms
         for pair in sorted(self._pairs):

@@ -244,7 +244,7 @@ async def test_media_are_steered_by_load(place: Place) -> None:
     body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}
     plan = await place.planner.plan("chat", body, ANONYMOUS)
     assert (plan.prompt_tokens, plan.kv_transfer_params) == (0, {"peerkv": {"tag": plan.tag}})
-    assert "engine's business" in plan.reason
+    assert "only the engine handles" in plan.reason
 
 
 async def test_embeddings_go_to_the_least_busy_replica(place: Place) -> None:
