@@ -22,6 +22,7 @@ from pydantic_settings import SettingsError as PydanticSettingsError
 
 from engine.replicas.devices import CPU_REPLICAS_DEFAULT, resolve_replicas
 from engine.replicas.launch import EngineSettings, devices_each
+from engine.replicas.vllm_options import refusals
 from gateway.errors import SettingsError
 from gateway.secret_files import SECRETS_DIR_VARIABLE, read_secret_files
 
@@ -225,6 +226,13 @@ class Settings(BaseSettings):
         if value.lstrip().startswith("["):
             return tuple(json.loads(value))
         return tuple(shlex.split(value))
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _check_vllm_args(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for refusal in refusals(value):
+            raise ValueError(refusal)
+        return value
 
     @field_validator("cors_origins")
     @classmethod

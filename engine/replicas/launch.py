@@ -12,6 +12,7 @@ from engine.fleet import FleetError
 from engine.host_process.preload import server_module
 from engine.replicas.devices import assign_devices
 from engine.replicas.lifecycle import RestartPolicy
+from engine.replicas.vllm_options import option_name, refusals
 
 SOCKET_PATH_BYTES_MAX = 107  # sun_path of Linux, less its final zero
 ENGINE_SOCKET_BYTES = 37  # vLLM names the sockets between its own processes "/<uuid>"
@@ -21,22 +22,6 @@ CPU_SEQUENCES_MAX = 16
 GPU_MEMORY_SHARE = 0.9
 """What replicas that share a GPU take of its memory together; the rest is for each one's CUDA context."""
 CPU_WORKER = "engine.connector.cpu_worker.CpuWorker"
-
-RESERVED_FLAGS = {
-    "--model": "give the model to peerkv itself",
-    "--served-model-name": "give the name to peerkv itself",
-    "--uds": "each replica listens on a socket of its own",
-    "--host": "replicas listen on unix sockets only",
-    "--port": "replicas listen on unix sockets only",
-    "--api-key": "the front door authenticates, replicas are private to it",
-    "--root-path": "the front door knows vLLM's own paths only",
-    "--ssl-keyfile": "replicas listen on unix sockets only",
-    "--ssl-certfile": "replicas listen on unix sockets only",
-    "--headless": "a replica needs its HTTP server",
-    "--data-parallel-size": "peerkv runs the replicas itself, see its number of replicas",
-    "-dp": "peerkv runs the replicas itself, see its number of replicas",
-    "--api-server-count": "a replica has one HTTP server",
-}
 
 
 class LaunchRefused(FleetError):
@@ -152,11 +137,9 @@ def replica_env(settings: EngineSettings, environ: Mapping[str, str], cores: int
 
 
 def check_user_args(args: Sequence[str]) -> None:
-    """Raise LaunchRefused for a vLLM option that would take a replica out of our hands."""
-    for arg in args:
-        flag = _flag_of(arg)
-        if flag in RESERVED_FLAGS:
-            raise LaunchRefused(f"vLLM option {arg.partition('=')[0]} cannot be passed on: {RESERVED_FLAGS[flag]}")
+    """Raise LaunchRefused for a vLLM option that would take a replica out of our hands, or mean nothing to one."""
+    for refusal in refusals(args):
+        raise LaunchRefused(refusal)
 
 
 def devices_each(args: Sequence[str]) -> int:
@@ -230,16 +213,11 @@ def _python_path(environ: Mapping[str, str]) -> str:
     return os.pathsep.join(p for p in (str(root), former) if p)
 
 
-def _flag_of(arg: str) -> str:
-    """`arg` as vLLM's parser names the option: without its value, underscores as dashes."""
-    return arg.partition("=")[0].replace("_", "-") if arg.startswith("-") else ""
-
-
 def _int_option(args: Sequence[str], names: tuple[str, ...]) -> int:
     """The last value of an option that is given as `--name 2` or `--name=2`; 1 when absent."""
     found = 1
     for at, arg in enumerate(args):
-        if _flag_of(arg) in names:
+        if option_name(arg) in names:
             value = arg.partition("=")[2] or (args[at + 1] if at + 1 < len(args) else "")
             if not value.isdigit() or int(value) < 1:
                 raise LaunchRefused(f"vLLM option {arg} needs a positive number")
