@@ -39,10 +39,12 @@ class Readiness(BaseModel):
 
 
 def _add_open_routes(app: FastAPI, fleet: FleetView, draining: Callable[[], bool]) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["admin"], summary="The gateway lives")
     async def health() -> Health:
         return Health()
 
+    @app.head("/ready", include_in_schema=False)
     @app.get(
         "/ready",
         tags=["admin"],

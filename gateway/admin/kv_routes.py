@@ -17,7 +17,7 @@ from gateway.errors import (
     UnknownRequest,
 )
 from gateway.kept_prefixes.shapes import PrefixReport
-from gateway.stats.explain import Explanation
+from gateway.stats.explain import ID_CHARS_MAX, Explanation
 from gateway.stats.shapes import KvStats
 from gateway.tenants.access import AdminAccess
 from gateway.upstream.pool import Upstream, UpstreamLost
@@ -94,7 +94,9 @@ def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, figure
         **guarded,
     )
     async def explain(
-        request_id: Annotated[str, Path(description="the header x-request-id of its answer", max_length=128)],
+        request_id: Annotated[
+            str, Path(description="of its answer: the header x-request-id, or the body's id", max_length=ID_CHARS_MAX)
+        ],
     ) -> Explanation:
         found = figures.explain(request_id)
         if found is None:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 from urllib.parse import quote
 
 import httpx
@@ -13,16 +12,16 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gateway.cli.kv_stats import StatsNotRead, ask, client_for
+from gateway.cli.kv_stats import StatsNotRead, add_gateway_flags, ask, client_for
+from gateway.ledger import ledger
+from gateway.ledger.misses import MissReason
 from gateway.stats.explain import Attempt, Delivered, Explanation, OptionConsidered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to `parser`."""
-    parser.add_argument("request_id", metavar="ID", help="the x-request-id of the answer")
-    parser.add_argument("--url", default=None, help="URL of the gateway (default: from the host and port in the settings)")
-    parser.add_argument("--admin-key", default=None, help="the admin key (default: from the settings)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
+    parser.add_argument("request_id", metavar="ID", help="the x-request-id of the answer, or the id in its body (cmpl-…)")
+    add_gateway_flags(parser)
     parser.add_argument("--json", action="store_true", help="print /kv/explain as JSON")
 
 
@@ -64,17 +63,35 @@ def render(attempt: Attempt) -> RenderableType:
         table.add_row("delivered", *_delivered_cells(delivered))
     where = f"{attempt.replica}, importing from {attempt.source}" if attempt.source else attempt.replica
     tokens = f"{attempt.prompt_tokens or 'unknown'} prompt tokens"
-    head = f"{attempt.endpoint} of tenant {attempt.tenant}: {tokens}, status {_or_dash(attempt.status)}"
+    head = f"{attempt.endpoint} of tenant {attempt.tenant}: {tokens}, {_outcome(attempt)}"
     lines = [
         Text(head, style="bold"),
-        Text(f"{attempt.action} on {where}: {attempt.why}"),
+        Text(f"{attempt.action} on {where}: {'the caller chose the replica; ' if attempt.pinned else ''}{attempt.why}"),
         Text(f"longest prefix that any replica held: {expected.best_available_tokens} tokens"),
     ]
     if attempt.options:
         lines.append(Text("considered: " + "; ".join(map(_considered, attempt.options))))
-    loss = f"{attempt.reason}: {attempt.reason_in_words}" if attempt.reason_in_words else attempt.reason
     lost = f", {attempt.lost_tokens} tokens lost" if attempt.lost_tokens else ""
-    return Group(*lines, table, Text(loss + lost + ("" if attempt.settled else " (not final)")))
+    return Group(*lines, table, Text(_loss(attempt) + lost + ("" if attempt.settled else " (not final)")))
+
+
+def _outcome(attempt: Attempt) -> str:
+    """The end of an attempt in words."""
+    match attempt.status:
+        case None:
+            return "still running"
+        case ledger.LOST_STATUS:
+            return f"no answer: {attempt.replica} died or broke off"
+        case ledger.LEFT_STATUS:
+            return "the client left"
+        case status:
+            return f"status {status}"
+
+
+def _loss(attempt: Attempt) -> str:
+    if attempt.reason == MissReason.NONE:
+        return "nothing was lost: it got all that any replica had"
+    return f"{attempt.reason}: {attempt.reason_in_words}" if attempt.reason_in_words else attempt.reason
 
 
 def _considered(option: OptionConsidered) -> str:

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import httpx
@@ -33,14 +33,20 @@ class StatsNotRead(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to `parser`."""
-    parser.add_argument("--url", default=None, help="URL of the gateway (default: from the host and port in the settings)")
-    parser.add_argument("--admin-key", default=None, help="the admin key (default: from the settings)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
+    add_gateway_flags(parser)
     parser.add_argument("--once", action="store_true", help="print the table once and exit")
     parser.add_argument("--json", action="store_true", help="print /kv/stats as JSON and exit")
     parser.add_argument(
         "--interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS", help="time between updates (default: 1)"
     )
+
+
+def add_gateway_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which gateway is meant, as `client_for` reads them."""
+    parser.add_argument("--url", default=None, help="URL of the gateway (default: from the host and port in the settings)")
+    parser.add_argument("--port", default=None, metavar="N", help="its port on this machine (default: from the settings)")
+    parser.add_argument("--admin-key", default=None, help="the admin key (default: from the settings)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
 
 
 def run(arguments: argparse.Namespace, console: Console | None = None, transport: httpx.BaseTransport | None = None) -> int:
@@ -65,26 +71,44 @@ def run(arguments: argparse.Namespace, console: Console | None = None, transport
 
 def client_for(arguments: argparse.Namespace, transport: httpx.BaseTransport | None) -> httpx.Client:
     """Return a client for the gateway that the flags or the settings name. Raises SettingsError."""
-    settings = load(config=arguments.config)
+    settings = load({"port": arguments.port}, arguments.config)
     key = arguments.admin_key or (settings.admin_key.get_secret_value() if settings.admin_key else "")
     url = arguments.url or address(settings)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return httpx.Client(base_url=url, headers=headers, timeout=ANSWER_SECONDS_MAX, transport=transport)
 
 
-def ask(client: httpx.Client, path: str, *, missing: str = "") -> bytes:
-    """Return the body of the gateway's 200 answer to a GET; `missing` says what a 404 means. Raises StatsNotRead."""
+def ask(
+    client: httpx.Client,
+    path: str,
+    *,
+    missing: str = "",
+    method: str = "GET",
+    body: object = None,
+    also: Collection[int] = (),
+    seconds_max: float = ANSWER_SECONDS_MAX,
+) -> bytes:
+    """Return the body of the gateway's answer, 2xx or a status in `also`; `missing` says what a 404 means. Raises StatsNotRead."""
     try:
-        answer = client.get(path)
+        answer = client.request(method, path, json=body, timeout=seconds_max)
     except httpx.HTTPError as error:
         raise StatsNotRead(f"no gateway is answering at {client.base_url}: {error}") from error
     if answer.status_code in (401, 403):
         raise StatsNotRead("the gateway requires the admin key: pass --admin-key or set PEERKV_ADMIN_KEY")
     if answer.status_code == 404 and missing:
         raise StatsNotRead(missing)
-    if answer.status_code != 200:
-        raise StatsNotRead(f"the gateway answered {answer.status_code} to {client.base_url}{path}")
+    if not answer.is_success and answer.status_code not in also:
+        why = _message(answer)
+        raise StatsNotRead(f"the gateway answered {answer.status_code} to {client.base_url}{path}{f': {why}' if why else ''}")
     return answer.content
+
+
+def _message(answer: httpx.Response) -> str:
+    """What an answer in OpenAI's error form says, "" for any other."""
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def read_stats(client: httpx.Client) -> KvStats:

@@ -1,4 +1,4 @@
-"""The command line: `peerkv serve`, `engine`, `gateway`, `doctor`, `bench`, `kv stats`, `openapi`.
+"""The command line: `peerkv serve`, `engine`, `gateway`, `doctor`, `bench`, `kv`, `openapi`.
 
 Exit status: 0 after a clean end, 1 if something failed, 2 for wrong usage or settings, 130 when interrupted.
 """
@@ -10,17 +10,20 @@ import logging
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from gateway import __version__
-from gateway.cli import kv_explain
+from gateway.cli import kv_explain, kv_prefixes
 from gateway.cli import kv_stats as kv_live
 from gateway.cli.bench import flags as bench_flags
 from gateway.cli.flags import add_settings_flags, given_settings
+from gateway.cli.usage import unknown_words
 from gateway.errors import GatewayError, SettingsError
 from gateway.settings import Settings, load
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+_PORTS = {"http": 80, "https": 443}
 _MAIN_FLAGS = ("replicas", "host", "port", "served_model_name", "admin_key")
 _BENCH_ABOUT = (
     "Measure a running installation from the outside: the time to the first token of prompts that no replica has (cold), that "
@@ -38,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--" in given:
         cut = given.index("--")
         given, vllm_args = given[:cut], given[cut + 1 :]
-    parsed = build_parser().parse_args(given)
+    parsed, unknown = build_parser().parse_known_args(given)
+    if unknown:
+        return _fail(unknown_words(parsed.parser, unknown, takes_vllm_args=parsed.takes_vllm_args), EXIT_USAGE)
     if vllm_args is not None and not parsed.takes_vllm_args:
         return _fail("arguments after -- are for vLLM, but this command does not start it", EXIT_USAGE)
     parsed.vllm_args = vllm_args
@@ -87,7 +92,7 @@ def _add_runner(
         text = "directory or hub id of the model that vLLM loads (default: SmolLM2-135M-Instruct, downloaded once)"
         parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
     add_settings_flags(parser, _MAIN_FLAGS, leave_out=("model",))
-    parser.set_defaults(run=run, takes_vllm_args=vllm)
+    parser.set_defaults(run=run, parser=parser, takes_vllm_args=vllm)
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -95,31 +100,34 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser("doctor", help=summary, description=summary, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print JSON (default: text)")
     parser.add_argument("--quick", action="store_true", help="skip measuring the links between GPUs, which takes about 10 s")
+    parser.add_argument("--url", help="URL of the gateway, in place of --host and --port (default: as for serve)")
     parser.add_argument("--host", help="the gateway's host (default: as for serve)")
     parser.add_argument("--port", help="the gateway's port (default: as for serve)")
     parser.add_argument("--run-dir", help="the gateway's run_dir (default: as for serve)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
-    parser.set_defaults(run=_doctor)
+    parser.set_defaults(run=_doctor, parser=parser)
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     summary = "measure a running installation: time to first token, gateway overhead, throughput"
     parser = commands.add_parser("bench", help=summary, description=_BENCH_ABOUT, allow_abbrev=False)
     bench_flags.add_arguments(parser)
-    parser.set_defaults(run=_bench)
+    parser.set_defaults(run=_bench, parser=parser)
 
 
 def _add_kv(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("kv", help="inspect the caches", description="inspect the caches")
+    summary = "inspect the caches and decide what they keep"
+    parser = commands.add_parser("kv", help=summary, description=summary)
     views = parser.add_subparsers(metavar="VIEW", required=True)
     summary = "live table of where prompt tokens came from"
     stats = views.add_parser("stats", help=summary, description=summary, allow_abbrev=False)
     kv_live.add_arguments(stats)
-    stats.set_defaults(run=kv_live.run)
+    stats.set_defaults(run=kv_live.run, parser=stats)
     summary = "explain why a request was served the way it was"
     explained = views.add_parser("explain", help=summary, description=summary, allow_abbrev=False)
     kv_explain.add_arguments(explained)
-    explained.set_defaults(run=kv_explain.run)
+    explained.set_defaults(run=kv_explain.run, parser=explained)
+    kv_prefixes.add_views(views)
 
 
 def _add_openapi(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -130,7 +138,7 @@ def _add_openapi(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     path = Path("openapi/openapi.json")
     parser.add_argument("--output", type=Path, default=path, metavar="FILE", help=f"the file (default: {path})")
-    parser.set_defaults(run=_openapi)
+    parser.set_defaults(run=_openapi, parser=parser)
 
 
 def _settings(parsed: argparse.Namespace) -> Settings:
@@ -170,7 +178,21 @@ def _run(work: Callable[[Settings], Coroutine[None, None, None]], settings: Sett
 def _doctor(parsed: argparse.Namespace) -> int:
     from gateway.cli.doctor import report as doctor
 
+    if parsed.url is not None:
+        parsed.host, parsed.port = _address_of(parsed.url)
     return doctor.run(_settings(parsed), as_json=parsed.json, measure_links=not parsed.quick)
+
+
+def _address_of(url: str) -> tuple[str, int]:
+    """Host and port of a gateway's URL. Raises SettingsError."""
+    try:
+        parts = urlsplit(url if "//" in url else f"//{url}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host:
+        raise SettingsError(f"--url: '{url}' is no URL of a gateway, such as http://127.0.0.1:8000")
+    return host, port or _PORTS.get(parts.scheme, _PORTS["http"])
 
 
 def _bench(parsed: argparse.Namespace) -> int:

@@ -42,6 +42,7 @@ class Attempt(msgspec.Struct, eq=False, gc=False, kw_only=True):
     reads_cache: bool = True
     reports: bool = True
     why_unknown: str = ""
+    pinned: bool = False  # the caller chose the replica
 
     flight: Flight | None = None
     deliveries: tuple[Delivery, ...] = ()

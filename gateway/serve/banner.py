@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
 from engine.fleet import FleetSnapshot
 from gateway.settings import Settings, address
+
+COMMAND = "peerkv"
 
 
 def say(line: str) -> None:
@@ -16,31 +20,42 @@ def say(line: str) -> None:
     print(f"peerkv: {line}", file=sys.stderr, flush=True)
 
 
+def command() -> str:
+    """What runs this program from a shell that does not know its environment: "peerkv" where that is it, else its path."""
+    own = Path(sys.argv[0])
+    if own.name != COMMAND:  # python -m gateway.cli, or a test
+        return f"{shlex.quote(sys.executable)} -m gateway.cli"
+    found = shutil.which(COMMAND)
+    if found is not None and own.exists() and os.path.samefile(found, own):
+        return COMMAND
+    return shlex.quote(str(own.absolute()))
+
+
 def curl_line(settings: Settings, model: str) -> str:
     """Return a shell command that requests a completion."""
     body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 16}, ensure_ascii=False)
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.tenants else ""
+    key = ' -H "Authorization: Bearer $YOUR_KEY"' if settings.tenants else ""
     return f"curl {address(settings)}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
 
-def _url_flag(url: str) -> str:
-    """Return the flag `peerkv kv stats` needs to find this gateway from a shell without these settings."""
-    fields = Settings.model_fields
-    return "" if url == f"http://{fields['host'].default}:{fields['port'].default}" else f" --url {url}"
+def _flags(settings: Settings) -> str:
+    """Return the flags `peerkv kv stats` needs to find this gateway from a shell without these settings."""
+    url, fields = address(settings), Settings.model_fields
+    flags = "" if url == f"http://{fields['host'].default}:{fields['port'].default}" else f" --url {url}"
+    return flags + (' --admin-key "$PEERKV_ADMIN_KEY"' if settings.admin_key else "")
 
 
 def banner(settings: Settings, snapshot: FleetSnapshot, log_dir: Path | None) -> str:
-    """Return the lines shown once the gateway is serving."""
+    """Return the lines shown once the gateway is serving. Keys are not shown: the commands read them from shell variables."""
     url = address(settings)
-    key = " -H 'Authorization: Bearer ADMIN_KEY'" if settings.admin_key else ""
     ready = len(snapshot.ready())
     lines = [
         "",
         f"  peerkv serves {snapshot.served_model_name} at {url}/v1 ({ready} of {len(snapshot.replicas)} replicas ready)",
         "",
         f"  try        {curl_line(settings, snapshot.served_model_name)}",
-        f"  figures    curl {url}/kv/stats{key}    or    peerkv kv stats{_url_flag(url)}",
-        f"  readiness  {url}/ready",
+        f"  figures    {command()} kv stats{_flags(settings)}",
+        f"  readiness  curl {url}/ready",
     ]
     if log_dir is not None:
         lines.append(f"  logs       {log_dir}")

@@ -11,6 +11,14 @@ from gateway.steering.choices import Option
 from transport.table.deliveries import Delivery
 
 _NS = 1e-9
+_ANSWER_IDS = ("chatcmpl-", "cmpl-", "embd-")
+"""How vLLM begins the id in an answer's body, before the request's."""
+ID_CHARS_MAX = 128 + max(map(len, _ANSWER_IDS))
+
+
+def request_id_of(given: str) -> str:
+    """The request id in the id of an answer's body; any other id as it is."""
+    return next((given.removeprefix(prefix) for prefix in _ANSWER_IDS if given.startswith(prefix)), given)
 
 
 class OptionConsidered(BaseModel):
@@ -69,6 +77,7 @@ class Attempt(BaseModel):
     source: str = Field(description="replica that it was told to import from; empty if none")
     action: str = Field(description="hit, pull, split or recompute")
     why: str = Field(description="why this replica and this source, in words")
+    pinned: bool = Field(False, description="whether the caller chose the replica (x-peerkv-replica)")
     prompt_tokens: int = Field(description="0 when the token ids were not known")
     expected: Expected
     options: list[OptionConsidered]
@@ -106,6 +115,7 @@ def _attempt(kept: attempts.Attempt) -> Attempt:
         source=kept.source,
         action=kept.action,
         why=kept.reason,
+        pinned=kept.pinned,
         prompt_tokens=kept.prompt_tokens,
         expected=_expected(kept),
         options=[_option(option) for option in kept.options],

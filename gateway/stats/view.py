@@ -10,7 +10,7 @@ from gateway.ledger.recorder import Recorder
 from gateway.planner.planner import Planner
 from gateway.planner.prefix_counts import PrefixCounts
 from gateway.prompts.tokenizer.service import TokenService
-from gateway.stats.explain import Explanation, explain
+from gateway.stats.explain import Explanation, explain, request_id_of
 from gateway.stats.prometheus import CONTENT_TYPE, Metrics
 from gateway.stats.shapes import KvStats
 from gateway.stats.snapshot import StatsView
@@ -52,8 +52,10 @@ class FleetFigures:
     def explain(self, request_id: str) -> Explanation | None:
         """The body of GET /kv/explain/{request_id}; None if nothing is kept under that id."""
         self._recorder.catch_up()
-        entries = self._recorder.ledger.attempts(request_id)
-        return explain(request_id, entries) if entries else None
+        for name in dict.fromkeys((request_id, request_id_of(request_id))):
+            if entries := self._recorder.ledger.attempts(name):
+                return explain(name, entries)
+        return None
 
     def metrics(self) -> tuple[bytes, str]:
         """Return the body of GET /metrics and its content type."""

@@ -35,7 +35,7 @@ STOPPED = 130
 def run(given: argparse.Namespace, console: Console | None = None, progress_console: Console | None = None) -> int:
     """Measure and print; return the exit status. Raises SettingsError, and NotMeasured after printing what was measured."""
     console, shown = console or Console(), progress_console or Console(stderr=True)
-    settings = load(config=given.config)
+    settings = load({"port": given.port}, given.config)
     key = given.admin_key or (settings.admin_key.get_secret_value() if settings.admin_key else "")
     _check_files(given)
     results = Results()

@@ -15,6 +15,7 @@ ANSWER_TOKENS = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to `parser`."""
     parser.add_argument("--url", help="URL of the gateway (default: from the host and port in the settings)")
+    parser.add_argument("--port", metavar="N", help="its port on this machine (default: from the settings)")
     parser.add_argument(
         "--start",
         nargs="?",

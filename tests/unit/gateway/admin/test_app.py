@@ -233,3 +233,12 @@ async def test_a_client_that_does_not_read_is_cut_off_and_its_request_cancelled(
 
         await until(aborted)
         writer.close()
+
+
+@pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/ready", 503), ("/health/", 200)])
+async def test_head_gives_the_status_without_a_body(door: Door, path: str, status: int) -> None:
+    for _ in range(2):  # the connection stays usable
+        async with door.session.head(door.url + path) as answer:
+            assert answer.status == status
+            assert answer.headers["content-type"] == "application/json"
+            assert await answer.read() == b""

@@ -9,8 +9,8 @@ from rich.console import Console
 from gateway.cli import kv_explain
 from gateway.cli.main import build_parser
 from gateway.ledger.attempts import Attempt
-from gateway.ledger.ledger import Ledger
-from gateway.stats.explain import Explanation, explain
+from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS, Ledger
+from gateway.stats.explain import Explanation, explain, request_id_of
 from gateway.steering.choices import Choice, Expected, Option
 from tests.unit.gateway.ledger.begun_attempts import begun
 from transport.table.deliveries import Delivery, DeliveryReason
@@ -89,6 +89,41 @@ def test_a_running_attempt_is_not_final() -> None:
     ledger.delivered(RECORD)
     (attempt,) = explain("r-1", [running]).attempts
     assert (attempt.settled, attempt.reason) == (False, "check_failed")
+
+
+def ended(status: int | None, **values: object) -> str:
+    """What the command says of an attempt that ended so."""
+    (attempt,) = explain("r-1", [settled()]).attempts
+    output = io.StringIO()
+    shown = attempt.model_copy(update={"status": status, **values})
+    Console(file=output, width=140).print(kv_explain.render(shown))
+    return output.getvalue()
+
+
+def test_the_end_of_an_attempt_is_told_in_words() -> None:
+    assert "no answer: replica-1 died or broke off" in ended(LOST_STATUS)
+    assert "the client left" in ended(LEFT_STATUS)
+    assert "still running" in ended(None)
+    assert "status 400" in ended(400)
+
+
+def test_nothing_lost_is_told_as_a_sentence() -> None:
+    text = ended(200, reason="none", reason_in_words="", lost_tokens=0)
+    assert text.splitlines()[-1] == "nothing was lost: it got all that any replica had"
+
+
+def test_a_replica_that_the_caller_chose_is_told_to_be_so() -> None:
+    chosen = settled()
+    chosen.pinned = True
+    (attempt,) = explain("r-1", [chosen]).attempts
+    assert attempt.pinned
+    assert "the caller chose the replica" in ended(200, pinned=True)
+    assert "the caller chose" not in ended(200)
+
+
+@pytest.mark.parametrize("prefix", ["", "cmpl-", "chatcmpl-", "embd-"])
+def test_the_id_in_an_answers_body_names_the_request_too(prefix: str) -> None:
+    assert request_id_of(f"{prefix}r-1") == "r-1"
 
 
 def command(answer: httpx.Response, *flags: str) -> tuple[int, str, list[str]]:

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from rich.console import Console
 
 from engine.fleet import ReplicaState
 from gateway.cli.kv_stats import add_arguments, render, run, short
-from gateway.serve.banner import banner
+from gateway.cli.main import build_parser
+from gateway.serve.banner import banner, command
 from gateway.settings import Settings
 from gateway.stats.shapes import KvStats
 from tests.unit.gateway.stats.test_snapshot import Scene
@@ -160,8 +162,35 @@ def test_on_a_terminal_the_table_follows_until_the_gateway_ends(scene: Scene, ca
 
 def test_the_banner_gives_the_url_when_it_is_not_the_usual_one(scene: Scene) -> None:
     shown_at = {port: banner(Settings(port=port), scene.fleet.snapshot(), None) for port in (8000, 8001)}
-    assert "peerkv kv stats\n" in shown_at[8000]
-    assert "peerkv kv stats --url http://127.0.0.1:8001\n" in shown_at[8001]
+    assert f"{command()} kv stats\n" in shown_at[8000]
+    assert f"{command()} kv stats --url http://127.0.0.1:8001\n" in shown_at[8001]
+
+
+def test_the_banner_names_the_program_by_its_path_where_the_shell_would_not_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "my env" / "peerkv"
+    own.parent.mkdir()
+    own.write_text("#!/bin/sh\n")
+    own.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [str(own)])
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert command() == f"'{own}'"
+    monkeypatch.setenv("PATH", str(own.parent))
+    assert command() == "peerkv"
+    (tmp_path / "peerkv").write_text("#!/bin/sh\n")
+    (tmp_path / "peerkv").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))  # another program of that name
+    assert command() == f"'{own}'"
+
+
+def test_the_figures_line_works_when_pasted_and_shows_no_key(scene: Scene) -> None:
+    text = banner(Settings(admin_key="secret-admin-key"), scene.fleet.snapshot(), None)
+    (line,) = [line for line in text.splitlines() if "figures" in line]
+    words = shlex.split(line.removeprefix("  figures "))
+    parsed = build_parser().parse_args(words[words.index("kv") :])
+    assert parsed.admin_key == "$PEERKV_ADMIN_KEY"
+    assert "secret" not in text
 
 
 def test_the_notes_say_why_prompts_were_not_cached(scene: Scene) -> None:

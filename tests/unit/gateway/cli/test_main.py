@@ -13,7 +13,7 @@ from gateway.cli.flags import WITHOUT_FLAG, given_settings
 from gateway.cli.main import build_parser, main
 from gateway.settings import Settings
 
-COMMANDS = [["serve"], ["engine"], ["gateway"], ["doctor"], ["kv", "stats"], ["openapi"]]
+COMMANDS = [["serve"], ["engine"], ["gateway"], ["doctor"], ["kv", "stats"], ["kv", "prefixes"], ["openapi"]]
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +90,20 @@ def test_the_halves_can_be_run_alone(command: str, runs: list[tuple[str, Setting
         (["serve", "--replicas", "many"], "replicas: must be 'auto'"),
         (["serve", "--config", "/nonexistent.toml"], "cannot read the settings file"),
         (["gateway", "--", "--x"], "are for vLLM"),
+        (["serve", "--replica", "1"], "peerkv serve does not take --replica: did you mean --replicas?"),
+        (
+            ["serve", "m", "--max-model-len", "8"],
+            "vLLM's own arguments follow --, as in: peerkv serve MODEL -- --max-model-len",
+        ),
+        (["serve", "--allowed-origins=*"], "does not take --allowed-origins"),
+        (["gateway", "--prot=1"], "did you mean --port?"),
+        (["gateway", "--tensor-parallel-size=2"], "peerkv gateway does not take --tensor-parallel-size; see"),
+        (["kv", "stats", "--onec"], "peerkv kv stats does not take --onec: did you mean --once?"),
+        (["doctor", "extra"], "peerkv doctor does not take extra"),
+        (["doctor", "--url", "http://"], "is no URL of a gateway"),
+        (["doctor", "--url", "http://x:99999"], "is no URL of a gateway"),
+        (["bench", "--port", "many"], "port: "),
+        (["serve", "--", "--allowed-origins", "*"], "set cors_origins"),
         (["openapi", "--check", "--output", "/nonexistent.json"], "write it with `peerkv openapi`"),
     ],
 )
@@ -102,7 +116,7 @@ def test_an_error_is_one_line_on_stderr(arguments: list[str], words: str, capsys
     assert words in captured.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["nope"], ["serve", "--bogus"], ["serve", "--repl", "1"]])
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["serve", "--hash-name", "md5"]])
 def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -121,6 +135,27 @@ def test_doctor_gets_the_settings_and_gives_the_status(monkeypatch: pytest.Monke
     assert main(["doctor", "--json", "--port", "9001"]) == 1
     assert main(["doctor", "--quick"]) == 1
     assert seen == [(9001, True, True), (8000, False, False)]
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [
+        ("http://10.0.0.7:9001", "10.0.0.7", 9001),
+        ("http://[::1]:9002/", "::1", 9002),
+        ("localhost:9003", "localhost", 9003),
+        ("http://h", "h", 80),
+    ],
+)
+def test_doctor_takes_the_gateways_url(monkeypatch: pytest.MonkeyPatch, url: str, host: str, port: int) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr(doctor, "run", lambda settings, **_: seen.append(settings) or 0)
+    assert main(["doctor", "--url", url]) == 0
+    assert (seen[0].host, seen[0].port) == (host, port)
+
+
+def test_kv_commands_take_a_port(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kv", "stats", "--port", "1", "--once"]) == 1
+    assert "http://127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_kv_stats_without_a_gateway_is_status_1() -> None:

@@ -155,7 +155,7 @@ async def test_serve_starts_says_where_and_stops_without_a_trace(tmp_path: Path)
         assert await gateway.ended() == 0
         text = "".join(gateway.out)
         assert f"at {gateway.url}/v1 (2 of 2 replicas ready)" in text
-        assert f"peerkv kv stats --url {gateway.url}\n" in text
+        assert f" kv stats --url {gateway.url}\n" in text
         assert str(tmp_path / "logs") in text
         await gateway.nothing_is_left()
 

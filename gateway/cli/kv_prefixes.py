@@ -1,0 +1,170 @@
+"""`peerkv kv prefixes`, `kv pin`, `kv unpin` and `kv flush`: what the caches hold, and what they shall."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, ValidationError
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gateway.cli.kv_stats import StatsNotRead, add_gateway_flags, ask, client_for
+from gateway.kept_prefixes.shapes import TTL_SECONDS_DEFAULT, KeptPrefixAnswer, PrefixPlace, PrefixRemoved, PrefixReport
+
+PREFIXES_SHOWN = 20
+PIN_SECONDS_MAX = 600.0
+"""A long prefix is computed on each of its replicas before the gateway answers; see prefix_seconds_max."""
+_KEY_DIGITS_SHOWN = 8
+ShapeT = TypeVar("ShapeT", bound=BaseModel)
+
+
+def add_views(views: "argparse._SubParsersAction[Any]") -> None:
+    """Add the commands to those of `peerkv kv`."""
+    prefixes = _add(
+        views, "prefixes", _prefixes, "the prefixes that most requests began with, who holds them, and which are kept"
+    )
+    prefixes.add_argument("--limit", type=int, default=PREFIXES_SHOWN, metavar="N", help=f"so many (default: {PREFIXES_SHOWN})")
+    pin = _add(views, "pin", _pin, "keep a prefix in the caches of some replicas")
+    what = pin.add_mutually_exclusive_group(required=True)
+    what.add_argument("text", nargs="?", metavar="TEXT", help="the beginning of completions' prompts")
+    what.add_argument("--file", type=Path, metavar="FILE", help="TEXT from a file; - for the standard input")
+    what.add_argument("--messages", type=Path, metavar="FILE", help="the first messages of chats, as JSON; - as above")
+    pin.add_argument("--replicas", type=int, metavar="N", help="how many shall hold it (default: 1)")
+    pin.add_argument("--ttl", type=float, metavar="SECONDS", help=f"for so long (default: {TTL_SECONDS_DEFAULT:g})")
+    pin.add_argument("--renew", action="store_true", help="until it is unpinned (default: for its time)")
+    pin.add_argument("--no-pin", action="store_true", help="put it into the caches, where it may be evicted (default: pin)")
+    pin.add_argument("--tenant", help="in whose cache, by name (default: none; needed where tenants are configured)")
+    pin.add_argument("--model", help="a LoRA adapter (default: the served model)")
+    unpin = _add(views, "unpin", _unpin, "keep a prefix no longer")
+    unpin.add_argument("id", metavar="ID", help="as `kv pin` and `kv prefixes` show it")
+    _add(views, "flush", _flush, "empty the prefix caches of all ready replicas")
+
+
+def _add(
+    views: "argparse._SubParsersAction[Any]",
+    name: str,
+    work: Callable[[argparse.Namespace, httpx.Client, Console], int],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = views.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    add_gateway_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print the gateway's answer as JSON (default: in words)")
+    parser.set_defaults(run=run, work=work)
+    return parser
+
+
+def run(arguments: argparse.Namespace, console: Console | None = None, transport: httpx.BaseTransport | None = None) -> int:
+    """Run one of the commands; return its exit status, 1 when it was not done. Raises SettingsError."""
+    console = console or Console()
+    with client_for(arguments, transport) as client:
+        try:
+            status: int = arguments.work(arguments, client, console)
+        except StatsNotRead as error:
+            print(f"peerkv: {error}", file=sys.stderr)
+            return 1
+    return status
+
+
+def _prefixes(arguments: argparse.Namespace, client: httpx.Client, console: Console) -> int:
+    answer = ask(client, f"/kv/prefixes?limit={arguments.limit}")
+    report = _read(PrefixReport, answer)
+    _show(arguments, console, answer, render(report, time.time()))
+    return 0
+
+
+def _pin(arguments: argparse.Namespace, client: httpx.Client, console: Console) -> int:
+    answer = ask(client, "/kv/prefixes", method="POST", body=_wanted(arguments), seconds_max=PIN_SECONDS_MAX)
+    kept = _read(KeptPrefixAnswer, answer)
+    places = "; ".join(map(_place, kept.places))
+    _show(arguments, console, answer, Text(f"{kept.id}: {kept.tokens} tokens for {kept.ttl:g} s: {places}"))
+    return 0
+
+
+def _wanted(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The body of POST /kv/prefixes. Raises StatsNotRead."""
+    if arguments.messages is not None:
+        try:
+            wanted: dict[str, Any] = {"messages": json.loads(_content(arguments.messages))}
+        except ValueError as error:
+            raise StatsNotRead(f"{arguments.messages} is not JSON: {error}") from None
+    else:
+        wanted = {"text": arguments.text if arguments.file is None else _content(arguments.file)}
+    given = {name: getattr(arguments, name) for name in ("replicas", "ttl", "tenant", "model")}
+    wanted |= {name: value for name, value in given.items() if value is not None}
+    return wanted | {"pin": not arguments.no_pin, "renew": arguments.renew}
+
+
+def _content(path: Path) -> str:
+    """Raises StatsNotRead."""
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StatsNotRead(f"cannot read {path}: {error}") from None
+
+
+def _unpin(arguments: argparse.Namespace, client: httpx.Client, console: Console) -> int:
+    missing = f"no prefix '{arguments.id}' is kept (any more)"
+    answer = ask(client, f"/kv/prefixes/{quote(arguments.id, safe='')}", method="DELETE", missing=missing)
+    removed = _read(PrefixRemoved, answer)
+    lines = [f"{removed.id} is kept no longer; unpinned on {', '.join(removed.unpinned) or 'no replica'}"]
+    lines += [f"{name} could not be told, its pin ends at its time: {why}" for name, why in removed.failed.items()]
+    _show(arguments, console, answer, Group(*map(Text, lines)))
+    return 0
+
+
+def _flush(arguments: argparse.Namespace, client: httpx.Client, console: Console) -> int:
+    answer = ask(client, "/kv/flush", method="POST", also=(502,))
+    try:
+        outcome = json.loads(answer)
+        flushed, failed = outcome["flushed"], outcome["failed"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StatsNotRead("that is no peerkv of this version") from error
+    lines = [f"emptied: {', '.join(flushed) or 'none'}", *(f"{name} was not: {why}" for name, why in failed.items())]
+    _show(arguments, console, answer, Group(*map(Text, lines)))
+    return 1 if failed else 0
+
+
+def _read(shape: type[ShapeT], answer: bytes) -> ShapeT:
+    try:
+        return shape.model_validate_json(answer)
+    except ValidationError as error:
+        raise StatsNotRead(f"that is no peerkv of this version: {error.error_count()} fields do not fit") from error
+
+
+def _show(arguments: argparse.Namespace, console: Console, answer: bytes, words: RenderableType) -> None:
+    if arguments.json:
+        console.file.write(json.dumps(json.loads(answer), indent=2) + "\n")
+    else:
+        console.print(words)
+
+
+def render(report: PrefixReport, now: float) -> RenderableType:
+    """Return both tables; `now` is Unix time in seconds."""
+    table = Table(title="most requested", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("key", "tokens", "requests", "last s ago", "held by"):
+        table.add_column(column, justify="right" if column in ("tokens", "requests", "last s ago") else "left")
+    for each in report.prefixes:
+        held = ", ".join(each.holders) or "nobody"
+        table.add_row(
+            each.key[:_KEY_DIGITS_SHOWN], f"{each.tokens:,}", f"{each.requests:,}", f"{now - each.last_used:,.0f}", held
+        )
+    kept = Table(title="kept", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("id", "tenant", "tokens", "ends in s", "on"):
+        kept.add_column(column, justify="right" if column in ("tokens", "ends in s") else "left")
+    for one in report.kept:
+        ends = "renewed" if one.renew else f"{max(0.0, one.expires - now):,.0f}"
+        kept.add_row(one.id, one.tenant or "-", f"{one.tokens:,}", ends, "; ".join(map(_place, one.places)))
+    shown: list[RenderableType] = [table if report.prefixes else Text("no prefix was requested twice yet")]
+    return Group(*shown, kept if report.kept else Text("none is kept; `peerkv kv pin` keeps one"))
+
+
+def _place(place: PrefixPlace) -> str:
+    return f"{place.replica} {place.state}" + (f" ({place.reason})" if place.reason else "")
