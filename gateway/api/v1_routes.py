@@ -59,6 +59,7 @@ def _errors(*statuses: int, relayed: bool) -> dict[int | str, dict[str, Any]]:
         404: "Unknown model, or an endpoint that the served model does not have",
         408: "The body did not come in time",
         413: "The body is too large",
+        415: "The body is compressed, and not with gzip",
         429: "Too many requests in flight",
         431: "The request's head is too large",
         500: "The gateway or the replica failed on this request",
@@ -72,7 +73,7 @@ def _errors(*statuses: int, relayed: bool) -> dict[int | str, dict[str, Any]]:
     }
 
 
-_RELAYED = _errors(400, 401, 403, 404, 408, 413, 429, 431, 500, 502, 503, 504, relayed=True)
+_RELAYED = _errors(400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 502, 503, 504, relayed=True)
 _GENERATION: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer, or with `stream` server-sent events that end with `data: [DONE]`",

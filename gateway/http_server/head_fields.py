@@ -18,13 +18,14 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 class HeadFields(msgspec.Struct, frozen=True):
     """Of a header that occurs twice the last one counts. `is_json` tells of the body's type, `passed_lines` are for the
-    replica, `request_id` the client's own if it is harmless."""
+    replica, `request_id` the client's own if it is harmless; `encoding` is how the body is compressed, if it is."""
 
     authorization: bytes | None
     is_json: bool
     passed_lines: bytes
     wanted_replica: str | None
     request_id: str | None
+    encoding: bytes | None
 
     @classmethod
     def of(cls, headers: Headers) -> HeadFields:
@@ -37,6 +38,7 @@ class HeadFields(msgspec.Struct, frozen=True):
             b"".join([b"%b: %b\r\n" % (name, value) for name in _PASSED if (value := header(name))]),
             None if wanted is None else wanted.decode("latin-1"),
             sane_id(header(b"x-request-id")),
+            None if (encoding := header(b"content-encoding")) in (None, b"", b"identity") else encoding,
         )
 
 

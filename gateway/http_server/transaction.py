@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from gateway.errors import ApiError, BodyTooLarge, InvalidRequest, error_body
+from gateway.http_server.content_encoding import decoded
 from gateway.http_server.head_fields import HeadFields, content_length, fresh_id
 from gateway.http_server.request_cycle import Scope, cycle_of
 
@@ -68,6 +69,15 @@ class Transaction:
                 return await self._read_parts(hold, bytes_max)
         except TimeoutError:
             raise InvalidRequest(f"The body did not come within {seconds_max:g} s.", status=408) from None
+
+    async def decode_body(self, body: bytes, hold: Callable[[int], None], bytes_max: int) -> bytes:
+        """The content of a body that came in `fields.encoding`. `hold` as above. Raises ApiError."""
+
+        def counted(size: int) -> None:
+            hold(size)
+            self.body_bytes += size
+
+        return await decoded(body, self.fields.encoding or b"", counted, bytes_max)
 
     async def _read_parts(self, hold: Callable[[int], None], bytes_max: int) -> bytes:
         cycle, parts = self._cycle, []

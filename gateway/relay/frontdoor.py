@@ -36,6 +36,9 @@ class FrontDoor:
             raise RuntimeError(f"no {scope['type']} here")
         path: str = scope["path"]
         endpoint = PATHS.get(path)
+        if endpoint is None and path.endswith("/") and path != "/":  # vLLM sends clients on, from there to the path without
+            path = scope["path"] = path[:-1]
+            endpoint = PATHS.get(path)
         if endpoint is not None and scope["method"] == "POST":
             return self._relay(endpoint, scope)
         if path == "/v1" or path.startswith("/v1/"):

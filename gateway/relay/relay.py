@@ -209,6 +209,8 @@ class Relay(Generic[PlanT]):
         if raw is None:
             raw = await transaction.read_body(self._hold, settings.body_bytes_max, settings.body_seconds_max)
         transaction.watch()
+        if transaction.fields.encoding is not None:
+            raw = await transaction.decode_body(raw, self._hold, settings.body_bytes_max)
         raw = as_utf8(raw)
         body = decode_body(raw)
         untouched = raw if check_body(endpoint, body) else None
