@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from bench.cases import EVENTS, MODEL, PATHS
 from bench.replicas import Holders
-from gateway.prompts.tokenizer.model_files import source_from_arguments
+from gateway.prompts.tokenizer.engine_options import source_from_arguments
 from gateway.prompts.tokenizer.service import NoTokenIds, TokenService
 
 PROOF = "prove-the-prompt"

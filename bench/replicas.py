@@ -14,7 +14,7 @@ import msgspec
 from bench.arms import KEY, TENANT
 from bench.cases import CASES, MODEL, Endpoint, documents
 from engine.fleet import FleetSnapshot, Replica, ReplicaState, write_fleet
-from gateway.prompts.tokenizer.model_files import source_from_arguments
+from gateway.prompts.tokenizer.engine_options import source_from_arguments
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.settings import Tenant
 from gateway.tenants.tenants import default_salt

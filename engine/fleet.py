@@ -1,7 +1,7 @@
 """What the front door sees of the replicas: immutable snapshots, and two ways to get at them."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -53,6 +53,7 @@ class FleetSnapshot:
     table_dir: str
     replicas: tuple[Replica, ...]
     pid_namespace: int = 0
+    vllm_args: tuple[str, ...] = ()  # the user's own: some change how prompts are rendered
 
     def ready(self) -> tuple[Replica, ...]:
         """The replicas that take new requests, in their order."""
@@ -124,8 +125,7 @@ class FileFleet:
                 self._stamp = stamp
         except FileNotFoundError:
             self._stamp = None
-            gone = self._snapshot
-            self._snapshot = FleetSnapshot(gone.version, gone.model, gone.served_model_name, gone.table_dir, ())
+            self._snapshot = replace(self._snapshot, replicas=())
         return self._snapshot
 
     def suspect(self, name: str, *, overdue: bool = False) -> None:

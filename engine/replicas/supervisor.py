@@ -296,6 +296,7 @@ class Supervisor:
             table_dir=str(settings.table_dir),
             replicas=tuple(m.seen() for m in self._members.values()),
             pid_namespace=self._pid_namespace,
+            vllm_args=settings.vllm_args,
         )
 
     def _publish(self) -> None:

@@ -1,21 +1,28 @@
 """Whether the gateway's token ids are the engine's: shown once per start on a few prompts, not assumed.
 
 A router whose ids differ from its engines' has a hit rate of zero and no way to see why. So the same canaries are tokenised
-here and by an engine's own POST /tokenize. Completions are sent as ids only while every canary agrees.
+here and by an engine's own POST /tokenize, and a few chats, whose fields that one does not know, by a chat of one token.
+Completions are sent as ids only while every canary agrees.
 """
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import httpx
 
+from gateway.prompts.canaries import ANSWERED_CHATS, ANSWERED_TOOL_CHATS, CHATS, COMPLETIONS, TOOL_CHATS
 from gateway.prompts.tokenizer.service import NoTokenIds, TokenService
 
 _logger = logging.getLogger(__name__)
+
+CANARY_SALT = "peerkv canaries"
+"""Keeps what is computed for canaries apart from all prompts of clients."""
+_UNAVAILABLE = frozenset((502, 503, 504))
+_NO_TOKENIZER = _UNAVAILABLE | {404}
 
 Ids = Sequence[int] | None
 """Token ids, None for a canary that is refused."""
@@ -69,91 +76,6 @@ class ParityCheckFailed(Exception):
     """The engine could not be asked: ask another, or later."""
 
 
-COMPLETIONS: Mapping[str, str] = {
-    "sentence": "The capital of France is",
-    "leading space": "  two leading spaces, and a tab\there",
-    "lines": "first line\nsecond line\r\n\r\n\n    indented\n",
-    "accents": "Grüße aus Zürich — “naïve” façade, ﬁn. Å vs. A\u030a",
-    "scripts": "日本語のテキスト 한국어 русский العربية हिन्दी ไทย",
-    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 🇨🇭 ✅",
-    "digits": "3.14159 1234567890 0x1F 1e-9 ½ ²",
-    "code": "def f(x):\n    return {k: v for k, v in x.items() if v != '</s>'}  # <|im_end|> <s>",
-    "markers": "<|im_start|>user <|endoftext|> [INST] </s> <bos> <unk> <pad>",
-    "odd": "a\u200bb\u00a0c\ufeffd \x7f e",
-}
-
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Tell the weather of a place: “now”.",
-        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
-    },
-}
-_SECOND_CALL = {"id": "call_000000002", "type": "function", "function": {"name": "weather", "arguments": '{"place":"Genève"}'}}
-_CALL = {"id": "call_000000001", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Zürich"}'}}
-
-CHATS: Mapping[str, Mapping[str, Any]] = {
-    "one turn": {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
-    "system prompt": {
-        "messages": [
-            {"role": "system", "content": "  You answer in one word.\n"},
-            {"role": "user", "content": "Hauptstadt der Schweiz? 🇨🇭"},
-        ]
-    },
-    "several turns": {
-        "messages": [
-            {"role": "user", "content": "Hello"},
-            {"role": "assistant", "content": "Grüezi! 日本語も話せます。"},
-            {"role": "user", "content": "line one\n\nline two  "},
-        ]
-    },
-    "content parts": {
-        "messages": [{"role": "user", "content": [{"type": "text", "text": "first"}, {"type": "text", "text": "second"}]}]
-    },
-    "long conversation": {
-        "messages": [
-            {"role": "system", "content": "Be brief. Réponds en français s'il le faut. 🦜"},
-            {"role": "user", "content": "一二三 — what comes next?"},
-            {"role": "assistant", "content": "四, 五 … and so on."},
-            {"role": "user", "content": ""},
-            {"role": "assistant", "content": "  \n\n(nothing was said)\n"},
-            {"role": "user", "content": "<|im_end|> is not the end 🇨🇭\t."},
-        ]
-    },
-    "no generation prompt": {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": False},
-    "open answer": {
-        "messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two,"}],
-        "add_generation_prompt": False,
-        "continue_final_message": True,
-    },
-}
-
-TOOL_CHATS: Mapping[str, Mapping[str, Any]] = {
-    "tools": {"messages": [{"role": "user", "content": "How is the weather in Zürich?"}], "tools": [_TOOL]},
-    "tool result": {
-        "messages": [
-            {"role": "user", "content": "How is the weather in Zürich?"},
-            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
-            {"role": "tool", "tool_call_id": "call_000000001", "name": "weather", "content": '{"sky": "clear"}'},
-        ],
-        "tools": [_TOOL],
-    },
-    "tools in several turns": {
-        "messages": [
-            {"role": "system", "content": "You may look at the sky — or not."},
-            {"role": "user", "content": "天気は Zürich *and* Genève"},
-            {"role": "assistant", "content": "I look twice.", "tool_calls": [_CALL, _SECOND_CALL]},
-            {"role": "tool", "tool_call_id": "call_000000001", "name": "weather", "content": '{"sky": "☀️"}'},
-            {"role": "tool", "tool_call_id": "call_000000002", "name": "weather", "content": "brouillard"},
-            {"role": "assistant", "content": "☀️ in Zürich, fog in Genève."},
-            {"role": "user", "content": "Thanks!"},
-        ],
-        "tools": [_TOOL],
-    },
-}
-
-
 def compare(ours: Mapping[str, Ids], theirs: Mapping[str, Ids]) -> KindVerdict:
     """Compare ids by canary. A canary that both refuse says nothing."""
     asked = [name for name in ours if ours[name] is not None or theirs.get(name) is not None]
@@ -183,11 +105,19 @@ async def check_parity(tokens: TokenService, replica: str, socket: str, model: s
     Each answer may take `seconds_max`. Raises ParityCheckFailed if the engine does not answer.
     """
     state = await asyncio.to_thread(tokens.load)
-    chats = {**CHATS, **(TOOL_CHATS if tokens.chat_takes_tools else {})}
+    chats, answered = {**CHATS}, {**ANSWERED_CHATS}
+    if tokens.chat_takes_tools:
+        chats |= TOOL_CHATS
+        answered |= ANSWERED_TOOL_CHATS
     engine = _Engine(socket, model, seconds_max)
     async with engine.client:
         theirs = {name: await engine.tokenize({"prompt": text}) for name, text in COMPLETIONS.items()}
         their_chats = {name: await engine.tokenize(chat) for name, chat in chats.items()}
+        if state.chat:
+            for name, asked in answered.items():
+                # What the engine refuses it will refuse from a client too: that says nothing about ids.
+                if (ids := await engine.answer(asked)) is not None:
+                    chats[name], their_chats[name] = asked, ids
     completions = compare({name: _ours(tokens, text) for name, text in COMPLETIONS.items()}, theirs)
     chat = compare({name: _ours_of_chat(tokens, body) for name, body in chats.items()}, their_chats)
     if not state.loaded:
@@ -222,7 +152,7 @@ def _log(verdict: ParityVerdict) -> None:
 
 
 class _Engine:
-    """An engine's /tokenize. `context_tokens` is what its last answer said of the model."""
+    """An engine's ids. `context_tokens` is what its last answer said of the model."""
 
     def __init__(self, socket: str, model: str, seconds_max: float) -> None:
         transport = httpx.AsyncHTTPTransport(uds=socket)
@@ -231,14 +161,35 @@ class _Engine:
         self._model = model
 
     async def tokenize(self, request: Mapping[str, Any]) -> Ids:
-        """Return the engine's ids, None if it refuses the request. Raises ParityCheckFailed."""
+        """Return the ids by /tokenize, None if the engine refuses the request. Raises ParityCheckFailed."""
+        content = await self._ask("/tokenize", request, _NO_TOKENIZER)
+        if content is None:
+            return None
+        self.context_tokens = content.get("max_model_len")
+        return _ids_of(content, "tokens")
+
+    async def answer(self, chat: Mapping[str, Any]) -> Ids:
+        """Return the ids of the prompt that a chat is answered from, None for one that is refused. Raises ParityCheckFailed."""
+        wanted = {"max_tokens": 1, "temperature": 0, "return_token_ids": True, "cache_salt": CANARY_SALT}
+        content = await self._ask("/v1/chat/completions", {**chat, **wanted}, _UNAVAILABLE)
+        # A vLLM that does not know return_token_ids takes no ids of chats either.
+        return None if content is None or content.get("prompt_token_ids") is None else _ids_of(content, "prompt_token_ids")
+
+    async def _ask(self, path: str, request: Mapping[str, Any], failures: Set[int]) -> dict[str, Any] | None:
+        """Return the answer to a POST, None for an error status. Raises ParityCheckFailed, also for a status in `failures`."""
         try:
-            answer = await self.client.post("/tokenize", json={"model": self._model, **request})
-            if answer.status_code not in (200, 404, 502, 503, 504):
+            answer = await self.client.post(path, json={"model": self._model, **request})
+            if answer.status_code != 200 and answer.status_code not in failures:
                 return None
             answer.raise_for_status()
-            content = answer.json()
-            self.context_tokens = content.get("max_model_len")
-            return [int(token) for token in content["tokens"]]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ParityCheckFailed(f"/tokenize: {type(error).__name__}: {error}") from error
+            content: dict[str, Any] = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise ParityCheckFailed(f"{path}: {type(error).__name__}: {error}") from error
+        return content
+
+
+def _ids_of(content: object, name: str) -> list[int]:
+    try:
+        return [int(token) for token in content[name]]  # type: ignore[index]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ParityCheckFailed(f"no '{name}' in the engine's answer: {type(error).__name__}: {error}") from error

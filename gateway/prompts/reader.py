@@ -8,6 +8,7 @@ import msgspec
 
 from gateway.api.body import Endpoint
 from gateway.errors import PromptTooLong
+from gateway.prompts.chat.request_fields import all_known, ids_suffice
 from gateway.prompts.forms import depends_on_text, ids_are_the_prompt, is_plain, reads_no_cache, split_prompts
 from gateway.prompts.parity import Parity, ParityCounts, ParityVerdict
 from gateway.prompts.tokenizer.service import NotAtOnce, NoTokenIds, TextTooLong, TokenService
@@ -143,7 +144,7 @@ class PromptReader:
         parity = self.parity.chat.parity
         if parity is Parity.OFF:
             return self._unknown("chats are not tokenised as the engine does", characters, None, cacheable=cacheable)
-        limit, certain = self._context_tokens(), parity is _EXACT
+        limit, certain = self._context_tokens(), parity is _EXACT and all_known(body)
         refused = limit if certain else None
         try:
             ids = self._tokens.encode_chat(body, limit, new_chars_max)
@@ -151,7 +152,7 @@ class PromptReader:
             return self._unknown(error, characters, refused, "messages", cacheable=cacheable)
         tokens = len(ids)
         _check_length("messages", tokens, refused)
-        chat_ids = certain and not body.get("echo") and tokens > 0
+        chat_ids = certain and tokens > 0 and ids_suffice(body)
         return KnownPrompt(ids, None, certain, cacheable, tokens=tokens, chat_ids=chat_ids)
 
     def _context_tokens(self) -> int | None:

@@ -44,8 +44,7 @@ async def serve(settings: Settings) -> None:
         settings = await with_model(settings)
         starting.reason = "starting the replicas"
         supervisor = await stack.enter_async_context(_supervised(settings))
-        model = supervisor.snapshot().model
-        await _open(stack, settings, supervisor, server, switch, model=model, table_dir=settings.table_dir)
+        await _open(stack, settings, supervisor, server, switch, supervisor.snapshot())
         async with _heartbeat(supervisor):
             await supervisor.wait_ready()
             await _settle(supervisor)
@@ -61,8 +60,7 @@ async def gateway(settings: Settings) -> None:
         fleet = RecentFleet(FileFleet(settings.run_dir))
         say(starting.reason)
         found = await _wait_for(fleet, settings.startup_seconds_max)
-        table_dir = Path(found.table_dir)
-        await _open(stack, settings, fleet, server, switch, model=found.model, table_dir=table_dir)
+        await _open(stack, settings, fleet, server, switch, found)
         await _until(lambda: bool(_same(found, fleet.snapshot()).ready()))
         print(banner(settings, fleet.snapshot(), None), flush=True)
         await _until(lambda: not _same(found, fleet.snapshot()))  # never: it goes on until _same raises
@@ -114,12 +112,11 @@ async def _open(
     fleet: FleetView,
     server: DoorServer,
     switch: Switch,
-    *,
-    model: str,
-    table_dir: Path,
+    found: FleetSnapshot,
 ) -> None:
     """Wire the front door and serve it from now on; it is drained when the stack closes."""
-    door = build_door(settings, fleet, model=model, table_dir=table_dir)
+    table_dir = Path(found.table_dir)
+    door = build_door(settings, fleet, model=found.model, vllm_args=found.vllm_args, table_dir=table_dir)
     stack.push_async_callback(_drain, door, server, settings.drain_seconds)
     watch = ParityWatch(fleet, door.planner.prompts, door.tokens, interval_seconds=settings.parity_interval_seconds)
     parity = asyncio.create_task(watch.run(), name="the comparison of token ids with an engine's")
@@ -177,11 +174,14 @@ async def _wait_for(fleet: FleetView, seconds: float) -> FleetSnapshot:
 def _same(found: FleetSnapshot, now: FleetSnapshot) -> FleetSnapshot:
     """Return `now` if it describes the fleet that the front door was wired for; raise FleetError if not.
 
-    The tokenizer and the block tables belong to one model and one table_dir. With others, the front door must be restarted.
+    The tokenizer and the block tables belong to one model, its options and one table_dir. With others, the front door must be
+    restarted.
     """
-    for what, before, after in (("model", found.model, now.model), ("table_dir", found.table_dir, now.table_dir)):
+    for what in ("model", "table_dir", "vllm_args"):
+        before, after = getattr(found, what), getattr(now, what)
         if before != after:
-            raise FleetError(f"the replicas' {what} changed from {before} to {after}: restart the gateway")
+            told = "" if what == "vllm_args" else f" from {before} to {after}"  # these may hold a token
+            raise FleetError(f"the replicas' {what} changed{told}: restart the gateway")
     return now
 
 

@@ -15,7 +15,7 @@ from gateway.ledger.ledger import Ledger
 from gateway.ledger.recorder import Recorder
 from gateway.planner.plan import Plan
 from gateway.planner.planner import Planner
-from gateway.prompts.tokenizer.model_files import source_from_arguments
+from gateway.prompts.tokenizer.engine_options import source_from_arguments
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.relay.frontdoor import FrontDoor
 from gateway.relay.relay import Relay
@@ -48,13 +48,13 @@ class Door:
         self.tables.close()
 
 
-def build_door(settings: Settings, fleet: FleetView, *, model: str, table_dir: Path) -> Door:
-    """Build the front door for `fleet`, which serves `model`."""
+def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: tuple[str, ...], table_dir: Path) -> Door:
+    """Build the front door for `fleet`, which serves `model` with `vllm_args`."""
     upstream = Upstream(settings)
     models = ModelsCache(fleet, upstream)
     tables = TableDirectory(table_dir)
     tokens = TokenService(
-        source_from_arguments(model, settings.vllm_args), settings.token_cache_bytes_max, settings.text_cache_bytes_max
+        source_from_arguments(model, vllm_args), settings.token_cache_bytes_max, settings.text_cache_bytes_max
     )
     planner = Planner(fleet, RecentTables(tables), tokens, settings, lambda: models.known)
     access = AdminAccess(settings.admin_key)

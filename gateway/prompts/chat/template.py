@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gateway.prompts.chat.content_format import ContentFormat, detect_content_format
 from gateway.prompts.chat.conversation import ChatNotRendered, conversation, conversation_tools
+from gateway.prompts.chat.request_fields import ENGINES, RENDERED
 
 __all__ = ["ChatNotRendered", "ChatTemplate"]
 
@@ -29,13 +30,7 @@ _RENDERER_WORDS = frozenset(
         *("return_dict", "return_tensors", "tokenize", "tokenizer", "tokenizer_kwargs", "truncation"),
     )
 )
-_TEXT_RANGE_FIELDS = ("truncate_prompt_tokens", "truncation_side", "mm_processor_kwargs", "media_io_kwargs")
-_WORD_FIELDS = frozenset(
-    (
-        *("chat_template", "chat_template_kwargs", "reasoning_effort", "documents", "tools"),
-        *("add_generation_prompt", "continue_final_message", *_TEXT_RANGE_FIELDS),
-    )
-)
+_WORD_FIELDS = (RENDERED - {"messages", "add_special_tokens"}) | frozenset(ENGINES)
 """All of a body, beside its messages, that what a template is rendered with depends on."""
 
 
@@ -101,7 +96,8 @@ class ChatTemplate:
     """Renders chat requests for one model. Thread safe: it keeps nothing of a request.
 
     `templates` are sources by name, `special_tokens` named tokens (bos_token …) that a template may use, `defaults` the
-    engine's --default-chat-template-kwargs. Raises ChatNotRendered if there is no template or it does not compile.
+    engine's --default-chat-template-kwargs, `exclude_tools` its --exclude-tools-when-tool-choice-none. Raises ChatNotRendered
+    if there is no template or it does not compile.
     """
 
     def __init__(
@@ -110,6 +106,8 @@ class ChatTemplate:
         special_tokens: Mapping[str, str],
         defaults: Mapping[str, Any] | None = None,
         content_format: str = "auto",
+        *,
+        exclude_tools: bool = False,
     ) -> None:
         if "default" not in templates:
             raise ChatNotRendered("the model has no chat template")
@@ -117,6 +115,7 @@ class ChatTemplate:
         self._compiled = {name: _Compiled(environment, text, content_format) for name, text in templates.items()}
         self._special_tokens = dict(special_tokens)
         self._defaults = dict(defaults or {})
+        self._exclude_tools = exclude_tools
         self._plain = self._ready_words({})
 
     @property
@@ -148,7 +147,7 @@ class ChatTemplate:
 
     def _words(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the template is rendered with, beside the messages: engine's defaults, client's words, ours."""
-        for name in ("chat_template", *_TEXT_RANGE_FIELDS):
+        for name in ENGINES:
             if body.get(name) is not None:
                 raise ChatNotRendered(f"only the engine handles {name}")
         given = body.get("chat_template_kwargs") or {}
@@ -163,7 +162,9 @@ class ChatTemplate:
         }
         if effort is not None and "enable_thinking" not in given:
             ours["enable_thinking"] = effort != "none"
-        return _merge(self._defaults | _merge({}, {"tools": conversation_tools(body.get("tools"))}), given, ours)
+        excluded = self._exclude_tools and body.get("tool_choice") == "none"
+        tools = None if excluded else conversation_tools(body.get("tools"))
+        return _merge(self._defaults | _merge({}, {"tools": tools}), given, ours)
 
 
 def _merge(base: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:

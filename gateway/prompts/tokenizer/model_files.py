@@ -2,15 +2,22 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 JSON_BYTES_MAX = 64 << 20
 TEMPLATE_BYTES_MAX = 4 << 20
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Models by `model_type` or architecture that do not use HfRenderer, or for chats not even that.
+_OWN_RENDERERS = frozenset(
+    (
+        *("gpt_oss", "MoonshotKimiaForCausalLM", "KimiK3ForConditionalGeneration", "DeepseekV32ForCausalLM"),
+        *("DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration", "DeepseekV41ForCausalLM"),
+        *("InklingForCausalLM", "InklingForConditionalGeneration"),
+    )
+)
 
 
 class ModelFilesError(Exception):
@@ -28,6 +35,9 @@ class TokenizerSource:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     content_format: str = "auto"
     mode: str = "auto"
+    exclude_tools: bool = False  # vLLM's --exclude-tools-when-tool-choice-none
+    config_of: str = ""  # the model whose config.json chooses the engine's renderer; empty: `model`
+    unlike: str = ""  # why no token ids are known here, whatever the files say
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,38 +55,6 @@ class ModelFiles:
     @property
     def tokenizer(self) -> Path:
         return self.directory / "tokenizer.json"
-
-
-def source_from_arguments(model: str, vllm_args: Sequence[str]) -> TokenizerSource:
-    """Read those of vLLM's arguments that change token ids, as `--name value` or `--name=value`; the last one wins.
-
-    A value that vLLM itself will refuse counts as absent.
-    """
-    given = _options(vllm_args)
-    tokenizer = given.get("tokenizer", model)
-    revision = given.get("tokenizer-revision", given.get("revision", "") if tokenizer == model else "")
-    try:
-        defaults = json.loads(given.get("default-chat-template-kwargs", "{}"))
-    except ValueError:
-        defaults = {}
-    return TokenizerSource(
-        model=tokenizer,
-        revision=revision,
-        cache_dir=given.get("download-dir", ""),
-        chat_template=given.get("chat-template", ""),
-        chat_template_kwargs=defaults if isinstance(defaults, dict) else {},
-        content_format=given.get("chat-template-content-format", "auto"),
-        mode=given.get("tokenizer-mode", "auto"),
-    )
-
-
-def _options(words: Sequence[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for word, following in pairwise([*words, ""]):
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            found[name.replace("_", "-")] = value if equals else following
-    return found
 
 
 def find_directory(source: TokenizerSource, environment: Mapping[str, str] = os.environ) -> Path:
@@ -123,6 +101,24 @@ def read_model_files(source: TokenizerSource, environment: Mapping[str, str] = o
     given = source.chat_template
     templates = _given_template(given) if given else _find_templates(directory, config)
     return ModelFiles(directory, config, special, templates)
+
+
+def renderer_of_its_own(source: TokenizerSource, environment: Mapping[str, str] = os.environ) -> str:
+    """Say why the engine renders this model's chats in another way than with its template; "" if it does not.
+
+    As vLLM 0.32 chooses: vllm/config/model.py, vllm/tokenizers/registry.py, and Harmony in vllm/renderers/online_renderer.py.
+    Raises ModelFilesError if the files can not be read.
+    """
+    directory = find_directory(source, environment)
+    if any(directory.glob("consolidated*.safetensors")) and any(
+        (*directory.glob("tekken.json"), *directory.glob("tokenizer.model.v*"))
+    ):
+        return "the engine renders chats with Mistral's own tokenizer"
+    config = _read_json(find_directory(replace(source, model=source.config_of or source.model), environment) / "config.json")
+    architectures = config.get("architectures")
+    names = [config.get("model_type"), *(architectures if isinstance(architectures, list) else ())]
+    found = next((name for name in names if name in _OWN_RENDERERS), None)
+    return f"the engine renders chats of {found} in its own way" if found else ""
 
 
 def token_text(entry: object) -> str:

@@ -15,7 +15,14 @@ from tokenizers import AddedToken, Tokenizer
 from gateway.prompts.chat.template import ChatNotRendered, ChatTemplate
 from gateway.prompts.tokenizer.encoder import TEXTS_BYTES_MAX, Encoder, make_encoder
 from gateway.prompts.tokenizer.id_cache import IdCache
-from gateway.prompts.tokenizer.model_files import ModelFiles, ModelFilesError, TokenizerSource, read_model_files, token_text
+from gateway.prompts.tokenizer.model_files import (
+    ModelFiles,
+    ModelFilesError,
+    TokenizerSource,
+    read_model_files,
+    renderer_of_its_own,
+    token_text,
+)
 from gateway.token_ids import TokenIds
 
 _logger = logging.getLogger(__name__)
@@ -83,13 +90,21 @@ class TokenService:
     def _load(self) -> None:
         if self._source.mode not in ("auto", "hf"):
             raise ModelFilesError(f"the engine's tokenizer mode is {self._source.mode}")
+        if self._source.unlike:
+            raise ModelFilesError(self._source.unlike)
         files = read_model_files(self._source)
         tokenizer = load_tokenizer(files)
         self._chars_per_token_max = max(map(len, tokenizer.get_vocab()), default=1)
         chat_reason = ""
         try:
+            if other := renderer_of_its_own(self._source):
+                raise ChatNotRendered(other)
             self._template = ChatTemplate(
-                files.templates, files.special_tokens, self._source.chat_template_kwargs, self._source.content_format
+                files.templates,
+                files.special_tokens,
+                self._source.chat_template_kwargs,
+                self._source.content_format,
+                exclude_tools=self._source.exclude_tools,
             )
         except ChatNotRendered as error:
             chat_reason = str(error)

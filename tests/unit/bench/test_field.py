@@ -21,7 +21,7 @@ from bench.policy_relay import place
 from bench.simulate.workloads import TURNS
 from bench.workloads import WORKLOADS, Talk, Turn, Workload, conversations, hot, shared
 from gateway.cli.bench.words import COMMON, Words
-from gateway.prompts.tokenizer.model_files import source_from_arguments
+from gateway.prompts.tokenizer.engine_options import source_from_arguments
 from gateway.prompts.tokenizer.service import TokenService
 
 SIZE = replace(CPU_SIZE, seconds=200.0)

@@ -151,10 +151,17 @@ async def test_a_chats_ids_go_with_it_to_an_engine_that_takes_them(place: Place)
     assert await sent("c") == place.tokens.encode_chat({"messages": [{"role": "user", "content": "this"}]})
     assert b'"prompt_token_ids":[0,' in encode_body({"kv_transfer_params": {"prompt_token_ids": await sent("c")}})
     assert [await sent("d"), await sent("a"), await sent("c", echo=True)] == [None, None, None]
+    assert [await sent("c", return_prompt_text=True), await sent("c", a_field_of_tomorrow=1)] == [None, None]
     place.planner.prompts.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.DEGRADED))
     assert await sent("c") is None
     place.planner.prompts.parity, place.planner._send_chat_ids = EXACT, False
     assert await sent("c") is None
+
+
+async def test_an_empty_text_goes_as_text_for_the_engine_to_refuse(place: Place) -> None:
+    assert len(place.tokens.encode("")) == 1  # BOS alone, which it would take
+    assert (await place.plan("")).prompt is None
+    assert (await place.plan("", max_tokens=1, add_special_tokens=True)).prompt is None
 
 
 async def test_a_text_goes_as_the_engines_ids(place: Place) -> None:

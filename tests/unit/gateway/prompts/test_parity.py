@@ -11,10 +11,9 @@ from aiohttp import web
 
 from engine.fleet import ReplicaState
 from gateway.planner.planner import Planner
+from gateway.prompts.canaries import ANSWERED_CHATS, ANSWERED_TOOL_CHATS, CHATS, COMPLETIONS, TOOL_CHATS
 from gateway.prompts.parity import (
-    CHATS,
-    COMPLETIONS,
-    TOOL_CHATS,
+    KindVerdict,
     Parity,
     ParityCheckFailed,
     ParityCounts,
@@ -33,11 +32,15 @@ TOOL_TEMPLATE = TEMPLATE + "{% if tools %}{{ tools | tojson }}{% endif %}"
 
 
 class Engine:
-    """An engine's POST /tokenize with a tokenizer of its own."""
+    """An engine's POST /tokenize, and with `answers` its chats, with a tokenizer of its own."""
 
-    def __init__(self, model: Path) -> None:
-        self.tokens = TokenService(TokenizerSource(str(model)))
+    def __init__(self, model: Path, *, answers: bool = False, exclude_tools: bool = False) -> None:
+        self.tokens = TokenService(TokenizerSource(str(model), exclude_tools=exclude_tools))
         self.tokens.load()
+        self.answers = answers
+        self.chat_status = 200
+        self.chat_ids: Callable[[list[int]], list[int] | None] = lambda ids: ids
+        self.chats: list[dict[str, Any]] = []
         self.requests: list[dict[str, Any]] = []
         self.change: Callable[[dict[str, Any], list[int]], list[int]] = lambda request, ids: ids
         self.status = 200
@@ -53,11 +56,21 @@ class Engine:
             return web.json_response({"error": {}}, status=400)
         return web.json_response({"tokens": self.change(body, ids.tolist()), "count": len(ids), "max_model_len": 77})
 
+    async def chat(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.chats.append(body)
+        if self.chat_status != 200:
+            return web.json_response({"error": {}}, status=self.chat_status)
+        ids = self.tokens.encode_chat({name: value for name, value in body.items() if name not in ("model", "cache_salt")})
+        return web.json_response({"choices": [], "prompt_token_ids": self.chat_ids(ids.tolist())})
+
 
 @asynccontextmanager
 async def listening(engine: Engine, socket: Path) -> AsyncIterator[str]:
     app = web.Application()
     app.add_routes([web.post("/tokenize", engine.tokenize)])
+    if engine.answers:
+        app.add_routes([web.post("/v1/chat/completions", engine.chat)])
     runner = web.AppRunner(app)
     await runner.setup()
     await web.UnixSite(runner, str(socket)).start()
@@ -87,6 +100,56 @@ async def test_tools_are_compared_when_the_template_takes_them(tmp_path: Path) -
         verdict = await check_parity(ours(tmp_path / "m"), "replica-0", socket, "served")
     assert verdict.chat.parity is Parity.EXACT
     assert sum("tools" in request for request in engine.requests) == len(TOOL_CHATS)
+
+
+async def verdict_of(engine: Engine, tokens: TokenService, socket: Path) -> KindVerdict:
+    async with listening(engine, socket) as path:
+        return (await check_parity(tokens, "replica-0", path, "served")).chat
+
+
+async def test_chats_are_compared_as_the_engine_answers_them(tmp_path: Path) -> None:
+    engine = Engine(make_model(tmp_path / "m"), answers=True)
+    verdict = await verdict_of(engine, ours(tmp_path / "m"), tmp_path / "s")
+    assert (verdict.parity, verdict.compared) == (Parity.EXACT, len(CHATS) + len(ANSWERED_CHATS))
+    for chat in engine.chats:
+        assert (chat["max_tokens"], chat["return_token_ids"]) == (1, True)
+        assert chat["cache_salt"]  # so that no client's prompt is answered from it
+
+
+@pytest.mark.parametrize("here", [False, True])
+@pytest.mark.parametrize("there", [False, True])
+async def test_an_engine_that_leaves_tools_out_has_to_be_known_to_do_so(tmp_path: Path, here: bool, there: bool) -> None:
+    model = make_model(tmp_path / "m", template=TOOL_TEMPLATE)
+    tokens = TokenService(TokenizerSource(str(model), exclude_tools=here))
+    verdict = await verdict_of(Engine(model, answers=True, exclude_tools=there), tokens, tmp_path / "s")
+    if here == there:
+        compared = len(CHATS) + len(TOOL_CHATS) + len(ANSWERED_CHATS) + len(ANSWERED_TOOL_CHATS)
+        assert (verdict.parity, verdict.compared) == (Parity.EXACT, compared)
+    else:
+        assert verdict.parity is Parity.DEGRADED
+        assert [found.split(":")[0] for found in verdict.differences] == ["tools not to be chosen"]
+
+
+async def test_an_engine_that_answers_from_other_ids_than_it_tokenises_is_found_out(tmp_path: Path) -> None:
+    engine = Engine(make_model(tmp_path / "m"), answers=True)
+    engine.chat_ids = lambda ids: [*ids, 5]
+    verdict = await verdict_of(engine, ours(tmp_path / "m"), tmp_path / "s")
+    assert (verdict.parity, len(verdict.differences)) == (Parity.DEGRADED, len(ANSWERED_CHATS))
+
+
+async def test_chats_that_the_engine_refuses_or_tells_no_ids_of_say_nothing(tmp_path: Path) -> None:
+    engine = Engine(make_model(tmp_path / "m"), answers=True)
+    for status, ids in ((400, None), (404, None), (200, None)):
+        engine.chat_status, engine.chat_ids = status, lambda _, told=ids: told
+        verdict = await verdict_of(engine, ours(tmp_path / "m"), tmp_path / f"s{status}")
+        assert (verdict.parity, verdict.compared) == (Parity.EXACT, len(CHATS))
+
+
+async def test_an_engine_that_can_not_answer_chats_now_fails_the_check(tmp_path: Path) -> None:
+    engine = Engine(make_model(tmp_path / "m"), answers=True)
+    engine.chat_status = 503
+    with pytest.raises(ParityCheckFailed):
+        await verdict_of(engine, ours(tmp_path / "m"), tmp_path / "s")
 
 
 async def test_another_chat_template_in_the_engine_leaves_completions_exact(tmp_path: Path) -> None:

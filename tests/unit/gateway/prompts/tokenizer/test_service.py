@@ -10,7 +10,7 @@ from gateway.prompts.tokenizer.model_files import (
     TokenizerSource,
     find_directory,
     read_model_files,
-    source_from_arguments,
+    renderer_of_its_own,
 )
 from gateway.prompts.tokenizer.service import NoTokenIds, TextTooLong, TokenService
 from tests.unit.gateway.prompts.tiny_model import EOS, TEMPLATE, make_model, tiny_tokenizer
@@ -161,14 +161,55 @@ def test_a_damaged_config_is_an_error_that_names_the_file(tmp_path: Path) -> Non
         read_model_files(TokenizerSource(str(tmp_path)))
 
 
-def test_the_engines_arguments_decide_which_tokenizer_it_is() -> None:
-    arguments = [
-        "--tokenizer=org/other", "--tokenizer-revision", "r2", "--chat_template", "t.jinja", "--tokenizer-mode", "auto",
-        "--default-chat-template-kwargs", '{"enable_thinking": false}', "--download-dir=/models", "--max-model-len", "9",
-        "--chat-template-content-format", "openai",
-    ]  # fmt: skip
-    assert source_from_arguments("org/model", arguments) == TokenizerSource(
-        "org/other", "r2", "/models", "t.jinja", {"enable_thinking": False}, "openai", "auto"
-    )
-    assert source_from_arguments("org/model", ["--revision", "r1"]) == TokenizerSource("org/model", "r1")
-    assert source_from_arguments("m", ["--default-chat-template-kwargs", "oops"]) == TokenizerSource("m")
+def test_a_model_that_the_engine_renders_in_its_own_way_has_ids_for_completions_alone(tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    (model / "config.json").write_text(json.dumps({"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}))
+    tokens = service(model)
+    assert tokens.encode("this")
+    assert not tokens.state.chat
+    assert "gpt_oss in its own way" in tokens.state.chat_reason
+    with pytest.raises(NoTokenIds):
+        tokens.encode_chat({"messages": [{"role": "user", "content": "this"}]})
+
+
+def test_it_is_the_served_models_config_that_counts_and_not_the_tokenizers(tmp_path: Path) -> None:
+    tokenizer, model = make_model(tmp_path / "t"), make_model(tmp_path / "m")
+    (model / "config.json").write_text(json.dumps({"architectures": ["DeepseekV32ForCausalLM"]}))
+    assert renderer_of_its_own(TokenizerSource(str(tokenizer))) == ""
+    assert "DeepseekV32" in renderer_of_its_own(TokenizerSource(str(tokenizer), config_of=str(model)))
+
+
+def test_mistrals_own_files_mean_mistrals_own_tokenizer(tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    (model / "tekken.json").write_text("{}")
+    assert renderer_of_its_own(TokenizerSource(str(model))) == ""
+    (model / "consolidated.safetensors").write_text("")
+    assert "Mistral" in renderer_of_its_own(TokenizerSource(str(model)))
+
+
+def test_every_renderer_of_the_installed_vllm_is_known() -> None:
+    """Beside HfRenderer's modes; each of the others is chosen by a mode, or by what `renderer_of_its_own` looks at."""
+    pytest.importorskip("vllm")
+    from vllm.renderers.registry import _VLLM_RENDERERS
+
+    by_mode_alone = {"cohere", "terratorch"}
+    by_model = {"deepseek_v32", "deepseek_v4", "deepseek_v41", "kimi_audio", "kimi_k3", "mistral", "inkling"}
+    assert _VLLM_RENDERERS.keys() == {"hf"} | by_mode_alone | by_model
+
+
+def test_an_engine_whose_tokenizer_is_another_gets_texts(tmp_path: Path) -> None:
+    tokens = service(make_model(tmp_path), unlike="the engine has no tokenizer")
+    assert (tokens.state.loaded, tokens.state.reason) == (False, "the engine has no tokenizer")
+
+
+def test_tools_that_may_not_be_chosen_are_left_out_where_the_engine_does_so(tmp_path: Path) -> None:
+    model = make_model(tmp_path, template=TEMPLATE + "{% if tools %}{{ tools | tojson }}{% endif %}")
+    tool = {"type": "function", "function": {"name": "f"}}
+    chat = {"messages": [{"role": "user", "content": "this"}]}
+    offered = chat | {"tools": [tool], "tool_choice": "none"}
+    without = service(model).encode_chat(chat)
+    assert len(service(model).encode_chat(offered)) > len(without)
+    excluding = service(model, exclude_tools=True)
+    assert excluding.encode_chat(offered) == without
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": None}):
+        assert len(excluding.encode_chat(chat | {"tools": [tool]} | choice)) > len(without)
