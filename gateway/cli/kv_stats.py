@@ -88,7 +88,10 @@ def ask(
     also: Collection[int] = (),
     seconds_max: float = ANSWER_SECONDS_MAX,
 ) -> bytes:
-    """Return the body of the gateway's answer, 2xx or a status in `also`; `missing` says what a 404 means. Raises StatsNotRead."""
+    """Return the body of the gateway's answer, 2xx or a status in `also`; `missing` says what a 404 means.
+
+    Raises StatsNotRead.
+    """
     try:
         answer = client.request(method, path, json=body, timeout=seconds_max)
     except httpx.HTTPError as error:

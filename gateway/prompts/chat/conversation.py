@@ -11,6 +11,8 @@ from typing import Any
 from gateway.prompts.chat.content_format import ContentFormat
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
+_CARRIED = frozenset(("cache_control",))
+"""Further fields of a part that a template gets to see as they are; clients of other APIs send this one."""
 _BILLING_HEADER = "x-anthropic-billing-header"
 Message = dict[str, Any]
 
@@ -42,6 +44,9 @@ def _tool(tool: object) -> dict[str, Any]:
     function = tool.get("function") if isinstance(tool, dict) else None
     if not isinstance(tool, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ChatNotRendered("the engine refuses these tools")
+    flags = (function.get("strict"), function.get("defer_loading"), tool.get("defer_loading"))
+    if not all(flag is None or isinstance(flag, bool) for flag in flags):
+        raise ChatNotRendered("the engine may read these tools in another way")
     written: dict[str, Any] = {name: function.get(name) for name in ("name", "description", "parameters")}
     deferred = tool.get("defer_loading")
     extra = {"strict": function.get("strict"), "defer_loading": function.get("defer_loading", deferred)}
@@ -83,22 +88,29 @@ def _content(role: str, content: object, content_format: ContentFormat) -> str |
         raise ChatNotRendered("a message's content is malformed")
     if role == "system":
         parts = [kept for part in parts if (kept := _without_billing_header(part)) is not None]
-    texts = [text for part in parts if (text := _part_text(part)) is not None]
     if content_format == "openai":
-        return [{"type": "text", "text": text} for text in texts]
-    return "\n".join(text for text in texts if text)
+        return [_wrapped(part) for part in parts]
+    return "\n".join(text for text in map(_part_text, parts) if text)
 
 
-def _part_text(part: object) -> str | None:
-    """Return the text of a content part, None if the part is to be skipped. Raises ChatNotRendered for media."""
+def _wrapped(part: object) -> dict[str, Any]:
+    """Return a content part as a template that loops over parts gets it. Raises ChatNotRendered."""
+    ready = {"type": "text", "text": _part_text(part)}
+    if isinstance(part, dict) and len(part) > len(ready):
+        if part.keys() - {"type", _TEXT_PARTS[part["type"]]} - _CARRIED:
+            raise ChatNotRendered("a content part with fields of its own is the engine's business")
+        ready.update({name: part[name] for name in part if name in _CARRIED})
+    return ready
+
+
+def _part_text(part: object) -> str:
+    """Return the text of a content part. Raises ChatNotRendered for media, and for what the engine refuses."""
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not isinstance(kind, str) or kind not in _TEXT_PARTS or "uuid" in part:
         raise ChatNotRendered("only the engine handles content parts that are not text")
     text = part.get(_TEXT_PARTS[kind])
-    if text is None and kind in ("text", "refusal"):
-        return None
     if not isinstance(text, str):
         raise ChatNotRendered("a content part is malformed")
     return text

@@ -30,6 +30,7 @@ _RENDERER_WORDS = frozenset(
         *("return_dict", "return_tensors", "tokenize", "tokenizer", "tokenizer_kwargs", "truncation"),
     )
 )
+_SWITCHES = ("add_generation_prompt", "continue_final_message")
 _WORD_FIELDS = (RENDERED - {"messages", "add_special_tokens"}) | frozenset(ENGINES)
 """All of a body, beside its messages, that what a template is rendered with depends on."""
 
@@ -150,6 +151,9 @@ class ChatTemplate:
         for name in ENGINES:
             if body.get(name) is not None:
                 raise ChatNotRendered(f"only the engine handles {name}")
+        for name in _SWITCHES:
+            if not isinstance(body.get(name, False), bool):
+                raise ChatNotRendered(f"{name} is malformed, or the engine takes it for a boolean")
         given = body.get("chat_template_kwargs") or {}
         if not isinstance(given, Mapping) or _RENDERER_WORDS & given.keys():
             raise ChatNotRendered("only the engine handles chat_template_kwargs")
