@@ -63,7 +63,7 @@ class Recorder:
             reads_cache=known.cacheable,
             reports=table is not None,
             why_unknown=known.why_unknown,
-            pinned=plan.request.pinned is not None,
+            pinned=plan.request.wanted_replica is not None,
             flight=plan.flight,
         )
         self.ledger.open(attempt)

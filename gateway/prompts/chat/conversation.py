@@ -105,8 +105,6 @@ def _wrapped(part: object) -> dict[str, Any]:
 
 def _part_text(part: object) -> str:
     """Return the text of a content part. Raises ChatNotRendered for media, and for what the engine refuses."""
-    if isinstance(part, str):
-        return part
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not isinstance(kind, str) or kind not in _TEXT_PARTS or "uuid" in part:
         raise ChatNotRendered("only the engine handles content parts that are not text")
@@ -118,14 +116,11 @@ def _part_text(part: object) -> str:
 
 def _without_billing_header(part: Any) -> Any:
     """Drop the line by which a coding assistant's client is billed, for it changes with each request; None if that was all."""
-    plain = isinstance(part, str)
-    text = part if plain else part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
     if not isinstance(text, str) or not text.startswith(_BILLING_HEADER):
         return part
     rest = text.partition("\n")[2]
-    if not rest:
-        return None
-    return rest if plain else {**part, "text": rest}
+    return {**part, "text": rest} if rest else None
 
 
 def _add_assistant_fields(ready: Message, message: Mapping[str, Any]) -> None:

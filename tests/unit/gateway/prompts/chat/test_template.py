@@ -137,15 +137,13 @@ def test_a_billing_line_is_dropped_from_system_messages_alone() -> None:
     line = "x-anthropic-billing-header: cch=1"
     messages = [{"role": "system", "content": f"{line}\nrest"}, {"role": "user", "content": f"{line}\nstays"}]
     assert render("{% for m in messages %}{{ m.content }};{% endfor %}", messages) == f"rest;{line}\nstays;"
-    assert render(PARTS, [{"role": "system", "content": [line, {"type": "text", "text": line}]}, HI]) == (
-        "system:user:[text hi]"
-    )
+    assert render(PARTS, [{"role": "system", "content": [{"type": "text", "text": line}]}, HI]) == ("system:user:[text hi]")
 
 
 def test_a_template_that_loops_over_parts_gets_parts() -> None:
     messages = [
-        {"role": "user", "content": ["a", {"type": "text", "text": ""}, {"type": "text", "text": "c"}]},
-        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}, {"type": "text", "text": None}]},
+        {"role": "user", "content": [{"type": "text", "text": t} for t in ("a", "", "c")]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
         {"role": "user", "content": "plain"},
     ]
     assert render(PARTS, messages) == "user:[text a][text ][text c]assistant:[text no]user:[text plain]"
@@ -201,6 +199,11 @@ def test_the_requests_body_stays_as_it_is() -> None:
     [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "uuid": "u"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+        {"messages": [{"role": "user", "content": ["a text without a type"]}]},
+        {"messages": [HI], "add_generation_prompt": "false"},
+        {"messages": [HI], "continue_final_message": None},
+        {"messages": [HI], "tools": [{"function": {"name": "f", "strict": "yes"}}]},
         {"messages": [HI], "chat_template": "mine"},
         {"messages": [HI], "chat_template_kwargs": {"chat_template": "mine"}},
         {"messages": [HI], "chat_template_kwargs": {"tokenize": True}},
