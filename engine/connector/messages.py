@@ -44,15 +44,20 @@ class ImportReport:
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """Workers to scheduler: the work of `step` is done; the imports that ended, by request id, and on how many ranks."""
+    """Workers to scheduler: the work of `step` is done; the imports that ended, by request id, and on how many ranks.
+
+    `unmapped`: the KV memory that was shared is gone, as after vLLM's sleep.
+    """
 
     step: int
     imports: dict[str, ImportReport] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
+    unmapped: bool = False
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
         assert isinstance(other, WorkerReport)
-        merged = WorkerReport(min(self.step, other.step), dict(self.imports), dict(self.ranks))
+        unmapped = self.unmapped or other.unmapped
+        merged = WorkerReport(min(self.step, other.step), dict(self.imports), dict(self.ranks), unmapped)
         for request_id, report in other.imports.items():
             mine = merged.imports.get(request_id)
             merged.imports[request_id] = mine.merged(report) if mine else report

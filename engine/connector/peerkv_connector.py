@@ -222,6 +222,11 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         except GroupNotHandled:
             return None
 
+    def unregister_kv_caches(self) -> None:
+        """Before vLLM sleeps: what peers could open is gone then, and its next memory is not shared. Idempotent."""
+        if self._worker is not None:
+            self._guard("let go of the KV memory", self._worker.unmap, None)
+
     def get_handshake_metadata(self) -> Handshake | None:
         return self._worker.handshake(self._fields) if self._worker is not None else None
 

@@ -225,6 +225,8 @@ class SchedulerHalf:
     def report(self, report: WorkerReport) -> None:
         """Offer the blocks that became full up to the reported step, and settle the imports that ended."""
         now_ns = self._clock_ns()
+        if report.unmapped and self._exchanges:
+            self.withdraw()
         while self._steps and self._steps[0][0] <= report.step:
             step, work, prompts = self._steps.popleft()
             for sequence, group, block, tokens in work.states if self._exchanges else ():

@@ -35,6 +35,7 @@ class WorkerHalf:
         self._load_errors: set[int] = set()
         self._failed: set[str] = set()
         self._step = 0
+        self._unmapped = False
         self._lock = threading.Lock()
         self._closing = threading.Event()
 
@@ -97,6 +98,11 @@ class WorkerHalf:
                 self._fail(job, reason)
         return set(self._ended)
 
+    def unmap(self) -> None:
+        """The KV memory is about to go: share and import nothing from now on."""
+        self._unmapped = True
+        self.fail_all("the engine gave its KV memory up")
+
     def take_load_errors(self) -> set[int]:
         """Return the blocks that must be recomputed, once."""
         errors, self._load_errors = self._load_errors, set()
@@ -113,7 +119,7 @@ class WorkerHalf:
         ended, self._ended = self._ended, {}
         for request_id in ended:
             self._jobs.pop(request_id, None)
-        return WorkerReport(self._step, ended, dict.fromkeys(ended, 1))
+        return WorkerReport(self._step, ended, dict.fromkeys(ended, 1), self._unmapped)
 
     def close(self) -> None:
         """Release peers' memory and tables."""

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.connector.groups import ModelGroups
+from engine.connector.messages import WorkerReport
 from tests.unit.engine.connector.scheduler_fixtures import SIZE, Replica, Request, import_all, keys_of, report
 from transport.groups import Group
 from transport.hint import HINT
@@ -190,6 +191,17 @@ def test_a_reset_withdraws_states_that_are_under_way(tmp_path):
     a.half.reset()
     a.done(meta.step)
     assert a.reader.cached_blocks() == 0
+
+
+def test_a_replica_whose_memory_is_gone_offers_and_imports_nothing_any_more(tmp_path):
+    a = owner_of_windows(tmp_path)
+    b = owner_of_windows(tmp_path, "b")
+    meta = b.schedule()
+    b.half.report(WorkerReport(meta.step, unmapped=True))
+    assert b.reader.cached_blocks() == 0
+    b.prefill(request("more", range(300, 318)), ([1, 2, 3, 4, 5], [11, 12, 13, 14, 15]))
+    assert b.reader.cached_blocks() == 0
+    assert a.reader.cached_blocks() > 0
 
 
 def test_the_states_of_a_replica_that_ended_are_not_believed(tmp_path):

@@ -121,6 +121,16 @@ def test_an_unexpected_fault_in_starting_fails_every_import_of_the_step(owner, w
     assert worker.poll() == set()
 
 
+def test_memory_that_is_given_up_is_told_and_imports_into_it_fail(owner, worker, landing):
+    worker.start(StepMetadata(1, (job(owner, "r"),)))
+    worker.unmap()
+    worker.unmap()
+    worker.start(StepMetadata(2, (job(owner, "s"),)))
+    assert worker.poll() == {"r", "s"}
+    assert worker.take_report().unmapped
+    assert landing["layer"].eq(0.0).all()
+
+
 def test_after_a_fault_in_the_transport_every_import_is_failed_not_forgotten(owner, worker):
     worker.start(StepMetadata(1, (job(owner, "r"), job(owner, "s"))))
     assert worker.fail_all("fault") == {"r", "s"}
