@@ -186,7 +186,7 @@ async def test_without_a_tokenizer_both_kinds_are_off_and_the_reason_is_kept(tmp
     async with listening(engine, tmp_path / "s") as socket:
         verdict = await check_parity(ours(tmp_path / "nothing" / "here" / "at all"), "replica-0", socket, "served")
     assert verdict.completions.parity is verdict.chat.parity is Parity.OFF
-    assert "no directory" in verdict.completions.reason
+    assert "not a directory" in verdict.completions.reason
 
 
 @pytest.mark.parametrize("status", [404, 503])
