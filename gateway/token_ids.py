@@ -17,7 +17,7 @@ _BIG_ENDIAN = sys.byteorder == "big"
 class TokenIds(Sequence[int]):
     """Token ids as little-endian int32, four bytes each, in `raw`. Not changed once made; equal to a list of the same ids.
 
-    Those that were joined from parts hold nothing but these, which others share: their forms are put together anew each time.
+    Those that were joined from parts hold nothing but these, which others share: their forms are assembled each time.
     """
 
     __slots__ = ("_count", "_parts", "_raw", "_text", "serial")
@@ -32,7 +32,7 @@ class TokenIds(Sequence[int]):
 
     @classmethod
     def of(cls, ids: Iterable[int]) -> TokenIds:
-        """Return `ids` in this form. Raises TypeError for what is no integer, OverflowError for what is no int32."""
+        """Return `ids` in this form. Raises TypeError for anything but integers, OverflowError for integers outside int32."""
         numbers = array("i", ids)
         if _BIG_ENDIAN:
             numbers.byteswap()

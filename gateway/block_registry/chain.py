@@ -1,4 +1,4 @@
-"""The keys of one prompt's full blocks, in the forms that are wanted of them on each request."""
+"""The keys of one prompt's full blocks, in the forms that every request needs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from transport.keys import KEY_BYTES, Keys, as_keys
 _DEPTHS = [(2 << power) - 2 for power in range(32)]
 _ANCHORS: list[Callable[[Any], Any]] = [itemgetter(slice(0)), itemgetter(slice(1))]
 _ANCHORS += [itemgetter(*_DEPTHS[:powers]) for powers in range(2, len(_DEPTHS))]
-"""By the number of anchors: takes them out of a chain's words."""
+"""By the number of anchors: extracts them from a chain's words."""
 
 
 class Chain:
-    """Keys of 16 bytes each, one behind the other in `raw`; as many as there are `blocks`. Not changed once made.
+    """Keys of 16 bytes each, concatenated in `raw`; one per block. Immutable.
 
-    `words` are the same as numbers of 8 bytes, two a key. `anchors` are the first words of the keys at the depths 1, 2, 4 …,
-    which is where prompts are compared: a key stands for all before it, so two chains agree up to some block and nowhere
-    behind it.
+    `words` are the same as numbers of 8 bytes, two per key. `anchors` are the first words of the keys at depths 1, 2, 4 …,
+    where prompts are compared: a key stands for everything before it, so two chains agree up to some block and nowhere after
+    it.
     """
 
     __slots__ = ("anchors", "blocks", "raw", "words")

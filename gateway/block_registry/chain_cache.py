@@ -1,4 +1,4 @@
-"""Chains of keys, of which the parts that were hashed before are looked up."""
+"""Chains of keys; parts that were hashed before are looked up."""
 
 from collections import OrderedDict
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from transport.keys import HASHES, KEY_BYTES, hash_blocks
 SECTION_BLOCKS = 64
 SHORT_BLOCKS = 16
 ENTRY_BYTES = 260
-"""What an entry takes beside its bytes, measured: the objects, and its place in an ordered dictionary."""
+"""Measured size of an entry without its bytes: the objects, and its place in an ordered dictionary."""
 
 
 class _Hashed(NamedTuple):
-    """The keys of the full blocks of some tokens, the last of them (or the one before), and the tokens that fill no block."""
+    """The keys of the full blocks of some tokens, the last key (or the one before), and the tokens that fill no block."""
 
     keys: bytes
     last: bytes
@@ -22,11 +22,11 @@ class _Hashed(NamedTuple):
 
 
 class ChainCache:
-    """Keys of token ids that were seen before, the least recently used out first. Belongs to one thread.
+    """Keys of token ids seen before; the least recently used are dropped first. Belongs to one thread.
 
-    Ids that have a serial are known by it, with the key before them and the tokens behind that key that filled no block. Others
-    are known in sections of 64 blocks, then of 16, by the hash of the key before it and its token ids: as certain as the keys,
-    which are made by the same hash. What is hashed once a section instead of once a block takes a tenth of the time.
+    Ids with a serial are found by it, together with the key before them and the tokens after that key that filled no block.
+    Others are found in sections of 64 blocks, then of 16, by the hash of the preceding key and their token ids: as certain as
+    the keys, which use the same hash. Hashing once per section instead of once per block takes a tenth of the time.
     """
 
     def __init__(self, bytes_max: int) -> None:
@@ -38,7 +38,7 @@ class ChainCache:
         return len(self._hashed)
 
     def chain(self, root: bytes, ids: TokenIds, blocks: int, block_size: int, hash_name: str) -> Chain:
-        """Return the keys of the first `blocks` blocks of `ids`, of which there have to be so many."""
+        """Return the keys of the first `blocks` blocks of `ids`, which must be that long."""
         if not blocks:
             return EMPTY
         left = blocks * block_size * 4
@@ -47,7 +47,7 @@ class ChainCache:
         parts = ids.parts
         found: list[bytes] = []
         last, rest, place = root, b"", 0
-        if len(parts) > 1 and len(parts[0]) < block_size and not parts[0].serial:  # what begins every text
+        if len(parts) > 1 and len(parts[0]) < block_size and not parts[0].serial:  # the beginning of every text
             rest, place = parts[0].raw, 1
             left -= len(rest)
         while place < len(parts) and parts[place].serial and 4 * len(parts[place]) <= left:

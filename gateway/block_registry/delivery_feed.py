@@ -1,4 +1,4 @@
-"""The engines' delivery records, read out of their tables as they come, each record once."""
+"""The engines' delivery records, read from their tables as they appear, each record once."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from transport.table.deliveries import Delivery
 
 
 class Taker(Protocol):
-    """Takes what the replica of that name delivered."""
+    """Receives what the named replica delivered."""
 
     def __call__(self, replica: str, table: Table, delivery: Delivery) -> None: ...
 
@@ -21,9 +21,9 @@ class _Place:
 
 
 class DeliveryFeed:
-    """Belongs to the tables' thread. A replica's last table is kept: what it told before its end can still be read.
+    """Belongs to the tables' thread. A replica's last table is kept, so that its final records can still be read.
 
-    `missed` counts records that were overwritten before anybody looked.
+    `missed` counts records that were overwritten before they were read.
     """
 
     def __init__(self, tables: Callable[[], Mapping[str, Table]]) -> None:
@@ -34,19 +34,19 @@ class DeliveryFeed:
         self.missed = 0
 
     def add(self, taker: Taker) -> None:
-        """Give every further record to `taker` too."""
+        """Also pass every further record to `taker`."""
         self._takers.append(taker)
 
     def poll(self, replica: str) -> None:
-        """Hand on what `replica` delivered since the last look: some microseconds when there is nothing."""
+        """Pass on what `replica` delivered since the last call; takes a few microseconds if there is nothing."""
         place = self._places.get(replica)
         if place is not None:
             self._read(replica, place)
 
     def refresh(self, tables: Mapping[str, Table] | None = None) -> None:
-        """Take note of tables that came or were replaced, and hand on everything that is new.
+        """Note tables that appeared or were replaced, and pass on everything new.
 
-        `tables` are the live ones of this moment, an object that does not change; without them they are asked for.
+        `tables` are the current live ones, an immutable object; if omitted they are looked up.
         """
         if tables is None:
             tables = self._tables()

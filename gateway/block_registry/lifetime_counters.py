@@ -1,4 +1,4 @@
-"""The replicas' counters over all their lives: a restarted replica counts from zero again, the fleet does not."""
+"""The replicas' counters across restarts: a restarted replica counts from zero again, the fleet does not."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ _PeerKey = tuple[str, str]
 class LifetimeCounters:
     """Sums each replica's counters over its epochs.
 
-    The last table of each replica is kept: its memory stays readable when the owner is dead and its file gone, so what it
-    counted up to its end is not lost. Call `observe` often enough to see each epoch at least once.
+    The last table of each replica is kept: its memory stays readable after the owner has died and its file is gone, so its
+    final counts are not lost. Call `observe` often enough to see each epoch at least once.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class LifetimeCounters:
         self._epochs: Counter[str] = Counter()
 
     def observe(self, tables: Mapping[str, Table]) -> None:
-        """Take note of the live tables. Cheap: call it with each look at them."""
+        """Note the live tables. Cheap: call it whenever they are looked at."""
         for name, table in tables.items():
             known = self._current.get(name)
             if known is table:
@@ -37,11 +37,11 @@ class LifetimeCounters:
             self._current[name] = table
 
     def table(self, name: str) -> Table | None:
-        """The replica's last table, None for one that was never seen."""
+        """Return the replica's last table, None if it was never seen."""
         return self._current.get(name)
 
     def epochs(self, name: str) -> int:
-        """How many lives of that replica were seen."""
+        """Return how many starts of that replica were seen."""
         return self._epochs[name]
 
     def names(self) -> list[str]:

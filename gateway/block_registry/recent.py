@@ -1,7 +1,7 @@
-"""The fleet and the tables as they were a moment ago: asking the kernel costs more than all else that is asked of them.
+"""The fleet and the tables as of a moment ago: asking the kernel costs more than everything else about them.
 
-A gateway looks at both several times for each request, thousands of times a second. What is a few milliseconds old is as good:
-a replica may die at any moment after it was asked for anyway.
+A gateway looks at both several times per request, thousands of times a second. A state a few milliseconds old is as good as a
+fresh one: a replica may die at any moment after it was looked at anyway.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Clock = Callable[[], float]
 
 
 class RecentFleet:
-    """Another view of the fleet, asked at most once in RECENT_SECONDS."""
+    """A view of the fleet that queries another one at most once in RECENT_SECONDS."""
 
     def __init__(self, fleet: FleetView, clock: Clock = time.monotonic) -> None:
         self._fleet = fleet
@@ -27,7 +27,7 @@ class RecentFleet:
         self._snapshot: FleetSnapshot | None = None
 
     def snapshot(self) -> FleetSnapshot:
-        """The state of a moment ago. Raises what the other view raises."""
+        """Return the state of a moment ago. Raises what the other view raises."""
         now = self._clock()
         if self._snapshot is None or now >= self._until:
             self._snapshot = self._fleet.snapshot()
@@ -35,13 +35,13 @@ class RecentFleet:
         return self._snapshot
 
     def suspect(self, name: str, *, overdue: bool = False) -> None:
-        """A connection to `name` failed: what is known of it is out of date."""
+        """A connection to `name` failed: what is known about it is out of date."""
         self._snapshot = None
         self._fleet.suspect(name, overdue=overdue)
 
 
 class RecentTables:
-    """Other tables, asked for at most once in RECENT_SECONDS."""
+    """Tables that query others at most once in RECENT_SECONDS."""
 
     def __init__(self, tables: Tables, clock: Clock = time.monotonic) -> None:
         self._source = tables
@@ -50,7 +50,7 @@ class RecentTables:
         self._tables: Mapping[str, Table] | None = None
 
     def tables(self) -> Mapping[str, Table]:
-        """The live tables of a moment ago."""
+        """Return the live tables of a moment ago."""
         now = self._clock()
         if self._tables is None or now >= self._until:
             self._tables = self._source.tables()

@@ -1,4 +1,4 @@
-"""What the block tables say about one request: who holds how much of its prefix, and who can import from whom."""
+"""What the block tables say about a request: who holds how much of its prefix, and who can import from whom."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -26,7 +26,7 @@ _root_key = lru_cache(maxsize=ROOTS_MAX)(root_key)
 
 
 class LookUp(msgspec.Struct, frozen=True):
-    """What the tables say of a prompt: how many leading blocks each replica holds, those left out that hold none.
+    """What the tables say about a prompt: how many leading blocks each replica holds; those without any are omitted.
 
     `chains` are those that were looked up, with block sizes, `places` tells which of them is a replica's, for each with a live
     table whose hash is known; `held_tokens_max` are the tokens that somebody holds. `divisible`: of what is held any leading
@@ -76,11 +76,11 @@ class Registry:
         return self._last
 
     def table(self, name: str) -> Table | None:
-        """Return one replica's table as `tables` last had it, which costs nothing; its owner may have died since."""
+        """Return one replica's table as `tables` last had it, at no cost; its owner may have died since."""
         return self._last.get(name)
 
     def look_up(self, ids: Sequence[int], salt: str = "", lora: str = "", tables: Mapping[str, Table] | None = None) -> LookUp:
-        """Find who holds how much of a prompt. The chain is hashed once per distinct fingerprint, block size and hash.
+        """Find out who holds how much of a prompt. The chain is hashed once per distinct fingerprint, block size and hash.
 
         The last token is always computed, so a block that ends with it does not count. `tables` are those to look in, if the
         caller has just asked for them.
@@ -119,7 +119,7 @@ class Registry:
         """Return the tables by what their chains are made of, and the place of each one's kind."""
         by_chain: dict[tuple[bytes, int, str], _Kind] = {}
         for name, table in tables.items():
-            if table.hash_name not in HASHES:  # of a later version, or damaged: it holds nothing that we could name
+            if table.hash_name not in HASHES:  # from a later version, or damaged: we have no names for its blocks
                 continue
             key = (table.fingerprint, table.block_size, table.hash_name)
             by_chain.setdefault(key, _Kind(*key, table.groups, plain(table.groups), {})).tables[name] = table
@@ -128,7 +128,7 @@ class Registry:
         return kinds, self._kinds[2]
 
     def exchanges(self, tables: Mapping[str, Table]) -> Mapping[str, frozenset[str]]:
-        """For each replica, the others that it can import from. Worked out anew only when a table came, went or restarted."""
+        """Return, for each replica, the others that it can import from. Recomputed only when tables change."""
         if tables is self._exchanging:
             return self._exchanges[1]
         stamp = tuple((name, table.epoch) for name, table in tables.items())
@@ -150,14 +150,14 @@ class Registry:
         return self._exchanges[1]
 
     def refused(self, taker: str, source: str) -> None:
-        """The taker's engine said that it does not import from the source: so it is until one of the two is restarted."""
+        """Record that the taker's engine refuses to import from the source, until one of the two is restarted."""
         ours, theirs = self._last.get(taker), self._last.get(source)
         if ours is not None and theirs is not None:
             self._refused.add(((taker, ours.epoch), (source, theirs.epoch)))
             self._exchanges, self._exchanging = ((), {}), None
 
     def holders(self, keys: Keys) -> list[list[str]]:
-        """For each key alone, who holds that block now. `keys` has shape (n, 2)."""
+        """Return, for each key by itself, who holds that block now. `keys` has shape (n, 2)."""
         found: list[list[str]] = [[] for _ in range(len(keys))]
         words = Chain.of(keys).words
         for name, table in sorted(self.tables().items()):
@@ -168,7 +168,7 @@ class Registry:
 
 
 def obstacles(ours: Table, theirs: Table) -> tuple[str, ...]:
-    """Say in words why one replica can not import from another; empty if it can."""
+    """Say why one replica cannot import from another; empty if it can."""
     found = [f"it does not exchange: {table.status}" for table in (ours, theirs) if table.status != STATUS_OK]
     for what, here, there in (
         ("block size", ours.block_size, theirs.block_size),

@@ -1,7 +1,7 @@
-"""Whether the gateway's token ids are the engine's: shown once per start on a few prompts, not assumed.
+"""Whether the gateway's token ids are the engine's: shown on a few prompts at each start, not assumed.
 
 A router whose ids differ from its engines' has a hit rate of zero and no way to see why. So the same canaries are tokenised
-here and by an engine's own POST /tokenize, and a few chats, whose fields that one does not know, by a chat of one token.
+here and by an engine's own POST /tokenize, and a few chats, whose fields /tokenize does not know, by a chat of one token.
 Completions are sent as ids only while every canary agrees.
 """
 
@@ -20,16 +20,16 @@ from gateway.prompts.tokenizer.service import NoTokenIds, TokenService
 _logger = logging.getLogger(__name__)
 
 CANARY_SALT = "peerkv canaries"
-"""Keeps what is computed for canaries apart from all prompts of clients."""
+"""Keeps what is computed for canaries separate from all clients' prompts."""
 _UNAVAILABLE = frozenset((502, 503, 504))
 _NO_TOKENIZER = _UNAVAILABLE | {404}
 
 Ids = Sequence[int] | None
-"""Token ids, None for a canary that is refused."""
+"""Token ids, or None for a canary that is refused."""
 
 
 class Parity(StrEnum):
-    """What the comparison came to."""
+    """The result of the comparison."""
 
     UNKNOWN = "unknown"  # not compared yet
     EXACT = "exact"  # every canary agrees
@@ -49,7 +49,7 @@ class KindVerdict:
 
 @dataclass(frozen=True, slots=True)
 class ParityVerdict:
-    """The outcome of one check. `context_tokens` is the engine's longest prompt and answer together, None if unknown."""
+    """The outcome of one check. `context_tokens` is the engine's limit on prompt plus answer, None if unknown."""
 
     completions: KindVerdict = field(default_factory=KindVerdict)
     chat: KindVerdict = field(default_factory=KindVerdict)
@@ -58,13 +58,13 @@ class ParityVerdict:
 
     @property
     def differences(self) -> int:
-        """How many canaries differed."""
+        """The number of canaries that differed."""
         return len(self.completions.differences) + len(self.chat.differences)
 
 
 @dataclass(slots=True)
 class ParityCounts:
-    """Comparisons since the start: all, those not answered, those with a new verdict, and canaries that differed."""
+    """Comparisons since the start: all, unanswered ones, those with a new verdict, and canaries that differed."""
 
     checks: int = 0
     failures: int = 0
@@ -73,11 +73,11 @@ class ParityCounts:
 
 
 class ParityCheckFailed(Exception):
-    """The engine could not be asked: ask another, or later."""
+    """The engine could not be asked: try another one, or later."""
 
 
 def compare(ours: Mapping[str, Ids], theirs: Mapping[str, Ids]) -> KindVerdict:
-    """Compare ids by canary. A canary that both refuse says nothing."""
+    """Compare ids canary by canary. One that both refuse says nothing."""
     asked = [name for name in ours if ours[name] is not None or theirs.get(name) is not None]
     if not asked:
         return KindVerdict(Parity.OFF, reason="there is nothing to compare")
@@ -115,7 +115,7 @@ async def check_parity(tokens: TokenService, replica: str, socket: str, model: s
         their_chats = {name: await engine.tokenize(chat) for name, chat in chats.items()}
         if state.chat:
             for name, asked in answered.items():
-                # What the engine refuses it will refuse from a client too: that says nothing about ids.
+                # The engine would also refuse it from a client: that says nothing about ids.
                 if (ids := await engine.answer(asked)) is not None:
                     chats[name], their_chats[name] = asked, ids
     completions = compare({name: _ours(tokens, text) for name, text in COMPLETIONS.items()}, theirs)
@@ -152,7 +152,7 @@ def _log(verdict: ParityVerdict) -> None:
 
 
 class _Engine:
-    """An engine's ids. `context_tokens` is what its last answer said of the model."""
+    """An engine's ids. `context_tokens` is from its last answer."""
 
     def __init__(self, socket: str, model: str, seconds_max: float) -> None:
         transport = httpx.AsyncHTTPTransport(uds=socket)
@@ -172,7 +172,7 @@ class _Engine:
         """Return the ids of the prompt that a chat is answered from, None for one that is refused. Raises ParityCheckFailed."""
         wanted = {"max_tokens": 1, "temperature": 0, "return_token_ids": True, "cache_salt": CANARY_SALT}
         content = await self._ask("/v1/chat/completions", {**chat, **wanted}, _UNAVAILABLE)
-        # A vLLM that does not know return_token_ids takes no ids of chats either.
+        # A vLLM that does not know return_token_ids does not take chats' ids either.
         return None if content is None or content.get("prompt_token_ids") is None else _ids_of(content, "prompt_token_ids")
 
     async def _ask(self, path: str, request: Mapping[str, Any], failures: Set[int]) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Keeps the prompt reader's parity verdict up to date.
 
-A check once a replica is ready, another when that one was replaced, and from time to time one more, by turns with each replica:
-nothing forbids that an engine's tokenizer or template changes, or differs from its neighbours'.
+It checks once a replica is ready, again when that replica is replaced, and from time to time, taking turns among the replicas:
+an engine's tokenizer or template may change, or differ from its neighbours'.
 """
 
 import asyncio
@@ -23,8 +23,7 @@ RETRY_SECONDS = 5.0
 class ParityWatch:
     """Run it as a task. Without a verdict completions go as text, so nothing waits for it.
 
-    A verdict is compared anew `interval_seconds` after the last comparison, 0 for never. One that can not be had leaves the
-    verdict as it is.
+    The comparison is repeated `interval_seconds` after the last one, or never for 0. If it fails, the verdict stays.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class ParityWatch:
         self._next_at = 0.0
 
     async def run(self) -> None:
-        """Watch until cancelled. Raises FleetError when the fleet can not be read."""
+        """Watch until cancelled. Raises FleetError if the fleet cannot be read."""
         while True:
             pause = self._poll_seconds
             snapshot = self._fleet.snapshot()
@@ -63,9 +62,9 @@ class ParityWatch:
         return self._checked is None or (self._interval_seconds > 0 and self._clock() >= self._next_at)
 
     def _forget_what_is_gone(self, snapshot: FleetSnapshot) -> None:
-        """Drop the verdict when the replica that was asked is another process now, or none."""
+        """Drop the verdict if the replica that was asked is now another process, or gone."""
         if self._checked is not None and self._checked not in [(r.name, r.pid) for r in snapshot.replicas]:
-            _logger.info("%s was replaced: token ids are compared anew", self._checked[0])
+            _logger.info("%s was replaced: comparing token ids again", self._checked[0])
             self._checked = None
             self._prompts.parity = ParityVerdict()
 
@@ -88,7 +87,7 @@ class ParityWatch:
         return True
 
     def _next_replica(self, snapshot: FleetSnapshot) -> Replica:
-        """The ready replica after the one that was asked last."""
+        """Return the ready replica after the one that was asked last."""
         ready = snapshot.ready()
         names = [replica.name for replica in ready]
         place = names.index(self._last_asked) + 1 if self._last_asked in names else 0
@@ -98,7 +97,7 @@ class ParityWatch:
 
     @staticmethod
     def _tell_of_change(before: ParityVerdict, after: ParityVerdict) -> bool:
-        """Log what became other than it was; nothing was there before the first verdict."""
+        """Log what changed; before the first verdict there was nothing."""
         changed = False
         kinds = (("completions", before.completions, after.completions), ("chats", before.chat, after.chat))
         for kind, old, new in kinds:

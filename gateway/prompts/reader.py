@@ -1,4 +1,4 @@
-"""What is known of a request's prompt: its token ids as the engine will see them, if that can be told."""
+"""What is known about a request's prompt: its token ids as the engine will see them, if that can be determined."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -17,19 +17,19 @@ from gateway.upstream.served_models import ServedModels
 from transport.lora import adapter_identity
 
 LOOKED_UP_INLINE_CHARS_MAX = 1 << 20
-"""More text than this, seen before or not, is looked up in a thread: a million characters take 2 ms."""
+"""Longer text, seen before or not, is looked up in a thread: a million characters take 2 ms."""
 PIECES_INLINE_MAX = 256
-"""More messages or prompts than that are worked on in a thread: a chat of 256 messages is rendered in 1 ms."""
+"""More messages or prompts than this are handled in a thread: rendering a chat of 256 messages takes 1 ms."""
 CHARS_PER_TOKEN = 4
-"""Of English text, roughly: for the weight of a prompt whose ids are not known."""
-_EXACT = Parity.EXACT  # found faster than as an attribute of the class
+"""Roughly that of English text: for the weight of a prompt whose ids are not known."""
+_EXACT = Parity.EXACT  # a global is faster than a class attribute
 
 
 class KnownPrompt(msgspec.Struct, frozen=True, gc=False, eq=False):
     """`ids` steer a request (None: unknown); `sent` replaces the text in the body.
 
     `certain` says that `ids` are exactly the engine's, `cacheable` that the engine may take any of them from a cache. `tokens`
-    is its length, by estimate where the ids are not known. `chat_ids` says that they may stand for a chat's messages.
+    is its length, estimated if the ids are not known. `chat_ids` says that they may replace a chat's messages.
     """
 
     ids: TokenIds | None
@@ -43,18 +43,18 @@ class KnownPrompt(msgspec.Struct, frozen=True, gc=False, eq=False):
 
 
 class PromptReader:
-    """Turns bodies into known prompts. Belongs to the event loop's thread; long prompts are tokenised in another."""
+    """Turns bodies into known prompts. Belongs to the event loop's thread; long prompts are tokenised in another thread."""
 
     def __init__(self, tokens: TokenService, inline_chars_max: int, models: Callable[[], ServedModels | None]) -> None:
         self._tokens = tokens
         self._inline_chars_max = inline_chars_max
         self._models = models
         self.parity = ParityVerdict()
-        """Whether our token ids are the engines', as `parity_watch` last found."""
+        """Whether our token ids are the engines', according to the last check of `parity_watch`."""
         self.parity_counts = ParityCounts()
 
     async def read(self, endpoint: Endpoint, body: Mapping[str, Any]) -> KnownPrompt:
-        """Return what is known of the prompt. Raises InvalidRequest, PromptTooLong."""
+        """Return what is known about the prompt. Raises InvalidRequest, PromptTooLong."""
         if endpoint == "embeddings":
             tokens = _characters(body.get("input")) // CHARS_PER_TOKEN
             return KnownPrompt(None, cacheable=False, tokens=tokens, why_unknown="embeddings are computed whole")
@@ -69,7 +69,7 @@ class PromptReader:
         return await asyncio.to_thread(read, body, characters, None)
 
     def _may_be_quick(self, given: object, characters: int) -> bool:
-        """Tell whether a prompt or messages are worth an attempt on the event loop."""
+        """Tell whether a prompt or messages are short enough for the event loop."""
         if not isinstance(given, list) or not given:
             return characters <= LOOKED_UP_INLINE_CHARS_MAX
         if isinstance(given[0], int):
@@ -162,13 +162,13 @@ class PromptReader:
 
 
 def _check_length(param: str, tokens: int, refused: int | None) -> None:
-    """Refuse what the engine is certain to refuse: more than `refused` tokens, if not None. Raises PromptTooLong."""
+    """Refuse what the engine would certainly refuse: more than `refused` tokens, if not None. Raises PromptTooLong."""
     if refused is not None and tokens > refused:
         raise PromptTooLong(tokens, refused, param=param)
 
 
 def _characters(value: object) -> int:
-    """Return roughly how many characters of text are in a prompt or a list of messages."""
+    """Return the approximate number of characters in a prompt or a list of messages."""
     total, waiting = 0, [value]
     while waiting:
         item = waiting.pop()

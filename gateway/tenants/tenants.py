@@ -21,7 +21,7 @@ _SALT_CONTEXT = b"peerkv tenant salt v1"
 
 @dataclass(frozen=True, slots=True)
 class TenantContext:
-    """What the rest of the gateway knows of a caller. `salt` is "" for the anonymous tenant."""
+    """What the rest of the gateway knows about a caller. `salt` is "" for the anonymous tenant."""
 
     name: str
     salt: str
@@ -32,13 +32,13 @@ ANONYMOUS = TenantContext(name="anonymous", salt="")
 
 
 def default_salt(tenant: Tenant) -> str:
-    """HMAC-SHA256 of the name, keyed with the API key: 64 hex digits that the key's holders alone can derive."""
+    """HMAC-SHA256 of the name, keyed with the API key: 64 hex digits that only the key's holders can derive."""
     key = tenant.api_key.get_secret_value().encode()
     return hmac.new(key, _SALT_CONTEXT + tenant.name.encode(), hashlib.sha256).hexdigest()
 
 
 def bearer_token(authorization: bytes | None) -> bytes | None:
-    """The token of an `Authorization: Bearer …` header, None when there is none."""
+    """Return the token of an `Authorization: Bearer …` header, None if there is none."""
     if authorization is None:
         return None
     scheme, _, token = authorization.partition(b" ")
@@ -46,9 +46,9 @@ def bearer_token(authorization: bytes | None) -> bytes | None:
 
 
 class Tenants:
-    """The configured tenants; `authenticate` is called once for each request.
+    """The configured tenants; `authenticate` is called once per request.
 
-    Where there are tenants, the holder of the admin key is one more.
+    If there are tenants, the holder of the admin key is one more.
     """
 
     def __init__(self, tenants: Sequence[Tenant], admin_key: SecretStr | None = None) -> None:
@@ -67,20 +67,20 @@ class Tenants:
         )
 
     def named(self, name: str) -> TenantContext | None:
-        """The tenant of that name, None if there is none; where nobody needs a key, "" is the one that there is."""
+        """Return the tenant of that name, None if there is none; without configured tenants "" names the anonymous one."""
         if self.open:
             return ANONYMOUS if name in ("", ANONYMOUS.name) else None
         return next((context for _, context in self._entries if context.name == name), None)
 
     @property
     def open(self) -> bool:
-        """True when no tenant is configured and nobody needs a key."""
+        """True if no tenant is configured and nobody needs a key."""
         return not self._entries
 
     def authenticate(self, authorization: bytes | None) -> TenantContext:
-        """The tenant whose key the header carries.
+        """Return the tenant whose key the header carries.
 
-        Every key is compared, each in constant time, so the time taken says nothing about a key.
+        All keys are compared, each in constant time, so the time taken reveals nothing about a key.
         Raises NotAuthenticated.
         """
         if not self._entries:
