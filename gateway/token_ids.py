@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import overload
 
 import msgspec
@@ -12,6 +13,12 @@ import numpy as np
 
 _encode = msgspec.json.Encoder().encode
 _BIG_ENDIAN = sys.byteorder == "big"
+_serials = count(1)
+
+
+def new_serial() -> bytes:
+    """Return a name that no other ids of this process have, whichever cache keeps them. Thread safe."""
+    return next(_serials).to_bytes(8, "little")
 
 
 class TokenIds(Sequence[int]):

@@ -1,8 +1,9 @@
 """What the gateway tells the engine about a request: `kv_transfer_params {"peerkv": {...}}`, every field optional."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import msgspec
 
 HINT = "peerkv"
 """The key of `kv_transfer_params` that carries the hint."""
@@ -15,16 +16,14 @@ _WORD = 1 << 63
 _Value = TypeVar("_Value")
 
 
-@dataclass(frozen=True, slots=True)
-class PinWish:
+class PinWish(msgspec.Struct, frozen=True):
     """Pin the prompt's full blocks under the number `id`, for `seconds` from when it is computed; another wish replaces it."""
 
     id: int
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Hint:
+class Hint(msgspec.Struct, frozen=True, omit_defaults=True):
     """`source`: import from this replica alone, "" for no import, None leaves it to the engine. `tag`: the gateway's number.
 
     `tokens`: import only up to so many tokens of the prompt, local ones included. `unpin`: numbers of pins that end.
@@ -40,6 +39,11 @@ class Hint:
 
 
 _NONE = Hint()
+
+
+def write_hint(hint: Hint) -> dict[str, Any]:
+    """Return the hint as `kv_transfer_params`."""
+    return {HINT: msgspec.to_builtins(hint)}
 
 
 def read_hint(params: Any) -> Hint:

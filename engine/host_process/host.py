@@ -284,7 +284,7 @@ def main() -> None:
             from engine.host_process.preload import preload
 
             seconds = preload()
-            host.say(Preloaded(seconds, processes.thread_count()))
+            host.say(Preloaded(seconds))
         last = host.serve()
     finally:
         host.end_all()

@@ -40,10 +40,9 @@ class Hello(msgspec.Struct, tag="hello", tag_field="event", frozen=True):
 
 
 class Preloaded(msgspec.Struct, tag="preloaded", tag_field="event", frozen=True):
-    """The host has imported what replicas need, in `seconds`; it has that many threads (1 is right)."""
+    """The host has imported what replicas need, in `seconds`."""
 
     seconds: float
-    threads: int
 
 
 class Spawned(msgspec.Struct, tag="spawned", tag_field="event", frozen=True):

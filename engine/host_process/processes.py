@@ -49,11 +49,6 @@ def kill(pid: int) -> None:
         return
 
 
-def thread_count() -> int:
-    """Threads of this process, those of C libraries included."""
-    return len(os.listdir("/proc/self/task"))
-
-
 def _prctl(option: int, value: int) -> None:
     if _libc.prctl(option, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")

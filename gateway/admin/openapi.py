@@ -12,7 +12,6 @@ from fastapi.openapi.utils import get_openapi
 from gateway import __version__
 from gateway.errors import GatewayError
 
-DEFAULT_PATH = Path("openapi/openapi.json")
 _METHODS = ("get", "post", "delete")
 _DESCRIPTION = (
     "OpenAI's API over vLLM replicas that import each other's KV cache. "

@@ -23,11 +23,11 @@ from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixRequest
 from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import LOST_STATUS
 from gateway.ledger.recorder import Recorder
-from gateway.planner.hint import HINT
 from gateway.planner.plan import Plan
 from gateway.planner.planner import Planner
 from gateway.token_ids import TokenIds
 from gateway.upstream.pool import Upstream, UpstreamLost
+from transport.hint import PinWish, read_hint, write_hint
 
 _logger = logging.getLogger(__name__)
 
@@ -163,9 +163,9 @@ class Keeper:
         place = Place(replica.name)
         self.book.place(kept, place)
         refused = self._refusals(replica.name)
-        pin = {"pin": {"id": kept.number, "seconds": kept.ttl_seconds}} if kept.pin else {}
+        pin = PinWish(kept.number, kept.ttl_seconds) if kept.pin else None
         try:
-            attempt = await self._request(kept, replica.name, kept.ids, pin)
+            attempt = await self._request(kept, replica.name, kept.ids, pin=pin)
         except ApiError as error:
             _logger.warning("prefix %s is not kept on %s: %s", kept.id, replica.name, error.message)
             return replace(place, state=PlaceState.FAILED, reason=error.message)
@@ -185,10 +185,10 @@ class Keeper:
         )
 
     async def _unpin(self, kept: KeptPrefix, replica: str) -> None:
-        await self._request(kept, replica, TokenIds.of([kept.ids[0]]), {"unpin": [kept.number]})
+        await self._request(kept, replica, TokenIds.of([kept.ids[0]]), unpin=(kept.number,))
 
-    async def _request(self, kept: KeptPrefix, replica: str, ids: TokenIds, hint: dict[str, Any]) -> Attempt:
-        """Have the replica compute one token after `ids`. Raises ApiError."""
+    async def _request(self, kept: KeptPrefix, replica: str, ids: TokenIds, **pins: Any) -> Attempt:
+        """Have the replica compute one token after `ids`; `pins` are what the hint says of pins. Raises ApiError."""
         tenant = self._tenants.named(kept.tenant)
         if tenant is None:
             raise InvalidRequest(f"There is no tenant '{kept.tenant}' any more.")
@@ -198,7 +198,7 @@ class Keeper:
         plan = await self._planner.plan("completions", body, tenant, wanted_replica=replica)
         if plan.kv_transfer_params is None:
             raise Unavailable(f"{replica} has no block table.")
-        body["kv_transfer_params"] = {HINT: {**plan.kv_transfer_params[HINT], **hint}}
+        body["kv_transfer_params"] = write_hint(msgspec.structs.replace(read_hint(plan.kv_transfer_params), **pins))
         if plan.cache_salt is not None:
             body["cache_salt"] = plan.cache_salt
         attempt = self._recorder.begin(plan, RequestInfo(f"prefix-{kept.id}", "completions", kept.tenant, kept.model))

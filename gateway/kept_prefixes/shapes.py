@@ -7,9 +7,9 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gateway.kept_prefixes.book import KeptPrefix
+from transport.hint import PIN_SECONDS_MAX
 
 TTL_SECONDS_DEFAULT = 3600.0
-TTL_SECONDS_MAX = 86400.0  # the engines pin for no longer at a time
 TOKEN_ID_MAX = 2**31 - 1
 _KINDS = ("text", "messages", "ids")
 
@@ -27,7 +27,7 @@ class PrefixRequest(BaseModel):
     model: str = Field("", description="a LoRA adapter of /v1/models; empty: the served model")
     tenant: str = Field("", description="name of the tenant whose cache keeps it; required if tenants are configured")
     replicas: int = Field(1, ge=1, description="number of replicas that should hold it")
-    ttl: float = Field(TTL_SECONDS_DEFAULT, gt=0, le=TTL_SECONDS_MAX, description="seconds to keep it")
+    ttl: float = Field(TTL_SECONDS_DEFAULT, gt=0, le=PIN_SECONDS_MAX, description="seconds to keep it")
     pin: bool = Field(True, description="protect its blocks from eviction; false: only put them into the caches")
     renew: bool = Field(False, description="renew its ttl before it runs out, until it is deleted")
 

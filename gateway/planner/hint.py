@@ -3,17 +3,12 @@
 import os
 import re
 from functools import lru_cache
-from typing import Any
 
 from gateway.block_registry.tables import Table
 from gateway.prompts.reader import KnownPrompt
 from gateway.steering.steer import Decision
+from transport.hint import Hint
 
-HINT = "peerkv"
-"""The key in kv_transfer_params that our connector reads.
-
-{"source": a replica's name, "" to import nothing; "tag": int, comes back with the delivery; "tokens": import no further}.
-"""
 CHAT_IDS = "prompt_token_ids"
 """The key in kv_transfer_params under which vLLM's server takes a chat's token ids."""
 CHAT_IDS_SINCE = (0, 32)
@@ -21,20 +16,17 @@ CHAT_IDS_SINCE = (0, 32)
 VERSIONS_MAX = 64
 
 
-def hint(known: KnownPrompt, decision: Decision, tag: int, held_tokens: int, *, imports: bool) -> dict[str, Any]:
+def hint(known: KnownPrompt, decision: Decision, tag: int, held_tokens: int, *, imports: bool) -> Hint:
     """Tell the connector what to import, nothing where `imports` is off.
 
     Without a source, it is told to look no further only if we know for certain what the replica holds: what it is still
     computing or importing may not be there in time, and then another replica may have it.
     """
-    told: dict[str, Any] = {"tag": tag}
     if decision.source is not None and known.cacheable:
-        told["source"] = decision.source
-        if decision.import_tokens_max is not None:
-            told["tokens"] = decision.import_tokens_max
-    elif not imports or (known.certain and known.count == 1 and held_tokens >= decision.expected.local_tokens):
-        told["source"] = ""
-    return {HINT: told}
+        return Hint(decision.source, tag, decision.import_tokens_max)
+    if not imports or (known.certain and known.count == 1 and held_tokens >= decision.expected.local_tokens):
+        return Hint("", tag)
+    return Hint(tag=tag)
 
 
 def takes_chat_ids(table: Table) -> bool:

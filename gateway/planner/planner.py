@@ -26,6 +26,7 @@ from gateway.steering.popularity import Popularity
 from gateway.steering.steer import Candidate, Decision, PromptView, steer
 from gateway.tenants.tenants import TenantContext
 from gateway.upstream.served_models import ServedModels
+from transport.hint import write_hint
 
 AFFINITY_CHARS_MAX = 512
 
@@ -246,7 +247,8 @@ class Planner:
         )
         params = None
         if flight.reports:
-            params = hint(known, decision, flight.tag, look_up.blocks.get(name, 0) * block_size, imports=self._imports)
+            held = look_up.blocks.get(name, 0) * block_size
+            params = write_hint(hint(known, decision, flight.tag, held, imports=self._imports))
             if known.chat_ids and self._send_chat_ids and table is not None and takes_chat_ids(table):
                 params[CHAT_IDS] = known.ids
         return Plan(

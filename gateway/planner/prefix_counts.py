@@ -25,16 +25,10 @@ def _all_depths() -> list[int]:
 
 
 _DEPTHS = _all_depths()
+"""Each one up to 16, then steps of an eighth at most. A prompt's are those of any longer one too, so that what prompts have in
+common is counted at the same keys."""
 _SPANS = tuple(slice(depth * KEY_BYTES - KEY_BYTES, depth * KEY_BYTES) for depth in _DEPTHS)
 """Where the key of each depth is."""
-
-
-def counted_depths(blocks: int) -> list[int]:
-    """Return the depths up to `blocks` at which prompts are counted: each one up to 16, then steps of an eighth at most.
-
-    The depths of a prompt are those of any longer one too, so what prompts have in common is counted at the same keys.
-    """
-    return _DEPTHS[: bisect_right(_DEPTHS, blocks)]
 
 
 class _Block(msgspec.Struct, gc=False, eq=False):

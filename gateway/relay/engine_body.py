@@ -42,11 +42,6 @@ _GAP_IN_LIST = msgspec.Raw(b"[%b]" % _GAP)
 _encode_around = msgspec.json.Encoder(enc_hook=_leave_out).encode
 
 
-def encode_body(body: dict[str, Any]) -> bytes:
-    """The inverse of `decode_body`; token ids may be TokenIds. Raises InvalidJson for what JSON cannot hold: huge integers."""
-    return _encoded(body, _encode)
-
-
 def request_parts(body: dict[str, Any], raw: bytes | None, changes: Mapping[str, Any]) -> list[bytes]:
     """The request for the engine, `body` with `changes`, in parts to be sent one behind the other.
 

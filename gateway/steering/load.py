@@ -178,16 +178,16 @@ def _summed(place: _Replica) -> ReplicaLoad:
     if requests > waiting:
         waiting = requests
     return ReplicaLoad(
-        place.tokens,
-        place.pairs,
-        head.new_tokens if head is not None else 0,
-        head.new_pairs if head is not None else 0.0,
-        place.since,
-        tokens,
-        tokens * tokens / (2 * (requests or 1)) if tokens else 0.0,
-        waiting,
-        waiting + decoding,
-        decoding,
-        place.importing,
-        place.reading,
+        tokens=place.tokens,
+        pairs=place.pairs,
+        head_tokens=head.new_tokens if head is not None else 0,
+        head_pairs=head.new_pairs if head is not None else 0.0,
+        since=place.since,
+        engine_tokens=tokens,
+        engine_pairs=tokens * tokens / (2 * (requests or 1)) if tokens else 0.0,
+        waiting=waiting,
+        requests=waiting + decoding,
+        decoding=decoding,
+        importing=place.importing,
+        reading=place.reading,
     )

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 from math import sqrt
+from operator import attrgetter
+
+import msgspec
 
 from gateway.steering.choices import Candidate, Choice, Expected, Option, PromptView
 from gateway.steering.costs.model import CostModel, ModelKey
@@ -30,15 +33,25 @@ _HIT, _PULL, _SPLIT, _RECOMPUTE = (
     Choice.RECOMPUTE,
 )  # looking it up in the class takes longer
 
-Taker = tuple[int, float, bool, str, float, int, ModelTimes, Candidate]
-"""A replica that may get the request: its rank, which are the first four; the seconds of its queue; the tokens of the prompt
-that it holds or computes; its model's times.
-
-By rank those that hold more come first (counted below 0, and those without any as 1), then those with less in front of the
-request, then those whose names are not below the pivot.
-"""
 _Way = tuple[float, float, float, int, Candidate, Choice]
 """An import: score, seconds of the transfer and of computing the rest, tokens in the cache after it, from whom, how."""
+
+
+class Taker(msgspec.Struct, frozen=True, gc=False, eq=False):
+    """A replica that may get the request, with `local` tokens of the prompt that it holds or computes.
+
+    By rank those that hold more come first (counted below 0, and those without any as 1), then those with less in front of the
+    request, then those whose names are not below the pivot.
+    """
+
+    rank: tuple[int, float, bool, str]
+    queue_seconds: float
+    local: int
+    model: ModelTimes
+    candidate: Candidate
+
+
+_RANK = attrgetter("rank")
 
 
 class Scoring:
@@ -86,20 +99,19 @@ class Scoring:
             if held:
                 self.holders += 1
                 lacks = -local
-            self.takers.append((lacks, ahead, name < pivot, name, queue, local, model, candidate))
-        self.takers.sort()
+            self.takers.append(Taker((lacks, ahead, name < pivot, name), queue, local, model, candidate))
+        self.takers.sort(key=_RANK)
         self.best_available = available if available < useful else useful
         self._hot = prompt.rate > 0 and self.best_available > 0
         self._chance = _by_chance(requests, len(self.takers))
 
     def delay(self, taker: Taker) -> float:
         """Seconds that are its own on `taker`: its queue, and how much its decodes slow each other down."""
-        _, _, _, _, queue, _, model, candidate = taker
-        return queue + self._crowd(model, candidate.load)
+        return taker.queue_seconds + self._crowd(taker.model, taker.candidate.load)
 
     def best_option(self, taker: Taker) -> Option:
         """Return the best option on `taker`; an import only if it is faster than computing."""
-        _, _, _, name, queue, local, model, candidate = taker
+        candidate, model, local, queue = taker.candidate, taker.model, taker.local, taker.queue_seconds
         load, slowdown, tokens = candidate.load, model.factor, self._prompt.tokens
         prefill, others_wait = self._computing(model, load, local)
         score, transfer, computing, cached = prefill + others_wait, 0.0, prefill, local
@@ -121,12 +133,19 @@ class Scoring:
                 spared = (as_now - with_a_copy) * self._prompt.rate * FADE_SECONDS
                 later = max(0.0, later - spared) + with_a_copy
         return Option(
-            name,
-            source.name if source is not None else None,
-            action,
-            cached if action is _SPLIT else None,
-            Expected(queue, transfer * slowdown, computing * slowdown, local, cached - local, tokens - cached),
-            (score + later) * slowdown + queue + self._crowd(model, load),
+            replica=candidate.name,
+            source=source.name if source is not None else None,
+            action=action,
+            import_tokens_max=cached if action is _SPLIT else None,
+            expected=Expected(
+                queue_seconds=queue,
+                transfer_seconds=transfer * slowdown,
+                prefill_seconds=computing * slowdown,
+                local_tokens=local,
+                peer_tokens=cached - local,
+                computed_tokens=tokens - cached,
+            ),
+            score=(score + later) * slowdown + queue + self._crowd(model, load),
         )
 
     def _crowd(self, model: ModelTimes, load: ReplicaLoad) -> float:

@@ -55,13 +55,13 @@ def steer(
     if len(options) > OPTIONS_KEPT_MAX:
         options = sorted(options, key=SCORE)[:OPTIONS_KEPT_MAX]
     return Decision(
-        chosen.replica,
-        chosen.source,
-        chosen.action,
-        chosen.import_tokens_max,
-        chosen.expected,
-        scoring.best_available,
-        tuple(options),
+        replica=chosen.replica,
+        source=chosen.source,
+        action=chosen.action,
+        import_tokens_max=chosen.import_tokens_max,
+        expected=chosen.expected,
+        best_available_tokens=scoring.best_available,
+        weighed=tuple(options),
     )
 
 
@@ -75,7 +75,7 @@ def _favourite(affinity: str, scoring: Scoring, doubt_seconds: float) -> Taker:
     delays = [(scoring.delay(taker), taker) for taker in scoring.takers]
     limit = min(delay for delay, _ in delays) + doubt_seconds
     equal = [taker for delay, taker in delays if delay <= limit]
-    return max(equal, key=lambda taker: (affinity_weight(affinity, taker[3]), taker[3]))
+    return max(equal, key=lambda taker: (affinity_weight(affinity, taker.candidate.name), taker.candidate.name))
 
 
 def _chosen(options: Sequence[Option], scoring: Scoring, affinity: str, doubt: float) -> Option:

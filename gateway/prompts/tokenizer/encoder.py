@@ -66,11 +66,6 @@ class Encoder:
         self._pages = Pages(texts_bytes_max // 2, specials, place_at=place_at)
         self._leaves = Pages(texts_bytes_max // 4, specials, LEAF_CHARS_MIN, place_at=place_at)
 
-    @property
-    def cuts_texts(self) -> bool:
-        """Whether a text with a known beginning is tokenised only from where it differs."""
-        return self._cuts is not None
-
     def encode(self, text: str, add_special_tokens: bool, new_chars_max: int | None = None) -> TokenIds | None:
         """Return the ids of `text`; None, without any work, if more than `new_chars_max` characters have to be tokenised.
 

@@ -7,12 +7,11 @@ cut there: what follows is cut as it would be without pages.
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import count
 from threading import Lock
 
 import msgspec
 
-from gateway.token_ids import TokenIds
+from gateway.token_ids import TokenIds, new_serial
 
 PAGE_CHARS_MIN = 16384
 """A page ends with the first chunk that makes it this long."""
@@ -24,7 +23,6 @@ REPLACED_EVERY = 8
 """One page in this many replaces another one that looks the same, so that alternating ones cost little."""
 _SAMPLES = 5
 _SAMPLE_CHARS = 24
-_serials = count(1)
 
 
 def _nowhere(text: str, at: int) -> bool:
@@ -106,7 +104,7 @@ class Pages:
             text = "".join(chunks)
             behind = behind[: self._special_chars.get(behind[0], 2)]  # two: a space and a letter
             raw = b"".join([part.raw for part in ids])
-            page = Page(text + behind, len(text), TokenIds(raw, serial=next(_serials).to_bytes(8, "little")))
+            page = Page(text + behind, len(text), TokenIds(raw, serial=new_serial()))
             self._bytes += page.held_bytes
             self._pages[samples] = page
             while self._bytes > self._bytes_max:

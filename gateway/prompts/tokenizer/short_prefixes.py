@@ -6,12 +6,11 @@ is exactly the head's and may be cut after it.
 """
 
 from collections.abc import Callable
-from itertools import count
 
 import msgspec
 
 from gateway.prompts.tokenizer.text_cuts import TextCuts
-from gateway.token_ids import TokenIds
+from gateway.token_ids import TokenIds, new_serial
 
 KEY_CHARS = 64
 """Heads are looked up by this many first characters, and only in longer texts."""
@@ -21,7 +20,6 @@ SERIAL_CHARS_MIN = 512
 ENTRY_BYTES = 700
 """Size of a head without its text and ids: its key, the objects, and its place in a dictionary."""
 _NO_PLACE = ""
-_serials = count(1 << 62)
 
 
 class Head(msgspec.Struct, frozen=True, gc=False, eq=False):
@@ -84,7 +82,7 @@ class Heads:
         return head
 
     def _keep_head(self, key: str, text: str) -> None:
-        serial = next(_serials).to_bytes(8, "little") if len(text) >= SERIAL_CHARS_MIN else b""
+        serial = new_serial() if len(text) >= SERIAL_CHARS_MIN else b""
         self._texts.pop(key, None)
         self._keep(key, Head(text, TokenIds(self._ids_of(text), serial=serial)))
 

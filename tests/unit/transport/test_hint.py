@@ -1,15 +1,26 @@
 """The gateway's hint: every field is optional, and one that is not what it should be counts as absent."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transport.hint import PIN_SECONDS_MAX, UNPIN_MAX, Hint, PinWish, read_hint
+from transport.hint import PIN_SECONDS_MAX, UNPIN_MAX, Hint, PinWish, read_hint, write_hint
 
 
 def test_every_field_is_read():
     hint = {"source": "a", "tag": 2**63 - 1, "tokens": 512, "pin": {"id": 9, "seconds": 1.5}, "unpin": [1, 2]}
     assert read_hint({"peerkv": hint}) == Hint("a", 2**63 - 1, 512, PinWish(9, 1.5), (1, 2))
+
+
+@pytest.mark.parametrize("hint", [Hint(), Hint("", 3), Hint("a", 2**63 - 1, 512, PinWish(9, 1.5)), Hint(tag=1, unpin=(1, 2))])
+def test_what_is_written_is_read(hint):
+    assert read_hint(msgspec.json.decode(msgspec.json.encode(write_hint(hint)))) == hint
+
+
+def test_what_says_nothing_is_not_written():
+    assert write_hint(Hint(tag=7)) == {"peerkv": {"tag": 7}}
+    assert write_hint(Hint("", 7)) == {"peerkv": {"source": "", "tag": 7}}
 
 
 @pytest.mark.parametrize("params", [None, {}, [], 7, {"other": 1}, {"peerkv": {}}, {"peerkv": {"of a later version": 1}}])

@@ -7,11 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.block_registry.chain import Chain
-from gateway.planner.prefix_counts import DEPTHS_MAX, PrefixCounts, counted_depths
+from gateway.planner.prefix_counts import _DEPTHS, DEPTHS_MAX, PrefixCounts
 from gateway.stats.view import prefix_report
 from transport.keys import chain_keys
 
 SIZE = 4
+
+
+def counted_depths(blocks: int) -> list[int]:
+    """The depths up to `blocks` at which a prompt is counted."""
+    return [depth for depth in _DEPTHS if depth <= blocks]
 
 
 def chain_of(*blocks: int) -> Chain:

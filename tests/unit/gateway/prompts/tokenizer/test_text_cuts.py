@@ -79,7 +79,7 @@ def test_an_encoder_gives_the_ids_of_the_whole_however_much_of_it_was_seen(kind:
 
 @pytest.mark.parametrize("kind", CUT)
 def test_kinds_that_can_be_cut_are_cut_at_places_that_texts_have(kind: str) -> None:
-    assert make_encoder(tokenizer_of(kind), IdCache(0)).cuts_texts
+    assert make_encoder(tokenizer_of(kind), IdCache(0))._cuts is not None
     assert len(cuts_of(kind).sized(100).chunks("A line of words\nAnother <|im_start|>" * 100)) > 20
 
 
@@ -131,7 +131,7 @@ def test_the_trial_at_load_finds_cuts_that_are_not_exact(kind: str) -> None:
 def test_where_the_trial_fails_texts_are_taken_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     inexact = TextCuts(Places(lines=True, words=WORD_ENDS[-1], specials=()))
     monkeypatch.setattr("gateway.prompts.tokenizer.encoder.find_cuts", lambda tokenizer: inexact)
-    assert not make_encoder(tokenizer_of("Metaspace"), IdCache(0)).cuts_texts
+    assert make_encoder(tokenizer_of("Metaspace"), IdCache(0))._cuts is None
 
 
 def test_a_text_without_places_is_one_chunk_behind_the_bound() -> None:
