@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gateway.cli.kv_stats import StatsNotRead, add_gateway_flags, ask, client_for
-from gateway.kept_prefixes.shapes import TTL_SECONDS_DEFAULT, KeptPrefixAnswer, PrefixPlace, PrefixRemoved, PrefixReport
+from gateway.kept_prefixes.book import PrefixPlace
+from gateway.kept_prefixes.shapes import TTL_SECONDS_DEFAULT, KeptPrefixAnswer, PrefixRemoved, PrefixReport
 
 PREFIXES_SHOWN = 20
 PIN_SECONDS_MAX = 600.0

@@ -7,6 +7,9 @@ up; the book knows when that is and when to renew them. `now` is Unix time in se
 import secrets
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
 
 from gateway.errors import ApiError, InvalidRequest
 from gateway.token_ids import TokenIds
@@ -27,16 +30,19 @@ class PlaceState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A prefix on one replica. Tokens tell where its KV came from the last time; `reason` says what failed."""
+class PrefixPlace:
+    """The prefix on one replica. The tokens tell where its KV came from the last time it was put there."""
 
     replica: str
-    state: PlaceState = PlaceState.PENDING
+    state: Annotated[
+        PlaceState,
+        Field(description="pending, pinned, warm (in the cache, not pinned), refused (pins are full) or failed"),
+    ] = PlaceState.PENDING
     local_tokens: int = 0
     peer_tokens: int = 0
     computed_tokens: int = 0
-    source: str = ""
-    reason: str = ""
+    source: Annotated[str, Field(description="replica that it was imported from; empty if none")] = ""
+    reason: Annotated[str, Field(description="what failed")] = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +60,7 @@ class KeptPrefix:
     created: float
     expires: float
     renew_at: float
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, PrefixPlace] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -150,7 +156,7 @@ class KeptPrefixBook:
         """Take a prefix out of the book, if it is still in it."""
         self._kept.pop(kept.id, None)
 
-    def place(self, kept: KeptPrefix, place: Place) -> None:
+    def place(self, kept: KeptPrefix, place: PrefixPlace) -> None:
         """Record the state of a prefix on a replica."""
         kept.places[place.replica] = place
 
@@ -171,7 +177,7 @@ class KeptPrefixBook:
         """A replica ended and its contents are gone. Renewed prefixes are due at once."""
         for kept in self._kept.values():
             if replica in kept.places:
-                kept.places[replica] = Place(replica, PlaceState.FAILED, reason=reason)
+                kept.places[replica] = PrefixPlace(replica, PlaceState.FAILED, reason=reason)
                 kept.renew_at = 0.0
 
     def all(self, now: float) -> list[KeptPrefix]:

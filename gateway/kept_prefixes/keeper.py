@@ -17,7 +17,7 @@ import msgspec
 
 from engine.fleet import FleetView, Replica
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, Unavailable
-from gateway.kept_prefixes.book import KeptPrefix, KeptPrefixBook, Place, PlaceState
+from gateway.kept_prefixes.book import KeptPrefix, KeptPrefixBook, PlaceState, PrefixPlace
 from gateway.kept_prefixes.reader import Callers, PrefixReader
 from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixRequest
 from gateway.ledger.attempts import Attempt, RequestInfo
@@ -158,9 +158,9 @@ class Keeper:
 
         return sorted(self._fleet.snapshot().ready(), key=rank)
 
-    async def _put(self, kept: KeptPrefix, replica: Replica) -> Place:
+    async def _put(self, kept: KeptPrefix, replica: Replica) -> PrefixPlace:
         """Send a request for one token with the pin in its hint; failures are recorded, not raised."""
-        place = Place(replica.name)
+        place = PrefixPlace(replica.name)
         self.book.place(kept, place)
         refused = self._refusals(replica.name)
         pin = PinWish(kept.number, kept.ttl_seconds) if kept.pin else None

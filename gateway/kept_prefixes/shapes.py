@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gateway.kept_prefixes.book import KeptPrefix
+from gateway.kept_prefixes.book import KeptPrefix, PrefixPlace
 from transport.hint import PIN_SECONDS_MAX
 
 TTL_SECONDS_DEFAULT = 3600.0
@@ -43,18 +43,6 @@ class PrefixRequest(BaseModel):
         return self
 
 
-class PrefixPlace(BaseModel):
-    """The prefix on one replica. The tokens tell where its KV came from the last time it was put there."""
-
-    replica: str
-    state: str = Field(description="pending, pinned, warm (in the cache, not pinned), refused (pins are full) or failed")
-    local_tokens: int
-    peer_tokens: int
-    computed_tokens: int
-    source: str = Field(description="replica that it was imported from; empty if none")
-    reason: str = Field(description="what failed")
-
-
 class KeptPrefixAnswer(BaseModel):
     """A kept prefix."""
 
@@ -80,18 +68,6 @@ class PrefixRemoved(BaseModel):
 
 def kept_answer(kept: KeptPrefix) -> KeptPrefixAnswer:
     """Return a kept prefix in the form that is shown."""
-    places = [
-        PrefixPlace(
-            replica=place.replica,
-            state=place.state,
-            local_tokens=place.local_tokens,
-            peer_tokens=place.peer_tokens,
-            computed_tokens=place.computed_tokens,
-            source=place.source,
-            reason=place.reason,
-        )
-        for place in kept.places.values()
-    ]
     return KeptPrefixAnswer(
         id=kept.id,
         tenant=kept.tenant,
@@ -102,7 +78,7 @@ def kept_answer(kept: KeptPrefix) -> KeptPrefixAnswer:
         ttl=kept.ttl_seconds,
         created=kept.created,
         expires=kept.expires,
-        places=places,
+        places=list(kept.places.values()),
     )
 
 

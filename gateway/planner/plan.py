@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from pydantic import Field
 
 from engine.fleet import Replica
 from gateway.prompts.reader import KnownPrompt
@@ -62,16 +63,18 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
 
 
 @dataclass(slots=True)
-class SteeringCounts:
-    """Decisions since the start, by the names that /kv/stats shows."""
+class SteeringStats:
+    """What steering decided since the gateway's start, retries included."""
 
-    planned: int = 0
-    without_ids: int = 0
-    to_holder: int = 0
-    with_source: int = 0
-    pinned: int = 0
-    prompt_tokens: int = 0
-    predicted_tokens: int = 0
+    planned: Annotated[int, Field(description="requests steered")] = 0
+    without_ids: Annotated[
+        int, Field(description="of these, requests whose token ids were not known: steered by load alone")
+    ] = 0
+    to_holder: Annotated[int, Field(description="sent to a replica that holds their longest prefix")] = 0
+    with_source: Annotated[int, Field(description="sent elsewhere, with a replica to import from")] = 0
+    pinned: Annotated[int, Field(description="sent to the replica that the request named")] = 0
+    prompt_tokens: Annotated[int, Field(description="tokens of all prompts with known ids")] = 0
+    predicted_tokens: Annotated[int, Field(description="of these, tokens expected from a cache, own or imported")] = 0
 
     def count(self, plan: Plan) -> None:
         """Count a decision."""

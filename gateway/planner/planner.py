@@ -13,7 +13,7 @@ from gateway.block_registry.delivery_feed import DeliveryFeed
 from gateway.block_registry.registry import NOTHING, LookUp, Registry
 from gateway.block_registry.tables import Table, Tables
 from gateway.planner.hint import CHAT_IDS, Tags, hint, takes_chat_ids
-from gateway.planner.plan import Plan, PlanningRequest, SteeringCounts
+from gateway.planner.plan import Plan, PlanningRequest, SteeringStats
 from gateway.planner.prefix_counts import PrefixCounts
 from gateway.planner.ready import EMPTY, Lineup, ReadyReplicas, Standing, line_up
 from gateway.prompts.reader import PromptReader
@@ -78,7 +78,7 @@ class Planner:
         self.feed.add(self.flights.delivered)
         self.feed.add(self.evictions.delivered)
         self._popularity = Popularity(settings.prefixes_tracked_max)
-        self.counts = SteeringCounts()
+        self.counts = SteeringStats()
         self.prefixes = PrefixCounts(settings.prefixes_tracked_max)
 
     async def plan(

@@ -1,15 +1,19 @@
 """Prometheus metrics: what the front door measures itself, and all that /kv/stats counts, read when somebody asks."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from pydantic import TypeAdapter
 
+from gateway.planner.plan import SteeringStats
 from gateway.prompts.parity import Parity
 from gateway.stats.ledger_metrics import ImportTimes, ledger_metrics
-from gateway.stats.shapes import CostStats, KvStats, ParityStats, ReplicaStats
+from gateway.stats.shapes import GatewayStats, KvStats, ParityStats, ReplicaStats
 from gateway.stats.tallies import Histogram, Tally
+from gateway.steering.costs.model import CostStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -33,6 +37,18 @@ _REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = 
     ("peerkv_cached_blocks", "Blocks that the replica offers now.", lambda r: r.cached_blocks),
     ("peerkv_in_flight_requests", "Requests that the gateway has with the replica.", lambda r: r.in_flight),
     ("peerkv_incompatible_replicas", "Replicas that it cannot exchange with.", lambda r: len(r.incompatible)),
+)
+
+
+def _descriptions(shape: type) -> Mapping[str, str]:
+    """What the fields of a shape say of themselves, by name."""
+    properties = TypeAdapter(shape).json_schema()["properties"]
+    return {name: about.get("description", name) for name, about in properties.items()}
+
+
+_FIGURES = (
+    ("gateway", _descriptions(GatewayStats)),
+    ("steering", _descriptions(SteeringStats)),
 )
 
 
@@ -90,10 +106,10 @@ class _StatsCollector(Collector):
 
 
 def _gateway_metrics(stats: KvStats) -> Iterator[Metric]:
-    for prefix, counts in (("peerkv_gateway_", stats.gateway), ("peerkv_steering_", stats.steering)):
-        for field, about in type(counts).model_fields.items():
+    for part, fields in _FIGURES:
+        for field, text in fields.items():
             if field not in ("version", "uptime_seconds", "in_flight"):
-                yield CounterMetricFamily(prefix + field, about.description or field, value=getattr(counts, field))
+                yield CounterMetricFamily(f"peerkv_{part}_{field}", text, value=getattr(getattr(stats, part), field))
     yield GaugeMetricFamily("peerkv_gateway_in_flight_requests", "Requests being served.", value=stats.gateway.in_flight)
     yield GaugeMetricFamily("peerkv_gateway_uptime_seconds", "Age of the gateway.", value=stats.gateway.uptime_seconds)
     for count in ("checks", "failures", "changes", "differences_found"):
@@ -144,7 +160,7 @@ def cost_metrics(costs: CostStats) -> Iterator[Metric]:
         "peerkv_cost_prefill_seconds", "Fitted cost terms of computing a prompt.", labels=("device", "model", "term")
     )
     for one in costs.prefill:
-        for term, value in one.model_dump().items():
+        for term, value in asdict(one).items():
             if "seconds" in term:
                 prefill.add_metric((one.device, one.model, term), value)
     yield prefill

@@ -1,45 +1,10 @@
-"""The shapes of GET /kv/stats and GET /kv/prefixes."""
+"""The shapes of GET /kv/stats, as far as they are not those of what is counted."""
 
 from pydantic import BaseModel, Field
 
-
-class PrefillStats(BaseModel):
-    """Fitted times of computing prompts, for one model on one kind of device, in seconds."""
-
-    device: str
-    model: str = Field(description="beginning of its fingerprint")
-    samples: int
-    usual_error: float = Field(description="relative")
-    slowdown: float = Field(description="factor on all expected times after the last answer; fades to 1 in seconds")
-    fixed_seconds: float
-    seconds_per_prompt_token: float
-    seconds_per_new_token: float
-    seconds_per_pair: float = Field(description="a pair is a new token and one before it")
-    seconds_per_decode_step: float = Field(description="for each request that is being decoded beside it")
-
-
-class TransferStats(BaseModel):
-    """Fitted times of imports: for a pair of replicas, or for a whole transport if both names are empty."""
-
-    taker: str
-    source: str
-    transport: str
-    samples: int
-    usual_error: float = Field(description="relative")
-    fixed_seconds: float
-    bytes_per_second: float
-
-
-class CostStats(BaseModel):
-    """What steering expects requests to cost, and how accurate that was."""
-
-    samples: int = Field(0, description="answered requests that the model learnt from")
-    samples_kept: int = Field(0, description="of these, the most recent ones that `median_error` covers")
-    median_error: float | None = Field(
-        None, description="relative error of the expected time to the first token; null without samples"
-    )
-    prefill: list[PrefillStats] = Field(default_factory=list)
-    transfers: list[TransferStats] = Field(default_factory=list)
+from gateway.planner.plan import SteeringStats
+from gateway.prompts.tokenizer.service import TokenizerStats
+from gateway.steering.costs.model import CostStats
 
 
 class LedgerStats(BaseModel):
@@ -186,16 +151,6 @@ class ParityStats(BaseModel):
     chat: KindParity
 
 
-class TokenizerStats(BaseModel):
-    """Whether prompts are tokenised in the gateway."""
-
-    loaded: bool
-    chat: bool
-    directory: str
-    reason: str
-    chat_reason: str
-
-
 class GatewayStats(BaseModel):
     """The front door's own counts since its start."""
 
@@ -209,18 +164,6 @@ class GatewayStats(BaseModel):
     streams_broken: int = Field(0, description="event streams that ended with an error")
     clients_left: int = Field(0, description="requests whose client left")
     internal_errors: int = Field(0, description="defects of the gateway")
-
-
-class SteeringStats(BaseModel):
-    """What steering decided since the gateway's start, retries included."""
-
-    planned: int = Field(0, description="requests steered")
-    without_ids: int = Field(0, description="of these, requests whose token ids were not known: steered by load alone")
-    to_holder: int = Field(0, description="sent to a replica that holds their longest prefix")
-    with_source: int = Field(0, description="sent elsewhere, with a replica to import from")
-    pinned: int = Field(0, description="sent to the replica that the request named")
-    prompt_tokens: int = Field(0, description="tokens of all prompts with known ids")
-    predicted_tokens: int = Field(0, description="of these, tokens expected from a cache, own or imported")
 
 
 class KvStats(BaseModel):

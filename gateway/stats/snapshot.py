@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from engine.fleet import FleetView, Replica, ReplicaState
 from gateway import __version__
@@ -16,7 +16,6 @@ from gateway.planner.planner import Planner
 from gateway.prompts.parity import KindVerdict, ParityCounts, ParityVerdict
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.stats.shapes import (
-    CostStats,
     GatewayStats,
     GroupStats,
     KindParity,
@@ -26,13 +25,10 @@ from gateway.stats.shapes import (
     ParityStats,
     PeerStats,
     ReplicaStats,
-    SteeringStats,
     TokenCounts,
-    TokenizerStats,
     Totals,
     TransferCounts,
 )
-from gateway.steering.costs.model import CostReport
 from transport.table.deliveries import EngineLoad, PeerCounters
 
 
@@ -70,10 +66,10 @@ class StatsView:
         return KvStats(
             model=fleet.served_model_name or fleet.model,
             gateway=self._gateway(),
-            steering=SteeringStats(**asdict(self._planner.counts)),
-            costs=cost_stats(self._planner.costs.report()),
+            steering=replace(self._planner.counts),
+            costs=self._planner.costs.report(),
             ledger=ledger_stats(self._recorder.ledger, self._recorder.feed.missed),
-            tokenizer=TokenizerStats(**asdict(self._tokens.state)),
+            tokenizer=self._tokens.state,
             parity=_parity_stats(self._planner.prompts.parity, self._planner.prompts.parity_counts),
             totals=_totals(replicas, ledger),
             replicas=replicas,
@@ -168,11 +164,6 @@ def _kind(verdict: KindVerdict) -> KindParity:
         differences=list(verdict.differences),
         reason=verdict.reason,
     )
-
-
-def cost_stats(report: CostReport) -> CostStats:
-    """Return the report in the form that is shown."""
-    return CostStats.model_validate(asdict(report))
 
 
 def ledger_stats(ledger: Ledger, missed_deliveries: int) -> LedgerStats:

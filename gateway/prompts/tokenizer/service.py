@@ -44,8 +44,8 @@ class TextTooLong(NoTokenIds):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerState:
-    """Whether prompts can be tokenised here. `reason` and `chat_reason` say why not, "" when they can."""
+class TokenizerStats:
+    """Whether prompts are tokenised in the gateway. `reason` and `chat_reason` say why not, "" when they are."""
 
     loaded: bool
     chat: bool
@@ -74,16 +74,16 @@ class TokenService:
         self._encoder: Encoder | None = None
         self._template: ChatTemplate | None = None
         self._chars_per_token_max = 1
-        self.state = TokenizerState(False, False, "", "not loaded yet", "not loaded yet")
+        self.state = TokenizerStats(False, False, "", "not loaded yet", "not loaded yet")
 
-    def load(self) -> TokenizerState:
+    def load(self) -> TokenizerStats:
         """Read the model's files unless that has been done; say what came of it. Takes 0.1 to 2 s; never raises."""
         if self.state.loaded:
             return self.state
         try:
             self._load()
         except ModelFilesError as error:
-            self.state = TokenizerState(False, False, "", str(error), str(error))
+            self.state = TokenizerStats(False, False, "", str(error), str(error))
             _logger.warning("prompts are not tokenised here, steering goes by load alone: %s", error)
         return self.state
 
@@ -113,7 +113,7 @@ class TokenService:
             self._encoder = make_encoder(tokenizer, self.cache, self._texts_bytes_max)
         except Exception as error:  # the tokenizers library raises the bare class: no unknown token where one is needed, say
             raise ModelFilesError(f"{files.tokenizer}: {error}") from error
-        self.state = TokenizerState(True, self._template is not None, str(files.directory), "", chat_reason)
+        self.state = TokenizerStats(True, self._template is not None, str(files.directory), "", chat_reason)
 
     @property
     def chat_takes_tools(self) -> bool:

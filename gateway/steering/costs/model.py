@@ -10,8 +10,10 @@ from collections import deque
 from dataclasses import dataclass
 from math import sqrt
 from statistics import median
+from typing import Annotated
 
 import msgspec
+from pydantic import Field
 
 from gateway.steering.costs.fitting import Fit
 from gateway.steering.costs.priors import PREFILL_FACTORS_MAX, ModelKey, PrefillTerms, device_kind
@@ -20,7 +22,7 @@ from gateway.steering.costs.sampling import Sampling
 from gateway.steering.costs.times import CHUNK_TOKENS, ModelTimes, pairs
 from gateway.steering.costs.transfers import Transfers
 
-__all__ = ["CostModel", "CostReport", "ModelKey", "Outcome", "PrefillTerms", "pairs"]
+__all__ = ["CostModel", "CostStats", "ModelKey", "Outcome", "PrefillTerms", "pairs"]
 
 MEMORY = 400
 """Samples after which one has faded to 1/e."""
@@ -55,43 +57,45 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillReport:
-    """Fitted prefill terms of one model, seconds each; `usual_error` is relative, `slowdown` as of the last answer."""
+class PrefillStats:
+    """Fitted times of computing prompts, for one model on one kind of device, in seconds."""
 
     device: str
-    model: str
+    model: Annotated[str, Field(description="beginning of its fingerprint")]
     samples: int
-    usual_error: float
-    slowdown: float
+    usual_error: Annotated[float, Field(description="relative")]
+    slowdown: Annotated[float, Field(description="factor on all expected times after the last answer; fades to 1 in seconds")]
     fixed_seconds: float
     seconds_per_prompt_token: float
     seconds_per_new_token: float
-    seconds_per_pair: float
-    seconds_per_decode_step: float
+    seconds_per_pair: Annotated[float, Field(description="a pair is a new token and one before it")]
+    seconds_per_decode_step: Annotated[float, Field(description="for each request that is being decoded beside it")]
 
 
 @dataclass(frozen=True, slots=True)
-class TransferReport:
-    """Fitted transfer terms: of a pair, or of all pairs of a transport when `taker` and `source` are empty."""
+class TransferStats:
+    """Fitted times of imports: for a pair of replicas, or for a whole transport if both names are empty."""
 
     taker: str
     source: str
     transport: str
     samples: int
-    usual_error: float
+    usual_error: Annotated[float, Field(description="relative")]
     fixed_seconds: float
     bytes_per_second: float
 
 
 @dataclass(frozen=True, slots=True)
-class CostReport:
-    """What /kv/stats shows of the model. `median_error` is that of the last `samples_kept` predicted times to first token."""
+class CostStats:
+    """What steering expects requests to cost, and how accurate that was."""
 
-    samples: int
-    samples_kept: int
-    median_error: float | None
-    prefill: tuple[PrefillReport, ...]
-    transfers: tuple[TransferReport, ...]
+    samples: Annotated[int, Field(description="answered requests that the model learnt from")] = 0
+    samples_kept: Annotated[int, Field(description="of these, the most recent ones that `median_error` covers")] = 0
+    median_error: Annotated[
+        float | None, Field(description="relative error of the expected time to the first token; null without samples")
+    ] = None
+    prefill: tuple[PrefillStats, ...] = ()
+    transfers: tuple[TransferStats, ...] = ()
 
 
 class CostModel:
@@ -247,16 +251,16 @@ class CostModel:
         """Of the last predictions, relative to what was measured; None before the first."""
         return median(self._errors) if self._errors else None
 
-    def report(self) -> CostReport:
+    def report(self) -> CostStats:
         """Everything fitted, for people."""
         prefill = tuple(
-            PrefillReport(
+            PrefillStats(
                 key.device, key.model, fit.samples, fit.usual_error, self._models[key].slowdown.last, *fit.coefficients
             )
             for key, fit in sorted(self._prefill.items())
         )
         transfers = tuple(
-            TransferReport(*pair, fit.samples, fit.usual_error, fixed, 1 / a_byte if a_byte else 0.0)
+            TransferStats(*pair, fit.samples, fit.usual_error, fixed, 1 / a_byte if a_byte else 0.0)
             for pair, fit, (fixed, a_byte) in self._transfers.known()
         )
-        return CostReport(self._samples, len(self._errors), self.median_error(), prefill, transfers)
+        return CostStats(self._samples, len(self._errors), self.median_error(), prefill, transfers)

@@ -22,24 +22,24 @@ from gateway.errors import NoReplicaReady, ReplicaNotReady, UnknownReplica
 from gateway.http_server.server import DoorServer, bind, build_server
 from gateway.kept_prefixes.shapes import PrefixReport
 from gateway.ledger.attempts import Attempt, RequestInfo
+from gateway.planner.plan import SteeringStats
+from gateway.prompts.tokenizer.service import TokenizerStats
 from gateway.relay.frontdoor import FrontDoor
 from gateway.relay.relay import Relay
 from gateway.settings import Settings
 from gateway.stats.explain import Explanation, explain
 from gateway.stats.prometheus import Metrics
 from gateway.stats.shapes import (
-    CostStats,
     GatewayStats,
     KindParity,
     KvStats,
     LedgerStats,
     ParityStats,
-    SteeringStats,
     TokenCounts,
-    TokenizerStats,
     Totals,
     TransferCounts,
 )
+from gateway.steering.costs.model import CostStats
 from gateway.tenants.access import AdminAccess
 from gateway.tenants.tenants import TenantContext, Tenants
 from gateway.upstream.pool import Upstream

@@ -11,10 +11,11 @@ from rich.console import Console
 
 from gateway.cli import kv_prefixes
 from gateway.cli.main import build_parser
-from gateway.kept_prefixes.shapes import KeptPrefixAnswer, Prefix, PrefixPlace, PrefixRemoved, PrefixReport
+from gateway.kept_prefixes.book import PlaceState, PrefixPlace
+from gateway.kept_prefixes.shapes import KeptPrefixAnswer, Prefix, PrefixRemoved, PrefixReport
 
 PLACE = PrefixPlace(
-    replica="replica-1", state="pinned", local_tokens=0, peer_tokens=0, computed_tokens=64, source="", reason=""
+    replica="replica-1", state=PlaceState.PINNED, local_tokens=0, peer_tokens=0, computed_tokens=64, source="", reason=""
 )
 KEPT = KeptPrefixAnswer(
     id="p-1", tenant="", model="", tokens=64, pin=True, renew=False, ttl=60, created=1e9, expires=1e9 + 60, places=[PLACE]

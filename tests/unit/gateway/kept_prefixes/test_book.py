@@ -6,8 +6,8 @@ from gateway.kept_prefixes.book import (
     RENEW_SECONDS_MIN,
     KeptPrefix,
     KeptPrefixBook,
-    Place,
     PlaceState,
+    PrefixPlace,
     TooManyPrefixes,
     UnknownPrefix,
 )
@@ -82,8 +82,8 @@ def test_a_restarted_replica_kept_nothing_and_what_is_renewed_is_due_at_once() -
     book = KeptPrefixBook(10, 1000)
     once, renewed, elsewhere = add(book), add(book, renew=True), add(book, renew=True)
     for kept in (once, renewed):
-        book.place(kept, Place("a", PlaceState.PINNED))
-    book.place(elsewhere, Place("b", PlaceState.PINNED))
+        book.place(kept, PrefixPlace("a", PlaceState.PINNED))
+    book.place(elsewhere, PrefixPlace("b", PlaceState.PINNED))
     book.lost("a", "restarted")
     assert [kept.places["a"].state for kept in (once, renewed)] == [PlaceState.FAILED] * 2
     assert elsewhere.places["b"].state is PlaceState.PINNED
