@@ -208,7 +208,22 @@ class SchedulerHalf:
         for request_id, states in kept.boundary_state_offloads.items() if kept is not None else ():
             sequence = self._sequences.get(request_id)
             if sequence is not None:
-                work.states += [(sequence, self._groups.places.index(place), block, tokens) for place, block, tokens in states]
+                work.states += [
+                    (sequence, self._groups.places.index(place), block, tokens)
+                    for place, block, tokens in states
+                    if self._still_owns(kept, request_id, place, block)
+                ]
+
+    def _still_owns(self, kept: Any, request_id: str, place: int, block: int) -> bool:
+        """Tell whether a state's block is still its request's, or at least nobody else's.
+
+        vLLM 0.33 notes a state when its step is over and tells of it in the next, in which it may already have given the block
+        to another request: speculation had gone past it.
+        """
+        if self._offers.unchanged([block], self._step - 1):
+            return True
+        own = kept.get_block_ids(request_id)
+        return own is not None and block in own[place]
 
     def _step_prompts(self, cached: Any, scheduled: dict[str, int], work: Work, now_ns: int) -> None:
         """Account for the requests that run on with a part of their prompt."""

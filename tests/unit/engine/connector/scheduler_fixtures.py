@@ -67,12 +67,15 @@ class Replica:
             **about,
         )
         self.reader = TableReader(self.half.table.path)
+        self.held_blocks: dict[str, list[list[int]]] = {}
 
     def schedule(self, new=(), cached=(), resumed=(), preempted=(), states=None, copies=()) -> StepMetadata:
         """`new`: (request, block ids, computed, scheduled); `cached`: (request, added blocks, computed, scheduled).
 
         Block ids are a list, or a tuple of one for each group; `states`: {request id: [(group, block, tokens)]}.
         """
+        for request, ids, _, _ in [*new, *cached]:
+            self._give(request.request_id, by_group(ids or []))
         output = SimpleNamespace(
             num_scheduled_tokens={r.request_id: n for r, _, _, n in [*new, *cached]},
             scheduled_new_reqs=[
@@ -87,9 +90,19 @@ class Replica:
             ),
             preempted_req_ids=set(preempted),
             kv_cache_block_copies=[SimpleNamespace(dst_block_id=block) for block in copies],
-            kv_connector_block_state=SimpleNamespace(boundary_state_offloads=states or {}),
+            kv_connector_block_state=SimpleNamespace(boundary_state_offloads=states or {}, get_block_ids=self.held_blocks.get),
         )
         return self.half.step(output)
+
+    def _give(self, request_id, given):
+        """Note what vLLM's block tables say: a block belongs to whom it was given last."""
+        taken = {block for blocks in given for block in blocks}
+        for held in self.held_blocks.values():
+            for blocks in held:
+                blocks[:] = [0 if block in taken else block for block in blocks]
+        held = self.held_blocks.setdefault(request_id, [[] for _ in given])
+        for blocks, more in zip(held, given, strict=False):
+            blocks += more
 
     def done(self, step, **imports):
         self.half.report(WorkerReport(step, imports, dict.fromkeys(imports, 1)))

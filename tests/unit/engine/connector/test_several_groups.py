@@ -162,6 +162,17 @@ def test_a_state_is_offered_when_its_step_is_done_and_not_if_its_block_was_given
     assert held(a, STATES, PROMPT[:9]) == 0
 
 
+def test_a_state_is_not_offered_if_its_block_was_given_away_before_vllm_told_of_it(tmp_path):
+    a = Replica(tmp_path, "a", groups=STATES)
+    asked, other = request(), request("o", range(500, 504))
+    a.half.match(asked, 0)
+    a.done(a.schedule(new=[(asked, ([1, 2], [0, 3]), 0, 8)]).step)
+    # 0.33 tells in the next step of a state that speculation went past, and may have given its block away in that step
+    meta = a.schedule(new=[(other, ([4], [3]), 0, 4)], states={"r": [(1, 3, 8)]})
+    a.done(meta.step)
+    assert a.reader.look_up(group_keys(keys_of(PROMPT), 1))[0].tolist() == [False] * 4
+
+
 def test_a_state_inside_a_block_is_not_offered(tmp_path):
     a = owner_of_states(tmp_path, states=((1, 21, 6), (1, 23, 16)))
     assert a.reader.cached_blocks() == 5
