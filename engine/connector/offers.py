@@ -55,7 +55,7 @@ class Offers:
         for number, ratio in self._ratios:
             begin, end = first // ratio, last // ratio
             blocks = sequence.block_ids[number][begin:end]
-            own = group_keys(keys, number, ratio)[begin:end]
+            own = group_keys(keys[begin * ratio : end * ratio], number, ratio)
             if self._groups.groups[number].kind != "full":
                 places = [
                     at for at, block in enumerate(blocks) if block != NULL_BLOCK and allocated[block] <= step and kept(block)
