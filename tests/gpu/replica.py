@@ -229,6 +229,7 @@ class _Engine:
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(model=model, kv_transfer_config=config, disable_log_stats=True, **(chosen | arguments))
         )
+        self.words = min(128000, int(self.engine.vllm_config.model_config.get_vocab_size()))
         self.pipe = pipe
         self.number = 0
         self.asked = ""
@@ -248,7 +249,7 @@ class _Engine:
                 getattr(self, "do_" + kind)(value)
                 busy = self.engine.has_unfinished_requests()
             if self.churn_tokens and not any(name.startswith("churn") for name in self.background):
-                self.add("churn", prompt(self.churn_tokens, time.time_ns()), 1)
+                self.add("churn", prompt(self.churn_tokens, time.time_ns(), self.words), 1)
             if self.engine.has_unfinished_requests():
                 self.step()
 
@@ -330,7 +331,7 @@ class _Engine:
         requests, prompt_tokens, tokens, seed = value
         self.abandon()
         for number in range(requests):
-            self.add("load", prompt(prompt_tokens, seed * 1000 + number), tokens)
+            self.add("load", prompt(prompt_tokens, seed * 1000 + number, self.words), tokens)
         for _ in range(requests * prompt_tokens // 8192 + 8):
             self.step()
         self.pipe.send(("ok", "loaded"))
