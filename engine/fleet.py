@@ -1,4 +1,4 @@
-"""What the front door sees of the replicas: immutable snapshots, and two ways to get at them."""
+"""What the front door sees of the replicas: immutable snapshots, and two ways to get them."""
 
 import os
 from dataclasses import dataclass, replace
@@ -12,16 +12,16 @@ FLEET_FILE = "fleet.json"
 
 
 class FleetError(Exception):
-    """Base of what goes wrong with the replicas as a whole; the message says what to do."""
+    """Base of errors that concern the replicas as a whole; the message says what to do."""
 
 
 class ReplicaState(StrEnum):
-    """Where a replica is in its life; only READY takes new requests."""
+    """The state of a replica; only READY takes new requests."""
 
     STARTING = "starting"  # its process loads the model
     READY = "ready"  # answered /health
-    DRAINING = "draining"  # finishes what it has, takes nothing new
-    BACKOFF = "backoff"  # ended unasked; its restart waits
+    DRAINING = "draining"  # finishes its requests, takes no new ones
+    BACKOFF = "backoff"  # ended unexpectedly; waits to be restarted
     FAILED = "failed"  # failed too often; waits for somebody to restart it
     STOPPED = "stopped"  # ended because it was asked to
 
@@ -65,7 +65,7 @@ class FleetSnapshot:
 
 
 class FleetView(Protocol):
-    """How the front door asks about replicas. Both calls are cheap enough for every request."""
+    """How the front door queries the replicas. Both calls are cheap enough for every request."""
 
     def snapshot(self) -> FleetSnapshot:
         """The newest known state."""
@@ -98,7 +98,7 @@ def decode_fleet(raw: bytes) -> FleetSnapshot:
 
 
 def write_fleet(run_dir: Path, snapshot: FleetSnapshot) -> None:
-    """Replace run_dir's fleet.json in one step: a reader sees the old one or the new one."""
+    """Replace run_dir's fleet.json atomically: a reader sees the old one or the new one."""
     fresh = run_dir / f"{FLEET_FILE}.new"
     fresh.write_bytes(encode_fleet(snapshot))
     fresh.replace(run_dir / FLEET_FILE)

@@ -14,7 +14,7 @@ from transport.table.writer import TableWriter
 
 
 class Phase(enum.Enum):
-    """How far a request is. A preempted one waits again."""
+    """How far a request has come. A preempted one waits again."""
 
     WAITING = enum.auto()
     PREFILLING = enum.auto()
@@ -23,9 +23,9 @@ class Phase(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """One request. `left`: tokens of its prompt that no step was given yet and that are not known to be cached.
+    """One request. `left`: tokens of its prompt that no step has been given yet and that are not known to be cached.
 
-    `whole`: some step was given the last of its prompt; the report of that step brings its record. `closed`: vLLM forgot it.
+    `whole`: some step was given the end of its prompt; the report of that step brings its record. `closed`: vLLM forgot it.
     """
 
     hint: Hint
@@ -54,7 +54,7 @@ class Account:
     delivered: bool = False
 
     def delivery(self, first_token_ns: int) -> Delivery:
-        """Return what became of it."""
+        """Return what happened to it."""
         scheduled = self.scheduled_ns > 0
         return Delivery(
             tag=self.hint.tag,
@@ -79,7 +79,7 @@ class Account:
 
 @dataclass(slots=True)
 class PromptWork:
-    """What a step computes of prompts: how many tokens, and which prompts are whole with it, by request id."""
+    """What a step computes of prompts: how many tokens, and which prompts it completes, by request id."""
 
     tokens: int = 0
     whole: list[tuple[str, Account]] = field(default_factory=list)
@@ -97,9 +97,9 @@ class Accounts:
         self._under_way = 0
         self._work = PromptWork()
         self.prefilling: dict[str, Account] = {}
-        """Requests of whose prompts a step was given a part, but not yet the last."""
+        """Requests whose prompts have been given to steps in part, but not to the end."""
         self.asked: dict[str, Account] = {}
-        """Requests that vLLM would run, had it room: it asked for their prefix and gave no step since."""
+        """Requests that vLLM would run if it had room: it asked for their prefix but gave them no step since."""
 
     def load(self) -> tuple[int, int, int, int]:
         """Return the first four fields of an EngineLoad."""
@@ -108,7 +108,7 @@ class Accounts:
 
     @property
     def running(self) -> int:
-        """Requests that have blocks and get steps."""
+        """Requests that have blocks and are given steps."""
         return self._phases[Phase.PREFILLING] + self._phases[Phase.DECODING]
 
     def arrived(self, request: Any, now_ns: int) -> tuple[Account, bool]:
@@ -135,18 +135,18 @@ class Accounts:
         account.import_begun_ns, account.source = now_ns, source
 
     def import_ended(self, account: Account, begin: int, good: int, report: ImportReport, now_ns: int) -> None:
-        """`good` tokens behind the first `begin` came."""
+        """`good` tokens after the first `begin` arrived."""
         account.import_from, account.imported_tokens = begin, good
         account.import_wait_ns, account.import_ns = now_ns - account.import_begun_ns, report.nanoseconds
         account.import_bytes = report.bytes
         account.stale_blocks, account.failed_blocks = report.stale_blocks, len(report.failed_blocks)
         if report.failed_blocks:
             account.why = DeliveryReason.CHECK_FAILED if report.stale_blocks else DeliveryReason.COPY_FAILED
-            if not account.closed:  # else nobody would ever take it out of what waits
+            if not account.closed:  # otherwise nobody would ever remove it from the waiting ones
                 self._leave(account, account.prompt_tokens - begin - good)
 
     def scheduled(self, request_id: str, computed_tokens: int, tokens: int, now_ns: int) -> None:
-        """A step computes `tokens` more of a request behind the first `computed_tokens`."""
+        """A step computes `tokens` more of a request after the first `computed_tokens`."""
         account = self._open.get(request_id)
         if account is None:
             return

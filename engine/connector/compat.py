@@ -1,4 +1,4 @@
-"""What we read of vLLM's own objects beside its connector interface, in 0.32 and 0.33 alike."""
+"""What we read from vLLM's own objects outside its connector interface; works with 0.32 and 0.33."""
 
 from typing import Any
 

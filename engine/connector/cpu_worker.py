@@ -1,4 +1,4 @@
-"""vLLM's worker for the CPU, less a defect: a seeded request whose prompt takes more than one step ended the engine.
+"""vLLM's worker for the CPU without a defect: a seeded request whose prompt took more than one step ended the engine.
 
 For each step that computes a part of a prompt vLLM samples a token, throws it away, and turns the request's generator back
 (`GPUModelRunner._bookkeeping_sync`, seen in 0.32) by way of `torch.Generator.get_offset`, which generators on the CPU do not
@@ -12,7 +12,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 
 class RewindsGenerators:
-    """Goes before a model runner's class. What a later vLLM no longer calls is no harm here."""
+    """A mixin placed before a model runner's class. If a later vLLM no longer calls it, it does no harm."""
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         states = [(generator, generator.get_state()) for generator in _discarded(self).values()]

@@ -22,7 +22,7 @@ _KINDS: Mapping[type, Kind] = {
     ChunkedLocalAttentionSpec: "chunk",
     MambaSpec: "state",
 }
-"""By the very class: what derives from these keeps other blocks, or keeps them otherwise."""
+"""By exact class: derived classes keep other blocks, or keep them differently."""
 
 
 class GroupNotHandled(ValueError):
@@ -44,12 +44,12 @@ class ModelGroups:
 
     @cached_property
     def step(self) -> int:
-        """Tokens of which the length of an import is a multiple."""
+        """The length of an import is a multiple of this many tokens."""
         return step(self.groups)
 
     @cached_property
     def plain(self) -> bool:
-        """Whether all blocks of a prefix are needed, as in most models: there is one group, of full attention."""
+        """Whether all blocks of a prefix are needed, as in most models: there is a single group with full attention."""
         return plain(self.groups)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Imports under way: begun when vLLM gave a request its blocks, settled when every worker has reported."""
+"""Imports under way: begun when vLLM has given a request its blocks, settled when every worker has reported."""
 
 import logging
 from collections.abc import Sequence as Blocks
@@ -50,7 +50,7 @@ class Imports:
         )
 
     def give_up(self, request_id: str, block_ids: Blocks[Blocks[int]], tokens: int) -> None:
-        """Have the workers report an import of `tokens` tokens as failed that can not be begun: with no source to read from."""
+        """Make the workers report an import of `tokens` tokens as failed: it cannot begin without a source."""
         plain = self._groups.plain
         targets = block_ids[0][-(tokens // self._groups.unit) :] if plain else [block for ids in block_ids for block in ids]
         blocks, count = np.array(targets, np.int32), len(targets)
@@ -63,7 +63,7 @@ class Imports:
         return starting
 
     def settle(self, report: WorkerReport, now_ns: int) -> None:
-        """Count the imports that every worker has reported, and note for each how much of it is good."""
+        """Count the imports that every worker has reported, and record how much of each is good."""
         for request_id, part in report.imports.items():
             entry = self._under_way.get(request_id)
             if entry is None:
@@ -78,13 +78,13 @@ class Imports:
             self._end(*entry, whole, now_ns)
 
     def forget(self) -> None:
-        """Settle nothing that is under way now."""
+        """Settle none of the imports that are under way now."""
         self._under_way.clear()
         self._partial.clear()
 
     def _end(self, sequence: Sequence, plan: Import, report: ImportReport, now_ns: int) -> None:
         good = self._good_tokens(plan, report)
-        # the blocks are offered onward with the request's first step, behind which nobody waits
+        # the blocks are offered onward with the request's first step, so that nobody waits for that
         self._accounts.import_ended(sequence.account, plan.begin, good, report, now_ns)
         failed, table = bool(report.failed_blocks), self._table
         blocks = good // self._groups.unit if not plan.counts else len(plan.source_blocks) if good else 0

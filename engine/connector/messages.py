@@ -1,4 +1,4 @@
-"""What the scheduler's half and the workers' half of the connector tell each other, once a step, through vLLM's own channel."""
+"""What the connector's scheduler and worker halves tell each other, once per step, through vLLM's own channel."""
 
 from dataclasses import dataclass, field
 
@@ -32,7 +32,7 @@ class ImportReport:
     reason: str
 
     def merged(self, other: "ImportReport") -> "ImportReport":
-        """Return what two ranks' reports of one import amount to: as bad as the worse, as slow as the slower."""
+        """Combine two ranks' reports of one import: as bad as the worse one, as slow as the slower one."""
         return ImportReport(
             self.failed_blocks | other.failed_blocks,
             max(self.stale_blocks, other.stale_blocks),

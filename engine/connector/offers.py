@@ -1,4 +1,4 @@
-"""What this engine offers to others: full blocks whose KV is computed, until vLLM gives them away."""
+"""What this engine offers to others: full blocks whose KV is computed, until vLLM reallocates them."""
 
 from array import array
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from transport.keys import group_keys
 from transport.table.writer import TableWriter
 
 NEVER = 1 << 60
-"""As a sequence's `published`: what it computes is not offered."""
+"""As a sequence's `published`: what it computes is never offered."""
 
 
 class Offers:
-    """Keeps `table` true. It remembers in which step each block was given away last: an older step's content is not offered."""
+    """Keeps `table` truthful. It remembers in which step each block was last reallocated: older content is not offered."""
 
     def __init__(self, table: TableWriter, groups: ModelGroups) -> None:
         self._table = table
@@ -25,7 +25,7 @@ class Offers:
         self._allocated = array("q", bytes(8 * table.layout.blocks))
 
     def end(self, blocks: Blocks[int], step: int) -> None:
-        """vLLM gave away `blocks` in `step`: what they held is offered no more."""
+        """vLLM reallocated `blocks` in `step`: what they held is no longer offered."""
         if blocks:
             for block in blocks:
                 self._allocated[block] = step
@@ -36,7 +36,7 @@ class Offers:
         self._table.count("evictions", self._table.clear())
 
     def unchanged(self, blocks: Blocks[int], step: int) -> bool:
-        """Tell whether all `blocks` hold what they did when `step` was done."""
+        """Tell whether all `blocks` still hold what they did when `step` was done."""
         return all(self._allocated[block] <= step for block in blocks)
 
     def publish(self, sequence: Sequence, full_keys: int, step: int, kept: Callable[[int], bool]) -> None:
@@ -61,7 +61,7 @@ class Offers:
                     at for at, block in enumerate(blocks) if block != NULL_BLOCK and allocated[block] <= step and kept(block)
                 ]
                 blocks, own = [blocks[place] for place in places], own[places]
-            elif any(allocated[block] > step for block in blocks):  # given away while the step was under way
+            elif any(allocated[block] > step for block in blocks):  # reallocated while the step was under way
                 places = [place for place, block in enumerate(blocks) if allocated[block] <= step]
                 blocks, own = [blocks[place] for place in places], own[places]
             self._table.publish(blocks, own)

@@ -4,8 +4,8 @@
 xxh3_128 or sha256; `namespace`, a word: engines with different ones exchange nothing; `pin_share_max`, the share of its blocks
 that pins may hold. All have defaults, so plain vLLM servers started with this connector find each other without a gateway.
 
-No exception leaves a method of this class: vLLM would end the engine. A fault is logged, counted, and answered by importing and
-offering nothing any more.
+No exception leaves a method of this class: vLLM would end the engine. A fault is logged and counted; from then on the connector
+imports and offers nothing.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ PIN_SHARE_MAX = 0.25
 
 
 class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """Both halves' shell: it passes vLLM's calls on and keeps faults inside."""
+    """The shell of both halves: passes vLLM's calls on and keeps faults inside."""
 
     _cache_hit_source = compat.PEER_HITS
 
@@ -108,7 +108,9 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             groups, refusal = ModelGroups((Group("full", block_size),)), str(error)
         fields = fingerprint.scheduler_fields(config, groups.groups, self._hash_name)
         unread = (
-            "the model's weight files are not found: nothing tells whether a peer has the same" if not fields["weights"] else ""
+            "the model's weight files were not found, so it is unknown whether a peer has the same"
+            if not fields["weights"]
+            else ""
         )
         status = refusal or _refusal(config) or unread or next((h.status for h in handshakes if h.status != "ok"), "ok")
         fields["namespace"] = self._namespace
@@ -153,7 +155,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         try:
             self._half.arrived(request)
         except Exception as error:  # noqa: BLE001 - one odd request is served all the same
-            _logger.warning("could not take note of a request: %r", error)
+            _logger.warning("could not record a request: %r", error)
             self._half.table.count("table_errors")
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
@@ -223,7 +225,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return None
 
     def unregister_kv_caches(self) -> None:
-        """Before vLLM sleeps: what peers could open is gone then, and its next memory is not shared. Idempotent."""
+        """Called before vLLM sleeps: the shared memory will be gone, and later memory is not shared. Idempotent."""
         if self._worker is not None:
             self._guard("let go of the KV memory", self._worker.unmap, None)
 
@@ -274,7 +276,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._scheduler
 
     def _guard(self, what: str, call: Callable[[], _Result], otherwise: _Result) -> _Result:
-        """Do `call`; on any fault say so, withdraw what we offer, and return `otherwise`."""
+        """Do `call`; on any fault log it, withdraw what we offer, and return `otherwise`."""
         try:
             return call()
         except Exception as error:  # one that left here would end the engine
@@ -302,7 +304,7 @@ def _refusal(vllm_config: Any) -> str:
     if not cache.enable_prefix_caching:
         return "prefix caching is off"  # multimodal items have no identity of their own then
     if getattr(cache, "calculate_kv_scales", False):
-        return "KV scales are calculated while running: two replicas can not know whether theirs are equal"
+        return "KV scales are calculated while running: two replicas cannot know whether theirs are equal"
     if getattr(vllm_config.model_config, "is_diffusion", False):
         return "diffusion models are not handled yet"
     return ""

@@ -1,4 +1,4 @@
-"""Whom an engine may import from: which replicas' KV is the same as its own would be, and can be read."""
+"""Which replicas an engine may import from: those whose KV is the same as its own would be, and can be read."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from transport.table.reader import TableReader
 _logger = logging.getLogger(__name__)
 
 UNREADABLE_MAX = 3
-"""After so many imports of which nothing could be read, an owner is not asked again in its epoch."""
+"""After this many imports without any readable block, an owner is not asked again in its epoch."""
 
 
 class Peers:
@@ -43,7 +43,7 @@ class Peers:
     def longest(self, source: str | None, keys: Keys, begin: int, end: int) -> tuple[Import | None, DeliveryReason]:
         """Return the import that brings a sequence from `begin` tokens closest to `end`, and why it is not all of them.
 
-        `keys` are those of the first `end` tokens; `source` names the one to ask, None for whoever has most.
+        `keys` are those of the first `end` tokens; `source` names the replica to ask; None means the one that has most.
         """
         best: Import | None = None
         readers, why = self._find(source)
@@ -68,7 +68,7 @@ class Peers:
         return Import(reader.name, reader.epoch, begin, found.tokens, found.block_ids, found.states, found.counts)
 
     def not_read(self, name: str, epoch: int) -> None:
-        """Note that an import brought nothing at all."""
+        """Record that an import brought nothing at all."""
         self._unreadable[name, epoch] = self._unreadable.get((name, epoch), 0) + 1
 
     def close(self) -> None:

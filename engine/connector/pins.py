@@ -1,10 +1,9 @@
-"""Prefixes that stay in an engine's KV cache though nobody uses them, for a bounded time and within a bounded share of it.
+"""Prefixes that stay in an engine's KV cache although nobody uses them, for a bounded time and within a bounded share of it.
 
-A pinned block has one reference more, taken and given back through vLLM's own `BlockPool.touch` and `free_blocks`: vLLM neither
+A pinned block has one more reference, taken and given back through vLLM's own `BlockPool.touch` and `free_blocks`: vLLM neither
 reallocates it nor forgets its hash, and our table goes on offering it. Code without a clock: `now_ns` is CLOCK_MONOTONIC.
 
-An engine that has nothing to do makes no step, so that a pin's time ends with the next step or arrival: until then nobody wants
-the blocks.
+An idle engine makes no step, so a pin ends with the first step or arrival after its time: until then nobody wants the blocks.
 """
 
 import logging
@@ -56,7 +55,7 @@ class Pins:
         return len(self._held)
 
     def bind_pool(self, pool: BlockPool) -> None:
-        """Take the pool that the blocks are of. Without one every pin is refused."""
+        """Set the pool that the blocks belong to. Without one every pin is refused."""
         self._pool = pool
 
     def take(self, wish: PinWish, blocks: Sequence[int], now_ns: int) -> bool:
@@ -82,11 +81,11 @@ class Pins:
         return True
 
     def drop(self, ids: Sequence[int]) -> None:
-        """Unpin by number; numbers that are not known are nothing."""
+        """Unpin by number; unknown numbers are ignored."""
         self._let_go([self._pins.pop(each) for each in ids if each in self._pins])
 
     def expire(self, now_ns: int) -> None:
-        """Unpin what is past its time."""
+        """Unpin everything whose time is up."""
         if now_ns >= self._next_ns:
             self.drop([each for each, pin in self._pins.items() if pin.until_ns <= now_ns])
             self._next_ns = min((pin.until_ns for pin in self._pins.values()), default=_NEVER)
@@ -118,7 +117,7 @@ class Pins:
 
 
 def unpin_before_reset(pool: Any, unpin: Callable[[], None]) -> None:
-    """Have `unpin` called before `pool` resets its prefix cache.
+    """Make `pool` call `unpin` before it resets its prefix cache.
 
     vLLM (0.32 and 0.33, v1/core/sched/scheduler.py, reset_prefix_cache) refuses a reset while any block has a reference, raises
     if it had preempted everybody for it, as on sleep and pause, and asks connectors only afterwards. So this one pool gets a

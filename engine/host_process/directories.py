@@ -1,7 +1,7 @@
-"""Directories that one running peerkv has for itself: claimed, locked, and removed with all they hold.
+"""Directories that one running peerkv owns exclusively: claimed, locked, and removed with their contents.
 
-A claimed directory carries a marker file under an exclusive lock. The lock is shared with the replica host by
-handing it the descriptor, so that nobody takes the directory over before the last of the two has cleaned up.
+A claimed directory carries a marker file under an exclusive lock. The replica host shares the lock
+by inheriting the descriptor, so that nobody takes the directory over before the last of the two has cleaned up.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ CLAIM_POLL_SECONDS = 0.05
 
 
 class DirectoryRefused(FleetError):
-    """The directory may not be used as asked; the message names it and the way out."""
+    """The directory cannot be used as requested; the message names it and says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class Claim:
 def claim(path: Path, wait_seconds: float) -> Claim:
     """Make `path` (mode 0700) ours and empty.
 
-    Waits at most `wait_seconds` (blocking) for a former owner to let go. Raises DirectoryRefused when it does
-    not, when the directory belongs to another user, or when it holds files that peerkv did not put there.
+    Waits at most `wait_seconds` (blocking) for a previous owner to release it. Raises DirectoryRefused if it does
+    not, if the directory belongs to another user, or if it holds files that peerkv did not put there.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_seconds
@@ -63,14 +63,14 @@ def claim_all(paths: Iterable[Path], wait_seconds: float) -> tuple[Claim, ...]:
 
 
 def release(claims: Iterable[Claim]) -> None:
-    """Remove claimed directories with all they hold, and let go of them."""
+    """Remove claimed directories with their contents, and release them."""
     for held in claims:
         remove_claimed(held.path)
         os.close(held.lock_fd)
 
 
 def remove_claimed(path: Path) -> bool:
-    """Remove `path` and all in it, if it is a directory of ours with our marker. Says whether it did.
+    """Remove `path` and everything in it if it is our directory with our marker. Returns whether it did.
 
     The caller holds the lock. Anything else is left as it is.
     """
@@ -85,7 +85,7 @@ def remove_claimed(path: Path) -> bool:
     (path / MARKER).unlink(missing_ok=True)
     try:
         path.rmdir()
-    except OSError:  # somebody put a file there this very moment: theirs to remove
+    except OSError:  # somebody put a file there just now: theirs to remove
         return False
     return True
 
@@ -103,7 +103,9 @@ def _make_private(path: Path) -> None:
         raise DirectoryRefused(f"{path.parent} can be changed by other users: choose a directory of your own")
     entries = set(os.listdir(path))
     if entries and MARKER not in entries:
-        raise DirectoryRefused(f"{path} holds files of others, and peerkv removes it when it ends: choose an empty one")
+        raise DirectoryRefused(
+            f"{path} holds files that are not peerkv's, and peerkv removes the directory when it ends: choose an empty one"
+        )
     path.chmod(0o700)
 
 

@@ -2,7 +2,7 @@
 
 Nothing it starts outlives it. Each replica leads a session of its own and is killed by the kernel when this
 process dies; when a replica ends, what is left of its session is killed here; when the supervisor dies, our
-stdin ends, and we kill all, remove the directories, and end.
+stdin ends, and we kill everything, remove the directories, and exit.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from engine.host_process.messages import (
 log = logging.getLogger("peerkv.host")
 
 TRACKER_GRACE_SECONDS = 2.0  # for Python's resource tracker to remove a dead replica's shared memory
-SHUTDOWN_SECONDS_MAX = 10.0  # until all killed processes are gone
+SHUTDOWN_SECONDS_MAX = 10.0  # limit for killed processes to disappear
 EXEC_FAILED = 127
 
 
@@ -69,7 +69,7 @@ class Host:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
     def serve(self) -> bool:
-        """Carry out commands until the end: True when told to quit or the supervisor is gone, False on a signal."""
+        """Carry out commands until told to stop. True if told to quit or the supervisor is gone, False on a signal."""
         while True:
             readable, _, _ = select.select([self._control, self._wake_read], [], [], self._pause())
             if self._wake_read in readable and not self._drain_wakeups():
@@ -88,7 +88,7 @@ class Host:
             log.info("nobody reads our reports")
 
     def end_all(self) -> None:
-        """Kill every replica with all its processes, and wait for that, SHUTDOWN_SECONDS_MAX at most."""
+        """Kill every replica with all its processes, and wait for that at most SHUTDOWN_SECONDS_MAX."""
         deadline = time.monotonic() + SHUTDOWN_SECONDS_MAX
         for running in self._running.values():
             _kill_session(running.pid, spare_tracker=True)
@@ -102,12 +102,12 @@ class Host:
         self._reap()
 
     def _drain_wakeups(self) -> bool:
-        """Whether to go on: SIGTERM and SIGHUP mean quit."""
+        """Whether to continue: SIGTERM and SIGHUP mean quit."""
         signals = os.read(self._wake_read, 4096)
         return signal.SIGTERM not in signals and signal.SIGHUP not in signals
 
     def _read_commands(self) -> bool:
-        """Carry out what came in. False when that was Quit or the stream's end. Raises msgspec.MsgspecError."""
+        """Carry out what came in. False if that was Quit or the end of the stream. Raises msgspec.MsgspecError."""
         data = os.read(self._control, 65536)
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
@@ -131,7 +131,7 @@ class Host:
 
     def _spawn(self, spawn: Spawn) -> None:
         if spawn.name in self._running:
-            log.error("%s runs already", spawn.name)
+            log.error("%s is already running", spawn.name)
             return
         _remove_traces(spawn)
         rotate(Path(spawn.log), spawn.log_bytes_max)
@@ -163,7 +163,7 @@ class Host:
             os.umask(0o077)
             os.makedirs(spawn.scratch, exist_ok=True)
             code = self._run(spawn)
-        except BaseException:  # whatever it is, it must end here and not in the host's own loop
+        except BaseException:  # whatever it is, it must end here and not reach the host's own loop
             log.exception("%s could not be started", spawn.name)
         finally:
             sys.stdout.flush()
@@ -171,7 +171,7 @@ class Host:
             os._exit(code)
 
     def _run(self, spawn: Spawn) -> int:
-        """Turn into the server. Returns its exit status, unless this process is replaced by another program."""
+        """Become the server. Returns its exit status, unless this process is replaced by another program."""
         if not self._preloaded:
             try:
                 os.execvpe(spawn.argv[0], spawn.argv, spawn.env)
@@ -192,7 +192,7 @@ class Host:
         return 0
 
     def _reap(self) -> None:
-        """Collect all ended children; those that are no replica were orphaned inside one."""
+        """Reap all ended children; those that are not replicas were orphaned inside one."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -212,7 +212,7 @@ class Host:
         _remove_traces(running.spawn)
 
     def _kill_strays(self) -> None:
-        """Kill orphans that left their replica's session: they are our children now, and no replica."""
+        """Kill orphans that left their replica's session: they are our children now, but not replicas."""
         replicas = {r.pid for r in self._running.values()}
         for pid in processes.children(os.getpid()):
             if pid not in replicas and not processes.is_resource_tracker(pid):
@@ -223,13 +223,13 @@ class Host:
             _kill_session(self._sweeps.pop(0)[1], spare_tracker=False)
 
     def _pause(self) -> float | None:
-        """Seconds until something is due, None when nothing is."""
+        """Seconds until something is due, None if nothing is."""
         due = [when for when, _ in self._sweeps[:1]] + [self._log_bounds.due] * bool(self._running)
         return max(0.0, min(due) - time.monotonic()) if due else None
 
 
 def _kill_session(session: int, *, spare_tracker: bool) -> None:
-    """Kill all processes of a session, those included that left the first one's group."""
+    """Kill all processes of a session, including those that left the first one's group."""
     killed: set[int] = set()
     while fresh := set(processes.session_members(session)) - killed:
         killed |= fresh

@@ -1,4 +1,4 @@
-"""The logs of replicas: kept bounded, and read back to say why one ended."""
+"""The logs of replicas: kept within bounds, and read back to say why a replica ended."""
 
 import logging
 import os
@@ -13,22 +13,22 @@ log = logging.getLogger("peerkv.logs")
 
 LOG_READ_BYTES = 65536
 LOG_TAIL_LINES = 12
-LOG_CHECK_SECONDS = 2.0  # between two looks at the sizes of logs that grow
+LOG_CHECK_SECONDS = 2.0  # between two checks of the sizes of growing logs
 
 _ERROR = re.compile(r"\b([A-Za-z_][\w.]*(?:Error|Exception|Refused)): (\S.*)")
 _CONSEQUENCE = re.compile(r"Engine core initialization failed|Failed core proc|EngineDeadError")
 
 
 def rotate(path: Path, bytes_max: int) -> None:
-    """Move a log of more than `bytes_max` bytes to <log>.1, over the one there."""
+    """Move a log of more than `bytes_max` bytes to <log>.1, replacing the one there."""
     if log_size(path) > bytes_max:
         path.replace(f"{path}.1")
 
 
 def rotate_open(path: Path, bytes_max: int) -> None:
-    """As `rotate`, for a log that a process appends to: its bytes go to <log>.1, and the same file begins anew.
+    """Like `rotate`, for a log that a process appends to: its bytes are copied to <log>.1 and the same file is truncated.
 
-    Lines written between copy and cut are lost. Raises OSError.
+    Lines written between the two are lost. Raises OSError.
     """
     if log_size(path) > bytes_max:
         shutil.copyfile(path, f"{path}.1")
@@ -51,11 +51,11 @@ class LogBounds:
             try:
                 rotate_open(Path(path), bytes_max)
             except OSError as error:
-                log.error("%s can not be rotated: %s", path, error.strerror)
+                log.error("%s cannot be rotated: %s", path, error.strerror)
 
 
 def log_size(path: Path) -> int:
-    """Bytes in a log, 0 when there is none: where the next run's lines begin."""
+    """Bytes in a log, 0 if there is none: where the next run's lines begin."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -63,7 +63,7 @@ def log_size(path: Path) -> int:
 
 
 def log_lines(path: Path, start: int) -> list[str]:
-    """The lines after byte `start` that are not blank, of the last LOG_READ_BYTES; none without a log."""
+    """Return the non-blank lines after byte `start`, within the last LOG_READ_BYTES; none without a log."""
     size = log_size(path)
     try:
         with path.open("rb") as stream:
@@ -75,7 +75,7 @@ def log_lines(path: Path, start: int) -> list[str]:
 
 
 def root_cause(lines: list[str]) -> str:
-    """The error in a log that explains the others, or "": the last that is not a mere consequence of one."""
+    """Return the error in a log that explains the others, or "": the last one that is not a mere consequence."""
     for line in reversed(lines):
         found = _ERROR.search(line)
         if found and not _CONSEQUENCE.search(line):
@@ -84,7 +84,7 @@ def root_cause(lines: list[str]) -> str:
 
 
 def describe_exit(code: int) -> str:
-    """An exit status in words; negative is a signal."""
+    """Describe an exit status; negative means a signal."""
     if code >= 0:
         return f"ended with status {code}"
     try:

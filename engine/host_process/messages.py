@@ -1,4 +1,4 @@
-"""What supervisor and replica host say to each other: one JSON object a line, in both directions."""
+"""What the supervisor and the replica host send each other: one JSON object per line, in both directions."""
 
 import msgspec
 
@@ -30,11 +30,11 @@ class Kill(msgspec.Struct, tag="kill", tag_field="op", frozen=True):
 
 
 class Quit(msgspec.Struct, tag="quit", tag_field="op", frozen=True):
-    """Kill all replicas, remove the directories, and end. The end of the input means the same."""
+    """Kill all replicas, remove the directories, and end. The end of the input has the same effect."""
 
 
 class Hello(msgspec.Struct, tag="hello", tag_field="event", frozen=True):
-    """The host runs."""
+    """The host is running."""
 
     pid: int
 
@@ -46,7 +46,7 @@ class Preloaded(msgspec.Struct, tag="preloaded", tag_field="event", frozen=True)
 
 
 class Spawned(msgspec.Struct, tag="spawned", tag_field="event", frozen=True):
-    """A replica's first process runs (it may still fail to start)."""
+    """A replica's first process is running (it may still fail to start)."""
 
     name: str
     pid: int
@@ -67,15 +67,15 @@ _events: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 
 def encode_line(message: Command | Event) -> bytes:
-    """`message` as a line."""
+    """Encode `message` as a line."""
     return msgspec.json.encode(message) + b"\n"
 
 
 def decode_command(line: bytes) -> Command:
-    """The command in `line`. Raises msgspec.MsgspecError."""
+    """Decode the command in `line`. Raises msgspec.MsgspecError."""
     return _commands.decode(line)
 
 
 def decode_event(line: bytes) -> Event:
-    """The event in `line`. Raises msgspec.MsgspecError."""
+    """Decode the event in `line`. Raises msgspec.MsgspecError."""
     return _events.decode(line)

@@ -34,7 +34,7 @@ PRELOAD_MODULES = (
 def preload() -> float:
     """Import what replicas need and return the seconds it took. Runs no torch operation, starts no thread.
 
-    Raises ImportError when there is no vLLM; a module that this vLLM version lacks is imported by nobody.
+    Raises ImportError if there is no vLLM; modules that this vLLM version lacks are skipped.
     """
     began = time.monotonic()
     importlib.import_module("vllm")
@@ -44,12 +44,12 @@ def preload() -> float:
         except ModuleNotFoundError as error:
             log.warning("not preloaded: %s (%s)", name, error)
     gc.collect()
-    gc.freeze()  # the collector of a fork must not touch, and so copy, our pages
+    gc.freeze()  # a fork's garbage collector must not touch, and thereby copy, our pages
     return time.monotonic() - began
 
 
 def server_module() -> str:
-    """The module of the installed vLLM that is run as its server; found without importing any of it."""
+    """Return the module of the installed vLLM that is run as its server, found without importing any of it."""
     vllm = importlib.util.find_spec("vllm")
     places = (vllm.submodule_search_locations or ()) if vllm is not None else ()
     file = Path(*SERVER_MODULE.split(".")[1:]).with_suffix(".py")
@@ -57,7 +57,7 @@ def server_module() -> str:
 
 
 def run_server(argv: Sequence[str]) -> None:
-    """Be `python -m` of the server's module with these arguments, in this process."""
+    """Act as `python -m` of the server's module with these arguments, in this process."""
     _fork_engine_core()
     module = server_module()
     sys.argv = [module, *argv]

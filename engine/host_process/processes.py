@@ -1,4 +1,4 @@
-"""Linux process facts that the replica host rests on: who dies with whom, and who is left of a group."""
+"""Linux process functions that the replica host relies on: who dies with whom, and who is left of a group."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
-_libc = ctypes.CDLL(None, use_errno=True)  # loaded now: after a fork nothing should have to be
+_libc = ctypes.CDLL(None, use_errno=True)  # loaded now, so that nothing has to be loaded after a fork
 
 
 def become_subreaper() -> None:
@@ -17,7 +17,7 @@ def become_subreaper() -> None:
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Be killed as soon as the thread that forked us ends; ends at once when that happened already."""
+    """Get killed as soon as the thread that forked us ends; exit at once if it already has."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal.SIGKILL)

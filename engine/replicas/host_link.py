@@ -1,4 +1,4 @@
-"""The supervisor's end of a replica host: start it, tell it, hear from it."""
+"""The supervisor's side of a replica host: start it, send commands, receive events."""
 
 import asyncio
 import sys
@@ -22,7 +22,7 @@ class HostLink:
 
     @classmethod
     async def open(cls, settings: EngineSettings, held: tuple[int, ...], env: Mapping[str, str]) -> "HostLink":
-        """Start a host in a session of its own. The descriptors `held` stay open until it ends. Raises OSError."""
+        """Start a host in its own session. The descriptors `held` stay open until it ends. Raises OSError."""
         command = [sys.executable, "-m", "engine.host_process", "--hold", *map(str, held)]
         command += ["--run-dir", str(settings.run_dir), "--table-dir", str(settings.table_dir)]
         if settings.preloads:
@@ -49,13 +49,13 @@ class HostLink:
         return self._process.pid
 
     def tell(self, command: Command) -> None:
-        """Send `command`, without waiting. To a host that is gone it goes nowhere: `events` is ending then."""
+        """Send `command` without waiting. If the host is gone nothing happens: `events` ends then."""
         assert self._process.stdin is not None
         if not self._process.stdin.is_closing():
             self._process.stdin.write(encode_line(command))
 
     async def events(self) -> AsyncIterator[Event]:
-        """What the host reports, until it ends. Raises msgspec.MsgspecError, ValueError (a line too long)."""
+        """Yield what the host reports, until it ends. Raises msgspec.MsgspecError, ValueError (a line too long)."""
         assert self._process.stdout is not None
         while line := await self._process.stdout.readline():
             event = decode_event(line)
@@ -66,7 +66,7 @@ class HostLink:
             yield event
 
     async def close(self, seconds_max: float) -> None:
-        """Have the host end everything and wait for it, `seconds_max` at most; then kill."""
+        """Make the host stop everything and wait for it at most `seconds_max`; then kill it."""
         try:
             self.tell(Quit())
             async with asyncio.timeout(seconds_max):
@@ -75,7 +75,7 @@ class HostLink:
             await self.kill()
 
     async def kill(self) -> str:
-        """Kill the host, if it still runs, and what is left of its replicas. Returns in words how it ended."""
+        """Kill the host if it is still running, and what is left of its replicas. Returns how it ended, in words."""
         if self._process.returncode is None:
             processes.kill(self._process.pid)
         status = await self._process.wait()

@@ -20,7 +20,7 @@ CPU_BLOCK_TOKENS = 32  # the CPU attention kernel works in multiples of it
 CPU_KV_BYTES = 512 << 20
 CPU_SEQUENCES_MAX = 16
 GPU_MEMORY_SHARE = 0.9
-"""What replicas that share a GPU take of its memory together; the rest is for each one's CUDA context."""
+"""Share of a GPU's memory that its replicas take together; the rest is for each one's CUDA context."""
 CPU_WORKER = "engine.connector.cpu_worker.CpuWorker"
 
 
@@ -40,8 +40,8 @@ class EngineSettings:
     replicas: int = 2
     replicas_per_gpu: int = 1
     devices: tuple[str, ...] = ()  # GPU ids as CUDA_VISIBLE_DEVICES takes them; empty: CPU
-    vllm_args: tuple[str, ...] = ()  # the user's own, they win over ours
-    namespace: str = ""  # replicas of different namespaces exchange nothing
+    vllm_args: tuple[str, ...] = ()  # the user's own; they override ours
+    namespace: str = ""  # replicas in different namespaces exchange nothing
     hash_name: str = "xxh3_128"
     pin_share_max: float = 0.25  # of a replica's KV cache, for pinned prefixes
     connector: bool = True  # False: plain vLLM without our connector
@@ -51,16 +51,16 @@ class EngineSettings:
     health_interval_seconds: float = 2.0
     health_timeout_seconds: float = 10.0
     health_failures_max: int = 3  # failed checks in a row before a replica is restarted
-    miss_seconds_apart: float = 1.0  # of checks that fail closer together one counts
+    miss_seconds_apart: float = 1.0  # failed checks closer together count as one
     core_frozen_seconds_max: float = 20.0  # no step and no CPU time, with requests: the replica is restarted
     core_silent_seconds_max: float = 600.0  # no step, with requests: the same
     backoff_seconds_min: float = 0.5
     backoff_seconds_max: float = 30.0
-    healthy_seconds_reset: float = 60.0  # ready for so long: the back-off starts anew
-    start_failures_max: int = 3  # in a row without getting ready: give up on the replica
+    healthy_seconds_reset: float = 60.0  # once ready for this long, the back-off starts over
+    start_failures_max: int = 3  # consecutive failed starts before the replica is given up
     terminate_seconds: float = 10.0  # from SIGTERM to SIGKILL
-    claim_seconds_max: float = 15.0  # wait for a former peerkv to let go of the directories
-    log_bytes_max: int = 16 << 20  # a longer log is rotated, while its replica runs too
+    claim_seconds_max: float = 15.0  # wait for a previous peerkv to release the directories
+    log_bytes_max: int = 16 << 20  # a larger log is rotated, even while its replica runs
 
     @property
     def preloads(self) -> bool:
@@ -122,7 +122,7 @@ def replica_env(settings: EngineSettings, environ: Mapping[str, str], cores: int
             "OMP_NUM_THREADS": str(max(1, cores // settings.replicas)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine and worker in one process
-            "TORCHDYNAMO_DISABLE": "1",  # or the first request for logprobs compiles for many seconds
+            "TORCHDYNAMO_DISABLE": "1",  # otherwise the first request for logprobs compiles for many seconds
         }
     elif "CUDA_VISIBLE_DEVICES" not in environ:
         tunables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts
@@ -137,7 +137,7 @@ def replica_env(settings: EngineSettings, environ: Mapping[str, str], cores: int
 
 
 def check_user_args(args: Sequence[str]) -> None:
-    """Raise LaunchRefused for a vLLM option that would take a replica out of our hands, or mean nothing to one."""
+    """Raise LaunchRefused for a vLLM option that would take a replica out of our control, or have no effect on one."""
     for refusal in refusals(args):
         raise LaunchRefused(refusal)
 
@@ -150,7 +150,7 @@ def devices_each(args: Sequence[str]) -> int:
 
 
 def server_args(settings: EngineSettings, name: str, socket: str) -> tuple[str, ...]:
-    """The arguments of one vLLM server; the user's come last, where they win."""
+    """Return the arguments of one vLLM server; the user's come last and therefore win."""
     args = ["--model", settings.model, "--uds", socket]
     args += ["--served-model-name", settings.served_model_name or settings.model]
     args += ["--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]

@@ -1,4 +1,4 @@
-"""When a replica is started, given up, restarted: a pure state machine. Times are seconds of one monotonic clock.
+"""When a replica is started, given up or restarted: a pure state machine. Times are seconds of one monotonic clock.
 
 A method takes what happened and `now`, changes the state, and returns what the shell must do, if anything.
 """
@@ -42,7 +42,7 @@ class RestartPolicy:
     terminate_seconds: float = 10.0
 
     def backoff_seconds(self, failures: int) -> float:
-        """The wait before the start that follows `failures` (at least 1) failures in a row: doubling, capped."""
+        """Return the wait before the start after `failures` (at least 1) consecutive failures: doubling, capped."""
         return min(self.backoff_seconds_max, self.backoff_seconds_min * 2.0 ** min(failures - 1, 32))
 
 
@@ -62,7 +62,7 @@ class Lifecycle:
         self._start_failures = 0  # in a row, without getting ready
         self._misses = 0  # health checks in a row
         self._missed_at = -inf
-        self._still = False  # its engine stands still
+        self._still = False  # its engine is stuck
         self._blame = ""  # why we killed it
 
     @property
@@ -77,24 +77,24 @@ class Lifecycle:
 
     @property
     def watched(self) -> bool:
-        """Whether health checks mean something now."""
+        """Whether health checks are meaningful now."""
         states = (ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING)
         return self._running and self._goal is Goal.RUN and self.state in states
 
     @property
     def in_doubt(self) -> bool:
-        """Whether the last health check failed, or its engine stands still."""
+        """Whether the last health check failed or its engine is stuck."""
         return self._misses > 0 or self._still
 
     def start(self, now: float) -> LifecycleAction | None:
-        """First start, or a new one after STOPPED or FAILED; nothing when it runs."""
+        """Start it for the first time, or again after STOPPED or FAILED; no effect while it runs."""
         if self._running:
             return None
         self._failures = self._start_failures = 0
         return self._spawn(now)
 
     def held_back(self, why: str) -> None:
-        """Its start has to wait, for as long as that takes."""
+        """Its start has to wait, for however long."""
         self.reason = why
         self._due = None
 
@@ -120,9 +120,9 @@ class Lifecycle:
             self._due = now + self._policy.healthy_seconds_reset
 
     def missed(self, why: str, now: float, *, dead: bool = False) -> LifecycleAction | None:
-        """A health check failed; `dead`: the replica itself says that it is beyond help.
+        """A health check failed; `dead`: the replica itself says that it is dead.
 
-        Of checks less than `miss_seconds_apart` apart one counts: what goes wrong for a moment may fail many at once.
+        Failures less than `miss_seconds_apart` apart count as one: a momentary problem may fail many checks at once.
         """
         if not self.watched or self.state is ReplicaState.STARTING:
             return None
@@ -135,7 +135,7 @@ class Lifecycle:
         return self._kill(why)
 
     def stands_still(self, silent_seconds: float, frozen_seconds: float) -> LifecycleAction | None:
-        """Its engine makes no step although it should, for so long, and uses no CPU time either; zeros when it goes on."""
+        """How long its engine has made no step although it should, and used no CPU time either; zeros if it makes progress."""
         if not self.watched or self.state is ReplicaState.STARTING:
             return None
         if not silent_seconds:
@@ -174,7 +174,7 @@ class Lifecycle:
         return None
 
     def lost(self, why: str, now: float) -> None:
-        """Its process is gone through no fault of its own: it starts again at the next `tick`."""
+        """Its process is gone through no fault of its own: it will be started again at the next `tick`."""
         if not self._running:
             return
         goal = self._goal
@@ -191,7 +191,7 @@ class Lifecycle:
         self._enter(ReplicaState.FAILED, why)
 
     def tick(self, now: float) -> LifecycleAction | None:
-        """The time `due` has come (harmless before)."""
+        """The time `due` has come (harmless if called earlier)."""
         if self._due is None or now < self._due:
             return None
         self._due = None
@@ -207,19 +207,19 @@ class Lifecycle:
         return None
 
     def drain(self) -> None:
-        """No new requests from now on, until `restart` or `stop`; nothing unless it is READY."""
+        """No new requests from now on, until `restart` or `stop`; no effect unless it is READY."""
         if self.state is ReplicaState.READY:
             self._enter(ReplicaState.DRAINING, "draining")
 
     def restart(self, now: float) -> LifecycleAction | None:
-        """End it and start it anew; a FAILED, STOPPED or waiting one starts at once."""
+        """Stop it and start it again; a FAILED, STOPPED or waiting one starts at once."""
         if not self._running:
             self.restarts += 1
             return self.start(now)
         return self._end(Goal.RESTART, "restarting", now, self._policy.terminate_seconds)
 
     def stop(self, now: float, terminate_seconds: float) -> LifecycleAction | None:
-        """End it for good: SIGTERM, and after `terminate_seconds` SIGKILL."""
+        """Stop it for good: SIGTERM, then SIGKILL after `terminate_seconds`."""
         if not self._running:
             self._goal = Goal.STOP
             self._enter(ReplicaState.STOPPED, "stopped")

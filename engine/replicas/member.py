@@ -1,4 +1,4 @@
-"""One replica as the supervisor holds it, and what people are told about it."""
+"""One replica as the supervisor sees it, and what people are told about it."""
 
 import asyncio
 from collections.abc import Iterator
@@ -36,22 +36,22 @@ class Member:
         return self.launch.name
 
     def seen(self) -> Replica:
-        """As the front door sees it."""
+        """The replica as the front door sees it."""
         life, at = self.life, self.launch
         return Replica(at.name, life.state, at.socket, life.pid, life.restarts, life.reason, at.device, at.log)
 
     def spawn_command(self) -> Spawn:
-        """The order to start it; what it logs from here on is this run's."""
+        """Return the command to start it; what it logs from here on belongs to this run."""
         at = self.launch
         self._log_start = log_size(Path(at.log))
         return Spawn(at.name, at.argv, at.env, at.socket, at.scratch, at.log, self._log_bytes_max)
 
     def run_log(self) -> list[str]:
-        """The last lines that this run logged."""
+        """Return the last lines that this run logged."""
         return log_lines(Path(self.launch.log), self._log_start)
 
     def poll_seconds(self) -> float | None:
-        """Until its next health check; None when only `look` brings one."""
+        """Seconds until its next health check; None if only `look` triggers one."""
         if not self.life.watched:
             return None
         if self.life.state is ReplicaState.STARTING:
@@ -60,7 +60,7 @@ class Member:
 
 
 def narrate(before: Replica, after: Replica) -> Iterator[str]:
-    """Lines for people about what changed in a replica."""
+    """Yield lines for people about what changed in a replica."""
     if after.state is before.state:
         return
     match after.state:

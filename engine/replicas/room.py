@@ -1,4 +1,4 @@
-"""Whether shared memory has room for what the replicas keep there, asked before they start."""
+"""Whether shared memory has room for what the replicas keep there, checked before they start."""
 
 import os
 import re
@@ -19,9 +19,9 @@ class SharedMemoryTooSmall(FleetError):
 
 
 def check_room(settings: EngineSettings) -> None:
-    """Raises SharedMemoryTooSmall when the file system, were it empty, could not hold the replicas' KV.
+    """Raise SharedMemoryTooSmall if even an empty file system could not hold the replicas' KV.
 
-    What fills it later is another matter: then a replica says so and serves without sharing.
+    If it fills up later, a replica says so and serves without sharing.
     """
     need = shared_kv_bytes(settings)
     status = os.statvfs(SHARED_MEMORY)
@@ -35,7 +35,7 @@ def check_room(settings: EngineSettings) -> None:
 
 
 def shared_kv_bytes(settings: EngineSettings) -> int:
-    """What the KV of all replicas takes of shared memory: of replicas on GPUs, or without our connector, nothing."""
+    """Return the shared memory that all replicas' KV takes: none on GPUs or without our connector."""
     if settings.devices or not settings.connector or settings.launcher is not None:
         return 0
     return settings.replicas * kv_bytes_each(settings.vllm_args)

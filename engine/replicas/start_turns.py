@@ -7,7 +7,7 @@ from engine.replicas.member import Member
 
 
 class StartTurns:
-    """Who waits for whom. Belongs to one event loop; it changes what a member's life says of its start, and nothing else."""
+    """Who waits for whom. Belongs to one event loop; it changes nothing but the start in a member's lifecycle."""
 
     def __init__(self, members: Iterable[Member]) -> None:
         sharing: dict[str, list[Member]] = {}
@@ -19,7 +19,7 @@ class StartTurns:
         self._waiting: list[Member] = []
 
     def hold(self, member: Member) -> bool:
-        """Tell whether `member`, which is to start, has to wait."""
+        """Tell whether `member`, which is about to start, has to wait."""
         before = next((one for one in self._sharing.get(member.launch.device, ()) if self._starts(one, member)), None)
         if before is None:
             return False
@@ -28,7 +28,7 @@ class StartTurns:
         return True
 
     def forget(self, member: Member) -> bool:
-        """`member` is to end. Return whether it was waiting: then it has no process, and waits no longer."""
+        """`member` is being stopped. Return whether it was waiting: then it has no process, and stops waiting."""
         if member not in self._waiting:
             return False
         self._waiting.remove(member)

@@ -1,4 +1,4 @@
-"""Keeps the replicas running: carries out what `lifecycle` decides, and tells everybody what became of it."""
+"""Keeps the replicas running: carries out what `lifecycle` decides, and publishes the result."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ from transport.table.directory import TableDirectory
 log = logging.getLogger("peerkv.supervisor")
 
 HOST_QUIT_SECONDS_MAX = 15.0
-OVERDUE_SECONDS = 3.0  # after the last word of it, requests are no longer known to be overdue
+OVERDUE_SECONDS = 3.0  # after the last report, requests no longer count as overdue
 HOST_GONE = "the replica host ended"
 
 
@@ -42,7 +42,7 @@ class Supervisor:
         progress: Callable[[str], None] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        """Nothing starts yet. Raises FleetError when it could not start with these settings."""
+        """Start nothing yet. Raises FleetError if it could not start with these settings."""
         self._settings = settings
         self._pid_namespace = own_pid_namespace()
         self._progress = progress or log.info
@@ -86,7 +86,7 @@ class Supervisor:
             task.add_done_callback(self._task_ended)
 
     async def wait_ready(self, count: int = 1) -> FleetSnapshot:
-        """Return as soon as `count` replicas are READY. Raises FleetError when that cannot happen any more."""
+        """Return as soon as `count` replicas are READY. Raises FleetError once that can no longer happen."""
         while len((now := self._snapshot).ready()) < count:
             hopeless = [r for r in now.replicas if r.state is ReplicaState.FAILED]
             if self._stopping or any(t.done() for t in self._tasks) or len(now.replicas) - len(hopeless) < count:
@@ -100,7 +100,7 @@ class Supervisor:
         self._publish()
 
     async def restart(self, name: str) -> None:
-        """End `name` and start it anew; does not wait. Raises FleetError for an unknown name."""
+        """Stop `name` and start it again; does not wait. Raises FleetError for an unknown name."""
         member = self._member(name)
         self._perform(member, member.life.restart(self._now()))
         self._publish()
@@ -112,7 +112,7 @@ class Supervisor:
         """
         self._stopping = True
         if self._link is not None and self._host_life.state is ReplicaState.STARTING:
-            await self._link.kill()  # it is importing, and would listen only when done
+            await self._link.kill()  # it is importing, and would only listen when done
         for member in self._members.values():
             self._perform(member, member.life.stop(self._now(), drain_seconds))
         self._publish()
@@ -152,12 +152,12 @@ class Supervisor:
     # The host
 
     async def _keep_host(self) -> None:
-        """Have a replica host as long as there is hope, and heed what it reports."""
+        """Keep a replica host running as long as there is hope, and process what it reports."""
         life = self._host_life
         life.start(self._now())
         while not self._stopping:
             how = await self._run_host()
-            life.tick(self._now())  # it may have been well for long
+            life.tick(self._now())  # it may have run well for a long time
             life.exited(how, self._now())
             self._host_ended()
             if self._stopping or life.due is None:
@@ -167,7 +167,7 @@ class Supervisor:
             life.tick(due)
 
     async def _run_host(self) -> str:
-        """Start a host, heed it until it ends, and return how it ended."""
+        """Start a host, process its reports until it ends, and return how it ended."""
         try:
             held = tuple(c.lock_fd for c in self._claims)
             link = self._link = await HostLink.open(self._settings, held, self._host_env)
@@ -184,7 +184,7 @@ class Supervisor:
             async for event in link.events():
                 self._heed(event)
         except (msgspec.MsgspecError, ValueError) as error:
-            log.error("the replica host reports nonsense: %s", error)
+            log.error("the replica host sent an invalid report: %s", error)
         return await link.kill()
 
     def _host_ended(self) -> None:
@@ -249,13 +249,13 @@ class Supervisor:
             if pid is None or not member.life.watched:
                 continue
             health = await member.probe.ask()
-            if pid == member.life.pid:  # otherwise that was about a former process
+            if pid == member.life.pid:  # otherwise that was about an earlier process
                 self._judge(member, pid, health)
 
     def _judge(self, member: Member, pid: int, health: Health) -> None:
         now = self._now()
         if health.unknown:
-            log.error("%s could not be checked, which is no fault of its own: %s", member.name, health.why)
+            log.error("%s could not be checked, through no fault of its own: %s", member.name, health.why)
         elif health.well:
             member.life.answered(now)
             found = member.core.look(pid, self._tables.tables().get(member.name), now, overdue=now < member.overdue_until)
@@ -300,7 +300,7 @@ class Supervisor:
         )
 
     def _publish(self) -> None:
-        """Start whose turn has come, and make changes known, if there are any."""
+        """Start replicas whose turn has come, and publish changes, if any."""
         if self._link is not None:
             for member in self._turns.due(self._now()):
                 self._spawn(self._link, member)
@@ -324,5 +324,5 @@ class Supervisor:
 
     def _task_ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("the supervisor has a fault", exc_info=error)
+            log.error("the supervisor has a defect", exc_info=error)
         self._wake()

@@ -1,7 +1,7 @@
-"""Options of vLLM's server that a replica does not get, each with the reason and what to do instead.
+"""Options of vLLM's server that are not passed to a replica, each with the reason and what to do instead.
 
-A replica is not spoken to by clients: what would be about them is the front door's business, and to take such an option and do
-nothing would be a trap. tests/unit/engine/replicas/test_vllm_options.py weighs every front-end option of the installed vLLM.
+Clients never talk to a replica: options about them concern the front door, and accepting one without effect would be a trap.
+tests/unit/engine/replicas/test_vllm_options.py checks every front-end option of the installed vLLM.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,7 +86,7 @@ def option_name(word: str) -> str:
 
 
 def refusals(words: Sequence[str]) -> Iterator[str]:
-    """Say of each option among `words` that a replica does not get why not. vLLM takes abbreviations, so these count too."""
+    """Say why each refused option among `words` is refused. vLLM takes abbreviations, so these count too."""
     for word in words:
         name = option_name(word)
         name = f"--{name.removeprefix(_NEGATION)}" if name.startswith(_NEGATION) else name

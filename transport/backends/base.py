@@ -63,13 +63,13 @@ class Transport(Protocol):
     def prepare(self, reader: TableReader) -> None:
         """Open an owner's memory ahead of the first import from it, which then does not wait for that.
 
-        Memory that can not be opened, or has another shape, is no fault here: `start` tells of it.
+        Memory that cannot be opened or has another shape is not an error here: `start` reports it.
         """
 
     def start(self, job: ImportJob, reader: TableReader, *, gently: bool) -> None:
         """Begin an import; `gently` if other requests are being computed beside it.
 
-        Raises MemoryUnreachable if the owner's memory can not be opened or has another shape.
+        Raises MemoryUnreachable if the owner's memory cannot be opened or has another shape.
         """
 
     def poll(self) -> list[ImportResult]:

@@ -1,6 +1,6 @@
 """`python -m transport.backends.link_probe`: how fast each GPU reads each other one, measured. Prints a JSON list.
 
-A program of its own, because it needs torch and CUDA contexts, which the process that asks (`peerkv doctor`) shall not have.
+A separate program, because it needs torch and CUDA contexts, which the calling process (`peerkv doctor`) must not have.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 A record is a row of words; the first is its number, from 1 on. It is 0 while the row is written, and the number comes last, so
 that a reader that finds the number it expects before and after its copy has the whole record. Only then is `head`, the number
-of the newest, raised. A reader that is overtaken misses records, and can tell how many.
+of the newest, raised. A reader that is overtaken misses records, but knows how many.
 """
 
 import struct
@@ -86,7 +86,7 @@ class RingReader:
 
 
 def delivery(words: Row, names: Callable[[], list[str]]) -> Delivery | None:
-    """Return a row as a Delivery, `names` giving those of the table's peers; None if it names what there is not."""
+    """Return a row as a Delivery; `names` are those of the table's peers. None if the row names one that does not exist."""
     place, reason = words[-2], words[-1]
     numbers: Any = words[1:-2]
     if not place and not reason:  # nothing was imported, nothing missed

@@ -18,7 +18,7 @@ TABLES_MAX = 1024
 
 DRAFT_SECONDS_MAX = 60.0
 SETTLED_NANOSECONDS = 100_000_000
-"""A directory changed this lately may change again without a new time of change: clocks of file systems tick slowly."""
+"""A directory changed this recently may change again without a new modification time: file system clocks tick slowly."""
 _DRAFT = re.compile(r"\..+\.\d+\.\d+")  # as TableWriter names it; other hidden files, such as the owner's marker, stay
 
 
@@ -49,7 +49,7 @@ def sweep(path: Path, now: float) -> int:
 class TableDirectory:
     """The live tables under `path`, re-read when the directory changes. Not thread safe.
 
-    `own` names a replica to leave out: the one that asks.
+    `own` names a replica to leave out: the caller's own.
     """
 
     def __init__(self, path: Path, own: str = "") -> None:
@@ -75,7 +75,7 @@ class TableDirectory:
         return self._readers
 
     def _scan(self) -> bool:
-        """Read the directory anew; False if that has to be done again, for want of a descriptor or of memory."""
+        """Scan the directory; False if that has to be repeated for lack of a descriptor or memory."""
         found: dict[str, int] = {}
         try:
             with os.scandir(self._path) as entries:
@@ -94,7 +94,7 @@ class TableDirectory:
         return all(self._open(name, found[name]) for name in fresh)
 
     def _open(self, name: str, inode: int) -> bool:
-        """Open a table, or note that it is broken; False if neither can be told now."""
+        """Open a table, or note that it is broken; False if neither is known yet."""
         try:
             reader = TableReader(self._path / (name + SUFFIX))
         except TableError as error:

@@ -1,4 +1,4 @@
-"""Order between loads and stores to shared memory on processors that may reorder them."""
+"""Ordering of loads and stores to shared memory on processors that may reorder them."""
 
 import platform
 import threading

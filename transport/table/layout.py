@@ -74,7 +74,7 @@ HEADER = struct.Struct("<8sIIQIIIII")  # magic, version, page, epoch, block size
 
 
 class Region(msgspec.Struct, frozen=True):
-    """One allocation that holds KV: `handle` is what the transport opens it by, `size` its bytes."""
+    """One allocation that holds KV: the transport opens it by `handle`; `size` is in bytes."""
 
     handle: str
     size: int
@@ -103,7 +103,7 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class Description(msgspec.Struct, frozen=True):
-    """What a table says of its owner. `status` is "ok" or the reason why this replica does not exchange blocks.
+    """What a table says about its owner. `status` is "ok" or the reason why this replica does not exchange blocks.
 
     `groups` are the model's KV cache groups, those that need all blocks first; none where they are not known.
     """

@@ -1,4 +1,4 @@
-"""Whether a table's owner lives, told by the kernel: a write lock that ends with the process, however it ends.
+"""Whether a table's owner is alive, according to the kernel: a write lock that ends with the process, however it ends.
 
 An open-file-description lock (fcntl(2), F_OFD_SETLK) is held by the owner while its descriptor is open. Readers ask with
 F_OFD_GETLK and never take it. Nothing has to be renewed, and a killed owner is seen as dead at once.

@@ -27,7 +27,7 @@ class PeerArea:
         self._names: list[str] = []
 
     def place(self, name: str, transport: str) -> int:
-        """Return the row of a peer, and begin one for a new peer; the last row is that of all for whom there is none."""
+        """Return the row of a peer, adding one for a new peer; peers without a row of their own share the last one."""
         known = self._places.get(name)
         if known is not None:
             return known

@@ -1,4 +1,4 @@
-"""What a table holds of a chain if the model has several KV cache groups: for steering a length, for an import blocks."""
+"""What a table holds of a chain if the model has several KV cache groups: a length for steering, blocks for an import."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class GroupChain:
 
 
 class Holding(Protocol):
-    """What steering asks of a TableReader."""
+    """The part of a TableReader that steering uses."""
 
     def held_blocks(self, words: memoryview) -> int: ...
     def holds(self, low: int, high: int) -> bool: ...
@@ -76,7 +76,7 @@ class Supply:
 def supply(table: TableReader, chain: GroupChain, begin: int, end: int) -> Supply | None:
     """Return what the table holds now with which a prefix of `begin` tokens grows, at most to `end`; None if nothing.
 
-    What is needed is looked up once: a block that moves on later fails the check behind the copy.
+    What is needed is looked up once: a block that is reallocated later fails the check after the copy.
     """
     seen = _Seen(table, chain)
     tokens = supplied(chain.groups, seen, begin, end)

@@ -56,7 +56,7 @@ _EVICTIONS = COUNTERS_OFFSET // 8 + COUNTERS.index("evictions")
 _BUCKET_BYTES = 4 * WAYS
 _SLOTS = struct.Struct(f"={WAYS}I").unpack_from
 _VERIFIED = 16
-"""Places of a chain that was found by halving, evenly spread, at which it is verified."""
+"""Evenly spread places at which a chain found by bisection is verified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class TableReader:
         return fixed * len(self.memories), each * len(self.memories)
 
     def alive(self) -> bool:
-        """Tell whether the owner still runs, as the kernel knows."""
+        """Tell whether the owner is still running, according to the kernel."""
         return self._fd >= 0 and liveness.claimed(self._fd)
 
     def longest_run(self, keys: Keys) -> Run:
@@ -195,7 +195,7 @@ class TableReader:
     def held_blocks(self, words: memoryview) -> int:
         """Return how many leading blocks of a chain the table holds; `words` are its keys, two uint64 each: for steering.
 
-        A long run is found by halving: engines give up the end of a chain before its front, so where its end is held, so is the
+        A long run is found by bisection: engines evict the end of a chain before its front, so where the end is held, so is the
         rest. That is verified at `_VERIFIED` places, and looked up in full if one of them is not held; between them a missing
         block may go unseen.
         """
@@ -247,7 +247,7 @@ class TableReader:
         return False
 
     def unchanged(self, block_ids: npt.NDArray[np.int32], states: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """Tell for each block whether its content stayed what it was when `states` was read. Call it after the copy."""
+        """Tell for each block whether its content is still what it was when `states` was read. Call it after the copy."""
         fence()
         same: npt.NDArray[np.bool_] = self._states[block_ids] == states
         return same
@@ -257,7 +257,7 @@ class TableReader:
         return self._head[VALID_OFFSET // 8]
 
     def evicted_blocks(self) -> int:
-        """Return how many blocks that it held the owner has given to others, or withdrawn, since its epoch began."""
+        """Return how many of its offered blocks the owner has reallocated or withdrawn since its epoch began."""
         return self._head[_EVICTIONS]
 
     def heartbeat_ns(self) -> int:
@@ -270,7 +270,7 @@ class TableReader:
         return dict(zip(COUNTERS, self._words[start : start + len(COUNTERS)].tolist(), strict=True))
 
     def load(self) -> EngineLoad:
-        """Return what the owner has to do, as it last told: the same object as before if it told the same."""
+        """Return the owner's last reported load: the same object as before if it has not changed."""
         told = self._map[LOAD_OFFSET:_LOAD_END]
         if told != self._told[0]:
             self._told = (told, EngineLoad(*memoryview(told).cast("Q").tolist()))

@@ -1,4 +1,4 @@
-"""A replica's block table, as its owner writes it: which prefix blocks it holds right now, in memory that everyone can map."""
+"""A replica's block table, as its owner writes it: which prefix blocks it holds right now, in memory that anyone can map."""
 
 import contextlib
 import mmap
@@ -46,7 +46,7 @@ class TableWriter:
 
     Creates `directory/<replica>.table` under a temporary name and renames it when it is whole. The file belongs to this
     process until `close`, which removes it. Raises TableError if the replica's name is taken by a live process, OSError if the
-    directory or its memory is not to be had.
+    directory or its memory is not available.
     """
 
     def __init__(self, directory: Path, description: Description, block_size: int, blocks: int) -> None:
@@ -77,7 +77,7 @@ class TableWriter:
             os.close(self._lock)
             draft.unlink(missing_ok=True)
             raise
-        this = weakref.ref(self)  # what is registered is never let go
+        this = weakref.ref(self)  # registered memory is never released
         os.register_at_fork(after_in_child=lambda: _forget_in_child(this))
 
     def _fill(self, block_size: int, encoded: bytes) -> None:
@@ -131,10 +131,10 @@ class TableWriter:
         return entered
 
     def _index_add(self, ids: npt.NDArray[np.int64], keys: Keys) -> None:
-        """Enter blocks in their buckets; where one is full, `_displaced` says at whose cost."""
+        """Enter blocks in their buckets; if one is full, `_displaced` says which entry makes room."""
         buckets = keys[:, 0] & self._mask
         while len(ids):
-            _, first = np.unique(buckets, return_index=True)  # one a bucket each time around
+            _, first = np.unique(buckets, return_index=True)  # one per bucket each time around
             free = self._index[buckets[first]] == 0
             way = free.argmax(axis=1)
             for place in np.flatnonzero(~free.any(axis=1)).tolist():
@@ -162,11 +162,11 @@ class TableWriter:
         self._words[COUNTERS_OFFSET // 8 + _COUNTER_INDEX[counter]] += amount
 
     def beat(self, now_ns: int) -> None:
-        """Note the time of a step, CLOCK_MONOTONIC nanoseconds."""
+        """Record the time of a step, CLOCK_MONOTONIC nanoseconds."""
         self._words[HEARTBEAT_OFFSET // 8] = now_ns
 
     def tell_load(self, load: Sequence[int]) -> None:
-        """Note what there is to do: the leading fields of an EngineLoad, in its order."""
+        """Record the load: the leading fields of an EngineLoad, in its order."""
         words, first = self._words, LOAD_OFFSET // 8
         for place, value in enumerate(load, first):
             words[place] = value

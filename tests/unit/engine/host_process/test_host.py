@@ -243,7 +243,7 @@ def test_a_log_is_kept_bounded_while_the_replica_runs(host: RunningHost) -> None
 def test_a_log_that_can_not_be_rotated_does_not_end_the_host(host: RunningHost) -> None:
     (host.home / "r.log.1").mkdir()
     pid = host.spawn("echo a line that is longer than the bound; until [ -e go ]; do sleep 0.01; done; exit 4", log_bytes_max=8)
-    until(lambda: "can not be rotated" in (host.home / "host.log").read_text())
+    until(lambda: "cannot be rotated" in (host.home / "host.log").read_text())
     (host.home / "go").touch()
     assert host.next() == Exited("r", pid, 4)
 

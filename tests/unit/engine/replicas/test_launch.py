@@ -182,7 +182,7 @@ def test_replicas_that_share_gpus_are_spread_over_them_and_share_the_memory() ->
     assert "--gpu-memory-utilization" not in plan(replace(shared, replicas=2, replicas_per_gpu=1))[0].argv
     with pytest.raises(NotEnoughDevices, match="5 replicas, 2 on a GPU"):
         plan(replace(shared, replicas=5))
-    with pytest.raises(NotEnoughDevices, match="can not share"):
+    with pytest.raises(NotEnoughDevices, match="cannot share"):
         plan(replace(shared, vllm_args=("-tp", "2")))
 
 
