@@ -13,11 +13,16 @@ from pathlib import Path
 SECONDS_MAX = 4
 
 
+def port() -> int:
+    """Where the gateway listens. Kubernetes sets PEERKV_PORT=tcp://… for a service named peerkv."""
+    given = os.environ.get("PEERKV_PORT", "")
+    return int(given) if given.isdecimal() else 8000
+
+
 def gateway() -> str:
     """Why the gateway is not ready, "" if it is."""
-    port = os.environ.get("PEERKV_PORT", "8000")
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=SECONDS_MAX):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port()}/ready", timeout=SECONDS_MAX):
             return ""
     except (urllib.error.URLError, OSError) as error:
         return str(error)
