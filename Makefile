@@ -1,10 +1,10 @@
 # Two commands do everything: `make serve` runs peerkv, `make test` passes its tests. Both install what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test bench bench-gpu lint clean
+.PHONY: help install serve test containers bench bench-gpu lint clean
 BIN := .venv/bin
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## make .venv and install (TARGET=cpu|gpu, PYTHON=…; quick when nothing changed)
 	@PYTHON='$(PYTHON)' TARGET='$(TARGET)' ./install.sh
@@ -16,17 +16,23 @@ test: install ## run every test, real vLLM replicas included, GPU tests where tw
 	@command -v curl >/dev/null || { echo 'the tests use curl: apt-get install curl' >&2; exit 1; }
 	@$(BIN)/python -m pytest tests/unit tests/gpu tests/real $(ARGS)
 
+containers: install ## build the images with podman, run them by compose.yaml and try them out (as root; ARGS='-k import' to choose)
+	@tests/containers/run.sh $(ARGS)
+
 bench: install ## start replicas, measure them with `peerkv bench`, end them (MODEL=…, ARGS='--json FILE --plot FILE')
 	@$(BIN)/peerkv bench --start $(MODEL) --lengths 1000 2000 --samples 7 $(ARGS)
 
 bench-gpu: install ## measure imports between two GPUs (needs TARGET=gpu and two GPUs that can reach each other)
 	@$(BIN)/python -m tests.gpu.bench $(ARGS)
 
-lint: install ## format check, lint, types, import rules
+lint: install ## format check, lint, types, import rules; shell scripts, images, compose.yaml
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/shellcheck install.sh .ci/run tests/containers/*.sh
+	@$(BIN)/hadolint docker/*.Dockerfile tests/containers/*.Dockerfile
+	@$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 
 clean: ## remove .venv and caches (not the model in the user's cache directory)
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
