@@ -20,12 +20,6 @@ from gateway.prompts.chat.template import ChatNotRendered, ChatTemplate
 from tests.unit.gateway.prompts.chat.test_template import CHATML, DUMP, PARTS
 from tests.unit.gateway.prompts.tiny_model import BOS, EOS, make_model
 
-pytest.importorskip("vllm")
-from transformers import AutoTokenizer
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.renderers import merge_kwargs
-from vllm.renderers.hf import HfRenderer
-
 STRICT = (
     "{% for m in messages %}{% if m.role not in ['user', 'assistant', 'system'] %}{{ raise_exception('no ' + m.role) }}"
     "{% endif %}{{ m.role + ':' + m.content }}{% endfor %}"
@@ -52,6 +46,15 @@ class TheirRenderer:
     """vLLM's way from a body to a prompt's text: vllm/renderers/online_renderer.py, without an engine."""
 
     def __init__(self, directory: Path, template: str, *, exclude_tools: bool) -> None:
+        # Half a minute on a busy machine, which is not for whoever only collects tests.
+        pytest.importorskip("vllm")
+        from transformers import AutoTokenizer
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.renderers import merge_kwargs
+        from vllm.renderers.hf import HfRenderer
+
+        self._request_of: Any = ChatCompletionRequest.model_validate
+        self._merged, self._render_messages = merge_kwargs, HfRenderer.render_messages
         make_model(directory, template=template, tokenizer_class="PreTrainedTokenizerFast")
         tokenizer = AutoTokenizer.from_pretrained(directory)
         self._exclude_tools = exclude_tools
@@ -63,20 +66,20 @@ class TheirRenderer:
     def takes(self, body: dict[str, Any]) -> bool:
         """Whether the request passes what vLLM checks of it with ids as well."""
         try:
-            ChatCompletionRequest.model_validate(copy.deepcopy(body))
+            self._request_of(copy.deepcopy(body))
         except Exception:  # noqa: BLE001  whatever it is: it is so with ids as well
             return False
         return True
 
     def render(self, body: dict[str, Any]) -> str | None:
         """The text, None for what vLLM refuses."""
-        request = ChatCompletionRequest.model_validate(copy.deepcopy(body))
+        request = self._request_of(copy.deepcopy(body))
         excluded = request.tool_choice == "none" and self._exclude_tools
         tools = None if request.tools is None or excluded else [tool.model_dump() for tool in request.tools]
         given = {"tools": tools, "tokenize": False}
-        params = request.build_chat_params(None, "auto").with_defaults(merge_kwargs(None, given))
+        params = request.build_chat_params(None, "auto").with_defaults(self._merged(None, given))
         try:
-            _, prompt = HfRenderer.render_messages(self._renderer, request.messages, params)
+            _, prompt = self._render_messages(self._renderer, request.messages, params)
         except Exception:  # noqa: BLE001  whatever it is, the client gets an error
             return None
         text: str = prompt["prompt"]
