@@ -30,6 +30,11 @@ class Started:
                 start_new_session=True,
             )
 
+    @property
+    def pid(self) -> int:
+        """The process itself."""
+        return self._process.pid
+
     def check(self, in_time: bool, more: str = "") -> None:
         """Raise StartFailed if it ended or is not `in_time`; `more` is added to the message."""
         ended = self._process.poll() is not None

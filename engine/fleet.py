@@ -1,6 +1,7 @@
 """What the front door sees of the replicas: immutable snapshots, and two ways to get them."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -62,6 +63,14 @@ class FleetSnapshot:
     def find(self, name: str) -> Replica | None:
         """The replica of that name, or None."""
         return next((r for r in self.replicas if r.name == name), None)
+
+
+def reasons_in_words(replicas: Iterable[Replica]) -> str:
+    """Why these replicas are what they are, each reason once."""
+    names: dict[str, list[str]] = {}
+    for replica in replicas:
+        names.setdefault(replica.reason, []).append(replica.name)
+    return "; ".join(f"{', '.join(who)}: {reason}" for reason, who in names.items())
 
 
 class FleetView(Protocol):

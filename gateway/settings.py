@@ -137,6 +137,17 @@ class Settings(BaseSettings):
     )
     requests_in_flight_max: int = Field(1024, ge=1, description="concurrent requests; beyond that clients get 429")
     retry_attempts_max: int = Field(2, ge=0, le=16, description="other replicas to try when one dies while serving a request")
+    eject_failures_max: int = Field(
+        3,
+        ge=0,
+        le=16,
+        description="failed answers of a replica in a row (429, 5xx) before it is ejected for a while; 0: never",
+    )
+    eject_seconds_min: float = Field(1.0, gt=0, description="first ejection of a replica; each further one lasts twice as long")
+    eject_seconds_max: float = Field(30.0, gt=0, description="longest ejection of a replica")
+    overdue_seconds_min: float = Field(
+        5.0, gt=0, description="requests that wait this long, and far beyond their expected time, make a silent replica suspect"
+    )
     connect_seconds: float = Field(5.0, gt=0, description="time allowed for connecting to a replica")
     response_head_seconds_max: float | None = Field(
         None,

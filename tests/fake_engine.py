@@ -10,6 +10,7 @@ arguments are accepted and ignored. What it saw is at `GET /fake/seen`. A reques
     drop          "before" | "mid": the connection is closed instead, the process lives
     after         tokens sent before "mid" (default 2)
     status        answer this HTTP status with an error in vLLM's form
+    engine_died   answer as vLLM's server does when its engine has ended
     body_bytes    length of the answer's text
     comments      keep-alive comments before a stream's first token, `token_delay` apart
     stream_error  an error event in vLLM's form after so many tokens, in place of the rest
@@ -168,6 +169,8 @@ class FakeEngine:
         try:
             if asked.get("delay"):
                 await asyncio.sleep(asked["delay"])
+            if asked.get("engine_died"):
+                return failure("EngineCore encountered an issue. See stack trace (above) for the root cause.", 500)
             if status := asked.get("status", self.status):
                 return web.json_response(asked["error"], status=status) if "error" in asked else failure("as you asked", status)
             self._end_here(asked, "before", request)

@@ -37,7 +37,10 @@ def claim(path: Path, wait_seconds: float) -> Claim:
     Waits at most `wait_seconds` (blocking) for a previous owner to release it. Raises DirectoryRefused if it does
     not, if the directory belongs to another user, or if it holds files that peerkv did not put there.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise DirectoryRefused(f"cannot use {path}: {error.strerror}: choose another") from error
     deadline = time.monotonic() + wait_seconds
     while True:
         _make_private(path)

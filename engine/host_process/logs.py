@@ -1,5 +1,6 @@
 """The logs of replicas: kept within bounds, and read back to say why a replica ended."""
 
+import contextlib
 import logging
 import os
 import re
@@ -9,13 +10,20 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from engine.fleet import FleetError
+
 log = logging.getLogger("peerkv.logs")
 
 LOG_READ_BYTES = 65536
 LOG_TAIL_LINES = 12
+VALIDATION_ERROR = "ValidationError"
+FINAL_STATUSES = frozenset({2, 126, 127})  # of a wrong command line, and of a program that cannot be run
+PROBE_BYTES = 4096
 LOG_CHECK_SECONDS = 2.0  # between two checks of the sizes of growing logs
 
 _ERROR = re.compile(r"\b([A-Za-z_][\w.]*(?:Error|Exception|Refused)): (\S.*)")
+_USAGE = re.compile(r"^\S+: error: (\S.*)")  # of a command line
+_INVALID = re.compile(r"^\s+(\S.*?)(?: \[type=.*)?$")  # what pydantic says in the line after its error
 _CONSEQUENCE = re.compile(r"Engine core initialization failed|Failed core proc|EngineDeadError")
 
 
@@ -75,12 +83,46 @@ def log_lines(path: Path, start: int) -> list[str]:
 
 
 def root_cause(lines: list[str]) -> str:
-    """Return the error in a log that explains the others, or "": the last one that is not a mere consequence."""
-    for line in reversed(lines):
+    """The error in a log that explains the others, or "": the last that is not a mere consequence of one."""
+    for at in reversed(range(len(lines))):
+        line = lines[at]
+        if usage := _USAGE.search(line):
+            return usage[1]
         found = _ERROR.search(line)
         if found and not _CONSEQUENCE.search(line):
+            if (
+                found[1].endswith(VALIDATION_ERROR)
+                and at + 1 < len(lines)
+                and (said := _INVALID.search(_unprefixed(lines[at + 1])))
+            ):
+                return f"{VALIDATION_ERROR}: {said[1]}"
             return f"{found[1]}: {found[2]}"
     return ""
+
+
+def is_final(code: int, cause: str) -> bool:
+    """Whether another start would end the same way: the program or its arguments are wrong."""
+    return code in FINAL_STATUSES or cause.startswith(VALIDATION_ERROR)
+
+
+def prepare_log_dir(log_dir: Path) -> None:
+    """Make the directory, and see that it can be written to. Raises FleetError."""
+    probe = log_dir / ".peerkv-probe"
+    try:
+        log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe.write_bytes(bytes(PROBE_BYTES))
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        raise FleetError(
+            f"cannot write logs to {log_dir}: {error.strerror}. Make room, or name another log_dir (--log-dir, PEERKV_LOG_DIR)"
+        ) from error
+
+
+def _unprefixed(line: str) -> str:
+    """A line without what vLLM puts before those of its processes."""
+    return re.sub(r"^(\([^)]*\)|[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^]]*\]) ", "", line)
 
 
 def describe_exit(code: int) -> str:

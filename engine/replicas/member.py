@@ -68,5 +68,7 @@ def narrate(before: Replica, after: Replica) -> Iterator[str]:
             yield f"{after.name}: starting on {after.device}, log {after.log}"
         case ReplicaState.READY | ReplicaState.STOPPED:
             yield f"{after.name}: {after.state}"
+        case ReplicaState.FAILED if before.state is ReplicaState.STARTING and not after.restarts:
+            yield f"{after.name}: {after.state}, log {after.log}"  # whoever waits for the start says why, once
         case _:
             yield f"{after.name}: {after.state}: {after.reason}"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from engine.fleet import FleetError, FleetSnapshot, ReplicaState, own_pid_namespace, write_fleet
+from engine.fleet import FleetError, FleetSnapshot, ReplicaState, own_pid_namespace, reasons_in_words, write_fleet
 from engine.host_process.directories import Claim, claim_all, release
-from engine.host_process.logs import LOG_TAIL_LINES, describe_exit, root_cause
+from engine.host_process.logs import LOG_TAIL_LINES, describe_exit, is_final, prepare_log_dir, root_cause
 from engine.host_process.messages import Event, Exited, Hello, Kill, Preloaded, Spawned, Terminate
 from engine.replicas.devices import usable_cores
 from engine.replicas.health import Health
@@ -19,6 +19,7 @@ from engine.replicas.host_link import HostLink
 from engine.replicas.launch import EngineSettings, plan_launches, replica_env
 from engine.replicas.lifecycle import Lifecycle, LifecycleAction
 from engine.replicas.member import Member, narrate
+from engine.replicas.model_check import check_model
 from engine.replicas.room import check_room
 from engine.replicas.start_turns import StartTurns
 from transport.table.directory import TableDirectory
@@ -75,8 +76,9 @@ class Supervisor:
     async def start(self) -> None:
         """Claim the directories and start the replicas; does not wait for them. Raises FleetError."""
         settings = self._settings
-        settings.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        await asyncio.to_thread(prepare_log_dir, settings.log_dir)
         check_room(settings)
+        await self._check_model()
         paths = (settings.run_dir, settings.table_dir)
         self._claims = await asyncio.to_thread(claim_all, paths, settings.claim_seconds_max)
         write_fleet(settings.run_dir, self._snapshot)
@@ -85,12 +87,23 @@ class Supervisor:
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
 
+    async def _check_model(self) -> None:
+        """Raise ModelRefused for a model that no replica could load."""
+        if self._settings.launcher is None and await check_model(self._settings, self._host_env):
+            self._progress("the hub cannot be reached: the model is taken from its cache")
+            for env in (self._host_env, *(member.launch.env for member in self._members.values())):
+                env["HF_HUB_OFFLINE"] = "1"
+
+    def last_line(self, name: str) -> str:
+        """What the replica `name` logged last since it was started, "" for nothing."""
+        return (self._member(name).run_log() or [""])[-1]
+
     async def wait_ready(self, count: int = 1) -> FleetSnapshot:
         """Return as soon as `count` replicas are READY. Raises FleetError once that can no longer happen."""
         while len((now := self._snapshot).ready()) < count:
             hopeless = [r for r in now.replicas if r.state is ReplicaState.FAILED]
             if self._stopping or any(t.done() for t in self._tasks) or len(now.replicas) - len(hopeless) < count:
-                raise FleetError("; ".join(f"{r.name}: {r.reason}" for r in hopeless) or "the supervisor ended")
+                raise FleetError(reasons_in_words(hopeless) or "the supervisor ended")
             await self._moved.wait()
         return now
 
@@ -219,8 +232,8 @@ class Supervisor:
         lines = member.run_log() if starting else []
         cause = root_cause(lines)
         how = describe_exit(code) + (f": {cause}" if cause else "")
-        self._perform(member, member.life.exited(how, self._now()))
-        for line in lines[-LOG_TAIL_LINES:]:
+        self._perform(member, member.life.exited(how, self._now(), final=is_final(code, cause)))
+        for line in () if cause else lines[-LOG_TAIL_LINES:]:
             self._progress(f"{member.name} | {line}")
 
     # The replicas

@@ -47,7 +47,7 @@ def build_app(
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_error_forms(app)
     app.include_router(v1_routes.router)
-    _add_open_routes(app, fleet, draining)
+    _add_open_routes(app, fleet, figures, draining)
     guard = _Guard(access)
     _add_admin_routes(app, fleet, upstream, figures, guard)
     add_prefix_routes(app, keeper, body_bytes_max, refusals=guard.refusals, guarded=guard.guarded)

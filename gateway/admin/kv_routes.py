@@ -11,6 +11,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from engine.fleet import FleetView, Replica
+from gateway.admin.health import Outlook
 from gateway.api.shapes import ErrorAnswer
 from gateway.errors import (
     NoReplicaReady,
@@ -25,7 +26,7 @@ from gateway.upstream.pool import Upstream, UpstreamLost
 PREFIXES_SHOWN_MAX = 1000
 
 
-class Figures(Protocol):
+class Figures(Outlook, Protocol):
     """What there is to see of the replicas' caches."""
 
     def stats(self) -> KvStats:

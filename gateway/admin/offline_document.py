@@ -13,6 +13,7 @@ from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixReport, PrefixRequ
 from gateway.settings import Settings
 from gateway.stats.explain import Explanation
 from gateway.stats.shapes import KvStats
+from gateway.steering.outliers import Ejection
 from gateway.tenants.access import AdminAccess
 from gateway.upstream.pool import Upstream
 
@@ -32,6 +33,12 @@ class NothingToSee:
         raise NotImplementedError
 
     def metrics(self) -> tuple[bytes, str]:
+        raise NotImplementedError
+
+    def ejection(self, replica: str) -> Ejection:
+        raise NotImplementedError
+
+    def warnings(self) -> list[str]:
         raise NotImplementedError
 
 

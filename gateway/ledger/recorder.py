@@ -37,6 +37,7 @@ class Recorder:
         self._planner = planner
         self._table = planner.registry.table
         self._flights = planner.flights
+        self._outliers = planner.outliers
         self._clock = clock
         self._wall_clock = wall_clock
         self.feed.add(self._delivered)
@@ -67,6 +68,7 @@ class Recorder:
             flight=plan.flight,
         )
         self.ledger.open(attempt)
+        self._outliers.sent(decision.replica)
         self._flights.started(plan.flight, now)
         return attempt
 
@@ -83,9 +85,25 @@ class Recorder:
             attempt.first_byte_seconds = now - attempt.began_at
         return cache_header(attempt)
 
+    def stream_begins(self, attempt: Attempt) -> bytes:
+        """As `first_byte`, of an answer that is streamed: the replica has not failed."""
+        self._outliers.began(attempt.decision.replica, self._clock())
+        return self.first_byte(attempt)
+
+    def was_borne(self, attempt: Attempt) -> bool:
+        """Whether the engine has computed the prompt, for all that is known; before `ended`."""
+        flight = attempt.flight
+        if flight is None:
+            return False
+        self.feed.poll(flight.replica)
+        if flight.delivery is not None or flight.first_byte_at:
+            return True
+        return not flight.reports and not flight.streamed and flight.ready_at <= self._clock()
+
     def ended(self, attempt: Attempt, status: int) -> None:
         """The attempt is over, with this HTTP status, or one of gateway.ledger's for those without an answer."""
         now = self._clock()
+        self._outliers.ended(attempt.decision.replica, status, now)
         self.feed.poll(attempt.decision.replica)  # a request of several choices has several records
         if attempt.flight is not None:
             self._flights.finished(attempt.flight, now)

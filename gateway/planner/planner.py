@@ -2,11 +2,11 @@
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from math import inf
 from typing import Any, Protocol
 
-from engine.fleet import FleetView, Replica
+from engine.fleet import FleetSnapshot, FleetView, Replica
 from gateway.api.body import Endpoint
 from gateway.block_registry.chain import Chain
 from gateway.block_registry.delivery_feed import DeliveryFeed
@@ -22,6 +22,7 @@ from gateway.steering.costs.model import CostModel
 from gateway.steering.evictions import Evictions
 from gateway.steering.in_flight import Flight, Flights
 from gateway.steering.load import FleetLoad
+from gateway.steering.outliers import Outliers
 from gateway.steering.popularity import Popularity
 from gateway.steering.steer import Candidate, Decision, PromptView, steer
 from gateway.tenants.tenants import TenantContext
@@ -60,8 +61,13 @@ class Planner:
         settings: PlannerSettings,
         models: Callable[[], ServedModels | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        outliers: Outliers | None = None,
     ) -> None:
-        self._ready = ReadyReplicas(fleet)
+        self._ready = ReadyReplicas(fleet, self._fleet_changed)
+        self.outliers = Outliers(0, 1.0, 1.0) if outliers is None else outliers
+        self._pids: Mapping[str, int | None] = {}
+        self._doubted: Mapping[str, str] = {}
+        self._overdue: Mapping[str, str] = {}
         self._send_chat_ids = settings.send_chat_ids
         self.registry = Registry(tables, settings.key_cache_bytes_max)
         self._imports = settings.imports
@@ -115,6 +121,29 @@ class Planner:
         """Return another plan for the same request, on none of the replicas in `exclude`. Raises NoReplicaReady."""
         return self._decide(plan.request, exclude, plan)
 
+    def waiting(self) -> Mapping[str, Sequence[Flight]]:
+        """For each replica the requests of which no first token is known; those without any are left out.
+
+        Changes of the fleet are taken note of too: with no requests nothing else does.
+        """
+        self._ready.refresh()
+        for name in self.load.in_flight():
+            self.feed.poll(name)
+        return self.flights.waiting()
+
+    def overdue(self, why: Mapping[str, str]) -> None:
+        """These replicas, by name, give no sign of life, for these reasons: they get nothing until told otherwise."""
+        self._overdue = why
+        self.outliers.suspect({**self._doubted, **why} if self._doubted else why)
+
+    def _fleet_changed(self, snapshot: FleetSnapshot) -> None:
+        """Forget the failures of what was replaced; whom the supervisor has doubts about gets nothing new."""
+        pids = {replica.name: replica.pid for replica in snapshot.replicas}
+        self.outliers.keep([name for name, pid in pids.items() if self._pids.get(name) == pid])
+        self._pids = pids
+        self._doubted = {replica.name: replica.reason for replica in snapshot.ready() if replica.reason}
+        self.overdue(self._overdue)
+
     def in_flight(self) -> Mapping[str, int]:
         """Requests with each replica now."""
         return self.load.in_flight()
@@ -147,6 +176,7 @@ class Planner:
         self, lineup: Lineup, request: PlanningRequest, look_up: LookUp, now: float
     ) -> tuple[list[Candidate], int, int]:
         """Return the ready replicas, and how many tokens of the prompt one of them holds and one of them computes at most."""
+        takers = self.outliers.takers(lineup.names, now)
         promises: Mapping[str, int] = {}
         for chain, block_size in look_up.chains:
             promised = self.load.promised(chain, block_size)
@@ -162,7 +192,8 @@ class Planner:
                     held_most = held
             if promise > computed_most:
                 computed_most = promise
-            takes, room, table = wanted is None or wanted == name, inf, one.table
+            takes = (takers is lineup.names or name in takers) if wanted is None else wanted == name
+            room, table = inf, one.table
             if table is not None:  # what is being decoded holds a block without a key
                 room = (one.blocks - table.cached_blocks() - ahead.decoding) * one.block_size
             candidate = Candidate(

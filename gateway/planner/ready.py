@@ -1,6 +1,6 @@
 """The ready replicas with what stays of them from request to request, worked out when they change and not before."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from functools import lru_cache
 
 import msgspec
@@ -64,22 +64,29 @@ def _key(device: str, fingerprint: bytes) -> ModelKey:
 
 
 class ReadyReplicas:
-    """Belongs to one thread."""
+    """Belongs to one thread. `changed` is told of each change."""
 
-    def __init__(self, fleet: FleetView) -> None:
+    def __init__(self, fleet: FleetView, changed: Callable[[FleetSnapshot], None] = lambda snapshot: None) -> None:
         self._fleet = fleet
+        self._changed = changed
         self._snapshot: FleetSnapshot | None = None
         self._ready: Mapping[str, Replica] = {}
+
+    def refresh(self) -> FleetSnapshot:
+        """Take note of changes; returns the fleet as it is."""
+        snapshot = self._fleet.snapshot()
+        if snapshot is not self._snapshot:
+            self._snapshot = snapshot
+            self._ready = {replica.name: replica for replica in snapshot.ready()}
+            self._changed(snapshot)
+        return snapshot
 
     def now(self, wanted: str | None = None, exclude: Set[str] = frozenset()) -> Mapping[str, Replica]:
         """Return them by name, in their order; the same object as before if nothing changed.
 
         Raises UnknownReplica, ReplicaNotReady and NoReplicaReady, also when the one that is `wanted` can not be had.
         """
-        snapshot = self._fleet.snapshot()
-        if snapshot is not self._snapshot:
-            self._snapshot = snapshot
-            self._ready = {replica.name: replica for replica in snapshot.ready()}
+        snapshot = self.refresh()
         if wanted is not None:
             _check(snapshot, wanted, exclude)
         ready = self._ready

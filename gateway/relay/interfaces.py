@@ -60,6 +60,14 @@ class AttemptRecorder(Protocol[PlanT_contra]):
         """The replica's answer begins, or is there as a whole; returns the value of x-peerkv-cache, empty if not known."""
         ...
 
+    def stream_begins(self, attempt: Attempt) -> bytes:
+        """As `first_byte`, of an answer that is streamed: the replica has not failed."""
+        ...
+
+    def was_borne(self, attempt: Attempt) -> bool:
+        """Whether the engine has computed the prompt, for all that is known; before `ended`."""
+        ...
+
     def ended(self, attempt: Attempt, status: int) -> None:
         """The attempt is over: an HTTP status, or one of gateway.ledger's for those without an answer."""
         ...

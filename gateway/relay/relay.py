@@ -42,7 +42,7 @@ from gateway.settings import Settings
 from gateway.tenants.access import AdminAccess
 from gateway.tenants.tenants import Tenants
 from gateway.upstream.connection import ConnectionBroke
-from gateway.upstream.pool import Upstream, UpstreamLost, broken
+from gateway.upstream.pool import LocalShortage, Upstream, UpstreamLost, broken
 from gateway.upstream.served_models import ModelsCache
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ PATHS: dict[str, Endpoint] = {
 }
 ENDING_SECONDS_MAX = 2.0  # for requests that are ended to tell their clients so
 # The replica is in trouble and another one may not be; every other answer is the client's.
-RETRIED_STATUSES = frozenset({500, 502, 503})
+RETRIED_STATUSES = frozenset({429, 500, 502, 503})
+_ENGINE_DIED = b"EngineCore encountered an issue"  # vLLM's words to the requests that its engine held when it ended
 
 
 class Meter(Protocol):
@@ -86,6 +87,7 @@ class RelayedRequest(msgspec.Struct, Generic[PlanT], eq=False):
     plan: PlanT
     info: RequestInfo
     excluded: frozenset[str] = frozenset()
+    replicas_ended: int = 0
 
 
 class Relay(Generic[PlanT]):
@@ -235,6 +237,7 @@ class Relay(Generic[PlanT]):
         transaction = request.transaction
         for attempts_left in range(self._settings.retry_attempts_max, -1, -1):
             answer: Answer | None = None
+            may_go_on, lost = True, LOST_STATUS
             attempt = self._recorder.begin(request.plan, request.info)
             try:
                 if len(self._transactions) > 1:
@@ -242,6 +245,11 @@ class Relay(Generic[PlanT]):
                 answer = await self._attempt(request, attempt)
                 if transaction.begun:
                     return
+                if answer is not None and answer.status == 500 and _ENGINE_DIED in answer.body:
+                    may_go_on = self._may_go_on(request, attempt)
+            except LocalShortage as error:
+                lost = LEFT_STATUS  # which says nothing of the replica
+                raise Unavailable(f"The gateway is out of resources: {error}.") from None
             except UpstreamLost as error:
                 self.counters.replicas_lost += 1
                 # As text: a handler that keeps what is logged shall not keep the request's frames, and its body.
@@ -250,16 +258,18 @@ class Relay(Generic[PlanT]):
                 if transaction.begun:
                     self.counters.streams_broken += 1
                     raise ReplicaLost from error
+                may_go_on = not error.sent or self._may_go_on(request, attempt, given_up=error.given_up)
             finally:
-                self._recorder.ended(attempt, _outcome(transaction, answer))
+                self._recorder.ended(attempt, _outcome(transaction, answer, lost))
             if answer is None or answer.status in RETRIED_STATUSES:
                 try:
-                    retried = attempts_left > 0 and transaction.fields.wanted_replica is None and self._replan(request)
+                    may_go_on = may_go_on and attempts_left > 0 and transaction.fields.wanted_replica is None
+                    retried = may_go_on and self._replan(request)
                 except NoReplicaReady:
                     retried = False
                 if retried:
                     continue
-            if answer is None:
+            if answer is None or _ENGINE_DIED in answer.body:
                 raise ReplicaLost
             if answer.status == 404 and b'"error"' not in answer.body:  # not vLLM's handler: it has no such route
                 raise NotOfThisModel(request.path)
@@ -267,6 +277,17 @@ class Relay(Generic[PlanT]):
                 answer.lines, answer.body = JSON_LINE, error_in_our_form(answer.status, answer.body)
             transaction.answer(answer.status, answer.lines, answer.body)
             return
+
+    def _may_go_on(self, request: RelayedRequest[PlanT], attempt: Attempt, *, given_up: bool = False) -> bool:
+        """Whether another replica may get a request whose replica ended, or stood still, after it had got all of it.
+
+        The request may be the cause. Unless its replica is known to have borne it, one other gets it, and not the last one.
+        """
+        if not given_up and self._recorder.was_borne(attempt):
+            return True
+        request.replicas_ended += 1
+        left = {replica.name for replica in self._fleet.snapshot().ready()} - request.excluded - {request.plan.replica.name}
+        return request.replicas_ended == 1 and (given_up or len(left) > 1)
 
     def _replan(self, request: RelayedRequest[PlanT]) -> bool:
         request.excluded |= {request.plan.replica.name}
@@ -288,27 +309,28 @@ class Relay(Generic[PlanT]):
         lines = b"%bx-request-id: %b\r\n%b" % (JSON_LINE, transaction.request_id.encode(), transaction.fields.passed_lines)
         if len(self._transactions) > 1:
             await self._batching.wait()
-        response = await self._upstream.post(plan.replica, request.path, lines, parts)
+        movable = transaction if transaction.fields.wanted_replica is None else None
+        response = await self._upstream.post(plan.replica, request.path, lines, parts, movable)
         transaction.replica = plan.replica.name.encode()
         try:
             answer = at_hand(response)
             if answer is None:
-                transaction.answering = lambda: self._recorder.first_byte(attempt)
+                transaction.answering = lambda: self._recorder.stream_begins(attempt)
                 answer = await pass_on(transaction, response, bytes_max=self._settings.answer_bytes_max)
             if answer is not None and (cache := self._recorder.first_byte(attempt)):
                 answer.lines += b"x-peerkv-cache: %b\r\n" % cache
             return answer
         except ConnectionBroke as error:
-            raise broken(plan.replica, error) from error
+            raise broken(plan.replica, error, response) from error
         finally:
             transaction.answering = None
             self._upstream.release(plan.replica, response)
 
 
-def _outcome(transaction: Transaction, answer: Answer | None) -> int:
+def _outcome(transaction: Transaction, answer: Answer | None, lost: int) -> int:
     """The status of an attempt: its answer's, or that of what ended it."""
     if transaction.left:
         return LEFT_STATUS
     if answer is not None:
         return answer.status
-    return transaction.status if transaction.begun else LOST_STATUS
+    return transaction.status if transaction.begun else lost

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.fleet import FleetSnapshot
@@ -16,8 +18,9 @@ COMMAND = "peerkv"
 
 
 def say(line: str) -> None:
-    """Print one line of progress to stderr."""
-    print(f"peerkv: {line}", file=sys.stderr, flush=True)
+    """Print one line of progress to stderr. Where nobody can read it, on a terminal that is gone or a full disk, it is lost."""
+    with contextlib.suppress(OSError):
+        print(f"peerkv: {line}", file=sys.stderr, flush=True)
 
 
 def command() -> str:
@@ -45,7 +48,7 @@ def _flags(settings: Settings) -> str:
     return flags + (' --admin-key "$PEERKV_ADMIN_KEY"' if settings.admin_key else "")
 
 
-def banner(settings: Settings, snapshot: FleetSnapshot, log_dir: Path | None) -> str:
+def banner(settings: Settings, snapshot: FleetSnapshot, log_dir: Path | None, warnings: Sequence[str] = ()) -> str:
     """Return the lines shown once the gateway is serving. Keys are not shown: the commands read them from shell variables."""
     url = address(settings)
     ready = len(snapshot.ready())
@@ -59,5 +62,5 @@ def banner(settings: Settings, snapshot: FleetSnapshot, log_dir: Path | None) ->
     ]
     if log_dir is not None:
         lines.append(f"  logs       {log_dir}")
-    lines += ["  stop       Ctrl-C", ""]
+    lines += ["  stop       Ctrl-C", *(f"  warning    {warning}" for warning in warnings), ""]
     return "\n".join(lines)

@@ -14,8 +14,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from engine.fleet import FileFleet, FleetError, FleetSnapshot, FleetView, ReplicaState
-from engine.host_process.logs import log_lines
+from engine.fleet import FileFleet, FleetError, FleetSnapshot, FleetView, ReplicaState, reasons_in_words
 from engine.replicas.devices import visible_gpus
 from engine.replicas.supervisor import Supervisor
 from gateway.block_registry.recent import RecentFleet
@@ -23,6 +22,7 @@ from gateway.http_server.server import DoorServer, bind, build_server
 from gateway.prompts.parity_watch import ParityWatch
 from gateway.serve.banner import banner, say
 from gateway.serve.default_model import with_model
+from gateway.serve.descriptors import fitted, in_words, raise_limit
 from gateway.serve.memory import settle_memory
 from gateway.serve.starting import StartingDoor, Switch
 from gateway.serve.wiring import Door, build_door
@@ -38,36 +38,39 @@ _logger = logging.getLogger(__name__)
 
 async def serve(settings: Settings) -> None:
     """Run the gateway and its replicas."""
+    settings = _with_descriptors(settings)
     async with contextlib.AsyncExitStack() as stack:
         starting = StartingDoor("preparing the model")
         server, switch = await stack.enter_async_context(_serving(settings, starting))
         settings = await with_model(settings)
         starting.reason = "starting the replicas"
         supervisor = await stack.enter_async_context(_supervised(settings))
-        await _open(stack, settings, supervisor, server, switch, supervisor.snapshot())
+        door = await _open(stack, settings, supervisor, server, switch, supervisor.snapshot())
         async with _heartbeat(supervisor):
             await supervisor.wait_ready()
             await _settle(supervisor)
-        print(banner(settings, supervisor.snapshot(), settings.log_dir), flush=True)
+        print(banner(settings, supervisor.snapshot(), settings.log_dir, door.figures.warnings()), flush=True)
         await _while_there_is_hope(supervisor)
 
 
 async def gateway(settings: Settings) -> None:
     """Run only the front door, for the replicas that another process runs in `run_dir`."""
+    settings = _with_descriptors(settings)
     async with contextlib.AsyncExitStack() as stack:
         starting = StartingDoor(f"waiting for the replicas of {settings.run_dir}")
         server, switch = await stack.enter_async_context(_serving(settings, starting))
         fleet = RecentFleet(FileFleet(settings.run_dir))
         say(starting.reason)
         found = await _wait_for(fleet, settings.startup_seconds_max)
-        await _open(stack, settings, fleet, server, switch, found)
+        door = await _open(stack, settings, fleet, server, switch, found)
         await _until(lambda: bool(_same(found, fleet.snapshot()).ready()))
-        print(banner(settings, fleet.snapshot(), None), flush=True)
+        print(banner(settings, fleet.snapshot(), None, door.figures.warnings()), flush=True)
         await _until(lambda: not _same(found, fleet.snapshot()))  # never: it goes on until _same raises
 
 
 async def engine(settings: Settings) -> None:
     """Run only the replicas."""
+    raise_limit()
     settings = await with_model(settings)
     async with _supervised(settings) as supervisor:
         async with _heartbeat(supervisor):
@@ -78,6 +81,15 @@ async def engine(settings: Settings) -> None:
             f"{'1 replica is' if ready == 1 else f'{ready} replicas are'} ready; a gateway will find them in {settings.run_dir}"
         )
         await _while_there_is_hope(supervisor)
+
+
+def _with_descriptors(settings: Settings) -> Settings:
+    """Return the settings with bounds that fit to the descriptors that may be had."""
+    descriptors = raise_limit()
+    fitting = fitted(settings, descriptors)
+    if words := in_words(settings, fitting, descriptors):
+        say(words)
+    return fitting
 
 
 @contextlib.asynccontextmanager
@@ -113,7 +125,7 @@ async def _open(
     server: DoorServer,
     switch: Switch,
     found: FleetSnapshot,
-) -> None:
+) -> Door:
     """Wire the front door and serve it from now on; it is drained when the stack closes."""
     table_dir = Path(found.table_dir)
     door = build_door(settings, fleet, model=found.model, vllm_args=found.vllm_args, table_dir=table_dir)
@@ -122,11 +134,15 @@ async def _open(
     parity = asyncio.create_task(watch.run(), name="the comparison of token ids with an engine's")
     parity.add_done_callback(_tell_of_defect)
     stack.push_async_callback(_end, parity)
+    overdue = asyncio.create_task(door.overdue.run(), name="the watch over overdue requests")
+    overdue.add_done_callback(_tell_of_defect)
+    stack.push_async_callback(_end, overdue)
     keeping = asyncio.create_task(door.keeper.run(), name="the renewal of kept prefixes")
     keeping.add_done_callback(_tell_of_defect)
     stack.push_async_callback(_end, keeping)
     switch.app = door.app
     settle_memory()
+    return door
 
 
 async def _drain(door: Door, server: DoorServer, seconds: float) -> None:
@@ -153,12 +169,14 @@ async def _settle(supervisor: Supervisor) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(SETTLE_SECONDS_MAX):
             await _until(lambda: all(r.state is not ReplicaState.STARTING for r in supervisor.snapshot().replicas))
+    if failed := [replica for replica in supervisor.snapshot().replicas if replica.state is ReplicaState.FAILED]:
+        say(reasons_in_words(failed))
 
 
 async def _while_there_is_hope(fleet: FleetView) -> None:
     """Never return. Raises FleetError once every replica has been given up."""
     await _until(lambda: all(r.state is ReplicaState.FAILED for r in fleet.snapshot().replicas))
-    raise FleetError("every replica failed: " + "; ".join(f"{r.name}: {r.reason}" for r in fleet.snapshot().replicas))
+    raise FleetError(f"every replica failed: {reasons_in_words(fleet.snapshot().replicas)}")
 
 
 async def _wait_for(fleet: FleetView, seconds: float) -> FleetSnapshot:
@@ -208,5 +226,5 @@ async def _beat(supervisor: Supervisor) -> None:
         await asyncio.sleep(HEARTBEAT_SECONDS)
         for replica in supervisor.snapshot().replicas:
             if replica.state is ReplicaState.STARTING:
-                lines = log_lines(Path(replica.log), 0)
-                say(f"{replica.name} is still starting: {lines[-1][:LOG_LINE_SHOWN] if lines else 'nothing logged yet'}")
+                line = supervisor.last_line(replica.name)[:LOG_LINE_SHOWN]
+                say(f"{replica.name} is still starting: {line or 'nothing logged yet'}")

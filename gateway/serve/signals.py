@@ -1,4 +1,7 @@
-"""Signals: the first one requests an orderly stop, the second one ends the process at once."""
+"""Signals: the first one requests an orderly stop, the second one ends the process at once.
+
+SIGHUP says that the terminal is gone, which is a stop too, or, without one, asks to reload: there is nothing to reload.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from gateway.errors import GatewayError
 from gateway.serve.banner import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STDERR = 2
 EXIT_FAILED = 1
 EXIT_AT_ONCE = 130
 
@@ -46,6 +50,15 @@ async def _supervise(work: Callable[[], Coroutine[None, None, None]]) -> int:
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, stop)
+    has_terminal = os.isatty(STDERR)
+
+    def hang_up() -> None:
+        if has_terminal and not os.isatty(STDERR):
+            stop()
+        else:
+            say("SIGHUP: settings are read only at the start, and logs are rotated by size; nothing changes")
+
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
     try:
         await task
     except asyncio.CancelledError:
@@ -53,6 +66,10 @@ async def _supervise(work: Callable[[], Coroutine[None, None, None]]) -> int:
             raise
     except (GatewayError, FleetError) as error:
         say(f"error: {error}")
+        return EXIT_FAILED
+    except OSError as error:
+        _logger.debug("ended by", exc_info=True)
+        say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         return EXIT_FAILED
     except Exception:
         _logger.exception("the gateway failed because of a defect in peerkv")

@@ -13,6 +13,7 @@ from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.reader import PrefixReader
 from gateway.ledger.ledger import Ledger
 from gateway.ledger.recorder import Recorder
+from gateway.planner.overdue_watch import OverdueWatch
 from gateway.planner.plan import Plan
 from gateway.planner.planner import Planner
 from gateway.prompts.tokenizer.engine_options import source_from_arguments
@@ -21,6 +22,7 @@ from gateway.relay.frontdoor import FrontDoor
 from gateway.relay.relay import Relay
 from gateway.settings import Settings
 from gateway.stats.view import FleetFigures
+from gateway.steering.outliers import Outliers
 from gateway.tenants.access import AdminAccess
 from gateway.tenants.tenants import Tenants
 from gateway.upstream.pool import Upstream
@@ -40,6 +42,8 @@ class Door:
     tokens: TokenService
     tables: TableDirectory
     keeper: Keeper
+    overdue: OverdueWatch
+    figures: FleetFigures
 
     async def close(self) -> None:
         """Close connections and tables."""
@@ -56,7 +60,8 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: t
     tokens = TokenService(
         source_from_arguments(model, vllm_args), settings.token_cache_bytes_max, settings.text_cache_bytes_max
     )
-    planner = Planner(fleet, RecentTables(tables), tokens, settings, lambda: models.known)
+    outliers = Outliers(settings.eject_failures_max, settings.eject_seconds_min, settings.eject_seconds_max)
+    planner = Planner(fleet, RecentTables(tables), tokens, settings, lambda: models.known, outliers=outliers)
     access = AdminAccess(settings.admin_key)
     tenants = Tenants(settings.tenants, settings.admin_key)
     recorder = Recorder(Ledger(settings.ledger_requests_max), planner)
@@ -99,4 +104,5 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: t
         draining=lambda: relay.draining,
     )
     app = FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin)
-    return Door(app, relay, models, upstream, planner, tokens, tables, keeper)
+    overdue = OverdueWatch(planner, fleet, upstream.give_up, seconds_min=settings.overdue_seconds_min)
+    return Door(app, relay, models, upstream, planner, tokens, tables, keeper, overdue, figures)

@@ -29,10 +29,12 @@ _REPLICA_COUNTERS: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] 
     ("peerkv_published_blocks", "Blocks offered to other replicas.", lambda r: r.counts.published_blocks),
     ("peerkv_evictions", "Offered blocks that were reallocated.", lambda r: r.counts.evictions),
     ("peerkv_restarts", "Restarts of the replica.", lambda r: r.restarts),
+    ("peerkv_ejections", "Times that it was ejected for failing answers.", lambda r: r.ejections),
 )
 _REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = (
     ("peerkv_replica_ready", "1 while the replica takes requests.", lambda r: float(r.state == "ready")),
     ("peerkv_replica_exchanges", "1 while others can import from the replica.", lambda r: float(r.exchanges == "ok")),
+    ("peerkv_replica_well", "1 while it is neither suspect nor ejected.", lambda r: float(r.standing in ("well", "half-open"))),
     ("peerkv_blocks", "Size of the replica's KV cache in blocks.", lambda r: r.blocks),
     ("peerkv_cached_blocks", "Blocks that the replica offers now.", lambda r: r.cached_blocks),
     ("peerkv_in_flight_requests", "Requests that the gateway has with the replica.", lambda r: r.in_flight),

@@ -5,6 +5,7 @@ from pydantic import BaseModel, Field
 from gateway.planner.plan import SteeringStats
 from gateway.prompts.tokenizer.service import TokenizerStats
 from gateway.steering.costs.model import CostStats
+from gateway.steering.outliers import OutlierState
 
 
 class LedgerStats(BaseModel):
@@ -102,6 +103,10 @@ class ReplicaStats(BaseModel):
     reason: str = Field(description="why it is not ready, in words")
     device: str
     restarts: int
+    standing: OutlierState = Field(OutlierState.WELL, description="well, ejected, half-open, or suspect: see /ready")
+    standing_reason: str = Field("", description="why it is not well, in words")
+    ejected_seconds: float = Field(0.0, description="time until an ejected replica is tried again, seconds")
+    ejections: int = Field(0, description="times it was ejected for failed answers since it was last started")
     epochs: int = Field(description="process starts seen by this gateway")
     exchanges: str = Field(description='"ok", or why it exchanges no KV')
     transport: str = Field(description="how others read its KV: shared_memory or cuda_ipc; empty without a table")

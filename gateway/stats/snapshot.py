@@ -29,6 +29,7 @@ from gateway.stats.shapes import (
     Totals,
     TransferCounts,
 )
+from gateway.steering.outliers import Ejection
 from transport.table.deliveries import EngineLoad, PeerCounters
 
 
@@ -62,7 +63,11 @@ class StatsView:
         tables = self._planner.registry.tables()
         ledger = self._planner.registry.ledger
         in_flight = self._planner.in_flight()
-        replicas = [_replica_stats(replica, tables, ledger, in_flight.get(replica.name, 0)) for replica in fleet.replicas]
+        outliers, now = self._planner.outliers, self._clock()
+        replicas = [
+            _replica_stats(replica, tables, ledger, in_flight.get(replica.name, 0), outliers.seen(replica.name, now))
+            for replica in fleet.replicas
+        ]
         return KvStats(
             model=fleet.served_model_name or fleet.model,
             gateway=self._gateway(),
@@ -99,7 +104,9 @@ def transfer_counts(counters: Mapping[str, int]) -> TransferCounts:
     return TransferCounts(import_seconds=seconds, **same)
 
 
-def _replica_stats(replica: Replica, tables: Mapping[str, Table], ledger: LifetimeCounters, in_flight: int) -> ReplicaStats:
+def _replica_stats(
+    replica: Replica, tables: Mapping[str, Table], ledger: LifetimeCounters, in_flight: int, ejection: Ejection
+) -> ReplicaStats:
     table = tables.get(replica.name)
     counters = ledger.counters(replica.name)
     others = {name: obstacles(table, other) for name, other in tables.items() if name != replica.name} if table else {}
@@ -109,6 +116,10 @@ def _replica_stats(replica: Replica, tables: Mapping[str, Table], ledger: Lifeti
         reason=replica.reason,
         device=replica.device,
         restarts=replica.restarts,
+        standing=ejection.standing,
+        standing_reason=ejection.why,
+        ejected_seconds=ejection.seconds_left,
+        ejections=ejection.ejections,
         epochs=ledger.epochs(replica.name),
         exchanges=table.status if table else "it has no block table",
         transport=table.transport if table else "",

@@ -1,9 +1,11 @@
 """The bodies of /kv/stats, /kv/prefixes, /kv/explain and /metrics."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
-from engine.fleet import FleetView
-from gateway.block_registry.registry import key_array
+from engine.fleet import FleetSnapshot, FleetView
+from gateway.block_registry.registry import STATUS_OK, key_array
+from gateway.block_registry.tables import Table
 from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.shapes import KeptPrefixAnswer, Prefix, PrefixReport, kept_answer
 from gateway.ledger.recorder import Recorder
@@ -14,6 +16,7 @@ from gateway.stats.explain import Explanation, explain, request_id_of
 from gateway.stats.prometheus import CONTENT_TYPE, Metrics
 from gateway.stats.shapes import KvStats
 from gateway.stats.snapshot import StatsView
+from gateway.steering.outliers import Ejection
 
 
 class FleetFigures:
@@ -34,6 +37,7 @@ class FleetFigures:
     ) -> None:
         self.measured = Metrics()
         recorder.feed.add(self.measured.imports.delivered)
+        self._fleet = fleet
         self._planner = planner
         self._recorder = recorder
         self._keeper = keeper
@@ -61,8 +65,32 @@ class FleetFigures:
         """Return the body of GET /metrics and its content type."""
         return self.measured.render(), CONTENT_TYPE
 
+    def ejection(self, replica: str) -> Ejection:
+        """Whether a replica gets requests, and why not."""
+        return self._planner.outliers.seen(replica, time.monotonic())
+
+    def warnings(self) -> list[str]:
+        """What keeps replicas that are ready from exchanging KV, and what to do."""
+        return exchange_warnings(self._fleet.snapshot(), self._planner.registry.tables())
+
     def _holders(self, keys: Sequence[bytes]) -> list[list[str]]:
         return self._planner.registry.holders(key_array(keys))
+
+
+def exchange_warnings(snapshot: FleetSnapshot, tables: Mapping[str, Table]) -> list[str]:
+    """Say of each replica that is ready beside others, and shares no KV, why, and what to do."""
+    ready = snapshot.ready()
+    found = []
+    for replica in ready if len(ready) > 1 else ():
+        table = tables.get(replica.name)
+        if table is None:
+            why = f"it has no block table in {snapshot.table_dir}"
+        elif table.status != STATUS_OK:
+            why = table.status
+        else:
+            continue
+        found.append(f"{replica.name} shares no KV: {why}. Read {replica.log}; `peerkv doctor` says how much room there is.")
+    return found
 
 
 def prefix_report(

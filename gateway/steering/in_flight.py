@@ -75,6 +75,14 @@ class Flights:
                 self._teach(flight)
             self._load.finished(flight, now)
 
+    def waiting(self) -> Mapping[str, list[Flight]]:
+        """For each replica the requests of which no first token is known; those without any are left out."""
+        found: dict[str, list[Flight]] = {}
+        for flight in self._aloft.values():
+            if flight.delivery is None and not flight.first_byte_at:
+                found.setdefault(flight.replica, []).append(flight)
+        return found
+
     def listen_to(self, tables: Mapping[str, Table]) -> None:
         """Take in what all engines say of their load, and forget what those said that are gone; `tables` does not change."""
         if tables is not self._tables:

@@ -51,6 +51,7 @@ class EngineConnection(asyncio.Protocol):
     def __init__(self, loop: asyncio.AbstractEventLoop, on_lost: Callable[[EngineConnection], None]) -> None:
         self.head = _NO_HEAD
         self.idle_since = 0.0
+        self.given_up = False
         self._loop = loop
         self._on_lost = on_lost
         self._state = _IDLE
@@ -143,6 +144,11 @@ class EngineConnection(asyncio.Protocol):
     def close(self) -> None:
         """Close at once, which is how vLLM learns that nobody waits. Idempotent."""
         self._break("it is closed")
+
+    def give_up(self, why: str) -> None:
+        """Break it from here, for whoever waits for the answer."""
+        self.given_up = True
+        self._break(why)
 
     # Called by the event loop and by the parser.
 

@@ -8,23 +8,39 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlencode
 
 from engine.fleet import Replica
 from gateway.errors import GatewayError, ReplicaTooSlow
 from gateway.settings import Settings
 from gateway.upstream.connection import ConnectionBroke, EngineConnection
+from transport.errors import SHORTAGES
 
 CONTROL_ANSWER_BYTES_MAX = 64 << 20
 
 
-class UpstreamLost(GatewayError):
-    """The connection to a replica failed or broke; `connected` says whether there was one."""
+SHORTAGE_PAUSE_SECONDS = 0.05
 
-    def __init__(self, message: str, *, connected: bool) -> None:
+
+class UpstreamLost(GatewayError):
+    """The connection to a replica failed or broke. `sent`: the request may have reached it. `given_up`: by us, it lives."""
+
+    def __init__(self, message: str, *, sent: bool, given_up: bool = False) -> None:
         super().__init__(message)
-        self.connected = connected
+        self.sent = sent
+        self.given_up = given_up
+
+
+class LocalShortage(UpstreamLost):
+    """No descriptor or no memory was left here: nothing is known of the replica."""
+
+
+class Waiting(Protocol):
+    """Whoever waits for an answer: once that has `begun`, it can no longer come from somebody else."""
+
+    @property
+    def begun(self) -> bool: ...
 
 
 class Upstream:
@@ -33,39 +49,45 @@ class Upstream:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._idle: dict[str, list[EngineConnection]] = {}
-        self._busy: set[EngineConnection] = set()
+        self._busy: dict[EngineConnection, tuple[str, Waiting | None]] = {}
 
-    def post(self, replica: Replica, path: str, lines: bytes, payload: Sequence[bytes]) -> Awaitable[EngineConnection]:
+    def post(
+        self, replica: Replica, path: str, lines: bytes, payload: Sequence[bytes], waiting: Waiting | None = None
+    ) -> Awaitable[EngineConnection]:
         """Send the request and return the connection when the answer's head is there; the caller gives it to `release`.
 
         `lines` are the request's headers as they are sent, but for its length.
 
+        `waiting` is who can be told to ask another replica, see `give_up`.
+
         A connection from the pool may have been closed by the replica a moment ago, which shows only when it is used.
-        So a connection that breaks before the head is tried once more, on a new one. The replica may then compute the request
-        twice, which costs time and nothing else: an answer is all that a request leaves. Raises UpstreamLost, ReplicaTooSlow.
+        So one that breaks before the head is tried once more, on a new one; that one is not: the request may be what broke it.
+        The replica may then compute the request twice, which costs time and nothing else: an answer is all that a request
+        leaves. Raises UpstreamLost, ReplicaTooSlow.
         """
         size = sum(map(len, payload))
-        exchange = self._exchange(replica, _head("POST", path, lines, size), payload, size)
+        exchange = self._exchange(replica, _head("POST", path, lines, size), payload, size, waiting)
         seconds = self._settings.response_head_seconds_max
         return exchange if seconds is None else _within(seconds, exchange)
 
-    async def _exchange(self, replica: Replica, head: bytes, payload: Sequence[bytes], size: int) -> EngineConnection:
-        connection = self._pooled(replica) or await self._connect(replica)
-        is_second = False
+    async def _exchange(
+        self, replica: Replica, head: bytes, payload: Sequence[bytes], size: int, waiting: Waiting | None
+    ) -> EngineConnection:
+        pooled = self._pooled(replica)
+        connection = pooled or await self._connect(replica, sent=False)
         while True:
-            self._busy.add(connection)
+            self._busy[connection] = (replica.name, waiting)
             try:
                 await connection.send(head, payload, size)
                 return connection
             except BaseException as error:
-                self._busy.discard(connection)
+                del self._busy[connection]
                 connection.close()
                 if not isinstance(error, ConnectionBroke):
                     raise
-                if is_second:
-                    raise broken(replica, error) from error
-            connection = await self._connect(replica)
-            is_second = True
+                if connection is not pooled or connection.given_up:
+                    raise broken(replica, error, connection) from error
+            connection = await self._connect(replica, sent=True)
 
     def _pooled(self, replica: Replica) -> EngineConnection | None:
         """The connection that was used last; those that idle too long are closed."""
@@ -81,7 +103,8 @@ class Upstream:
         idle.clear()
         return None
 
-    async def _connect(self, replica: Replica) -> EngineConnection:
+    async def _connect(self, replica: Replica, *, sent: bool) -> EngineConnection:
+        """A new connection; `sent`: the request was sent on another one before. Raises UpstreamLost."""
         loop = asyncio.get_running_loop()
         idle = self._idle.setdefault(replica.socket, [])
 
@@ -89,16 +112,40 @@ class Upstream:
             if connection in idle:
                 idle.remove(connection)
 
+        shortage: OSError | None = None
         try:
             async with asyncio.timeout(self._settings.connect_seconds):
-                _, made = await loop.create_unix_connection(lambda: EngineConnection(loop, lost), replica.socket)
+                while True:
+                    try:
+                        _, made = await loop.create_unix_connection(lambda: EngineConnection(loop, lost), replica.socket)
+                        return made
+                    except OSError as error:
+                        if error.errno not in SHORTAGES:
+                            raise
+                        shortage = error
+                    self._close_idle()
+                    await asyncio.sleep(SHORTAGE_PAUSE_SECONDS)
         except (OSError, TimeoutError) as error:
-            raise UpstreamLost(f"{replica.name}: {type(error).__name__}: {error}", connected=False) from error
-        return made
+            if shortage is not None and isinstance(error, TimeoutError):
+                raise LocalShortage(f"{replica.name}: {shortage}", sent=sent) from shortage
+            raise UpstreamLost(f"{replica.name}: {type(error).__name__}: {error}", sent=sent) from error
+
+    def _close_idle(self) -> None:
+        for pool in self._idle.values():
+            for connection in tuple(pool):
+                connection.close()
+            pool.clear()
+
+    def give_up(self, name: str, why: str) -> int:
+        """Have those that wait for the replica `name`, and got nothing of an answer yet, ask another one; returns how many."""
+        found = [each for each, (at, who) in self._busy.items() if at == name and who is not None and not who.begun]
+        for connection in found:
+            connection.give_up(why)
+        return len(found)
 
     def release(self, replica: Replica, connection: EngineConnection) -> None:
         """Keep a connection whose answer was read to its end for the next request; close any other."""
-        self._busy.discard(connection)
+        self._busy.pop(connection, None)
         if connection.reusable:
             connection.reset(time.monotonic())
             self._idle.setdefault(replica.socket, []).append(connection)
@@ -121,7 +168,7 @@ class Upstream:
     async def _control(self, replica: Replica, path: str, head: bytes) -> bytes:
         status, content = await self._whole_answer(replica, path, head, b"", self._settings.control_seconds)
         if status != 200:
-            raise UpstreamLost(f"{replica.name} answered {status} to {path}", connected=True)
+            raise UpstreamLost(f"{replica.name} answered {status} to {path}", sent=True)
         return content
 
     async def _whole_answer(
@@ -129,16 +176,16 @@ class Upstream:
     ) -> tuple[int, bytes]:
         try:
             async with asyncio.timeout(seconds_max):
-                connection = await self._exchange(replica, head, [payload], len(payload))
+                connection = await self._exchange(replica, head, [payload], len(payload), None)
                 try:
                     return connection.head.status, await _whole(connection)
                 except ConnectionBroke as error:
-                    raise broken(replica, error) from error
+                    raise broken(replica, error, connection) from error
                 finally:
                     self.release(replica, connection)
         except TimeoutError as error:
             text = f"{replica.name} did not answer {path} within {seconds_max:g} s"
-            raise UpstreamLost(text, connected=True) from error
+            raise UpstreamLost(text, sent=True) from error
 
     async def close(self) -> None:
         """Close all connections."""
@@ -169,6 +216,6 @@ async def _within(seconds: float, exchange: Coroutine[Any, Any, EngineConnection
         raise ReplicaTooSlow(seconds) from None
 
 
-def broken(replica: Replica, error: ConnectionBroke) -> UpstreamLost:
+def broken(replica: Replica, error: ConnectionBroke, connection: EngineConnection) -> UpstreamLost:
     """What a connection that breaks is to the callers."""
-    return UpstreamLost(f"{replica.name}: {error}", connected=True)
+    return UpstreamLost(f"{replica.name}: {error}", sent=True, given_up=connection.given_up)

@@ -10,7 +10,7 @@ from engine.replicas.devices import parse_mask
 from gateway.cli.doctor.finding import Finding, in_words
 from gateway.cli.doctor.machine import Machine
 from gateway.cli.doctor.peers import Fleet, FleetMember, Pair
-from gateway.cli.doctor.surroundings import judge_access, judge_directories, judge_port, judge_room
+from gateway.cli.doctor.surroundings import judge_access, judge_descriptors, judge_directories, judge_port, judge_room
 
 VLLM_RANGE = ((0, 32), (0, 34))
 CUDA_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
@@ -26,6 +26,7 @@ def judge(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...]) -> Ite
         if machine.has_vllm:
             yield from judge_directories(machine)
             yield from judge_room(machine)
+        yield from judge_descriptors(machine)
         yield from judge_port(machine)
     else:
         yield from _judge_fleet(fleet, pairs)

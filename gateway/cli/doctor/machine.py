@@ -22,6 +22,7 @@ from engine.default_model.packaged import DEFAULT_NAME, PACKAGED
 from engine.replicas.devices import CPU_REPLICAS_DEFAULT, vllm_is_for_cpu
 from engine.replicas.room import kv_bytes_each
 from gateway.cli.doctor.gpus import Gpu, Link, driver_gpus, find_gpus
+from gateway.serve.descriptors import fitted, in_words, limits
 from gateway.settings import Settings
 
 LSCPU_SECONDS = 10.0
@@ -40,6 +41,7 @@ class Machine:
     `cpu_errors` are what keeps vLLM's CPU build from starting; `gateway_answers` says that a peerkv gateway has the port.
     `driver_gpus` are those that the driver knows, hidden ones among them; `replicas` on the CPU, each with `kv_bytes_each`, are
     what the settings ask for, and `unwritable` the (setting, directory) that `user` may not write to.
+    `descriptors` are the soft and the hard limit, `descriptors_short` what a start lowers since even the hard one is too low.
     """
 
     system: str
@@ -70,6 +72,8 @@ class Machine:
     user: int
     unwritable: tuple[tuple[str, str], ...]
     admin_key: bool
+    descriptors: tuple[int, int]
+    descriptors_short: str
 
     @property
     def has_vllm(self) -> bool:
@@ -114,6 +118,8 @@ def look(settings: Settings) -> Machine:
         user=os.geteuid(),
         unwritable=_unwritable(settings),
         admin_key=settings.admin_key is not None,
+        descriptors=limits(),
+        descriptors_short=in_words(settings, fitted(settings, limits()[1]), limits()[1]),
     )
 
 

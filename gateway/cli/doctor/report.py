@@ -68,6 +68,8 @@ def _machine_lines(machine: Machine) -> Iterator[str]:
     yield f"  processor   {machine.cores} cores"
     yield f"  memory      {in_words(machine.memory_bytes)}, {in_words(machine.memory_free_bytes)} available"
     yield f"  /dev/shm    {in_words(machine.shm_bytes)}, {in_words(machine.shm_free_bytes)} free"
+    soft, hard = machine.descriptors
+    yield f"  descriptors {soft}{f', raised to {hard} by a start' if hard > soft else ''}"
     if not machine.gpus:
         yield "  GPUs        none: replicas run on the CPU"
     for gpu in machine.gpus:

@@ -45,6 +45,13 @@ def judge_directories(machine: Machine) -> Iterator[Finding]:
         )
 
 
+def judge_descriptors(machine: Machine) -> Iterator[Finding]:
+    """Before a start: do the descriptors suffice for the bounds that are asked for?"""
+    if machine.descriptors_short:
+        what, _, remedy = machine.descriptors_short.partition(": ")
+        yield Finding(True, what, remedy)
+
+
 def judge_port(machine: Machine) -> Iterator[Finding]:
     """Before a start: is the gateway's address free?"""
     where = f"{machine.host}:{machine.port}"

@@ -40,6 +40,7 @@ from gateway.stats.shapes import (
     TransferCounts,
 )
 from gateway.steering.costs.model import CostStats
+from gateway.steering.outliers import NEVER, Ejection
 from gateway.tenants.access import AdminAccess
 from gateway.tenants.tenants import TenantContext, Tenants
 from gateway.upstream.pool import Upstream
@@ -143,6 +144,7 @@ class FakeRecorder:
         self.attempts: list[Attempt] = []
         self.events: list[tuple[Any, ...]] = []
         self.in_flight: Counter[str] = Counter()
+        self.borne = False
         self.header = b"local=1, peer=2, computed=3, reason=cold"
 
     def begin(self, plan: FakePlan, info: RequestInfo) -> Attempt:
@@ -158,13 +160,22 @@ class FakeRecorder:
         self.events.append(("first byte", attempt.replica))
         return self.header
 
+    def stream_begins(self, attempt: Attempt) -> bytes:
+        return self.first_byte(attempt)
+
+    def was_borne(self, attempt: Attempt) -> bool:
+        return self.borne
+
     def ended(self, attempt: Attempt, status: int) -> None:
         self.events.append(("ended", attempt.replica, status))
         self.in_flight[attempt.replica] -= 1
 
 
 class FakeSight:
-    """Nothing to see."""
+    """Nothing to see, but for the ejections that a test puts here."""
+
+    def __init__(self) -> None:
+        self.ejections: dict[str, Ejection] = {}
 
     def stats(self) -> KvStats:
         tokens, counts = TokenCounts(), TransferCounts()
@@ -187,6 +198,12 @@ class FakeSight:
     def explain(self, request_id: str) -> Explanation | None:
         return explain(request_id, ()) if request_id == "known" else None
 
+    def ejection(self, replica: str) -> Ejection:
+        return self.ejections.get(replica, NEVER)
+
+    def warnings(self) -> list[str]:
+        return []
+
     def metrics(self) -> tuple[bytes, str]:
         return b"peerkv_up 1\n", "text/plain; version=0.0.4"
 
@@ -201,6 +218,7 @@ class Door:
     planner: FakePlanner
     recorder: FakeRecorder
     relay: Relay[FakePlan]
+    upstream: Upstream
     server: DoorServer
     directory: Path
     session: aiohttp.ClientSession
@@ -297,7 +315,9 @@ async def running_door(directory: Path, **values: Any) -> AsyncIterator[Door]:
         await until(lambda: server.started)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         try:
-            yield Door(f"http://127.0.0.1:{port}", port, fleet, planner, recorder, relay, server, directory, session, stack)
+            yield Door(
+                f"http://127.0.0.1:{port}", port, fleet, planner, recorder, relay, upstream, server, directory, session, stack
+            )
         finally:
             await session.close()
             server.should_exit = True

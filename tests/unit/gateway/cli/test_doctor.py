@@ -23,6 +23,7 @@ from gateway.cli.doctor.gpus import Gpu, Link, parse_gpus, parse_matrix
 from gateway.cli.doctor.machine import Machine, parse_memory
 from gateway.cli.doctor.peers import Fleet, FleetMember, pairs_of, path_in_words, read_fleet
 from gateway.cli.doctor.report import report
+from gateway.serve.descriptors import fitted, in_words
 from gateway.settings import Settings
 from transport.table.layout import Description
 from transport.table.writer import TableWriter
@@ -31,6 +32,8 @@ REPOSITORY = Path(__file__).parents[4]
 GIB = 1 << 30
 
 CPU_MACHINE = Machine(
+    descriptors=(1024, 524288),
+    descriptors_short="",
     system="Debian GNU/Linux 12",
     kernel="6.1",
     python="3.11.2",
@@ -459,3 +462,14 @@ def test_links_that_can_not_be_measured_do_not_stop_the_doctor() -> None:
 def test_nothing_is_measured_without_two_gpus() -> None:
     assert link_speed.measure(CPU_MACHINE, ("/nowhere/python",)) is None
     assert link_speed.measure(replace(GPU_MACHINE, gpus=GPU_MACHINE.gpus[:1]), ("/nowhere/python",)) is None
+
+
+def test_descriptors_that_are_too_few_are_a_problem_with_a_remedy() -> None:
+    short = in_words(Settings(), fitted(Settings(), 1024, 20), 1024)
+    findings = judge(replace(CPU_MACHINE, descriptors=(1024, 1024), descriptors_short=short), None, ())
+    found = next(finding for finding in findings if "descriptors" in finding.what)
+    assert found.problem
+    assert found.what == (
+        "1024 descriptors are too few, so requests_in_flight_max from 1024 to 350 and connections_max from 4096 to 526"
+    )
+    assert "ulimit -Hn" in found.remedy

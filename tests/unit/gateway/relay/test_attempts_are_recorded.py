@@ -46,6 +46,7 @@ async def test_nothing_known_means_no_header(door: Door) -> None:
 
 async def test_a_replica_that_dies_makes_two_attempts_under_one_id(door: Door) -> None:
     await door.add_engine("replica-1")
+    await door.add_engine("replica-2")
     fake = {"drop": "before", "on": "replica-0"}
     status, _, headers = await door.post("/v1/completions", COMPLETION | {"fake": fake})
     assert (status, headers["x-peerkv-replica"]) == (200, "replica-1")

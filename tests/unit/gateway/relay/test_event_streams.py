@@ -49,6 +49,7 @@ async def test_a_replica_that_dies_behind_its_comments_is_replaced(
     async with running_door(tmp_path) as door:
         for name in ("replica-0", "replica-1"):
             await door.add_engine(name)
+        door.recorder.borne = True
         lines, headers = await streamed(door, on="replica-0", comments=2, token_delay=0.01, drop="mid", after=0)
         assert door.relay.counters.retries == 1
     assert json.loads(lines[-2].removeprefix("data: "))["system_fingerprint"] == "replica-1"
@@ -89,6 +90,7 @@ async def test_an_answer_that_is_no_stream_follows_comments_as_an_event(
         await door.add_engine("replica-0")
         engine = await door.add_engine("replica-1")
         engine.context_tokens = 1  # so that it refuses what the other one has taken
+        door.recorder.borne = True
         lines, _ = await streamed(door, on="replica-0", comments=1, token_delay=0.01, drop="mid", after=0)
     assert lines[0] == COMMENT
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["type"] == "invalid_request_error"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
+import resource
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import FrameType
@@ -374,13 +376,104 @@ async def test_a_client_that_leaves_without_streaming_cancels_too(door: Door, fa
 
 async def test_a_connection_that_drops_before_the_head_is_tried_again_and_then_elsewhere(door: Door) -> None:
     await door.add_engine("replica-1")
+    await door.add_engine("replica-2")
     fake = {"on": "replica-0", "drop": "before"}
     status, _, headers = await door.post("/v1/completions", COMPLETION | {"fake": fake})
     assert status == 200
     assert headers["x-peerkv-replica"] == "replica-1"
-    assert len((await door.seen("replica-0"))["requests"]) == 2
+    assert len((await door.seen("replica-0"))["requests"]) == 2  # the first connection was not new, and may have been stale
     assert door.fleet.suspects == ["replica-0"]
     assert door.recorder.in_flight == {"replica-0": 0, "replica-1": 0}
+
+
+async def test_a_request_that_ends_its_replicas_ends_two_at_most_and_not_the_last_one(tmp_path: Path) -> None:
+    async with running_door(tmp_path) as door:
+        processes = [await door.add_process(f"replica-{i}") for i in range(3)]
+        status, body, headers = await door.post("/v1/completions", COMPLETION | {"fake": {"die": "before"}})
+        assert (status, body["error"]["code"], int(headers["retry-after"]) > 0) == (502, "replica_lost", True)
+        assert [await process.wait() for process in processes[:2]] == [9, 9]
+        door.fleet.set_state("replica-0", ReplicaState.BACKOFF)
+        door.fleet.set_state("replica-1", ReplicaState.STARTING)
+        assert (await door.seen("replica-2"))["requests"] == []
+
+
+async def test_with_one_replica_left_a_request_that_may_have_ended_the_other_goes_no_further(tmp_path: Path) -> None:
+    async with running_door(tmp_path) as door:
+        process = await door.add_process("replica-0")
+        await door.add_engine("replica-1")
+        status, body, _ = await door.post("/v1/completions", COMPLETION | {"fake": {"die": "before"}})
+        assert (status, body["error"]["code"]) == (502, "replica_lost")
+        assert await process.wait() == 9
+        assert (await door.seen("replica-1"))["requests"] == []
+
+
+async def test_a_request_that_its_replica_had_borne_goes_to_the_last_one_too(tmp_path: Path) -> None:
+    async with running_door(tmp_path) as door:
+        process = await door.add_process("replica-0")
+        await door.add_engine("replica-1")
+        door.recorder.borne = True
+        waits = asyncio.create_task(door.post("/v1/completions", COMPLETION | {"fake": {"on": "replica-0", "delay": 60}}))
+        await until(lambda: door.recorder.in_flight.get("replica-0"))
+        process.kill()
+        status, body, _ = await waits
+        assert (status, body["system_fingerprint"]) == (200, "replica-1")
+
+
+async def test_an_engine_that_ended_is_a_lost_replica_whatever_its_server_answers(tmp_path: Path) -> None:
+    """vLLM's server answers 500 to what its dead engine held, and ends."""
+    async with running_door(tmp_path) as door:
+        await door.add_engine("replica-0")
+        await door.add_engine("replica-1")
+        status, body, _ = await door.post("/v1/completions", COMPLETION | {"fake": {"engine_died": True}})
+        assert (status, body["error"]["code"]) == (502, "replica_lost")
+        assert (await door.seen("replica-1"))["requests"] == []
+
+
+async def test_requests_that_wait_for_a_replica_can_be_moved_while_nothing_of_an_answer_came(tmp_path: Path) -> None:
+    async with running_door(tmp_path) as door:
+        await door.add_engine("replica-0")
+        await door.add_engine("replica-1")
+        slow = COMPLETION | {"fake": {"on": "replica-0", "delay": 60}}
+        begun = COMPLETION | {"stream": True, "max_tokens": 500, "fake": {"token_delay": 0.01}}
+        whole, silent = (asyncio.create_task(door.post("/v1/completions", body)) for body in (slow, slow))
+        pinned = asyncio.create_task(door.post("/v1/completions", slow, headers={"x-peerkv-replica": "replica-0"}))
+        async with door.session.post(door.url + "/v1/completions", json=begun) as stream:
+            await stream.content.readany()
+            await until(lambda: door.recorder.in_flight["replica-0"] == 4)
+            await until(lambda: door.upstream.give_up("replica-0", "it stands still") == 2)
+            for status, body, _ in (await whole, await silent):
+                assert (status, body["system_fingerprint"]) == (200, "replica-1")
+            assert door.recorder.in_flight["replica-0"] == 2
+            assert await stream.content.readany()
+        pinned.cancel()
+
+
+async def test_an_answer_of_429_is_tried_elsewhere(door: Door) -> None:
+    await door.add_engine("replica-1")
+    status, _, headers = await door.post("/v1/completions", COMPLETION | {"fake": {"on": "replica-0", "status": 429}})
+    assert (status, headers["x-peerkv-replica"]) == (200, "replica-1")
+
+
+async def test_out_of_descriptors_a_request_waits_for_one_and_blames_no_replica(tmp_path: Path) -> None:
+    async with running_door(tmp_path, connect_seconds=0.5) as door:
+        await door.add_process("replica-0")
+        await door.post("/v1/completions", COMPLETION)
+        async with door.session.post(door.url + "/v1/completions", json=COMPLETION | {"fake": {"delay": 0.3}}) as warm:
+            await warm.read()
+        for connections in door.upstream._idle.values():
+            connections.clear()  # closed neither here nor there: they hold their descriptors
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        os.close(least_free := os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least_free, hard))
+        try:
+            status, body, _ = await door.post("/v1/completions", COMPLETION)
+            assert (status, "Too many open files" in body["error"]["message"]) == (503, True)
+            asked = asyncio.create_task(door.post("/v1/completions", COMPLETION))
+            await until(lambda: door.relay.in_flight)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert (await asked)[0] == 200
+        assert door.fleet.suspects == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -388,6 +481,7 @@ async def test_a_replica_that_dies_before_the_first_byte_is_replaced(tmp_path: P
     async with running_door(tmp_path) as door:
         process = await door.add_process("replica-0")
         await door.add_engine("replica-1")
+        await door.add_engine("replica-2")
         fake = {"on": "replica-0", "die": "mid", "after": 0}
         lines = await lines_of(door, "/v1/completions", COMPLETION | {"stream": stream, "fake": fake})
         assert await process.wait() == 9
@@ -400,6 +494,7 @@ async def test_a_whole_answer_that_breaks_off_is_made_anew_elsewhere(tmp_path: P
     async with running_door(tmp_path) as door:
         await door.add_process("replica-0")
         await door.add_engine("replica-1")
+        door.recorder.borne = True
         status, body, _ = await door.post("/v1/completions", COMPLETION | {"fake": {"on": "replica-0", "die": "mid"}})
         assert (status, body["system_fingerprint"]) == (200, "replica-1")
 

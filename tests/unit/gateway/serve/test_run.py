@@ -60,13 +60,13 @@ class Process:
         async with self.session.post(self.url + "/v1/completions", json=COMPLETION | extra) as answer:
             return answer.status, await answer.text()
 
-    async def ready(self, count: int = 2) -> None:
+    async def ready(self, count: int = 2, seconds: float = 30.0) -> None:
         async def enough() -> bool:
             assert self.process.returncode is None, "".join(self.err)
             status, body = await self.get("/ready")
             return status == 200 and sum(r["ready"] for r in body["replicas"]) == count
 
-        await until(enough, 30)
+        await until(enough, seconds)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -103,9 +103,15 @@ async def collect(stream: asyncio.StreamReader | None, lines: list[str]) -> None
 
 @contextlib.asynccontextmanager
 async def peerkv(
-    directory: Path, *arguments: str, command: str = "serve", engine: str = "", port: int | None = None, **env: str
+    directory: Path,
+    *arguments: str,
+    command: str = "serve",
+    engine: str = "",
+    port: int | None = None,
+    descriptors: int | None = None,
+    **env: str,
 ) -> AsyncIterator[Process]:
-    """Run a command with fake engines; `engine` are arguments of theirs."""
+    """Run a command with fake engines; `engine` are arguments of theirs, `descriptors` the hard limit of all."""
     port = port or free_port()
     own = {
         "PEERKV_LAUNCHER": shlex.join([sys.executable, str(FAKE_ENGINE)]) + " " + engine,
@@ -120,7 +126,9 @@ async def peerkv(
         "PYTHONPATH": str(ROOT),
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PEERKV_")}
+    limited = ["prlimit", f"--nofile={descriptors}:{descriptors}"] if descriptors is not None else []
     process = await asyncio.create_subprocess_exec(
+        *limited,
         sys.executable,
         "-m",
         "gateway.cli",
