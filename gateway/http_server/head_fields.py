@@ -1,4 +1,4 @@
-"""What the front door wants to know of a request's headers."""
+"""What the front door needs from a request's headers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A request's head that was parsed before: on a connection clients send the same one again, but for the body's length.
+"""Recognises a request head that was parsed before: on a connection, clients repeat it except for the body's length.
 
-A head is the same if no byte of it differs, except the digits of its content-length. What was parsed of the first one is
-then what would be parsed of the second, and it follows where the body begins.
+Two heads are the same if no byte differs except the digits of the content-length. Then the result of parsing the first also
+holds for the second, and so does the place where the body begins.
 """
 
 from __future__ import annotations

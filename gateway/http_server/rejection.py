@@ -1,4 +1,4 @@
-"""What a client gets whose request is none, or one too many: an answer before there is any application."""
+"""Answers to requests that are malformed or one too many, before any application sees them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class HeadTooLarge(InvalidRequest):
     code = "head_too_large"
 
     def __init__(self, bytes_max: int) -> None:
-        super().__init__(f"The request's head is larger than the {bytes_max} bytes that are taken.", status=431)
+        super().__init__(f"The request's head is larger than the limit of {bytes_max} bytes.", status=431)
 
 
 def rejection(error: ApiError, request_id: str) -> bytes:

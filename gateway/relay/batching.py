@@ -1,9 +1,9 @@
-"""Requests that came together go on together: each step is done for one right behind the other.
+"""Requests that arrive together proceed together: each step runs for one right after the other.
 
-All that is run for a request is more than a processor's inner caches hold, so that each step of a request by itself finds
-neither its code nor its data there. A request waits at a few places until those of the same turn of the event loop have come
-as far: then the next step is at hand for all but the first of them. That takes a sixth of the CPU time of a small request
-(BENCHMARKS.md, "Where the time goes"). Who is alone need not wait.
+The code run for a request is larger than the processor's inner caches, so a step of a single request finds neither its code nor
+its data there. At a few places a request waits until the others of the same turn of the event loop have come as far: then the
+next step is in the cache for all but the first. That saves a sixth of the CPU time of a small request (BENCHMARKS.md, "Where
+the time goes"). A request that is alone need not wait.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import types
 from collections.abc import Generator
 
 WAITING_MAX = 32
-"""More do not wait for each other: of a great burst the first would be sent as late as the last."""
+"""No more than this wait for each other: in a large burst the first would be sent as late as the last."""
 
 
 class Batching:
-    """A place, or some, at which requests wait for each other. Belongs to one event loop."""
+    """One or more places at which requests wait for each other. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self._waiting = 0
