@@ -17,6 +17,7 @@ from rich.text import Text
 
 from gateway.settings import address, load
 from gateway.stats.shapes import KvStats, LedgerStats, ReplicaStats, TokenCounts, Totals
+from gateway.tenants.loopback import is_loopback_url
 
 INTERVAL_SECONDS = 1.0
 ANSWER_SECONDS_MAX = 10.0
@@ -75,7 +76,8 @@ def client_for(arguments: argparse.Namespace, transport: httpx.BaseTransport | N
     key = arguments.admin_key or (settings.admin_key.get_secret_value() if settings.admin_key else "")
     url = arguments.url or address(settings)
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=url, headers=headers, timeout=ANSWER_SECONDS_MAX, transport=transport)
+    by_proxy = not is_loopback_url(url)  # which could not reach the gateway, and would get the admin key
+    return httpx.Client(base_url=url, headers=headers, timeout=ANSWER_SECONDS_MAX, transport=transport, trust_env=by_proxy)
 
 
 def ask(

@@ -60,6 +60,8 @@ def banner(settings: Settings, snapshot: FleetSnapshot, log_dir: Path | None, wa
         f"  figures    {command()} kv stats{_flags(settings)}",
         f"  readiness  curl {url}/ready",
     ]
+    if not settings.admin_key:
+        lines.append("  admin      callers on this machine; behind any proxy set an admin key (PEERKV_ADMIN_KEY)")
     if log_dir is not None:
         lines.append(f"  logs       {log_dir}")
     lines += ["  stop       Ctrl-C", *(f"  warning    {warning}" for warning in warnings), ""]

@@ -27,6 +27,7 @@ from gateway.serve.memory import settle_memory
 from gateway.serve.starting import StartingDoor, Switch
 from gateway.serve.wiring import Door, build_door
 from gateway.settings import Settings, engine_settings
+from gateway.tenants.access import open_to_others
 
 SETTLE_SECONDS_MAX = 20.0  # from the first ready replica to the banner, while others still start
 HEARTBEAT_SECONDS = 15.0
@@ -95,6 +96,8 @@ def _with_descriptors(settings: Settings) -> Settings:
 @contextlib.asynccontextmanager
 async def _serving(settings: Settings, first: StartingDoor) -> AsyncIterator[tuple[DoorServer, Switch]]:
     """An HTTP server on the settings' address. Raises SettingsError when the address cannot be had."""
+    if warning := open_to_others(settings):
+        say(f"warning: {warning}")
     listener = bind(settings.host, settings.port, reuse_port=settings.reuse_port)
     switch = Switch(first)
     server = build_server(switch, settings)

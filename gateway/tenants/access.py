@@ -1,24 +1,31 @@
-"""Who may use the admin endpoints and pin a replica.
+"""Who calls, and who may use the admin endpoints and pin a replica.
 
-With an admin key set, its bearer. Without one, a caller on this machine: the peer of the connection is a loopback
-address and nothing suggests that somebody else speaks through it, such as a proxy or a web page in a browser here.
-Headers like X-Forwarded-For can only take the right away.
+With an admin key set, an admin is who bears it. Without one, a caller on this machine: the peer of the connection is a loopback
+address and nothing suggests that somebody else speaks through it, such as a proxy or a web page in a browser here. No header
+can prove that there is no proxy, so behind one an admin key has to be set; headers only ever take the right away.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import SecretStr
 
 from gateway.errors import Forbidden, NotAuthenticated
-from gateway.tenants.tenants import bearer_token
+from gateway.settings import Settings
+from gateway.tenants.loopback import is_loopback, is_loopback_host, names_loopback
+from gateway.tenants.tenants import TenantContext, Tenants, bearer_token
 
-_PROXY_HEADERS = frozenset({b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"forwarded", b"via"})
+# What proxies, load balancers and content networks add to tell for whom they speak.
+_PROXY_PREFIXES = (
+    *(b"x-forwarded", b"forwarded", b"x-original-", b"x-real-", b"x-proxy", b"proxy-", b"x-envoy-", b"x-amzn-", b"x-arr-"),
+    *(b"cf-", b"cdn-", b"cloudfront-", b"fastly-", b"fly-", b"x-akamai-", b"x-appengine-", b"x-azure-", b"x-vercel-"),
+)
+_PROXY_SUFFIXES = (b"client-ip", b"user-ip", b"remote-ip", b"forwarded-for")
+_PROXY_HEADERS = frozenset({b"via", b"max-forwards", b"x-host", b"x-scheme", b"x-remote-addr", b"remote-addr"})
 _BROWSER_HEADERS = frozenset({b"origin", b"sec-fetch-site"})
 _HOW = "Set PEERKV_ADMIN_KEY and send it as 'Authorization: Bearer <key>'."
 
@@ -43,35 +50,37 @@ class AdminAccess:
         client = scope.get("client")
         if client is None or not is_loopback(client[0]):
             raise Forbidden(f"Without an admin key this is for callers on the gateway's machine only. {_HOW}")
-        names = {name for name, _ in headers}
-        if names & _PROXY_HEADERS:
+        # nginx speaks HTTP/1.0 to what it stands before, unless told otherwise; a client of today does not.
+        if scope.get("http_version") == "1.0" or any(_is_a_proxys(name) for name, _ in headers):
             raise Forbidden(f"The request came through a proxy, so its caller is unknown. {_HOW}")
-        host = next((value for name, value in headers if name == b"host"), b"")
-        if names & _BROWSER_HEADERS or not _names_this_machine(host):
-            raise Forbidden(f"Web pages may not use this without an admin key. {_HOW}")
+        if not _BROWSER_HEADERS.isdisjoint(name for name, _ in headers) or not names_loopback(headers):
+            raise Forbidden(f"Without an admin key the Host has to be localhost, and no web page may use this. {_HOW}")
 
 
-def is_loopback(address: str) -> bool:
-    """Whether an IP address is a loopback one, also as IPv4 inside IPv6."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    mapped = getattr(ip, "ipv4_mapped", None)
-    return bool((mapped or ip).is_loopback)
+def caller(tenants: Tenants, scope: Mapping[str, Any], authorization: bytes | None, host: bytes | None) -> TenantContext:
+    """The tenant that a request of this ASGI scope, with these headers, is of. Raises NotAuthenticated, Forbidden.
+
+    Where nobody needs a key it must not be that of a web page in a browser on this machine, whose name was made to point here.
+    """
+    if tenants.open and not is_loopback_host(host or b""):
+        client = scope.get("client")
+        if client is not None and is_loopback(client[0]):
+            raise Forbidden(
+                "Where no tenants are configured, the Host of a request from the gateway's machine has to be localhost or a "
+                "loopback address: else web pages in a browser here could use the model. Tenants may use other names."
+            )
+    return tenants.authenticate(authorization)
 
 
-def _names_this_machine(host: bytes) -> bool:
-    """A Host header that a web page cannot make its own name resolve to: an IP address or localhost."""
-    name = host.decode("latin-1").strip().lower()
-    name = name[1 : name.index("]")] if name.startswith("[") and "]" in name else name.rsplit(":", 1)[0]
-    if name in ("", "localhost"):
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+def open_to_others(settings: Settings) -> str:
+    """A warning if gateways with these settings may be used by whoever reaches them from other machines; else nothing."""
+    if settings.tenants or settings.host == "localhost" or is_loopback(settings.host):
+        return ""
+    return f"no tenants are configured: whoever reaches {settings.host} port {settings.port} can use the model, without a key"
+
+
+def _is_a_proxys(name: bytes) -> bool:
+    return name in _PROXY_HEADERS or name.startswith(_PROXY_PREFIXES) or name.endswith(_PROXY_SUFFIXES)
 
 
 def _digest(key: bytes) -> bytes:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -12,7 +11,7 @@ from engine.fleet import FileFleet, FleetError
 from gateway.cli.bench.installation import Installation, NotMeasured, completion
 from gateway.cli.bench.spread import Spread, spread
 from gateway.cli.bench.words import Words
-from gateway.tenants.access import is_loopback
+from gateway.tenants.loopback import is_loopback_url
 
 PROMPT_TOKENS = 8
 WARM_PAIRS = 3
@@ -33,8 +32,7 @@ class Overhead:
 
 def sockets(url: str, run_dir: Path) -> Mapping[str, str]:
     """Return the replicas' sockets by name if the gateway at `url` is on this machine and uses `run_dir`; otherwise nothing."""
-    host = urlsplit(url).hostname or ""
-    if host != "localhost" and not is_loopback(host):
+    if not is_loopback_url(url):
         return {}
     try:
         replicas = FileFleet(run_dir).snapshot().ready()

@@ -63,13 +63,16 @@ class StartedInstallation:
 
     def _ready(self) -> bool:
         try:
-            ready: dict[str, Any] = httpx.get(f"{self.url}/ready", timeout=POLL_SECONDS * 10).json()
+            ready: dict[str, Any] = self._get("/ready").json()
             if not ready["ready"] or not all(replica["ready"] for replica in ready["replicas"]):
                 return False
-            stats: dict[str, Any] = httpx.get(f"{self.url}/kv/stats", timeout=POLL_SECONDS * 10).json()
+            stats: dict[str, Any] = self._get("/kv/stats").json()
         except (httpx.HTTPError, json.JSONDecodeError):
             return False
         return bool(stats["parity"]["completions"]["parity"] != "unknown")
+
+    def _get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=POLL_SECONDS * 10, trust_env=False)  # no proxy: it is on this machine
 
     def _tail(self) -> str:
         paths = [self._log, *sorted((self._home / "logs").glob("*.log"))]

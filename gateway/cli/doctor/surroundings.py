@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gateway.cli.doctor.finding import Finding, in_words
 from gateway.cli.doctor.machine import Machine
-from gateway.tenants.access import is_loopback
+from gateway.tenants.loopback import is_loopback
 
 TABLES_BYTES = 64 << 20
 # A replica on the CPU without its KV: torch, vLLM and the default model, measured at 0.6 to 1.3 GB.
@@ -65,8 +65,12 @@ def judge_port(machine: Machine) -> Iterator[Finding]:
 
 
 def judge_access(machine: Machine) -> Iterator[Finding]:
-    """Can the intended callers reach /metrics and /kv/*?"""
-    if machine.admin_key or machine.host == "localhost" or is_loopback(machine.host):
+    """Can the intended callers, and nobody else, reach /metrics and /kv/*?"""
+    if machine.admin_key:
+        return
+    if machine.host == "localhost" or is_loopback(machine.host):
+        what = "no admin key is set: a proxy on this machine would make everybody an admin"
+        yield Finding(False, what, "behind any proxy set an admin key: PEERKV_ADMIN_KEY")
         return
     what = (
         f"the gateway listens on {machine.host} without an admin key: /metrics and /kv/* answer nobody who comes through a"

@@ -4,14 +4,19 @@ import argparse
 import io
 import json
 import shlex
+import socket
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from rich.console import Console
 
 from engine.fleet import ReplicaState
+from gateway.cli import kv_explain, kv_stats
 from gateway.cli.kv_stats import add_arguments, render, run, short
 from gateway.cli.main import build_parser
 from gateway.serve.banner import banner, command
@@ -55,6 +60,50 @@ def ask(answer: httpx.Response | httpx.HTTPError, *flags: str) -> tuple[int, str
     status: list[int] = []
     output = shown(lambda console: status.append(run(arguments, console, httpx.MockTransport(reply))))
     return status[0], output, seen
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
+    """What reaches a proxy that the environment names for everything."""
+    taken: list[bytes] = []
+
+    class Taking(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            taken.append(f"{self.path} {self.headers}".encode())
+            self.send_error(502)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Taking)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    yield taken
+    server.shutdown()
+    server.server_close()
+
+
+def follow(module: Any, *given: str) -> int:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    status: int = module.run(parser.parse_args(given), Console(file=io.StringIO()))
+    return status
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_the_admin_key_for_a_gateway_on_this_machine_never_goes_to_a_proxy(host: str, proxy: list[bytes]) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        flags = ("--url", f"http://{host}:{nobody.getsockname()[1]}", "--admin-key", "the-admin-key")
+        assert follow(kv_stats, *flags, "--once") == follow(kv_explain, *flags, "an-id") == 1
+    assert not proxy
+
+
+def test_a_gateway_elsewhere_is_asked_by_the_proxy_of_the_environment(proxy: list[bytes]) -> None:
+    assert follow(kv_stats, "--url", "http://gateway.invalid:8000", "--once") == 1
+    assert len(proxy) == 1
 
 
 def body(scene: Scene) -> httpx.Response:
