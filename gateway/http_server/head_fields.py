@@ -17,8 +17,9 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 
 class HeadFields(msgspec.Struct, frozen=True):
-    """Of a header that occurs twice the last one counts. `is_json` tells of the body's type, `passed_lines` are for the
-    replica, `request_id` the client's own if it is harmless; `encoding` is how the body is compressed, if it is."""
+    """Those that say who calls and what the body is occur once (head_rules.py). `is_json` tells of the body's type,
+    `passed_lines` are for the replica, `request_id` the client's own if it is harmless; `encoding` is how the body is
+    compressed, if it is."""
 
     authorization: bytes | None
     is_json: bool
@@ -26,6 +27,7 @@ class HeadFields(msgspec.Struct, frozen=True):
     wanted_replica: str | None
     request_id: str | None
     encoding: bytes | None
+    host: bytes | None
 
     @classmethod
     def of(cls, headers: Headers) -> HeadFields:
@@ -39,6 +41,7 @@ class HeadFields(msgspec.Struct, frozen=True):
             None if wanted is None else wanted.decode("latin-1"),
             sane_id(header(b"x-request-id")),
             None if (encoding := header(b"content-encoding")) in (None, b"", b"identity") else encoding,
+            header(b"host"),
         )
 
 

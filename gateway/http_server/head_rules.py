@@ -8,6 +8,8 @@ from gateway.http_server.request_cycle import RawHeaders
 OF_CONNECTION = frozenset({b"connection", b"proxy-connection"})
 """Headers by which llhttp tells whether another message follows."""
 
+_ONCE = (b"authorization", b"content-type", b"x-peerkv-replica")
+
 VERSIONS = frozenset({"1.0", "1.1"})
 """Of HTTP, that are spoken here. llhttp also takes 0.9 and 2.0."""
 
@@ -15,8 +17,8 @@ VERSIONS = frozenset({"1.0", "1.1"})
 def head_defect(version: str, headers: RawHeaders) -> ApiError | None:
     """Why a request with this version and these headers, names in lower case, is refused; None if it is not.
 
-    Whoever stands between the client and us may read such a head otherwise: another version's rules, another host, another end
-    of the body.
+    Whoever stands between the client and us may read such a head otherwise: another version's rules, another host, another key,
+    another end of the body.
     """
     if version not in VERSIONS:
         return InvalidRequest("Send the request in HTTP/1.1.", status=505, code="invalid_http")
@@ -24,6 +26,9 @@ def head_defect(version: str, headers: RawHeaders) -> ApiError | None:
     hosts = names.count(b"host")
     if hosts > 1 or (hosts == 0 and version == "1.1"):
         return InvalidRequest(f"A request has one Host header; this one has {hosts}.", code="invalid_http")
+    for name in _ONCE:
+        if names.count(name) > 1:
+            return InvalidRequest(f"The header '{name.decode()}' occurs twice.", code="invalid_http")
     if b"transfer-encoding" in names and not is_plainly_chunked(headers):
         return InvalidRequest("'chunked' is the only transfer coding there is here.", status=501, code="invalid_http")
     return None

@@ -142,7 +142,7 @@ async def test_the_server_does_not_name_itself(door: Door) -> None:
 @pytest.mark.parametrize("complete", [True, False], ids=["complete", "endless"])
 async def test_a_head_over_the_bound_is_431(tmp_path: Path, complete: bool) -> None:
     async with running_door(tmp_path, header_bytes_max=8192) as door:
-        data = b"GET /health HTTP/1.1\r\nhost: x\r\nx-big: " + b"x" * 9000 + (b"\r\n\r\n" if complete else b"")
+        data = b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-big: " + b"x" * 9000 + (b"\r\n\r\n" if complete else b"")
         status, headers, body = await raw(door, data)
         assert (status, json.loads(body)["error"]["code"]) == (431, "head_too_large")
         assert len(headers["x-request-id"]) == 32
@@ -151,7 +151,7 @@ async def test_a_head_over_the_bound_is_431(tmp_path: Path, complete: bool) -> N
 async def test_a_big_body_with_its_head_in_one_piece_is_no_big_head(tmp_path: Path) -> None:
     async with running_door(tmp_path, header_bytes_max=4096) as door:
         body = b'{"prompt": "' + b"x" * 9000 + b'"}'
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
         status, _, answer = await raw(door, head + b"content-length: %d\r\n\r\n" % len(body) + body)
         assert (status, json.loads(answer)["error"]["code"]) == (503, "no_replica_ready")
 
@@ -165,7 +165,7 @@ async def test_what_is_not_http_has_openais_error_form(door: Door) -> None:
 
 async def test_a_refused_head_keeps_the_clients_request_id(tmp_path: Path) -> None:
     async with running_door(tmp_path, header_bytes_max=8192) as door:
-        data = b"GET /health HTTP/1.1\r\nhost: x\r\nx-request-id: mine-1\r\nx-big: " + b"x" * 9000 + b"\r\n\r\n"
+        data = b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-request-id: mine-1\r\nx-big: " + b"x" * 9000 + b"\r\n\r\n"
         status, headers, _ = await raw(door, data)
         assert (status, headers["x-request-id"]) == (431, "mine-1")
 
@@ -209,7 +209,7 @@ async def test_connections_over_the_bound_get_503(tmp_path: Path) -> None:
         held = [await asyncio.open_connection("127.0.0.1", door.port) for _ in range(2)]
         # The server may take them in a moment after they were made.
         for _, writer in held:
-            writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         for reader, _ in held:
             assert b" 200 " in await reader.readline()
         status, headers, body = await raw(door, b"")
@@ -224,7 +224,7 @@ async def test_a_client_that_does_not_read_is_cut_off_and_its_request_cancelled(
         await door.add_engine("replica-0")
         body = json.dumps({"prompt": "x", "stream": True, "max_tokens": 100_000_000}).encode()
         _, writer = await asyncio.open_connection("127.0.0.1", door.port, limit=1024)
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         await until(lambda: door.relay.counters.clients_left == 1)
 

@@ -13,8 +13,8 @@ import pytest
 from tests.unit.gateway.running_door import Door, running_door, until
 
 BODY = json.dumps({"model": "fake-model", "prompt": "hello", "max_tokens": 3}).encode()
-POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-CLOSE = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+CLOSE = b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
 
 
 @pytest.fixture

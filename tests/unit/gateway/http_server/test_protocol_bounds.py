@@ -46,9 +46,18 @@ async def said_later(door: Door, begin: bytes, rest: bytes) -> bytes:
     return answer
 
 
+@pytest.mark.parametrize("name", ["Authorization", "Content-Type", "x-peerkv-replica"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/health", "/kv/flush"])
+async def test_a_header_of_which_there_is_one_is_not_sent_twice(door: Door, name: str, path: str) -> None:
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n"
+    answer = await said(door, f"{head}{name}: a\r\n{name.upper()}: a\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert f"'{name.lower()}' occurs twice" in answer.decode()
+
+
 async def test_a_client_that_reads_no_answers_gets_no_more_of_them(door: Door) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", door.port, limit=16 << 10)
-    request = b"GET /v1/" + b"x" * 4000 + b" HTTP/1.1\r\nhost: x\r\n\r\n"
+    request = b"GET /v1/" + b"x" * 4000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n"
     (connection,) = await connections_of(door)
 
     async def sends() -> None:
@@ -81,7 +90,7 @@ async def test_a_client_that_reads_no_answers_gets_no_more_of_them(door: Door) -
 async def test_a_client_cannot_have_any_number_of_requests_wait(door: Door) -> None:
     slow = json.dumps({"prompt": "x", "max_tokens": 2, "fake": {"delay": 30}}).encode()
     began = asyncio.get_running_loop().time()
-    assert await said(door, post(slow) + b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" * (PIPELINED_MAX + 1)) == b""
+    assert await said(door, post(slow) + b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" * (PIPELINED_MAX + 1)) == b""
     assert asyncio.get_running_loop().time() < began + 10
     await until(lambda: door.relay.in_flight == 0)
 
@@ -138,7 +147,7 @@ async def test_a_tunnel_is_refused(door: Door) -> None:
 
 
 async def test_a_client_that_waits_for_a_word_and_gets_an_answer_starts_anew(door: Door) -> None:
-    head = b"POST /v1/nothing HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n"
+    head = b"POST /v1/nothing HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n"
     answer = await said(door, head)
     assert answer.startswith(b"HTTP/1.1 404")
     assert b"connection: close" in answer
@@ -174,7 +183,7 @@ async def test_a_client_that_leaves_its_last_answer_unread_is_cut_off(tmp_path: 
         client = socket.create_connection(("127.0.0.1", door.port))
         (connection,) = await connections_of(door)
         connection.transport.set_write_buffer_limits(high=1 << 30)  # so that only the end is left to stall
-        client.sendall((b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 100) + CLOSE)
+        client.sendall((b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n" * 100) + CLOSE)
         await connections_of(door, 0)
         client.close()
 
