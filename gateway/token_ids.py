@@ -29,12 +29,12 @@ class TokenIds(Sequence[int]):
 
     __slots__ = ("_count", "_parts", "_raw", "_text", "serial")
 
-    def __init__(self, raw: bytes, serial: bytes = b"") -> None:
+    def __init__(self, raw: bytes, serial: bytes = b"", text: bytes | None = None) -> None:
         self.serial = serial
         """Names these very ids, where they are long and used often: what is worked out of them can be kept under it."""
         self._raw = raw
         self._parts: Sequence[TokenIds] = ()
-        self._text: bytes | None = None
+        self._text = text
         self._count = len(raw) >> 2
 
     @classmethod

@@ -37,7 +37,7 @@ class PrefixReader:
         tenant = self._tenant(wanted.tenant)
         if wanted.model:
             await self._models.card(wanted.model)
-        ids = await self._ids(wanted)
+        ids = await self._ids(wanted, tenant)
         sizes = [table.block_size for table in self._planner.registry.tables().values()]
         if not sizes:
             raise Unavailable("No replica has a block table, so prefixes cannot be kept.")
@@ -54,7 +54,7 @@ class PrefixReader:
             raise InvalidRequest(f"There is no tenant '{name}'.", param="tenant", code="unknown_tenant")
         return found
 
-    async def _ids(self, wanted: PrefixRequest) -> TokenIds:
+    async def _ids(self, wanted: PrefixRequest, tenant: TenantContext) -> TokenIds:
         if wanted.ids is not None:
             return TokenIds.of(wanted.ids)
         verdict = self._planner.prompts.parity.chat if wanted.messages is not None else self._planner.prompts.parity.completions
@@ -64,16 +64,16 @@ class PrefixReader:
             )
             raise InvalidRequest(why, code="token_ids_unknown", status=409)
         try:
-            return await asyncio.to_thread(self._encode, wanted)
+            return await asyncio.to_thread(self._encode, wanted, tenant.salt)
         except TextTooLong as long:
             raise InvalidRequest(f"The prefix has at least {long.tokens_min} tokens.", code="prefix_too_long") from long
         except NoTokenIds as unknown:
             raise InvalidRequest(f"The prefix cannot be tokenised: {unknown}.", code="token_ids_unknown") from unknown
 
-    def _encode(self, wanted: PrefixRequest) -> TokenIds:
+    def _encode(self, wanted: PrefixRequest, salt: str) -> TokenIds:
         limit = self._planner.prompts.parity.context_tokens
         if wanted.messages is None:
-            return self._tokens.encode(wanted.text or "", tokens_max=limit)
+            return self._tokens.encode(wanted.text or "", tokens_max=limit, tenant=salt)
         body = {"messages": wanted.messages, "tools": wanted.tools, "chat_template_kwargs": wanted.chat_template_kwargs}
         given = {name: value for name, value in body.items() if value is not None}
-        return self._tokens.encode_chat({**given, "add_generation_prompt": False}, limit)
+        return self._tokens.encode_chat({**given, "add_generation_prompt": False}, limit, tenant=salt)

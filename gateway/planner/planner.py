@@ -16,7 +16,7 @@ from gateway.planner.hint import CHAT_IDS, Tags, hint, takes_chat_ids
 from gateway.planner.plan import Plan, PlanningRequest, SteeringStats
 from gateway.planner.prefix_counts import PrefixCounts
 from gateway.planner.ready import EMPTY, Lineup, ReadyReplicas, Standing, line_up
-from gateway.prompts.reader import PromptReader
+from gateway.prompts.reader import KnownPrompt, PromptReader
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.steering.costs.model import CostModel
 from gateway.steering.evictions import Evictions
@@ -94,15 +94,22 @@ class Planner:
         return self.decide(await self.read(endpoint, body, tenant, wanted_replica=wanted_replica))
 
     async def read(
-        self, endpoint: Endpoint, body: Mapping[str, Any], tenant: TenantContext, *, wanted_replica: str | None = None
+        self,
+        endpoint: Endpoint,
+        body: Mapping[str, Any],
+        tenant: TenantContext,
+        *,
+        wanted_replica: str | None = None,
+        known: KnownPrompt | None = None,
     ) -> PlanningRequest:
         """Return what planning needs of the request, whose body stays as it is.
 
-        `wanted_replica` names the one it has to go to. Raises ApiError: NoReplicaReady, UnknownReplica, ReplicaNotReady,
-        PromptTooLong, InvalidRequest.
+        `wanted_replica` names the one it has to go to, `known` is its prompt if that was read before. Raises ApiError:
+        NoReplicaReady, UnknownReplica, ReplicaNotReady, PromptTooLong, InvalidRequest.
         """
         self._ready.now(wanted_replica)
-        known = await self.prompts.read(endpoint, body)
+        if known is None:
+            known = await self.prompts.read(endpoint, body, tenant.salt)
         return PlanningRequest(
             known=known,
             salt=tenant.salt,

@@ -53,20 +53,27 @@ class PromptReader:
         """Whether our token ids are the engines', according to the last check of `parity_watch`."""
         self.parity_counts = ParityCounts()
 
-    async def read(self, endpoint: Endpoint, body: Mapping[str, Any]) -> KnownPrompt:
-        """Return what is known about the prompt. Raises InvalidRequest, PromptTooLong."""
+    async def read(self, endpoint: Endpoint, body: Mapping[str, Any], tenant: str = "") -> KnownPrompt:
+        """Return what is known about the prompt of a tenant, named by its salt. Raises InvalidRequest, PromptTooLong."""
         if endpoint == "embeddings":
-            tokens = _characters(body.get("input")) // CHARS_PER_TOKEN
-            return KnownPrompt(None, cacheable=False, tokens=tokens, why_unknown="embeddings are computed whole")
+            return _embedded(body)
         param, read = ("prompt", self._completion) if endpoint == "completions" else ("messages", self._chat)
         given = body.get(param)
         characters = len(given) if type(given) is str else _characters(given)
         if self._may_be_quick(given, characters):
             try:
-                return read(body, characters, self._inline_chars_max)
+                return read(body, characters, self._inline_chars_max, tenant)
             except NotAtOnce:
                 pass  # but in a thread
-        return await asyncio.to_thread(read, body, characters, None)
+        return await asyncio.to_thread(read, body, characters, None, tenant)
+
+    def read_here(self, endpoint: Endpoint, body: Mapping[str, Any], tenant: str = "") -> KnownPrompt:
+        """As `read`, however long it takes. Raises what that does."""
+        if endpoint == "embeddings":
+            return _embedded(body)
+        given = body.get("prompt" if endpoint == "completions" else "messages")
+        read = self._completion if endpoint == "completions" else self._chat
+        return read(body, _characters(given), None, tenant)
 
     def _may_be_quick(self, given: object, characters: int) -> bool:
         """Tell whether a prompt or messages are short enough for the event loop."""
@@ -83,14 +90,14 @@ class PromptReader:
         card = models.cards.get(body.get("model") or "") if models else None
         return adapter_identity(card["id"], card.get("root") or "") if card and card.get("parent") else ""
 
-    def _completion(self, body: Mapping[str, Any], characters: int, new_chars_max: int | None) -> KnownPrompt:
+    def _completion(self, body: Mapping[str, Any], characters: int, new_chars_max: int | None, tenant: str) -> KnownPrompt:
         certain = self.parity.completions.parity is _EXACT
-        limit = self._context_tokens()
+        limit = self.context_tokens()
         refused = limit if certain else None  # what is longer is, if we know its length
         prompt = body.get("prompt")
         if type(prompt) is str and is_plain(body):
             try:
-                only = self._tokens.encode(prompt, True, limit, new_chars_max)
+                only = self._tokens.encode(prompt, True, limit, new_chars_max, tenant)
             except NoTokenIds as error:
                 return self._unknown(error, characters, refused)
             tokens = len(only)
@@ -107,7 +114,8 @@ class PromptReader:
         special = body.get("add_special_tokens", True)
         try:
             ids = [
-                self._encode(prompt, special, limit, new_chars_max) if isinstance(prompt, str) else prompt for prompt in prompts
+                self._encode(prompt, special, limit, new_chars_max, tenant) if isinstance(prompt, str) else prompt
+                for prompt in prompts
             ]
         except NoTokenIds as error:
             return self._unknown(error, characters, refused, cacheable=cacheable, count=count)
@@ -118,10 +126,10 @@ class PromptReader:
             sent = ids[0] if isinstance(prompt, str) else ids
         return KnownPrompt(longest, sent, certain, cacheable, count, len(longest))
 
-    def _encode(self, prompt: str, special: object, limit: int | None, new_chars_max: int | None) -> TokenIds:
+    def _encode(self, prompt: str, special: object, limit: int | None, new_chars_max: int | None, tenant: str) -> TokenIds:
         if not isinstance(special, bool):
             raise NoTokenIds("add_special_tokens is malformed")
-        return self._tokens.encode(prompt, special, limit, new_chars_max)
+        return self._tokens.encode(prompt, special, limit, new_chars_max, tenant)
 
     def _unknown(
         self,
@@ -139,15 +147,15 @@ class PromptReader:
         guess = characters // CHARS_PER_TOKEN
         return KnownPrompt(None, cacheable=cacheable, count=count, tokens=guess, why_unknown=str(why))
 
-    def _chat(self, body: Mapping[str, Any], characters: int, new_chars_max: int | None) -> KnownPrompt:
+    def _chat(self, body: Mapping[str, Any], characters: int, new_chars_max: int | None, tenant: str) -> KnownPrompt:
         cacheable = not reads_no_cache(body)
         parity = self.parity.chat.parity
         if parity is Parity.OFF:
             return self._unknown("chats are not tokenised as the engine does", characters, None, cacheable=cacheable)
-        limit, certain = self._context_tokens(), parity is _EXACT and all_known(body)
+        limit, certain = self.context_tokens(), parity is _EXACT and all_known(body)
         refused = limit if certain else None
         try:
-            ids = self._tokens.encode_chat(body, limit, new_chars_max)
+            ids = self._tokens.encode_chat(body, limit, new_chars_max, tenant)
         except NoTokenIds as error:
             return self._unknown(error, characters, refused, "messages", cacheable=cacheable)
         tokens = len(ids)
@@ -155,10 +163,16 @@ class PromptReader:
         chat_ids = certain and tokens > 0 and ids_suffice(body)
         return KnownPrompt(ids, None, certain, cacheable, tokens=tokens, chat_ids=chat_ids)
 
-    def _context_tokens(self) -> int | None:
+    def context_tokens(self) -> int | None:
+        """Return the engine's longest prompt and answer together, None if it is not known."""
         models = self._models()
         known = models.context_tokens if models else None
         return self.parity.context_tokens if known is None else known
+
+
+def _embedded(body: Mapping[str, Any]) -> KnownPrompt:
+    tokens = _characters(body.get("input")) // CHARS_PER_TOKEN
+    return KnownPrompt(None, cacheable=False, tokens=tokens, why_unknown="embeddings are computed whole")
 
 
 def _check_length(param: str, tokens: int, refused: int | None) -> None:

@@ -66,6 +66,10 @@ class Tenants:
             for tenant in callers
         )
 
+    def __len__(self) -> int:
+        """How many there may be; where nobody needs a key, the anonymous one."""
+        return len(self._entries) or 1
+
     def named(self, name: str) -> TenantContext | None:
         """Return the tenant of that name, None if there is none; without configured tenants "" names the anonymous one."""
         if self.open:

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from gateway.prompts.tokenizer.encoder import make_encoder
-from gateway.prompts.tokenizer.id_cache import IdCache
+from gateway.prompts.tokenizer.encoder import EncoderMaker
 
 DOCUMENTS = (
     "README.md",
@@ -22,7 +21,7 @@ def test_documents_and_turns_get_the_ids_of_the_whole(running_fleet) -> None:
 def check(model: Path) -> None:
     """Compare for documents, one by one and growing turn by turn."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    encoder = make_encoder(tokenizer, IdCache(64 << 20))
+    encoder = EncoderMaker(tokenizer)(64 << 20)
     assert encoder._cuts is not None
     here, so_far = Path(__file__).parents[2], ""
     for name in DOCUMENTS:

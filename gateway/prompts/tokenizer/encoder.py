@@ -27,6 +27,9 @@ FEW = 4
 """Up to this many short texts are tokenised one by one; only beyond that does it pay to wake other cores."""
 FEW_CHARS_MAX = 1024
 
+GROUP_CHARS = 256 << 10
+"""So much of a long text is tokenised before it is asked whether that is too much already."""
+
 _CANARIES = (
     "The first line\nSecond line of it.\n\nThird, after an empty one\nfourth: \n  indented \n\tFifth\r\nSixth\n",
     "I'll say it's HIS'LL we'Ve don'T\nTHEY'RE 12345 67 8\n9 a1b2 3c\nD4\n",
@@ -36,6 +39,14 @@ _CANARIES = (
     'def f(x):\n    return {"k": [1, 2.5e-3], "v": "w x y"}  # z\nclass C:\n\tpass\n#!/bin/sh\nif [ "$a" ]; then b; fi\n',
     "\u2581under \u2581 the\u2581line\n\u2581x y z!?\nW...\nX<y> <z\n|a| b\n",
 )
+
+
+class TooManyTokens(Exception):
+    """A text has more than `tokens_max` tokens: at least `tokens`."""
+
+    def __init__(self, tokens: int, tokens_max: int) -> None:
+        super().__init__(f"at least {tokens} tokens, more than {tokens_max}")
+        self.tokens, self.tokens_max = tokens, tokens_max
 
 
 class Encoder:
@@ -66,20 +77,23 @@ class Encoder:
         self._pages = Pages(texts_bytes_max // 2, specials, place_at=place_at)
         self._leaves = Pages(texts_bytes_max // 4, specials, LEAF_CHARS_MIN, place_at=place_at)
 
-    def encode(self, text: str, add_special_tokens: bool, new_chars_max: int | None = None) -> TokenIds | None:
+    def encode(
+        self, text: str, add_special_tokens: bool, new_chars_max: int | None = None, tokens_max: int | None = None
+    ) -> TokenIds | None:
         """Return the ids of `text`; None, without any work, if more than `new_chars_max` characters have to be tokenised.
 
-        `add_special_tokens` adds BOS and the like. Raises UnicodeEncodeError for half a surrogate pair.
+        `add_special_tokens` adds BOS and the like. A text that may be cut is tokenised no further than `tokens_max` tokens and
+        GROUP_CHARS characters: what is longer raises TooManyTokens. Raises UnicodeEncodeError for half a surrogate pair.
         """
         if not (add_special_tokens and self._framed):
-            return self._plain(text, new_chars_max)
+            return self._plain(text, new_chars_max, tokens_max)
         if self._affixes is None:
             return self._parts([text], True, new_chars_max)
-        ids = self._plain(text, new_chars_max)
+        ids = self._plain(text, new_chars_max, tokens_max)
         before, behind = self._affixes
         return None if ids is None else TokenIds.joined([before, ids, behind])
 
-    def _plain(self, text: str, new_chars_max: int | None) -> TokenIds | None:
+    def _plain(self, text: str, new_chars_max: int | None, tokens_max: int | None) -> TokenIds | None:
         if self._cuts is None or self._heads is None:
             return self._parts([text], False, new_chars_max)
         if len(text) <= SHORT_CHARS_MAX:
@@ -92,8 +106,28 @@ class Encoder:
         known = [page.ids for page in (*pages, *leaves)]
         if len(rest) <= SHORT_CHARS_MAX:
             return self._short(self._heads, rest, known, new_chars_max)
-        ids = self._parts(self._cuts.chunks(rest), False, new_chars_max)
+        chunks = self._cuts.chunks(rest)
+        if new_chars_max is None and len(rest) > GROUP_CHARS:
+            return self._grouped(known, chunks, tokens_max)
+        ids = self._parts(chunks, False, new_chars_max)
         return TokenIds.joined([*known, ids]) if ids is not None and start else ids
+
+    def _grouped(self, known: list[TokenIds], chunks: list[str], tokens_max: int | None) -> TokenIds:
+        """Return the ids of `known` and of what stands behind it, group by group. Raises TooManyTokens."""
+        count = sum(map(len, known))
+        first = chars = 0
+        for place, chunk in enumerate(chunks, 1):
+            chars += len(chunk)
+            if chars < GROUP_CHARS and place < len(chunks):
+                continue
+            ids = self._parts(chunks[first:place], False, None)
+            if ids is not None:
+                known.append(ids)
+                count += len(ids)
+            if tokens_max is not None and count > tokens_max:
+                raise TooManyTokens(count, tokens_max)
+            first, chars = place, 0
+        return TokenIds.joined(known)
 
     def _short(self, heads: Heads, text: str, known: list[TokenIds], new_chars_max: int | None) -> TokenIds | None:
         """Return the ids of `known`, which precede `text`, followed by those of `text`."""
@@ -172,14 +206,25 @@ def encode_all(tokenizer: Tokenizer, texts: list[str], special: bool) -> list[To
     return [TokenIds.of(found.ids) for found in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
 
-def make_encoder(tokenizer: Tokenizer, cache: IdCache, texts_bytes_max: int = TEXTS_BYTES_MAX) -> Encoder:
-    """Return an encoder; it cuts texts if that is exact, according to the kind of tokenizer and to a trial."""
-    affixes = find_affixes(tokenizer)
-    cuts = find_cuts(tokenizer)
-    if cuts is not None and not cuts_are_exact(tokenizer, cuts):
-        _logger.error("texts are tokenised as a whole: cutting them would change some token ids (please report this tokenizer)")
-        cuts = None
-    return Encoder(tokenizer, cache, cuts, affixes, texts_bytes_max)
+class EncoderMaker:
+    """Makes encoders for a tokenizer, all alike: what is worked out once is how it can be used.
+
+    They cut texts if that is exact, by what is known of this kind of tokenizer and by a trial.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._affixes = find_affixes(tokenizer)
+        self._cuts = find_cuts(tokenizer)
+        if self._cuts is not None and not cuts_are_exact(tokenizer, self._cuts):
+            _logger.error(
+                "texts are tokenised as a whole: cutting them would change some token ids (please report this tokenizer)"
+            )
+            self._cuts = None
+
+    def __call__(self, cache_bytes_max: int, texts_bytes_max: int = TEXTS_BYTES_MAX) -> Encoder:
+        """Return one that keeps so many bytes of ids and of texts."""
+        return Encoder(self._tokenizer, IdCache(cache_bytes_max), self._cuts, self._affixes, texts_bytes_max)
 
 
 def find_affixes(tokenizer: Tokenizer) -> tuple[TokenIds, TokenIds] | None:

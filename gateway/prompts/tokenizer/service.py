@@ -13,8 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from gateway.prompts.chat.template import ChatNotRendered, ChatTemplate
-from gateway.prompts.tokenizer.encoder import TEXTS_BYTES_MAX, Encoder, make_encoder
-from gateway.prompts.tokenizer.id_cache import IdCache
+from gateway.prompts.tokenizer.encoder import TEXTS_BYTES_MAX, EncoderMaker, TooManyTokens
 from gateway.prompts.tokenizer.model_files import (
     ModelFiles,
     ModelFilesError,
@@ -23,6 +22,7 @@ from gateway.prompts.tokenizer.model_files import (
     renderer_of_its_own,
     token_text,
 )
+from gateway.prompts.tokenizer.tenant_encoders import TenantEncoders, freeze_words
 from gateway.token_ids import TokenIds
 
 _logger = logging.getLogger(__name__)
@@ -61,17 +61,24 @@ class NotAtOnce(Exception):
 class TokenService:
     """Tokenises prompts and chats for one model. Its methods may be called from several threads.
 
+    Of what it has seen it remembers for each of the `tenants` apart, of whom there are so many; a tenant is named by its salt.
+
     The files may not be there yet when the service is made (an engine is still fetching the model): `load` is called again
     when a replica is ready. Until then every request raises NoTokenIds.
     """
 
     def __init__(
-        self, source: TokenizerSource, cache_bytes_max: int = CACHE_BYTES_MAX, texts_bytes_max: int = TEXTS_BYTES_MAX
+        self,
+        source: TokenizerSource,
+        cache_bytes_max: int = CACHE_BYTES_MAX,
+        texts_bytes_max: int = TEXTS_BYTES_MAX,
+        tenants: int = 1,
     ) -> None:
         self._source = source
-        self.cache = IdCache(cache_bytes_max)
+        self._cache_bytes_max = cache_bytes_max
         self._texts_bytes_max = texts_bytes_max
-        self._encoder: Encoder | None = None
+        self._tenants = tenants
+        self._encoders: TenantEncoders | None = None
         self._template: ChatTemplate | None = None
         self._chars_per_token_max = 1
         self.state = TokenizerStats(False, False, "", "not loaded yet", "not loaded yet")
@@ -110,7 +117,10 @@ class TokenService:
             chat_reason = str(error)
             _logger.warning("chats are steered by load alone: %s", error)
         try:
-            self._encoder = make_encoder(tokenizer, self.cache, self._texts_bytes_max)
+            make = EncoderMaker(tokenizer)
+            if self._tenants > 1:
+                freeze_words(tokenizer)
+            self._encoders = TenantEncoders(make, self._tenants, self._cache_bytes_max, self._texts_bytes_max)
         except Exception as error:  # the tokenizers library raises the bare class: no unknown token where one is needed, say
             raise ModelFilesError(f"{files.tokenizer}: {error}") from error
         self.state = TokenizerStats(True, self._template is not None, str(files.directory), "", chat_reason)
@@ -121,26 +131,35 @@ class TokenService:
         return self._template is not None and self._template.takes_tools
 
     def encode(
-        self, text: str, add_special_tokens: bool = True, tokens_max: int | None = None, new_chars_max: int | None = None
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        tokens_max: int | None = None,
+        new_chars_max: int | None = None,
+        tenant: str = "",
     ) -> TokenIds:
         """Return the ids of `text`; `add_special_tokens` adds BOS and the like, as a completion does.
 
-        Raises NoTokenIds; TextTooLong without any work when the text can not fit into `tokens_max`; and NotAtOnce, with no
-        more work than looking it up, when more than `new_chars_max` of its characters have to be tokenised.
+        Raises NoTokenIds; TextTooLong when the text does not fit into `tokens_max`, with no more work than shows it; and
+        NotAtOnce, with no more than looking it up, when more than `new_chars_max` of its characters have to be tokenised.
         """
-        if self._encoder is None:
+        if self._encoders is None:
             raise NoTokenIds(self.state.reason)
         if tokens_max is not None and len(text) > tokens_max * self._chars_per_token_max:
             raise TextTooLong(-(-len(text) // self._chars_per_token_max), tokens_max)
         try:
-            ids = self._encoder.encode(text, add_special_tokens, new_chars_max)
+            ids = self._encoders.of(tenant).encode(text, add_special_tokens, new_chars_max, tokens_max)
         except UnicodeEncodeError as error:
             raise NoTokenIds("the text holds half a surrogate pair") from error
+        except TooManyTokens as error:
+            raise TextTooLong(error.tokens, error.tokens_max) from error
         if ids is None:
             raise NotAtOnce
         return ids
 
-    def encode_chat(self, body: Mapping[str, Any], tokens_max: int | None = None, new_chars_max: int | None = None) -> TokenIds:
+    def encode_chat(
+        self, body: Mapping[str, Any], tokens_max: int | None = None, new_chars_max: int | None = None, tenant: str = ""
+    ) -> TokenIds:
         """Return the ids of a chat request's body. Raises what `encode` does."""
         if self._template is None:
             raise NoTokenIds(self.state.chat_reason)
@@ -151,7 +170,7 @@ class TokenService:
             text = self._template.render(body)
         except ChatNotRendered as error:
             raise NoTokenIds(str(error)) from error
-        return self.encode(text, special, tokens_max, new_chars_max)
+        return self.encode(text, special, tokens_max, new_chars_max, tenant)
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:

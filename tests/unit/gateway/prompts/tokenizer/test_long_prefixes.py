@@ -6,8 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from gateway.block_registry.chain_cache import ChainCache
-from gateway.prompts.tokenizer.encoder import Encoder, make_encoder
-from gateway.prompts.tokenizer.id_cache import IdCache
+from gateway.prompts.tokenizer.encoder import Encoder, EncoderMaker
 from gateway.prompts.tokenizer.long_prefixes import LEAF_CHARS_MIN, PAGE_CHARS_MIN, REPLACED_EVERY, Pages
 from gateway.token_ids import TokenIds
 from tests.unit.gateway.prompts.tokenizer.test_text_cuts import whole
@@ -32,7 +31,7 @@ def leading(pages: Pages, text: str) -> tuple[int, list[TokenIds]]:
 
 def seen(tokenizer: Tokenizer, *texts: str) -> Encoder:
     """An encoder that made pages of these texts: each came twice."""
-    encoder = make_encoder(tokenizer, IdCache(64 << 20))
+    encoder = EncoderMaker(tokenizer)(64 << 20)
     for text in texts * 2:
         encoder.encode(text, False)
     assert len(encoder._pages)
@@ -118,7 +117,7 @@ def test_the_keys_of_pages_are_the_chains() -> None:
 
 def test_what_is_no_page_is_a_leaf_and_gets_the_ids_of_the_whole_however_it_goes_on() -> None:
     tokenizer, text = tokenizer_of("Llama 3"), long_text(5, 3 * LEAF_CHARS_MIN)
-    encoder = make_encoder(tokenizer, IdCache(64 << 20))
+    encoder = EncoderMaker(tokenizer)(64 << 20)
     for tail in (" one", " two"):
         encoder.encode(text + tail, False)
     chars, found = encoder._leaves.leading(text + " three")
@@ -132,7 +131,7 @@ def test_what_is_no_page_is_a_leaf_and_gets_the_ids_of_the_whole_however_it_goes
 
 def test_texts_with_a_beginning_in_common_share_its_leaf() -> None:
     tokenizer, common = tokenizer_of("Llama 3"), long_text(6, 2 * LEAF_CHARS_MIN)
-    encoder = make_encoder(tokenizer, IdCache(64 << 20))
+    encoder = EncoderMaker(tokenizer)(64 << 20)
     texts = [f"{common} {long_text(seed, 3 * LEAF_CHARS_MIN)}" for seed in (7, 8, 9)]
     for text in texts * 3:
         assert encoder.encode(text, False) == whole(tokenizer, text)
@@ -143,7 +142,7 @@ def test_texts_with_a_beginning_in_common_share_its_leaf() -> None:
 
 def test_a_conversation_that_grows_leaf_by_leaf_becomes_pages() -> None:
     tokenizer, text = tokenizer_of("Llama 3"), long_text(10, 3 * PAGE_CHARS_MIN)
-    encoder = make_encoder(tokenizer, IdCache(64 << 20))
+    encoder = EncoderMaker(tokenizer)(64 << 20)
     for end in range(2 * LEAF_CHARS_MIN, len(text), 2 * LEAF_CHARS_MIN):
         for _ in range(2):
             assert encoder.encode(text[:end], False) == whole(tokenizer, text[:end])

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.prompts.tokenizer.encoder import encode_all, make_encoder
-from gateway.prompts.tokenizer.id_cache import IdCache
+from gateway.prompts.tokenizer.encoder import EncoderMaker, encode_all
 from gateway.prompts.tokenizer.short_prefixes import ENTRY_BYTES, HEAD_CHARS_MIN, KEY_CHARS, Heads
 from gateway.token_ids import TokenIds
 from tests.unit.gateway.prompts.tokenizer.test_long_prefixes import long_text
@@ -45,7 +44,7 @@ def test_texts_with_common_beginnings_get_the_ids_of_the_whole(
     kind: str, begins: list[str], texts: list[tuple[int, int, str]], bytes_max: int
 ) -> None:
     tokenizer = tokenizer_of(kind)
-    encoder = make_encoder(tokenizer, IdCache(1 << 20), bytes_max)
+    encoder = EncoderMaker(tokenizer)(1 << 20, bytes_max)
     for number, chars, rest in [*texts, *texts]:
         begin = begins[number % len(begins)]
         text = (begin * 8)[: 2 * KEY_CHARS + chars] + rest
@@ -55,7 +54,7 @@ def test_texts_with_common_beginnings_get_the_ids_of_the_whole(
 @pytest.mark.parametrize("kind", CUT)
 def test_a_text_gets_the_ids_of_the_whole_wherever_it_leaves_its_heads(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
-    encoder = make_encoder(tokenizer, IdCache(1 << 20))
+    encoder = EncoderMaker(tokenizer)(1 << 20)
     source = random.Random(kind)
     for _ in range(300):
         text = SYSTEM + source.choice(DOCUMENTS) + source.choice(ENDS)
@@ -126,7 +125,7 @@ def test_the_memory_is_bounded_and_what_is_not_used_meanwhile_is_forgotten(used:
 
 def test_what_heads_hold_is_not_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_of("Llama 3")
-    encoder = make_encoder(tokenizer, IdCache(1 << 20))
+    encoder = EncoderMaker(tokenizer)(1 << 20)
     known = f"{SYSTEM}The question"
     for tail in (" one", " other"):
         encoder.encode(known + tail, False)

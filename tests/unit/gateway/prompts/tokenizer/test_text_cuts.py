@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
-from gateway.prompts.tokenizer.encoder import cuts_are_exact, encode_all, find_affixes, make_encoder
+from gateway.prompts.tokenizer.encoder import EncoderMaker, cuts_are_exact, encode_all, find_affixes
 from gateway.prompts.tokenizer.id_cache import ENTRY_BYTES, IdCache
 from gateway.prompts.tokenizer.text_cuts import WORD_ENDS, Places, TextCuts, find_cuts
 from gateway.token_ids import TokenIds
@@ -68,7 +68,7 @@ def test_a_text_that_goes_on_begins_with_the_same_chunks(kind: str, first: str, 
 @pytest.mark.parametrize("kind", [*CUT, *WHOLE])
 def test_an_encoder_gives_the_ids_of_the_whole_however_much_of_it_was_seen(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
-    encoder = make_encoder(tokenizer, IdCache(1 << 20))
+    encoder = EncoderMaker(tokenizer)(1 << 20)
     lines = "word Line\n" * 300
     turns = [f"<|im_start|>user\nQuestion {turn}: what's new?\n\n{lines}<|im_end|>\n" for turn in range(6)]
     for special in (False, True):
@@ -79,7 +79,7 @@ def test_an_encoder_gives_the_ids_of_the_whole_however_much_of_it_was_seen(kind:
 
 @pytest.mark.parametrize("kind", CUT)
 def test_kinds_that_can_be_cut_are_cut_at_places_that_texts_have(kind: str) -> None:
-    assert make_encoder(tokenizer_of(kind), IdCache(0))._cuts is not None
+    assert EncoderMaker(tokenizer_of(kind))(0)._cuts is not None
     assert len(cuts_of(kind).sized(100).chunks("A line of words\nAnother <|im_start|>" * 100)) > 20
 
 
@@ -131,7 +131,7 @@ def test_the_trial_at_load_finds_cuts_that_are_not_exact(kind: str) -> None:
 def test_where_the_trial_fails_texts_are_taken_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     inexact = TextCuts(Places(lines=True, words=WORD_ENDS[-1], specials=()))
     monkeypatch.setattr("gateway.prompts.tokenizer.encoder.find_cuts", lambda tokenizer: inexact)
-    assert make_encoder(tokenizer_of("Metaspace"), IdCache(0))._cuts is None
+    assert EncoderMaker(tokenizer_of("Metaspace"))(0)._cuts is None
 
 
 def test_a_text_without_places_is_one_chunk_behind_the_bound() -> None:
@@ -141,7 +141,7 @@ def test_a_text_without_places_is_one_chunk_behind_the_bound() -> None:
 
 
 def test_nothing_is_tokenised_when_more_is_new_than_may_be() -> None:
-    encoder = make_encoder(tokenizer_of("Llama 3"), IdCache(1 << 20))
+    encoder = EncoderMaker(tokenizer_of("Llama 3"))(1 << 20)
     text = "Some words in a line.\n" * 1000
     assert encoder.encode(text, False, new_chars_max=10_000) is None
     ids = encoder.encode(text, False)
@@ -153,7 +153,7 @@ def test_nothing_is_tokenised_when_more_is_new_than_may_be() -> None:
 @pytest.mark.parametrize("kind", ["Llama 3", "Qwen 2"])
 def test_behind_known_text_only_what_is_new_is_tokenised(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_of(kind)
-    encoder = make_encoder(tokenizer, IdCache(1 << 20))
+    encoder = EncoderMaker(tokenizer)(1 << 20)
     known = "The long known line that comes first\n" * 20
     encoder.encode(known + "Another question was asked here before", True)
     tokenised: list[str] = []
