@@ -22,9 +22,9 @@ class StartFailed(Exception):
 
 
 class Pinned:
-    """A process and its children on one core, in its own session. Its output goes to `log`."""
+    """A process and its children on one core, or a list of them, in its own session. Its output goes to `log`."""
 
-    def __init__(self, argv: Sequence[str], core: int, log: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, argv: Sequence[str], core: int | str, log: Path, env: Mapping[str, str]) -> None:
         self.log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(

@@ -129,13 +129,22 @@ class Settings(BaseSettings):
 
     # Bounds of the front door.
     body_bytes_max: int = Field(32 << 20, ge=1024, description="largest request body")
+    body_inline_bytes_max: int = Field(
+        256 << 10, ge=1024, description="larger bodies are decoded, rendered and tokenised in a separate process"
+    )
+    large_body_workers: int = Field(1, ge=1, le=64, description="number of such processes; other large bodies wait")
     bodies_bytes_max: int = Field(1 << 30, ge=1024, description="total size of all request bodies held at once")
     body_seconds_max: float = Field(60.0, gt=0, description="time allowed for receiving a request body")
     header_bytes_max: int = Field(64 << 10, ge=4096, description="largest request head")
     answer_bytes_max: int = Field(
         8 << 20, ge=1024, description="largest answer held back so that it can be retried; larger ones are streamed"
     )
-    requests_in_flight_max: int = Field(1024, ge=1, description="concurrent requests; beyond that clients get 429")
+    requests_in_flight_max: int = Field(
+        1024, ge=1, description="concurrent requests whose bodies have arrived; beyond that clients get 429"
+    )
+    uploads_max: int = Field(
+        1024, ge=1, description="concurrent requests whose bodies are still arriving; beyond that the stalest is ended"
+    )
     retry_attempts_max: int = Field(2, ge=0, le=16, description="other replicas to try when one dies while serving a request")
     eject_failures_max: int = Field(
         3,

@@ -44,6 +44,9 @@ _SAYS_NOTHING: Mapping[str, object] = {
 _TOKENISED = ("prompt", "messages", "input")
 
 _FORBIDDEN = frozenset(FORBIDDEN_FIELDS)
+_PLAIN_PART = {"type", "text"}
+_TENSORS = ("_embeds", "image_pil")
+"""How vLLM's names of such parts end: prompt_embeds, image_embeds, audio_embeds, video_embeds; image_pil is a Python object."""
 _decode = msgspec.json.Decoder().decode
 
 
@@ -118,14 +121,24 @@ def _check_messages(body: dict[str, Any]) -> None:
 
 
 def _check_parts(messages: list[Any]) -> None:
-    """A content part's `uuid` names a cached image, perhaps another tenant's."""
+    """Refuse what reaches into the engine: tensors, and a `uuid`, which names a cached image, perhaps another tenant's."""
     for message in messages:
         if isinstance(message, list):  # a batch of conversations
             _check_parts(message)
         elif isinstance(message, dict) and isinstance(message.get("content"), list):
             for part in message["content"]:
-                if isinstance(part, dict) and part.get("uuid") is not None:
-                    raise UnsupportedParameter("uuid", "media are cached by their content")
+                if isinstance(part, dict) and (part.get("type") != "text" or part.keys() != _PLAIN_PART):
+                    _check_part(part)
+
+
+def _check_part(part: dict[str, Any]) -> None:
+    if part.get("uuid") is not None:
+        raise UnsupportedParameter("uuid", "media are cached by their content")
+    given = [name for name, value in part.items() if value is not None]
+    kind = part.get("type")
+    for name in (*given, kind) if isinstance(kind, str) else given:
+        if name.endswith(_TENSORS):
+            raise UnsupportedParameter(name, "it would put tensors or objects into the engine")
 
 
 def _wrong_type(name: str, wanted: str, value: object) -> InvalidRequest:

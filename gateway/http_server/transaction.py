@@ -41,6 +41,8 @@ class Transaction:
         self.is_event_stream = False
         self.body_bytes = 0
         self._head_left = False
+        self.has_slot = False
+        """Whether it counts as one that is served."""
         self._cycle = cycle = cycle_of(scope)
         self._task = cycle.task
         self.write = cycle.write

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -42,33 +42,72 @@ _GAP_IN_LIST = msgspec.Raw(b"[%b]" % _GAP)
 _encode_around = msgspec.json.Encoder(enc_hook=_leave_out).encode
 
 
-def request_parts(body: dict[str, Any], raw: bytes | None, changes: Mapping[str, Any]) -> list[bytes]:
-    """The request for the engine, `body` with `changes`, in parts to be sent one behind the other.
+Buffer = bytes | memoryview
 
-    `raw` is what `body` was decoded from, None if something was taken out since. If nothing in it is replaced it is passed on
-    as it came, with what is new behind: of a name that occurs twice vLLM takes the last one too. Raises InvalidJson.
+
+class EngineBody(msgspec.Struct, frozen=True, gc=False, eq=False):
+    """What every attempt to serve a request sends alike: all of the client's body that is kept once the request is planned.
+
+    `before`, the prompt's ids if these take the place of a text, and `behind` are a JSON object without its last brace;
+    `is_empty` says that nothing is in it.
     """
-    prompt = changes.get("prompt")
-    if raw is not None and body and prompt is None:
+
+    before: Buffer
+    prompt: TokenIds | None = None
+    behind: Buffer = b""
+    is_empty: bool = False
+
+    def parts(self, changes: Mapping[str, Any]) -> list[Buffer]:
+        """The request for the engine with `changes`, in parts to be sent one behind the other. Raises InvalidJson.
+
+        They come last: of a name that occurs twice vLLM takes the last one.
+        """
+        parts = [self.before]
+        if self.prompt is not None:
+            parts += self.prompt.texts()
+        if self.behind:
+            parts.append(self.behind)
         if not changes:
-            return [raw]
-        parts, rest = [raw[: raw.rindex(b"}")], b","], changes
-        ids = [each for value in changes.values() if type(value) is dict for each in value.values() if type(each) is TokenIds]
-        if ids:
-            before, *behind = _encoded(changes, _encode_around)[1:].split(_GAP)
-            parts.append(before)
-            for known, piece in zip(ids, behind, strict=True):
-                parts += known.texts()
-                parts.append(piece)
+            parts.append(b"}")
             return parts
-    elif isinstance(prompt, TokenIds):
-        rest = {**body, **changes}
-        del rest["prompt"]
-        parts = [b'{"prompt":[', *prompt.texts(), b"]," if rest else b"]"]
-    else:
-        return [_encoded({**body, **changes}, _encode)]
-    parts.append(_encoded(rest, _encode)[1:])
-    return parts
+        if not self.is_empty:
+            parts.append(b",")
+        ids = [each for value in changes.values() if type(value) is dict for each in value.values() if type(each) is TokenIds]
+        if not ids:
+            parts.append(_encoded(changes, _encode)[1:])
+            return parts
+        before, *behind = _encoded(changes, _encode_around)[1:].split(_GAP)
+        parts.append(before)
+        for known, piece in zip(ids, behind, strict=True):
+            parts += known.texts()
+            parts.append(piece)
+        return parts
+
+
+def engine_body(body: dict[str, Any], raw: bytes | None, prompt: Sequence[Any] | None) -> EngineBody:
+    """The client's `body`, with a `prompt` in place of its own if that is not None.
+
+    `raw` is what `body` was decoded from, None if something was taken out since: if nothing in it is replaced it is passed on
+    as it came. Raises InvalidJson.
+    """
+    if prompt is None and raw is not None:
+        return EngineBody(raw[: raw.rindex(b"}")], is_empty=not body)
+    if isinstance(prompt, TokenIds):
+        rest = {name: value for name, value in body.items() if name != "prompt"}
+        return EngineBody(b'{"prompt":[', prompt, b"]," + _encoded(rest, _encode)[1:-1] if rest else b"]")
+    whole = body if prompt is None else {**body, "prompt": prompt}
+    return EngineBody(_encoded(whole, _encode)[:-1], is_empty=not whole)
+
+
+def spliced_body(raw: bytes, span: tuple[int, int], prompt: Sequence[Any] | None) -> EngineBody:
+    """As `engine_body`, of a large body that holds the prompt's value at `span`, and is passed on as it came but for that."""
+    whole, end = memoryview(raw), raw.rindex(b"}")
+    if prompt is None:
+        return EngineBody(whole[:end], is_empty=raw.find(b'"', 0, end) < 0)
+    start, behind = span
+    if isinstance(prompt, TokenIds):
+        return EngineBody(bytes(whole[:start]) + b"[", prompt, b"]" + bytes(whole[behind:end]))
+    return EngineBody(bytes(whole[:start]) + _encode(prompt) + bytes(whole[behind:end]))
 
 
 def _encoded(value: Mapping[str, Any], encode: Callable[[object], bytes]) -> bytes:

@@ -12,6 +12,7 @@ from gateway.errors import InternalError, MethodNotAllowed, UnknownPath
 from gateway.http_server.request_cycle import Asgi, Receive, Scope, Send
 from gateway.http_server.transaction import JSON_LINE, Transaction
 from gateway.relay.relay import PATHS, Relay
+from gateway.tenants.access import caller
 from gateway.tenants.tenants import Tenants
 from gateway.upstream.served_models import ModelsCache
 
@@ -47,7 +48,8 @@ class FrontDoor:
         return self._serve_admin(scope, receive, send)
 
     async def _serve_v1(self, transaction: Transaction) -> None:
-        self._tenants.authenticate(transaction.fields.authorization)
+        caller(self._tenants, transaction.scope, transaction.fields.authorization, transaction.fields.host)
+        self._relay.take_slot(transaction)
         method, path = transaction.scope["method"], transaction.scope["path"]
         is_models = path == MODELS_PATH or path.startswith(MODELS_PATH + "/")
         if path in PATHS:

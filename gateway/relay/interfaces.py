@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from engine.fleet import Replica
 from gateway.api.body import Endpoint
 from gateway.ledger.attempts import Attempt, RequestInfo
+from gateway.prompts.reader import KnownPrompt
 from gateway.tenants.tenants import TenantContext
 
 
@@ -33,8 +34,19 @@ PlanT = TypeVar("PlanT", bound=Plan)
 class PlannerLike(Protocol[PlanT]):
     """Decides which replica gets a request."""
 
-    async def read(self, endpoint: Endpoint, body: dict[str, Any], tenant: TenantContext, *, wanted_replica: str | None) -> Any:
-        """What `decide` needs. Raises ApiError: NoReplicaReady, PromptTooLong, UnknownReplica, ReplicaNotReady."""
+    async def read(
+        self,
+        endpoint: Endpoint,
+        body: dict[str, Any],
+        tenant: TenantContext,
+        *,
+        wanted_replica: str | None,
+        known: KnownPrompt | None = None,
+    ) -> Any:
+        """What `decide` needs; `known` is the prompt if it was read before.
+
+        Raises ApiError: NoReplicaReady, PromptTooLong, UnknownReplica, ReplicaNotReady.
+        """
         ...
 
     def decide(self, request: Any) -> PlanT:

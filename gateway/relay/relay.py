@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
@@ -34,13 +34,16 @@ from gateway.http_server.request_cycle import Scope
 from gateway.http_server.transaction import JSON_LINE, ClientLeft, Transaction
 from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS
+from gateway.prompts.reader import KnownPrompt
 from gateway.relay.answer import Answer, at_hand, pass_on
 from gateway.relay.batching import Batching
-from gateway.relay.engine_body import request_parts
+from gateway.relay.engine_body import EngineBody, engine_body, spliced_body
 from gateway.relay.interfaces import AttemptRecorder, PlannerLike, PlanT
+from gateway.relay.large_bodies import LargeBodies
+from gateway.relay.uploads import Uploads
 from gateway.settings import Settings
-from gateway.tenants.access import AdminAccess
-from gateway.tenants.tenants import Tenants
+from gateway.tenants.access import AdminAccess, caller
+from gateway.tenants.tenants import TenantContext, Tenants
 from gateway.upstream.connection import ConnectionBroke
 from gateway.upstream.pool import LocalShortage, Upstream, UpstreamLost, broken
 from gateway.upstream.served_models import ModelsCache
@@ -78,12 +81,11 @@ class RelayCounters:
 
 
 class RelayedRequest(msgspec.Struct, Generic[PlanT], eq=False):
-    """A request on its way over one replica or more. `raw` is its body as it came, None if something was taken out of it."""
+    """A request on its way over one replica or more."""
 
     transaction: Transaction
     path: str
-    body: dict[str, Any]
-    raw: bytes | None
+    body: EngineBody
     plan: PlanT
     info: RequestInfo
     excluded: frozenset[str] = frozenset()
@@ -104,6 +106,7 @@ class Relay(Generic[PlanT]):
         recorder: AttemptRecorder[PlanT],
         tenants: Tenants,
         access: AdminAccess,
+        large_bodies: LargeBodies | None = None,
     ) -> None:
         self.counters = RelayCounters()
         self.draining = False
@@ -116,8 +119,11 @@ class Relay(Generic[PlanT]):
         self._recorder = recorder
         self._tenants = tenants
         self._access = access
+        self._large_bodies = large_bodies
         self._transactions: set[Transaction] = set()
         self._batching = Batching()
+        self._uploads = Uploads(settings.uploads_max)
+        self._slots_taken = 0
         self._held_bytes = 0
         self._idle = asyncio.Event()  # set when nothing new is taken and all is done
 
@@ -138,8 +144,6 @@ class Relay(Generic[PlanT]):
         try:
             if self.draining:
                 raise Unavailable("The gateway is stopping.")
-            if len(exchanges) >= self._settings.requests_in_flight_max:
-                raise TooManyRequests(self._settings.requests_in_flight_max)
             exchanges.add(transaction)
             await work
         except ApiError as error:
@@ -158,6 +162,7 @@ class Relay(Generic[PlanT]):
             work.close()
             transaction.unwatch()
             self._held_bytes -= transaction.body_bytes
+            self._slots_taken -= transaction.has_slot
             exchanges.discard(transaction)
             if self.draining and not exchanges:
                 self._idle.set()
@@ -201,31 +206,57 @@ class Relay(Generic[PlanT]):
         return self._idle.is_set()
 
     async def _serve(self, endpoint: Endpoint, transaction: Transaction) -> None:
-        tenant = self._tenants.authenticate(transaction.fields.authorization)
-        if transaction.fields.wanted_replica is not None:
+        fields = transaction.fields
+        tenant = caller(self._tenants, transaction.scope, fields.authorization, fields.host)
+        if fields.wanted_replica is not None:
             self._access.check(transaction.scope)
-        if not transaction.fields.is_json:
+        if not fields.is_json:
             raise InvalidRequest("Send the header 'Content-Type: application/json'.", code="invalid_content_type")
         settings = self._settings
         raw = transaction.body_at_hand(self._hold, settings.body_bytes_max)
         if raw is None:
-            raw = await transaction.read_body(self._hold, settings.body_bytes_max, settings.body_seconds_max)
+            raw = await self._upload(transaction, tenant)
+        self.take_slot(transaction)
         transaction.watch()
-        if transaction.fields.encoding is not None:
+        if fields.encoding is not None:
             raw = await transaction.decode_body(raw, self._hold, settings.body_bytes_max)
-        raw = as_utf8(raw)
-        body = decode_body(raw)
-        untouched = raw if check_body(endpoint, body) else None
-        del raw
+        if len(raw) > settings.body_inline_bytes_max and self._large_bodies is not None:
+            body, known, sent = await _read_large(self._large_bodies, endpoint, raw, tenant)
+        else:
+            body, known, sent = _read_small(endpoint, raw)
         model = body.get("model") or ""
         if model and not self._models.lists(model):
             await self._models.card(model)
-        read = await self._planner.read(endpoint, body, tenant, wanted_replica=transaction.fields.wanted_replica)
+        read = await self._planner.read(endpoint, body, tenant, wanted_replica=fields.wanted_replica, known=known)
         if len(self._transactions) > 1:
             await self._batching.wait()
         plan = self._planner.decide(read)
         info = RequestInfo(transaction.request_id, endpoint, tenant.name, model)
-        await self._travel(RelayedRequest(transaction, transaction.scope["path"], body, untouched, plan, info))
+        request = RelayedRequest(transaction, transaction.scope["path"], sent(plan.prompt), plan, info)
+        del raw, body, known, sent, read  # what was decoded is many times what is sent
+        await self._travel(request)
+
+    async def _upload(self, transaction: Transaction, tenant: TenantContext) -> bytes:
+        """Wait for the body, in the account of the tenant, or of the client's address where nobody needs a key."""
+        client = transaction.scope.get("client")
+        whose = client[0] if client and self._tenants.open else tenant.name
+
+        def hold(size: int) -> None:
+            self._hold(size)
+            self._uploads.went_on(whose, transaction)
+
+        self._uploads.begin(whose, transaction)
+        try:
+            return await transaction.read_body(hold, self._settings.body_bytes_max, self._settings.body_seconds_max)
+        finally:
+            self._uploads.end(whose, transaction)
+
+    def take_slot(self, transaction: Transaction) -> None:
+        """All of the request is there: it counts as one that is served until it ends. Raises TooManyRequests."""
+        if self._slots_taken >= self._settings.requests_in_flight_max:
+            raise TooManyRequests(self._settings.requests_in_flight_max)
+        self._slots_taken += 1
+        transaction.has_slot = True
 
     def _hold(self, size: int) -> None:
         if self._held_bytes + size > self._settings.bodies_bytes_max:
@@ -299,13 +330,11 @@ class Relay(Generic[PlanT]):
         """The replica's answer, or None when it was streamed to the client. Raises UpstreamLost."""
         transaction, plan = request.transaction, request.plan
         changes: dict[str, Any] = {}
-        if plan.prompt is not None:
-            changes["prompt"] = plan.prompt
         if plan.cache_salt is not None:
             changes["cache_salt"] = plan.cache_salt
         if plan.kv_transfer_params is not None:
             changes["kv_transfer_params"] = plan.kv_transfer_params
-        parts = request_parts(request.body, request.raw, changes)
+        parts = request.body.parts(changes)
         lines = b"%bx-request-id: %b\r\n%b" % (JSON_LINE, transaction.request_id.encode(), transaction.fields.passed_lines)
         if len(self._transactions) > 1:
             await self._batching.wait()
@@ -325,6 +354,22 @@ class Relay(Generic[PlanT]):
         finally:
             transaction.answering = None
             self._upstream.release(plan.replica, response)
+
+
+Looked = tuple[dict[str, Any], KnownPrompt | None, Callable[[Sequence[Any] | None], EngineBody]]
+"""The fields that planning looks at, the prompt if it was read too, and what makes a replica's body with another prompt."""
+
+
+def _read_small(endpoint: Endpoint, raw: bytes) -> Looked:
+    raw = as_utf8(raw)
+    body = decode_body(raw)
+    untouched = raw if check_body(endpoint, body) else None
+    return body, None, lambda prompt: engine_body(body, untouched, prompt)
+
+
+async def _read_large(bodies: LargeBodies, endpoint: Endpoint, raw: bytes, tenant: TenantContext) -> Looked:
+    body, known, span = await bodies.read(endpoint, raw, tenant.salt)
+    return body, known, lambda prompt: spliced_body(raw, span, prompt)
 
 
 def _outcome(transaction: Transaction, answer: Answer | None, lost: int) -> int:

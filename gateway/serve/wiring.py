@@ -19,6 +19,7 @@ from gateway.planner.planner import Planner
 from gateway.prompts.tokenizer.engine_options import source_from_arguments
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.relay.frontdoor import FrontDoor
+from gateway.relay.large_bodies import LargeBodies
 from gateway.relay.relay import Relay
 from gateway.settings import Settings
 from gateway.stats.view import FleetFigures
@@ -44,9 +45,11 @@ class Door:
     keeper: Keeper
     overdue: OverdueWatch
     figures: FleetFigures
+    large_bodies: LargeBodies
 
     async def close(self) -> None:
         """Close connections and tables."""
+        await self.large_bodies.close()
         await self.models.close()
         await self.upstream.close()
         self.tables.close()
@@ -57,14 +60,26 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: t
     upstream = Upstream(settings)
     models = ModelsCache(fleet, upstream)
     tables = TableDirectory(table_dir)
+    tenants = Tenants(settings.tenants, settings.admin_key)
+    source = source_from_arguments(model, vllm_args)
     tokens = TokenService(
-        source_from_arguments(model, vllm_args), settings.token_cache_bytes_max, settings.text_cache_bytes_max
+        source,
+        settings.token_cache_bytes_max,
+        settings.text_cache_bytes_max,
+        tenants=len(tenants),
     )
     outliers = Outliers(settings.eject_failures_max, settings.eject_seconds_min, settings.eject_seconds_max)
     planner = Planner(fleet, RecentTables(tables), tokens, settings, lambda: models.known, outliers=outliers)
     access = AdminAccess(settings.admin_key)
-    tenants = Tenants(settings.tenants, settings.admin_key)
     recorder = Recorder(Ledger(settings.ledger_requests_max), planner)
+    large_bodies = LargeBodies(
+        source,
+        planner.prompts,
+        workers=settings.large_body_workers,
+        cache_bytes_max=settings.token_cache_bytes_max,
+        texts_bytes_max=settings.text_cache_bytes_max,
+        tenants=len(tenants),
+    )
     relay: Relay[Plan] = Relay(
         settings,
         fleet=fleet,
@@ -74,6 +89,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: t
         recorder=recorder,
         tenants=tenants,
         access=access,
+        large_bodies=large_bodies,
     )
     keeper = Keeper(
         KeptPrefixBook(settings.prefixes_kept_max, settings.prefixes_kept_tokens_max),
@@ -105,4 +121,4 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: t
     )
     app = FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin)
     overdue = OverdueWatch(planner, fleet, upstream.give_up, seconds_min=settings.overdue_seconds_min)
-    return Door(app, relay, models, upstream, planner, tokens, tables, keeper, overdue, figures)
+    return Door(app, relay, models, upstream, planner, tokens, tables, keeper, overdue, figures, large_bodies)

@@ -25,6 +25,8 @@ _JOINED_BYTES_MAX = 64 << 10
 _NO_HEAD = AnswerHead(0, [])
 
 Sink = Callable[[bytes], bool]
+Payload = Sequence[bytes | memoryview]
+"""A request's body, in parts."""
 
 
 class ConnectionBroke(Exception):
@@ -73,7 +75,7 @@ class EngineConnection(asyncio.Protocol):
 
     # Called by the relay.
 
-    async def send(self, head: bytes, body: Sequence[bytes], size: int) -> None:
+    async def send(self, head: bytes, body: Payload, size: int) -> None:
         """Send a request, its body of `size` bytes in parts, and wait for the head of its answer. Raises ConnectionBroke."""
         if self._state is not _IDLE:
             raise ConnectionBroke(self._why)

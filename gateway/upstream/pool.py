@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
 from engine.fleet import Replica
 from gateway.errors import GatewayError, ReplicaTooSlow
 from gateway.settings import Settings
-from gateway.upstream.connection import ConnectionBroke, EngineConnection
+from gateway.upstream.connection import ConnectionBroke, EngineConnection, Payload
 from transport.errors import SHORTAGES
 
 CONTROL_ANSWER_BYTES_MAX = 64 << 20
@@ -52,7 +52,7 @@ class Upstream:
         self._busy: dict[EngineConnection, tuple[str, Waiting | None]] = {}
 
     def post(
-        self, replica: Replica, path: str, lines: bytes, payload: Sequence[bytes], waiting: Waiting | None = None
+        self, replica: Replica, path: str, lines: bytes, payload: Payload, waiting: Waiting | None = None
     ) -> Awaitable[EngineConnection]:
         """Send the request and return the connection when the answer's head is there; the caller gives it to `release`.
 
@@ -71,7 +71,7 @@ class Upstream:
         return exchange if seconds is None else _within(seconds, exchange)
 
     async def _exchange(
-        self, replica: Replica, head: bytes, payload: Sequence[bytes], size: int, waiting: Waiting | None
+        self, replica: Replica, head: bytes, payload: Payload, size: int, waiting: Waiting | None
     ) -> EngineConnection:
         pooled = self._pooled(replica)
         connection = pooled or await self._connect(replica, sent=False)

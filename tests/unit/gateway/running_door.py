@@ -25,6 +25,7 @@ from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.planner.plan import SteeringStats
 from gateway.prompts.tokenizer.service import TokenizerStats
 from gateway.relay.frontdoor import FrontDoor
+from gateway.relay.large_bodies import LargeBodies
 from gateway.relay.relay import Relay
 from gateway.settings import Settings
 from gateway.stats.explain import Explanation, explain
@@ -106,7 +107,7 @@ class FakePlanner:
     plans: list[FakePlan] = field(default_factory=list)
 
     async def read(
-        self, endpoint: str, body: dict[str, Any], tenant: TenantContext, *, wanted_replica: str | None
+        self, endpoint: str, body: dict[str, Any], tenant: TenantContext, *, wanted_replica: str | None, known: object = None
     ) -> tuple[Replica, str | None]:
         if self.error is not None:
             raise self.error
@@ -281,7 +282,7 @@ async def end(process: asyncio.subprocess.Process) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running_door(directory: Path, **values: Any) -> AsyncIterator[Door]:
+async def running_door(directory: Path, large_bodies: LargeBodies | None = None, **values: Any) -> AsyncIterator[Door]:
     """Start a front door without engines; `values` are settings."""
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
@@ -298,6 +299,7 @@ async def running_door(directory: Path, **values: Any) -> AsyncIterator[Door]:
         recorder=recorder,
         tenants=tenants,
         access=access,
+        large_bodies=large_bodies,
     )
     relay.meter = Metrics()
     admin = build_app(

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from gateway.api.body import FORBIDDEN_FIELDS, check_body, decode_body
 from gateway.api.encodings import HALF_PAIRS_BYTES_MAX, as_utf8
+from gateway.api.fields import PASSED_FIELDS
 from gateway.errors import ApiError, UnsupportedParameter
-from gateway.relay.engine_body import request_parts
+from gateway.relay.engine_body import engine_body
 from gateway.token_ids import TokenIds
 
 JSON = st.recursive(
@@ -28,80 +29,6 @@ ENDPOINTS = st.sampled_from(["completions", "chat", "embeddings"])
 
 # The machine may be busy with engines, and the first text that is drawn builds tables.
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-# What a client may send: nothing of it outlives its request or reaches another one. To be weighed one by one.
-ALLOWED_FIELDS = frozenset(
-    [
-        "add_generation_prompt",
-        "add_special_tokens",
-        "allowed_token_ids",
-        "bad_words",
-        "chat_template",
-        "chat_template_kwargs",
-        "continue_final_message",
-        "dimensions",
-        "documents",
-        "echo",
-        "embed_dtype",
-        "encoding_format",
-        "endianness",
-        "frequency_penalty",
-        "ignore_eos",
-        "include_reasoning",
-        "include_stop_str_in_output",
-        "input",
-        "length_penalty",
-        "logit_bias",
-        "logprob_token_ids",
-        "logprobs",
-        "max_completion_tokens",
-        "max_tokens",
-        "messages",
-        "min_p",
-        "min_tokens",
-        "mm_processor_kwargs",
-        "model",
-        "n",
-        "padding",
-        "parallel_tool_calls",
-        "presence_penalty",
-        "prompt",
-        "prompt_logprobs",
-        "reasoning_effort",
-        "repetition_detection",
-        "repetition_penalty",
-        "response_format",
-        "return_assistant_tokens_mask",
-        "return_prompt_text",
-        "return_token_ids",
-        "return_token_offsets",
-        "return_tokens_as_token_ids",
-        "seed",
-        "skip_special_tokens",
-        "spaces_between_special_tokens",
-        "stop",
-        "stop_token_ids",
-        "stream",
-        "stream_interval",
-        "stream_options",
-        "structured_outputs",
-        "suffix",
-        "temperature",
-        "thinking_token_budget",
-        "tool_choice",
-        "tools",
-        "top_k",
-        "top_logprobs",
-        "top_p",
-        "truncate_prompt_tokens",
-        "truncation_side",
-        "use_activation",
-        "use_beam_search",
-        "user",
-        "watermarking",
-    ]
-)
 
 
 def statuses(function: Callable[..., object], *arguments: object) -> tuple[int, object]:
@@ -132,6 +59,11 @@ def test_what_is_not_looked_at_comes_out_as_it_came_in(body: dict[str, Any]) -> 
     # A lone surrogate has no bytes, and a huge integer no place in the encoder.
     status, parts = statuses(request_parts, body, None, {})
     assert status == 400 or (isinstance(parts, list) and decode_body(b"".join(parts)) == body)
+
+
+def request_parts(body: dict[str, Any], raw: bytes | None, changes: dict[str, Any]) -> list[Any]:
+    rest = {name: value for name, value in changes.items() if name != "prompt"}
+    return engine_body(body, raw, changes.get("prompt")).parts(rest)
 
 
 @PATIENT
@@ -166,10 +98,10 @@ def test_token_ids_take_the_place_of_a_text(body: dict[str, Any], ids: list[int]
 def test_token_ids_are_put_where_a_chats_are(ids: TokenIds, raw: bytes | None) -> None:
     changes = {
         "cache_salt": "\0",
-        "kv_transfer_params": {"tag": 1, "ids": ids, "more": [ids] if raw is None else []},
+        "kv_transfer_params": {"tag": 1, "ids": ids, "more": []},
         "z": {"ids": ids},
     }
-    told = {"tag": 1, "ids": ids.tolist(), "more": [ids.tolist()] if raw is None else []}
+    told = {"tag": 1, "ids": ids.tolist(), "more": []}
     found = json.loads(b"".join(request_parts({"n": "\0"}, raw, changes)))
     assert found == {"n": "\0", "cache_salt": "\0", "kv_transfer_params": told, "z": {"ids": ids.tolist()}}
 
@@ -184,7 +116,7 @@ def test_joined_ids_are_sent_part_by_part() -> None:
 
 def test_an_untouched_body_is_passed_on_as_it_came() -> None:
     raw = b' {"a" : 1.50, "a":"\\u0041}" }\n'
-    assert request_parts(decode_body(raw), raw, {}) == [raw]
+    assert b"".join(request_parts(decode_body(raw), raw, {})) == raw.rstrip()
     salted = b"".join(request_parts(decode_body(raw), raw, {"cache_salt": "s"}))
     assert salted == b' {"a" : 1.50, "a":"\\u0041}" ,"cache_salt":"s"}'
 
@@ -221,6 +153,41 @@ def test_every_conversation_of_a_batch_is_looked_at() -> None:
         check_body("embeddings", {"input": [{"role": "user", "content": [part]}]})
 
 
+# Kinds of content parts, to be weighed one by one as the fields are: texts, and media that the engine decodes by itself.
+ALLOWED_PARTS = frozenset(
+    [
+        *("text", "thinking", "input_text", "output_text", "refusal", "tool_reference"),
+        *("input_image", "image_url", "audio_url", "input_audio", "video_url"),
+    ]
+)
+TENSOR_PARTS = ("prompt_embeds", "image_embeds", "audio_embeds", "video_embeds", "image_pil")
+
+
+@pytest.mark.parametrize("kind", TENSOR_PARTS)
+def test_a_part_that_puts_tensors_into_the_engine_is_refused(kind: str) -> None:
+    parts: list[dict[str, Any]] = [
+        {"type": kind, "data": "AAAA"},
+        {"type": kind, "text": "x"},
+        {kind: "AAAA"},
+        {"type": "text", "text": "x", kind: "AAAA"},
+    ]
+    for part in parts:
+        body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, part]}]}
+        with pytest.raises(UnsupportedParameter, match=kind):
+            check_body("chat", body)
+
+
+@pytest.mark.parametrize("kind", sorted(ALLOWED_PARTS))
+def test_texts_and_media_are_parts_that_a_client_may_send(kind: str) -> None:
+    assert check_body("chat", {"messages": [{"role": "user", "content": [{"type": kind, "text": "x"}, "plain"]}]})
+
+
+def test_every_kind_of_part_of_the_installed_vllm_was_weighed() -> None:
+    pytest.importorskip("vllm")
+    kinds = importlib.import_module("vllm.renderers.chat_utils").MM_PARSER_MAP.keys()
+    assert kinds == ALLOWED_PARTS | set(TENSOR_PARTS)
+
+
 @pytest.mark.parametrize(
     ("module", "models"),
     [
@@ -237,8 +204,8 @@ def test_every_field_of_the_installed_vllm_was_weighed(module: str, models: list
     for model in found:
         names = set(model.model_fields)
         aliases = {str(alias) for info in model.model_fields.values() for alias in (info.alias, info.validation_alias) if alias}
-        assert names | aliases <= ALLOWED_FIELDS | FORBIDDEN_FIELDS.keys(), model
+        assert names | aliases <= PASSED_FIELDS | FORBIDDEN_FIELDS.keys(), model
 
 
 def test_no_field_is_both_allowed_and_forbidden() -> None:
-    assert not ALLOWED_FIELDS & FORBIDDEN_FIELDS.keys()
+    assert not PASSED_FIELDS & FORBIDDEN_FIELDS.keys()

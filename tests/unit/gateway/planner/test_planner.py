@@ -15,7 +15,7 @@ from gateway.planner.planner import Planner
 from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TokenService
-from gateway.relay.engine_body import request_parts
+from gateway.relay.engine_body import engine_body
 from gateway.steering.steer import Choice
 from gateway.tenants.tenants import ANONYMOUS, TenantContext
 from gateway.upstream.served_models import ServedModels
@@ -150,7 +150,7 @@ async def test_a_chats_ids_go_with_it_to_an_engine_that_takes_them(place: Place)
 
     assert await sent("c") == place.tokens.encode_chat({"messages": [{"role": "user", "content": "this"}]})
     params = {"kv_transfer_params": {"prompt_token_ids": await sent("c")}}
-    assert b'"prompt_token_ids":[0,' in b"".join(request_parts({}, None, params))
+    assert b'"prompt_token_ids":[0,' in b"".join(engine_body({}, None, None).parts(params))
     assert [await sent("d"), await sent("a"), await sent("c", echo=True)] == [None, None, None]
     assert [await sent("c", return_prompt_text=True), await sent("c", a_field_of_tomorrow=1)] == [None, None]
     place.planner.prompts.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.DEGRADED))

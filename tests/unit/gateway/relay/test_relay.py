@@ -665,8 +665,8 @@ async def test_bodies_over_the_bound_in_all_get_503_and_the_bytes_are_given_back
 async def test_a_body_that_never_ends_is_408(tmp_path: Path) -> None:
     async with running_door(tmp_path, body_seconds_max=0.2) as door:
         reader, writer = await asyncio.open_connection("127.0.0.1", door.port)
-        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
-        writer.write(head.encode())
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        writer.write(head + b"content-length: 100\r\n\r\n{")
         assert b" 408 " in await reader.readline()
         writer.close()
 

@@ -1,0 +1,135 @@
+"""Large bodies are read in processes of their own: one that is decoded, rendered and tokenised here would hold up all others.
+
+Nothing that does so gives up the interpreter's lock: 31 MB of JSON take 0.1 to 0.5 s to pass over, ten times that to decode.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import sys
+from typing import Any, NamedTuple
+
+import msgspec
+
+from gateway.api.body import Endpoint
+from gateway.api.large_body import Span
+from gateway.errors import ApiError, Unavailable
+from gateway.prompts.reader import KnownPrompt, PromptReader
+from gateway.prompts.tokenizer.model_files import TokenizerSource
+from gateway.relay.large_body_jobs import LENGTH_BYTES, Job, Reading, Refusal, Setup
+
+SLICE_BYTES = 256 << 10
+"""So much of a body is handed over at a time, for others to have their turn."""
+MEMORY_BYTES_MAX = 3 << 30
+"""Of such a process: 31 MB of JSON, decoded, take up to 1 GiB, and a tokenizer and its caches up to as much."""
+_WORKER = ("-m", "gateway.relay.large_body_worker")
+_logger = logging.getLogger(__name__)
+_answers = msgspec.msgpack.Decoder(Reading | Refusal)
+
+
+class LargeBody(NamedTuple):
+    """`fields` are those that the planner looks at, `span` is where the prompt's value is in the body."""
+
+    fields: dict[str, Any]
+    known: KnownPrompt
+    span: Span
+
+
+class LargeBodies:
+    """At most `workers` processes, each started when it is first needed. Belongs to one event loop.
+
+    Bodies wait for one in turn, as the bytes that they are.
+    """
+
+    def __init__(
+        self,
+        source: TokenizerSource,
+        prompts: PromptReader,
+        *,
+        workers: int,
+        cache_bytes_max: int,
+        texts_bytes_max: int,
+        tenants: int,
+    ) -> None:
+        self._setup = Setup(dataclasses.asdict(source), cache_bytes_max, texts_bytes_max, tenants, MEMORY_BYTES_MAX)
+        self._prompts = prompts
+        self._free = asyncio.Semaphore(workers)
+        self._idle: list[asyncio.subprocess.Process] = []
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def read(self, endpoint: Endpoint, raw: bytes, tenant: str) -> LargeBody:
+        """What is known of a body of a tenant, named by its salt. Raises ApiError: the client's errors, and Unavailable."""
+        parity = self._prompts.parity
+        job = Job(endpoint, tenant, len(raw), parity.completions.parity, parity.chat.parity, self._prompts.context_tokens())
+        await self._free.acquire()
+        task = asyncio.create_task(self._work(job, raw))
+        self._running.add(task)
+        task.add_done_callback(self._done)
+        answer, parts = await asyncio.shield(task)  # a client that leaves shall not cost the next one a process
+        if isinstance(answer, Refusal):
+            told = {name: getattr(answer, name) for name in ("status", "type", "code", "param", "headers")}
+            raise ApiError(answer.message, **told)
+        return LargeBody(answer.fields, answer.known(parts), answer.span)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        self._free.release()
+        if not task.cancelled():
+            task.exception()  # whoever waits for it gets it; if nobody does, it was logged
+
+    async def _work(self, job: Job, raw: bytes) -> tuple[Reading | Refusal, list[bytes]]:
+        process = self._idle.pop() if self._idle else await self._start()
+        try:
+            answer = await _asked(process, job, raw)
+        except (OSError, EOFError, msgspec.MsgspecError) as error:
+            _logger.error("the process that reads large bodies ended: %s: %s", type(error).__name__, error)
+            raise Unavailable("The body could not be read. Send it again, or a smaller one.") from None
+        except BaseException:
+            process.kill()
+            raise
+        self._idle.append(process)
+        return answer
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *_WORKER,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in the terminal is for the gateway, which ends its processes last
+        )
+        _send(process, self._setup)
+        return process
+
+    async def close(self) -> None:
+        """End the processes."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        for process in self._idle:
+            process.kill()
+            await process.wait()
+        self._idle.clear()
+
+
+async def _asked(process: asyncio.subprocess.Process, job: Job, raw: bytes) -> tuple[Reading | Refusal, list[bytes]]:
+    """The answer to a job. Raises OSError, EOFError and MsgspecError when there is none."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    _send(process, job)
+    whole = memoryview(raw)
+    for start in range(0, len(whole), SLICE_BYTES):
+        process.stdin.write(whole[start : start + SLICE_BYTES])
+        await process.stdin.drain()
+    read = process.stdout.readexactly
+    answer = _answers.decode(await read(int.from_bytes(await read(LENGTH_BYTES), "little")))
+    parts = [await read(size) for size in answer.ids] if isinstance(answer, Reading) else []
+    return answer, parts
+
+
+def _send(process: asyncio.subprocess.Process, frame: Setup | Job) -> None:
+    assert process.stdin is not None
+    content = msgspec.msgpack.encode(frame)
+    process.stdin.write(len(content).to_bytes(LENGTH_BYTES, "little") + content)

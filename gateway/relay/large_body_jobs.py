@@ -1,0 +1,95 @@
+"""What the gateway and the process that reads large bodies tell each other: frames of MessagePack, and bytes behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from gateway.api.body import Endpoint
+from gateway.api.large_body import Span
+from gateway.prompts.parity import Parity
+from gateway.prompts.reader import KnownPrompt
+from gateway.token_ids import TokenIds
+
+LENGTH_BYTES = 4
+"""Before each frame, its length, little-endian."""
+
+
+class Setup(msgspec.Struct):
+    """The first frame: which tokenizer, and how much is remembered of what it did. `source` is a TokenizerSource's fields."""
+
+    source: dict[str, Any]
+    cache_bytes_max: int
+    texts_bytes_max: int
+    tenants: int
+    memory_bytes_max: int
+
+
+class Job(msgspec.Struct):
+    """A body of `size` bytes, which follow, with what is known by now of the engine's token ids and its longest prompt."""
+
+    endpoint: Endpoint
+    tenant: str
+    size: int
+    completions: Parity
+    chat: Parity
+    context_tokens: int | None
+
+
+class Refusal(msgspec.Struct, tag=True, tag_field="kind"):
+    """The client's error."""
+
+    message: str
+    status: int
+    type: str
+    code: str | None
+    param: str | None
+    headers: dict[str, str]
+
+
+class Reading(msgspec.Struct, tag=True, tag_field="kind"):
+    """What is known of a body. Of each prompt the ids follow, and the ids in decimals, of as many bytes as `ids` says.
+
+    `steering` is the place of those that the request is steered by.
+
+    `fields` are those that the planner looks at, `span` is where the prompt's value is in the body. The rest as in KnownPrompt.
+    """
+
+    fields: dict[str, Any]
+    span: Span
+    ids: list[int]
+    steering: int | None
+    sent: str
+    certain: bool
+    cacheable: bool
+    count: int
+    tokens: int
+    why_unknown: str
+    chat_ids: bool
+
+    @classmethod
+    def of(cls, fields: dict[str, Any], span: Span, known: KnownPrompt) -> tuple[Reading, list[bytes]]:
+        """The frame and what follows it."""
+        sent, kind = [], "nothing"
+        if isinstance(known.sent, TokenIds):
+            sent, kind = [known.sent], "one"
+        elif known.sent is not None:
+            sent, kind = list(known.sent), "list"
+        place = None
+        if known.ids is not None:
+            place = next((at for at, ids in enumerate(sent) if ids is known.ids), len(sent))
+            sent += [known.ids] * (place == len(sent))
+        parts = [part for ids in sent for part in (ids.raw, ids.text)]
+        lengths = list(map(len, parts))
+        told = (known.certain, known.cacheable, known.count, known.tokens, known.why_unknown, known.chat_ids)
+        return cls(fields, span, lengths, place, kind, *told), parts
+
+    def known(self, parts: Sequence[bytes]) -> KnownPrompt:
+        """The prompt again, of what followed the frame."""
+        prompts = [TokenIds(raw, text=text) for raw, text in zip(parts[::2], parts[1::2], strict=True)]
+        ids = None if self.steering is None else prompts[self.steering]
+        sent: Sequence[Any] | None = None if self.sent == "nothing" else prompts[0] if self.sent == "one" else prompts
+        told = (self.certain, self.cacheable, self.count, self.tokens, self.why_unknown, self.chat_ids)
+        return KnownPrompt(ids, sent, *told)

@@ -1,0 +1,98 @@
+"""`python -m gateway.relay.large_body_worker`: the process that reads large bodies, one behind the other.
+
+It decodes them, renders chats and tokenises prompts with a tokenizer of its own, and ends when its standard input does. Frames
+are those of large_body_jobs.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import sys
+from typing import Any, BinaryIO
+
+import msgspec
+
+from gateway.api.large_body import read_large_body
+from gateway.errors import ApiError, InvalidRequest
+from gateway.prompts.parity import KindVerdict, ParityVerdict
+from gateway.prompts.reader import PromptReader
+from gateway.prompts.tokenizer.model_files import TokenizerSource
+from gateway.prompts.tokenizer.service import TokenService
+from gateway.relay.large_body_jobs import LENGTH_BYTES, Job, Reading, Refusal, Setup
+
+NICENESS = 5
+"""Who sends a large body waits for it, so that those who send small ones need not."""
+PLANNED_FIELDS = ("model", "stream", "prompt_cache_key")
+"""What the planner looks at beside the prompt. Longer values than PLANNED_CHARS_MAX say nothing."""
+PLANNED_CHARS_MAX = 4096
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def main() -> None:
+    """Answer jobs until there are no more."""
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    os.nice(NICENESS)
+    sys.stdout = sys.stderr  # what a library prints is no frame
+    setup = msgspec.msgpack.decode(_frame(source), type=Setup)
+    tokens = TokenService(TokenizerSource(**setup.source), setup.cache_bytes_max, setup.texts_bytes_max, setup.tenants)
+    reader = PromptReader(tokens, 0, lambda: None)
+    resource.setrlimit(resource.RLIMIT_DATA, (setup.memory_bytes_max, setup.memory_bytes_max))
+    jobs = msgspec.msgpack.Decoder(Job)
+    while frame := _frame(source):
+        job = jobs.decode(frame)
+        tokens.load()  # unless that was done
+        answer, parts = _answer(reader, job, _exactly(source, job.size))
+        content = _encode(answer)
+        sink.writelines((len(content).to_bytes(LENGTH_BYTES, "little"), content, *parts))
+        sink.flush()
+        del answer, parts
+        _give_memory_back()
+
+
+def _answer(reader: PromptReader, job: Job, raw: bytes) -> tuple[Reading | Refusal, list[bytes]]:
+    try:
+        body, span = read_large_body(job.endpoint, raw)
+        completions, chat = KindVerdict(job.completions), KindVerdict(job.chat)
+        reader.parity = ParityVerdict(completions, chat, context_tokens=job.context_tokens)
+        known = reader.read_here(job.endpoint, body, job.tenant)
+        fields = {name: body[name] for name in PLANNED_FIELDS if _is_short(body.get(name))}
+        return Reading.of(fields, span, known)
+    except ApiError as error:
+        return _refusal(error), []
+    except MemoryError:
+        return _refusal(InvalidRequest("The body holds more values than are taken in.", status=413, code="body_too_large")), []
+
+
+def _refusal(error: ApiError) -> Refusal:
+    return Refusal(error.message, error.status, error.type, error.code, error.param, error.headers)
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and len(value) <= PLANNED_CHARS_MAX)
+
+
+def _frame(source: BinaryIO) -> bytes:
+    """The next frame; empty at the end."""
+    length = source.read(LENGTH_BYTES)
+    return _exactly(source, int.from_bytes(length, "little")) if len(length) == LENGTH_BYTES else b""
+
+
+def _exactly(source: BinaryIO, size: int) -> bytes:
+    content = source.read(size)
+    if len(content) < size:
+        sys.exit(0)
+    return content
+
+
+def _give_memory_back() -> None:
+    """A decoded body took many times what anything else here does."""
+    with contextlib.suppress(AttributeError, OSError):  # of glibc alone
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Large bodies are read in a process of their own, with the result that reading them here would have."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.api.body import Endpoint
+from gateway.errors import ApiError, PromptTooLong, Unavailable
+from gateway.prompts.parity import KindVerdict, Parity
+from gateway.prompts.reader import KnownPrompt, PromptReader
+from gateway.prompts.tokenizer import encoder as encoders
+from gateway.prompts.tokenizer.model_files import TokenizerSource
+from gateway.prompts.tokenizer.service import TextTooLong, TokenService
+from gateway.relay.large_bodies import LargeBodies
+from gateway.token_ids import TokenIds
+from tests.unit.gateway.prompts.tiny_model import make_model
+from tests.unit.gateway.prompts.tokenizer.tokenizer_kinds import tokenizer_of
+from tests.unit.gateway.running_door import running_door, until
+
+EXACT = KindVerdict(Parity.EXACT)
+CONTEXT_TOKENS = 4096
+
+
+class Place:
+    """A reader here, and one in another process."""
+
+    def __init__(self, model: Path) -> None:
+        source = TokenizerSource(str(model))
+        self.tokens = TokenService(source)
+        assert self.tokens.load().loaded
+        self.here = PromptReader(self.tokens, 1 << 20, lambda: None)
+        self.here.parity = replace(self.here.parity, completions=EXACT, chat=EXACT, context_tokens=CONTEXT_TOKENS)
+        self.there = LargeBodies(source, self.here, workers=1, cache_bytes_max=1 << 20, texts_bytes_max=1 << 20, tenants=1)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.there._idle]
+
+    async def read(self, endpoint: Endpoint, body: dict[str, Any]) -> Any:
+        return await self.there.read(endpoint, json.dumps(body).encode(), "")
+
+
+@pytest.fixture
+async def place(tmp_path: Path) -> AsyncIterator[Place]:
+    place = Place(make_model(tmp_path / "model"))
+    yield place
+    await place.there.close()
+
+
+def in_words(known: KnownPrompt) -> dict[str, Any]:
+    """A known prompt as plain values."""
+    values = {name: getattr(known, name) for name in KnownPrompt.__struct_fields__}
+    for name in ("ids", "sent"):
+        if isinstance(values[name], TokenIds):
+            values[name] = values[name].tolist()
+        elif values[name] is not None:
+            values[name] = [ids.tolist() for ids in values[name]]
+    return values
+
+
+BODIES: list[tuple[Endpoint, dict[str, Any]]] = [
+    ("completions", {"prompt": "hello there", "stream": True, "model": "m", "prompt_cache_key": "k", "unknown": [{}] * 1000}),
+    ("completions", {"prompt": ["hello", "a longer one", "b"]}),
+    ("completions", {"prompt": [1, 2, 3]}),
+    ("completions", {"prompt": [[1, 2], [3, 4, 5]]}),
+    ("completions", {"prompt": "hello there", "echo": True, "logprobs": 1}),
+    ("completions", {"prompt": "hello there", "truncate_prompt_tokens": 2}),
+    ("chat", {"messages": [{"role": "user", "content": "how are you?"}]}),
+    ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}),
+    ("embeddings", {"input": "some text " * 20}),
+]
+
+
+async def test_what_is_known_of_a_large_body_is_what_would_be_known_here(place: Place) -> None:
+    for endpoint, body in BODIES:
+        found = await place.read(endpoint, body)
+        assert in_words(found.known) == in_words(await place.here.read(endpoint, body)), body
+        assert found.fields == {name: body[name] for name in ("model", "stream", "prompt_cache_key") if name in body}
+    assert len(place.pids) == 1
+
+
+async def test_a_clients_error_is_the_same_there(place: Place) -> None:
+    for endpoint, body in [
+        ("completions", {"prompt": "x", "cache_salt": "mine"}),
+        ("completions", {"prompt": 7}),
+        ("completions", {"prompt": "ab " * CONTEXT_TOKENS}),
+        ("chat", {"messages": [{"role": "user", "content": [{"type": "prompt_embeds", "data": "x"}]}]}),
+    ]:
+        with pytest.raises(ApiError) as there:
+            await place.read(endpoint, body)  # type: ignore[arg-type]
+        assert 400 <= there.value.status < 500
+        assert there.value.param in (*body, "prompt_embeds")
+    with pytest.raises(ApiError) as too_long:
+        await place.read("completions", {"prompt": "ab " * CONTEXT_TOKENS})
+    assert too_long.value.code == PromptTooLong.code
+
+
+async def test_a_process_that_dies_costs_the_body_that_it_read_and_no_other(place: Place) -> None:
+    await place.read("completions", {"prompt": "x"})
+    (process,) = place.there._idle
+    process.kill()
+    await process.wait()
+    with pytest.raises(Unavailable):
+        await place.read("completions", {"prompt": "x"})
+    assert (await place.read("completions", {"prompt": "x"})).known.tokens > 0
+    assert place.pids != [process.pid]
+
+
+async def test_a_client_that_leaves_costs_no_process(place: Place) -> None:
+    await place.read("completions", {"prompt": "x"})
+    before = place.pids
+    leaving = asyncio.create_task(place.read("completions", {"prompt": "x " * 100_000}))
+    await until(lambda: place.there._running)
+    leaving.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await leaving
+    assert (await place.read("completions", {"prompt": "y"})).known.tokens > 0
+    assert place.pids == before
+
+
+@pytest.mark.parametrize("ids", [None, TokenIds.of([5, 6, 7])])
+async def test_a_large_body_reaches_the_replica_as_a_small_one_does(place: Place, tmp_path: Path, ids: Any) -> None:
+    async with running_door(tmp_path, place.there, body_inline_bytes_max=1024) as door:
+        await door.add_engine("replica-0")
+        door.planner.prompt = ids
+        body = {"model": "fake-model", "prompt": "some words " * 150, "max_tokens": 1, "user": "somebody"}
+        status, answer, _ = await door.post("/v1/completions", body)
+        assert status == 200, answer
+        (request,) = (await door.seen("replica-0"))["requests"]
+        assert request["body"] == {
+            **body,
+            "prompt": body["prompt"] if ids is None else ids.tolist(),
+            "kv_transfer_params": {"peerkv": {"source": "", "tag": "t"}},
+        }
+        status, answer, _ = await door.post("/v1/completions", {**body, "priority": 5})
+        assert (status, answer["error"]["code"]) == (400, "unsupported_parameter")
+    assert len(place.pids) == 1
+
+
+def test_a_text_beyond_the_limit_is_tokenised_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = TokenService(TokenizerSource(str(make_model(tmp_path, tokenizer=tokenizer_of("Llama 3")))))
+    assert service.load().loaded
+    counted, encode_all = 0, encoders.encode_all
+
+    def counting(tokenizer: Any, texts: list[str], special: bool) -> Any:
+        nonlocal counted
+        counted += sum(map(len, texts))
+        return encode_all(tokenizer, texts, special)
+
+    monkeypatch.setattr(encoders, "encode_all", counting)
+    text = "\n".join(f"line {number} of a long text" for number in range(100_000))
+    with pytest.raises(TextTooLong) as error:
+        service.encode(text, tokens_max=len(text) // service._chars_per_token_max + 1)
+    assert error.value.tokens_min > error.value.tokens_max
+    assert counted < 2 * encoders.GROUP_CHARS < len(text) / 2
+
+
+def test_a_long_text_has_the_same_ids_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = (
+        make_model(tmp_path, tokenizer=tokenizer_of("Llama 3")),
+        "\n".join(f"line {n} of a text" for n in range(5_000)),
+    )
+    whole, grouped = TokenService(TokenizerSource(str(model))), TokenService(TokenizerSource(str(model)))
+    assert whole.load().loaded
+    assert grouped.load().loaded
+    expected = whole.encode(text).tolist()
+    monkeypatch.setattr(encoders, "GROUP_CHARS", 10_000)
+    for _ in range(4):  # then its pages are known
+        assert grouped.encode(text).tolist() == expected

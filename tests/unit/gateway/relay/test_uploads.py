@@ -1,0 +1,96 @@
+"""Heads whose bodies do not come: whoever sends them, others are served."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from gateway.settings import Tenant
+from tests.unit.gateway.running_door import Door, running_door, until
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+BODY = json.dumps({"model": "fake-model", "prompt": "hello", "max_tokens": 1}).encode()
+UPLOADS_MAX = 16
+KEYS = tuple(Tenant(name=name, api_key=SecretStr(f"key-of-{name}-1")) for name in "ab")
+
+
+class Upload:
+    """A request whose head was sent."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        self._reader = reader
+
+    async def status(self) -> int:
+        async with asyncio.timeout(15):
+            return int((await self._reader.readline()).split()[1])
+
+
+@contextlib.asynccontextmanager
+async def uploads(door: Door, count: int, line: bytes = b"") -> AsyncIterator[list[Upload]]:
+    """So many heads without bodies, one behind the other."""
+    begun: list[Upload] = []
+    try:
+        for _ in range(count):
+            upload = Upload(*await asyncio.open_connection("127.0.0.1", door.port))
+            before = door.relay.counters.requests
+            upload.writer.write(HEAD + line + b"content-length: %d\r\n\r\n" % len(BODY))
+            await until(lambda before=before: door.relay.counters.requests > before)  # type: ignore[misc]
+            begun.append(upload)
+        yield begun
+    finally:
+        for upload in begun:
+            upload.writer.close()
+
+
+async def test_heads_without_bodies_take_no_request_its_place(tmp_path: Path) -> None:
+    async with running_door(tmp_path, uploads_max=UPLOADS_MAX, requests_in_flight_max=2) as door:
+        await door.add_engine("replica-0")
+        async with uploads(door, UPLOADS_MAX) as held:
+            for _ in range(UPLOADS_MAX):  # by a client that sends head and body apart
+                assert (await door.post("/v1/completions", json.loads(BODY)))[0] == 200
+            assert (await door.get("/v1/models"))[0] == 200
+            held[-1].writer.write(BODY)
+            assert await held[-1].status() == 200
+
+
+async def test_of_too_many_uploads_the_one_of_which_nothing_came_for_longest_ends(tmp_path: Path) -> None:
+    async with running_door(tmp_path, uploads_max=UPLOADS_MAX) as door:
+        await door.add_engine("replica-0")
+        async with uploads(door, UPLOADS_MAX) as held:
+            taken = door.relay._held_bytes
+            held[0].writer.write(BODY[:1])
+            await until(lambda: door.relay._held_bytes > taken)
+            async with uploads(door, 1):
+                assert await held[1].status() == 408
+                for upload in (held[0], held[-1]):
+                    upload.writer.write(BODY[1:] if upload is held[0] else BODY)
+                    assert await upload.status() == 200
+
+
+async def test_a_tenants_uploads_cost_no_other_tenant_one(tmp_path: Path) -> None:
+    async with running_door(tmp_path, uploads_max=UPLOADS_MAX, tenants=KEYS) as door:
+        await door.add_engine("replica-0")
+        of_b, of_a = (b"authorization: Bearer key-of-%b-1\r\n" % name for name in (b"b", b"a"))
+        async with uploads(door, 2, of_b) as others, uploads(door, 3 * UPLOADS_MAX, of_a) as many:
+            assert await many[0].status() == 408
+            for other in others:
+                other.writer.write(BODY)
+                assert await other.status() == 200
+
+
+async def test_uploads_that_end_in_any_way_are_no_longer_counted(tmp_path: Path) -> None:
+    async with running_door(tmp_path, uploads_max=UPLOADS_MAX, body_seconds_max=0.5) as door:
+        await door.add_engine("replica-0")
+        async with uploads(door, 3) as held:
+            assert len(door.relay._uploads) == 3
+            held[0].writer.write(BODY)
+            assert await held[0].status() == 200
+            held[1].writer.close()
+            assert await held[2].status() == 408
+        await until(lambda: len(door.relay._uploads) == door.relay.in_flight == door.relay._held_bytes == 0)
