@@ -42,6 +42,12 @@ class Started:
             tail = self._log.read_text(errors="replace")[-LOG_CHARS_SHOWN:]
             raise StartFailed(f"{'it ended' if ended else 'it did not become ready'}; its log: {tail}{more}")
 
+    def kill(self) -> None:
+        """Kill it and its session at once, as a crash would."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
     def end(self) -> None:
         """Stop it, by force if necessary."""
         for number in (signal.SIGTERM, signal.SIGKILL):
