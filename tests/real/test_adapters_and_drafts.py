@@ -1,0 +1,98 @@
+"""Real LoRA adapters, each with KV of its own, and speculative decoding, whose drafts nobody else ever sees."""
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.real.families import Family, tokens
+from tests.tiny_models import BASE
+from transport.keys import chain_keys, root_key
+
+BLOCK, RANK, LAYERS = 32, 8, 3
+LENGTH = 10 * BLOCK + 9
+WHOLE = 10 * BLOCK
+
+
+def write_adapter(folder: Path, seed: int) -> str:
+    """A rank-8 adapter of all attention's queries and values, with random weights, large beside the model's dummies."""
+    folder.mkdir(parents=True)
+    about = {"peft_type": "LORA", "r": RANK, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(about | {"task_type": "CAUSAL_LM"}))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(LAYERS):
+        for name, out in (("q_proj", 128), ("v_proj", 64)):
+            where = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{where}.lora_A.weight"] = torch.randn(RANK, BASE["hidden_size"], generator=generator) * 8
+            weights[f"{where}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 8
+    save_file(weights, folder / "adapter_model.safetensors")
+    return str(folder)
+
+
+@pytest.fixture
+def adapted(tmp_path) -> Iterator[Family]:
+    made = Family(tmp_path, "llama", block_size=BLOCK, enable_lora=True, max_lora_rank=RANK, max_loras=2)
+    try:
+        made.start("a", "b")
+        yield made
+    finally:
+        made.close()
+
+
+def test_each_adapter_has_kv_of_its_own_and_imports_that(adapted, tmp_path):
+    one = ("one", 1, write_adapter(tmp_path / "one", 1))
+    two = ("two", 2, write_adapter(tmp_path / "two", 2))
+    ids = tokens(LENGTH, 1)
+    cold = {lora: adapted.ask("a", ids, lora=lora) for lora in (None, one, two)}
+    assert [answer.cached for answer in cold.values()] == [0, 0, 0]
+    assert len({str(answer.logprobs) for answer in cold.values()}) == 3  # they do change the answer
+    for lora in cold:
+        with adapted.counting("b") as counted:
+            imported = adapted.ask("b", ids, lora=lora)
+        assert counted["peer_tokens_shared_memory"] == imported.cached == WHOLE
+        assert imported.same_as(adapted.ask("b", ids, lora=lora))
+        assert imported.same_as(adapted.ask("a", ids, lora=lora))
+
+
+def test_an_adapter_of_the_same_name_with_other_weights_imports_nothing(adapted, tmp_path):
+    one = ("name", 1, write_adapter(tmp_path / "first", 1))
+    other = ("name", 1, write_adapter(tmp_path / "second", 2))
+    ids = tokens(LENGTH, 2)
+    adapted.ask("a", ids, lora=one)
+    with adapted.counting("b") as counted:
+        answer = adapted.ask("b", ids, lora=other)
+    assert (answer.cached, counted["peer_tokens_shared_memory"]) == (0, 0)
+
+
+@pytest.fixture
+def drafting(tmp_path) -> Iterator[Family]:
+    drafts = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    made = Family(tmp_path, "llama", block_size=BLOCK, speculative_config=drafts)
+    try:
+        made.start("a", "b")
+        yield made
+    finally:
+        made.close()
+
+
+def test_drafts_are_never_on_offer_and_what_was_accepted_is_imported_right(drafting):
+    phrase = tokens(12, 3)
+    ids = (phrase * 30)[:LENGTH]  # so that drafts are made all the time
+    answer = drafting["a"].ask(ids, 3 * BLOCK, logprobs=True, seconds=240)
+    said = ids + answer.tokens
+    with closing(drafting.table("a")) as table:
+        keys = chain_keys(root_key(table.fingerprint), said, BLOCK, table.hash_name)
+        held = len(table.longest_run(keys))
+        assert table.cached_blocks() == held  # nothing else than what was said
+        assert held == (len(said) - 1) // BLOCK
+    longer = said + tokens(20, 4)
+    with drafting.counting("b") as counted:
+        imported = drafting.ask("b", longer)
+    assert counted["peer_tokens_shared_memory"] == held * BLOCK
+    assert imported.same_as(drafting.ask("b", longer))
+    assert imported.same_as(drafting.ask("a", longer))
