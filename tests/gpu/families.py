@@ -284,7 +284,7 @@ def kills(run: Run, family: str) -> None:
     space = {} if run.given.dry else {"kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.2, "max_model_len": 32768}
     arguments = run.arguments(family) | space
     size = run.sizes[-1] - 64
-    b = run.engine("b", model, programs=1, **arguments)
+    b = run.engine("b", model, programs=0 if run.given.dry else 1, **arguments)
     waiting: list[Replica] = []
     try:
         b.ready(READY_SECONDS_MAX)
