@@ -8,6 +8,7 @@ from vllm.v1.request import RequestStatus
 
 from engine.connector.messages import StepMetadata
 from engine.connector.peerkv_connector import PeerKVConnector, _refusal
+from transport.groups import Group
 
 
 class Faulty:
@@ -157,10 +158,18 @@ def test_an_unknown_hash_is_refused_at_start():
         ({"enable_prefix_caching": False}, "prefix caching is off"),
         ({"calculate_kv_scales": True}, "KV scales"),
         ({"is_diffusion": True}, "diffusion"),
+        ({"num_speculative_tokens": 2}, ""),
+        ({"kinds": ("full", "state")}, ""),
+        ({"kinds": ("full", "state"), "num_speculative_tokens": 2}, "speculative decoding"),
     ],
 )
 def test_an_engine_that_is_not_handled_is_refused_with_the_reason(about, said):
-    whole = SimpleNamespace(**({"pipeline_parallel_size": 1, "enable_prefix_caching": True} | about))
-    refusal = _refusal(SimpleNamespace(parallel_config=whole, cache_config=whole, model_config=whole))
+    usual = {"pipeline_parallel_size": 1, "enable_prefix_caching": True, "num_speculative_tokens": 0, "kinds": ("full",)}
+    whole = SimpleNamespace(**(usual | about))
+    groups = tuple(Group(kind, 16) for kind in whole.kinds)
+    config = SimpleNamespace(
+        parallel_config=whole, cache_config=whole, model_config=whole, num_speculative_tokens=whole.num_speculative_tokens
+    )
+    refusal = _refusal(config, groups)
     assert said in refusal
     assert bool(refusal) == bool(said)
