@@ -36,7 +36,7 @@ def test_what_a_killed_owner_left_is_cleared(tmp_path: Path) -> None:
 
 def test_a_directory_with_files_of_others_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(DirectoryRefused, match="files of others"):
+    with pytest.raises(DirectoryRefused, match="files that are not peerkv's"):
         claim(tmp_path, 0)
     assert not remove_claimed(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]

@@ -55,7 +55,7 @@ def test_requests_may_have_further_fields() -> None:
 def test_every_v1_answer_names_its_request_and_the_errors_are_complete() -> None:
     paths = document()["paths"]
     everywhere = {"200", "401", "429", "431", "500", "503"}
-    relayed = everywhere | {"400", "403", "404", "408", "413", "502", "504"}
+    relayed = everywhere | {"400", "403", "404", "408", "413", "415", "502", "504"}
     wanted = {"/v1/models": everywhere, "/v1/models/{model}": everywhere | {"404"}}
     for path in [path for path in paths if path.startswith("/v1/")]:
         (operation,) = paths[path].values()
