@@ -16,6 +16,7 @@ from pathlib import Path
 
 from engine.fleet import FileFleet, FleetError, FleetSnapshot, FleetView, ReplicaState, reasons_in_words
 from engine.replicas.devices import visible_gpus
+from engine.replicas.room import check_room
 from engine.replicas.supervisor import Supervisor
 from gateway.block_registry.recent import RecentFleet
 from gateway.http_server.server import DoorServer, bind, build_server
@@ -43,9 +44,10 @@ async def serve(settings: Settings) -> None:
     async with contextlib.AsyncExitStack() as stack:
         starting = StartingDoor("preparing the model")
         server, switch = await stack.enter_async_context(_serving(settings, starting))
+        devices = await _devices_with_room(settings)
         settings = await with_model(settings)
         starting.reason = "starting the replicas"
-        supervisor = await stack.enter_async_context(_supervised(settings))
+        supervisor = await stack.enter_async_context(_supervised(settings, devices))
         door = await _open(stack, settings, supervisor, server, switch, supervisor.snapshot())
         async with _heartbeat(supervisor):
             await supervisor.wait_ready()
@@ -72,8 +74,9 @@ async def gateway(settings: Settings) -> None:
 async def engine(settings: Settings) -> None:
     """Run only the replicas."""
     raise_limit()
+    devices = await _devices_with_room(settings)
     settings = await with_model(settings)
-    async with _supervised(settings) as supervisor:
+    async with _supervised(settings, devices) as supervisor:
         async with _heartbeat(supervisor):
             await supervisor.wait_ready()
             await _settle(supervisor)
@@ -109,10 +112,16 @@ async def _serving(settings: Settings, first: StartingDoor) -> AsyncIterator[tup
         await serving
 
 
-@contextlib.asynccontextmanager
-async def _supervised(settings: Settings) -> AsyncIterator[Supervisor]:
-    """A started supervisor. Raises FleetError."""
+async def _devices_with_room(settings: Settings) -> tuple[str, ...]:
+    """The GPUs for the replicas. Raises FleetError if these cannot run here, before a model is fetched for them."""
     devices = await asyncio.to_thread(visible_gpus, os.environ)
+    check_room(engine_settings(settings, model=settings.model, devices=devices))
+    return devices
+
+
+@contextlib.asynccontextmanager
+async def _supervised(settings: Settings, devices: tuple[str, ...]) -> AsyncIterator[Supervisor]:
+    """A started supervisor. Raises FleetError."""
     supervisor = Supervisor(engine_settings(settings, model=settings.model, devices=devices), say)
     try:
         await supervisor.start()

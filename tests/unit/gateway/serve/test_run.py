@@ -10,15 +10,20 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
 import pytest
 
+from engine.replicas.room import SharedMemoryTooSmall
+from gateway.serve.run import engine as run_engine
+from gateway.serve.run import serve as run_serve
+from gateway.settings import Settings, load
 from tests.unit.gateway.running_door import until
 
 ROOT = Path(__file__).parents[4]
@@ -273,6 +278,25 @@ async def test_one_replica_that_cannot_start_does_not_keep_the_other_from_servin
         await gateway.ready(1)
         await until(lambda: any("1 of 2 replicas ready" in line for line in gateway.out), 30)
         assert (await gateway.complete())[0] == 200
+
+
+@pytest.mark.parametrize("run", [run_serve, run_engine], ids=["serve", "engine"])
+async def test_shared_memory_that_is_too_small_is_said_before_a_model_is_fetched(
+    run: Callable[[Settings], Coroutine[Any, Any, None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    async def make(*command: str, **more: Any) -> None:
+        made.append(command[-1])
+        raise OSError("this test fetches nothing")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", make)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=64 << 20 >> 12, f_frsize=1 << 12))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on the CPU, where /dev/shm holds the KV
+    settings = load({"port": free_port(), "run_dir": tmp_path / "run", "table_dir": tmp_path / "tables"})
+    with pytest.raises(SharedMemoryTooSmall):
+        await run(settings)
+    assert made == []
 
 
 async def test_a_reserved_argument_of_vllm_is_refused(tmp_path: Path) -> None:
