@@ -301,7 +301,7 @@ async def test_shared_memory_that_is_too_small_is_said_before_a_model_is_fetched
 
 async def test_a_reserved_argument_of_vllm_is_refused(tmp_path: Path) -> None:
     async with peerkv(tmp_path, "--", "--port", "1") as gateway:
-        assert await gateway.ended() == 1
+        assert await gateway.ended() == 2
         assert "--port" in gateway.err[-1]
 
 
