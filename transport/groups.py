@@ -12,6 +12,8 @@ import msgspec
 
 Kind = Literal["full", "window", "chunk", "state"]
 GROUPS_MAX = 64
+_TRIES_MAX = 512
+"""Look-ups in search of a length at which every group has its blocks: whoever holds every other block shall stall nobody."""
 
 
 class Group(msgspec.Struct, frozen=True):
@@ -52,6 +54,9 @@ class Holder(Protocol):
     def last_missing(self, group: int, begin: int, end: int) -> int:
         """Return the last of the blocks from `begin` to before `end` that is not held, -1 if all are."""
 
+    def last_held(self, group: int, begin: int, end: int) -> int:
+        """Return the last of the blocks from `begin` to before `end` that is held, -1 if none is."""
+
 
 def plain(groups: Sequence[Group]) -> bool:
     """Whether all blocks of a prefix are needed and nothing else, so that whoever holds one can supply any shorter one."""
@@ -89,7 +94,8 @@ def supplied(groups: Sequence[Group], holder: Holder, begin: int, end: int) -> i
     """Return to how many tokens, at most `end`, a prefix of `begin` tokens that one has grows by what `holder` holds.
 
     `begin` if by none. It is the longest length at which every group has the blocks that it needs there: groups that need all
-    blocks bound it first; then each missing block of another group takes it down to where that block is not needed yet.
+    blocks bound it first; then each missing block of another group takes it down to where that block is not needed yet. What
+    takes more than _TRIES_MAX look-ups is a miss.
     """
     size = step(groups)
     length = end // size * size
@@ -98,13 +104,30 @@ def supplied(groups: Sequence[Group], holder: Holder, begin: int, end: int) -> i
             run = holder.run_end(number, begin // group.block_size, length // group.block_size)
             length = run * group.block_size // size * size
     others = [(number, group) for number, group in enumerate(groups) if group.kind != "full"]
-    checked = 0
+    checked = tries = 0
     while length > begin and checked < len(others):
+        tries += 1
+        if tries > _TRIES_MAX:
+            return begin
         number, group = others[checked]
         blocks = needed(group, begin, length)
         missing = holder.last_missing(number, blocks.start, blocks.stop)
         checked += 1
-        if missing >= 0:  # so it is at every length from here down to the block's own begin
-            length = missing * group.block_size // size * size
+        if missing >= 0:
+            held = holder.last_held(number, begin // group.block_size, missing)
+            length = _longest_without(group, missing, held, size)
             checked = 0
     return max(length, begin)
+
+
+def _longest_without(group: Group, missing: int, held: int, size: int) -> int:
+    """Return the longest length, a multiple of `size`, at which `group` may have what it needs if it lacks block `missing`.
+
+    `held` is the last block before that which is not missing. A block that is needed at some length is needed from its own
+    end on, and the last block before a length always is, but where a chunk begins: there no block is.
+    """
+    length = (held + 1) * group.block_size // size * size
+    if group.kind == "chunk":
+        every = math.lcm(group.window, size)
+        return max(length, missing * group.block_size // every * every)
+    return length

@@ -13,6 +13,10 @@ from transport.table.reader import TableReader
 
 _CHUNK_BLOCKS = 256
 """Blocks that are looked up at once, from the end of a chain: more than a window has, so that mostly one look-up will do."""
+_CHUNKS_MAX = 16
+"""Chunks of which a search in vain looks up more and more at once: a look-up's own cost is that of a hundred blocks."""
+_FEW_BLOCKS = 8
+"""As many blocks take less one by one than by a look-up of a chunk."""
 
 
 class GroupChain:
@@ -34,30 +38,16 @@ class GroupChain:
 
 
 class Holding(Protocol):
-    """The part of a TableReader that steering uses."""
+    """The part of a TableReader that a length takes."""
 
     def held_blocks(self, words: memoryview) -> int: ...
     def holds(self, low: int, high: int) -> bool: ...
+    def look_up(self, keys: Keys) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32], npt.NDArray[np.uint64]]: ...
 
 
 def held_tokens(table: Holding, chain: GroupChain) -> int:
     """Return how many leading tokens of a chain the table can supply, for steering: as good as `TableReader.held_blocks`."""
     return supplied(chain.groups, _Sighted(table, chain), 0, chain.tokens)
-
-
-class _Sighted:
-    """Single look-ups: of a window's few blocks or of a state they take less than any array."""
-
-    def __init__(self, table: Holding, chain: GroupChain) -> None:
-        self._table = table
-        self._chain = chain
-
-    def run_end(self, group: int, begin: int, end: int) -> int:
-        return begin + self._table.held_blocks(self._chain.keys(group)[begin:end].reshape(-1).data)
-
-    def last_missing(self, group: int, begin: int, end: int) -> int:
-        words, holds = self._chain.keys(group).reshape(-1).data, self._table.holds
-        return next((block for block in range(end - 1, begin - 1, -1) if not holds(words[2 * block], words[2 * block + 1])), -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +77,17 @@ def supply(table: TableReader, chain: GroupChain, begin: int, end: int) -> Suppl
     return Supply(tokens, np.concatenate([ids for ids, _ in parts]), np.concatenate([states for _, states in parts]), counts)
 
 
+_Chunk = tuple[bytes, npt.NDArray[np.int32], npt.NDArray[np.uint64]]
+"""Which of a chunk's blocks are held, a byte each, their ids and their states."""
+
+
 class _Seen:
     """Blocks as they were when they were looked up first, in chunks that count from the chain's begin."""
 
-    def __init__(self, table: TableReader, chain: GroupChain) -> None:
+    def __init__(self, table: Holding, chain: GroupChain) -> None:
         self._table = table
         self._chain = chain
-        self._chunks: dict[tuple[int, int], tuple[bytes, npt.NDArray[np.int32], npt.NDArray[np.uint64]]] = {}
+        self._chunks: dict[tuple[int, int], _Chunk] = {}
 
     def run_end(self, group: int, begin: int, end: int) -> int:
         for first, last in _cut(begin, end):
@@ -103,10 +97,22 @@ class _Seen:
         return end
 
     def last_missing(self, group: int, begin: int, end: int) -> int:
-        for first, last in reversed(_cut(begin, end)):
-            missing = self._chunk(group, first)[0].rfind(b"\0", first % _CHUNK_BLOCKS, last - first + first % _CHUNK_BLOCKS)
-            if missing >= 0:
-                return first - first % _CHUNK_BLOCKS + missing
+        return self._last(b"\0", group, begin, end)
+
+    def last_held(self, group: int, begin: int, end: int) -> int:
+        return self._last(b"\1", group, begin, end)
+
+    def _last(self, held: bytes, group: int, begin: int, end: int) -> int:
+        """Return the last of the blocks from `begin` to before `end` that is held, or is not; -1 if there is none."""
+        chunks = 1
+        while end > begin:
+            start = (end - 1) // _CHUNK_BLOCKS * _CHUNK_BLOCKS
+            first = max(begin, start - (chunks - 1) * _CHUNK_BLOCKS)
+            place = self._chunk(group, end - 1, first)[0].rfind(held, max(begin - start, 0), end - start)
+            if place >= 0:
+                return start + place
+            end = start
+            chunks = min(4 * chunks, _CHUNKS_MAX)
         return -1
 
     def blocks(self, group: int, wanted: range) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
@@ -119,15 +125,32 @@ class _Seen:
             states.append(seen[place])
         return np.concatenate(ids), np.concatenate(states)
 
-    def _chunk(self, group: int, block: int) -> tuple[bytes, npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
-        """Return of the chunk that `block` lies in which blocks are held, a byte each, their ids and their states."""
+    def _chunk(self, group: int, block: int, first: int | None = None) -> _Chunk:
+        """Return the chunk that `block` lies in; if it is not known, look it up together with those from block `first` on."""
         number = block // _CHUNK_BLOCKS
         seen = self._chunks.get((group, number))
         if seen is None:
-            keys = self._chain.keys(group)[number * _CHUNK_BLOCKS : (number + 1) * _CHUNK_BLOCKS]
+            begin = number if first is None else first // _CHUNK_BLOCKS
+            keys = self._chain.keys(group)[begin * _CHUNK_BLOCKS : (number + 1) * _CHUNK_BLOCKS]
             held, ids, states = self._table.look_up(keys)
-            seen = self._chunks[group, number] = (held.tobytes(), ids, states)
+            for each in range(begin, number + 1):
+                part = slice((each - begin) * _CHUNK_BLOCKS, (each - begin + 1) * _CHUNK_BLOCKS)
+                self._chunks.setdefault((group, each), (held[part].tobytes(), ids[part], states[part]))
+            seen = self._chunks[group, number]
         return seen
+
+
+class _Sighted(_Seen):
+    """For a length alone: full attention by bisection, a state or a few blocks one by one."""
+
+    def run_end(self, group: int, begin: int, end: int) -> int:
+        return begin + self._table.held_blocks(self._chain.keys(group)[begin:end].reshape(-1).data)
+
+    def last_missing(self, group: int, begin: int, end: int) -> int:
+        if end - begin > _FEW_BLOCKS:
+            return super().last_missing(group, begin, end)
+        words, holds = self._chain.keys(group).reshape(-1).data, self._table.holds
+        return next((block for block in range(end - 1, begin - 1, -1) if not holds(words[2 * block], words[2 * block + 1])), -1)
 
 
 def _cut(begin: int, end: int) -> list[tuple[int, int]]:

@@ -35,6 +35,9 @@ class Held:
     def last_missing(self, group: int, begin: int, end: int) -> int:
         return max((block for block in range(begin, end) if block not in self.blocks[group]), default=-1)
 
+    def last_held(self, group: int, begin: int, end: int) -> int:
+        return max((block for block in range(begin, end) if block in self.blocks[group]), default=-1)
+
 
 def reads(group: Group, tokens: int) -> set[int]:
     """The blocks that hold a token which the token behind `tokens` sees, each position asked on its own."""
@@ -66,6 +69,42 @@ def test_the_bytes_of_an_import_are_those_of_its_windows_and_states_and_those_of
     assert import_bytes([]) == (0.0, 0.0)
     long = sum(len(needed(group, 0, 6400)) * group.bytes for group in groups)
     assert long == 8 * 500 + 9000 + 6400 * 200
+
+
+class Asked(Held):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def last_missing(self, group: int, begin: int, end: int) -> int:
+        self.asked += 1
+        return super().last_missing(group, begin, end)
+
+
+@pytest.mark.parametrize(
+    ("other", "held", "found"),
+    [
+        (Group("window", 4, 40), range(12), 48),
+        (Group("window", 4, 40), (), 0),
+        (Group("state", 4), (2,), 12),
+        (Group("chunk", 4, 400), range(3), 3600),  # where a chunk begins it takes nothing of it
+        (Group("chunk", 4, 8000), range(3), 12),
+    ],
+    ids=str,
+)
+def test_a_long_prefix_of_which_a_group_holds_little_is_found_in_a_few_tries(other, held, found):
+    holder = Asked([set(range(1000)), set(held), set(held)])
+    assert supplied([Group("full", 4), other, other], holder, 0, 3999) == found
+    assert holder.asked <= 8
+
+
+def test_a_holder_of_every_other_block_is_given_up():
+    groups = [Group("full", 1), Group("window", 1, 3)]
+    held = {0, 1, *range(3, 5000, 2)}
+    assert supplied(groups, Held([set(range(5000)), held]), 0, 400) == 2
+    holder = Asked([set(range(5000)), held])
+    assert supplied(groups, holder, 0, 5000) == 0
+    assert holder.asked < 1000
 
 
 KINDS = st.sampled_from(["full", "window", "chunk", "state"])

@@ -35,6 +35,9 @@ class Held:
     def last_missing(self, group, begin, end):
         return max((block for block in range(begin, end) if block not in self.blocks[group]), default=-1)
 
+    def last_held(self, group, begin, end):
+        return max((block for block in range(begin, end) if block in self.blocks[group]), default=-1)
+
 
 @pytest.fixture
 def table(tmp_path):
@@ -86,6 +89,31 @@ def test_both_ways_find_what_the_rule_says(table, groups, chunk, data):
         assert reader.unchanged(found.block_ids, found.states).all()
     # halving may overlook a gap in what is held of full attention
     assert held_tokens(reader, chain) >= supplied(groups, Held(held), 0, chain.tokens)
+
+
+class Counted:
+    """A table that counts what is asked of it."""
+
+    def __init__(self, table):
+        self.table, self.asked = table, 0
+
+    def __getattr__(self, name):
+        self.asked += 1
+        return getattr(self.table, name)
+
+
+@pytest.mark.parametrize("count", [lambda t, c: held_tokens(t, c), lambda t, c: supply(t, c, 0, c.tokens).tokens])
+def test_a_long_prefix_of_which_windows_and_states_hold_little_takes_few_look_ups(tmp_path, count):
+    blocks = 2048
+    groups = [Group("full", 16), *[Group("window", 16, 512)] * 5, Group("state", 16)]
+    keys = chain_keys(root_key(b"f" * 16), range(blocks * 16), 16)
+    with closing(writer(tmp_path, blocks=blocks + 64, block_size=16)) as made, closing(TableReader(made.path)) as reader:
+        made.publish(range(1, blocks + 1), keys)
+        for number in range(1, 7):
+            made.publish(range(blocks + 4 * number, blocks + 4 * number + 3), group_keys(keys, number)[:3])
+        table = Counted(reader)
+        assert count(table, GroupChain(groups, keys)) == 3 * 16
+        assert table.asked < 32  # `supply` looks full attention up in eight parts
 
 
 def test_a_block_of_one_group_is_not_taken_for_another_groups(table):
