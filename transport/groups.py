@@ -73,6 +73,17 @@ def step(groups: Sequence[Group]) -> int:
     return math.lcm(*(group.block_size for group in groups))
 
 
+def flaw(groups: Sequence[Group], tokens: int) -> str:
+    """Return what is wrong with groups that another process describes, whose keys stand for `tokens` tokens; "" if nothing."""
+    if len(groups) > GROUPS_MAX:
+        return f"{len(groups)} groups"
+    if any(group.block_size < 1 or (group.window < 1 and group.kind in ("window", "chunk")) for group in groups):
+        return "a group with a block size or a window of 0"
+    if groups and unit(groups) != tokens:
+        return f"groups whose keys stand for {unit(groups)} tokens, not {tokens}"
+    return ""
+
+
 def import_bytes(groups: Sequence[Group]) -> tuple[float, float]:
     """Return the bytes of an import into one rank: those that any long one has, and those for each token of it."""
     fixed = each = 0.0

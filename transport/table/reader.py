@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from transport.errors import TableError
 from transport.fingerprint import fingerprint_digest
-from transport.groups import Group, import_bytes
+from transport.groups import Group, flaw, import_bytes
 from transport.keys import Keys
 from transport.table import liveness
 from transport.table.deliveries import Delivery, EngineLoad, PeerCounters
@@ -102,6 +102,8 @@ class TableReader:
             raise TableError(f"{path}: its sizes do not fit together")
         self.num_blocks: int = blocks
         self.description = msgspec.json.decode(self._map[PAGE_BYTES : PAGE_BYTES + length], type=Description)
+        if wrong := flaw(self.description.groups, self.block_size):
+            raise TableError(f"{path}: {wrong}")
         self.name = self.description.replica
         self._words = np.frombuffer(self._map, np.uint64, PAGE_BYTES // 8)
         self._states, self._keys, self._index, self._peers, _ = areas(self._map, layout)

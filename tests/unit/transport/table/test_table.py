@@ -7,12 +7,14 @@ import struct
 import time
 from contextlib import closing
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.transport.table_fixtures import description, writer
 from transport.errors import TableError
+from transport.groups import Group
 from transport.keys import chain_keys, root_key
 from transport.table.directory import DRAFT_SECONDS_MAX, TableDirectory, sweep
 from transport.table.reader import COUNTERS, TableReader
@@ -320,3 +322,32 @@ def test_out_of_descriptors_a_directory_keeps_what_it_knows_and_finds_the_rest_l
     directory.close()
     first.close()
     second.close()
+
+
+FULL = Group("full", 4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ((FULL,) * 64, None),
+        ((FULL, Group("window", 8, 5), Group("state", 12)), None),
+        ((FULL,) * 65, "65 groups"),
+        ((FULL, Group("state", 0)), "block size"),
+        ((FULL, Group("state", -4)), "block size"),
+        ((FULL, Group("chunk", 4, 0)), "window"),
+        ((FULL, Group("window", 4, -1)), "window"),
+        ((Group("full", 8), Group("state", 8)), "8 tokens, not 4"),
+        ((FULL, Group("state", 6)), "2 tokens, not 4"),
+    ],
+    ids=str,
+)
+def test_a_table_whose_groups_can_not_be_is_none(tmp_path, groups, said):
+    about = msgspec.structs.replace(description("a"), groups=groups)
+    with closing(TableWriter(tmp_path, about, 4, 64)) as table:
+        if said is None:
+            with closing(TableReader(table.path)) as reader:
+                assert reader.groups == groups
+        else:
+            with pytest.raises(TableError, match=said):
+                TableReader(table.path)
