@@ -102,7 +102,6 @@ class Registry:
             root = _root_key(kind.fingerprint, salt, lora, kind.hash_name)
             chain = self._chains.chain(root, ids, tokens // block_size, block_size, kind.hash_name)
             chains.append((chain, block_size))
-            divisible = divisible and kind.plain
             if not chain.blocks:
                 continue
             words = chain.words
@@ -111,6 +110,7 @@ class Registry:
                 held = table.held_blocks(words) if groups is None else held_tokens(table, groups) // block_size
                 if held:
                     blocks[name] = held
+                    divisible = divisible and kind.plain
                     if held * block_size > most:
                         most = held * block_size
         return LookUp(blocks, places, tuple(chains), most, divisible)

@@ -50,6 +50,22 @@ def test_of_a_model_with_windows_a_replica_holds_what_it_can_supply(tables: Repl
     assert not look_up.divisible
 
 
+def test_a_model_with_states_that_holds_nothing_leaves_what_others_hold_divisible(
+    tables: ReplicaTables, registry: Registry
+) -> None:
+    tables.start("a")
+    tables.hold("a", PROMPT)
+    groups = (Group("full", BLOCK_SIZE), Group("state", BLOCK_SIZE))
+    writer = tables.start("b", fields={**FIELDS, "groups": "other"}, groups=groups)
+    assert registry.look_up([*PROMPT, 1]).divisible
+    tables.hold("b", PROMPT)
+    keys = chain_keys(root_key(fingerprint_digest({**FIELDS, "groups": "other"})), PROMPT, BLOCK_SIZE)
+    writer.publish([100], group_keys(keys, 1)[:1])
+    look_up = registry.look_up([*PROMPT, 1])
+    assert look_up.blocks == {"a": 5, "b": 1}
+    assert not look_up.divisible
+
+
 def test_a_block_that_ends_with_the_last_token_does_not_count(tables: ReplicaTables, registry: Registry) -> None:
     tables.start("a")
     tables.hold("a", PROMPT)
