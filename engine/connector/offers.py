@@ -76,4 +76,4 @@ class Offers:
         if len(keys) * self._groups.unit >= tokens:
             self._table.publish([block], group_keys(keys[-1:], group))
             if tokens <= sequence.account.prompt_tokens:
-                sequence.states[group] = (tokens, block)
+                sequence.states[group] = (tokens, block, step)

@@ -350,8 +350,8 @@ class SchedulerHalf:
         for number, group in enumerate(self._groups.groups):
             part = needed(group, 0, end)
             if group.kind == "state":
-                tokens, block = sequence.states.get(number, (0, NULL_BLOCK))
-                blocks = [block] if tokens == end else []
+                tokens, block, left = sequence.states.get(number, (0, NULL_BLOCK, 0))
+                blocks = [block] if tokens == end and self._offers.unchanged([block], left) else []
             else:
                 blocks = sequence.block_ids[number][part.start : part.stop]
             if len(blocks) < len(part) or not all(block != NULL_BLOCK and self._kept(block) for block in blocks):

@@ -58,8 +58,8 @@ class Sequence:
     """`block_ids` are in the order of the sequence, a list for each KV cache group.
 
     `published` counts leading keys whose blocks are known to be on offer, `pin` is what is to be pinned once the prompt is
-    computed; `states` are, for a group of states, the length in tokens and the block of the last one that was kept within the
-    prompt.
+    computed; `states` are, for a group of states, of the last one that was kept within the prompt the length in tokens, the
+    block, and the step that left it there.
     """
 
     request: Any
@@ -69,7 +69,7 @@ class Sequence:
     pin: PinWish | None = None
     block_ids: list[list[int]] = field(default_factory=list)
     published: int = 0
-    states: dict[int, tuple[int, int]] = field(default_factory=dict)
+    states: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     planned: Import | None = None
     tried: bool = False
 

@@ -236,6 +236,26 @@ def test_a_pin_holds_what_a_prompt_needs_of_every_group(tmp_path, lost, pinned):
     assert sorted(block.id for block in touched) == ([3, 4, 11, 12, 13, 14] if pinned else [])
 
 
+@pytest.mark.parametrize(("given", "pinned"), [(6, [1, 2, 3, 4, 5]), (5, [])])
+def test_a_pin_holds_a_state_only_if_its_block_was_not_given_away_since(tmp_path, given, pinned):
+    a = Replica(tmp_path, "a", groups=STATES, pin_share_max=0.5)
+    touched = []
+    blocks = [SimpleNamespace(block_hash=b"h", id=block) for block in range(32)]
+    a.half.bind_pool(
+        SimpleNamespace(blocks=blocks, cached_block_hash_to_block={}, touch=touched.extend, free_blocks=lambda _: None)
+    )
+    asked, other = request(pin={"id": 1, "seconds": 60}), request("o", range(500, 508))
+    a.half.match(asked, 0)
+    a.done(a.schedule(new=[(asked, ([1, 2, 3, 4], [0, 0, 0, 5]), 0, 16)], states={"r": [(1, 5, 16)]}).step)
+    # the state is needed no more: before the prompt's last step is done vLLM gives its block to another, who fills it
+    a.done(a.schedule(new=[(other, ([given], [9]), 0, 4)], cached=[(asked, ([7], [8]), 16, 1)]).step)
+    last = a.schedule(cached=[(asked, None, 17, 1)])
+    asked.all_token_ids.append(1)
+    a.done(last.step)
+    assert sorted(block.id for block in touched) == pinned
+    assert a.counted().get("pins", 0) == bool(pinned)
+
+
 def test_blocks_of_different_sizes_stand_under_the_keys_at_which_they_end(tmp_path):
     groups = ModelGroups((Group("full", 8), Group("window", 4, 6)), (0, 1), {})
     a, b = Replica(tmp_path, "a", groups=groups), Replica(tmp_path, "b", groups=groups)
