@@ -1,6 +1,7 @@
 """Everything that changes the bytes of a KV block, as fields that two replicas compare by name."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,14 @@ def describe(group: Group) -> str:
     return f"{group.layers} layers of {group.kind}{window}, {group.block_size} tokens and {group.bytes} bytes a block"
 
 
-def worker_fields(vllm_config: Any, kv_caches: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Return the fields that a worker knows: device, attention backend, shape and strides of a block, KV scales."""
-    names = list(kv_caches)
+def worker_fields(
+    vllm_config: Any, kv_caches: dict[str, torch.Tensor], layer_groups: Mapping[str, int] | None = None
+) -> dict[str, str]:
+    """Return the fields that a worker knows: device, attention backend, shape and strides of a block, KV scales.
+
+    `layer_groups` tells the KV cache group of each layer, if the groups are handled.
+    """
+    names, groups = list(kv_caches), layer_groups or {}
     layouts = {_layout(kv_caches[name]) for name in names}
     backends = {compat.attention_backend(vllm_config, name) for name in names}
     device = next(iter(kv_caches.values())).device
@@ -63,7 +69,7 @@ def worker_fields(vllm_config: Any, kv_caches: dict[str, torch.Tensor]) -> dict[
         "device": kind,
         "attention backend": ", ".join(sorted(backends)),
         "strides": "; ".join(sorted(layouts)),
-        "layer names": _digest("\0".join(names).encode()),
+        "layer names": _digest("\0".join(f"{name} {groups.get(name)}" for name in names).encode()),
         "kv scales": compat.kv_scales(vllm_config, names),
     }
 

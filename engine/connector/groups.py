@@ -77,6 +77,8 @@ def _group(group: Any) -> Group:
     specs = list(by_layer.values()) if by_layer else [group.kv_cache_spec]
     if group.host_resident or not group.enable_kv_transfer:
         raise GroupNotHandled(f"blocks of {group.layer_names[0]} lie outside the pool that all groups share")
+    if group.role != "default":
+        raise GroupNotHandled(f"blocks of {group.layer_names[0]} have a role of their own: {group.role.value}")
     kinds = {_kind(spec) for spec in specs}
     windows = {_window(spec) for spec in specs}
     if len(kinds) != 1 or len(windows) != 1:

@@ -218,9 +218,12 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if worker is None:
             return
         num_blocks = int(self._kv_cache_config.num_blocks)
-        self._fields = self._guard("read the KV layout", lambda: fingerprint.worker_fields(self._vllm_config, kv_caches), {})
+        self._fields = self._guard("read the KV layout", lambda: self._read(kv_caches), {})
         if self._fields:
             self._guard("share the KV memory", lambda: worker.register(kv_caches, num_blocks, self._layer_groups()), None)
+
+    def _read(self, kv_caches: dict[str, Any]) -> dict[str, str]:
+        return fingerprint.worker_fields(self._vllm_config, kv_caches, self._layer_groups())
 
     def _layer_groups(self) -> Mapping[str, int] | None:
         """Return the KV cache group of each layer; None if the groups are not handled, and nothing is exchanged."""

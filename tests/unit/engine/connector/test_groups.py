@@ -6,6 +6,7 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     CrossAttentionSpec,
     FullAttentionSpec,
+    KVCacheGroupRole,
     KVCacheGroupSpec,
     MambaSpec,
     MLAAttentionSpec,
@@ -62,6 +63,7 @@ def test_chunks_are_a_kind_of_their_own():
         ([KVCacheGroupSpec(["a"], MambaSpec(**STATE, mamba_cache_mode="none"))], "mode 'none'"),
         ([KVCacheGroupSpec(["a"], FullAttentionSpec(**SHAPE, tokens_per_state=4))], "compressed"),
         ([KVCacheGroupSpec(["a"], FULL, enable_kv_transfer=False)], "outside the pool"),
+        ([KVCacheGroupSpec(["a"], FULL, role=KVCacheGroupRole.HISPARSE_SOURCE)], "hisparse_source"),
         (
             [KVCacheGroupSpec(["a", "b"], UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FULL, "b": WINDOW}))],
             "different blocks",
