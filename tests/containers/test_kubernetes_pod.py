@@ -14,7 +14,7 @@ from tests.containers.stack import ANSWER_SECONDS_MAX, PROJECT, START_SECONDS_MA
 from tests.real.fleet import free_port
 
 NAMES = {"engine": "peerkv-pod-engine", "gateway": "peerkv-pod-gateway"}
-RUN_VOLUME = "peerkv-pod-run"
+RUN_VOLUME, LOG_VOLUME = "peerkv-pod-run", "peerkv-pod-logs"
 # What Kubernetes sets for the services of the manifests, if a pod asks for it.
 SERVICES = {
     "PEERKV_SERVICE_HOST": "10.0.0.1",
@@ -39,7 +39,8 @@ def start(container: dict[str, Any], image: str, config: Path, *more: str) -> No
     arguments = ["run", "--detach", "--name", NAMES[container["name"]], "--user", "10001:10001", "--read-only"]
     arguments += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--tmpfs", "/tmp", "--shm-size", "2g"]
     arguments += [word for name, value in environment.items() for word in ("--env", f"{name}={value}")]
-    arguments += ["--volume", f"{RUN_VOLUME}:/run/peerkv", "--volume", f"{config}:/etc/peerkv/peerkv.toml:ro"]
+    volumes = (f"{RUN_VOLUME}:/run/peerkv", f"{LOG_VOLUME}:/var/log/peerkv", f"{config}:/etc/peerkv/peerkv.toml:ro")
+    arguments += [word for volume in volumes for word in ("--volume", volume)]
     podman(*arguments, *more, image, *container["args"])
 
 
@@ -50,9 +51,10 @@ def pod(clone: Path, stack: Stack) -> Iterator[str]:
     models = f"{PROJECT}_models"
     made, port = containers(clone), free_port()
     config = clone / "docker/kubernetes/base/peerkv.toml"
-    # An emptyDir in memory: everybody may write to its own directory.
+    # Stand in for emptyDirs: everybody may write to its own directory.
     options = "nr_blocks=262144,mode=2777,uid=0,gid=10001"
-    podman("volume", "create", "--opt", "type=tmpfs", "--opt", "device=tmpfs", "--opt", f"o={options}", RUN_VOLUME)
+    for volume in (RUN_VOLUME, LOG_VOLUME):
+        podman("volume", "create", "--opt", "type=tmpfs", "--opt", "device=tmpfs", "--opt", f"o={options}", volume)
     try:
         start(made["engine"], "peerkv-engine:0.1.0-cpu", config, "--volume", f"{models}:/models")
         published = f"127.0.0.1:{port}:8000"
@@ -61,7 +63,7 @@ def pod(clone: Path, stack: Stack) -> Iterator[str]:
     finally:
         for name in NAMES.values():
             podman("rm", "--force", "--time", "30", name, check=False)
-        podman("volume", "rm", RUN_VOLUME, check=False)
+        podman("volume", "rm", RUN_VOLUME, LOG_VOLUME, check=False)
 
 
 def is_ready(address: str) -> bool:
