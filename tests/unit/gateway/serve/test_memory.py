@@ -42,7 +42,8 @@ def test_the_memory_of_a_large_body_is_used_again_without_a_page_fault() -> None
 
 
 def test_what_there_is_at_the_start_is_not_looked_at_again() -> None:
-    program = "import gc; from gateway import memory; memory.settle_memory(); print(gc.get_freeze_count(), *gc.get_threshold())"
+    settle = "import gc; from gateway.serve import memory; memory.settle_memory()"
+    program = f"{settle}; print(gc.get_freeze_count(), *gc.get_threshold())"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     frozen, *thresholds = map(int, found.stdout.split())
     assert frozen > 1000
@@ -68,7 +69,7 @@ def test_huge_pages_are_for_whole_places_of_private_memory_without_a_file() -> N
 
 def test_what_there_is_when_memory_settles_is_in_huge_pages_or_where_it_was() -> None:
     program = (
-        "kept = [b'%d' % number for number in range(200_000)]; from gateway import memory; memory.settle_memory(); "
+        "kept = [b'%d' % number for number in range(200_000)]; from gateway.serve import memory; memory.settle_memory(); "
         "print(kept == [b'%d' % number for number in range(200_000)])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
