@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import msgspec
@@ -51,11 +52,11 @@ def build_app(
     guard = _Guard(access)
     _add_admin_routes(app, fleet, upstream, figures, guard)
     add_prefix_routes(app, keeper, body_bytes_max, refusals=guard.refusals, guarded=guard.guarded)
-    document = describe(app)
+    document = functools.cache(lambda: describe(app))
 
     @app.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> JSONResponse:
-        return JSONResponse(document)
+    def openapi() -> JSONResponse:  # in a thread: FastAPI takes half a second of CPU to make the document
+        return JSONResponse(document())
 
     return app
 

@@ -90,9 +90,9 @@ def check_body(endpoint: Endpoint, body: dict[str, Any]) -> bool:
 
 
 def _is_half_pair(error: msgspec.MsgspecError) -> bool:
-    """Whether a string ended between the halves of a surrogate pair, or had the second one alone."""
+    """Whether a string ended between the halves of a surrogate pair, or had the second one alone, perhaps as bytes."""
     text = str(error)
-    return "truncated" in text or "surrogate" in text or "hex escape" in text
+    return any(words in text for words in ("truncated", "surrogate", "hex escape", "Invalid UTF-8"))
 
 
 def _with_half_pairs(raw: bytes | bytearray) -> Any:

@@ -135,6 +135,7 @@ async def test_errors_say_what_to_do(tmp_path: Path) -> None:
 
 async def test_a_real_front_door_is_measured_through_and_past_it(tmp_path: Path) -> None:
     async with running_door(tmp_path) as door:
+        door.recorder.header = b"local=0, peer=0, computed=64, reason=cold"  # a fake engine has no cache
         await door.add_engine("replica-0")
         write_fleet(tmp_path, door.fleet.snapshot())
         config = tmp_path / "peerkv.toml"
@@ -145,7 +146,7 @@ async def test_a_real_front_door_is_measured_through_and_past_it(tmp_path: Path)
     assert status == 0
     assert written["overhead"]["direct"]["count"] == written["overhead"]["added"]["count"] == 3
     assert "the gateway adds (in pairs)" in output
-    assert set(written["first_token"][0]["seconds"]) == {"cold"}  # a fake engine has no cache
+    assert set(written["first_token"][0]["seconds"]) == {"cold"}
     assert "no local hit of 64 tokens was measured" in output
     assert "no imports were measured: there is only one replica" in output
 
