@@ -13,8 +13,7 @@ from tests.real.owner import held, keys_of, table_like
 
 FIELDS = (
     "vllm", "torch", "weights", "revision", "model config", "rope", "tokenizer", "dtype", "quantization", "kv dtype",
-    "block size", "layers", "kv heads", "head size", "sliding window", "tensor parallel size", "pipeline parallel size",
-    "hash", "device", "attention backend", "strides", "kv scales",
+    "groups", "tensor parallel size", "pipeline parallel size", "hash", "device", "attention backend", "strides", "kv scales",
     "namespace", "media", "layer names",
 )  # fmt: skip
 LENGTH = 200

@@ -34,17 +34,17 @@ def kill(fleet, replica: str) -> None:
 
 @dataclass
 class Stream:
-    """What a client got of an event stream. `error` is the error event's object, `done` whether [DONE] came."""
+    """What a client got of an event stream from a replica. `error` is the error event's object, `done` whether [DONE] came."""
 
-    replica: str = ""
+    replica: str
     text: str = ""
     events: int = 0
     error: dict = field(default_factory=dict)
     done: bool = False
 
     def read(self, fleet, body) -> "Stream":
-        with fleet.client.stream("POST", "/v1/completions", json=body | {"stream": True}, headers=fleet.headers()) as answer:
-            self.replica = answer.headers.get("x-peerkv-replica", "")
+        headers = fleet.headers() | {"x-peerkv-replica": self.replica}
+        with fleet.client.stream("POST", "/v1/completions", json=body | {"stream": True}, headers=headers) as answer:
             for line in answer.iter_lines():
                 self.take(line)
         return self
@@ -64,20 +64,18 @@ class Stream:
 
 @pytest.mark.parametrize("replica", REPLICAS)
 def test_requests_of_a_killed_replica_end_in_a_right_answer_or_a_clear_error(fleet, words, replica):
-    body = fleet.body(words.text(20), max_tokens=60, logprobs=None)
+    """Two streams are pinned to each replica; of those that are free to go anywhere, some are with the one that is killed."""
+    body = fleet.body(words.text(20), max_tokens=100, logprobs=None)
     wanted = fleet.client.post("/v1/completions", json=body, headers=fleet.headers()).json()["choices"][0]["text"]
     before = fleet.stats()["gateway"]
-    streams = [Stream() for _ in range(4)]
-    with ThreadPoolExecutor(8) as pool:
+    streams = [Stream(name) for name in REPLICAS * 2]
+    with ThreadPoolExecutor(16) as pool:
         read = [pool.submit(stream.read, fleet, body) for stream in streams]
-        whole = [pool.submit(fleet.client.post, "/v1/completions", json=body, headers=fleet.headers()) for _ in range(4)]
-        until(
-            lambda: (
-                fleet.replica_stats(replica)["in_flight"] >= 3 and any(s.replica == replica and s.events > 2 for s in streams)
-            ),
-            ANSWER_SECONDS_MAX,
-            "requests are with both replicas",
-        )
+        until(lambda: all(stream.events for stream in streams), ANSWER_SECONDS_MAX, "all streams have begun")
+        whole = [pool.submit(fleet.client.post, "/v1/completions", json=body, headers=fleet.headers()) for _ in range(8)]
+        until(lambda: fleet.replica_stats(replica)["in_flight"] > 2, ANSWER_SECONDS_MAX, "requests are with the replica")
+        steps = [stream.events + 5 for stream in streams]  # in which the requests beside them have begun too
+        until(lambda: all(s.events >= n for s, n in zip(streams, steps, strict=True)), ANSWER_SECONDS_MAX, "they are computed")
         kill(fleet, replica)
         answers = [future.result(ANSWER_SECONDS_MAX) for future in whole]
         ended = [future.result(ANSWER_SECONDS_MAX) for future in read]
