@@ -24,7 +24,7 @@ import uvloop
 from tokenizers import Tokenizer
 
 from bench.cases import EVENTS, MODEL, PATHS
-from bench.replicas import Holders
+from bench.mock_replicas import Holders
 from gateway.prompts.tokenizer.engine_options import source_from_arguments
 from gateway.prompts.tokenizer.service import NoTokenIds, TokenService
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.cases import MODEL
 from bench.machine import LOAD_CORE, PROXY_CORE, Pinned, StartFailed, end_on_sigterm, free_ports
-from bench.replicas import write_run_dir
+from bench.mock_replicas import write_run_dir
 from bench.report import quantile
 
 START_SECONDS_MAX = 240.0

@@ -33,7 +33,7 @@ from bench import load
 from bench.arms import ARMS, DIRECT, KEY, Arm, Backends, launch
 from bench.cases import CASES, Case, bodies, documents
 from bench.machine import LOAD_CORE, PROXY_CORE, Pinned, StartFailed, end_on_sigterm, free_ports
-from bench.replicas import write_config, write_run_dir
+from bench.mock_replicas import write_config, write_run_dir
 from bench.report import Figures, as_json, markdown, medians, quantile, table
 
 START_SECONDS_MAX = 30.0

@@ -5,11 +5,11 @@ from collections.abc import Sequence as Blocks
 
 import numpy as np
 
-from engine.connector.accounts import Accounts
-from engine.connector.groups import ModelGroups
-from engine.connector.messages import ImportReport, WorkerReport
-from engine.connector.peers import Peers
+from engine.connector.import_sources import Peers
+from engine.connector.request_accounts import RequestAccounts
 from engine.connector.sequence import Import, Sequence
+from engine.connector.step_messages import ImportReport, WorkerReport
+from engine.connector.vllm_groups import ModelGroups
 from transport.backends.base import ImportJob
 from transport.table.writer import TableWriter
 
@@ -20,7 +20,7 @@ class Imports:
     """`groups` are the model's, `ranks` the number of workers that must report an import before it is done."""
 
     def __init__(
-        self, table: TableWriter, accounts: Accounts, sources: Peers, *, groups: ModelGroups, transport: str, ranks: int
+        self, table: TableWriter, accounts: RequestAccounts, sources: Peers, *, groups: ModelGroups, transport: str, ranks: int
     ) -> None:
         self._table = table
         self._accounts = accounts

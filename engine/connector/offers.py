@@ -4,8 +4,8 @@ from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Blocks
 
-from engine.connector.groups import ModelGroups
 from engine.connector.sequence import NULL_BLOCK, Sequence
+from engine.connector.vllm_groups import ModelGroups
 from transport.keys import group_keys
 from transport.table.writer import TableWriter
 

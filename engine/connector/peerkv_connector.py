@@ -25,11 +25,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from engine.connector import compat, fingerprint
-from engine.connector.groups import GroupNotHandled, ModelGroups, model_groups
-from engine.connector.messages import Handshake, StepMetadata, WorkerReport
+from engine.connector import compat, fingerprint_fields
 from engine.connector.pins import unpin_before_reset
 from engine.connector.scheduler import SchedulerHalf
+from engine.connector.step_messages import Handshake, StepMetadata, WorkerReport
+from engine.connector.vllm_groups import GroupNotHandled, ModelGroups, model_groups
 from engine.connector.worker import WorkerHalf
 from transport.errors import TransportError
 from transport.fingerprint import fingerprint_digest
@@ -106,7 +106,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             groups = model_groups(self._kv_cache_config.kv_cache_groups)
         except GroupNotHandled as error:
             groups, refusal = ModelGroups((Group("full", block_size),)), str(error)
-        fields = fingerprint.scheduler_fields(config, groups.groups, self._hash_name)
+        fields = fingerprint_fields.scheduler_fields(config, groups.groups, self._hash_name)
         unread = (
             "the model's weight files were not found, so it is unknown whether a peer has the same"
             if not fields["weights"]
@@ -223,7 +223,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._guard("share the KV memory", lambda: worker.register(kv_caches, num_blocks, self._layer_groups()), None)
 
     def _read(self, kv_caches: dict[str, Any]) -> dict[str, str]:
-        return fingerprint.worker_fields(self._vllm_config, kv_caches, self._layer_groups())
+        return fingerprint_fields.worker_fields(self._vllm_config, kv_caches, self._layer_groups())
 
     def _layer_groups(self) -> Mapping[str, int] | None:
         """Return the KV cache group of each layer; None if the groups are not handled, and nothing is exchanged."""

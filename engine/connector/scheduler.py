@@ -11,15 +11,15 @@ from collections.abc import Sequence as Blocks
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.connector.accounts import Account, Accounts, PromptWork
-from engine.connector.groups import ModelGroups
+from engine.connector.import_sources import Peers
 from engine.connector.imports import Imports
-from engine.connector.messages import StepMetadata, WorkerReport
 from engine.connector.offers import NEVER, Offers
-from engine.connector.peers import Peers
 from engine.connector.pins import BlockPool, Pins
+from engine.connector.request_accounts import PromptWork, RequestAccount, RequestAccounts
 from engine.connector.request_keys import RootKeys, extra_content
 from engine.connector.sequence import NULL_BLOCK, Sequence
+from engine.connector.step_messages import StepMetadata, WorkerReport
+from engine.connector.vllm_groups import ModelGroups
 from transport.backends.base import ImportJob
 from transport.groups import needed
 from transport.hint import PinWish
@@ -83,7 +83,7 @@ class SchedulerHalf:
         self._pool: BlockPool | None = None
         self._pool_map: Any = None
         self._offers = Offers(table, groups)
-        self._accounts = Accounts(table, transport)
+        self._accounts = RequestAccounts(table, transport)
         self._pins = Pins(int(pin_share_max * table.layout.blocks))
         self._imports = Imports(table, self._accounts, self._sources, groups=groups, transport=transport, ranks=ranks)
         self._sequences: dict[str, Sequence] = {}
@@ -226,7 +226,7 @@ class SchedulerHalf:
         return own is not None and block in own[place]
 
     def _step_prompts(self, cached: Any, scheduled: dict[str, int], work: Work, now_ns: int) -> None:
-        """Account for the requests that run on with a part of their prompt."""
+        """RequestAccount for the requests that run on with a part of their prompt."""
         with_prompts = cached.resumed_req_ids.union(self._accounts.prefilling)
         for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             if request_id in with_prompts:
@@ -295,14 +295,14 @@ class SchedulerHalf:
 
     # Inside
 
-    def _account(self, request: Any, now_ns: int) -> Account:
+    def _account(self, request: Any, now_ns: int) -> RequestAccount:
         account, opened = self._accounts.arrived(request, now_ns)
         if opened:
             self._pins.expire(now_ns)
             self._pins.drop(account.hint.unpin)
         return account
 
-    def _sequence(self, request: Any, account: Account) -> Sequence | None:
+    def _sequence(self, request: Any, account: RequestAccount) -> Sequence | None:
         known = self._sequences.get(request.request_id)
         if known is not None:
             return known

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.connector.accounts import Account
+from engine.connector.request_accounts import RequestAccount
 from transport.groups import Group, needed
 from transport.hint import PinWish
 from transport.keys import KeyChain, Keys
@@ -63,7 +63,7 @@ class Sequence:
     """
 
     request: Any
-    account: Account
+    account: RequestAccount
     chain: KeyChain
     extras: Mapping[int, bytes]
     pin: PinWish | None = None

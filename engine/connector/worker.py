@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.connector.messages import Handshake, ImportReport, StepMetadata, WorkerReport
+from engine.connector.step_messages import Handshake, ImportReport, StepMetadata, WorkerReport
 from transport.backends.base import ImportJob, ImportResult, Transport
 from transport.backends.shared_memory import SharedMemoryTransport
 from transport.errors import MemoryUnreachable, TransportError

@@ -20,7 +20,7 @@ from engine.replicas.launch import EngineSettings, plan_launches, replica_env
 from engine.replicas.lifecycle import Lifecycle, LifecycleAction
 from engine.replicas.member import Member, narrate
 from engine.replicas.model_check import check_model
-from engine.replicas.room import check_room
+from engine.replicas.shared_memory_check import check_room
 from engine.replicas.start_turns import StartTurns
 from transport.table.directory import TableDirectory
 

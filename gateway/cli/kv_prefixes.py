@@ -21,7 +21,7 @@ from gateway.kept_prefixes.book import PrefixPlace
 from gateway.kept_prefixes.shapes import TTL_SECONDS_DEFAULT, KeptPrefixAnswer, PrefixRemoved, PrefixReport
 
 PREFIXES_SHOWN = 20
-PIN_SECONDS_MAX = 600.0
+PIN_TIMEOUT_SECONDS = 600.0
 """A long prefix is computed on each of its replicas before the gateway answers; see prefix_seconds_max."""
 _KEY_DIGITS_SHOWN = 8
 ShapeT = TypeVar("ShapeT", bound=BaseModel)
@@ -82,7 +82,7 @@ def _prefixes(arguments: argparse.Namespace, client: httpx.Client, console: Cons
 
 
 def _pin(arguments: argparse.Namespace, client: httpx.Client, console: Console) -> int:
-    answer = ask(client, "/kv/prefixes", method="POST", body=_wanted(arguments), seconds_max=PIN_SECONDS_MAX)
+    answer = ask(client, "/kv/prefixes", method="POST", body=_wanted(arguments), seconds_max=PIN_TIMEOUT_SECONDS)
     kept = _read(KeptPrefixAnswer, answer)
     places = "; ".join(map(_place, kept.places))
     _show(arguments, console, answer, Text(f"{kept.id}: {kept.tokens} tokens for {kept.ttl:g} s: {places}"))

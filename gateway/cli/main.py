@@ -17,7 +17,7 @@ from gateway.cli import kv_explain, kv_prefixes
 from gateway.cli import kv_stats as kv_live
 from gateway.cli.bench import flags as bench_flags
 from gateway.cli.flags import add_settings_flags, given_settings
-from gateway.cli.usage import unknown_words
+from gateway.cli.unknown_flags import unknown_words
 from gateway.errors import GatewayError, SettingsError
 from gateway.settings import Settings, load
 

@@ -16,15 +16,15 @@ from pathlib import Path
 
 from engine.fleet import FileFleet, FleetError, FleetSnapshot, FleetView, ReplicaState, reasons_in_words
 from engine.replicas.devices import visible_gpus
-from engine.replicas.room import check_room
+from engine.replicas.shared_memory_check import check_room
 from engine.replicas.supervisor import Supervisor
 from gateway.block_registry.recent import RecentFleet
 from gateway.http_server.server import DoorServer, bind, build_server
 from gateway.prompts.parity_watch import ParityWatch
 from gateway.serve.banner import banner, say
-from gateway.serve.default_model import with_model
 from gateway.serve.descriptors import fitted, in_words, raise_limit
 from gateway.serve.memory import settle_memory
+from gateway.serve.model_choice import with_model
 from gateway.serve.starting import StartingDoor, Switch
 from gateway.serve.wiring import Door, build_door
 from gateway.settings import Settings, engine_settings

@@ -9,7 +9,7 @@ from engine.default_model.packaged import DEFAULT_NAME, PACKAGED
 from engine.replicas.devices import parse_mask
 from gateway.cli.doctor.finding import Finding, in_words
 from gateway.cli.doctor.machine import Machine
-from gateway.cli.doctor.peers import Fleet, FleetMember, Pair
+from gateway.cli.doctor.replica_pairs import Fleet, FleetMember, Pair
 from gateway.cli.doctor.surroundings import judge_access, judge_descriptors, judge_directories, judge_port, judge_room
 
 VLLM_RANGE = ((0, 32), (0, 34))

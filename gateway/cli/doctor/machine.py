@@ -20,7 +20,7 @@ from pathlib import Path
 from engine.default_model.model import cache_root, directory_of, is_intact
 from engine.default_model.packaged import DEFAULT_NAME, PACKAGED
 from engine.replicas.devices import CPU_REPLICAS_DEFAULT, vllm_is_for_cpu
-from engine.replicas.room import kv_bytes_each
+from engine.replicas.shared_memory_check import kv_bytes_each
 from gateway.cli.doctor.gpus import Gpu, Link, driver_gpus, find_gpus
 from gateway.serve.descriptors import fitted, in_words, limits
 from gateway.settings import Settings

@@ -1,6 +1,6 @@
 """`peerkv doctor`: what this machine has, what the replicas can exchange and how, and what should be fixed.
 
-findings.py judges the facts that machine.py and peers.py collect; it is a pure function.
+findings.py judges the facts that machine.py and replica_pairs.py collect; it is a pure function.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gateway.cli.doctor.finding import Finding, in_words
 from gateway.cli.doctor.findings import judge
 from gateway.cli.doctor.links import LinkSpeeds, matrix_lines, measure
 from gateway.cli.doctor.machine import Machine, look
-from gateway.cli.doctor.peers import Fleet, Pair, pairs_of, path_in_words, read_fleet
+from gateway.cli.doctor.replica_pairs import Fleet, Pair, pairs_of, path_in_words, read_fleet
 from gateway.settings import Settings
 
 

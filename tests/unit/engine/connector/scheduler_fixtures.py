@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-from engine.connector.groups import ModelGroups
-from engine.connector.messages import ImportReport, StepMetadata, WorkerReport
 from engine.connector.scheduler import SchedulerHalf
+from engine.connector.step_messages import ImportReport, StepMetadata, WorkerReport
+from engine.connector.vllm_groups import ModelGroups
 from tests.unit.transport.table_fixtures import FIELDS, description
 from transport.fingerprint import fingerprint_digest
 from transport.groups import Group

@@ -16,7 +16,7 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from engine.connector.messages import Handshake, WorkerReport
+from engine.connector.step_messages import Handshake, WorkerReport
 from transport.table.deliveries import EngineLoad
 from transport.table.layout import Memory
 from transport.table.reader import TableReader

@@ -6,8 +6,8 @@ import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, KVConnectorTransferResults
 from vllm.v1.request import RequestStatus
 
-from engine.connector.messages import StepMetadata
 from engine.connector.peerkv_connector import PeerKVConnector, _refusal
+from engine.connector.step_messages import StepMetadata
 from transport.groups import Group
 
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engine.connector.messages import ImportReport, WorkerReport
-from engine.connector.peers import UNREADABLE_MAX
+from engine.connector.import_sources import UNREADABLE_MAX
+from engine.connector.step_messages import ImportReport, WorkerReport
 from tests.unit.engine.connector.scheduler_fixtures import PROMPT, SIZE, Replica, Request, import_all, keys_of, report, run_on
 from tests.unit.transport.table_fixtures import FIELDS, writer
 from transport.table.reader import TableReader

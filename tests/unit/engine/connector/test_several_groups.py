@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.connector.groups import ModelGroups
-from engine.connector.messages import WorkerReport
+from engine.connector.step_messages import WorkerReport
+from engine.connector.vllm_groups import ModelGroups
 from tests.unit.engine.connector.scheduler_fixtures import SIZE, Replica, Request, import_all, keys_of, report
 from transport.groups import Group
 from transport.hint import HINT

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.connector.messages import ImportReport, StepMetadata, WorkerReport
+from engine.connector.step_messages import ImportReport, StepMetadata, WorkerReport
 from engine.connector.worker import WorkerHalf
 from tests.unit.transport.table_fixtures import writer
 from transport.backends.base import ImportJob

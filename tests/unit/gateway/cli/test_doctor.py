@@ -21,7 +21,7 @@ from gateway.cli.doctor import report as doctor
 from gateway.cli.doctor.findings import judge
 from gateway.cli.doctor.gpus import Gpu, Link, parse_gpus, parse_matrix
 from gateway.cli.doctor.machine import Machine, parse_memory
-from gateway.cli.doctor.peers import Fleet, FleetMember, pairs_of, path_in_words, read_fleet
+from gateway.cli.doctor.replica_pairs import Fleet, FleetMember, pairs_of, path_in_words, read_fleet
 from gateway.cli.doctor.report import report
 from gateway.serve.descriptors import fitted, in_words
 from gateway.settings import Settings

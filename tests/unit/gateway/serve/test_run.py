@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from engine.replicas.room import SharedMemoryTooSmall
+from engine.replicas.shared_memory_check import SharedMemoryTooSmall
 from gateway.serve.run import engine as run_engine
 from gateway.serve.run import serve as run_serve
 from gateway.settings import Settings, load

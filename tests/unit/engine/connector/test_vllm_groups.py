@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from engine.connector.groups import GroupNotHandled, model_groups
+from engine.connector.vllm_groups import GroupNotHandled, model_groups
 from transport.groups import Group
 
 SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.bfloat16}

@@ -7,7 +7,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.connector.messages import ImportReport
+from engine.connector.step_messages import ImportReport
 from transport.hint import Hint, read_hint
 from transport.table.deliveries import Delivery, DeliveryReason
 from transport.table.writer import TableWriter
@@ -22,7 +22,7 @@ class Phase(enum.Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Account:
+class RequestAccount:
     """One request. `left`: tokens of its prompt that no step has been given yet and that are not known to be cached.
 
     `whole`: some step was given the end of its prompt; the report of that step brings its record. `closed`: vLLM forgot it.
@@ -82,23 +82,23 @@ class PromptWork:
     """What a step computes of prompts: how many tokens, and which prompts it completes, by request id."""
 
     tokens: int = 0
-    whole: list[tuple[str, Account]] = field(default_factory=list)
+    whole: list[tuple[str, RequestAccount]] = field(default_factory=list)
 
 
-class Accounts:
+class RequestAccounts:
     """All requests that the engine knows. Counts in `table`; `transport` is how its peers are read."""
 
     def __init__(self, table: TableWriter, transport: str) -> None:
         self._table = table
         self._transport = transport
-        self._open: dict[str, Account] = {}
+        self._open: dict[str, RequestAccount] = {}
         self._phases = dict.fromkeys(Phase, 0)
         self._left = 0
         self._under_way = 0
         self._work = PromptWork()
-        self.prefilling: dict[str, Account] = {}
+        self.prefilling: dict[str, RequestAccount] = {}
         """Requests whose prompts have been given to steps in part, but not to the end."""
-        self.asked: dict[str, Account] = {}
+        self.asked: dict[str, RequestAccount] = {}
         """Requests that vLLM would run if it had room: it asked for their prefix but gave them no step since."""
 
     def load(self) -> tuple[int, int, int, int]:
@@ -111,30 +111,30 @@ class Accounts:
         """Requests that have blocks and are given steps."""
         return self._phases[Phase.PREFILLING] + self._phases[Phase.DECODING]
 
-    def arrived(self, request: Any, now_ns: int) -> tuple[Account, bool]:
+    def arrived(self, request: Any, now_ns: int) -> tuple[RequestAccount, bool]:
         """Return a request's account, and whether it was opened just now."""
         known = self._open.get(request.request_id)
         if known is not None:
             return known, False
         hint, tokens = read_hint(request.kv_transfer_params), int(request.num_prompt_tokens)
-        account = self._open[request.request_id] = Account(hint, tokens, now_ns, tokens)
+        account = self._open[request.request_id] = RequestAccount(hint, tokens, now_ns, tokens)
         self._phases[Phase.WAITING] += 1
         self._left += tokens
         if hint.malformed:
             self._table.count("hints_malformed", hint.malformed)
         return account, True
 
-    def looked_up(self, request_id: str, account: Account, cached_tokens: int, now_ns: int) -> None:
+    def looked_up(self, request_id: str, account: RequestAccount, cached_tokens: int, now_ns: int) -> None:
         """vLLM asked for a prefix: `cached_tokens` of the prompt are here or about to come."""
         account.asked_ns = account.asked_ns or now_ns
         self.asked[request_id] = account
         self._leave(account, account.prompt_tokens - cached_tokens)
 
-    def import_begun(self, account: Account, source: str, now_ns: int) -> None:
+    def import_begun(self, account: RequestAccount, source: str, now_ns: int) -> None:
         """Blocks were allocated for an import from `source`."""
         account.import_begun_ns, account.source = now_ns, source
 
-    def import_ended(self, account: Account, begin: int, good: int, report: ImportReport, now_ns: int) -> None:
+    def import_ended(self, account: RequestAccount, begin: int, good: int, report: ImportReport, now_ns: int) -> None:
         """`good` tokens after the first `begin` arrived."""
         account.import_from, account.imported_tokens = begin, good
         account.import_wait_ns, account.import_ns = now_ns - account.import_begun_ns, report.nanoseconds
@@ -202,12 +202,12 @@ class Accounts:
         if not account.whole:
             self._deliver(account, 0)
 
-    def _deliver(self, account: Account, first_token_ns: int) -> None:
+    def _deliver(self, account: RequestAccount, first_token_ns: int) -> None:
         if not account.delivered:
             account.delivered = True
             self._table.deliver(account.delivery(first_token_ns), self._transport)
 
-    def _count(self, account: Account, computed_tokens: int) -> None:
+    def _count(self, account: RequestAccount, computed_tokens: int) -> None:
         """Count a prompt once: which of its tokens were here, came from a peer, or are computed now."""
         if account.planned_tokens and not account.import_begun_ns:
             account.why = DeliveryReason.ALLOCATION
@@ -222,12 +222,12 @@ class Accounts:
         self._table.count("local_tokens", account.local_tokens)
         self._table.count("computed_tokens", prompt - reused)
 
-    def _enter(self, account: Account, phase: Phase) -> None:
+    def _enter(self, account: RequestAccount, phase: Phase) -> None:
         self._phases[account.phase] -= 1
         self._phases[phase] += 1
         account.phase = phase
 
-    def _leave(self, account: Account, left: int) -> None:
+    def _leave(self, account: RequestAccount, left: int) -> None:
         left = max(0, left)
         self._left += left - account.left
         account.left = left

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.connector.messages import ImportReport, WorkerReport
-from engine.connector.peers import UNREADABLE_MAX
+from engine.connector.import_sources import UNREADABLE_MAX
+from engine.connector.step_messages import ImportReport, WorkerReport
 from tests.unit.engine.connector.scheduler_fixtures import PROMPT, SIZE, Replica, Request, import_all, keys_of, report, run_on
 from tests.unit.transport.table_fixtures import FIELDS, writer
 from transport.table.deliveries import Delivery, DeliveryReason, EngineLoad

@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Callable, Mapping
 
-from engine.connector.groups import ModelGroups
 from engine.connector.sequence import Import
+from engine.connector.vllm_groups import ModelGroups
 from transport.fingerprint import fingerprint_difference
 from transport.keys import Keys
 from transport.table.deliveries import DeliveryReason

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.replicas.launch import CPU_KV_BYTES, EngineSettings
-from engine.replicas.room import SharedMemoryTooSmall, check_room, kv_bytes_each, shared_kv_bytes
+from engine.replicas.shared_memory_check import SharedMemoryTooSmall, check_room, kv_bytes_each, shared_kv_bytes
 from engine.replicas.supervisor import Supervisor
 
 CPU = EngineSettings("org/model", Path("/run/p"), Path("/dev/shm/p"), Path("/log/p"))

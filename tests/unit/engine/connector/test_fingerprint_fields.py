@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from engine.connector.fingerprint import worker_fields
+from engine.connector.fingerprint_fields import worker_fields
 
 CONFIG = SimpleNamespace(
     compilation_config=SimpleNamespace(static_forward_context={}), cache_config=SimpleNamespace(cache_dtype="auto")
