@@ -149,7 +149,7 @@ async def memory(service: TokenService, blocks: int, replicas: int) -> None:
             keys = chain_keys(ROOT, ids, BLOCK_SIZE)[: writer.layout.blocks - first]
             writer.publish(range(first, first + len(keys)), keys)
             await planner.plan("completions", {"prompt": ids.tolist()}, ANONYMOUS)
-        held = sum(table.cached_blocks() for table in planner.registry.tables().values())
+        held = sum(table.cached_blocks() for table in planner.fleet.now().tables.values())
         gc.collect()
         after = megabytes()
         print(f"{held:,} blocks in {replicas} tables, each prompt of {prompt_tokens:,} tokens asked for once")

@@ -28,7 +28,7 @@ from bench.decision import BLOCK_SIZE, FIELDS, ROOT, StandingFleet
 from bench.field_flags import default_model
 from bench.report import quantile
 from gateway.api.body import decode_body
-from gateway.block_registry.recent import RecentTables
+from gateway.block_registry.fleet_watch import HOLD_SECONDS
 from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import Ledger
 from gateway.ledger.recorder import Recorder
@@ -72,9 +72,9 @@ class Steps:
         for name in NAMES:
             about = Description(name, os.getpid(), "xxh3_128", "shared_memory", "ok", FIELDS, ())
             self._writers[name] = stack.enter_context(closing(TableWriter(directory, about, BLOCK_SIZE, BLOCKS)))
-        tables = stack.enter_context(closing(TableDirectory(directory)))
+        tables = stack.enter_context(closing(TableDirectory(directory, hold_seconds=HOLD_SECONDS)))
         settings = load()
-        self._planner = Planner(StandingFleet(directory, list(NAMES)), RecentTables(tables), service, settings)
+        self._planner = Planner(StandingFleet(directory, list(NAMES)), tables, service, settings)
         self._planner.prompts.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
         self._recorder = Recorder(Ledger(settings.ledger_requests_max), self._planner)
         self._flying: deque[tuple[Plan, Attempt]] = deque()

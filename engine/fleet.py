@@ -1,7 +1,8 @@
 """What the front door sees of the replicas: immutable snapshots, and two ways to get them."""
 
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -114,18 +115,25 @@ def write_fleet(run_dir: Path, snapshot: FleetSnapshot) -> None:
 
 
 class FileFleet:
-    """The fleet of another process's supervisor, read from its run_dir.
+    """The fleet of another process's supervisor, read from its run_dir: at most once in `hold_seconds`, as asking costs more
+    than all else about it, and a replica may die at any moment after it was looked at anyway.
 
     When the file is gone, so are the replicas: the snapshot is then empty, and comes back with the file.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, hold_seconds: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = run_dir / FLEET_FILE
+        self._hold_seconds = hold_seconds
+        self._clock = clock
+        self._held_until = 0.0
         self._stamp: tuple[int, int, int] | None = None
         self._snapshot = FleetSnapshot(0, "", "", "", ())
 
     def snapshot(self) -> FleetSnapshot:
         """The content of fleet.json, read again when the file was replaced. Raises FleetError."""
+        now = self._clock()
+        if now < self._held_until:
+            return self._snapshot
         try:
             status = os.stat(self._path)
             stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
@@ -135,7 +143,9 @@ class FileFleet:
         except FileNotFoundError:
             self._stamp = None
             self._snapshot = replace(self._snapshot, replicas=())
+        self._held_until = now + self._hold_seconds
         return self._snapshot
 
     def suspect(self, name: str, *, overdue: bool = False) -> None:
-        """Nothing to do from here: the supervisor that writes the file checks its replicas itself."""
+        """What is held is out of date. The supervisor that writes the file checks its replicas itself."""
+        self._held_until = 0.0

@@ -1,4 +1,5 @@
-"""Who holds which blocks: the block tables of all replicas, key chains, and what engines report as delivered.
+"""Who holds which blocks: the fleet's state with its block tables, key chains, and what engines report as delivered.
 
-The seam is `tables.Tables`: where tables come from. May import token_ids.
+The seams are `tables.Tables`, where tables come from, and `fleet_state.FleetState`, what everybody above reads. May import
+token_ids.
 """

@@ -1,6 +1,6 @@
 """The engines' delivery records, read from their tables as they appear, each record once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,11 +26,9 @@ class DeliveryFeed:
     `missed` counts records that were overwritten before they were read.
     """
 
-    def __init__(self, tables: Callable[[], Mapping[str, Table]]) -> None:
-        self._tables = tables
+    def __init__(self) -> None:
         self._places: dict[str, _Place] = {}
         self._takers: list[Taker] = []
-        self._seen: Mapping[str, Table] | None = None
         self.missed = 0
 
     def add(self, taker: Taker) -> None:
@@ -43,22 +41,15 @@ class DeliveryFeed:
         if place is not None:
             self._read(replica, place)
 
-    def refresh(self, tables: Mapping[str, Table] | None = None) -> None:
-        """Note tables that appeared or were replaced, and pass on everything new.
-
-        `tables` are the current live ones, an immutable object; if omitted they are looked up.
-        """
-        if tables is None:
-            tables = self._tables()
-        if tables is not self._seen:
-            self._seen = tables
-            self._take_note(tables)
+    def refresh(self) -> None:
+        """Pass on everything new."""
         for replica, place in self._places.items():
             newest, found = place.table.deliveries(place.after)
             if newest != place.after:
                 self._hand_on(replica, place, newest, found)
 
-    def _take_note(self, tables: Mapping[str, Table]) -> None:
+    def watch(self, tables: Mapping[str, Table]) -> None:
+        """Read these too from now on; the last records of a table that is replaced are passed on first."""
         for replica, table in tables.items():
             place = self._places.get(replica)
             if place is None or place.table is not table:

@@ -148,7 +148,7 @@ class Keeper:
         """Return the ready replicas: those that keep it first, then those that hold most of it, then the least busy."""
         tenant = self._tenants.named(kept.tenant)
         lora = self._planner.prompts.adapter({"model": kept.model})
-        look_up = self._planner.registry.look_up(kept.ids, tenant.salt if tenant else "", lora)
+        look_up = self._planner.registry.look_up(self._planner.fleet.now(), kept.ids, tenant.salt if tenant else "", lora)
         busy = self._planner.in_flight()
 
         def rank(replica: Replica) -> tuple[bool, int, int, str]:
@@ -224,7 +224,7 @@ class Keeper:
         return status
 
     def _refusals(self, replica: str) -> int:
-        table = self._planner.registry.tables().get(replica)
+        table = self._planner.fleet.now().tables.get(replica)
         return table.counters().get(_REFUSED, 0) if table is not None else 0
 
     def _notice_restarts(self) -> None:

@@ -38,7 +38,7 @@ class PrefixReader:
         if wanted.model:
             await self._models.card(wanted.model)
         ids = await self._ids(wanted, tenant)
-        sizes = [table.block_size for table in self._planner.registry.tables().values()]
+        sizes = [table.block_size for table in self._planner.fleet.now().tables.values()]
         if not sizes:
             raise Unavailable("No replica has a block table, so prefixes cannot be kept.")
         if len(ids) < min(sizes):

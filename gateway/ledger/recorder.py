@@ -35,7 +35,7 @@ class Recorder:
         self.ledger = ledger
         self.feed = planner.feed
         self._planner = planner
-        self._table = planner.registry.table
+        self._fleet = planner.fleet
         self._flights = planner.flights
         self._outliers = planner.outliers
         self._clock = clock
@@ -48,7 +48,7 @@ class Recorder:
         Call it without an await after the planner's `decide` or `replan`: the next plan then knows of this request.
         """
         known, decision, now = plan.request.known, plan.decision, self._clock()
-        table = self._table(decision.replica)
+        table = self._fleet.latest.tables.get(decision.replica)
         attempt = Attempt(
             info=info,
             decision=decision,
@@ -112,6 +112,7 @@ class Recorder:
 
     def catch_up(self) -> None:
         """Read what is new in all tables and settle what can be: before somebody looks at the figures."""
+        self._fleet.now()
         self.feed.refresh()
         self.ledger.settle_late(self._clock())
 

@@ -50,7 +50,7 @@ class OverdueWatch:
     def look(self) -> None:
         """Find those replicas now, and tell everybody."""
         now, planner = self._clock(), self._planner
-        tables = planner.registry.tables()
+        tables = planner.fleet.now().tables
         found: dict[str, str] = {}
         for name, waiting in planner.waiting().items():
             table = tables.get(name)

@@ -6,19 +6,22 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from math import inf
 from typing import Any, Protocol
 
-from engine.fleet import FleetSnapshot, FleetView, Replica
+from engine.fleet import FleetView
 from gateway.api.body import Endpoint
 from gateway.block_registry.chain import Chain
 from gateway.block_registry.delivery_feed import DeliveryFeed
+from gateway.block_registry.fleet_state import FleetState, ReadyReplica
+from gateway.block_registry.fleet_watch import FleetWatch
+from gateway.block_registry.lifetime_counters import LifetimeCounters
 from gateway.block_registry.registry import NOTHING, LookUp, Registry
-from gateway.block_registry.tables import Table, Tables
+from gateway.block_registry.tables import Tables
 from gateway.planner.hint import CHAT_IDS, Tags, hint, takes_chat_ids
 from gateway.planner.plan import Plan, PlanningRequest, SteeringStats
 from gateway.planner.prefix_counts import PrefixCounts
-from gateway.planner.ready import EMPTY, Lineup, ReadyReplicas, Standing, line_up
+from gateway.planner.ready import with_ready
 from gateway.prompts.reader import KnownPrompt, PromptReader
 from gateway.prompts.tokenizer.service import TokenService
-from gateway.steering.costs.model import CostModel
+from gateway.steering.costs.model import CostModel, ModelKey
 from gateway.steering.evictions import Evictions
 from gateway.steering.in_flight import Flight, Flights
 from gateway.steering.load import FleetLoad
@@ -63,29 +66,31 @@ class Planner:
         clock: Callable[[], float] = time.monotonic,
         outliers: Outliers | None = None,
     ) -> None:
-        self._ready = ReadyReplicas(fleet, self._fleet_changed)
+        self.fleet = FleetWatch(fleet, tables, imports=settings.imports)
         self.outliers = Outliers(0, 1.0, 1.0) if outliers is None else outliers
         self._pids: Mapping[str, int | None] = {}
         self._doubted: Mapping[str, str] = {}
         self._overdue: Mapping[str, str] = {}
         self._send_chat_ids = settings.send_chat_ids
-        self.registry = Registry(tables, settings.key_cache_bytes_max)
+        self.registry = Registry(settings.key_cache_bytes_max)
+        self.lifetime_counters = LifetimeCounters()
         self._imports = settings.imports
         self.prompts = PromptReader(tokens, settings.tokenize_inline_chars_max, models)
         self._clock = clock
         self._turns = itertools.count()
         self._tags = Tags()
-        self._lineup = EMPTY
+        self._model_keys: dict[str, ModelKey] = {}
         self.costs = CostModel()
         self.load = FleetLoad()
-        self.flights = Flights(self.load, self.costs, self.registry.refused)
-        self.feed = DeliveryFeed(self.registry.tables)
+        self.flights = Flights(self.load, self.costs, self.fleet.refused)
+        self.feed = DeliveryFeed()
         self.evictions = Evictions()
         self.feed.add(self.flights.delivered)
         self.feed.add(self.evictions.delivered)
         self._popularity = Popularity(settings.prefixes_tracked_max)
         self.counts = SteeringStats()
         self.prefixes = PrefixCounts(settings.prefixes_tracked_max)
+        self.fleet.on_change(self._fleet_changed)
 
     async def plan(
         self, endpoint: Endpoint, body: Mapping[str, Any], tenant: TenantContext, *, wanted_replica: str | None = None
@@ -107,7 +112,7 @@ class Planner:
         `wanted_replica` names the one it has to go to, `known` is its prompt if that was read before. Raises ApiError:
         NoReplicaReady, UnknownReplica, ReplicaNotReady, PromptTooLong, InvalidRequest.
         """
-        self._ready.now(wanted_replica)
+        with_ready(self.fleet.now(), wanted_replica)
         if known is None:
             known = await self.prompts.read(endpoint, body, tenant.salt)
         return PlanningRequest(
@@ -133,7 +138,7 @@ class Planner:
 
         Changes of the fleet are taken note of too: with no requests nothing else does.
         """
-        self._ready.refresh()
+        self.fleet.now()
         for name in self.load.in_flight():
             self.feed.poll(name)
         return self.flights.waiting()
@@ -143,55 +148,63 @@ class Planner:
         self._overdue = why
         self.outliers.suspect({**self._doubted, **why} if self._doubted else why)
 
-    def _fleet_changed(self, snapshot: FleetSnapshot) -> None:
-        """Forget the failures of what was replaced; whom the supervisor has doubts about gets nothing new."""
-        pids = {replica.name: replica.pid for replica in snapshot.replicas}
+    def _fleet_changed(self, state: FleetState) -> None:
+        """Forget what is gone and the failures of what was replaced; whom the supervisor has doubts about gets nothing new."""
+        pids = {replica.name: replica.pid for replica in state.snapshot.replicas}
         self.outliers.keep([name for name, pid in pids.items() if self._pids.get(name) == pid])
         self._pids = pids
-        self._doubted = {replica.name: replica.reason for replica in snapshot.ready() if replica.reason}
+        self._doubted = {name: one.replica.reason for name, one in state.ready.items() if one.replica.reason}
         self.overdue(self._overdue)
+        self.lifetime_counters.observe(state.tables)
+        self.feed.watch(state.tables)
+        self.flights.keep(state.tables)
+        self.evictions.caches({name: table.num_blocks * table.block_size for name, table in state.tables.items()})
+        for name, table in state.tables.items():
+            self.evictions.appeared(name, table)
+        self._model_keys = {name: _model_key(one) for name, one in state.ready.items()}
+        for name, one in state.ready.items():
+            if one.table is not None:
+                self.costs.size_imports(self._model_keys[name].device, *one.table.import_bytes())
 
     def in_flight(self) -> Mapping[str, int]:
         """Requests with each replica now."""
         return self.load.in_flight()
 
     def _decide(self, request: PlanningRequest, exclude: Set[str], former: Plan | None = None) -> Plan:
-        ready = self._ready.now(request.wanted_replica, exclude)
+        self.flights.listen_to(self.fleet.now().tables)
+        self.feed.refresh()
+        state = with_ready(self.fleet.latest, request.wanted_replica, exclude)
         now, known = self._clock(), request.known
-        tables = self.registry.tables()
-        self.flights.listen_to(tables)
-        self.feed.refresh(tables)
-        lineup = self._line_up(ready, tables)
         look_up = usable = NOTHING
         if known.ids is not None:
-            look_up = self.registry.look_up(known.ids, request.salt, request.lora, tables)
+            look_up = self.registry.look_up(state, known.ids, request.salt, request.lora)
             if known.cacheable:
                 usable = look_up
-        candidates, held, computed = self._candidates(lineup, request, usable, now)
+        candidates, held, computed = self._candidates(state, request, usable, now)
         formerly = 0
         if former is not None:
             formerly = former.formerly_tokens
         elif look_up.chains:
             formerly = self._note(*look_up.chains[0], max(look_up.held_tokens_max, computed), now, missed=known.cacheable)
         view = self._view(request, usable, held, now)
-        decision = steer(view, candidates, self.costs, now, next(self._turns), lineup.names)
-        plan = self._plan(request, lineup.replicas[decision.replica], decision, usable, formerly, now)
+        decision = steer(view, candidates, self.costs, now, next(self._turns), state.names)
+        plan = self._plan(request, state.ready[decision.replica], decision, usable, formerly, now)
         self.counts.count(plan)
         return plan
 
     def _candidates(
-        self, lineup: Lineup, request: PlanningRequest, look_up: LookUp, now: float
+        self, state: FleetState, request: PlanningRequest, look_up: LookUp, now: float
     ) -> tuple[list[Candidate], int, int]:
         """Return the ready replicas, and how many tokens of the prompt one of them holds and one of them computes at most."""
-        takers = self.outliers.takers(lineup.names, now)
+        takers = self.outliers.takers(state.names, now)
         promises: Mapping[str, int] = {}
         for chain, block_size in look_up.chains:
             promised = self.load.promised(chain, block_size)
             promises = {**promises, **promised} if promises else promised
-        blocks, load, wanted = look_up.blocks, self.load.load, request.wanted_replica
+        blocks, load, wanted, keys = look_up.blocks, self.load.load, request.wanted_replica, self._model_keys
         found = []
         held_most = computed_most = 0
-        for name, one in lineup.replicas.items():
+        for name, one in state.ready.items():
             held, promise, ahead = blocks.get(name, 0), promises.get(name, 0), load(name, now)
             if held:
                 held *= one.block_size
@@ -199,7 +212,7 @@ class Planner:
                     held_most = held
             if promise > computed_most:
                 computed_most = promise
-            takes = (takers is lineup.names or name in takers) if wanted is None else wanted == name
+            takes = (takers is state.names or name in takers) if wanted is None else wanted == name
             room, table = inf, one.table
             if table is not None:  # what is being decoded holds a block without a key
                 room = (one.blocks - table.cached_blocks() - ahead.decoding) * one.block_size
@@ -208,7 +221,7 @@ class Planner:
                 held_tokens=held,
                 load=ahead,
                 exchanges_with=one.sources,
-                key=one.key,
+                key=keys[name],
                 transport=one.transport,
                 promised_tokens=promise,
                 takes=takes,
@@ -216,21 +229,6 @@ class Planner:
             )
             found.append(candidate)
         return found, held_most, computed_most
-
-    def _line_up(self, ready: Mapping[str, Replica], tables: Mapping[str, Table]) -> Lineup:
-        """Return the ready replicas, the same object while nothing about them changes."""
-        exchanges, former = self.registry.exchanges(tables), self._lineup
-        if former.ready is ready and former.tables is tables and former.exchanges is exchanges:
-            return former
-        if former.tables is not tables:
-            self.evictions.caches({name: table.num_blocks * table.block_size for name, table in tables.items()})
-            for name, table in tables.items():
-                self.evictions.appeared(name, table)
-        self._lineup = line_up(ready, tables, exchanges, imports=self._imports)
-        for one in self._lineup.replicas.values():
-            if one.table is not None:
-                self.costs.size_imports(one.key.device, *one.table.import_bytes())
-        return self._lineup
 
     def _note(self, chain: Chain, block_size: int, at_hand: int, now: float, *, missed: bool) -> int:
         """Count a request. Return how many of its tokens were asked for before, 0 if no more than are held or being computed.
@@ -256,7 +254,7 @@ class Planner:
         return PromptView(request.known.tokens, request.affinity, rate, self.load.decode_seconds, block_size, again)
 
     def _plan(
-        self, request: PlanningRequest, one: Standing, decision: Decision, look_up: LookUp, formerly: int, now: float
+        self, request: PlanningRequest, one: ReadyReplica, decision: Decision, look_up: LookUp, formerly: int, now: float
     ) -> Plan:
         known, expected, name, table = request.known, decision.expected, one.name, one.table
         place = look_up.places.get(name)
@@ -274,7 +272,7 @@ class Planner:
             ready_at=now + seconds,
             chain=chain,
             block_size=block_size,
-            key=one.key,
+            key=self._model_keys[name],
             load=self.load.load(name, now),
             transport=one.transport,
             decided_at=now,
@@ -309,3 +307,9 @@ def _affinity(body: Mapping[str, Any], salt: str) -> str:
     """The request's prompt_cache_key, apart for each tenant; "" for none."""
     key = body.get("prompt_cache_key")
     return f"{salt}:{key[:AFFINITY_CHARS_MAX]}" if isinstance(key, str) and key else ""
+
+
+def _model_key(one: ReadyReplica) -> ModelKey:
+    """Whose prefill terms a replica has: its kind of device's, with the fingerprint for the model."""
+    fingerprint = one.table.fingerprint if one.table is not None else b""
+    return ModelKey(one.replica.device.partition(":")[0], fingerprint.hex()[:16])

@@ -18,7 +18,7 @@ from engine.fleet import FileFleet, FleetError, FleetSnapshot, FleetView, Replic
 from engine.replicas.devices import visible_gpus
 from engine.replicas.shared_memory_check import check_room
 from engine.replicas.supervisor import Supervisor
-from gateway.block_registry.recent import RecentFleet
+from gateway.block_registry.fleet_watch import HOLD_SECONDS
 from gateway.http_server.server import DoorServer, bind, build_server
 from gateway.prompts.parity_watch import ParityWatch
 from gateway.serve.banner import banner, say
@@ -62,7 +62,7 @@ async def gateway(settings: Settings) -> None:
     async with contextlib.AsyncExitStack() as stack:
         starting = StartingDoor(f"waiting for the replicas of {settings.run_dir}")
         server, switch = await stack.enter_async_context(_serving(settings, starting))
-        fleet = RecentFleet(FileFleet(settings.run_dir))
+        fleet = FileFleet(settings.run_dir, hold_seconds=HOLD_SECONDS)
         say(starting.reason)
         found = await _wait_for(fleet, settings.startup_seconds_max)
         door = await _open(stack, settings, fleet, server, switch, found)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.fleet import FleetView
 from gateway.admin.app import build_app
-from gateway.block_registry.recent import RecentTables
+from gateway.block_registry.fleet_watch import HOLD_SECONDS
 from gateway.kept_prefixes.book import KeptPrefixBook
 from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.reader import PrefixReader
@@ -59,7 +59,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: t
     """Build the front door for `fleet`, which serves `model` with `vllm_args`."""
     upstream = Upstream(settings)
     models = ModelsCache(fleet, upstream)
-    tables = TableDirectory(table_dir)
+    tables = TableDirectory(table_dir, hold_seconds=HOLD_SECONDS)
     tenants = Tenants(settings.tenants, settings.admin_key)
     source = source_from_arguments(model, vllm_args)
     tokens = TokenService(
@@ -69,7 +69,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: t
         tenants=len(tenants),
     )
     outliers = Outliers(settings.eject_failures_max, settings.eject_seconds_min, settings.eject_seconds_max)
-    planner = Planner(fleet, RecentTables(tables), tokens, settings, lambda: models.known, outliers=outliers)
+    planner = Planner(fleet, tables, tokens, settings, lambda: models.known, outliers=outliers)
     access = AdminAccess(settings.admin_key)
     recorder = Recorder(Ledger(settings.ledger_requests_max), planner)
     large_bodies = LargeBodies(

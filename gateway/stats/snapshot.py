@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 
 from engine.fleet import FleetView, Replica, ReplicaState
 from gateway import __version__
+from gateway.block_registry.fleet_state import obstacles
 from gateway.block_registry.lifetime_counters import LifetimeCounters
-from gateway.block_registry.registry import obstacles
 from gateway.block_registry.tables import Table
 from gateway.ledger.ledger import Ledger
 from gateway.ledger.misses import MissReason
@@ -60,12 +60,11 @@ class StatsView:
         """Return the state of everything now."""
         fleet = self._fleet.snapshot()
         self._recorder.catch_up()
-        tables = self._planner.registry.tables()
-        ledger = self._planner.registry.ledger
+        tables, counters = self._planner.fleet.now().tables, self._planner.lifetime_counters
         in_flight = self._planner.in_flight()
         outliers, now = self._planner.outliers, self._clock()
         replicas = [
-            _replica_stats(replica, tables, ledger, in_flight.get(replica.name, 0), outliers.seen(replica.name, now))
+            _replica_stats(replica, tables, counters, in_flight.get(replica.name, 0), outliers.seen(replica.name, now))
             for replica in fleet.replicas
         ]
         return KvStats(
@@ -76,7 +75,7 @@ class StatsView:
             ledger=ledger_stats(self._recorder.ledger, self._recorder.feed.missed),
             tokenizer=self._tokens.state,
             parity=_parity_stats(self._planner.prompts.parity, self._planner.prompts.parity_counts),
-            totals=_totals(replicas, ledger),
+            totals=_totals(replicas, counters),
             replicas=replicas,
         )
 
@@ -105,10 +104,10 @@ def transfer_counts(counters: Mapping[str, int]) -> TransferCounts:
 
 
 def _replica_stats(
-    replica: Replica, tables: Mapping[str, Table], ledger: LifetimeCounters, in_flight: int, ejection: Ejection
+    replica: Replica, tables: Mapping[str, Table], lifetime: LifetimeCounters, in_flight: int, ejection: Ejection
 ) -> ReplicaStats:
     table = tables.get(replica.name)
-    counters = ledger.counters(replica.name)
+    counters = lifetime.counters(replica.name)
     others = {name: obstacles(table, other) for name, other in tables.items() if name != replica.name} if table else {}
     return ReplicaStats(
         name=replica.name,
@@ -120,7 +119,7 @@ def _replica_stats(
         standing_reason=ejection.why,
         ejected_seconds=ejection.seconds_left,
         ejections=ejection.ejections,
-        epochs=ledger.epochs(replica.name),
+        epochs=lifetime.epochs(replica.name),
         exchanges=table.status if table else "it has no block table",
         transport=table.transport if table else "",
         fingerprint=table.fingerprint.hex() if table else "",
@@ -136,14 +135,14 @@ def _replica_stats(
         load=load_stats(table.load() if table else EngineLoad()),
         tokens=token_counts(counters),
         counts=transfer_counts(counters),
-        peers=peer_stats(ledger.peers(replica.name)),
+        peers=peer_stats(lifetime.peers(replica.name)),
     )
 
 
-def _totals(replicas: list[ReplicaStats], ledger: LifetimeCounters) -> Totals:
+def _totals(replicas: list[ReplicaStats], lifetime: LifetimeCounters) -> Totals:
     summed: dict[str, int] = {}
-    for name in ledger.names():
-        for counter, count in ledger.counters(name).items():
+    for name in lifetime.names():
+        for counter, count in lifetime.counters(name).items():
             summed[counter] = summed.get(counter, 0) + count
     return Totals(
         replicas=len(replicas),

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from engine.fleet import FleetSnapshot, FleetView
-from gateway.block_registry.registry import STATUS_OK, key_array
+from gateway.block_registry.fleet_state import STATUS_OK
+from gateway.block_registry.registry import holders, key_array
 from gateway.block_registry.tables import Table
 from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.shapes import KeptPrefixAnswer, Prefix, PrefixReport, kept_answer
@@ -71,10 +72,10 @@ class FleetFigures:
 
     def warnings(self) -> list[str]:
         """What keeps replicas that are ready from exchanging KV, and what to do."""
-        return exchange_warnings(self._fleet.snapshot(), self._planner.registry.tables())
+        return exchange_warnings(self._fleet.snapshot(), self._planner.fleet.now().tables)
 
     def _holders(self, keys: Sequence[bytes]) -> list[list[str]]:
-        return self._planner.registry.holders(key_array(keys))
+        return holders(self._planner.fleet.now().tables, key_array(keys))
 
 
 def exchange_warnings(snapshot: FleetSnapshot, tables: Mapping[str, Table]) -> list[str]:

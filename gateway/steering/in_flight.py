@@ -46,7 +46,6 @@ class Flights:
         self._refused = refused
         self._aloft: dict[int, Flight] = {}
         self._said: dict[str, EngineLoad] = {}
-        self._tables: Mapping[str, Table] | None = None
 
     @property
     def any(self) -> bool:
@@ -83,13 +82,14 @@ class Flights:
                 found.setdefault(flight.replica, []).append(flight)
         return found
 
+    def keep(self, tables: Mapping[str, Table]) -> None:
+        """Forget what all other engines said of their load."""
+        for name in [name for name in self._said if name not in tables]:
+            del self._said[name]
+            self._load.forget(name)
+
     def listen_to(self, tables: Mapping[str, Table]) -> None:
-        """Take in what all engines say of their load, and forget what those said that are gone; `tables` does not change."""
-        if tables is not self._tables:
-            self._tables = tables
-            for name in [name for name in self._said if name not in tables]:
-                del self._said[name]
-                self._load.forget(name)
+        """Take in what all engines say of their load."""
         for name, table in tables.items():
             self.listen(name, table)
 

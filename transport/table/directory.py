@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from transport.errors import SHORTAGES, TableError
@@ -49,18 +49,29 @@ def sweep(path: Path, now: float) -> int:
 class TableDirectory:
     """The live tables under `path`, re-read when the directory changes. Not thread safe.
 
-    `own` names a replica to leave out: the caller's own.
+    `own` names a replica to leave out: the caller's own. The kernel is asked at most once in `hold_seconds`: that costs more
+    than all else about the tables, and an owner may die at any moment after it was looked at anyway.
     """
 
-    def __init__(self, path: Path, own: str = "") -> None:
+    def __init__(
+        self, path: Path, own: str = "", hold_seconds: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._path = path
         self._own = own
+        self._hold_seconds = hold_seconds
+        self._clock = clock
+        self._held_until = 0.0
         self._seen: tuple[int, int] | None = None
         self._readers: dict[str, TableReader] = {}
         self._broken: dict[str, int] = {}
 
     def tables(self) -> Mapping[str, TableReader]:
         """Return the readers of all live tables by replica name. A dead owner's table is closed and left out."""
+        if self._hold_seconds:
+            now = self._clock()
+            if now < self._held_until:
+                return self._readers
+            self._held_until = now + self._hold_seconds
         try:
             found = os.stat(self._path)
             seen = (found.st_ino, found.st_mtime_ns)
@@ -117,3 +128,4 @@ class TableDirectory:
             reader.close()
         self._readers.clear()
         self._seen = None
+        self._held_until = 0.0

@@ -57,6 +57,23 @@ def test_an_unchanged_file_is_not_read_again(tmp_path: Path) -> None:
     assert fleet.snapshot() is fleet.snapshot()
 
 
+def test_a_fleet_that_is_held_follows_the_file_a_moment_later_and_at_once_after_a_failure(tmp_path: Path) -> None:
+    now = [100.0]
+    fleet = FileFleet(tmp_path, hold_seconds=1.0, clock=lambda: now[0])
+    write_fleet(tmp_path, FLEET)
+    assert fleet.snapshot() == FLEET
+    newer = replace(FLEET, version=6, replicas=(replace(ZERO, state=ReplicaState.BACKOFF), ONE))
+    write_fleet(tmp_path, newer)
+    now[0] += 0.9
+    assert fleet.snapshot() == FLEET
+    fleet.suspect("replica-0")
+    assert fleet.snapshot() == newer
+    write_fleet(tmp_path, FLEET)
+    assert fleet.snapshot() == newer
+    now[0] += 1.0
+    assert fleet.snapshot() == FLEET
+
+
 def test_a_removed_file_means_no_replicas(tmp_path: Path) -> None:
     fleet = FileFleet(tmp_path)
     write_fleet(tmp_path, FLEET)

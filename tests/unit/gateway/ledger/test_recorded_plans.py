@@ -84,7 +84,7 @@ async def test_a_pull_is_entered_with_what_was_expected_and_considered(scene: Sc
 
 async def test_computing_because_imports_are_slow_is_load(scene: Scene) -> None:
     scene.tables.hold("a", IDS)
-    table = scene.planner.registry.tables()["a"]
+    table = scene.planner.fleet.now().tables["a"]
     key = ModelKey("cpu", table.fingerprint.hex()[:16])
     for _ in range(50):
         scene.planner.costs.observe(

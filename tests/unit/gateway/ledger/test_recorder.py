@@ -30,7 +30,7 @@ class Scene:
 
     def send(self, tag: int, **changes: Any) -> Attempt:
         attempt = begun(tag, prompt_tokens=TOKENS, block_size=BLOCK_SIZE, began_at=self.now, **changes)
-        self.recorder.feed.refresh()
+        self.planner.fleet.now()
         self.recorder.ledger.open(attempt)
         return attempt
 
@@ -94,7 +94,7 @@ def test_a_record_in_the_table_of_a_replica_that_died_is_still_read(scene: Scene
     attempt = scene.send(1)
     scene.deliver(1)
     scene.tables.stop("a")
-    scene.planner.registry.tables()
+    scene.planner.fleet.now()
     scene.recorder.ended(attempt, 200)
     assert reason(attempt) == (MissReason.COLD, 0)
 

@@ -95,7 +95,7 @@ def test_losses_peers_load_costs_and_verdicts_have_metrics(scene: Scene) -> None
     writer = scene.tables.writers["a"]
     writer.imported("b", "shared_memory", blocks=3, size=6_000_000, nanoseconds=2_000_000, failed=True)
     writer.tell_load([1, 2, 300, 4, 5, 6])
-    scene.recorder.feed.refresh()
+    scene.planner.fleet.now()
     attempt = begun(7)
     scene.recorder.ledger.open(attempt)
     record = Delivery(

@@ -162,7 +162,7 @@ def test_the_engines_load_is_shown_and_that_of_a_replica_without_a_table_is_noth
 
 
 def test_the_ledger_shows_every_reason_and_the_costs_what_was_learnt(scene: Scene) -> None:
-    scene.recorder.feed.refresh()
+    scene.planner.fleet.now()
     attempt = begun(7)
     scene.recorder.ledger.open(attempt)
     record = Delivery(tag=7, scheduled_ns=1, first_token_ns=2, prompt_tokens=100, computed_tokens=100)

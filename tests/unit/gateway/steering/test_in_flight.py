@@ -31,7 +31,7 @@ class Sky:
     def __init__(self) -> None:
         self.load, self.costs, self.table = FleetLoad(), CostModel(), StandingTable()
         self.flights = Flights(self.load, self.costs)
-        self.feed = DeliveryFeed(lambda: {"a": self.table})  # type: ignore[dict-item]
+        self.feed = DeliveryFeed()
         self.feed.add(self.flights.delivered)
         self.sent: dict[int, Flight] = {}
 
@@ -55,6 +55,7 @@ class Sky:
 
     def listen(self) -> None:
         self.flights.listen("a", self.table)  # type: ignore[arg-type]
+        self.feed.watch({"a": self.table})  # type: ignore[dict-item]
         self.feed.refresh()
 
     @property
@@ -144,7 +145,7 @@ def test_the_words_of_an_engine_that_is_gone_are_forgotten(sky: Sky) -> None:
     sky.deliver(99, 0.1)
     sky.listen()
     assert sky.load.load("a", 0.0).engine_tokens == 5000
-    sky.flights.listen_to({})
+    sky.flights.keep({})
     assert sky.load.load("a", 0.0).engine_tokens == 0
 
 

@@ -254,6 +254,17 @@ def test_a_directory_that_rests_is_not_read_again(tmp_path, monkeypatch):
     directory.close()
 
 
+def test_of_tables_that_are_held_a_dead_owners_is_gone_a_moment_later(tmp_path):
+    now = [100.0]
+    directory = TableDirectory(tmp_path, hold_seconds=1.0, clock=lambda: now[0])
+    with closing(writer(tmp_path)):
+        assert set(directory.tables()) == {"replica-0"}
+    now[0] += 0.9
+    assert set(directory.tables()) == {"replica-0"}
+    now[0] += 0.2
+    assert not directory.tables()
+
+
 def test_the_asking_replicas_own_table_is_left_out(tmp_path):
     with closing(writer(tmp_path)), closing(writer(tmp_path, "replica-1")):
         assert list(TableDirectory(tmp_path, "replica-0").tables()) == ["replica-1"]

@@ -1,0 +1,128 @@
+"""The fleet at one moment: the replicas, their live block tables, and who can import from whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+
+import msgspec
+
+from engine.fleet import FleetSnapshot, Replica
+from gateway.block_registry.tables import Table
+from transport.fingerprint import fingerprint_difference
+from transport.groups import Group, plain
+from transport.keys import HASHES
+
+STATUS_OK = "ok"
+NOBODY: frozenset[str] = frozenset()
+
+Epoch = tuple[str, int]
+"""One start of a replica: its name and its table's epoch."""
+
+
+class ReadyReplica(msgspec.Struct, frozen=True, gc=False, eq=False):
+    """A replica that takes requests. It can import from `sources`; without a table it holds nothing that we know of.
+
+    `blocks` may hold something: all but the null block, which never does.
+    """
+
+    name: str
+    replica: Replica
+    table: Table | None = None
+    transport: str = ""
+    block_size: int = 1
+    blocks: int = 0
+    sources: frozenset[str] = NOBODY
+
+
+class TableKind(msgspec.Struct, frozen=True, eq=False):
+    """Tables in which the same chain of keys is looked up. `plain`: every layer needs all blocks of a prefix."""
+
+    fingerprint: bytes
+    block_size: int
+    hash_name: str
+    groups: tuple[Group, ...]
+    plain: bool
+    tables: dict[str, Table]
+
+
+class FleetState(msgspec.Struct, frozen=True, eq=False):
+    """Immutable: whatever changes makes another state, and only `FleetWatch` makes them.
+
+    `sources` names, for each table, the others whose blocks its replica can import; `places` the place of its kind in `kinds`.
+    `ready` replicas are in the fleet's order, their `names` sorted.
+    """
+
+    snapshot: FleetSnapshot
+    tables: Mapping[str, Table]
+    sources: Mapping[str, frozenset[str]]
+    kinds: tuple[TableKind, ...]
+    places: Mapping[str, int]
+    ready: Mapping[str, ReadyReplica]
+    names: Sequence[str]
+
+    def without(self, names: Set[str]) -> FleetState:
+        """The same fleet if these were not ready."""
+        ready = {name: replica for name, replica in self.ready.items() if name not in names}
+        return msgspec.structs.replace(self, ready=ready, names=sorted(ready))
+
+
+EMPTY = FleetState(FleetSnapshot(0, "", "", "", ()), {}, {}, (), {}, {}, ())
+
+
+def make_state(
+    snapshot: FleetSnapshot, tables: Mapping[str, Table], refused: Set[tuple[Epoch, Epoch]], *, imports: bool
+) -> FleetState:
+    """Return the state of these; `refused` are importers with sources that they do not read, without `imports` nobody does."""
+    sources = {ours: _sources(ours, tables, refused) if imports else NOBODY for ours in tables}
+    kinds = _kinds(tables)
+    places = {name: place for place, kind in enumerate(kinds) for name in kind.tables}
+    ready = {replica.name: _ready(replica, tables.get(replica.name), sources) for replica in snapshot.ready()}
+    return FleetState(snapshot, tables, sources, kinds, places, ready, sorted(ready))
+
+
+def _ready(replica: Replica, table: Table | None, sources: Mapping[str, frozenset[str]]) -> ReadyReplica:
+    if table is None:
+        return ReadyReplica(replica.name, replica)
+    return ReadyReplica(
+        name=replica.name,
+        replica=replica,
+        table=table,
+        transport=table.transport,
+        block_size=table.block_size,
+        blocks=table.num_blocks - 1,
+        sources=sources[replica.name],
+    )
+
+
+def _sources(ours: str, tables: Mapping[str, Table], refused: Set[tuple[Epoch, Epoch]]) -> frozenset[str]:
+    table = tables[ours]
+    return frozenset(
+        name
+        for name, other in tables.items()
+        if name != ours and not obstacles(table, other) and ((ours, table.epoch), (name, other.epoch)) not in refused
+    )
+
+
+def _kinds(tables: Mapping[str, Table]) -> tuple[TableKind, ...]:
+    found: dict[tuple[bytes, int, str], TableKind] = {}
+    for name, table in tables.items():
+        if table.hash_name not in HASHES:  # from a later version, or damaged: we have no names for its blocks
+            continue
+        key = (table.fingerprint, table.block_size, table.hash_name)
+        found.setdefault(key, TableKind(*key, table.groups, plain(table.groups), {})).tables[name] = table
+    return tuple(found.values())
+
+
+def obstacles(ours: Table, theirs: Table) -> tuple[str, ...]:
+    """Say why one replica cannot import from another; empty if it can."""
+    found = [f"it does not exchange: {table.status}" for table in (ours, theirs) if table.status != STATUS_OK]
+    for what, here, there in (
+        ("block size", ours.block_size, theirs.block_size),
+        ("hash", ours.hash_name, theirs.hash_name),
+        ("transport", ours.transport, theirs.transport),
+    ):
+        if here != there:
+            found.append(f"{what}: {here} here, {there} there")
+    if ours.fingerprint != theirs.fingerprint:
+        found.extend(fingerprint_difference(ours.fingerprint_fields, theirs.fingerprint_fields))
+    return tuple(dict.fromkeys(found))
