@@ -15,8 +15,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from gateway.ledger.stats import LedgerStats
 from gateway.settings import address, load
-from gateway.stats.shapes import KvStats, LedgerStats, ReplicaStats, TokenCounts, Totals
+from gateway.stats.shapes import KvStats, ReplicaStats, TokenCounts, Totals
 from gateway.tenants.loopback import is_loopback_url
 
 INTERVAL_SECONDS = 1.0

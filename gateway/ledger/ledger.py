@@ -4,13 +4,13 @@ Plain code: the recorder (recorder.py) says what happens and when. A request tha
 under one request id.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from gateway.ledger.attempts import Attempt
 from gateway.ledger.judging import judge
 from gateway.ledger.misses import Miss, MissReason
+from gateway.ledger.stats import LedgerStats
 from transport.table.deliveries import Delivery
 
 ATTEMPTS_KEPT = 16  # of one request id: clients choose it, and some choose the same one for ever
@@ -19,23 +19,6 @@ UNREPORTED_SECONDS = 5.0  # after the answer's end; a record comes before its fi
 LEFT_STATUS = 499
 LOST_STATUS = 0  # the attempt ended without an answer
 _NOT_SERVED = frozenset({LOST_STATUS, 500, 502, 503, 504})
-
-
-@dataclass(slots=True)
-class LedgerSums:
-    """Over all attempts that are settled, and all deliveries, since the start. Tokens are of prompts."""
-
-    settled: int = 0
-    prompt_tokens: int = 0
-    predicted_tokens: int = 0
-    best_available_tokens: int = 0
-    local_tokens: int = 0
-    peer_tokens: int = 0
-    computed_tokens: int = 0
-    unmatched_deliveries: int = 0
-    dropped: int = 0
-    requests_by_reason: Counter[str] = field(default_factory=Counter)
-    lost_tokens_by_reason: Counter[str] = field(default_factory=Counter)
 
 
 class Ledger:
@@ -47,7 +30,7 @@ class Ledger:
         self._by_request: dict[str, tuple[int, ...]] = {}
         self._unreported: OrderedDict[int, Attempt] = OrderedDict()  # by the time at which they are given up
         self._late: list[Attempt] = []  # ended, and their records came behind that
-        self.sums = LedgerSums()
+        self.sums = LedgerStats()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -119,8 +102,7 @@ class Ledger:
         sums.prompt_tokens += attempt.prompt_tokens
         sums.predicted_tokens += expected.local_tokens + expected.peer_tokens
         sums.best_available_tokens += decision.best_available_tokens
-        sums.requests_by_reason[miss.reason] += 1
-        sums.lost_tokens_by_reason[miss.reason] += miss.tokens
+        sums.count(miss)
 
     def _certain(self, attempt: Attempt) -> Miss | None:
         """What can be said without a record of what the engine did, None if such a record is there or may still come."""

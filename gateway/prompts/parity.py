@@ -10,9 +10,10 @@ import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
+from pydantic import Field
 
 from gateway.prompts.canaries import ANSWERED_CHATS, ANSWERED_TOOL_CHATS, CHATS, COMPLETIONS, TOOL_CHATS
 from gateway.prompts.tokenizer.service import NoTokenIds, TokenService
@@ -39,11 +40,11 @@ class Parity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class KindVerdict:
-    """The verdict on completions or on chats. `differences` names the canaries that differ and where."""
+    """Whether our token ids are the engine's, for one kind of request."""
 
     parity: Parity = Parity.UNKNOWN
     compared: int = 0
-    differences: tuple[str, ...] = ()
+    differences: Annotated[tuple[str, ...], Field(description="canaries that differ, and where")] = ()
     reason: str = ""
 
 
@@ -64,12 +65,12 @@ class ParityVerdict:
 
 @dataclass(slots=True)
 class ParityCounts:
-    """Comparisons since the start: all, unanswered ones, those with a new verdict, and canaries that differed."""
+    """Comparisons since the gateway's start."""
 
-    checks: int = 0
-    failures: int = 0
-    changes: int = 0
-    differences: int = 0
+    checks: Annotated[int, Field(description="comparisons begun")] = 0
+    failures: Annotated[int, Field(description="of these, comparisons without an answer from the engine")] = 0
+    changes: Annotated[int, Field(description="comparisons whose verdict differed from the previous one")] = 0
+    differences_found: Annotated[int, Field(description="canaries whose ids differed, over all comparisons")] = 0
 
 
 class ParityCheckFailed(Exception):

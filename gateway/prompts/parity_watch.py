@@ -79,7 +79,7 @@ class ParityWatch:
             counts.failures += 1
             _logger.warning("token ids were not compared with %s: %s", replica.name, error)
             return False
-        counts.differences += verdict.differences
+        counts.differences_found += verdict.differences
         counts.changes += self._tell_of_change(self._prompts.parity, verdict)
         self._prompts.parity = verdict
         self._checked = (replica.name, replica.pid)

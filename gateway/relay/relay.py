@@ -11,7 +11,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
 import msgspec
@@ -37,6 +36,7 @@ from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS
 from gateway.prompts.reader import KnownPrompt
 from gateway.relay.answer import Answer, at_hand, pass_on
 from gateway.relay.batching import Batching
+from gateway.relay.counters import RelayCounters
 from gateway.relay.engine_body import EngineBody, engine_body, spliced_body
 from gateway.relay.interfaces import AttemptRecorder, PlannerLike, PlanT
 from gateway.relay.large_bodies import LargeBodies
@@ -65,19 +65,6 @@ class Meter(Protocol):
     """Measures requests. Times are in seconds since the request came; that of the first byte is None where none was sent."""
 
     def answered(self, endpoint: str, status: int, seconds: float, first_byte_seconds: float | None) -> None: ...
-
-
-@dataclass(slots=True)
-class RelayCounters:
-    """Events since the start."""
-
-    requests: int = 0
-    retries: int = 0
-    replicas_lost: int = 0
-    streams_broken: int = 0
-    clients_left: int = 0
-    refused: int = 0
-    internal_errors: int = 0
 
 
 class RelayedRequest(msgspec.Struct, Generic[PlanT], eq=False):

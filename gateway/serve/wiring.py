@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.fleet import FleetView
@@ -105,7 +105,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: t
         fleet=fleet,
         planner=planner,
         tokens=tokens,
-        relay_counts=lambda: {**asdict(relay.counters), "in_flight": relay.in_flight},
+        relay_counts=lambda: (relay.counters, relay.in_flight),
         recorder=recorder,
         keeper=keeper,
     )

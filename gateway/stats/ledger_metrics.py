@@ -6,8 +6,9 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from gateway.block_registry.tables import Table
-from gateway.stats.shapes import KvStats, LedgerStats, LoadStats, PeerStats
-from transport.table.deliveries import Delivery
+from gateway.ledger.stats import LedgerStats
+from gateway.stats.shapes import KvStats, PeerStats, descriptions
+from transport.table.deliveries import Delivery, EngineLoad
 
 _IMPORT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -56,8 +57,8 @@ def ledger_metrics(stats: KvStats) -> Iterator[Metric]:
 
 
 def _sums(ledger: LedgerStats) -> Iterator[Metric]:
-    for field, about in LedgerStats.model_fields.items():
-        text = f"Requests served: {about.description}."
+    for field, about in descriptions(LedgerStats).items():
+        text = f"Requests served: {about}."
         if field == "kept":
             yield GaugeMetricFamily("peerkv_ledger_kept_requests", text, value=ledger.kept)
         elif field in _BY_REASON:
@@ -79,8 +80,8 @@ def _peers(stats: KvStats) -> Iterator[Metric]:
 
 
 def _loads(stats: KvStats) -> Iterator[Metric]:
-    for field, about in LoadStats.model_fields.items():
-        gauge = GaugeMetricFamily(f"peerkv_engine_{field}", f"Of the engine: {about.description}.", labels=("replica",))
+    for field, about in descriptions(EngineLoad).items():
+        gauge = GaugeMetricFamily(f"peerkv_engine_{field}", f"Of the engine: {about}.", labels=("replica",))
         for replica in stats.replicas:
             gauge.add_metric((replica.name,), getattr(replica.load, field))
         yield gauge

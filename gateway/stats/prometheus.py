@@ -1,17 +1,16 @@
 """Prometheus metrics: what the front door measures itself, and all that /kv/stats counts, read when somebody asks."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from pydantic import TypeAdapter
 
 from gateway.planner.plan import SteeringStats
-from gateway.prompts.parity import Parity
+from gateway.prompts.parity import Parity, ParityCounts
 from gateway.stats.ledger_metrics import ImportTimes, ledger_metrics
-from gateway.stats.shapes import GatewayStats, KvStats, ParityStats, ReplicaStats
+from gateway.stats.shapes import GatewayStats, KvStats, ReplicaStats, descriptions
 from gateway.stats.tallies import Histogram, Tally
 from gateway.steering.costs.model import CostStats
 
@@ -42,15 +41,9 @@ _REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = 
 )
 
 
-def _descriptions(shape: type) -> Mapping[str, str]:
-    """What the fields of a shape say of themselves, by name."""
-    properties = TypeAdapter(shape).json_schema()["properties"]
-    return {name: about.get("description", name) for name, about in properties.items()}
-
-
 _FIGURES = (
-    ("gateway", _descriptions(GatewayStats)),
-    ("steering", _descriptions(SteeringStats)),
+    ("gateway", descriptions(GatewayStats)),
+    ("steering", descriptions(SteeringStats)),
 )
 
 
@@ -114,8 +107,8 @@ def _gateway_metrics(stats: KvStats) -> Iterator[Metric]:
                 yield CounterMetricFamily(f"peerkv_{part}_{field}", text, value=getattr(getattr(stats, part), field))
     yield GaugeMetricFamily("peerkv_gateway_in_flight_requests", "Requests being served.", value=stats.gateway.in_flight)
     yield GaugeMetricFamily("peerkv_gateway_uptime_seconds", "Age of the gateway.", value=stats.gateway.uptime_seconds)
-    for count in ("checks", "failures", "changes", "differences_found"):
-        text = f"Token ids compared with an engine's: {ParityStats.model_fields[count].description}."
+    for count, about in descriptions(ParityCounts).items():
+        text = f"Token ids compared with an engine's: {about}."
         yield CounterMetricFamily(f"peerkv_parity_{count}", text, value=getattr(stats.parity, count))
     exact = GaugeMetricFamily("peerkv_parity_exact", "1 if our token ids are the engine's.", labels=("kind",))
     verdicts = GaugeMetricFamily(

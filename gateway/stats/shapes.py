@@ -1,42 +1,19 @@
 """The shapes of GET /kv/stats, as far as they are not those of what is counted."""
 
-from pydantic import BaseModel, Field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import BaseModel, Field, TypeAdapter
+
+from gateway.ledger.stats import LedgerStats
 from gateway.planner.plan import SteeringStats
+from gateway.prompts.parity import KindVerdict, ParityCounts
 from gateway.prompts.tokenizer.service import TokenizerStats
+from gateway.relay.counters import RelayCounters
 from gateway.steering.costs.model import CostStats
 from gateway.steering.outliers import OutlierState
-
-
-class LedgerStats(BaseModel):
-    """Finished attempts to serve requests, including retries, and the prompt tokens lost to each reason."""
-
-    kept: int = Field(0, description="attempts that /kv/explain knows")
-    settled: int = Field(0, description="attempts that are finished and judged")
-    prompt_tokens: int = Field(0, description="tokens of their prompts, if the token ids were known")
-    predicted_tokens: int = Field(0, description="of these, expected from a cache")
-    best_available_tokens: int = Field(0, description="of these, held by the replica that held most")
-    local_tokens: int = Field(0, description="delivered from the replica's own cache")
-    peer_tokens: int = Field(0, description="delivered from another replica")
-    computed_tokens: int = Field(0, description="computed")
-    unmatched_deliveries: int = Field(0, description="engines' records of requests that are not in the ledger")
-    missed_deliveries: int = Field(0, description="engines' records that were overwritten before they were read")
-    dropped: int = Field(0, description="attempts forgotten before they were finished: the ledger is too small")
-    requests: dict[str, int] = Field(default_factory=dict, description="attempts by the reason for the miss")
-    lost_tokens: dict[str, int] = Field(
-        default_factory=dict, description="tokens computed although they had been computed before, by reason"
-    )
-
-
-class LoadStats(BaseModel):
-    """The load of a replica's engine as of its last step."""
-
-    waiting_requests: int = Field(0, description="requests not scheduled yet")
-    running_requests: int = Field(0, description="requests whose prompt is being computed")
-    waiting_tokens: int = Field(0, description="prompt tokens neither computed nor known to be cached")
-    decoding_requests: int = Field(0, description="requests whose prompt is computed")
-    imports_under_way: int = Field(0, description="requests whose blocks are being copied")
-    pinned_blocks: int = Field(0, description="blocks held by pins")
+from transport.table.deliveries import EngineLoad
 
 
 class PeerStats(BaseModel):
@@ -117,7 +94,7 @@ class ReplicaStats(BaseModel):
     blocks: int = Field(description="size of its KV cache")
     cached_blocks: int = Field(description="blocks on offer now")
     in_flight: int = Field(description="requests that this gateway has in flight there")
-    load: LoadStats
+    load: EngineLoad
     tokens: TokenCounts
     counts: TransferCounts
     peers: list[PeerStats] = Field(description="what it imported, by replica and transport")
@@ -135,40 +112,22 @@ class Totals(BaseModel):
     counts: TransferCounts
 
 
-class KindParity(BaseModel):
-    """Whether our token ids are the engine's, for one kind of request."""
-
-    parity: str = Field(description="unknown, exact, degraded or off")
-    compared: int
-    differences: list[str] = Field(description="canaries that differ, and where")
-    reason: str
-
-
-class ParityStats(BaseModel):
+@dataclass(slots=True, kw_only=True)
+class ParityStats(ParityCounts):
     """The outcome of the last comparison with an engine, and counts of all comparisons since the gateway's start."""
 
-    replica: str = Field(description="the replica that was asked; empty while there is no verdict")
-    checks: int = Field(0, description="comparisons begun")
-    failures: int = Field(0, description="of these, comparisons without an answer from the engine")
-    changes: int = Field(0, description="comparisons whose verdict differed from the previous one")
-    differences_found: int = Field(0, description="canaries whose ids differed, over all comparisons")
-    completions: KindParity
-    chat: KindParity
+    replica: Annotated[str, Field(description="the replica that was asked; empty while there is no verdict")]
+    completions: KindVerdict
+    chat: KindVerdict
 
 
-class GatewayStats(BaseModel):
+@dataclass(slots=True, kw_only=True)
+class GatewayStats(RelayCounters):
     """The front door's own counts since its start."""
 
     version: str
     uptime_seconds: float
-    in_flight: int = Field(0, description="requests being served now")
-    requests: int = Field(0, description="requests taken")
-    refused: int = Field(0, description="answered with an error that the client can fix, status below 500")
-    retries: int = Field(0, description="requests sent again to another replica")
-    replicas_lost: int = Field(0, description="connections to replicas that failed or broke")
-    streams_broken: int = Field(0, description="event streams that ended with an error")
-    clients_left: int = Field(0, description="requests whose client left")
-    internal_errors: int = Field(0, description="defects of the gateway")
+    in_flight: Annotated[int, Field(description="requests being served now")] = 0
 
 
 class KvStats(BaseModel):
@@ -183,3 +142,9 @@ class KvStats(BaseModel):
     parity: ParityStats
     totals: Totals
     replicas: list[ReplicaStats]
+
+
+def descriptions(shape: type) -> Mapping[str, str]:
+    """What the fields of a shape say of themselves, by name."""
+    properties = TypeAdapter(shape).json_schema()["properties"]
+    return {name: about.get("description", name) for name, about in properties.items()}

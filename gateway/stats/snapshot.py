@@ -9,19 +9,15 @@ from gateway import __version__
 from gateway.block_registry.fleet_state import obstacles
 from gateway.block_registry.lifetime_counters import LifetimeCounters
 from gateway.block_registry.tables import Table
-from gateway.ledger.ledger import Ledger
-from gateway.ledger.misses import MissReason
 from gateway.ledger.recorder import Recorder
 from gateway.planner.planner import Planner
-from gateway.prompts.parity import KindVerdict, ParityCounts, ParityVerdict
+from gateway.prompts.parity import ParityCounts, ParityVerdict
 from gateway.prompts.tokenizer.service import TokenService
+from gateway.relay.counters import RelayCounters
 from gateway.stats.shapes import (
     GatewayStats,
     GroupStats,
-    KindParity,
     KvStats,
-    LedgerStats,
-    LoadStats,
     ParityStats,
     PeerStats,
     ReplicaStats,
@@ -36,7 +32,7 @@ from transport.table.deliveries import EngineLoad, PeerCounters
 class StatsView:
     """Assembles the snapshot.
 
-    `door` gives the front door's counts by the names in GatewayStats; what it leaves out is 0.
+    `door` gives the relay's counts and its requests in flight.
     """
 
     def __init__(
@@ -45,7 +41,7 @@ class StatsView:
         planner: Planner,
         tokens: TokenService,
         recorder: Recorder,
-        door: Callable[[], Mapping[str, int]],
+        door: Callable[[], tuple[RelayCounters, int]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
@@ -60,6 +56,7 @@ class StatsView:
         """Return the state of everything now."""
         fleet = self._fleet.snapshot()
         self._recorder.catch_up()
+        ledger = self._recorder.ledger
         tables, counters = self._planner.fleet.now().tables, self._planner.lifetime_counters
         in_flight = self._planner.in_flight()
         outliers, now = self._planner.outliers, self._clock()
@@ -72,7 +69,7 @@ class StatsView:
             gateway=self._gateway(),
             steering=replace(self._planner.counts),
             costs=self._planner.costs.report(),
-            ledger=ledger_stats(self._recorder.ledger, self._recorder.feed.missed),
+            ledger=ledger.sums.shown(len(ledger), self._recorder.feed.missed),
             tokenizer=self._tokens.state,
             parity=_parity_stats(self._planner.prompts.parity, self._planner.prompts.parity_counts),
             totals=_totals(replicas, counters),
@@ -81,8 +78,8 @@ class StatsView:
 
     def _gateway(self) -> GatewayStats:
         uptime = self._clock() - self._started
-        known = {name: count for name, count in self._door().items() if name in GatewayStats.model_fields}
-        return GatewayStats.model_validate({"version": __version__, "uptime_seconds": uptime, **known})
+        counters, in_flight = self._door()
+        return GatewayStats(version=__version__, uptime_seconds=uptime, in_flight=in_flight, **asdict(counters))
 
 
 def token_counts(counters: Mapping[str, int]) -> TokenCounts:
@@ -132,7 +129,7 @@ def _replica_stats(
         blocks=table.num_blocks if table else 0,
         cached_blocks=table.cached_blocks() if table else 0,
         in_flight=in_flight,
-        load=load_stats(table.load() if table else EngineLoad()),
+        load=table.load() if table else EngineLoad(),
         tokens=token_counts(counters),
         counts=transfer_counts(counters),
         peers=peer_stats(lifetime.peers(replica.name)),
@@ -156,42 +153,7 @@ def _totals(replicas: list[ReplicaStats], lifetime: LifetimeCounters) -> Totals:
 
 
 def _parity_stats(verdict: ParityVerdict, counts: ParityCounts) -> ParityStats:
-    return ParityStats(
-        replica=verdict.replica,
-        checks=counts.checks,
-        failures=counts.failures,
-        changes=counts.changes,
-        differences_found=counts.differences,
-        completions=_kind(verdict.completions),
-        chat=_kind(verdict.chat),
-    )
-
-
-def _kind(verdict: KindVerdict) -> KindParity:
-    return KindParity(
-        parity=verdict.parity.value,
-        compared=verdict.compared,
-        differences=list(verdict.differences),
-        reason=verdict.reason,
-    )
-
-
-def ledger_stats(ledger: Ledger, missed_deliveries: int) -> LedgerStats:
-    """Return the ledger's sums, with every reason."""
-    sums = ledger.sums
-    same = {name: getattr(sums, name) for name in LedgerStats.model_fields if hasattr(sums, name)}
-    return LedgerStats(
-        kept=len(ledger),
-        missed_deliveries=missed_deliveries,
-        requests={reason.value: sums.requests_by_reason[reason] for reason in MissReason},
-        lost_tokens={reason.value: sums.lost_tokens_by_reason[reason] for reason in MissReason},
-        **same,
-    )
-
-
-def load_stats(load: EngineLoad) -> LoadStats:
-    """Return an engine's load in the form that is shown."""
-    return LoadStats(**asdict(load))
+    return ParityStats(replica=verdict.replica, completions=verdict.completions, chat=verdict.chat, **asdict(counts))
 
 
 def peer_stats(peers: Iterable[PeerCounters]) -> list[PeerStats]:

@@ -13,6 +13,7 @@ from gateway.ledger.recorder import Recorder
 from gateway.planner.planner import Planner
 from gateway.planner.prefix_counts import PrefixCounts
 from gateway.prompts.tokenizer.service import TokenService
+from gateway.relay.counters import RelayCounters
 from gateway.stats.explain import Explanation, explain, request_id_of
 from gateway.stats.prometheus import CONTENT_TYPE, Metrics
 from gateway.stats.shapes import KvStats
@@ -23,7 +24,8 @@ from gateway.steering.outliers import Ejection
 class FleetFigures:
     """Assembles them on request. Belongs to the event loop's thread, as the tables do.
 
-    `measured` takes what the front door measures for each request, `relay_counts` returns the relay's counters by name.
+    `measured` takes what the front door measures for each request, `relay_counts` returns the relay's counters and how many
+    requests it is serving.
     """
 
     def __init__(
@@ -32,7 +34,7 @@ class FleetFigures:
         fleet: FleetView,
         planner: Planner,
         tokens: TokenService,
-        relay_counts: Callable[[], Mapping[str, int]],
+        relay_counts: Callable[[], tuple[RelayCounters, int]],
         recorder: Recorder,
         keeper: Keeper,
     ) -> None:

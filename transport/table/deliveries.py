@@ -2,8 +2,10 @@
 
 import enum
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
+from pydantic import Field
 
 
 class DeliveryReason(enum.StrEnum):
@@ -69,19 +71,14 @@ class Delivery(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What an engine has to do, as of its last step or arrival; words are read one by one, so they may be a step apart.
+    """The load of a replica's engine as of its last step; the figures are read one by one, so they may be a step apart."""
 
-    Waiting: nothing of it was scheduled yet. `waiting_tokens`: tokens of prompts, waiting or half done, that are neither
-    computed nor known to be cached. Decoding: the prompt is computed. `imports_under_way`: requests whose blocks are being
-    copied.
-    """
-
-    waiting_requests: int = 0
-    running_requests: int = 0
-    waiting_tokens: int = 0
-    decoding_requests: int = 0
-    imports_under_way: int = 0
-    pinned_blocks: int = 0
+    waiting_requests: Annotated[int, Field(description="requests not scheduled yet")] = 0
+    running_requests: Annotated[int, Field(description="requests that have blocks, decoding ones included")] = 0
+    waiting_tokens: Annotated[int, Field(description="prompt tokens neither computed nor known to be cached")] = 0
+    decoding_requests: Annotated[int, Field(description="requests whose prompt is computed")] = 0
+    imports_under_way: Annotated[int, Field(description="requests whose blocks are being copied")] = 0
+    pinned_blocks: Annotated[int, Field(description="blocks held by pins")] = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,9 @@ from gateway.errors import NoReplicaReady, ReplicaNotReady, UnknownReplica
 from gateway.http_server.server import DoorServer, bind, build_server
 from gateway.kept_prefixes.shapes import PrefixReport
 from gateway.ledger.attempts import Attempt, RequestInfo
+from gateway.ledger.stats import LedgerStats
 from gateway.planner.plan import SteeringStats
+from gateway.prompts.parity import KindVerdict
 from gateway.prompts.tokenizer.service import TokenizerStats
 from gateway.relay.frontdoor import FrontDoor
 from gateway.relay.large_bodies import LargeBodies
@@ -32,9 +34,7 @@ from gateway.stats.explain import Explanation, explain
 from gateway.stats.prometheus import Metrics
 from gateway.stats.shapes import (
     GatewayStats,
-    KindParity,
     KvStats,
-    LedgerStats,
     ParityStats,
     TokenCounts,
     Totals,
@@ -180,7 +180,6 @@ class FakeSight:
 
     def stats(self) -> KvStats:
         tokens, counts = TokenCounts(), TransferCounts()
-        kind = KindParity(parity="unknown", compared=0, differences=[], reason="")
         return KvStats(
             model="fake-model",
             gateway=GatewayStats(version="0", uptime_seconds=0.0),
@@ -188,7 +187,7 @@ class FakeSight:
             costs=CostStats(),
             ledger=LedgerStats(),
             tokenizer=TokenizerStats(loaded=False, chat=False, directory="", reason="", chat_reason=""),
-            parity=ParityStats(replica="", completions=kind, chat=kind),
+            parity=ParityStats(replica="", completions=KindVerdict(), chat=KindVerdict()),
             totals=Totals(replicas=0, ready=0, blocks=0, cached_blocks=0, in_flight=0, tokens=tokens, counts=counts),
             replicas=[],
         )

@@ -19,6 +19,7 @@ from engine.fleet import ReplicaState
 from gateway.cli import kv_explain, kv_stats
 from gateway.cli.kv_stats import add_arguments, render, run, short
 from gateway.cli.main import build_parser
+from gateway.ledger.stats import LedgerStats
 from gateway.serve.banner import banner, command
 from gateway.settings import Settings
 from gateway.stats.shapes import KvStats
@@ -244,9 +245,7 @@ def test_the_figures_line_works_when_pasted_and_shows_no_key(scene: Scene) -> No
 
 def test_the_notes_say_why_prompts_were_not_cached(scene: Scene) -> None:
     stats = scene.view.snapshot()
-    ledger = stats.ledger.model_copy(
-        update={"requests": {"none": 5, "load": 1200, "cold": 0}, "lost_tokens": {"load": 3_000_000}, "predicted_tokens": 70}
-    )
+    ledger = LedgerStats(requests={"none": 5, "load": 1200, "cold": 0}, lost_tokens={"load": 3_000_000}, predicted_tokens=70)
     output = shown(lambda console: console.print(render(stats.model_copy(update={"ledger": ledger}), None, 0.0)))
     assert "none 5, load 1,200 (-3.0M)" in output
     assert "70 expected, 0 delivered" in output

@@ -243,7 +243,7 @@ async def test_the_watch_asks_once_and_again_when_that_replica_was_replaced(tmp_
             await until(lambda: planner.prompts.parity.replica == "a")
         finally:
             task.cancel()
-    assert planner.prompts.parity_counts == ParityCounts(checks=2, failures=0, differences=0)
+    assert planner.prompts.parity_counts == ParityCounts(checks=2, failures=0, differences_found=0)
     assert planner.prompts.parity.chat.parity is Parity.EXACT
 
 
@@ -263,7 +263,7 @@ async def test_the_watch_counts_failures_and_differences_and_tries_again(tmp_pat
         finally:
             task.cancel()
     counts = planner.prompts.parity_counts
-    assert (counts.checks, counts.differences) == (counts.failures + 1, 1)
+    assert (counts.checks, counts.differences_found) == (counts.failures + 1, 1)
 
 
 async def test_verdicts_are_renewed_by_turns_and_a_change_is_told_counted_and_takes_effect(

@@ -79,7 +79,7 @@ def test_counters_do_not_fall_when_a_replica_restarts(scene: Scene) -> None:
 def test_the_gateways_counts_and_parity_are_metrics_too(scene: Scene) -> None:
     metrics = Metrics()
     metrics.attach(scene.view.snapshot)
-    scene.planner.prompts.parity_counts = ParityCounts(checks=3, failures=1, differences=2)
+    scene.planner.prompts.parity_counts = ParityCounts(checks=3, failures=1, differences_found=2)
     found = samples(metrics)
     assert [found[f"peerkv_parity_{name}_total", ()] for name in ("checks", "failures", "differences_found")] == [3, 1, 2]
     assert found["peerkv_gateway_requests_total", ()] == 7

@@ -12,14 +12,15 @@ from gateway.planner.planner import Planner
 from gateway.prompts.parity import KindVerdict, Parity, ParityCounts, ParityVerdict
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TokenService
-from gateway.stats.shapes import KvStats, LoadStats, TokenCounts, TransferCounts
+from gateway.relay.counters import RelayCounters
+from gateway.stats.shapes import KvStats, TokenCounts, TransferCounts
 from gateway.stats.snapshot import StatsView
 from gateway.tenants.tenants import ANONYMOUS
 from tests.unit.gateway.ledger.begun_attempts import begun
 from tests.unit.gateway.planner.test_planner import Bounds
 from tests.unit.transport.replica_tables import FIELDS, ReplicaTables, StandingFleet
 from transport.groups import Group
-from transport.table.deliveries import Delivery
+from transport.table.deliveries import Delivery, EngineLoad
 from transport.table.directory import TableDirectory
 from transport.table.layout import COUNTERS
 
@@ -31,7 +32,7 @@ class Scene:
         tokens = TokenService(TokenizerSource("/no/model/here"))
         self.planner = Planner(self.fleet, TableDirectory(tables.directory), tokens, Bounds())
         self.now = 100.0
-        self.door = {"requests": 7, "retries": 1, "in_flight": 2, "unheard_of": 5}
+        self.door = RelayCounters(requests=7, retries=1), 2
         self.recorder = Recorder(Ledger(10), self.planner, lambda: self.now)
         self.view = StatsView(self.fleet, self.planner, tokens, self.recorder, lambda: self.door, lambda: self.now)
 
@@ -125,11 +126,11 @@ def test_a_replica_without_a_table_is_said_to_have_none(scene: Scene) -> None:
 def test_the_gateways_own_counts_age_and_parity_are_shown(scene: Scene) -> None:
     scene.now = 160.0
     scene.planner.prompts.parity = ParityVerdict(KindVerdict(Parity.DEGRADED, 3, ("emoji: …",), "1 of 3"), KindVerdict(), "a")
-    scene.planner.prompts.parity_counts = ParityCounts(checks=3, failures=1, differences=2)
+    scene.planner.prompts.parity_counts = ParityCounts(checks=3, failures=1, differences_found=2)
     stats = scene.view.snapshot()
     assert (stats.gateway.version, stats.gateway.uptime_seconds) == (__version__, 60.0)
     assert (stats.gateway.requests, stats.gateway.retries, stats.gateway.in_flight, stats.gateway.refused) == (7, 1, 2, 0)
-    assert (stats.parity.completions.parity, stats.parity.completions.differences) == ("degraded", ["emoji: …"])
+    assert (stats.parity.completions.parity, stats.parity.completions.differences) == ("degraded", ("emoji: …",))
     assert (stats.parity.replica, stats.parity.chat.parity) == ("a", "unknown")
     assert (stats.parity.checks, stats.parity.failures, stats.parity.differences_found) == (3, 1, 2)
     assert (stats.model, stats.tokenizer.loaded) == ("model", False)
@@ -155,10 +156,10 @@ def test_the_engines_load_is_shown_and_that_of_a_replica_without_a_table_is_noth
     scene.tables.writers["a"].tell_load([1, 2, 300, 4, 5, 6])
     scene.tables.stop("b")
     first, second = scene.view.snapshot().replicas
-    assert first.load == LoadStats(
+    assert first.load == EngineLoad(
         waiting_requests=1, running_requests=2, waiting_tokens=300, decoding_requests=4, imports_under_way=5, pinned_blocks=6
     )
-    assert second.load == LoadStats()
+    assert second.load == EngineLoad()
 
 
 def test_the_ledger_shows_every_reason_and_the_costs_what_was_learnt(scene: Scene) -> None:
