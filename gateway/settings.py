@@ -40,6 +40,9 @@ REPLICAS_MAX = 256
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
+_ENGINE: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(EngineSettings)}
+"""The defaults of what the supervisor is given, stated there."""
+
 Words = Annotated[tuple[str, ...], NoDecode]
 
 
@@ -87,17 +90,24 @@ class Settings(BaseSettings):
     replicas: int | Literal["auto"] = Field(
         "auto", description=f"number of replicas; auto: one per GPU, or {CPU_REPLICAS_DEFAULT} on the CPU"
     )
-    replicas_per_gpu: int = Field(1, ge=1, le=16, description="replicas that share a GPU and its memory, for small models")
-    vllm_args: Words = Field((), description="additional arguments for each vLLM server; they override ours")
+    replicas_per_gpu: int = Field(
+        _ENGINE["replicas_per_gpu"], ge=1, le=16, description="replicas that share a GPU and its memory, for small models"
+    )
+    vllm_args: Words = Field(_ENGINE["vllm_args"], description="additional arguments for each vLLM server; they override ours")
     preload: bool | None = Field(
         None, description="import vLLM once and fork the replicas from that process; unset: on the CPU only"
     )
     launcher: Words | None = Field(None, description="command to start instead of a vLLM server")
-    namespace: str = Field("", max_length=128, description="replicas in different namespaces never exchange KV")
-    hash_name: Literal["xxh3_128", "sha256"] = Field("xxh3_128", description="hash function for block keys")
+    namespace: str = Field(
+        _ENGINE["namespace"], max_length=128, description="replicas in different namespaces never exchange KV"
+    )
+    hash_name: Literal["xxh3_128", "sha256"] = Field(_ENGINE["hash_name"], description="hash function for block keys")
 
     pin_share_max: float = Field(
-        0.25, ge=0, lt=1, description="share of a replica's KV cache that pinned prefixes may take; 0 disables pinning"
+        _ENGINE["pin_share_max"],
+        ge=0,
+        lt=1,
+        description="share of a replica's KV cache that pinned prefixes may take; 0 disables pinning",
     )
 
     # The front door.
@@ -204,28 +214,52 @@ class Settings(BaseSettings):
     )
 
     # The supervisor.
-    connector: bool = Field(True, description="load the KV connector; off: plain vLLM replicas that share nothing")
-    startup_seconds_max: float = Field(600.0, gt=0, description="time within which a replica must be ready")
-    health_interval_seconds: float = Field(2.0, gt=0, description="interval between health checks of a replica")
-    health_timeout_seconds: float = Field(10.0, gt=0, description="time allowed for the answer to a health check")
-    health_failures_max: int = Field(3, ge=1, description="consecutive failed health checks before a replica is restarted")
-    miss_seconds_apart: float = Field(1.0, ge=0, description="failed health checks closer together than this count as one")
+    connector: bool = Field(
+        _ENGINE["connector"], description="load the KV connector; off: plain vLLM replicas that share nothing"
+    )
+    startup_seconds_max: float = Field(
+        _ENGINE["startup_seconds_max"], gt=0, description="time within which a replica must be ready"
+    )
+    health_interval_seconds: float = Field(
+        _ENGINE["health_interval_seconds"], gt=0, description="interval between health checks of a replica"
+    )
+    health_timeout_seconds: float = Field(
+        _ENGINE["health_timeout_seconds"], gt=0, description="time allowed for the answer to a health check"
+    )
+    health_failures_max: int = Field(
+        _ENGINE["health_failures_max"], ge=1, description="consecutive failed health checks before a replica is restarted"
+    )
+    miss_seconds_apart: float = Field(
+        _ENGINE["miss_seconds_apart"], ge=0, description="failed health checks closer together than this count as one"
+    )
     core_frozen_seconds_max: float = Field(
-        20.0, gt=0, description="restart an engine that has requests but makes no step and uses no CPU time for this long"
+        _ENGINE["core_frozen_seconds_max"],
+        gt=0,
+        description="restart an engine that has requests but makes no step and uses no CPU time for this long",
     )
     core_silent_seconds_max: float = Field(
-        600.0, gt=0, description="restart an engine that has requests but makes no step for this long, even if it uses CPU time"
+        _ENGINE["core_silent_seconds_max"],
+        gt=0,
+        description="restart an engine that has requests but makes no step for this long, even if it uses CPU time",
     )
-    backoff_seconds_min: float = Field(0.5, gt=0, description="pause before the first restart of a replica")
-    backoff_seconds_max: float = Field(30.0, gt=0, description="longest pause before a restart")
-    healthy_seconds_reset: float = Field(60.0, gt=0, description="once ready for this long, the pauses start over")
-    start_failures_max: int = Field(3, ge=1, description="consecutive failed starts before a replica is given up")
-    terminate_seconds: float = Field(10.0, gt=0, description="time between SIGTERM and SIGKILL when a replica is stopped")
+    backoff_seconds_min: float = Field(
+        _ENGINE["backoff_seconds_min"], gt=0, description="pause before the first restart of a replica"
+    )
+    backoff_seconds_max: float = Field(_ENGINE["backoff_seconds_max"], gt=0, description="longest pause before a restart")
+    healthy_seconds_reset: float = Field(
+        _ENGINE["healthy_seconds_reset"], gt=0, description="once ready for this long, the pauses start over"
+    )
+    start_failures_max: int = Field(
+        _ENGINE["start_failures_max"], ge=1, description="consecutive failed starts before a replica is given up"
+    )
+    terminate_seconds: float = Field(
+        _ENGINE["terminate_seconds"], gt=0, description="time between SIGTERM and SIGKILL when a replica is stopped"
+    )
     claim_seconds_max: float = Field(
-        15.0, gt=0, description="time to wait for a previous peerkv to release run_dir and table_dir"
+        _ENGINE["claim_seconds_max"], gt=0, description="time to wait for a previous peerkv to release run_dir and table_dir"
     )
     log_bytes_max: int = Field(
-        16 << 20, ge=4096, description="a replica log larger than this is rotated, even while the replica runs"
+        _ENGINE["log_bytes_max"], ge=4096, description="a replica log larger than this is rotated, even while the replica runs"
     )
 
     @field_validator("replicas", mode="before")

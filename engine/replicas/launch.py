@@ -29,8 +29,11 @@ class LaunchRefused(FleetError):
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """All that the supervisor needs to run replicas. Directories are absolute; times are seconds."""
+class EngineSettings(RestartPolicy):
+    """All that the supervisor needs to run replicas. Directories are absolute; times are seconds.
+
+    The defaults, those of RestartPolicy too, are stated here alone: gateway/settings.py takes them over.
+    """
 
     model: str  # a directory, or a hub id
     run_dir: Path
@@ -47,18 +50,8 @@ class EngineSettings:
     connector: bool = True  # False: plain vLLM without our connector
     preload: bool = False  # import vllm once, fork the replicas (CPU)
     launcher: tuple[str, ...] | None = None  # run this in place of vLLM's server
-    startup_seconds_max: float = 600.0
     health_interval_seconds: float = 2.0
     health_timeout_seconds: float = 10.0
-    health_failures_max: int = 3  # failed checks in a row before a replica is restarted
-    miss_seconds_apart: float = 1.0  # failed checks closer together count as one
-    core_frozen_seconds_max: float = 20.0  # no step and no CPU time, with requests: the replica is restarted
-    core_silent_seconds_max: float = 600.0  # no step, with requests: the same
-    backoff_seconds_min: float = 0.5
-    backoff_seconds_max: float = 30.0
-    healthy_seconds_reset: float = 60.0  # once ready for this long, the back-off starts over
-    start_failures_max: int = 3  # consecutive failed starts before the replica is given up
-    terminate_seconds: float = 10.0  # from SIGTERM to SIGKILL
     claim_seconds_max: float = 15.0  # wait for a previous peerkv to release the directories
     log_bytes_max: int = 16 << 20  # a larger log is rotated, even while its replica runs
 
@@ -66,22 +59,6 @@ class EngineSettings:
     def preloads(self) -> bool:
         """Whether replicas are forked from a host that imported vLLM."""
         return self.preload and self.launcher is None
-
-    @property
-    def policy(self) -> RestartPolicy:
-        """The bounds of a replica's life."""
-        return RestartPolicy(
-            startup_seconds_max=self.startup_seconds_max,
-            health_failures_max=self.health_failures_max,
-            miss_seconds_apart=self.miss_seconds_apart,
-            core_frozen_seconds_max=self.core_frozen_seconds_max,
-            core_silent_seconds_max=self.core_silent_seconds_max,
-            backoff_seconds_min=self.backoff_seconds_min,
-            backoff_seconds_max=self.backoff_seconds_max,
-            healthy_seconds_reset=self.healthy_seconds_reset,
-            start_failures_max=self.start_failures_max,
-            terminate_seconds=self.terminate_seconds,
-        )
 
 
 @dataclass(frozen=True, slots=True)

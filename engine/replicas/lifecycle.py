@@ -26,20 +26,20 @@ class Goal(Enum):
     STOP = auto()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
-    """Bounds of a life; EngineSettings says what each means."""
+    """The bounds of a replica's life; times are seconds."""
 
     startup_seconds_max: float = 600.0
-    health_failures_max: int = 3
-    miss_seconds_apart: float = 1.0
-    core_frozen_seconds_max: float = 20.0
-    core_silent_seconds_max: float = 600.0
+    health_failures_max: int = 3  # failed checks in a row before a replica is restarted
+    miss_seconds_apart: float = 1.0  # failed checks closer together count as one
+    core_frozen_seconds_max: float = 20.0  # no step and no CPU time, with requests: the replica is restarted
+    core_silent_seconds_max: float = 600.0  # no step, with requests: the same
     backoff_seconds_min: float = 0.5
     backoff_seconds_max: float = 30.0
-    healthy_seconds_reset: float = 60.0
-    start_failures_max: int = 3
-    terminate_seconds: float = 10.0
+    healthy_seconds_reset: float = 60.0  # once ready for this long, the back-off starts over
+    start_failures_max: int = 3  # consecutive failed starts before the replica is given up
+    terminate_seconds: float = 10.0  # from SIGTERM to SIGKILL
 
     def backoff_seconds(self, failures: int) -> float:
         """Return the wait before the start after `failures` (at least 1) consecutive failures: doubling, capped."""

@@ -21,7 +21,7 @@ class Member:
 
     def __init__(self, launch: ReplicaLaunch, settings: EngineSettings) -> None:
         self.launch = launch
-        self.life = Lifecycle(settings.policy)
+        self.life = Lifecycle(settings)
         self.probe = HealthProbe(launch.socket, settings.health_timeout_seconds)
         self.core = CoreWatch()
         self.look = asyncio.Event()

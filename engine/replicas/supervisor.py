@@ -53,7 +53,7 @@ class Supervisor:
         self._members = {p.name: Member(p, settings) for p in plan_launches(settings, environ, cores)}
         self._turns = StartTurns(self._members.values())
         self._tables = TableDirectory(settings.table_dir)
-        self._host_life = Lifecycle(settings.policy)
+        self._host_life = Lifecycle(settings)
         self._link: HostLink | None = None
         self._claims: tuple[Claim, ...] = ()
         self._tasks: list[asyncio.Task[None]] = []

@@ -1,4 +1,4 @@
-"""Command-line flags generated from the settings: one for each, with its description and default."""
+"""Command-line flags generated from the settings: one for each but WITHOUT_FLAG, with its description and default."""
 
 from __future__ import annotations
 
@@ -14,8 +14,41 @@ from pydantic_core import PydanticUndefined
 
 from gateway.settings import Settings
 
-# Set in other ways: tenants are structured and hold secrets, vLLM's arguments follow "--", a launcher is for tests.
-WITHOUT_FLAG = frozenset({"tenants", "vllm_args", "launcher"})
+WITHOUT_FLAG = frozenset(
+    {
+        "tenants",  # structured, and hold secrets
+        "vllm_args",  # follow "--"
+        "launcher",  # for tests
+        # Times and sizes inside that tests shorten and nobody else has had to change.
+        "backoff_seconds_max",
+        "backoff_seconds_min",
+        "body_inline_bytes_max",
+        "body_seconds_max",
+        "claim_seconds_max",
+        "client_stall_seconds_max",
+        "connect_seconds",
+        "control_seconds",
+        "core_frozen_seconds_max",
+        "core_silent_seconds_max",
+        "eject_seconds_max",
+        "eject_seconds_min",
+        "header_bytes_max",
+        "health_failures_max",
+        "health_interval_seconds",
+        "health_timeout_seconds",
+        "healthy_seconds_reset",
+        "keep_alive_seconds",
+        "miss_seconds_apart",
+        "overdue_seconds_min",
+        "prefix_seconds_max",
+        "prefixes_kept_tokens_max",
+        "send_chat_ids",
+        "terminate_seconds",
+        "tokenize_inline_chars_max",
+        "upstream_idle_seconds",
+    }
+)
+"""Set by a variable or in the file alone."""
 PATH_DEFAULTS = {
     "run_dir": "$XDG_RUNTIME_DIR/peerkv/PORT or /tmp/peerkv-UID/PORT",
     "table_dir": "/dev/shm/peerkv-UID/PORT",

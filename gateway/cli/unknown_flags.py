@@ -6,6 +6,9 @@ import argparse
 import difflib
 from collections.abc import Sequence
 
+from gateway.cli.flags import WITHOUT_FLAG
+from gateway.settings import ENV_PREFIX
+
 _CLOSE = 0.75
 
 
@@ -14,6 +17,10 @@ def unknown_words(parser: argparse.ArgumentParser, words: Sequence[str], *, take
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
     text = f"{parser.prog} does not take {' '.join(flags or words)}"
     known = [option for action in parser._actions for option in action.option_strings]
+    for flag in flags:
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if name in WITHOUT_FLAG:
+            return f"{text}: it has no flag, but the variable {ENV_PREFIX}{name.upper()}, or {name} in the file of --config"
     close = [(flag, near[0]) for flag in flags if (near := difflib.get_close_matches(flag, known, 1, _CLOSE))]
     if close:
         text += ": " + ", ".join(f"did you mean {near}?" for _, near in close)

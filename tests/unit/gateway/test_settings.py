@@ -199,13 +199,3 @@ def test_every_bound_of_the_engines_is_a_setting() -> None:
     from engine.replicas.launch import EngineSettings
 
     assert {field.name for field in dataclasses.fields(EngineSettings)} - set(Settings.model_fields) == {"devices"}
-
-
-def test_defaults_of_settings_and_engines_agree() -> None:
-    import dataclasses
-
-    from engine.replicas.launch import EngineSettings
-
-    own = {"model", "served_model_name", "run_dir", "table_dir", "log_dir", "replicas", "devices", "preload"}
-    defaults = {f.name: f.default for f in dataclasses.fields(EngineSettings) if f.name not in own}
-    assert {name: Settings.model_fields[name].default for name in defaults} == defaults

@@ -54,7 +54,7 @@ def test_every_flag_says_its_default(command: list[str], capsys: pytest.CaptureF
     assert text.count("(default") >= len(described) - 1 - (command[0] == "kv")
 
 
-def test_every_setting_has_a_flag() -> None:
+def test_every_setting_has_a_flag_but_those_that_are_named() -> None:
     parsed = vars(build_parser().parse_args(["serve"]))
     assert Settings.model_fields.keys() - parsed.keys() == WITHOUT_FLAG
 
@@ -99,6 +99,7 @@ def test_the_halves_can_be_run_alone(command: str, runs: list[tuple[str, Setting
         (["gateway", "--prot=1"], "did you mean --port?"),
         (["gateway", "--tensor-parallel-size=2"], "peerkv gateway does not take --tensor-parallel-size; see"),
         (["kv", "stats", "--onec"], "peerkv kv stats does not take --onec: did you mean --once?"),
+        (["serve", "--terminate-seconds", "3"], "it has no flag, but the variable PEERKV_TERMINATE_SECONDS"),
         (["doctor", "extra"], "peerkv doctor does not take extra"),
         (["doctor", "--url", "http://"], "is no URL of a gateway"),
         (["doctor", "--url", "http://x:99999"], "is no URL of a gateway"),
