@@ -30,7 +30,7 @@ START_SECONDS_MAX = 240.0
 ANSWER_SECONDS_MAX = 300.0
 PAUSE_SECONDS = 0.01
 SETTLE_SECONDS = 2.0
-HEADS_SECONDS = 5.0
+WAITED_SECONDS = 5.0
 _CHAT = b'{"model":"%b","messages":[{"role":"user","content":"x"}],"max_tokens":1,' % MODEL.encode()
 _TOOL = b'{"type":"function","function":{"name":"f","description":"%b"}}' % (b"d" * 200)
 _TEXT = b"Each of these lines says a little of what the one before it said. "
@@ -148,18 +148,27 @@ def _beside(gateway: Pinned, port: int, work: Callable[[], str]) -> dict[str, ob
 
 
 def _waited() -> str:
-    time.sleep(HEADS_SECONDS)
+    time.sleep(WAITED_SECONDS)
     return "none"
 
 
 def measure_heads(gateway: Pinned, port: int, count: int) -> dict[str, object]:
-    """Send so many heads and no bodies, and say what that costs others for HEADS_SECONDS."""
+    """Send so many heads and no bodies, and say what that costs others for WAITED_SECONDS."""
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n"
     with ExitStack() as stack:
         for _ in range(count):
             line = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
             line.sendall(head)
         return _beside(gateway, port, _waited)
+
+
+def _cases(gateway: Pinned, port: int, given: argparse.Namespace) -> Mapping[str, Callable[[], dict[str, object]]]:
+    """What is measured, by its name in the table."""
+    cases: dict[str, Callable[[], dict[str, object]]] = {"nothing, to compare with": lambda: _beside(gateway, port, _waited)}
+    for name, (path, made) in _kinds(int(given.mebibytes * (1 << 20))).items():
+        cases[name] = lambda path=path, made=made: measure(gateway, port, path, [made()] * given.bodies)  # type: ignore[misc]
+    cases[f"{given.heads:,} heads without bodies"] = lambda: measure_heads(gateway, port, given.heads)
+    return cases
 
 
 def _started(stack: ExitStack, model: str) -> tuple[Pinned, int]:
@@ -208,6 +217,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="directory with the tokenizer")
     parser.add_argument("--bodies", type=int, default=6, help="of a kind at one time (default: 6)")
     parser.add_argument("--mebibytes", type=float, default=30.0, help="of each body (default: 30)")
+    parser.add_argument("--only", default="", help="kinds whose name contains this (default: all)")
     parser.add_argument("--heads", type=int, default=1024, help="without bodies, at one time (default: 1024)")
     given = parser.parse_args()
     end_on_sigterm()
@@ -216,10 +226,10 @@ def main() -> int:
     print("|---|---|---|---|---|---|")
     with ExitStack() as stack:
         gateway, port = _started(stack, given.model)
-        for name, (path, made) in _kinds(int(given.mebibytes * (1 << 20))).items():
-            _show(name, measure(gateway, port, path, [made()] * given.bodies))
-            time.sleep(SETTLE_SECONDS)
-        _show(f"{given.heads:,} heads without bodies", measure_heads(gateway, port, given.heads))
+        for name, work in _cases(gateway, port, given).items():
+            if given.only in name:
+                _show(name, work())
+                time.sleep(SETTLE_SECONDS)
     return 0
 
 
