@@ -13,7 +13,7 @@ HALF_PAIRS_BYTES_MAX = 1 << 20
 _BRACE = 0x7B
 
 
-def as_utf8(raw: bytes) -> bytes:
+def as_utf8(raw: bytes | bytearray) -> bytes | bytearray:
     """The same JSON in UTF-8 without a byte order mark; JSON may come in UTF-16 and UTF-32 too. Raises InvalidJson."""
     if len(raw) > 1 and raw[0] == _BRACE and raw[1]:  # an object in UTF-8, as in nearly all cases
         return raw

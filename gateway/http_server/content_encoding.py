@@ -25,7 +25,7 @@ class UnsupportedEncoding(InvalidRequest):
         super().__init__(told, status=415, headers={"accept-encoding": "gzip, identity"})
 
 
-async def decoded(body: bytes, encoding: bytes, hold: Callable[[int], None], bytes_max: int) -> bytes:
+async def decoded(body: bytes | bytearray, encoding: bytes, hold: Callable[[int], None], bytes_max: int) -> bytes:
     """The content of a body in this content-encoding. `hold` is told of bytes about to be held and may raise.
 
     A gzip body says in its last bytes how long its content is: more than that is never decoded, so that the bounds are met
@@ -42,7 +42,7 @@ async def decoded(body: bytes, encoding: bytes, hold: Callable[[int], None], byt
     return await asyncio.to_thread(_inflated, body, size)
 
 
-def _inflated(body: bytes, size: int) -> bytes:
+def _inflated(body: bytes | bytearray, size: int) -> bytes:
     stream = zlib.decompressobj(_GZIP_WBITS)
     try:
         content = stream.decompress(body, size + 1)  # one more, since 0 would mean no bound

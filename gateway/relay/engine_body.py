@@ -31,30 +31,22 @@ def _listed(value: object) -> list[int]:
 
 
 _encode = msgspec.json.Encoder(enc_hook=_write).encode
-
-
 _GAP = b"\0"  # which JSON has nowhere, not in strings either
-
-
 _GAP_IN_LIST = msgspec.Raw(b"[%b]" % _GAP)
-
-
 _encode_around = msgspec.json.Encoder(enc_hook=_leave_out).encode
 
-
-Buffer = bytes | memoryview
+Buffer = bytes | bytearray | memoryview
+COPIED_BYTES_MAX = 1 << 20
+"""What is kept of a large body is copied, so that the rest may go, if it is no more than this: the event loop waits for it."""
 
 
 class EngineBody(msgspec.Struct, frozen=True, gc=False, eq=False):
     """What every attempt to serve a request sends alike: all of the client's body that is kept once the request is planned.
 
-    `before`, the prompt's ids if these take the place of a text, and `behind` are a JSON object without its last brace;
-    `is_empty` says that nothing is in it.
+    `pieces`, one behind the other, are a JSON object without its last brace; `is_empty` says that nothing is in it.
     """
 
-    before: Buffer
-    prompt: TokenIds | None = None
-    behind: Buffer = b""
+    pieces: Sequence[Buffer]
     is_empty: bool = False
 
     def parts(self, changes: Mapping[str, Any]) -> list[Buffer]:
@@ -62,11 +54,7 @@ class EngineBody(msgspec.Struct, frozen=True, gc=False, eq=False):
 
         They come last: of a name that occurs twice vLLM takes the last one.
         """
-        parts = [self.before]
-        if self.prompt is not None:
-            parts += self.prompt.texts()
-        if self.behind:
-            parts.append(self.behind)
+        parts = [*self.pieces]
         if not changes:
             parts.append(b"}")
             return parts
@@ -84,30 +72,33 @@ class EngineBody(msgspec.Struct, frozen=True, gc=False, eq=False):
         return parts
 
 
-def engine_body(body: dict[str, Any], raw: bytes | None, prompt: Sequence[Any] | None) -> EngineBody:
+def engine_body(body: dict[str, Any], raw: bytes | bytearray | None, prompt: Sequence[Any] | None) -> EngineBody:
     """The client's `body`, with a `prompt` in place of its own if that is not None.
 
     `raw` is what `body` was decoded from, None if something was taken out since: if nothing in it is replaced it is passed on
     as it came. Raises InvalidJson.
     """
     if prompt is None and raw is not None:
-        return EngineBody(raw[: raw.rindex(b"}")], is_empty=not body)
+        return EngineBody([raw[: raw.rindex(b"}")]], is_empty=not body)
     if isinstance(prompt, TokenIds):
         rest = {name: value for name, value in body.items() if name != "prompt"}
-        return EngineBody(b'{"prompt":[', prompt, b"]," + _encoded(rest, _encode)[1:-1] if rest else b"]")
+        return EngineBody([b'{"prompt":[', *prompt.texts(), b"]," + _encoded(rest, _encode)[1:-1] if rest else b"]"])
     whole = body if prompt is None else {**body, "prompt": prompt}
-    return EngineBody(_encoded(whole, _encode)[:-1], is_empty=not whole)
+    return EngineBody([_encoded(whole, _encode)[:-1]], is_empty=not whole)
 
 
-def spliced_body(raw: bytes, span: tuple[int, int], prompt: Sequence[Any] | None) -> EngineBody:
+def spliced_body(raw: bytes | bytearray, span: tuple[int, int], prompt: Sequence[Any] | None) -> EngineBody:
     """As `engine_body`, of a large body that holds the prompt's value at `span`, and is passed on as it came but for that."""
     whole, end = memoryview(raw), raw.rindex(b"}")
     if prompt is None:
-        return EngineBody(whole[:end], is_empty=raw.find(b'"', 0, end) < 0)
+        return EngineBody([whole[:end]], is_empty=raw.find(b'"', 0, end) < 0)
     start, behind = span
-    if isinstance(prompt, TokenIds):
-        return EngineBody(bytes(whole[:start]) + b"[", prompt, b"]" + bytes(whole[behind:end]))
-    return EngineBody(bytes(whole[:start]) + _encode(prompt) + bytes(whole[behind:end]))
+    sent = [b"[", *prompt.texts(), b"]"] if isinstance(prompt, TokenIds) else [_encode(prompt)]
+    return EngineBody([_kept(whole[:start]), *sent, _kept(whole[behind:end])])
+
+
+def _kept(part: memoryview) -> Buffer:
+    return bytes(part) if len(part) <= COPIED_BYTES_MAX else part
 
 
 def _encoded(value: Mapping[str, Any], encode: Callable[[object], bytes]) -> bytes:

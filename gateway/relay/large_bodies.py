@@ -59,7 +59,7 @@ class LargeBodies:
         self._idle: list[asyncio.subprocess.Process] = []
         self._running: set[asyncio.Task[Any]] = set()
 
-    async def read(self, endpoint: Endpoint, raw: bytes, tenant: str) -> LargeBody:
+    async def read(self, endpoint: Endpoint, raw: bytes | bytearray, tenant: str) -> LargeBody:
         """What is known of a body of a tenant, named by its salt. Raises ApiError: the client's errors, and Unavailable."""
         parity = self._prompts.parity
         job = Job(endpoint, tenant, len(raw), parity.completions.parity, parity.chat.parity, self._prompts.context_tokens())
@@ -79,7 +79,7 @@ class LargeBodies:
         if not task.cancelled():
             task.exception()  # whoever waits for it gets it; if nobody does, it was logged
 
-    async def _work(self, job: Job, raw: bytes) -> tuple[Reading | Refusal, list[bytes]]:
+    async def _work(self, job: Job, raw: bytes | bytearray) -> tuple[Reading | Refusal, list[bytes]]:
         process = self._idle.pop() if self._idle else await self._start()
         try:
             answer = await _asked(process, job, raw)
@@ -114,7 +114,9 @@ class LargeBodies:
         self._idle.clear()
 
 
-async def _asked(process: asyncio.subprocess.Process, job: Job, raw: bytes) -> tuple[Reading | Refusal, list[bytes]]:
+async def _asked(
+    process: asyncio.subprocess.Process, job: Job, raw: bytes | bytearray
+) -> tuple[Reading | Refusal, list[bytes]]:
     """The answer to a job. Raises OSError, EOFError and MsgspecError when there is none."""
     assert process.stdin is not None
     assert process.stdout is not None

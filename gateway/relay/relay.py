@@ -200,7 +200,7 @@ class Relay(Generic[PlanT]):
         if not fields.is_json:
             raise InvalidRequest("Send the header 'Content-Type: application/json'.", code="invalid_content_type")
         settings = self._settings
-        raw = transaction.body_at_hand(self._hold, settings.body_bytes_max)
+        raw: bytes | bytearray | None = transaction.body_at_hand(self._hold, settings.body_bytes_max)
         if raw is None:
             raw = await self._upload(transaction, tenant)
         self.take_slot(transaction)
@@ -223,7 +223,7 @@ class Relay(Generic[PlanT]):
         del raw, body, known, sent, read  # what was decoded is many times what is sent
         await self._travel(request)
 
-    async def _upload(self, transaction: Transaction, tenant: TenantContext) -> bytes:
+    async def _upload(self, transaction: Transaction, tenant: TenantContext) -> bytes | bytearray:
         """Wait for the body, in the account of the tenant, or of the client's address where nobody needs a key."""
         client = transaction.scope.get("client")
         whose = client[0] if client and self._tenants.open else tenant.name
@@ -347,14 +347,14 @@ Looked = tuple[dict[str, Any], KnownPrompt | None, Callable[[Sequence[Any] | Non
 """The fields that planning looks at, the prompt if it was read too, and what makes a replica's body with another prompt."""
 
 
-def _read_small(endpoint: Endpoint, raw: bytes) -> Looked:
+def _read_small(endpoint: Endpoint, raw: bytes | bytearray) -> Looked:
     raw = as_utf8(raw)
     body = decode_body(raw)
     untouched = raw if check_body(endpoint, body) else None
     return body, None, lambda prompt: engine_body(body, untouched, prompt)
 
 
-async def _read_large(bodies: LargeBodies, endpoint: Endpoint, raw: bytes, tenant: TenantContext) -> Looked:
+async def _read_large(bodies: LargeBodies, endpoint: Endpoint, raw: bytes | bytearray, tenant: TenantContext) -> Looked:
     body, known, span = await bodies.read(endpoint, raw, tenant.salt)
     return body, known, lambda prompt: spliced_body(raw, span, prompt)
 

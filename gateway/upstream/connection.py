@@ -25,7 +25,7 @@ _JOINED_BYTES_MAX = 64 << 10
 _NO_HEAD = AnswerHead(0, [])
 
 Sink = Callable[[bytes], bool]
-Payload = Sequence[bytes | memoryview]
+Payload = Sequence[bytes | bytearray | memoryview]
 """A request's body, in parts."""
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gateway.api.body import check_body, decode_body
 from gateway.api.large_body import NAMES, OTHERS, read_large_body
 from gateway.errors import ApiError, UnsupportedParameter
-from gateway.relay.engine_body import spliced_body
+from gateway.relay.engine_body import COPIED_BYTES_MAX, spliced_body
 from gateway.token_ids import TokenIds
 from tests.unit.gateway.api.test_body import ENDPOINTS, JSON, PATIENT, statuses
 
@@ -65,6 +65,18 @@ def test_several_prompts_take_the_place_of_several_texts() -> None:
     _, span = read_large_body("completions", raw)
     parts = spliced_body(raw, span, [TokenIds.of([1]), TokenIds.of([2, 3])]).parts({})
     assert json.loads(b"".join(parts)) == {"prompt": [[1], [2, 3]], "n": 1}
+
+
+def test_nothing_large_is_copied_and_nothing_small_keeps_the_rest() -> None:
+    size = COPIED_BYTES_MAX
+    raw = b'{"prompt":"x","k":"%b"}' % (b"k" * size)
+    _, span = read_large_body("completions", raw)
+    pieces = spliced_body(raw, span, TokenIds.of([1])).pieces
+    kept = [piece for piece in pieces if isinstance(piece, memoryview)]
+    assert [piece.obj for piece in kept] == [raw]
+    assert json.loads(b"".join([*pieces, b"}"])) == {"prompt": [1], "k": "k" * size}
+    small = spliced_body(b'{"prompt":"%b"}' % (b"x" * size), (10, size + 12), TokenIds.of([1])).pieces
+    assert not [piece for piece in small if isinstance(piece, memoryview)]
 
 
 @pytest.mark.parametrize("raw", [b"{}", b" { } ", b'{"n":1}'])
