@@ -31,7 +31,7 @@ ANSWER_SECONDS_MAX = 120.0
 PROBE_SECONDS = 0.02
 DESCRIPTORS = 1024
 IN_FLIGHT = 200
-SILENT = 1400
+SILENT, SILENT_SECONDS = 1400, 1.0
 FROZEN_REQUESTS, FROZEN_EVERY_SECONDS = 20, 0.5
 FAILING_REQUESTS, FAILING_ABREAST = 400, 8
 REPLICAS = ("replica-0", "replica-1")
@@ -138,6 +138,7 @@ async def few_descriptors(gateway: Gateway) -> None:
         with contextlib.suppress(BlockingIOError):
             connection.connect(("127.0.0.1", gateway.port))
         silent.append(connection)
+    await asyncio.sleep(SILENT_SECONDS)
     await asyncio.gather(*(gateway.ask(fake={"delay": 1}) for _ in range(560)))
     for connection in silent:
         connection.close()

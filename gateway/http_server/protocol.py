@@ -30,6 +30,8 @@ PIPELINED_READ_MAX = 8
 """Requests that wait for the answer before theirs while more is read: only who reads learns that the client left."""
 PIPELINED_MAX = 1024
 """All that may wait: those that came in one piece with the last one that was read for."""
+SILENT_SECONDS_MIN = 0.5
+"""When there are too many connections, those without a first request for so long make room for new ones."""
 HEADS_REMEMBERED_MAX = 4
 """Heads of a connection in a row that are remembered in vain: if they all differ, it is given up."""
 
@@ -45,6 +47,8 @@ class DoorProtocol(asyncio.Protocol):
     """
 
     connections_max: int
+    strangers: dict[DoorProtocol, float]
+    """Those on which no whole head came yet, the oldest first, with the loop's time when they were made."""
     head_bytes_max: int
     head_seconds_max: float
     stall_seconds_max: float
@@ -77,6 +81,7 @@ class DoorProtocol(asyncio.Protocol):
         self._begins_behind = False
         self._in_message = False
         self._rejected = False
+        self._is_stranger = True
         self._known: KnownHead | None = None
         self._remembered_in_vain = 0
         self._unparsed: bytes | None = None  # what begins with the head that is being parsed
@@ -99,11 +104,28 @@ class DoorProtocol(asyncio.Protocol):
         )
         self._state.connections.add(self)  # type: ignore[arg-type]
         if len(self._state.connections) > self.connections_max:
-            self._reject(Unavailable(f"{self.connections_max} connections are open already."))
-        else:
+            self._take_place()
+        if not self._rejected:
+            self.strangers[self] = self.loop.time()
             self._await_head()
 
+    def _take_place(self) -> None:
+        """Close the connection that has said nothing for longest, or reject this one if each had too little time to speak."""
+        oldest = next(iter(self.strangers), None)
+        if oldest is None or self.loop.time() < self.strangers[oldest] + SILENT_SECONDS_MIN:
+            self._reject(Unavailable(f"{self.connections_max} connections are open already."))
+        else:
+            oldest.give_place()
+
+    def give_place(self) -> None:
+        """Close at once, for another client. Nothing was asked here so far."""
+        self.strangers.pop(self, None)
+        self._state.connections.discard(self)  # type: ignore[arg-type]
+        self._rejected = True
+        self.transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self.strangers.pop(self, None)
         self._state.connections.discard(self)
         for timer in (self._head_timer, self._stall_timer):
             if timer is not None:
@@ -248,6 +270,9 @@ class DoorProtocol(asyncio.Protocol):
 
     def _open(self, cycle: RequestCycle) -> None:
         """A request's head is there."""
+        if self._is_stranger:
+            self._is_stranger = False
+            self.strangers.pop(self, None)
         self._in_message = True
         self._head_bytes = 0
         self._upload = cycle

@@ -34,6 +34,7 @@ def build_server(app: Any, settings: Settings) -> DoorServer:
         (DoorProtocol,),
         {
             "connections_max": settings.connections_max,
+            "strangers": {},
             "head_bytes_max": settings.header_bytes_max,
             "head_seconds_max": settings.keep_alive_seconds,
             "stall_seconds_max": settings.client_stall_seconds_max,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import struct
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from gateway.http_server import protocol
 from gateway.http_server.protocol import BODY_READ_AHEAD_BYTES_MAX, PIPELINED_MAX, DoorProtocol
 from tests.unit.gateway.http_server.test_protocol import BODY, CLOSE, POST, post, said
 from tests.unit.gateway.running_door import Door, running_door, until
@@ -227,3 +229,30 @@ def test_a_client_that_is_gone_before_it_is_taken_in_is_no_defect(tmp_path: Path
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(comes_and_goes())
     assert said_of_it == []
+
+
+async def test_when_connections_run_out_silent_ones_give_place_and_others_keep_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "SILENT_SECONDS_MIN", 3600)
+    async with running_door(tmp_path, connections_max=4) as door:
+        await door.add_engine("replica-0")
+        lines = [await asyncio.open_connection("127.0.0.1", door.port) for _ in range(4)]
+        (asks, ask), (_, half), (silent, _), (quiet, _) = lines
+        ask.write(CLOSE.replace(b"connection: close\r\n", b""))
+        await asks.readuntil(b'{"status":"ok"}')
+        half.write(CLOSE[:-1])
+        await connections_of(door, 4)
+        assert (await said(door, CLOSE)).startswith(b"HTTP/1.1 503")  # they may be about to speak
+        monkeypatch.setattr(protocol, "SILENT_SECONDS_MIN", 0)
+        others = []
+        for reader in (lines[1][0], silent, quiet):
+            others.append(await asyncio.open_connection("127.0.0.1", door.port))
+            others[-1][1].write(CLOSE.replace(b"connection: close\r\n", b""))
+            await others[-1][0].readuntil(b'{"status":"ok"}')
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.wait_for(reader.read(), 10) == b""
+        ask.write(CLOSE)
+        assert (await asks.read()).endswith(b'{"status":"ok"}')
+        for _, writer in (*lines, *others):
+            writer.close()
