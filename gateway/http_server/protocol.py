@@ -120,7 +120,7 @@ class DoorProtocol(asyncio.Protocol):
     def give_place(self) -> None:
         """Close at once, for another client. Nothing was asked here so far."""
         self.strangers.pop(self, None)
-        self._state.connections.discard(self)  # type: ignore[arg-type]
+        self._state.connections.discard(self)
         self._rejected = True
         self.transport.abort()
 
