@@ -17,6 +17,7 @@ from gateway.planner.overdue_watch import OverdueWatch
 from gateway.planner.plan import Plan
 from gateway.planner.planner import Planner
 from gateway.prompts.tokenizer.engine_options import source_from_arguments
+from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.relay.frontdoor import FrontDoor
 from gateway.relay.large_bodies import LargeBodies
@@ -62,24 +63,12 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: t
     tables = TableDirectory(table_dir, hold_seconds=HOLD_SECONDS)
     tenants = Tenants(settings.tenants, settings.admin_key)
     source = source_from_arguments(model, vllm_args)
-    tokens = TokenService(
-        source,
-        settings.token_cache_bytes_max,
-        settings.text_cache_bytes_max,
-        tenants=len(tenants),
-    )
+    tokens = TokenService(source, settings.token_cache_bytes_max, settings.text_cache_bytes_max, tenants=len(tenants))
     outliers = Outliers(settings.eject_failures_max, settings.eject_seconds_min, settings.eject_seconds_max)
     planner = Planner(fleet, tables, tokens, settings, lambda: models.known, outliers=outliers)
     access = AdminAccess(settings.admin_key)
     recorder = Recorder(Ledger(settings.ledger_requests_max), planner)
-    large_bodies = LargeBodies(
-        source,
-        planner.prompts,
-        workers=settings.large_body_workers,
-        cache_bytes_max=settings.token_cache_bytes_max,
-        texts_bytes_max=settings.text_cache_bytes_max,
-        tenants=len(tenants),
-    )
+    large_bodies = _large_bodies(settings, source, planner, len(tenants))
     relay: Relay[Plan] = Relay(
         settings,
         fleet=fleet,
@@ -122,3 +111,14 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: t
     app = FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin)
     overdue = OverdueWatch(planner, fleet, upstream.give_up, seconds_min=settings.overdue_seconds_min)
     return Door(app, relay, models, upstream, planner, tokens, tables, keeper, overdue, figures, large_bodies)
+
+
+def _large_bodies(settings: Settings, source: TokenizerSource, planner: Planner, tenants: int) -> LargeBodies:
+    return LargeBodies(
+        source,
+        planner.prompts,
+        workers=settings.large_body_workers,
+        cache_bytes_max=settings.token_cache_bytes_max,
+        texts_bytes_max=settings.text_cache_bytes_max,
+        tenants=tenants,
+    )

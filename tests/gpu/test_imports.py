@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu.bench import GRAPHS, Bench, exact, gpu_scale, kills
+from tests.gpu.engine_pair import GRAPHS, Bench, gpu_scale
 from tests.gpu.families import SHAPES, Run, one_family
+from tests.gpu.import_times import exact
 from tests.gpu.races import race
+from tests.gpu.races_and_kills import kills
 from tests.gpu.replica import write_model
 
 GPUS = torch.cuda.device_count()

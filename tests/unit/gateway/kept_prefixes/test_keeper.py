@@ -28,7 +28,7 @@ from gateway.tenants.access import AdminAccess
 from gateway.tenants.tenants import ANONYMOUS, Tenants, default_salt
 from gateway.upstream.pool import Upstream
 from gateway.upstream.served_models import ModelsCache
-from tests.unit.gateway.planner.test_planner import EXACT, Bounds
+from tests.unit.gateway.planner.planned_fleet import EXACT, Bounds
 from tests.unit.gateway.prompts.tiny_model import make_model
 from tests.unit.gateway.running_door import FakeSight, until
 from tests.unit.transport.replica_tables import BLOCK_SIZE, ReplicaTables, StandingFleet, replica_tables

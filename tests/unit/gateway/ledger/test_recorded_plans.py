@@ -19,7 +19,7 @@ from gateway.stats.explain import explain
 from gateway.steering.costs.model import ModelKey, Outcome
 from gateway.steering.costs.replica_load import IDLE
 from gateway.tenants.tenants import ANONYMOUS, TenantContext
-from tests.unit.gateway.planner.test_planner import EXACT, Bounds
+from tests.unit.gateway.planner.planned_fleet import EXACT, Bounds
 from tests.unit.gateway.prompts.tiny_model import make_model
 from tests.unit.transport.replica_tables import ReplicaTables, StandingFleet
 from transport.table.deliveries import Delivery

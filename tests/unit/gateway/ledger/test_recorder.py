@@ -12,7 +12,7 @@ from gateway.planner.planner import Planner
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TokenService
 from tests.unit.gateway.ledger.begun_attempts import begun
-from tests.unit.gateway.planner.test_planner import Bounds
+from tests.unit.gateway.planner.planned_fleet import Bounds
 from tests.unit.transport.replica_tables import BLOCK_SIZE, ReplicaTables, StandingFleet
 from transport.table.deliveries import Delivery, DeliveryReason
 from transport.table.directory import TableDirectory

@@ -1,82 +1,21 @@
 """The planner: from a body to a replica, a source and token ids, over real tables and a tiny tokenizer."""
 
 import asyncio
-import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.fleet import ReplicaState
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, PromptTooLong, ReplicaNotReady, UnknownReplica
-from gateway.planner.plan import Plan
 from gateway.planner.planner import Planner
 from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
-from gateway.prompts.tokenizer.model_files import TokenizerSource
-from gateway.prompts.tokenizer.service import TokenService
 from gateway.relay.engine_body import engine_body
-from gateway.steering.steer import Choice
-from gateway.tenants.tenants import ANONYMOUS, TenantContext
+from gateway.tenants.tenants import ANONYMOUS
 from gateway.upstream.served_models import ServedModels
-from tests.unit.gateway.prompts.tiny_model import make_model
-from tests.unit.transport.replica_tables import FIELDS, ReplicaTables, StandingFleet
+from tests.unit.gateway.planner.planned_fleet import EXACT, IDS, LONG, TENANT, Bounds, Place
+from tests.unit.transport.replica_tables import FIELDS
 from transport.table.deliveries import Delivery, DeliveryReason
 from transport.table.directory import TableDirectory
-
-EXACT = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
-IDS = list(range(2, 2 + 21))
-LONG = list(range(1000, 1000 + 601))
-TENANT = TenantContext("t", "salty")
-
-
-@dataclass(frozen=True)
-class Bounds:
-    prefixes_tracked_max: int = 1000
-    imports: bool = True
-    tokenize_inline_chars_max: int = 100
-    key_cache_bytes_max: int = 1 << 20
-    send_chat_ids: bool = True
-
-
-class Place:
-    """A fleet of two with its tables and a planner."""
-
-    def __init__(self, tables: ReplicaTables, model: Path) -> None:
-        self.tables = tables
-        self.fleet = StandingFleet("a", "b", directory=tables.directory)
-        self.tokens = TokenService(TokenizerSource(str(model)))
-        self.tokens.load()
-        self.models: ServedModels | None = None
-        self.planner = Planner(self.fleet, TableDirectory(tables.directory), self.tokens, Bounds(), lambda: self.models)
-        self.planner.prompts.parity = EXACT
-
-    async def plan(self, prompt: Any = None, wanted: str | None = None, tenant: TenantContext = ANONYMOUS, **body: Any) -> Plan:
-        return await self.planner.plan("completions", {"prompt": prompt, **body}, tenant, wanted_replica=wanted)
-
-    def begin(self, plan: Plan) -> None:
-        """The request is sent."""
-        self.planner.flights.started(plan.flight, time.monotonic())
-
-    def end(self, plan: Plan) -> None:
-        """Its answer is complete."""
-        self.planner.feed.poll(plan.replica.name)
-        self.planner.flights.finished(plan.flight, time.monotonic())
-
-    async def occupy(self, replica: str) -> None:
-        """Send a long prompt there that nobody holds."""
-        self.begin(await self.plan([ord(replica), *LONG], wanted=replica))
-
-    async def chat(self, text: str, **body: Any) -> Plan:
-        return await self.planner.plan("chat", {"messages": [{"role": "user", "content": text}], **body}, ANONYMOUS)
-
-    def limit(self, context_tokens: int) -> None:
-        self.models = ServedModels(b"", {}, context_tokens)
-
-
-@pytest.fixture
-def place(two_tables: ReplicaTables, tmp_path: Path) -> Place:
-    return Place(two_tables, make_model(tmp_path / "model"))
 
 
 async def test_a_request_goes_to_the_holder_of_its_prefix(place: Place) -> None:
@@ -426,94 +365,3 @@ async def test_the_body_stays_as_it_is(place: Place) -> None:
     body = {"prompt": "hello", "model": "m"}
     await place.planner.plan("completions", body, TENANT)
     assert body == {"prompt": "hello", "model": "m"}
-
-
-async def test_a_burst_of_equal_prompts_is_computed_once(place: Place) -> None:
-    plans = []
-    for _ in range(50):
-        plans.append(await place.plan(LONG))
-        place.begin(plans[-1])
-    computed = [plan for plan in plans if plan.decision.expected.computed_tokens > len(LONG) // 2]
-    assert len(computed) <= 2  # at most once a replica
-    assert len({plan.tag for plan in plans}) == 50
-
-
-async def test_of_requests_that_come_at_once_each_plan_knows_of_those_before_it(place: Place) -> None:
-    async def ask() -> Plan:
-        plan = await place.plan(LONG)
-        place.begin(plan)
-        return plan
-
-    await place.occupy("a")  # who is not alone waits for the others before it is planned
-    plans = await asyncio.gather(*(ask() for _ in range(50)))
-    computed = [plan for plan in plans if plan.decision.expected.computed_tokens > len(LONG) // 2]
-    assert len(computed) <= 2
-    assert sum(place.planner.in_flight().values()) == 51
-
-
-async def test_a_prompt_cache_key_keeps_together_what_nobody_holds(place: Place) -> None:
-    prompts = [[first, *LONG] for first in range(8)]
-    homes = {(await place.plan(prompt, prompt_cache_key="session")).replica.name for prompt in prompts}
-    assert len(homes) == 1
-    spread = {(await place.plan(prompt, prompt_cache_key=f"session {prompt[0]}")).replica.name for prompt in prompts}
-    assert spread == {"a", "b"}
-    malformed = {(await place.plan(prompt, prompt_cache_key=["session"])).replica.name for prompt in prompts}
-    assert malformed == {"a", "b"}
-
-
-async def test_a_request_that_relies_on_a_promise_may_be_served_by_another_holder(place: Place) -> None:
-    place.begin(await place.plan(LONG, wanted="a"))
-    relying = await place.plan(LONG, wanted="a")
-    assert (relying.decision.action, relying.predicted_tokens) == (Choice.HIT, 600)
-    assert relying.kv_transfer_params == {"peerkv": {"tag": relying.tag}}
-
-
-async def test_a_promise_ends_with_the_request_that_made_it(place: Place) -> None:
-    first = await place.plan(LONG)
-    place.begin(first)
-    assert (await place.plan(LONG)).predicted_tokens == 600
-    place.end(first)
-    assert (await place.plan(LONG)).predicted_tokens == 0
-
-
-async def test_an_engines_own_words_send_requests_elsewhere(place: Place) -> None:
-    place.tables.writers["a"].tell_load((1, 0, 4000, 0))
-    chosen = {(await place.plan([first, *LONG])).replica.name for first in range(4)}
-    assert chosen == {"b"}
-
-
-async def test_a_full_cache_is_dear_once_what_it_gave_up_was_asked_for_again(place: Place) -> None:
-    """Until then its price is a belief; a request for what nobody holds any more confirms it, and others soon wear it away."""
-    planner, writer = place.planner, place.tables.writers["a"]
-    await place.plan(LONG)
-    assert planner.evictions.again().tokens == 1.0
-
-    def give_up(tag: int) -> None:
-        writer.count("evictions", 64)
-        writer.deliver(Delivery(tag=tag, arrived_ns=tag * 10**9, first_token_ns=tag * 10**9), "")
-
-    for tag in range(1, 40):
-        give_up(tag)
-    await place.plan(IDS)
-    cheap = planner.evictions.again().tokens
-    assert cheap < 0.1
-    await place.plan(LONG)
-    assert planner.evictions.again().tokens > 2 * cheap
-
-
-async def test_a_prompt_that_somebody_holds_or_computes_was_not_given_up(place: Place) -> None:
-    planner = place.planner
-    place.begin(await place.plan(LONG))
-    place.tables.writers["a"].count("evictions", 1000)
-    place.tables.writers["a"].deliver(Delivery(tag=1, first_token_ns=1), "")
-    await place.plan(IDS)
-    before = planner.evictions.again()
-    await place.plan(LONG)
-    place.tables.hold("b", IDS)
-    await place.plan(IDS)
-    assert planner.evictions.again() == before
-
-
-async def test_a_full_cache_keeps_what_it_has_and_a_free_one_takes_the_prompt(place: Place) -> None:
-    place.tables.hold("a", list(range(9000, 9000 + 250 * 4)))
-    assert [(await place.plan(LONG)).replica.name for _ in range(4)] == ["b"] * 4

@@ -23,7 +23,7 @@ from gateway.prompts.parity import (
 from gateway.prompts.parity_watch import ParityWatch
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import NoTokenIds, TokenService
-from tests.unit.gateway.planner.test_planner import Bounds
+from tests.unit.gateway.planner.planned_fleet import Bounds
 from tests.unit.gateway.prompts.tiny_model import TEMPLATE, make_model
 from tests.unit.transport.replica_tables import StandingFleet
 from transport.table.directory import TableDirectory

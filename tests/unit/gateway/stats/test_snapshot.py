@@ -17,7 +17,7 @@ from gateway.stats.shapes import KvStats, TokenCounts, TransferCounts
 from gateway.stats.snapshot import StatsView
 from gateway.tenants.tenants import ANONYMOUS
 from tests.unit.gateway.ledger.begun_attempts import begun
-from tests.unit.gateway.planner.test_planner import Bounds
+from tests.unit.gateway.planner.planned_fleet import Bounds
 from tests.unit.transport.replica_tables import FIELDS, ReplicaTables, StandingFleet
 from transport.groups import Group
 from transport.table.deliveries import Delivery, EngineLoad
