@@ -66,6 +66,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._fields: dict[str, str] = {}
+        self._kv_caches: dict[str, Any] = {}
         self._groups: ModelGroups | None = None
         self._bound: Any = None
         # a failed import must be computed, not reported to the client; vLLM reads this after it made the connector
@@ -92,7 +93,10 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._groups.places if self._groups is not None and not self._groups.plain else ()
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Handshake]) -> None:
-        """Create the block table, now that the workers have told where their KV memory is."""
+        """Create the block table, now that the workers have told where their KV memory is.
+
+        Called again when vLLM wakes up: what was on offer before it slept is gone, so its table ends and a new epoch begins.
+        """
         self._guard("create the block table", lambda: self._create_table(list(metadata.values())), None)
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Handshake]) -> None:
@@ -100,6 +104,9 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._guard("create the block table", lambda: self._create_table(list(metadata.values())), None)
 
     def _create_table(self, handshakes: list[Handshake]) -> None:
+        former, self._scheduler = self._scheduler, None
+        if former is not None:
+            former.close()
         config, refusal = self._vllm_config, ""
         block_size = int(config.cache_config.block_size)
         try:
@@ -217,6 +224,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         worker = self._worker
         if worker is None:
             return
+        self._kv_caches = kv_caches
         num_blocks = int(self._kv_cache_config.num_blocks)
         self._fields = self._guard("read the KV layout", lambda: self._read(kv_caches), {})
         if self._fields:
@@ -233,9 +241,17 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return None
 
     def unregister_kv_caches(self) -> None:
-        """Called before vLLM sleeps: the shared memory will be gone, and later memory is not shared. Idempotent."""
+        """Called before vLLM 0.33 sleeps, after it reset its prefix cache: the memory will be gone. Idempotent."""
         if self._worker is not None:
             self._guard("let go of the KV memory", self._worker.unmap, None)
+
+    def restore_kv_caches(self) -> None:
+        """Called when vLLM 0.33 woke up: share the memory that now lies behind the same tensors. Idempotent.
+
+        vLLM then hands the workers' handshakes to the scheduler's half once more.
+        """
+        if self._worker is not None and self._worker.unmapped:
+            self.register_kv_caches(self._kv_caches)
 
     def get_handshake_metadata(self) -> Handshake | None:
         return self._worker.handshake(self._fields) if self._worker is not None else None

@@ -37,10 +37,15 @@ class WorkerHalf:
         self._step = 0
         self._unmapped = False
         self._lock = threading.Lock()
+        self._watcher: threading.Thread | None = None
         self._closing = threading.Event()
 
     def register(self, kv_caches: Mapping[str, Any], num_blocks: int, groups: Mapping[str, int] | None = None) -> None:
-        """Make the KV tensors readable for peers by the transport that fits them; `groups` tells each layer's group."""
+        """Make the KV tensors readable for peers by the transport that fits them; `groups` tells each layer's group.
+
+        Again after `unmap`: the scheduler's half then begins anew as well, and so do the numbers of its steps.
+        """
+        self._unmapped, self._step = False, 0
         try:
             self._transport = _transport(kv_caches, num_blocks, self._rank, groups)
         except (TransportError, OSError, RuntimeError, ImportError) as error:
@@ -48,7 +53,9 @@ class WorkerHalf:
             _logger.warning("%s", self._status)
             return
         self._status = "ok"
-        threading.Thread(target=self._watch, name="peerkv-watch", daemon=True).start()
+        if self._watcher is None:
+            self._watcher = threading.Thread(target=self._watch, name="peerkv-watch", daemon=True)
+            self._watcher.start()
 
     def handshake(self, fields: dict[str, str]) -> Handshake:
         """Return what the scheduler's half has to know of this rank."""
@@ -98,9 +105,14 @@ class WorkerHalf:
                 self._fail(job, reason)
         return set(self._ended)
 
+    @property
+    def unmapped(self) -> bool:
+        """Whether the KV memory was given up, and not registered again since."""
+        return self._unmapped
+
     def unmap(self) -> None:
-        """The KV memory is about to go: share and import nothing from now on."""
-        self._unmapped = True
+        """The KV memory is about to go: share and import nothing until it is registered again."""
+        self._unmapped, self._status = True, "the engine gave its KV memory up"
         self.fail_all("the engine gave its KV memory up")
 
     def take_load_errors(self) -> set[int]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 import torch
@@ -77,11 +78,16 @@ class Engine:
         self.pool = self.scheduler.kv_cache_manager.block_pool
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(SIZE, sha256)
-        memory = Memory(0, "shared_memory", (), ())
-        self.scheduler.connector.set_xfer_handshake_metadata({0: Handshake(memory, "ok", {})})
-        self.table = TableReader(path / "tables" / "replica-0.table")
+        self.tables = path / "tables"
+        self.tell_of_memory()
+        self.table = TableReader(self.tables / "replica-0.table")
         self.under_way: list = []
         self.preempted = 0
+
+    def tell_of_memory(self) -> None:
+        """As vLLM does at its start, and when it woke up."""
+        memory = Memory(0, "shared_memory", (), ())
+        self.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): Handshake(memory, "ok", {})})
 
     def add(self, name: str, first: int, tokens: int, answer: int, **hint) -> Request:
         params = SamplingParams(max_tokens=answer, ignore_eos=True, extra_args={"kv_transfer_params": {"peerkv": hint}})
@@ -219,3 +225,21 @@ def test_pins_never_keep_a_large_request_from_running(engine):
     engine.run()
     assert engine.records[2].computed_tokens == 220
     assert engine.table.load() == EngineLoad()
+
+
+def test_an_engine_that_slept_begins_a_new_epoch_with_nothing_on_offer(engine):
+    engine.add("before", 100, 5 * SIZE, 2, pin={"id": 1, "seconds": 60})
+    engine.run()
+    assert engine.table.cached_blocks() > 0
+    free = engine.pool.get_num_free_blocks()
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)  # vLLM's sleep begins so
+    assert engine.table.cached_blocks() == 0
+    engine.tell_of_memory()
+    assert not engine.table.alive()
+    with closing(TableReader(engine.tables / "replica-0.table")) as table:
+        assert table.epoch > engine.table.epoch
+        assert (table.alive(), table.cached_blocks()) == (True, 0)
+        engine.add("after", 100, 5 * SIZE, 2)
+        engine.run()
+        assert table.cached_blocks() == 5
+    assert engine.pool.get_num_free_blocks() > free  # nothing is pinned any more

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, KVConnectorTransferResults
 from vllm.v1.request import RequestStatus
 
@@ -142,6 +143,24 @@ def test_without_a_table_nothing_is_matched_and_steps_go_on():
     assert shell.get_num_new_matched_tokens(REQUEST, 0) == (0, False)
     assert shell.build_connector_meta(SimpleNamespace()) == StepMetadata(0)
     assert shell.requires_kv_delivery is False
+
+
+def test_kv_memory_is_given_up_before_vllm_sleeps_and_shared_anew_when_it_woke_up(monkeypatch, tmp_path):
+    shell = connector(KVConnectorRole.WORKER, table_dir=str(tmp_path))
+    monkeypatch.setattr(shell, "_read", lambda _: {"device": "cpu"})
+    shell.register_kv_caches({"layer": torch.zeros(8, 2, 4, 8)})
+    first = shell.get_handshake_metadata()
+    shell.unregister_kv_caches()
+    shell.unregister_kv_caches()
+    asleep = shell.get_handshake_metadata()
+    shell.restore_kv_caches()
+    shared = shell.get_handshake_metadata()
+    shell.restore_kv_caches()
+    again = shell.get_handshake_metadata()
+    shell.shutdown()
+    assert (first.status, asleep.status, shared.status) == ("ok", "the engine gave its KV memory up", "ok")
+    assert asleep.memory is None
+    assert again.memory == shared.memory is not None  # a second call changes nothing
 
 
 def test_an_unknown_hash_is_refused_at_start():

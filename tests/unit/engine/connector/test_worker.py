@@ -131,6 +131,21 @@ def test_memory_that_is_given_up_is_told_and_imports_into_it_fail(owner, worker,
     assert landing["layer"].eq(0.0).all()
 
 
+def test_memory_that_is_registered_again_is_shared_again_and_steps_count_from_one(owner, worker, landing):
+    worker.start(StepMetadata(7))
+    worker.unmap()
+    assert worker.handshake({}).memory is None
+    assert "gave its KV memory up" in worker.handshake({}).status
+    worker.register(landing, 8)
+    shake, report = worker.handshake({}), worker.take_report()
+    assert (shake.status, report.step, report.unmapped) == ("ok", 0, False)
+    assert shake.memory is not None
+    worker.start(StepMetadata(1, (job(owner),)))
+    assert worker.poll() == {"r"}
+    assert worker.take_report().imports["r"].failed_blocks == frozenset()
+    assert landing["layer"][[4, 5]].eq(7.0).all()
+
+
 def test_after_a_fault_in_the_transport_every_import_is_failed_not_forgotten(owner, worker):
     worker.start(StepMetadata(1, (job(owner, "r"), job(owner, "s"))))
     assert worker.fail_all("fault") == {"r", "s"}
