@@ -44,6 +44,19 @@ class Group(msgspec.Struct, frozen=True):
             unread = tokens - self.window + 1
         return max(0, unread) // self.block_size
 
+    @property
+    def token_bytes(self) -> float:
+        """Bytes that each token of an import brings into one rank: 0 where only the end of a prefix is needed."""
+        return self.bytes / self.block_size if self.kind == "full" else 0.0
+
+    @property
+    def import_bytes(self) -> float:
+        """Bytes that any long import brings into one rank, whatever its length: those of a window, half a chunk or a state."""
+        if self.kind == "full":
+            return 0.0
+        seen = {"window": self.window - 1, "chunk": self.window / 2, "state": self.block_size}[self.kind]
+        return math.ceil(seen / self.block_size) * float(self.bytes)
+
 
 class Holder(Protocol):
     """What somebody holds of one chain, block by block of a group (an index into the list of groups)."""
@@ -86,14 +99,7 @@ def flaw(groups: Sequence[Group], tokens: int) -> str:
 
 def import_bytes(groups: Sequence[Group]) -> tuple[float, float]:
     """Return the bytes of an import into one rank: those that any long one has, and those for each token of it."""
-    fixed = each = 0.0
-    for group in groups:
-        if group.kind == "full":
-            each += group.bytes / group.block_size
-        else:  # of a chunk the half on average
-            seen = {"window": group.window - 1, "chunk": group.window / 2, "state": group.block_size}[group.kind]
-            fixed += math.ceil(seen / group.block_size) * group.bytes
-    return fixed, each
+    return sum(group.import_bytes for group in groups), sum(group.token_bytes for group in groups)
 
 
 def needed(group: Group, begin: int, end: int) -> range:

@@ -16,6 +16,7 @@ from gateway.cli.kv_stats import StatsNotRead, add_gateway_flags, ask, client_fo
 from gateway.ledger import ledger
 from gateway.ledger.misses import MissReason
 from gateway.stats.explain import Attempt, Delivered, Explanation, OptionConsidered
+from gateway.stats.shapes import GroupStats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +72,17 @@ def render(attempt: Attempt) -> RenderableType:
     ]
     if attempt.options:
         lines.append(Text("considered: " + "; ".join(map(_considered, attempt.options))))
+    if any(group.kind != "full" for group in attempt.groups):
+        lines.append(Text("an import brings: " + "; ".join(map(_brings, attempt.groups))))
     lost = f", {attempt.lost_tokens} tokens lost" if attempt.lost_tokens else ""
     return Group(*lines, table, Text(_loss(attempt) + lost + ("" if attempt.settled else " (not final)")))
+
+
+def _brings(group: GroupStats) -> str:
+    """What a KV cache group adds to an import."""
+    window = f" of {group.window} tokens" if group.window else ""
+    cost = f"{group.token_bytes:,.0f} bytes a token" if group.token_bytes else f"{group.import_bytes:,.0f} bytes"
+    return f"{cost} for {group.layers} layers of {group.kind}{window}"
 
 
 def _outcome(attempt: Attempt) -> str:

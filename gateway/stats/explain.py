@@ -1,12 +1,14 @@
 """The body of GET /kv/explain/{request_id}: what was decided for a request, what happened to it, and why not more."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, Field
 
+from gateway.block_registry.tables import Table
 from gateway.ledger import attempts
 from gateway.ledger.judging import judge
 from gateway.ledger.misses import MissReason
+from gateway.stats.shapes import GroupStats, group_stats
 from gateway.steering.choices import Option
 from transport.table.deliveries import Delivery
 
@@ -89,6 +91,7 @@ class Attempt(BaseModel):
     reason: str = Field(description="why less was delivered than possible: " + ", ".join(MissReason))
     reason_in_words: str
     lost_tokens: int = Field(description="prompt tokens computed although they had been computed before")
+    groups: list[GroupStats] = Field(description="the replica's KV cache groups now, and what they make an import cost")
 
 
 class Explanation(BaseModel):
@@ -98,12 +101,12 @@ class Explanation(BaseModel):
     attempts: list[Attempt]
 
 
-def explain(request_id: str, kept: Sequence[attempts.Attempt]) -> Explanation:
-    """Describe the recorded attempts of a request."""
-    return Explanation(request_id=request_id, attempts=[_attempt(each) for each in kept])
+def explain(request_id: str, kept: Sequence[attempts.Attempt], tables: Mapping[str, Table]) -> Explanation:
+    """Describe the recorded attempts of a request; `tables` are the replicas' block tables by name."""
+    return Explanation(request_id=request_id, attempts=[_attempt(each, tables.get(each.replica)) for each in kept])
 
 
-def _attempt(kept: attempts.Attempt) -> Attempt:
+def _attempt(kept: attempts.Attempt, table: Table | None) -> Attempt:
     miss = kept.miss or judge(kept)
     known = kept.settled or bool(kept.deliveries)
     return Attempt(
@@ -127,6 +130,7 @@ def _attempt(kept: attempts.Attempt) -> Attempt:
         reason=miss.reason if known else MissReason.UNKNOWN,
         reason_in_words=miss.words if known else "nothing is known of it yet",
         lost_tokens=miss.tokens if known else 0,
+        groups=group_stats(table.groups if table is not None else ()),
     )
 
 

@@ -1,6 +1,6 @@
 """The shapes of GET /kv/stats, as far as they are not those of what is counted."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,6 +13,7 @@ from gateway.prompts.tokenizer.service import TokenizerStats
 from gateway.relay.counters import RelayCounters
 from gateway.steering.costs.model import CostStats
 from gateway.steering.outliers import OutlierState
+from transport.groups import Group
 from transport.table.deliveries import EngineLoad
 
 
@@ -70,6 +71,24 @@ class GroupStats(BaseModel):
     block_size: int = Field(description="tokens per block")
     window: int = Field(description="tokens that a sliding window or a chunk spans; 0 for others")
     block_bytes: int = Field(description="bytes of one block, in all its layers on one rank")
+    token_bytes: float = Field(description="bytes of each imported token on one rank; 0 where only a prefix's end is needed")
+    import_bytes: float = Field(description="bytes that every long import has on one rank: a window, half a chunk or a state")
+
+
+def group_stats(groups: Iterable[Group]) -> list[GroupStats]:
+    """Return what is told of KV cache groups."""
+    return [
+        GroupStats(
+            kind=group.kind,
+            layers=group.layers,
+            block_size=group.block_size,
+            window=group.window,
+            block_bytes=group.bytes,
+            token_bytes=group.token_bytes,
+            import_bytes=group.import_bytes,
+        )
+        for group in groups
+    ]
 
 
 class ReplicaStats(BaseModel):

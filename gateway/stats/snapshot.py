@@ -16,7 +16,6 @@ from gateway.prompts.tokenizer.service import TokenService
 from gateway.relay.counters import RelayCounters
 from gateway.stats.shapes import (
     GatewayStats,
-    GroupStats,
     KvStats,
     ParityStats,
     PeerStats,
@@ -24,6 +23,7 @@ from gateway.stats.shapes import (
     TokenCounts,
     Totals,
     TransferCounts,
+    group_stats,
 )
 from gateway.steering.outliers import Ejection
 from transport.table.deliveries import EngineLoad, PeerCounters
@@ -121,10 +121,7 @@ def _replica_stats(
         transport=table.transport if table else "",
         fingerprint=table.fingerprint.hex() if table else "",
         incompatible={name: list(found) for name, found in others.items() if found},
-        groups=[
-            GroupStats(kind=g.kind, layers=g.layers, block_size=g.block_size, window=g.window, block_bytes=g.bytes)
-            for g in (table.groups if table else ())
-        ],
+        groups=group_stats(table.groups if table else ()),
         block_size=table.block_size if table else 0,
         blocks=table.num_blocks if table else 0,
         cached_blocks=table.cached_blocks() if table else 0,

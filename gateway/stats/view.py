@@ -61,7 +61,7 @@ class FleetFigures:
         self._recorder.catch_up()
         for name in dict.fromkeys((request_id, request_id_of(request_id))):
             if entries := self._recorder.ledger.attempts(name):
-                return explain(name, entries)
+                return explain(name, entries, self._planner.fleet.now().tables)
         return None
 
     def metrics(self) -> tuple[bytes, str]:

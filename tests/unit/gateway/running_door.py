@@ -196,7 +196,7 @@ class FakeSight:
         return PrefixReport(tracked_blocks=0, tracked_blocks_max=limit, prefixes=[])
 
     def explain(self, request_id: str) -> Explanation | None:
-        return explain(request_id, ()) if request_id == "known" else None
+        return explain(request_id, (), {}) if request_id == "known" else None
 
     def ejection(self, replica: str) -> Ejection:
         return self.ejections.get(replica, NEVER)

@@ -1,6 +1,7 @@
 """/kv/explain in words: the shape, and `peerkv kv explain`."""
 
 import io
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS, Ledger
 from gateway.stats.explain import Explanation, explain, request_id_of
 from gateway.steering.choices import Choice, Expected, Option
 from tests.unit.gateway.ledger.begun_attempts import begun
+from transport.groups import Group
 from transport.table.deliveries import Delivery, DeliveryReason
 
 RECORD = Delivery(
@@ -69,7 +71,7 @@ def settled() -> Attempt:
 
 
 def test_an_attempt_shows_what_was_expected_delivered_and_lost() -> None:
-    (attempt,) = explain("r-1", [settled()]).attempts
+    (attempt,) = explain("r-1", [settled()], {}).attempts
     assert attempt.expected.first_token_seconds == pytest.approx(0.06)
     assert (attempt.expected.computed_tokens, attempt.expected.best_available_tokens) == (200, 800)
     (delivered,) = attempt.delivered
@@ -81,19 +83,34 @@ def test_an_attempt_shows_what_was_expected_delivered_and_lost() -> None:
     assert [option.seconds for option in attempt.options] == [0.06, 1.5]
 
 
+def test_an_attempt_shows_what_each_group_of_its_replicas_cache_makes_an_import_cost() -> None:
+    groups = (Group("full", 16, 0, 2, 4096), Group("state", 64, 0, 3, 9000), Group("window", 16, 128, 1, 512))
+    tables = {"replica-1": SimpleNamespace(groups=groups)}
+    (attempt,) = explain("r-1", [settled()], tables).attempts
+    assert [(each.kind, each.token_bytes, each.import_bytes) for each in attempt.groups] == [
+        ("full", 256, 0),
+        ("state", 0, 9000),
+        ("window", 0, 4096),
+    ]
+    written = io.StringIO()
+    Console(file=written, width=200).print(kv_explain.render(attempt))
+    assert "256 bytes a token for 2 layers of full; 9,000 bytes for 3 layers of state" in written.getvalue()
+    assert "4,096 bytes for 1 layers of window of 128 tokens" in written.getvalue()
+
+
 def test_a_running_attempt_is_not_final() -> None:
     ledger = Ledger(10)
     running = opened(ledger)
-    (attempt,) = explain("r-1", [running]).attempts
+    (attempt,) = explain("r-1", [running], {}).attempts
     assert (attempt.settled, attempt.status, attempt.reason) == (False, None, "unknown")
     ledger.delivered(RECORD)
-    (attempt,) = explain("r-1", [running]).attempts
+    (attempt,) = explain("r-1", [running], {}).attempts
     assert (attempt.settled, attempt.reason) == (False, "check_failed")
 
 
 def ended(status: int | None, **values: object) -> str:
     """What the command says of an attempt that ended so."""
-    (attempt,) = explain("r-1", [settled()]).attempts
+    (attempt,) = explain("r-1", [settled()], {}).attempts
     output = io.StringIO()
     shown = attempt.model_copy(update={"status": status, **values})
     Console(file=output, width=140).print(kv_explain.render(shown))
@@ -115,7 +132,7 @@ def test_nothing_lost_is_told_as_a_sentence() -> None:
 def test_a_replica_that_the_caller_chose_is_told_to_be_so() -> None:
     chosen = settled()
     chosen.pinned = True
-    (attempt,) = explain("r-1", [chosen]).attempts
+    (attempt,) = explain("r-1", [chosen], {}).attempts
     assert attempt.pinned
     assert "the caller chose the replica" in ended(200, pinned=True)
     assert "the caller chose" not in ended(200)
@@ -141,7 +158,7 @@ def command(answer: httpx.Response, *flags: str) -> tuple[int, str, list[str]]:
 
 
 def body() -> httpx.Response:
-    return httpx.Response(200, content=explain("r-1", [settled()]).model_dump_json())
+    return httpx.Response(200, content=explain("r-1", [settled()], {}).model_dump_json())
 
 
 def test_the_command_puts_it_into_words() -> None:

@@ -76,7 +76,7 @@ async def test_a_pull_is_entered_with_what_was_expected_and_considered(scene: Sc
     assert (attempt.action, attempt.source, attempt.block_size) == ("pull", "a", 4)
     assert (attempt.peer_tokens, attempt.best_available_tokens) == (HELD, HELD)
     assert scene.answer(plan, attempt, peer=HELD) is MissReason.NONE
-    (shown,) = explain("r", scene.recorder.ledger.attempts("r")).attempts
+    (shown,) = explain("r", scene.recorder.ledger.attempts("r"), {}).attempts
     assert shown.expected.first_token_seconds == pytest.approx(plan.decision.expected.seconds)
     assert shown.options
     assert shown.options[0].seconds == pytest.approx(plan.decision.options[0].expected.seconds)

@@ -92,6 +92,8 @@ async def test_a_replica_says_what_groups_its_cache_has(scene: Scene) -> None:
     full, window = scene.view.snapshot().replicas[0].groups
     assert (full.kind, full.layers, full.block_size, full.window, full.block_bytes) == ("full", 2, 4, 0, 512)
     assert (window.kind, window.window) == ("window", 6)
+    assert (full.token_bytes, full.import_bytes) == (128, 0)
+    assert (window.token_bytes, window.import_bytes) == (0, 2 * 768)  # five tokens before the next one, in blocks of four
 
 
 async def test_replicas_are_shown_with_state_blocks_and_requests(scene: Scene) -> None:
