@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Protocol
 
 from gateway.errors import InvalidRequest, Unavailable
 from gateway.kept_prefixes.shapes import PrefixRequest
 from gateway.planner.planner import Planner
 from gateway.prompts.parity import Parity
+from gateway.prompts.reader import characters_in
 from gateway.prompts.tokenizer.service import NoTokenIds, TextTooLong, TokenService
 from gateway.tenants.tenants import TenantContext
 from gateway.token_ids import TokenIds
@@ -63,8 +63,9 @@ class PrefixReader:
                 f"The gateway's token ids are not proven to be the engine's ({verdict.parity.value}). Give the prefix as 'ids'."
             )
             raise InvalidRequest(why, code="token_ids_unknown", status=409)
+        characters = characters_in([wanted.text, wanted.messages, wanted.tools])
         try:
-            return await asyncio.to_thread(self._encode, wanted, tenant.salt)
+            return await self._planner.prompts.in_thread(characters, self._encode, wanted, tenant.salt)
         except TextTooLong as long:
             raise InvalidRequest(f"The prefix has at least {long.tokens_min} tokens.", code="prefix_too_long") from long
         except NoTokenIds as unknown:
