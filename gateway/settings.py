@@ -143,7 +143,11 @@ class Settings(BaseSettings):
         256 << 10, ge=1024, description="larger bodies are decoded, rendered and tokenised in a separate process"
     )
     large_body_workers: int = Field(1, ge=1, le=64, description="number of such processes; other large bodies wait")
-    bodies_bytes_max: int = Field(1 << 30, ge=1024, description="total size of all request bodies held at once")
+    bodies_bytes_max: int = Field(
+        1 << 30,
+        ge=1024,
+        description="total size of all request bodies held at once, and of their token ids; slow uploads make room for others",
+    )
     body_seconds_max: float = Field(60.0, gt=0, description="time allowed for receiving a request body")
     header_bytes_max: int = Field(64 << 10, ge=4096, description="largest request head")
     answer_bytes_max: int = Field(

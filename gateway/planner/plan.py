@@ -11,6 +11,7 @@ from engine.fleet import Replica
 from gateway.prompts.reader import KnownPrompt
 from gateway.steering.in_flight import Flight
 from gateway.steering.steer import Decision
+from gateway.token_ids import TokenIds
 
 
 class PlanningRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
@@ -51,6 +52,15 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
         """The decision in words."""
         known = self.request.known
         return self.decision.reason if known.ids is not None else f"{self.decision.reason} ({known.why_unknown})"
+
+    @property
+    def held_bytes(self) -> int:
+        """What the prompt's ids take at most, beside the client's body."""
+        known = self.request.known
+        if known.ids is None:
+            return 0
+        several = known.sent if type(known.sent) is list else ()
+        return known.ids.held_bytes + sum([ids.held_bytes for ids in several if type(ids) is TokenIds and ids is not known.ids])
 
     @property
     def source(self) -> str | None:

@@ -26,6 +26,10 @@ class Plan(Protocol):
     def kv_transfer_params(self) -> dict[str, Any] | None: ...
     @property
     def cache_salt(self) -> str | None: ...
+    @property
+    def held_bytes(self) -> int:
+        """Held beside the body as long as the request is under way."""
+        ...
 
 
 PlanT = TypeVar("PlanT", bound=Plan)

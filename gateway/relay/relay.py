@@ -218,6 +218,9 @@ class Relay(Generic[PlanT]):
         if len(self._transactions) > 1:
             await self._batching.wait()
         plan = self._planner.decide(read)
+        if plan.held_bytes:
+            self._hold(plan.held_bytes)
+            transaction.body_bytes += plan.held_bytes
         info = RequestInfo(transaction.request_id, endpoint, tenant.name, model)
         request = RelayedRequest(transaction, transaction.scope["path"], sent(plan.prompt), plan, info)
         del raw, body, known, sent, read  # what was decoded is many times what is sent
@@ -246,6 +249,9 @@ class Relay(Generic[PlanT]):
         transaction.has_slot = True
 
     def _hold(self, size: int) -> None:
+        excess = self._held_bytes + size - self._settings.bodies_bytes_max
+        if excess > 0:
+            self._held_bytes -= self._uploads.make_room(excess, time.perf_counter())
         if self._held_bytes + size > self._settings.bodies_bytes_max:
             raise Unavailable("The gateway holds as many request bytes as it may.")
         self._held_bytes += size

@@ -7,6 +7,9 @@ from collections import OrderedDict
 from gateway.errors import InvalidRequest
 from gateway.http_server.transaction import Transaction
 
+RATE_SECONDS_MIN = 1.0
+"""What came in less than a second says nothing of an upload's speed."""
+
 
 class Uploads:
     """At most `uploads_max`. Of more, one ends: of the caller who has most, the one of which nothing came for longest.
@@ -31,8 +34,27 @@ class Uploads:
             most = max(self._by_caller, key=lambda name: (len(self._by_caller[name]), name == caller))
             oldest = next(iter(self._by_caller[most]))
             self.end(most, oldest)
-            why = f"The body did not come while {self._uploads_max} requests waited for theirs. Send it again."
-            oldest.end(InvalidRequest(why, status=408, code="body_too_late"))
+            oldest.end(_too_late(f"The body did not come while {self._uploads_max} requests waited for theirs. Send it again."))
+
+    def make_room(self, size: int, now: float) -> int:
+        """End uploads until so many bytes are let go of, or none is left that holds any; returns how many are.
+
+        Of the caller whose uploads hold most, the slowest ends first, in bytes a second since its request came; `now` is
+        time.perf_counter's. What is let go of no longer counts as the transactions' own.
+        """
+        freed = 0
+        while freed < size:
+            held = {caller: sum([each.body_bytes for each in uploads]) for caller, uploads in self._by_caller.items()}
+            most = max(held, key=held.__getitem__, default="")
+            if not held.get(most):
+                break
+            holding = [each for each in self._by_caller[most] if each.body_bytes]
+            slowest = min(holding, key=lambda each: each.body_bytes / max(now - each.came_at, RATE_SECONDS_MIN))
+            freed += slowest.body_bytes
+            slowest.body_bytes = 0
+            self.end(most, slowest)
+            slowest.end(_too_late("The body came too slowly while others had no room for theirs. Send it again."))
+        return freed
 
     def went_on(self, caller: str, transaction: Transaction) -> None:
         """A part of the body came."""
@@ -49,3 +71,7 @@ class Uploads:
         self._count -= 1
         if not uploads:
             del self._by_caller[caller]
+
+
+def _too_late(why: str) -> InvalidRequest:
+    return InvalidRequest(why, status=408, code="body_too_late")

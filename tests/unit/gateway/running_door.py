@@ -95,6 +95,7 @@ class FakePlan:
     prompt: list[Any] | None = None
     kv_transfer_params: dict[str, Any] | None = None
     cache_salt: str | None = None
+    held_bytes: int = 0
 
 
 @dataclass
@@ -103,6 +104,7 @@ class FakePlanner:
 
     fleet: FakeFleet
     prompt: list[Any] | None = None
+    held_bytes: int = 0
     error: Exception | None = None
     plans: list[FakePlan] = field(default_factory=list)
 
@@ -133,7 +135,7 @@ class FakePlanner:
         raise NoReplicaReady
 
     def _plan(self, chosen: Replica, salt: str | None) -> FakePlan:
-        plan = FakePlan(chosen, self.prompt, {"peerkv": {"source": "", "tag": "t"}}, salt)
+        plan = FakePlan(chosen, self.prompt, {"peerkv": {"source": "", "tag": "t"}}, salt, self.held_bytes)
         self.plans.append(plan)
         return plan
 

@@ -1,6 +1,5 @@
 """The planner: from a body to a replica, a source and token ids, over real tables and a tiny tokenizer."""
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ from engine.fleet import ReplicaState
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, PromptTooLong, ReplicaNotReady, UnknownReplica
 from gateway.planner.planner import Planner
 from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
+from gateway.prompts.reader import PromptReader
 from gateway.relay.engine_body import engine_body
 from gateway.tenants.tenants import ANONYMOUS
 from gateway.upstream.served_models import ServedModels
@@ -202,13 +202,13 @@ async def test_embeddings_go_to_the_least_busy_replica(place: Place) -> None:
 
 async def test_a_long_prompt_is_tokenised_off_the_event_loop(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[str] = []
-    to_thread = asyncio.to_thread
+    in_thread = PromptReader.in_thread
 
-    async def note(function: Any, *given: Any) -> Any:
+    async def note(reader: PromptReader, characters: int, function: Any, *given: Any) -> Any:
         moved.append(function.__name__)
-        return await to_thread(function, *given)
+        return await in_thread(reader, characters, function, *given)
 
-    monkeypatch.setattr(asyncio, "to_thread", note)
+    monkeypatch.setattr(PromptReader, "in_thread", note)
     await place.plan("x" * 100)
     await place.chat("x" * 60)
     assert moved == []
@@ -217,13 +217,18 @@ async def test_a_long_prompt_is_tokenised_off_the_event_loop(place: Place, monke
     assert moved == ["_completion", "_chat"]
 
 
+async def test_a_plan_says_what_its_ids_take(place: Place) -> None:
+    one, several = await place.plan("x" * 10), await place.plan(["x" * 10, "y" * 20])
+    assert (one.held_bytes, several.held_bytes) == (11 * 11, 11 * (11 + 21))  # eleven bytes an id, with that of the beginning
+
+
 async def test_text_seen_before_is_looked_up_on_the_event_loop(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = "A line of words.\n" * 1000
     before = await place.plan(seen)
-    monkeypatch.delattr(asyncio, "to_thread")
+    monkeypatch.delattr(PromptReader, "in_thread")
     assert (await place.plan(seen)).prompt == before.prompt
     for unseen in ("Z" + seen, ["a"] * 257, [seen, seen]):
-        with pytest.raises(AttributeError, match="to_thread"):
+        with pytest.raises(AttributeError, match="in_thread"):
             await place.plan(unseen)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import SecretStr
 
@@ -41,6 +42,25 @@ async def uploads(door: Door, count: int, line: bytes = b"") -> AsyncIterator[li
             before = door.relay.counters.requests
             upload.writer.write(HEAD + line + b"content-length: %d\r\n\r\n" % len(BODY))
             await until(lambda before=before: door.relay.counters.requests > before)  # type: ignore[misc]
+            begun.append(upload)
+        yield begun
+    finally:
+        for upload in begun:
+            upload.writer.close()
+
+
+@contextlib.asynccontextmanager
+async def slow_uploads(door: Door, count: int, line: bytes = b"", size: int = 100_000) -> AsyncIterator[list[Upload]]:
+    """Requests of whose bodies `size` bytes came, of the first one a few less, and all but the end is missing."""
+    begun: list[Upload] = []
+    try:
+        for number in range(count):
+            sent = size - 1000 * (count - number - 1)
+            upload = Upload(*await asyncio.open_connection("127.0.0.1", door.port))
+            before = door.relay._held_bytes
+            length = sent + 10 + len(BODY)
+            upload.writer.write(HEAD + line + b"content-length: %d\r\n\r\n" % length + b" " * sent)
+            await until(lambda before=before, sent=sent: door.relay._held_bytes == before + sent)  # type: ignore[misc]
             begun.append(upload)
         yield begun
     finally:
@@ -94,3 +114,40 @@ async def test_uploads_that_end_in_any_way_are_no_longer_counted(tmp_path: Path)
             held[1].writer.close()
             assert await held[2].status() == 408
         await until(lambda: len(door.relay._uploads) == door.relay.in_flight == door.relay._held_bytes == 0)
+
+
+async def test_slow_uploads_do_not_keep_all_the_room_for_bodies(tmp_path: Path) -> None:
+    async with running_door(tmp_path, bodies_bytes_max=300_000, body_bytes_max=200_000) as door:
+        await door.add_engine("replica-0")
+        async with slow_uploads(door, 2) as slow:
+            large = {**json.loads(BODY), "user": "u" * 150_000}
+            assert (await door.post("/v1/completions", large))[0] == 200
+            assert await slow[0].status() == 408  # which sent less, in more time
+            slow[1].writer.write(b" " * 10 + BODY)
+            assert await slow[1].status() == 200
+        await until(lambda: door.relay._held_bytes == 0)
+
+
+async def test_a_tenants_slow_uploads_cost_no_other_tenant_its_own(tmp_path: Path) -> None:
+    async with running_door(tmp_path, bodies_bytes_max=300_000, body_bytes_max=200_000, tenants=KEYS) as door:
+        await door.add_engine("replica-0")
+        of_b, of_a = (b"authorization: Bearer key-of-%b-1\r\n" % name for name in (b"b", b"a"))
+        async with slow_uploads(door, 1, of_b, 50_000) as others, slow_uploads(door, 2, of_a) as many:
+            large = {**json.loads(BODY), "user": "u" * 60_000}
+            assert (await door.post("/v1/completions", large, headers={"authorization": "Bearer key-of-b-1"}))[0] == 200
+            assert await many[0].status() == 408
+            others[0].writer.write(b" " * 10 + BODY)
+            assert await others[0].status() == 200
+
+
+async def test_ids_that_are_held_beside_a_body_are_counted(tmp_path: Path) -> None:
+    async with running_door(tmp_path, bodies_bytes_max=300_000) as door:
+        await door.add_engine("replica-0")
+        planner: Any = door.planner
+        planner.held_bytes = 200_000
+        slow = {**json.loads(BODY), "fake": {"delay": 30}}
+        asked = asyncio.create_task(door.post("/v1/completions", slow))
+        await until(lambda: door.relay._held_bytes > 200_000)
+        assert (await door.post("/v1/completions", json.loads(BODY)))[0] == 503
+        asked.cancel()
+        await until(lambda: door.relay._held_bytes == 0)
