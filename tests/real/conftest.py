@@ -18,6 +18,7 @@ END_SECONDS_MAX = 15.0
 
 CONFIG = f"""
 backoff_seconds_max = 2.0
+parity_interval_seconds = 0
 
 [[tenants]]
 name = "one"

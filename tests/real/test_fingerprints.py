@@ -16,8 +16,8 @@ FIELDS = (
     "groups", "tensor parallel size", "pipeline parallel size", "hash", "device", "attention backend", "strides", "kv scales",
     "namespace", "media", "layer names",
 )  # fmt: skip
-LENGTH = 200
-WHOLE = 192
+LENGTH = 80
+WHOLE = 64
 NAME = "replica-x"
 
 
