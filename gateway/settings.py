@@ -30,7 +30,7 @@ ENV_PREFIX = "PEERKV_"
 CONFIG_VARIABLE = "PEERKV_CONFIG"
 # Variables with our prefix that are not settings, and are read elsewhere.
 OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, SECRETS_DIR_VARIABLE, "PEERKV_CACHE"})
-# What Kubernetes sets for each service whose name begins with peerkv, PEERKV_PORT=tcp://10.0.0.1:8000 among it.
+# What Kubernetes sets for each service whose name begins with peerkv, such as PEERKV_PORT=tcp://10.0.0.1:8000.
 SERVICE_VARIABLE = re.compile(r"PEERKV_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 # sun_path holds 108 bytes with the final zero; "/replica-999.sock" needs 17 of them.

@@ -99,7 +99,7 @@ class TokenIds(Sequence[int]):
         return msgspec.Raw(b"[%b]" % self.text)
 
     def numpy(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-        """The ids as an array that can not be written to."""
+        """The ids as an array that cannot be written to."""
         return np.frombuffer(self.raw, "<i4")
 
     def tolist(self) -> list[int]:

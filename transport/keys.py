@@ -75,7 +75,7 @@ def hash_blocks(last: bytes, raw: bytes, block_size: int, hash_name: str = "xxh3
 
 
 def as_keys(data: bytes) -> Keys:
-    """Return keys of 16 bytes each as an array that can not be written to."""
+    """Return keys of 16 bytes each as an array that cannot be written to."""
     return np.frombuffer(data, dtype="<u8").reshape(-1, 2)
 
 

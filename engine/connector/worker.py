@@ -49,7 +49,7 @@ class WorkerHalf:
         try:
             self._transport = _transport(kv_caches, num_blocks, self._rank, groups)
         except (TransportError, OSError, RuntimeError, ImportError) as error:
-            self._status = f"KV memory can not be shared: {error}"
+            self._status = f"KV memory cannot be shared: {error}"
             _logger.warning("%s", self._status)
             return
         self._status = "ok"

@@ -44,7 +44,7 @@ async def check_model(settings: EngineSettings, environ: Mapping[str, str]) -> b
     if cached:
         return True
     raise ModelRefused(
-        f"{model} cannot be had from the hub ({refusal}), and is no directory here: name one, or mend the network"
+        f"{model} cannot be had from the hub ({refusal}), and is not a directory: name one, or check the network"
     )
 
 

@@ -16,7 +16,7 @@ _SIZE_BYTES = 4
 
 
 class UnsupportedEncoding(InvalidRequest):
-    """The body is compressed in a way that is not taken here."""
+    """The body is compressed in a way that is not supported."""
 
     code = "unsupported_content_encoding"
 

@@ -43,7 +43,7 @@ class Cors:
 
 
 async def _preflight(scope: Scope, headers: bytes) -> None:
-    """All headers that a page wants to send are allowed: those that mean nothing here are passed over."""
+    """All headers that a page wants to send are allowed: unknown ones are ignored."""
     lines = b"access-control-allow-methods: %b\r\naccess-control-max-age: %d\r\n" % (_METHODS, PREFLIGHT_SECONDS)
     if headers:
         lines += b"access-control-allow-headers: %b\r\n" % headers

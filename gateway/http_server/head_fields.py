@@ -46,7 +46,7 @@ class HeadFields(msgspec.Struct, frozen=True):
 
 
 def content_length(headers: Headers) -> int:
-    """How many bytes of body a request announces, 0 if it does not or not in digits."""
+    """The announced length of the body in bytes, 0 without one or if it is not a number."""
     length = dict(headers).get(b"content-length", b"")
     return int(length.lstrip(b"0") or b"0") if length.isdigit() else 0
 
@@ -61,7 +61,7 @@ _DRAWN_AT_ONCE = 256
 
 
 def _random_ids() -> Iterator[str]:
-    """Ids of 32 hex digits without end. Asking the kernel for each alone costs more than all else about an id."""
+    """An endless supply of ids of 32 hex digits, drawn in bulk: a call into the kernel for each would cost the most."""
     while True:
         digits = os.urandom(_ID_BYTES * _DRAWN_AT_ONCE).hex()
         for start in range(0, len(digits), 2 * _ID_BYTES):

@@ -1,4 +1,4 @@
-"""What makes a request's head one that must be refused although it parses (RFC 9112). Pure."""
+"""Why a request's head is refused although it parses (RFC 9112). Pure."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from gateway.errors import ApiError, InvalidRequest
 from gateway.http_server.request_cycle import RawHeaders
 
 OF_CONNECTION = frozenset({b"connection", b"proxy-connection"})
-"""Headers by which llhttp tells whether another message follows."""
+"""Headers from which llhttp concludes whether another message follows."""
 
 _ONCE = (b"authorization", b"content-type", b"x-peerkv-replica")
 
 VERSIONS = frozenset({"1.0", "1.1"})
-"""Of HTTP, that are spoken here. llhttp also takes 0.9 and 2.0."""
+"""The versions of HTTP that are spoken here. llhttp also accepts 0.9 and 2.0."""
 
 
 def head_defect(version: str, headers: RawHeaders) -> ApiError | None:
     """Why a request with this version and these headers, names in lower case, is refused; None if it is not.
 
-    Whoever stands between the client and us may read such a head otherwise: another version's rules, another host, another key,
+    A proxy between the client and us may read such a head differently: another version's rules, another host, another key,
     another end of the body.
     """
     if version not in VERSIONS:
@@ -35,5 +35,5 @@ def head_defect(version: str, headers: RawHeaders) -> ApiError | None:
 
 
 def is_plainly_chunked(headers: RawHeaders) -> bool:
-    """Whether the one transfer coding of a message is chunked: what another one hides is not its body."""
+    """Whether a message has chunked as its only transfer coding: under any other one, its bytes are not its body."""
     return [value.lower() for name, value in headers if name == b"transfer-encoding"] == [b"chunked"]

@@ -28,8 +28,7 @@ class Cut(NamedTuple):
 
 
 def cut_head(data: bytes, headers: RawHeaders) -> Cut | None:
-    """Cut the head that `data` begins with, parsed into `headers`; None if it is not whole, too long, or its length is not
-    given once and plainly."""
+    """Cut the head that `data` begins with, parsed into `headers`; None unless it is complete, short and has one plain length."""
     end = data.find(_HEAD_END, 0, HEAD_BYTES_MAX)
     names = [name for name, _ in headers]
     if end < 0 or names.count(b"content-length") != 1 or b"transfer-encoding" in names:
@@ -43,7 +42,7 @@ def cut_head(data: bytes, headers: RawHeaders) -> Cut | None:
 
 
 class HeadBytes:
-    """A head that can be known again."""
+    """A head that can be recognised."""
 
     __slots__ = ("_digits_start", "_prefix", "_suffix")
 
@@ -52,7 +51,7 @@ class HeadBytes:
         self._digits_start = len(cut.prefix)
 
     def body_starts(self, data: bytes) -> int | None:
-        """Where the body begins in `data`; None if it does not begin with such a head, whole."""
+        """Where the body begins in `data`; None if it does not begin with such a head, complete."""
         if not data.startswith(self._prefix):
             return None
         start = self._digits_start
@@ -79,9 +78,9 @@ class KnownHead(HeadBytes):
 
     @classmethod
     def of(cls, data: bytes, scope: Scope) -> KnownHead | None:
-        """Remember the head that `data` begins with, parsed into `scope`; None for what may mean something else next time.
+        """Remember the head that `data` begins with, parsed into `scope`; None if it may mean something else next time.
 
-        The caller vouches that it is of HTTP/1.1, is kept alive, asks for no upgrade and expects no "100 Continue".
+        The caller guarantees that it is HTTP/1.1, is kept alive, asks for no upgrade and expects no "100 Continue".
         """
         cut = cut_head(data, scope["headers"])
         return None if cut is None else cls(cut, scope)

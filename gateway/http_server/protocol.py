@@ -27,13 +27,13 @@ from gateway.http_server.request_cycle import Asgi, RawHeaders, RequestCycle, Sc
 BODY_READ_AHEAD_BYTES_MAX = 256 << 10
 """Bytes of a request's body that are held before the application asks for them."""
 PIPELINED_READ_MAX = 8
-"""Requests that wait for the answer before theirs while more is read: only who reads learns that the client left."""
+"""Requests that may wait for the answers before theirs while more is read: without reading, a client's leaving goes unseen."""
 PIPELINED_MAX = 1024
-"""All that may wait: those that came in one piece with the last one that was read for."""
+"""All requests that may wait, with those that arrived in the same piece as the last one."""
 SILENT_SECONDS_MIN = 0.5
 """When there are too many connections, those without a first request for so long make room for new ones."""
 HEADS_REMEMBERED_MAX = 4
-"""Heads of a connection in a row that are remembered in vain: if they all differ, it is given up."""
+"""After this many heads in a row that differ, a connection stops remembering heads."""
 
 _TASK_NAME = "a request"
 
@@ -48,7 +48,7 @@ class DoorProtocol(asyncio.Protocol):
 
     connections_max: int
     strangers: dict[DoorProtocol, float]
-    """Those on which no whole head came yet, the oldest first, with the loop's time when they were made."""
+    """Connections without a complete head so far, the oldest first, with the loop's time when they were made."""
     head_bytes_max: int
     head_seconds_max: float
     stall_seconds_max: float
@@ -72,7 +72,7 @@ class DoorProtocol(asyncio.Protocol):
         self._parser = self._new_parser()
         self._cycle: RequestCycle | None = None
         self._waiting: deque[RequestCycle] = deque()
-        self._upload: RequestCycle | None = None  # whose body comes in
+        self._upload: RequestCycle | None = None  # whose body is arriving
         self._reading_paused = False
         self._drained: asyncio.Event | None = None
         self._url = b""
@@ -118,7 +118,7 @@ class DoorProtocol(asyncio.Protocol):
             oldest.give_place()
 
     def give_place(self) -> None:
-        """Close at once, for another client. Nothing was asked here so far."""
+        """Close at once, to make room for another client. No request has come here so far."""
         self.strangers.pop(self, None)
         self._state.connections.discard(self)
         self._rejected = True
@@ -174,12 +174,12 @@ class DoorProtocol(asyncio.Protocol):
 
     @property
     def _is_between(self) -> bool:
-        """Whether what comes next begins a request."""
+        """Whether the next bytes begin a request."""
         return not self._in_message and self._head_bytes == 0
 
     @property
     def _is_free(self) -> bool:
-        """Whether nothing is being answered, and what was answered was read."""
+        """Whether nothing is being answered and all requests were read to their ends."""
         return (self._cycle is None or self._cycle.complete) and not self.write_paused
 
     def _parse(self, data: bytes) -> None:
@@ -202,7 +202,7 @@ class DoorProtocol(asyncio.Protocol):
             self._await_head()
 
     def eof_received(self) -> None:
-        """The client sends no more, and is taken for gone even if bytes for it are left; uvloop and asyncio then close."""
+        """The client sends no more. It counts as gone even if bytes for it are left; uvloop and asyncio then close."""
         self._client_left()
         self.close()
 
@@ -269,7 +269,7 @@ class DoorProtocol(asyncio.Protocol):
         self._open(RequestCycle(self, scope, keep_alive=keep_alive, expects_continue=expects_continue))
 
     def _open(self, cycle: RequestCycle) -> None:
-        """A request's head is there."""
+        """A request's head is complete."""
         if self._is_stranger:
             self._is_stranger = False
             self.strangers.pop(self, None)
@@ -308,7 +308,7 @@ class DoorProtocol(asyncio.Protocol):
     # Called by a cycle, and by uvicorn's server.
 
     def close(self) -> None:
-        """Close when all is sent, or was left unread for too long."""
+        """Close when everything is sent, or the client has left it unread for too long."""
         self.transport.close()
         if self._stall_timer is None and self.transport.get_write_buffer_size():
             self._stall_timer = self.loop.call_later(self.stall_seconds_max, self.transport.abort)
@@ -340,7 +340,7 @@ class DoorProtocol(asyncio.Protocol):
         return self._date_head
 
     def note(self, cycle: RequestCycle, status: int) -> None:
-        """Log an answer where that is wanted."""
+        """Log an answer if access_log is on."""
         if self.access_log:
             scope = cycle.scope
             target = scope["raw_path"].decode("latin-1")
@@ -369,7 +369,7 @@ class DoorProtocol(asyncio.Protocol):
         return parser
 
     def _go_on_without_upgrade(self, rest: bytes) -> None:
-        """An upgrade is not had here: its request is answered as if it had not been asked for, and is the connection's last.
+        """Upgrades are not supported: the request is answered as if it had not asked for one, and is the connection's last.
 
         The parser would take the request's body for the other protocol's, so another one gets the head without that wish.
         """
@@ -429,7 +429,7 @@ class DoorProtocol(asyncio.Protocol):
         return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
 
     def _await_head(self) -> None:
-        """A whole head has to come from now on in time. The timer is set once and set anew when it goes off too early."""
+        """From now on a complete head must come in time. The timer is set once, and again if it goes off too early."""
         self._waits_since = self.loop.time()
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_seconds_max, self._head_is_late)

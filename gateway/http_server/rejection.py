@@ -1,4 +1,4 @@
-"""Answers to requests that are malformed or one too many, before any application sees them."""
+"""Answers to requests that are malformed or exceed a bound, before any application sees them."""
 
 from __future__ import annotations
 

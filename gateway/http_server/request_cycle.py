@@ -1,4 +1,4 @@
-"""One request on a client's connection and the answer to it: what the server has of it, and what an application does with it.
+"""One request on a client's connection and the answer to it: the server's side of it, and the application's.
 
 An ASGI application uses `receive` and `send`. The front door's own code finds the cycle in the scope and uses it directly: a
 chunk of a stream is then written without a task or a coroutine in between.
@@ -100,19 +100,19 @@ class RequestCycle:
     # Called by the connection.
 
     def feed(self, part: bytes) -> None:
-        """A part of the request's body came."""
+        """A part of the request's body has arrived."""
         self._parts.append(part)
         self.unread_bytes += len(part)
         self._wake()
 
     def has_all(self, body: bytes) -> None:
-        """All of the body came with the head: nobody waits for it yet."""
+        """All of the body came with the head, so nobody is waiting for it yet."""
         self._parts.append(body)
         self.unread_bytes = len(body)
         self.more_body = False
 
     def body_is_whole(self) -> None:
-        """The last part came."""
+        """The last part has arrived."""
         self.more_body = False
         self._wake()
 
@@ -168,7 +168,7 @@ class RequestCycle:
         return {"type": "http.request", "body": part, "more_body": not self._given_out}
 
     async def part(self) -> bytes | None:
-        """What came of the body since the last call, b"" at most at its end; None when nobody waits for an answer any more."""
+        """What arrived of the body since the last call, b"" only at its end; None when nobody waits for an answer any more."""
         if self._expects_continue and not self.left:
             self._expects_continue = False
             self._line.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -177,7 +177,7 @@ class RequestCycle:
         return self.take()
 
     def take(self) -> bytes | None:
-        """What is at hand of the body, as `part` gives it."""
+        """What has arrived of the body, as `part` returns it."""
         if self.left or self.complete:
             return None
         parts = self._parts
@@ -286,7 +286,7 @@ class RequestCycle:
         self._line.answered()
 
     async def drained(self) -> None:
-        """Wait until the client has read enough for more, or is gone."""
+        """Wait until the client has read enough to take more, or is gone."""
         await self._line.drained()
 
     def _framed(self, data: bytes) -> bytes:

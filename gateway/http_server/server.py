@@ -60,7 +60,7 @@ def build_server(app: Any, settings: Settings) -> DoorServer:
 def bind(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
     """A socket that listens on the address; with `reuse_port` several processes may have one.
 
-    Raises SettingsError when it cannot be had.
+    Raises SettingsError when the address is not available.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

@@ -25,7 +25,7 @@ class Transaction:
     `write` sends a part of the answer, and is False when the client does not keep up: wait for `drained`.
 
     Belongs to the task of its cycle. While it is watched, the client's leaving sets `left` and cancels that task;
-    `end` does the same with an error that the client shall get. `answering` is called when the answer begins, and gives the
+    `end` does the same with an error that the client is to get. `answering` is called when the answer begins, and gives the
     value of its header x-peerkv-cache, or nothing.
     """
 
@@ -42,7 +42,7 @@ class Transaction:
         self.body_bytes = 0
         self._head_left = False
         self.has_slot = False
-        """Whether it counts as one that is served."""
+        """Whether it counts as being served."""
         self._cycle = cycle = cycle_of(scope)
         self._task = cycle.task
         self.write = cycle.write
@@ -51,7 +51,7 @@ class Transaction:
 
     @property
     def begun(self) -> bool:
-        """Whether the client got something of the answer, comments aside."""
+        """Whether the client got a part of the answer other than comments."""
         return self.status != 0
 
     def body_at_hand(self, hold: Callable[[int], None], bytes_max: int) -> bytes | None:
@@ -110,7 +110,7 @@ class Transaction:
             self._task.cancel()
 
     def unwatch(self) -> None:
-        """Do not cancel the task any more; idempotent."""
+        """Stop cancelling the task. Idempotent."""
         self._task = None
         self._cycle.on_left = None
 
@@ -140,7 +140,7 @@ class Transaction:
         return self.write(comment)
 
     async def drained(self) -> None:
-        """Wait until the client has read enough for more, or is gone."""
+        """Wait until the client has read enough to take more, or is gone."""
         await self._cycle.drained()
 
     def answer(self, status: int, lines: bytes, body: bytes) -> None:
@@ -154,7 +154,7 @@ class Transaction:
         self._cycle.answer(status, b"%bcontent-length: %d\r\n%b" % (lines, len(body), self._own_lines()), body)
 
     def _own_lines(self, *, replica: bool = True) -> bytes:
-        """The headers that every answer has from us."""
+        """The headers that we add to every answer."""
         if replica and self.replica:
             return b"x-request-id: %b\r\nx-peerkv-replica: %b\r\n" % (self.request_id.encode(), self.replica)
         return b"x-request-id: %b\r\n" % self.request_id.encode()

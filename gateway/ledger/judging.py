@@ -16,7 +16,7 @@ def useful_tokens(prompt_tokens: int, block_size: int) -> int:
 
 
 def judge(attempt: Attempt) -> Miss:
-    """Tell why less was delivered so far than could have been, the nearest cause first.
+    """Return why less was delivered than could have been; the most direct cause counts.
 
     Predictions count in whole blocks, as engines deliver them.
     """

@@ -1,4 +1,4 @@
-"""What was expected of each request, what it got, and why that was less: the last ones in full, all of them in sums.
+"""What each request was expected to get, what it got, and why that was less: recent requests in full, all of them in sums.
 
 Plain code: the recorder (recorder.py) says what happens and when. A request that is tried on a second replica has two attempts,
 under one request id.
@@ -13,8 +13,8 @@ from gateway.ledger.misses import Miss, MissReason
 from gateway.ledger.stats import LedgerStats
 from transport.table.deliveries import Delivery
 
-ATTEMPTS_KEPT = 16  # of one request id: clients choose it, and some choose the same one for ever
-DELIVERIES_KEPT = 64  # of one attempt: it has one for each of its prompts and choices
+ATTEMPTS_KEPT = 16  # for one request id: clients choose it, and some use the same one for ever
+DELIVERIES_KEPT = 64  # for one attempt: it has one for each of its prompts and choices
 UNREPORTED_SECONDS = 5.0  # after the answer's end; a record comes before its first byte
 LEFT_STATUS = 499
 LOST_STATUS = 0  # the attempt ended without an answer
@@ -28,8 +28,8 @@ class Ledger:
         self._requests_max = requests_max
         self._kept: OrderedDict[int, Attempt] = OrderedDict()
         self._by_request: dict[str, tuple[int, ...]] = {}
-        self._unreported: OrderedDict[int, Attempt] = OrderedDict()  # by the time at which they are given up
-        self._late: list[Attempt] = []  # ended, and their records came behind that
+        self._unreported: OrderedDict[int, Attempt] = OrderedDict()  # in the order in which they are given up
+        self._late: list[Attempt] = []  # ended before their records came
         self.sums = LedgerStats()
 
     def __len__(self) -> int:
@@ -70,7 +70,7 @@ class Ledger:
         attempt.ended_seconds = now - attempt.began_at
         if not attempt.deliveries and self._certain(attempt) is None:
             attempt.settle_until = now + UNREPORTED_SECONDS
-            if attempt.tag in self._kept:  # else it is forgotten: its record would not find it
+            if attempt.tag in self._kept:  # otherwise it was dropped, and its record would not be matched
                 self._unreported[attempt.tag] = attempt
                 return
         self._settle(attempt)
@@ -78,7 +78,7 @@ class Ledger:
             self.settle_late(now)
 
     def settle_late(self, now: float) -> None:
-        """Settle ended attempts whose records came late, or will not come any more."""
+        """Settle ended attempts whose records came late, or are no longer expected."""
         while self._unreported:
             tag, attempt = next(iter(self._unreported.items()))
             if attempt.settle_until > now:
@@ -105,7 +105,7 @@ class Ledger:
         sums.count(miss)
 
     def _certain(self, attempt: Attempt) -> Miss | None:
-        """What can be said without a record of what the engine did, None if such a record is there or may still come."""
+        """The judgement without the engine's record; None if there is one, or it may still come."""
         for delivery in attempt.deliveries:
             if delivery.scheduled_ns:
                 return None
@@ -123,12 +123,12 @@ class Ledger:
         return Miss(MissReason.UNKNOWN, 0, "the engine left no record of it") if attempt.settle_until else None
 
     def _forget(self, tag: int, attempt: Attempt) -> None:
-        """The attempt is kept no longer."""
+        """Drop an attempt."""
         request_id = attempt.info.request_id
         others = self._by_request.pop(request_id)
         if len(others) > 1:
             self._by_request[request_id] = tuple(other for other in others if other != tag)
         waits = self._unreported.pop(tag, None) is not None
         if waits:
-            self._late.append(attempt)  # its record would not find it any more
+            self._late.append(attempt)  # its record can no longer be matched
         self.sums.dropped += waits or attempt.status is None

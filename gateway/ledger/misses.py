@@ -1,4 +1,4 @@
-"""Why a prompt was not served from a cache as far as it could have been: the words for it."""
+"""The reasons why less of a prompt came from a cache than could have."""
 
 from enum import StrEnum
 
@@ -8,7 +8,7 @@ import msgspec
 class MissReason(StrEnum):
     """One word for each request, in /metrics, /kv/stats, /kv/explain and the header x-peerkv-cache."""
 
-    NONE = "none"  # delivered was all that anybody had
+    NONE = "none"  # everything that any replica held was delivered
     COLD = "cold"  # nobody ever computed this prompt's beginning
     LOAD = "load"  # its holder was busy, or importing would have taken longer than computing
     PROMISED = "promised"  # another request was computing it, and was not done when this one began
@@ -19,13 +19,13 @@ class MissReason(StrEnum):
     OFF = "off"  # this request reads no cache, or its replica exchanges none
     RETRIED = "retried"  # the replica was lost or refused, and the request was tried elsewhere or failed
     LEFT = "left"  # the client left before the first token
-    UNKNOWN = "unknown"  # nothing that we know explains it, or no record came
+    UNKNOWN = "unknown"  # no known reason explains it, or the engine left no record
 
-    __hash__ = str.__hash__  # counted by for each request, and an enumeration's own hash is Python code
+    __hash__ = str.__hash__  # used as a key for each request; an enumeration's own hash is slow
 
 
 class Miss(msgspec.Struct, frozen=True, gc=False):
-    """`tokens` were computed though they had been computed before; of a parity loss that is the most it can be."""
+    """`tokens` were computed although they had been computed before; for a parity miss, at most that many."""
 
     reason: MissReason
     tokens: int = 0

@@ -1,4 +1,4 @@
-"""Tells everybody who counts of an attempt: the load that steering reckons with, and the ledger.
+"""Reports each attempt to those who count it: steering's load and the ledger.
 
 Between the relay, which knows when things happen, and the tables, which tell what was delivered.
 """
@@ -91,7 +91,7 @@ class Recorder:
         return self.first_byte(attempt)
 
     def was_borne(self, attempt: Attempt) -> bool:
-        """Whether the engine has computed the prompt, for all that is known; before `ended`."""
+        """Whether the engine is known to have computed the prompt; to be asked before `ended`."""
         flight = attempt.flight
         if flight is None:
             return False
@@ -120,7 +120,7 @@ class Recorder:
         self.ledger.delivered(delivery)
 
     def _exact(self, info: RequestInfo) -> bool:
-        """Whether our token ids are the engine's, as far as is known at this moment."""
+        """Whether our token ids are known to be the engine's at this moment."""
         parity = self._planner.prompts.parity
         return (parity.chat if info.endpoint == "chat" else parity.completions).parity is _EXACT
 

@@ -41,7 +41,7 @@ def _knows_chat_ids(version: str) -> bool:
 
 
 DRAWN = 64
-"""So many are drawn at a time: a call into the kernel takes as long as ten of the rest."""
+"""Numbers drawn at a time: a call into the kernel takes ten times as long as handing one out."""
 
 
 _BYTES = 8
@@ -54,7 +54,7 @@ class Tags:
         self._drawn: list[int] = []
 
     def next(self) -> int:
-        """Return one that was not returned before, for all that chance allows."""
+        """Return a number that, with all but negligible chance of a mistake, was never returned before."""
         if not self._drawn:
             self._drawn = memoryview(os.urandom(DRAWN * _BYTES)).cast("Q").tolist()
         return (self._drawn.pop() >> 2) + 1

@@ -1,4 +1,4 @@
-"""Looks for replicas that hold requests far beyond their time without a sign of life, and has others serve those."""
+"""Finds replicas that hold requests far beyond their expected time without a sign of life, and moves these requests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class OverdueWatch:
         self._known: frozenset[str] = frozenset()
 
     async def run(self) -> None:
-        """Look again and again; never returns."""
+        """Look at intervals; never returns."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:
@@ -48,7 +48,7 @@ class OverdueWatch:
                 _logger.warning("no look at overdue requests: %s", error)
 
     def look(self) -> None:
-        """Find those replicas now, and tell everybody."""
+        """Find those replicas now, and report them."""
         now, planner = self._clock(), self._planner
         tables = planner.fleet.now().tables
         found: dict[str, str] = {}

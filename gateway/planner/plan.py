@@ -15,7 +15,7 @@ from gateway.token_ids import TokenIds
 
 
 class PlanningRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
-    """What planning needs of a request, a second time too. `wanted_replica` is the one that it names."""
+    """What planning needs to know of a request, also for another attempt. `wanted_replica` is the one that it names."""
 
     known: KnownPrompt
     salt: str = ""

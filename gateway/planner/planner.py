@@ -107,7 +107,7 @@ class Planner:
         wanted_replica: str | None = None,
         known: KnownPrompt | None = None,
     ) -> PlanningRequest:
-        """Return what planning needs of the request, whose body stays as it is.
+        """Return what planning needs to know of the request; the body is not changed.
 
         `wanted_replica` names the one it has to go to, `known` is its prompt if that was read before. Raises ApiError:
         NoReplicaReady, UnknownReplica, ReplicaNotReady, PromptTooLong, InvalidRequest.
@@ -134,9 +134,9 @@ class Planner:
         return self._decide(plan.request, exclude, plan)
 
     def waiting(self) -> Mapping[str, Sequence[Flight]]:
-        """For each replica the requests of which no first token is known; those without any are left out.
+        """For each replica, its requests without a first token so far; replicas without any are left out.
 
-        Changes of the fleet are taken note of too: with no requests nothing else does.
+        Also notes changes of the fleet, which nothing else does while no requests come.
         """
         self.fleet.now()
         for name in self.load.in_flight():
@@ -144,12 +144,12 @@ class Planner:
         return self.flights.waiting()
 
     def overdue(self, why: Mapping[str, str]) -> None:
-        """These replicas, by name, give no sign of life, for these reasons: they get nothing until told otherwise."""
+        """These replicas give no sign of life, with the reason by name: they get no requests until the next call."""
         self._overdue = why
         self.outliers.suspect({**self._doubted, **why} if self._doubted else why)
 
     def _fleet_changed(self, state: FleetState) -> None:
-        """Forget what is gone and the failures of what was replaced; whom the supervisor has doubts about gets nothing new."""
+        """Forget what is gone, and the failures of what was replaced. Replicas that the supervisor doubts get nothing new."""
         pids = {replica.name: replica.pid for replica in state.snapshot.replicas}
         self.outliers.keep([name for name, pid in pids.items() if self._pids.get(name) == pid])
         self._pids = pids
@@ -214,7 +214,7 @@ class Planner:
                 computed_most = promise
             takes = (takers is state.names or name in takers) if wanted is None else wanted == name
             room, table = inf, one.table
-            if table is not None:  # what is being decoded holds a block without a key
+            if table is not None:  # each request that is being decoded has a block without a key
                 room = (one.blocks - table.cached_blocks() - ahead.decoding) * one.block_size
             candidate = Candidate(
                 name=name,
@@ -250,7 +250,7 @@ class Planner:
                 rate = self._popularity.rate(chain, held // block_size, now)
         again = self.evictions.again()
         if not look_up.divisible:
-            block_size = request.known.tokens + 1  # an import is cut nowhere
+            block_size = request.known.tokens + 1  # an import must not be cut
         return PromptView(request.known.tokens, request.affinity, rate, self.load.decode_seconds, block_size, again)
 
     def _plan(

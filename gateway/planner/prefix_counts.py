@@ -14,7 +14,7 @@ from transport.keys import KEY_BYTES
 DEPTHS_MAX = 128
 """Depths at which a prompt is counted, at most: enough for 16 million blocks."""
 COUNTED_TOGETHER = 16
-"""Requests that are noted before they are counted."""
+"""Requests that are collected before they are counted together."""
 
 
 def _all_depths() -> list[int]:

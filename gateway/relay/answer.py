@@ -26,7 +26,7 @@ class Answer(msgspec.Struct):
 
 
 def at_hand(response: EngineConnection) -> Answer | None:
-    """The answer if all of it is there; None for an event stream, whose client waits for no whole answer."""
+    """The answer if all of it has arrived; None for an event stream, which is passed on as it comes."""
     head = response.head
     body = None if head.is_event_stream else response.at_hand()
     return None if body is None else Answer(head.status, head.lines, body)
@@ -56,7 +56,7 @@ class _Events:
         self._came_at = time.monotonic()
 
     def take(self, chunk: bytes) -> bool:
-        """Send what is whole; False when the client does not keep up."""
+        """Send the whole events; False when the client does not keep up."""
         if self._held:
             chunk, self._held = self._held + chunk, b""
         if not chunk.endswith(_EVENT_END) and len(chunk) <= self._bytes_max:

@@ -1,9 +1,9 @@
-"""Requests that arrive together proceed together: each step runs for one right after the other.
+"""Requests that arrive together proceed together: each step runs for all of them, one after another.
 
 The code run for a request is larger than the processor's inner caches, so a step of a single request finds neither its code nor
 its data there. At a few places a request waits until the others of the same turn of the event loop have come as far: then the
 next step is in the cache for all but the first. That saves a sixth of the CPU time of a small request (BENCHMARKS.md, "Where
-the time goes"). A request that is alone need not wait.
+the time goes"). A lone request does not wait.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Batching:
 
     @types.coroutine
     def wait(self) -> Generator[None, None, None]:
-        """Let the other requests that can run come as far as this one; it goes on in the next turn of the event loop."""
+        """Let the other runnable requests catch up with this one, which goes on in the next turn of the event loop."""
         if self._waiting >= WAITING_MAX:
             return
         self._waiting += 1

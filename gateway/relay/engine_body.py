@@ -41,7 +41,7 @@ COPIED_BYTES_MAX = 1 << 20
 
 
 class EngineBody(msgspec.Struct, frozen=True, gc=False, eq=False):
-    """What every attempt to serve a request sends alike: all of the client's body that is kept once the request is planned.
+    """What all attempts to serve a request send: all of the client's body that is kept once the request is planned.
 
     `pieces`, one behind the other, are a JSON object without its last brace; `is_empty` says that nothing is in it.
     """
@@ -105,7 +105,7 @@ def _encoded(value: Mapping[str, Any], encode: Callable[[object], bytes]) -> byt
     try:
         try:
             return encode(value)
-        except UnicodeEncodeError:  # half a surrogate pair, which is no UTF-8
+        except UnicodeEncodeError:  # half a surrogate pair, which UTF-8 cannot express
             return encode_half_pairs(value, _listed)
     except (OverflowError, RecursionError, ValueError) as error:
         raise InvalidJson(f"The body cannot be passed on: {error}.") from None

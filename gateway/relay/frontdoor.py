@@ -65,7 +65,7 @@ class FrontDoor:
         transaction.answer(200, JSON_LINE, body)
 
     async def _serve_admin(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The admin application answers its own errors; what it raises beyond them is a defect."""
+        """The admin application answers its own errors. Anything else that it raises is a defect."""
         transaction = Transaction(scope)
 
         async def send_with_id(message: Any) -> None:

@@ -66,14 +66,14 @@ PlanT_contra = TypeVar("PlanT_contra", bound=Plan, contravariant=True)
 
 
 class AttemptRecorder(Protocol[PlanT_contra]):
-    """Is told of each attempt to serve a request, in this order and on the event loop's thread."""
+    """Hears of each attempt to serve a request, in the order of these methods, on the event loop's thread."""
 
     def begin(self, plan: PlanT_contra, info: RequestInfo) -> Attempt:
         """The request is about to be sent to the plan's replica, without an await after the plan was made."""
         ...
 
     def first_byte(self, attempt: Attempt) -> bytes:
-        """The replica's answer begins, or is there as a whole; returns the value of x-peerkv-cache, empty if not known."""
+        """The replica's answer begins, or is complete. Returns the value of x-peerkv-cache, empty if unknown."""
         ...
 
     def stream_begins(self, attempt: Attempt) -> bytes:
@@ -81,7 +81,7 @@ class AttemptRecorder(Protocol[PlanT_contra]):
         ...
 
     def was_borne(self, attempt: Attempt) -> bool:
-        """Whether the engine has computed the prompt, for all that is known; before `ended`."""
+        """Whether the engine is known to have computed the prompt; to be asked before `ended`."""
         ...
 
     def ended(self, attempt: Attempt, status: int) -> None:

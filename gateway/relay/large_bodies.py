@@ -67,7 +67,7 @@ class LargeBodies:
         task = asyncio.create_task(self._work(job, raw))
         self._running.add(task)
         task.add_done_callback(self._done)
-        answer, parts = await asyncio.shield(task)  # a client that leaves shall not cost the next one a process
+        answer, parts = await asyncio.shield(task)  # a client that leaves must not cost the next one a process
         if isinstance(answer, Refusal):
             told = {name: getattr(answer, name) for name in ("status", "type", "code", "param", "headers")}
             raise ApiError(answer.message, **told)

@@ -24,7 +24,7 @@ from gateway.prompts.tokenizer.service import TokenService
 from gateway.relay.large_body_jobs import LENGTH_BYTES, Job, Reading, Refusal, Setup
 
 NICENESS = 5
-"""Who sends a large body waits for it, so that those who send small ones need not."""
+"""Senders of large bodies wait, so that senders of small ones need not."""
 PLANNED_FIELDS = ("model", "stream", "prompt_cache_key")
 """What the planner looks at beside the prompt. Longer values than PLANNED_CHARS_MAX say nothing."""
 PLANNED_CHARS_MAX = 4096
@@ -36,7 +36,7 @@ def main() -> None:
     """Answer jobs until there are no more."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     os.nice(NICENESS)
-    sys.stdout = sys.stderr  # what a library prints is no frame
+    sys.stdout = sys.stderr  # a library's output must not be taken for a frame
     setup = msgspec.msgpack.decode(_frame(source), type=Setup)
     tokens = TokenService(TokenizerSource(**setup.source), setup.cache_bytes_max, setup.texts_bytes_max, setup.tenants)
     reader = PromptReader(tokens, 0, lambda: None)
@@ -89,7 +89,7 @@ def _exactly(source: BinaryIO, size: int) -> bytes:
 
 
 def _give_memory_back() -> None:
-    """A decoded body took many times what anything else here does."""
+    """Give memory back: a decoded body takes many times more than anything else here."""
     with contextlib.suppress(AttributeError, OSError):  # of glibc alone
         ctypes.CDLL(None).malloc_trim(0)
 

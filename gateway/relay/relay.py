@@ -55,7 +55,7 @@ PATHS: dict[str, Endpoint] = {
     "/v1/chat/completions": "chat",
     "/v1/embeddings": "embeddings",
 }
-ENDING_SECONDS_MAX = 2.0  # for requests that are ended to tell their clients so
+ENDING_SECONDS_MAX = 2.0  # in which requests that are ended tell their clients so
 # The replica is in trouble and another one may not be; every other answer is the client's.
 RETRIED_STATUSES = frozenset({429, 500, 502, 503})
 _ENGINE_DIED = b"EngineCore encountered an issue"  # vLLM's words to the requests that its engine held when it ended
@@ -112,7 +112,7 @@ class Relay(Generic[PlanT]):
         self._uploads = Uploads(settings.uploads_max)
         self._slots_taken = 0
         self._held_bytes = 0
-        self._idle = asyncio.Event()  # set when nothing new is taken and all is done
+        self._idle = asyncio.Event()  # set while draining, once all requests are done
 
     @property
     def in_flight(self) -> int:
@@ -159,7 +159,7 @@ class Relay(Generic[PlanT]):
                 self.meter.answered(label, LEFT_STATUS if transaction.left else status, time.perf_counter() - came_at, first)
 
     async def _cancelled(self, transaction: Transaction) -> None:
-        """Our own cancellation ends here; anybody else's goes on."""
+        """Our own cancellation ends here; any other is raised again."""
         task = asyncio.current_task()
         if task is None or not (transaction.left or transaction.ending):
             raise asyncio.CancelledError
@@ -242,7 +242,7 @@ class Relay(Generic[PlanT]):
             self._uploads.end(whose, transaction)
 
     def take_slot(self, transaction: Transaction) -> None:
-        """All of the request is there: it counts as one that is served until it ends. Raises TooManyRequests."""
+        """The request has arrived completely: it counts as being served until it ends. Raises TooManyRequests."""
         if self._slots_taken >= self._settings.requests_in_flight_max:
             raise TooManyRequests(self._settings.requests_in_flight_max)
         self._slots_taken += 1
@@ -272,7 +272,7 @@ class Relay(Generic[PlanT]):
                 if answer is not None and answer.status == 500 and _ENGINE_DIED in answer.body:
                     may_go_on = self._may_go_on(request, attempt)
             except LocalShortage as error:
-                lost = LEFT_STATUS  # which says nothing of the replica
+                lost = LEFT_STATUS  # it says nothing about the replica
                 raise Unavailable(f"The gateway is out of resources: {error}.") from None
             except UpstreamLost as error:
                 self.counters.replicas_lost += 1
@@ -366,7 +366,7 @@ async def _read_large(bodies: LargeBodies, endpoint: Endpoint, raw: bytes | byte
 
 
 def _outcome(transaction: Transaction, answer: Answer | None, lost: int) -> int:
-    """The status of an attempt: its answer's, or that of what ended it."""
+    """The status of an attempt: its answer's, or that of the error that ended it."""
     if transaction.left:
         return LEFT_STATUS
     if answer is not None:

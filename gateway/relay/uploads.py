@@ -1,4 +1,4 @@
-"""Requests whose bodies still come: bounded apart from those that are served, which heads without bodies cost nothing."""
+"""Requests whose bodies are still arriving: they have a bound of their own, and take no slots from those that are served."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Uploads:
     def __init__(self, uploads_max: int) -> None:
         self._uploads_max = uploads_max
         self._count = 0
-        self._by_caller: dict[str, OrderedDict[Transaction, None]] = {}  # in the order in which something came of them
+        self._by_caller: dict[str, OrderedDict[Transaction, None]] = {}  # the one that has sent nothing for longest comes first
 
     def __len__(self) -> int:
         return self._count
 
     def begin(self, caller: str, transaction: Transaction) -> None:
-        """The body of this caller's request is waited for."""
+        """This caller's request waits for its body."""
         self._by_caller.setdefault(caller, OrderedDict())[transaction] = None
         self._count += 1
         if self._count > self._uploads_max:
@@ -57,13 +57,13 @@ class Uploads:
         return freed
 
     def went_on(self, caller: str, transaction: Transaction) -> None:
-        """A part of the body came."""
+        """A part of the body has arrived."""
         uploads = self._by_caller.get(caller)
         if uploads is not None and transaction in uploads:
             uploads.move_to_end(transaction)
 
     def end(self, caller: str, transaction: Transaction) -> None:
-        """Nobody waits for this body any more. Idempotent."""
+        """This body is no longer awaited. Idempotent."""
         uploads = self._by_caller.get(caller)
         if uploads is None or transaction not in uploads:
             return

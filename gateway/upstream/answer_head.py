@@ -1,4 +1,4 @@
-"""The head of a replica's answer, and what the relay makes of it: once for all answers that have the same."""
+"""The head of a replica's answer, and what the relay makes of it, worked out once for all answers with the same head."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class KnownAnswer(HeadBytes):
         return None if known.body(data) is None else known
 
     def body(self, data: bytes) -> bytes | None:
-        """The body of the answer that `data` is; None if it has not this head, or is not one whole answer and no more."""
+        """The body of the answer that `data` is; None if it has another head, or is not exactly one complete answer."""
         start = self.body_starts(data)
         if start is None or self.digits(data, start) != b"%d" % (len(data) - start):
             return None

@@ -19,7 +19,7 @@ from gateway.upstream.answer_head import AnswerHead, KnownAnswer
 
 HEAD_BYTES_MAX = 64 << 10
 READ_AHEAD_BYTES_MAX = 256 << 10
-"""Bytes of an answer that are held before they are asked for; then the replica has to wait."""
+"""Bytes of an answer that are held until they are asked for; beyond that the replica has to wait."""
 _JOINED_BYTES_MAX = 64 << 10
 
 _NO_HEAD = AnswerHead(0, [])
@@ -30,7 +30,7 @@ Payload = Sequence[bytes | bytearray | memoryview]
 
 
 class ConnectionBroke(Exception):
-    """The replica closed the connection before its answer was complete, or said what is no HTTP."""
+    """The replica closed the connection before its answer was complete, or sent something that is not HTTP."""
 
 
 class _State(Enum):
@@ -131,13 +131,13 @@ class EngineConnection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        """Whether the answer is whole, its body was read, and another request may follow."""
+        """Whether the answer is complete, its body was read, and another request may follow."""
         if self._state is not _WHOLE or not self._keep_alive or self._pieces or self._defect is not None:
             return False
         return self._transport.get_write_buffer_size() == 0 and not self._transport.is_closing()
 
     def reset(self, now: float) -> None:
-        """Be ready for another request; `now` is time.monotonic's."""
+        """Get ready for another request; `now` is time.monotonic's."""
         self._state = _IDLE
         self._is_between = True
         self._sink_is_full = False
@@ -148,7 +148,7 @@ class EngineConnection(asyncio.Protocol):
         self._break("it is closed")
 
     def give_up(self, why: str) -> None:
-        """Break it from here, for whoever waits for the answer."""
+        """Break the connection from our side, with this error for whoever waits for the answer."""
         self.given_up = True
         self._break(why)
 
@@ -252,7 +252,7 @@ class EngineConnection(asyncio.Protocol):
             return
         try:
             self._sink_is_full = not sink(self._take())
-        except Exception as error:  # noqa: BLE001  it shall reach the task that pumps, not the event loop
+        except Exception as error:  # noqa: BLE001  it must reach the task that pumps, not the event loop
             self._defect = error
 
     def _news(self) -> asyncio.Future[None]:

@@ -33,11 +33,11 @@ class UpstreamLost(GatewayError):
 
 
 class LocalShortage(UpstreamLost):
-    """No descriptor or no memory was left here: nothing is known of the replica."""
+    """No descriptor or memory was left in this process: it says nothing about the replica."""
 
 
 class Waiting(Protocol):
-    """Whoever waits for an answer: once that has `begun`, it can no longer come from somebody else."""
+    """A request that waits for its answer: once that has `begun`, it can no longer come from another replica."""
 
     @property
     def begun(self) -> bool: ...
@@ -90,7 +90,7 @@ class Upstream:
             connection = await self._connect(replica, sent=True)
 
     def _pooled(self, replica: Replica) -> EngineConnection | None:
-        """The connection that was used last; those that idle too long are closed."""
+        """The connection that was used most recently; those that were idle for too long are closed."""
         idle = self._idle.get(replica.socket)
         if not idle:
             return None
@@ -137,7 +137,7 @@ class Upstream:
             pool.clear()
 
     def give_up(self, name: str, why: str) -> int:
-        """Have those that wait for the replica `name`, and got nothing of an answer yet, ask another one; returns how many."""
+        """Have requests that wait for the replica `name`, without a byte of an answer, ask another one. Returns how many."""
         found = [each for each, (at, who) in self._busy.items() if at == name and who is not None and not who.begun]
         for connection in found:
             connection.give_up(why)
@@ -217,5 +217,5 @@ async def _within(seconds: float, exchange: Coroutine[Any, Any, EngineConnection
 
 
 def broken(replica: Replica, error: ConnectionBroke, connection: EngineConnection) -> UpstreamLost:
-    """What a connection that breaks is to the callers."""
+    """A broken connection as the error that callers see."""
     return UpstreamLost(f"{replica.name}: {error}", sent=True, given_up=connection.given_up)

@@ -52,11 +52,11 @@ class ModelsCache:
 
     @property
     def known(self) -> ServedModels | None:
-        """The list at hand, None before a replica gave the first one."""
+        """The known list, None until a replica has given one."""
         return self._models
 
     async def current(self) -> ServedModels:
-        """The list at hand, or the first one. Raises NoReplicaReady when no replica ever gave one."""
+        """The known list, or else the first one. Raises NoReplicaReady when no replica has given one."""
         renewal = self._renew()
         if self._models is None and renewal is not None:
             await asyncio.shield(renewal)

@@ -34,7 +34,7 @@ OPEN_SECONDS_MAX = 5.0
 
 @dataclass(slots=True)
 class _Peer:
-    """An owner's memory as mapped here: the opened addresses, and the (3, layers) table that the gather reads."""
+    """An owner's memory as mapped in this process: the opened addresses, and the (3, layers) table that the gather reads."""
 
     opened: tuple[int, ...]
     layers: torch.Tensor
@@ -57,7 +57,7 @@ class _Copy:
 class CudaIpcTransport:
     """Serves and imports the blocks of `kv_caches` (torch CUDA tensors of one device, by layer name).
 
-    Raises MemoryUnreachable, with what to change, for memory that can not be shared or a layout that is not handled.
+    Raises MemoryUnreachable, with what to change, for memory that cannot be shared or a layout that is not handled.
     """
 
     name: ClassVar[str] = "cuda_ipc"
@@ -233,7 +233,7 @@ def _import(handle: str) -> int:
     status, address = runtime.cudaIpcOpenMemHandle(shared, runtime.cudaIpcMemLazyEnablePeerAccess)
     if status != runtime.cudaError_t.cudaSuccess:
         raise MemoryUnreachable(
-            f"CUDA IPC can not open a peer's memory ({status.name}): the GPUs need peer access (nvidia-smi topo -p2p r), the"
+            f"CUDA IPC cannot open a peer's memory ({status.name}): the GPUs need peer access (nvidia-smi topo -p2p r), the"
             " processes one host and, in containers, one IPC and PID namespace"
         )
     return int(address)

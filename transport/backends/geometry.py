@@ -34,7 +34,7 @@ def layer_geometries(
             raise MemoryUnreachable(f"{name} is in no KV cache group")
         rows = int(tensor.shape[0])
         if rows % num_blocks:
-            raise MemoryUnreachable(f"{name}: {rows} rows can not hold {num_blocks} blocks; use a layout with blocks outermost")
+            raise MemoryUnreachable(f"{name}: {rows} rows cannot hold {num_blocks} blocks; use a layout with blocks outermost")
         ratio = rows // num_blocks
         item = int(tensor.element_size())
         row_bytes = int(tensor.numel()) // rows * item

@@ -56,7 +56,7 @@ class _Copy:
 class SharedMemoryTransport:
     """Moves the storages of `kv_caches` (torch CPU tensors, by layer name) into shared memory and imports by memcpy.
 
-    Raises MemoryUnreachable for a layout it can not serve and OSError if shared memory is short.
+    Raises MemoryUnreachable for a layout it cannot serve and OSError if shared memory is short.
     """
 
     name: ClassVar[str] = "shared_memory"

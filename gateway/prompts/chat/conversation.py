@@ -76,7 +76,7 @@ def _message(message: object, content_format: ContentFormat) -> Message:
 
 
 def _content(role: str, content: object, content_format: ContentFormat) -> str | list[dict[str, Any]]:
-    if isinstance(content, str) and role != "system":  # as nearly all are
+    if isinstance(content, str) and role != "system":  # as in nearly all requests
         return [{"type": "text", "text": content}] if content_format == "openai" else content
     if content is None:
         parts: list[Any] = []

@@ -15,10 +15,10 @@ RENDERED = frozenset(
         *("add_generation_prompt", "continue_final_message", "add_special_tokens"),
     )
 )
-"""What a template is rendered with; here as in the engine."""
+"""What a template is rendered with, here and in the engine."""
 
 ENGINES = ("chat_template", "truncate_prompt_tokens", "truncation_side", "mm_processor_kwargs", "media_io_kwargs")
-"""With one of these the prompt is not known here."""
+"""With any of these, the prompt is not known here."""
 
 _ANSWERED_FROM_TEXT = frozenset(("echo", "return_prompt_text"))
 """The prompt is the same, but its text comes back in the answer, and ids bring none."""

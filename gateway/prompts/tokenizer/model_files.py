@@ -107,7 +107,7 @@ def renderer_of_its_own(source: TokenizerSource, environment: Mapping[str, str] 
     """Say why the engine renders this model's chats in another way than with its template; "" if it does not.
 
     As vLLM 0.32 chooses: vllm/config/model.py, vllm/tokenizers/registry.py, and Harmony in vllm/renderers/online_renderer.py.
-    Raises ModelFilesError if the files can not be read.
+    Raises ModelFilesError if the files cannot be read.
     """
     directory = find_directory(source, environment)
     if any(directory.glob("consolidated*.safetensors")) and any(

@@ -11,7 +11,7 @@ each alternative in `_ALTERNATIVES` two things hold at a line or word place: no 
 it, and what matches before the place does not depend on what follows. The one exception is `\\s+(?!\\S)`: it takes the newline
 of a line place only if the text ends there; `\\s+`, demanded beside it, takes the same newline otherwise. So the pieces before
 a place are the same with and without the text behind it, a piece begins at the place, and BPE, which sees pieces one by one,
-can not tell. Normal forms change neither side: newline, space and ASCII letters compose with nothing before them.
+cannot tell. Normal forms change neither side: newline, space and ASCII letters compose with nothing before them.
 
 A BPE without pieces (Gemma's, with "▁" for a space) merges across a place only into a token that contains the place; the
 vocabulary is searched for such. Added tokens are split off before everything else, leftmost longest: none may contain a place,

@@ -208,7 +208,7 @@ def test_many_alike_replicas_take_one_line() -> None:
     ("change", "what"),
     [
         ({"state": "failed", "reason": "out of memory"}, "replica-1 is failed: out of memory"),
-        ({"status": "KV memory can not be shared"}, "replica-1 shares no KV: KV memory can not be shared"),
+        ({"status": "KV memory cannot be shared"}, "replica-1 shares no KV: KV memory cannot be shared"),
         ({"status": ""}, "replica-1 shares no KV: it has no block table in /dev/shm/t"),
         ({"fingerprint": {"dtype": "float32"}}, "do not exchange KV: dtype: bfloat16 here, float32 there"),
         ({"transport": "cuda_ipc"}, "replica-0 offers shared memory, replica-1 CUDA IPC"),

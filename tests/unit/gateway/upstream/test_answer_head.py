@@ -68,7 +68,7 @@ async def said(connection: EngineConnection) -> Any:
 
 
 async def understood(answers: list[list[bytes]]) -> list[Any]:
-    """What these answers are understood to be, each in the pieces that come of it, on one connection until it can not go on."""
+    """What these answers are understood to be, each in the pieces that come of it, on one connection until it cannot go on."""
     connection, replica = EngineConnection(asyncio.get_running_loop(), lambda _: None), Replica()
     connection.connection_made(replica)  # type: ignore[arg-type]
     found: list[Any] = []
