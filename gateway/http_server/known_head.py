@@ -28,7 +28,7 @@ class Cut(NamedTuple):
 
 
 def cut_head(data: bytes, headers: RawHeaders) -> Cut | None:
-    """Cut the head that `data` begins with, parsed into `headers`; None unless it is complete, short and has one plain length."""
+    """Cut the head that `data` begins with, parsed into `headers`; None unless it is complete, short, with one plain length."""
     end = data.find(_HEAD_END, 0, HEAD_BYTES_MAX)
     names = [name for name, _ in headers]
     if end < 0 or names.count(b"content-length") != 1 or b"transfer-encoding" in names:
