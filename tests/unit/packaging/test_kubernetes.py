@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 
 from engine.host_process.directories import claim_all, release
 from engine.host_process.host import SHUTDOWN_SECONDS_MAX
@@ -21,12 +24,47 @@ FILES = ("statefulset.yaml", "services.yaml", "networkpolicy.yaml", "poddisrupti
 POD: dict[str, Any] = STATEFUL_SET["spec"]["template"]["spec"]
 (ENGINE,), (GATEWAY,) = POD["initContainers"], POD["containers"]
 LABELS = {"app.kubernetes.io/name": "peerkv"}
+# The oldest that the manifests name, and a recent one.
+VERSIONS = ("1.29", "1.33")
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("file", FILES)
-def test_kubernetes_schema_accepts_every_manifest(file: str) -> None:
+def test_kubernetes_schema_accepts_every_manifest(file: str, version: str) -> None:
     for manifest in read_manifests(f"{BASE}/{file}"):
-        kubernetes_validate.validate(manifest, "1.33", strict=True)
+        kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_the_oldest_version_of_kubernetes_is_the_one_that_is_validated() -> None:
+    assert f"Kubernetes {VERSIONS[0]} or later" in (DOCKER / BASE / "kustomization.yaml").read_text()
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+@pytest.mark.parametrize(("directory", "kind", "gpus"), [(BASE, "gpu", "8"), ("kubernetes/cpu", "cpu", None)])
+def test_kustomize_makes_valid_manifests_with_the_images_and_gpus_of_each_directory(
+    directory: str, kind: str, gpus: str | None
+) -> None:
+    made = subprocess.check_output(["kubectl", "kustomize", str(DOCKER / directory)], text=True)
+    manifests = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(made)}
+    for manifest in manifests.values():
+        kubernetes_validate.validate(manifest, VERSIONS[-1], strict=True)
+    pod = manifests["StatefulSet"]["spec"]["template"]["spec"]
+    (engine,) = pod["initContainers"]
+    assert engine["image"].startswith("peerkv-engine:")
+    assert engine["image"].endswith(f"-{kind}")
+    assert engine["resources"]["limits"].get("nvidia.com/gpu") == gpus
+    # The map's name has a hash of its settings, so that a change of them makes a new pod.
+    (config,) = [volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume]
+    assert config == manifests["ConfigMap"]["metadata"]["name"] != "peerkv"
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_the_component_for_the_prometheus_operator_adds_its_monitor(tmp_path: Path) -> None:
+    shutil.copytree(DOCKER / "kubernetes", tmp_path / "kubernetes")
+    file = tmp_path / BASE / "kustomization.yaml"
+    file.write_text(file.read_text().replace("# components:", "components:"))
+    made = subprocess.check_output(["kubectl", "kustomize", str(file.parent)], text=True)
+    assert "PodMonitor" in [manifest["kind"] for manifest in yaml.safe_load_all(made)]
 
 
 def test_the_engine_starts_before_the_gateway_and_ends_after_it() -> None:
