@@ -31,13 +31,18 @@ class Gateway:
 
 
 @contextmanager
-def another_gateway(fleet: Fleet, directory: Path, config: str, port: int = 0) -> Iterator[Gateway]:
-    """A gateway with `config` as its settings' TOML, once it has compared its token ids with the engines'."""
+def another_gateway(
+    fleet: Fleet, directory: Path, config: str, port: int = 0, run_dir: Path | None = None
+) -> Iterator[Gateway]:
+    """A gateway with `config` as its settings' TOML, once it has compared its token ids with the engines'.
+
+    It reads which replicas there are from `run_dir`, the fleet's own one if it is None.
+    """
     directory.mkdir(exist_ok=True)
     (directory / "peerkv.toml").write_text(config)
     port = port or free_port()
     command = [sys.executable, "-m", "gateway.cli", "gateway", "--port", str(port), "--config", str(directory / "peerkv.toml")]
-    command += ["--run-dir", str(fleet.run_dir)]
+    command += ["--run-dir", str(run_dir or fleet.run_dir)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PEERKV_")}
     log = directory / "gateway.log"
     began = time.monotonic()

@@ -9,12 +9,13 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 import pytest
 
+from engine.fleet import FileFleet, write_fleet
 from tests.real.conftest import ONE, TWO
 from tests.real.fleet import ROOT, until
 from tests.real.gateways import another_gateway
@@ -216,7 +217,9 @@ def test_token_ids_that_are_not_the_engines_are_a_parity_loss(fleet, words, tmp_
     messages = [{"role": "user", "content": words.text(LENGTH)}]
     template = tmp_path / "other.jinja"
     template.write_text(OTHER_TEMPLATE)
-    with another_gateway(fleet, tmp_path, f'vllm_args = ["--chat-template", "{template}"]\n') as other:
+    told_wrong = replace(FileFleet(fleet.run_dir).snapshot(), vllm_args=("--chat-template", str(template)))
+    write_fleet(tmp_path, told_wrong)
+    with another_gateway(fleet, tmp_path, "", run_dir=tmp_path) as other:
         told = ask(fleet, None, messages=messages, client=other.client)
         stats = other.stats()
     reason, lost = told.loss
