@@ -4,11 +4,12 @@
 #   WORK=…            where all of it is kept; left out: a new directory, removed at the end
 #   PYTHON_IMAGE=…    a base image; left out: python:3.12 where it can be pulled, else one that is made of Debian's packages
 #   PIP_FIND_LINKS=…  a directory with wheels for the build, torch's CPU build among them
-# Arguments go to pytest. Needs root, and: apt-get install podman runc buildah netavark aardvark-dns catatonit debootstrap prometheus
+# Arguments go to pytest. Needs root, and:
+#   apt-get install podman runc buildah netavark aardvark-dns iptables catatonit debootstrap prometheus
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-for program in podman runc debootstrap promtool; do
+for program in podman runc debootstrap iptables promtool; do
     command -v "$program" >/dev/null || { echo "make containers needs $program; see $0" >&2; exit 1; }
 done
 if [ -z "${WORK:-}" ]; then

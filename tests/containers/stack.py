@@ -26,6 +26,7 @@ COMMAND_SECONDS_MAX = 300.0
 LOG_LINES_SHOWN = 40
 # All but Grafana, of which there is no package to make an image from.
 SERVICES = ("engine-cpu", "gateway", "prometheus")
+ADDRESS = "127.0.0.2"  # one that compose.yaml would not take by itself
 MODEL = "trial-model"
 CONFIG = f'served_model_name = "{MODEL}"\nbackoff_seconds_max = 2.0\n'
 
@@ -62,7 +63,7 @@ class Stack:
         self.file.write_text(text.replace(UNKNOWN_TO_PODMAN, ""))
         self.key = secrets.token_hex(16)
         self.port, self.prometheus_port = free_port(), free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{ADDRESS}:{self.port}"
         (home / "admin_key").write_text(self.key + "\n")
         (home / "peerkv.toml").write_text(CONFIG)
         home.chmod(0o700)
@@ -71,6 +72,7 @@ class Stack:
         self.env = {
             **os.environ,
             "COMPOSE_PROFILES": ",".join(profiles),
+            "BIND_ADDRESS": ADDRESS,
             "HOST_PORT": str(self.port),
             "PROMETHEUS_PORT": str(self.prometheus_port),
             "ADMIN_KEY_FILE": str(home / "admin_key"),

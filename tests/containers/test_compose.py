@@ -8,16 +8,19 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.containers.stack import (
     BACK_SECONDS_MAX,
     MODEL,
+    PROJECT,
     SERVICES,
     START_SECONDS_MAX,
     Stack,
     long_prompt,
     podman,
+    run,
     until,
 )
 
@@ -38,6 +41,11 @@ def test_completions_and_chats_are_answered_at_the_published_address(stack: Stac
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 8}
     chat = stack.client.post("/v1/chat/completions", json=body)
     assert chat.json()["choices"][0]["message"]["content"]
+
+
+def test_the_gateway_is_published_at_the_chosen_address_alone(stack: Stack) -> None:
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{stack.port}/health")
 
 
 def test_one_replica_imports_what_the_other_computed(stack: Stack) -> None:
@@ -69,6 +77,22 @@ def test_the_doctor_finds_no_problem_in_either_container(stack: Stack, service: 
     said = stack.execute(service, "peerkv", "doctor", check=False)
     assert "No problem found." in said.stdout, said.stdout + said.stderr
     assert "replica-1" in said.stdout
+
+
+def test_the_doctor_finds_a_gateway_that_does_not_see_the_block_tables(stack: Stack) -> None:
+    """As where the tables are in the engine's /dev/shm, which no other container has."""
+    flags = (
+        "--volume",
+        f"{PROJECT}_run:/run/peerkv",
+        "--tmpfs",
+        "/run/peerkv/tables",
+        "--env",
+        "PEERKV_RUN_DIR=/run/peerkv/main",
+    )
+    said = run("podman", "run", "--rm", *flags, "peerkv-gateway:0.1.0", "doctor", check=False)
+    assert said.returncode == 1
+    assert "replica-1 shares no KV: it has no block table in /run/peerkv/tables" in said.stdout, said.stdout + said.stderr
+    assert "/dev/shm is each container's own" in said.stdout
 
 
 @pytest.mark.parametrize("service", ["gateway", "engine-cpu"])

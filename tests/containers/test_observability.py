@@ -102,6 +102,13 @@ def test_promtool_finds_nothing_wrong_with_the_files(clone: Path) -> None:
     assert promtool("test", "rules", "alerts_test.yml", cwd=files) == ""
 
 
+def test_promtool_finds_nothing_wrong_with_the_configuration_in_its_container(loaded: Stack) -> None:
+    """With the rules and the key's file, where they are mounted."""
+    said = loaded.execute("prometheus", "promtool", "check", "config", "/etc/prometheus/prometheus.yml").stdout
+    assert "is valid prometheus config file syntax" in said
+    assert "rules found" in said
+
+
 def test_promtool_finds_nothing_wrong_with_the_metrics(loaded: Stack) -> None:
     exposed = loaded.client.get("/metrics", headers=loaded.admin).raise_for_status().text
     assert promtool("check", "metrics", text=exposed) == ""
