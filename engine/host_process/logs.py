@@ -100,6 +100,12 @@ def root_cause(lines: list[str]) -> str:
     return ""
 
 
+def full_disk(log: Path) -> str:
+    """Says that a log has no room, else "": many a program ends when it cannot write."""
+    status = os.statvfs(log.parent)
+    return "" if status.f_bavail else f"{log.parent} is full, so nothing was logged"
+
+
 def is_final(code: int, cause: str) -> bool:
     """Whether another start would end the same way: the program or its arguments are wrong."""
     return code in FINAL_STATUSES or cause.startswith(VALIDATION_ERROR)

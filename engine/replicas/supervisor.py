@@ -6,12 +6,13 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import msgspec
 
 from engine.fleet import FleetError, FleetSnapshot, ReplicaState, own_pid_namespace, reasons_in_words, write_fleet
 from engine.host_process.directories import Claim, claim_all, release
-from engine.host_process.logs import LOG_TAIL_LINES, describe_exit, is_final, prepare_log_dir, root_cause
+from engine.host_process.logs import LOG_TAIL_LINES, describe_exit, full_disk, is_final, prepare_log_dir, root_cause
 from engine.host_process.messages import Event, Exited, Hello, Kill, Preloaded, Spawned, Terminate
 from engine.replicas.devices import usable_cores
 from engine.replicas.health import Health
@@ -231,6 +232,8 @@ class Supervisor:
         starting = member.life.state is ReplicaState.STARTING
         lines = member.run_log() if starting else []
         cause = root_cause(lines)
+        if starting and not lines:
+            cause = full_disk(Path(member.launch.log))
         how = describe_exit(code) + (f": {cause}" if cause else "")
         self._perform(member, member.life.exited(how, self._now(), final=is_final(code, cause)))
         for line in () if cause else lines[-LOG_TAIL_LINES:]:

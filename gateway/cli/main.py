@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ _SERVE_EPILOG = "Arguments after -- are passed to every vLLM server, for example
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` name; returns the exit status."""
+    _settle_home()
     given = list(sys.argv[1:] if arguments is None else arguments)
     vllm_args: list[str] | None = None
     if "--" in given:
@@ -56,6 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), EXIT_FAILED)
     except KeyboardInterrupt:
         return 130
+
+
+def _settle_home() -> None:
+    """Give a user without a home directory, as in containers, the one that those give: what cannot be written there is said."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,19 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("peerkv 0.")
+
+
+def test_a_user_whom_nobody_named_has_the_home_that_containers_give(
+    runs: list[tuple[str, Settings]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unnamed(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unnamed)
+    assert main(["serve"]) == 0
+    assert runs[0][1].log_dir == Path("/.local/state/peerkv/logs/8000")
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

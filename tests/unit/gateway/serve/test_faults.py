@@ -162,6 +162,25 @@ async def test_a_hang_up_without_a_terminal_changes_nothing_but_a_line(tmp_path:
         assert (await gateway.complete())[0] == 200
 
 
+async def test_when_the_terminal_goes_requests_are_answered_before_the_end(tmp_path: Path) -> None:
+    screen, terminal = os.openpty()
+    try:
+        async with peerkv(tmp_path, terminal=terminal) as gateway:
+            await gateway.ready(seconds=START_SECONDS_MAX)
+            asked = asyncio.create_task(gateway.complete(max_tokens=20, fake={"token_delay": 0.02}))
+
+            async def runs() -> bool:
+                return bool((await seen(gateway, "replica-0"))["requests"] or (await seen(gateway, "replica-1"))["requests"])
+
+            await until(runs)
+            os.close(screen)
+            assert (await asked)[0] == 200
+            assert await gateway.ended() == 0
+            await gateway.nothing_is_left()
+    finally:
+        os.close(terminal)
+
+
 @pytest.mark.parametrize("log_dir", ["/proc/x", "/dev/null/x", "/dev/full"])
 async def test_a_log_directory_that_cannot_be_written_to_is_one_line(tmp_path: Path, log_dir: str) -> None:
     async with peerkv(tmp_path, PEERKV_LOG_DIR=log_dir) as gateway:

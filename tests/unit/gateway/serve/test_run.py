@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import shlex
 import signal
 import socket
 import sys
+import termios
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,8 +102,7 @@ class Process:
         await until(lambda: not (self.directory / "run").exists() and not (self.directory / "tables").exists())
 
 
-async def collect(stream: asyncio.StreamReader | None, lines: list[str]) -> None:
-    assert stream is not None
+async def collect(stream: asyncio.StreamReader, lines: list[str]) -> None:
     while line := await stream.readline():
         lines.append(line.decode())
 
@@ -114,9 +115,13 @@ async def peerkv(
     engine: str = "",
     port: int | None = None,
     descriptors: int | None = None,
+    terminal: int | None = None,
     **env: str,
 ) -> AsyncIterator[Process]:
-    """Run a command with fake engines; `engine` are arguments of theirs, `descriptors` the hard limit of all."""
+    """Run a command with fake engines; `engine` are arguments of theirs, `descriptors` the hard limit of all.
+
+    `terminal`, a descriptor, becomes the terminal that it belongs to and writes to.
+    """
     port = port or free_port()
     own = {
         "PEERKV_LAUNCHER": shlex.join([sys.executable, str(FAKE_ENGINE)]) + " " + engine,
@@ -140,14 +145,17 @@ async def peerkv(
         command,
         *arguments,
         env=kept | own | env,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE if terminal is None else terminal,
+        stderr=asyncio.subprocess.PIPE if terminal is None else terminal,
+        start_new_session=terminal is not None,
+        preexec_fn=None if terminal is None else partial(fcntl.ioctl, terminal, termios.TIOCSCTTY, 0),
     )
     async with aiohttp.ClientSession() as session:
         running = Process(process, port, directory, session)
         running.readers = [
-            asyncio.create_task(collect(process.stdout, running.out)),
-            asyncio.create_task(collect(process.stderr, running.err)),
+            asyncio.create_task(collect(stream, lines))
+            for stream, lines in ((process.stdout, running.out), (process.stderr, running.err))
+            if stream is not None
         ]
         try:
             yield running
