@@ -14,7 +14,7 @@ from transport.table.reader import TableReader
 _CHUNK_BLOCKS = 256
 """Blocks that are looked up at once, from the end of a chain: more than a window has, so that mostly one look-up will do."""
 _CHUNKS_MAX = 16
-"""Chunks of which a search in vain looks up more and more at once: a look-up's own cost is that of a hundred blocks."""
+"""Chunks of which a search looks up more and more at once: a look-up's own cost is that of a hundred blocks."""
 _FEW_BLOCKS = 8
 """As many blocks take less one by one than by a look-up of a chunk."""
 
@@ -90,10 +90,16 @@ class _Seen:
         self._chunks: dict[tuple[int, int], _Chunk] = {}
 
     def run_end(self, group: int, begin: int, end: int) -> int:
-        for first, last in _cut(begin, end):
-            missing = self._chunk(group, first)[0].find(b"\0", first % _CHUNK_BLOCKS, last - first + first % _CHUNK_BLOCKS)
-            if missing >= 0:
-                return first - first % _CHUNK_BLOCKS + missing
+        chunks = 1
+        while begin < end:
+            until = min(end, begin - begin % _CHUNK_BLOCKS + chunks * _CHUNK_BLOCKS)
+            self._chunk(group, until - 1, begin)
+            for first, last in _cut(begin, until):
+                missing = self._chunk(group, first)[0].find(b"\0", first % _CHUNK_BLOCKS, last - first + first % _CHUNK_BLOCKS)
+                if missing >= 0:
+                    return first - first % _CHUNK_BLOCKS + missing
+            begin = until
+            chunks = min(4 * chunks, _CHUNKS_MAX)
         return end
 
     def last_missing(self, group: int, begin: int, end: int) -> int:
