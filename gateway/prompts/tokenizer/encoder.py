@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from gateway.prompts.tokenizer.id_cache import IdCache
-from gateway.prompts.tokenizer.long_prefixes import LEAF_CHARS_MIN, PAGE_CHARS_MIN, Page, Pages
-from gateway.prompts.tokenizer.short_prefixes import KEY_CHARS, Heads
+from gateway.prompts.tokenizer.long_prefixes import LONG_PREFIX_CHARS_MIN, MEDIUM_PREFIX_CHARS_MIN, LongPrefix, LongPrefixes
+from gateway.prompts.tokenizer.short_prefixes import KEY_CHARS, ShortPrefixes
 from gateway.prompts.tokenizer.text_cuts import CHUNK_CHARS_MIN, TextCuts, find_cuts
 from gateway.prompts.tokenizer.word_ids import WordIds
 from gateway.token_ids import TokenIds
@@ -16,13 +16,13 @@ from gateway.token_ids import TokenIds
 _logger = logging.getLogger(__name__)
 
 SHORT_CHARS_MAX = 2 * CHUNK_CHARS_MIN
-"""A shorter text, or what follows a text's pages, is assembled from heads and pieces."""
+"""A shorter text, or what follows a text's long and medium prefixes, is assembled from short prefixes and pieces."""
 PIECE_CHARS_MIN = 128
 """Size of the pieces of new text; new pieces are assembled from their words."""
 PIECED_CHARS_MAX = 8192
 """A longer new text is mostly new: its words would only fill the cache."""
 TEXTS_BYTES_MAX = 64 << 20
-"""Texts found by comparison: an eighth of this is for words, an eighth for heads, a quarter for leaves, the rest for pages."""
+"""Texts found by comparison: an eighth is for words, an eighth for short, a quarter for medium, half for long prefixes."""
 FEW = 4
 """Up to this many short texts are tokenised one by one; only beyond that does it pay to wake other cores."""
 FEW_CHARS_MAX = 1024
@@ -71,11 +71,11 @@ class Encoder:
         self._framed = affixes is None or any(map(len, affixes))
         self._pieces = cuts.sized(PIECE_CHARS_MIN).chunks if cuts is not None else lambda text: [text]
         self._words = WordIds(self._tokenise, cuts.places.words if cuts is not None else "", texts_bytes_max // 8)
-        self._heads = Heads(self._of_words, cuts, texts_bytes_max // 8) if cuts is not None else None
+        self._short_prefixes = ShortPrefixes(self._of_words, cuts, texts_bytes_max // 8) if cuts is not None else None
         specials = cuts.places.specials if cuts is not None else ()
         place_at = cuts.at if cuts is not None else None
-        self._pages = Pages(texts_bytes_max // 2, specials, place_at=place_at)
-        self._leaves = Pages(texts_bytes_max // 4, specials, LEAF_CHARS_MIN, place_at=place_at)
+        self._long_prefixes = LongPrefixes(texts_bytes_max // 2, specials, place_at=place_at)
+        self._medium_prefixes = LongPrefixes(texts_bytes_max // 4, specials, MEDIUM_PREFIX_CHARS_MIN, place_at=place_at)
 
     def encode(
         self, text: str, add_special_tokens: bool, new_chars_max: int | None = None, tokens_max: int | None = None
@@ -94,18 +94,18 @@ class Encoder:
         return None if ids is None else TokenIds.joined([before, ids, behind])
 
     def _plain(self, text: str, new_chars_max: int | None, tokens_max: int | None) -> TokenIds | None:
-        if self._cuts is None or self._heads is None:
+        if self._cuts is None or self._short_prefixes is None:
             return self._parts([text], False, new_chars_max)
         if len(text) <= SHORT_CHARS_MAX:
-            return self._short(self._heads, text, [], new_chars_max)
-        begin, pages = self._pages.leading(text)
-        start, leaves = self._leaves.leading(text, begin)
-        if start - begin >= PAGE_CHARS_MIN:
-            self._keep_page_of(leaves, text, begin)
+            return self._short(self._short_prefixes, text, [], new_chars_max)
+        begin, long = self._long_prefixes.leading(text)
+        start, medium = self._medium_prefixes.leading(text, begin)
+        if start - begin >= LONG_PREFIX_CHARS_MIN:
+            self._keep_long_of(medium, text, begin)
         rest = text[start:] if start else text
-        known = [page.ids for page in (*pages, *leaves)]
+        known = [prefix.ids for prefix in (*long, *medium)]
         if len(rest) <= SHORT_CHARS_MAX:
-            return self._short(self._heads, rest, known, new_chars_max)
+            return self._short(self._short_prefixes, rest, known, new_chars_max)
         chunks = self._cuts.chunks(rest)
         if new_chars_max is None and len(rest) > GROUP_CHARS:
             return self._grouped(known, chunks, tokens_max)
@@ -129,9 +129,9 @@ class Encoder:
             first, chars = place, 0
         return TokenIds.joined(known)
 
-    def _short(self, heads: Heads, text: str, known: list[TokenIds], new_chars_max: int | None) -> TokenIds | None:
+    def _short(self, prefixes: ShortPrefixes, text: str, known: list[TokenIds], new_chars_max: int | None) -> TokenIds | None:
         """Return the ids of `known`, which precede `text`, followed by those of `text`."""
-        start, begins = heads.leading(text)
+        start, begins = prefixes.leading(text)
         if start:
             known += begins
             text = text[start:]
@@ -140,24 +140,26 @@ class Encoder:
         if raw is None:
             return None
         if len(text) > KEY_CHARS:
-            heads.note(text)
+            prefixes.note(text)
         known.append(TokenIds(raw))
         return TokenIds.joined(known)
 
     def _of_words(self, text: str) -> bytes:
         return self._words.raw(self._pieces(text)) or b""
 
-    def _keep_page_of(self, leaves: Sequence[Page], text: str, start: int) -> None:
-        """Make a page of the first leaves at `start`, of those that are long enough together."""
+    def _keep_long_of(self, medium: Sequence[LongPrefix], text: str, start: int) -> None:
+        """Make a long prefix of the first medium ones at `start` that are long enough together."""
         texts: list[str] = []
         ends = start
-        for leaf in leaves:
-            texts.append(leaf.text[: leaf.chars])
-            ends += leaf.chars
-            if ends - start >= PAGE_CHARS_MIN:
+        for prefix in medium:
+            texts.append(prefix.text[: prefix.chars])
+            ends += prefix.chars
+            if ends - start >= LONG_PREFIX_CHARS_MIN:
                 break
         if ends < len(text):
-            self._pages.keep(texts, [leaf.ids for leaf in leaves[: len(texts)]], text[ends : ends + LEAF_CHARS_MIN])
+            self._long_prefixes.keep(
+                texts, [prefix.ids for prefix in medium[: len(texts)]], text[ends : ends + MEDIUM_PREFIX_CHARS_MIN]
+            )
 
     def _parts(self, texts: list[str], special: bool, new_chars_max: int | None) -> TokenIds | None:
         sha256, kind = hashlib.sha256, b"\1" if special else b""
@@ -165,7 +167,7 @@ class Encoder:
         parts = self._cache.get(keys)
         unknown = next((place for place, ids in enumerate(parts) if ids is None), len(parts))
         if unknown and len(texts) > 1:
-            self._keep_pages(texts, parts, unknown)
+            self._keep_prefixes(texts, parts, unknown)
         if unknown < len(parts):
             new = {key: text for key, text, ids in zip(keys, texts, parts, strict=True) if ids is None}
             if new_chars_max is not None and sum(map(len, new.values())) > new_chars_max:
@@ -175,18 +177,18 @@ class Encoder:
             parts = [fresh[key] if ids is None else ids for key, ids in zip(keys, parts, strict=True)]
         return TokenIds.joined([part for part in parts if part is not None])
 
-    def _keep_pages(self, texts: list[str], parts: list[TokenIds | None], known: int) -> None:
-        """Make pages of the first `known` chunks, which were seen before: the text has come for the second time."""
+    def _keep_prefixes(self, texts: list[str], parts: list[TokenIds | None], known: int) -> None:
+        """Make prefixes of the first `known` chunks, which were seen before: the text has come for the second time."""
         known_ids = [part for part in parts[:known] if part is not None]
         first = chars = 0
         last = min(known, len(texts) - 1)
         for place in range(last):
             chars += len(texts[place])
-            if chars >= PAGE_CHARS_MIN:
-                self._pages.keep(texts[first : place + 1], known_ids[first : place + 1], texts[place + 1])
+            if chars >= LONG_PREFIX_CHARS_MIN:
+                self._long_prefixes.keep(texts[first : place + 1], known_ids[first : place + 1], texts[place + 1])
                 first, chars = place + 1, 0
-        if chars >= LEAF_CHARS_MIN:
-            self._leaves.keep(texts[first:last], known_ids[first:last], texts[last])
+        if chars >= MEDIUM_PREFIX_CHARS_MIN:
+            self._medium_prefixes.keep(texts[first:last], known_ids[first:last], texts[last])
 
     def _fresh(self, texts: list[str], special: bool) -> list[TokenIds]:
         """Tokenise texts that are not known as a whole. If they are few, known pieces of a line or less are looked up."""

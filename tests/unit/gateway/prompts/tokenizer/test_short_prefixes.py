@@ -1,4 +1,4 @@
-"""Heads: taken only where they are exactly the text, and cut off as the text would be without them."""
+"""ShortPrefixes: taken only where they are exactly the text, and cut off as the text would be without them."""
 
 import random
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.prompts.tokenizer.encoder import EncoderMaker, encode_all
-from gateway.prompts.tokenizer.short_prefixes import ENTRY_BYTES, HEAD_CHARS_MIN, KEY_CHARS, Heads
+from gateway.prompts.tokenizer.short_prefixes import ENTRY_BYTES, KEY_CHARS, SHORT_PREFIX_CHARS_MIN, ShortPrefixes
 from gateway.token_ids import TokenIds
 from tests.unit.gateway.prompts.tokenizer.test_long_prefixes import long_text
 from tests.unit.gateway.prompts.tokenizer.test_text_cuts import FRAGMENTS, cuts_of, whole
@@ -20,15 +20,15 @@ ENDS = (*ASKED, "\nAnswer\n", "<|im_end|>\n<|im_start|>assistant\n", "\u0308", "
 PIECES = st.lists(st.sampled_from((*FRAGMENTS, *(" word",) * 20)), max_size=40).map("".join)
 
 
-def heads_of(kind: str, bytes_max: int = 1 << 20) -> Heads:
+def prefixes_of(kind: str, bytes_max: int = 1 << 20) -> ShortPrefixes:
     tokenizer = tokenizer_of(kind)
-    return Heads(lambda text: whole(tokenizer, text).raw, cuts_of(kind), bytes_max)
+    return ShortPrefixes(lambda text: whole(tokenizer, text).raw, cuts_of(kind), bytes_max)
 
 
-def found(heads: Heads, text: str) -> int:
-    """Where the heads of a text end; what is left is taken notice of."""
-    end, ids = heads.leading(text)
-    heads.note(text[end:])
+def found(prefixes: ShortPrefixes, text: str) -> int:
+    """Where the prefixes of a text end; what is left is taken notice of."""
+    end, ids = prefixes.leading(text)
+    prefixes.note(text[end:])
     assert bool(end) == bool(ids)
     return end
 
@@ -64,63 +64,66 @@ def test_a_text_gets_the_ids_of_the_whole_wherever_it_leaves_its_heads(kind: str
 
 
 def test_what_texts_begin_with_is_known_up_to_where_they_part() -> None:
-    heads = heads_of("Llama 3")
+    prefixes = prefixes_of("Llama 3")
     texts = [SYSTEM + document + question for document in DOCUMENTS for question in ASKED]
     for _ in range(4):
         for text in texts:
-            found(heads, text)
-    ends = [found(heads, text) for text in texts]
+            found(prefixes, text)
+    ends = [found(prefixes, text) for text in texts]
     assert [text[end:] for text, end in zip(texts, ends, strict=True)] == [" what of it?", " whatever else is there?"] * 3
-    assert len({id(heads.leading(text)[1][0]) for text in texts}) == 1
+    assert len({id(prefixes.leading(text)[1][0]) for text in texts}) == 1
 
 
 def test_a_text_that_leaves_a_head_shortens_it() -> None:
-    heads, text = heads_of("Llama 3"), SYSTEM + "Words that are the same in both, and then"
+    prefixes, text = prefixes_of("Llama 3"), SYSTEM + "Words that are the same in both, and then"
     for tail in (" one", " other"):
-        found(heads, text + tail)
-    assert found(heads, text + " of the two") == len(text)
+        found(prefixes, text + tail)
+    assert found(prefixes, text + " of the two") == len(text)
     other = SYSTEM + "Words that agree no more"
-    assert found(heads, other) == 0
-    assert heads.leading(other)[0] == heads.leading(text)[0] == len(SYSTEM + "Words that")
+    assert found(prefixes, other) == 0
+    assert prefixes.leading(other)[0] == prefixes.leading(text)[0] == len(SYSTEM + "Words that")
 
 
 def test_a_head_is_taken_where_the_text_may_be_cut_behind_it() -> None:
-    heads, text = heads_of("Llama 3"), SYSTEM + "The end"
+    prefixes, text = prefixes_of("Llama 3"), SYSTEM + "The end"
     for tail in (" one", " two"):
-        found(heads, text + tail)
-    assert heads.leading(text + " more")[0] == len(text)
+        found(prefixes, text + tail)
+    assert prefixes.leading(text + " more")[0] == len(text)
     for tail in (" 2", "s", "", " ", "\u0308 a"):
-        assert heads.leading(text + tail)[0] == 0
+        assert prefixes.leading(text + tail)[0] == 0
 
 
 def test_texts_without_a_place_in_common_have_no_head() -> None:
-    heads = heads_of("Llama 3")
+    prefixes = prefixes_of("Llama 3")
     for number in range(4):
-        assert found(heads, "x" * KEY_CHARS + f" {number}") == 0
-    assert heads.leading("x" * KEY_CHARS + " 2") == (0, [])
+        assert found(prefixes, "x" * KEY_CHARS + f" {number}") == 0
+    assert prefixes.leading("x" * KEY_CHARS + " 2") == (0, [])
 
 
 def test_short_texts_are_not_kept() -> None:
-    heads = heads_of("Llama 3")
+    prefixes = prefixes_of("Llama 3")
     for _ in range(3):
-        assert found(heads, "Some words here "[: KEY_CHARS // 4] * 4) == 0
-    assert heads.leading("Some words here " * 5) == (0, [])
+        assert found(prefixes, "Some words here "[: KEY_CHARS // 4] * 4) == 0
+    assert prefixes.leading("Some words here " * 5) == (0, [])
 
 
 @pytest.mark.parametrize("used", [True, False])
 def test_the_memory_is_bounded_and_what_is_not_used_meanwhile_is_forgotten(used: bool) -> None:
     bytes_max = 40 * ENTRY_BYTES
-    heads = heads_of("GPT-2", bytes_max)
+    prefixes = prefixes_of("GPT-2", bytes_max)
     for tail in (" one", " two"):
-        found(heads, SYSTEM + tail)
+        found(prefixes, SYSTEM + tail)
     for number in range(200):
         if used:
-            assert found(heads, SYSTEM + " three") > HEAD_CHARS_MIN
-        found(heads, f"{number} " * KEY_CHARS)
-        kept = [*heads._heads.values(), *heads._older[0].values()]
-        texts = [*heads._texts.values(), *heads._older[1].values()]
-        assert sum(head.text.__sizeof__() + head.ids.held_bytes for head in kept) + sum(map(str.__sizeof__, texts)) < bytes_max
-    assert bool(heads.leading(SYSTEM + " three")[0]) is used
+            assert found(prefixes, SYSTEM + " three") > SHORT_PREFIX_CHARS_MIN
+        found(prefixes, f"{number} " * KEY_CHARS)
+        kept = [*prefixes._short_prefixes.values(), *prefixes._older[0].values()]
+        texts = [*prefixes._texts.values(), *prefixes._older[1].values()]
+        assert (
+            sum(prefix.text.__sizeof__() + prefix.ids.held_bytes for prefix in kept) + sum(map(str.__sizeof__, texts))
+            < bytes_max
+        )
+    assert bool(prefixes.leading(SYSTEM + " three")[0]) is used
 
 
 def test_what_heads_hold_is_not_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
