@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.real.families import Family, tokens
-from tests.tiny_models import BASE
+from tests.tiny_models import BASE, write_tiny_model
 from transport.keys import chain_keys, root_key
 
 BLOCK, RANK, LAYERS = 32, 8, 3
@@ -34,9 +34,11 @@ def write_adapter(folder: Path, seed: int) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def adapted(tmp_path) -> Iterator[Family]:
-    made = Family(tmp_path, "llama", block_size=BLOCK, enable_lora=True, max_lora_rank=RANK, max_loras=2)
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory) -> Iterator[Family]:
+    made = Family(
+        tmp_path_factory.mktemp("adapted"), "llama", block_size=BLOCK, enable_lora=True, max_lora_rank=RANK, max_loras=2
+    )
     try:
         made.start("a", "b")
         yield made
@@ -60,8 +62,8 @@ def test_each_adapter_has_kv_of_its_own_and_imports_that(adapted, tmp_path):
 
 
 def test_an_adapter_of_the_same_name_with_other_weights_imports_nothing(adapted, tmp_path):
-    one = ("name", 1, write_adapter(tmp_path / "first", 1))
-    other = ("name", 1, write_adapter(tmp_path / "second", 2))
+    one = ("name", 3, write_adapter(tmp_path / "first", 1))
+    other = ("name", 3, write_adapter(tmp_path / "second", 2))
     ids = tokens(LENGTH, 2)
     adapted.ask("a", ids, lora=one)
     with adapted.counting("b") as counted:
@@ -69,30 +71,35 @@ def test_an_adapter_of_the_same_name_with_other_weights_imports_nothing(adapted,
     assert (answer.cached, counted["peer_tokens_shared_memory"]) == (0, 0)
 
 
-@pytest.fixture
-def drafting(tmp_path) -> Iterator[Family]:
-    drafts = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-    made = Family(tmp_path, "llama", block_size=BLOCK, speculative_config=drafts)
+@pytest.fixture(params=["ngram", "eagle"])
+def drafting(request, tmp_path) -> Iterator[tuple[Family, int]]:
+    """Engines that draft, and how many layers have KV: an EAGLE draft has one behind the model's, in the same blocks."""
+    drafts = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    if request.param == "eagle":
+        drafts = {"method": "eagle", "model": str(write_tiny_model(tmp_path / "draft", "llama", num_hidden_layers=1))}
+    made = Family(tmp_path, "llama", block_size=BLOCK, speculative_config=drafts | {"num_speculative_tokens": 5})
     try:
         made.start("a", "b")
-        yield made
+        yield made, LAYERS + (request.param == "eagle")
     finally:
         made.close()
 
 
 def test_drafts_are_never_on_offer_and_what_was_accepted_is_imported_right(drafting):
+    engines, layers = drafting
     phrase = tokens(12, 3)
     ids = (phrase * 30)[:LENGTH]  # so that drafts are made all the time
-    answer = drafting["a"].ask(ids, 3 * BLOCK, logprobs=True, seconds=240)
+    answer = engines["a"].ask(ids, 3 * BLOCK, logprobs=True, seconds=240)
     said = ids + answer.tokens
-    with closing(drafting.table("a")) as table:
+    with closing(engines.table("a")) as table:
+        assert sum(group.layers for group in table.groups) == layers
         keys = chain_keys(root_key(table.fingerprint), said, BLOCK, table.hash_name)
         held = len(table.longest_run(keys))
         assert table.cached_blocks() == held  # nothing else than what was said
         assert held == (len(said) - 1) // BLOCK
     longer = said + tokens(20, 4)
-    with drafting.counting("b") as counted:
-        imported = drafting.ask("b", longer)
+    with engines.counting("b") as counted:
+        imported = engines.ask("b", longer)
     assert counted["peer_tokens_shared_memory"] == held * BLOCK
-    assert imported.same_as(drafting.ask("b", longer))
-    assert imported.same_as(drafting.ask("a", longer))
+    assert imported.same_as(engines.ask("b", longer))
+    assert imported.same_as(engines.ask("a", longer))
