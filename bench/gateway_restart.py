@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from bench.engines import Engines
-from bench.machine import end_on_sigterm, free_ports
+from bench.machine import cpu_seconds, end_on_sigterm, free_ports
 from bench.started import Started
 
 ANSWER_SECONDS_MAX = 60.0
@@ -40,16 +40,20 @@ def main() -> int:
             _until_answered(directory, engines.run_dir)  # the first one fills the page cache and warms the replicas up
             seconds = []
             for _ in range(given.times):
-                seconds.append(_until_answered(directory, engines.run_dir))
-                print(f"{seconds[-1]:.2f} s", flush=True)
+                took, cpu = _until_answered(directory, engines.run_dir)
+                seconds.append(took)
+                print(f"{took:.2f} s, {cpu:.2f} s of CPU time", flush=True)
         finally:
             engines.end()
     print(f"median {statistics.median(seconds):.2f}, {min(seconds):.2f} to {max(seconds):.2f}")
     return 0
 
 
-def _until_answered(directory: Path, run_dir: Path) -> float:
-    """Start a gateway, wait for its first answer, kill it; return the seconds in between. Raises StartFailed."""
+def _until_answered(directory: Path, run_dir: Path) -> tuple[float, float]:
+    """Start a gateway, wait for its first answer, kill it; return the seconds in between, and those of CPU time.
+
+    Raises StartFailed.
+    """
     (port,) = free_ports(1)
     argv = [sys.executable, "-m", "gateway.cli", "gateway", "--port", str(port), "--run-dir", str(run_dir)]
     started_at = time.perf_counter()
@@ -58,7 +62,7 @@ def _until_answered(directory: Path, run_dir: Path) -> float:
         while not _answers(port):
             gateway.check(time.perf_counter() - started_at < ANSWER_SECONDS_MAX)
             time.sleep(POLL_SECONDS)
-        return time.perf_counter() - started_at
+        return time.perf_counter() - started_at, cpu_seconds(gateway.pid)
     finally:
         gateway.kill()
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -187,19 +188,25 @@ def _started(stack: ExitStack, model: str) -> tuple[Pinned, int]:
     gateway = Pinned(argv, cores, directory / "gateway.log", env)
     stack.callback(gateway.end)
     deadline = time.monotonic() + START_SECONDS_MAX
-    while True:
+    while not _is_settled(port):
         backend.check()
         gateway.check()
-        try:
-            if _send(port, "/v1/completions", b'{"model":"%b","prompt":"ready?"}' % MODEL.encode()) == 200:
-                break
-        except OSError:
-            pass
         if time.monotonic() > deadline:
             raise StartFailed(gateway.tail())
         time.sleep(0.1)
     time.sleep(SETTLE_SECONDS)
     return gateway, port
+
+
+def _is_settled(port: int) -> bool:
+    """Whether it answers and knows the engine's longest prompt: before that nothing is too long."""
+    try:
+        if _send(port, "/v1/completions", b'{"model":"%b","prompt":"ready?"}' % MODEL.encode()) != 200:
+            return False
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/kv/stats", timeout=ANSWER_SECONDS_MAX) as stats:
+            return bool(json.load(stats)["parity"]["completions"]["parity"] == "exact")
+    except OSError:
+        return False
 
 
 def _show(name: str, found: Mapping[str, Any]) -> None:

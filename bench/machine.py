@@ -47,7 +47,7 @@ class Pinned:
 
     def cpu_seconds(self) -> float:
         """Return the CPU time of all its processes and threads so far, user and system."""
-        return sum(_cpu_seconds(pid) for pid in _tree(self._process.pid))
+        return sum(cpu_seconds(pid) for pid in _tree(self._process.pid))
 
     def resident_bytes(self) -> int:
         """Return the resident memory of all its processes."""
@@ -76,7 +76,8 @@ def _tree(root: int) -> list[int]:
     return found
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of one process and its threads so far, user and system."""
     return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)  # the CPU-time clock of a process, as clock_getcpuclockid makes it
 
 
