@@ -14,7 +14,10 @@ TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-VLLM_ARGS = ("--chat-template", TEMPLATE, "--exclude-tools-when-tool-choice-none", "--sse-keep-alive-interval", "1")
+VLLM_ARGS = (
+    *("--dtype", "float32", "--chat-template", TEMPLATE),
+    *("--exclude-tools-when-tool-choice-none", "--sse-keep-alive-interval", "1"),
+)
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Tell the weather of a place, now or later."}}
 CHAT = {"messages": [{"role": "user", "content": "How is the weather?"}], "max_tokens": 1}
 
