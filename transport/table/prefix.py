@@ -45,9 +45,12 @@ class Holding(Protocol):
     def look_up(self, keys: Keys) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32], npt.NDArray[np.uint64]]: ...
 
 
-def held_tokens(table: Holding, chain: GroupChain) -> int:
-    """Return how many leading tokens of a chain the table can supply, for steering: as good as `TableReader.held_blocks`."""
-    return supplied(chain.groups, _Sighted(table, chain), 0, chain.tokens)
+def held_tokens(table: Holding, chain: GroupChain, begin: int = 0) -> int:
+    """Return how many leading tokens of a chain the table can supply to who has the first `begin`, which are as many at least.
+
+    For steering: as good as `TableReader.held_blocks`.
+    """
+    return supplied(chain.groups, _Sighted(table, chain), begin, chain.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,9 @@ class TableWriter:
         self.epoch = time.time_ns()
         self._mask = np.uint64(self.layout.buckets - 1)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._open(directory, description, block_size, encoded)
+
+    def _open(self, directory: Path, description: Description, block_size: int, encoded: bytes) -> None:
         _refuse_if_claimed(self.path)
         draft = directory / f".{description.replica}.{os.getpid()}.{self.epoch}"
         # the lock has a descriptor of its own: mmap keeps a duplicate of the one it is given, which would keep the lock
@@ -87,9 +90,18 @@ class TableWriter:
             layout.description_bytes,
         )  # fmt: skip
         self._map[PAGE_BYTES : PAGE_BYTES + len(encoded)] = encoded
-        self._words = memoryview(self._map)[:PAGE_BYTES].cast("Q")
-        self._states, self._keys, self._index, self._peers, self._deliveries = areas(self._map, layout)
+        self._view()
         self._states[:] = 1
+
+    def _view(self) -> None:
+        self._words = memoryview(self._map)[:PAGE_BYTES].cast("Q")
+        self._states, self._keys, self._index, self._peers, self._deliveries = areas(self._map, self.layout)
+
+    def offered(self, blocks: Sequence[int]) -> tuple[list[int], Keys]:
+        """Return which of `blocks` are on offer, in their order and each once, and their keys, shape (n, 2)."""
+        ids = np.array(list(dict.fromkeys(blocks)), np.int64)
+        ids = ids[self._states[ids] & _ONE == 0]
+        return ids.tolist(), self._keys[ids]
 
     def publish(self, blocks: Sequence[int], keys: Keys) -> None:
         """Offer `blocks`, all different, under `keys`, shape (len(blocks), 2): their content is complete until `invalidate`."""
