@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
@@ -108,6 +108,11 @@ class Settings(BaseSettings):
         ge=0,
         lt=1,
         description="share of a replica's KV cache that pinned prefixes may take; 0 disables pinning",
+    )
+    host_memory: ByteSize = Field(
+        _ENGINE["host_memory"],
+        ge=0,
+        description="memory, such as 16GiB, that keeps what left the KV caches, for all replicas, on the CPU so far; 0: none",
     )
 
     # The front door.

@@ -3,6 +3,9 @@
 import logging
 from collections.abc import Callable, Mapping
 
+import numpy as np
+import numpy.typing as npt
+
 from engine.connector.sequence import Import
 from engine.connector.vllm_groups import ModelGroups
 from transport.fingerprint import fingerprint_difference
@@ -11,6 +14,7 @@ from transport.table.deliveries import DeliveryReason
 from transport.table.directory import TableDirectory
 from transport.table.prefix import GroupChain, supply
 from transport.table.reader import TableReader
+from transport.table.tiers import is_tier
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +35,9 @@ class Peers:
         hash_name: str,
         transport: str,
         refused: Callable[[], None],
+        own_tier: str = "",
     ) -> None:
+        self._own_tier = own_tier
         self._peers = peers
         self._fields = fields
         self._groups = groups
@@ -66,6 +72,14 @@ class Peers:
         if found is None:
             return None
         return Import(reader.name, reader.epoch, begin, found.tokens, found.block_ids, found.states, found.counts)
+
+    def stored_elsewhere(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Tell which of `keys`, shape (n, 2), another replica's tier holds."""
+        held = np.zeros(len(keys), np.bool_)
+        for name, reader in self._peers.tables().items():
+            if is_tier(name) and name != self._own_tier and self._exchanges_with(reader):
+                held |= reader.look_up(keys)[0]
+        return held
 
     def not_read(self, name: str, epoch: int) -> None:
         """Record that an import brought nothing at all."""

@@ -9,27 +9,44 @@ from engine.connector.vllm_groups import ModelGroups
 from transport.keys import group_keys
 from transport.table.writer import TableWriter
 
+Leaving = Callable[[Blocks[int]], None]
 NEVER = 1 << 60
 """As a sequence's `published`: what it computes is never offered."""
 
 
 class Offers:
-    """Keeps `table` truthful. It remembers in which step each block was last reallocated: older content is not offered."""
+    """Keeps `table` truthful. It remembers in which step each block was last reallocated: older content is not offered.
 
-    def __init__(self, table: TableWriter, groups: ModelGroups) -> None:
+    `leaving` is told of blocks before their offer ends because vLLM reallocated them.
+    """
+
+    def __init__(self, table: TableWriter, groups: ModelGroups, leaving: Leaving | None = None) -> None:
         self._table = table
         self._groups = groups
         self._ratios = [
             (number, group.block_size // groups.unit) for number, group in enumerate(groups.groups) if group.kind != "state"
         ]
         self._allocated = array("q", bytes(8 * table.layout.blocks))
+        self._leaving = leaving
+        self._group = array("b", bytes(0 if leaving is None or groups.plain else table.layout.blocks))
 
     def end(self, blocks: Blocks[int], step: int) -> None:
         """vLLM reallocated `blocks` in `step`: what they held is no longer offered."""
         if blocks:
+            if self._leaving is not None:
+                self._leaving(blocks)
             for block in blocks:
                 self._allocated[block] = step
             self._table.count("evictions", self._table.invalidate(blocks))
+
+    def groups(self, blocks: Blocks[int]) -> list[int]:
+        """Return the KV cache group of each of `blocks`, which are on offer."""
+        return [self._group[block] for block in blocks] if self._group else [0] * len(blocks)
+
+    def _mark(self, blocks: Blocks[int], group: int) -> None:
+        if self._group:
+            for block in blocks:
+                self._group[block] = group
 
     def end_all(self) -> None:
         """Withdraw everything."""
@@ -64,6 +81,7 @@ class Offers:
             elif any(allocated[block] > step for block in blocks):  # reallocated while the step was under way
                 places = [place for place, block in enumerate(blocks) if allocated[block] <= step]
                 blocks, own = [blocks[place] for place in places], own[places]
+            self._mark(blocks, number)
             self._table.publish(blocks, own)
         sequence.published = last
 
@@ -74,6 +92,7 @@ class Offers:
             return
         keys = sequence.keys(tokens // self._groups.unit)
         if len(keys) * self._groups.unit >= tokens:
+            self._mark([block], group)
             self._table.publish([block], group_keys(keys[-1:], group))
             if tokens <= sequence.account.prompt_tokens:
                 sequence.states[group] = (tokens, block, step)

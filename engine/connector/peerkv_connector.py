@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
@@ -31,12 +32,17 @@ from engine.connector.scheduler import SchedulerHalf
 from engine.connector.step_messages import Handshake, StepMetadata, WorkerReport
 from engine.connector.vllm_groups import GroupNotHandled, ModelGroups, model_groups
 from engine.connector.worker import WorkerHalf
+from engine.host_process.kept_memory import VARIABLE, KeptMemory, decode_kept
+from engine.tiers.only_writer import become_only_writer
+from engine.tiers.slots import Slots
 from transport.errors import TransportError
 from transport.fingerprint import fingerprint_digest
 from transport.groups import Group
 from transport.keys import HASH_NAMES
 from transport.table.directory import TableDirectory, sweep
-from transport.table.layout import Description
+from transport.table.kept import KeptTable
+from transport.table.layout import BLOCKS_MAX, Description
+from transport.table.tiers import host_memory_of
 from transport.table.writer import TableWriter
 
 _logger = logging.getLogger("vllm.peerkv")
@@ -72,9 +78,13 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         # a failed import must be computed, not reported to the client; vLLM reads this after it made the connector
         vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
         _end_with_parent()
+        self._kept = _kept_memory()
+        self._writer_lock = -1
         if role is KVConnectorRole.WORKER:
-            rank = int(vllm_config.parallel_config.rank) % int(vllm_config.parallel_config.tensor_parallel_size)
-            self._worker = WorkerHalf(self._table_dir, self._replica, rank)
+            ranks = int(vllm_config.parallel_config.tensor_parallel_size)
+            self._worker = WorkerHalf(
+                self._table_dir, self._replica, int(vllm_config.parallel_config.rank) % ranks, self._kept, ranks
+            )
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -146,10 +156,38 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             status=status,
             ranks=len(handshakes),
             pin_share_max=self._pin_share_max,
+            tier=self._open_tier(handshakes, status, fields, groups),
         )
         if self._bound is not None:
             self._scheduler.bind_pool(self._bound)
         _logger.info("%s shares KV blocks under %s: %s", self._replica, self._table_dir, status)
+
+    def _open_tier(
+        self, handshakes: list[Handshake], status: str, fields: dict[str, str], groups: ModelGroups
+    ) -> KeptTable | None:
+        """Return the table of this replica's host memory, with what it still offers; None if there is no such memory."""
+        if self._kept is None:
+            return None
+        slots = [shake.host_memory for shake in handshakes if isinstance(shake.host_memory, Slots)]
+        why = status if status != "ok" else next((str(s.host_memory) for s in handshakes if s.host_memory not in slots), "")
+        try:
+            if not why:
+                return self._create_tier(self._kept, slots, fields, groups)
+        except (TransportError, OSError) as error:
+            why = str(error)
+        _logger.warning("%s stores nothing in host memory: %s", self._replica, why)
+        return None
+
+    def _create_tier(self, kept: KeptMemory, slots: list[Slots], fields: dict[str, str], groups: ModelGroups) -> KeptTable:
+        memories = tuple(sorted((each.memory for each in slots), key=lambda memory: memory.rank))
+        name, transport = host_memory_of(self._replica), memories[0].transport
+        description = Description(name, kept.pid, self._hash_name, transport, "ok", fields, memories, groups.groups)
+        count = min(BLOCKS_MAX, *(each.count for each in slots))
+        if self._writer_lock < 0:
+            self._writer_lock = become_only_writer(kept.region)
+        table = KeptTable(self._table_dir, description, groups.unit, count, Path(kept.draft))
+        _logger.info("%s stores up to %d blocks in host memory, %d are there", self._replica, count, table.valid())
+        return table
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         self._bound = gpu_block_pool
@@ -256,6 +294,11 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_handshake_metadata(self) -> Handshake | None:
         return self._worker.handshake(self._fields) if self._worker is not None else None
 
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        """Called before each step that computes: what it overwrites is stored first."""
+        if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):
+            self._worker.store(kv_connector_metadata)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         worker, metadata = self._worker, self._connector_metadata
         if worker is not None and isinstance(metadata, StepMetadata):
@@ -336,6 +379,18 @@ def _refusal(vllm_config: Any, groups: tuple[Group, ...]) -> str:
         # state that accepted drafts went past, so the step may be reported while that is still being written
         return "states with speculative decoding are not handled yet"
     return ""
+
+
+def _kept_memory() -> KeptMemory | None:
+    """Return what the replica host keeps for this replica; None for a server that has none, or was not started by a host."""
+    told = os.environ.get(VARIABLE, "")
+    if not told:
+        return None
+    try:
+        return decode_kept(told)
+    except msgspec.MsgspecError as error:
+        _logger.warning("no host memory: %s: %s", VARIABLE, error)
+        return None
 
 
 def _end_with_parent() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from engine.connector.step_messages import ImportReport
 from transport.hint import Hint, read_hint
 from transport.table.deliveries import Delivery, DeliveryReason
+from transport.table.tiers import is_tier
 from transport.table.writer import TableWriter
 
 
@@ -218,7 +219,8 @@ class RequestAccounts:
         self._table.count("requests")
         self._table.count("prompt_tokens", prompt)
         if account.peer_tokens:
-            self._table.count("peer_tokens_" + self._transport, account.peer_tokens)
+            counter = "tier_tokens_host_memory" if is_tier(account.source) else "peer_tokens_" + self._transport
+            self._table.count(counter, account.peer_tokens)
         self._table.count("local_tokens", account.local_tokens)
         self._table.count("computed_tokens", prompt - reused)
 

@@ -19,13 +19,16 @@ from engine.connector.request_accounts import PromptWork, RequestAccount, Reques
 from engine.connector.request_keys import RootKeys, extra_content
 from engine.connector.sequence import NULL_BLOCK, Sequence
 from engine.connector.step_messages import StepMetadata, WorkerReport
+from engine.connector.stored import Stored
 from engine.connector.vllm_groups import ModelGroups
+from engine.tiers.stores import NO_STORES
 from transport.backends.base import ImportJob
 from transport.groups import needed
 from transport.hint import PinWish
 from transport.keys import KeyChain
 from transport.table.deliveries import DeliveryReason
 from transport.table.directory import TableDirectory
+from transport.table.kept import KeptTable
 from transport.table.writer import TableWriter
 
 GroupBlocks = Blocks[Blocks[int]]
@@ -47,7 +50,7 @@ class SchedulerHalf:
     """Keeps `table` true and plans imports from `peers`.
 
     `groups` are the model's, `ranks` the number of workers that must report an import before it is done, `pin_share_max` the
-    share of all blocks that pins may hold.
+    share of all blocks that pins may hold, `tier` the table of this replica's host memory, if it has any.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class SchedulerHalf:
         status: str,
         ranks: int = 1,
         pin_share_max: float = 0.0,
+        tier: KeptTable | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.table = table
@@ -74,7 +78,9 @@ class SchedulerHalf:
             hash_name=hash_name,
             transport=transport,
             refused=lambda: table.count("peers_incompatible"),
+            own_tier=tier.path.stem if tier is not None else "",
         )
+        self._stored = Stored(table, tier, self._sources, ranks=ranks) if tier is not None else None
         self._roots = RootKeys(fingerprint, hash_name)
         self._groups = groups
         self._hash_name = hash_name
@@ -82,7 +88,9 @@ class SchedulerHalf:
         self._clock_ns = clock_ns
         self._pool: BlockPool | None = None
         self._pool_map: Any = None
-        self._offers = Offers(table, groups)
+        self._offers = Offers(table, groups, self._stored.leaving if self._stored is not None else None)
+        if self._stored is not None:
+            self._stored.offers = self._offers
         self._accounts = RequestAccounts(table, transport)
         self._pins = Pins(int(pin_share_max * table.layout.blocks))
         self._imports = Imports(table, self._accounts, self._sources, groups=groups, transport=transport, ranks=ranks)
@@ -135,6 +143,8 @@ class SchedulerHalf:
             sequence.account.why = DeliveryReason.ALLOCATION
             self.give_up(request.request_id, block_ids, external_tokens)
             return True
+        if self._stored is not None and plan.source == self._stored.name:
+            self._stored.restored(plan.source_blocks.tolist())
         self._offers.end(targets, self._step + 1)
         self._imports.begin(sequence, plan, targets, self._clock_ns())
         return True
@@ -167,7 +177,8 @@ class SchedulerHalf:
         self._pins.make_room(dry=not scheduled and not running and any(each not in self._imports for each in asked))
         self.table.beat(now_ns)
         self._tell()
-        return StepMetadata(self._step, self.take_starting(), bool(scheduled))
+        stores = self._stored.close_step(self._pool) if self._stored is not None else NO_STORES
+        return StepMetadata(self._step, self.take_starting(), bool(scheduled), stores)
 
     def take_starting(self) -> tuple[ImportJob, ...]:
         """Return the imports to begin in this step, each once."""
@@ -255,6 +266,8 @@ class SchedulerHalf:
                     self._pin(sequence, sequence.pin, step, now_ns)
             self._accounts.computed(prompts, now_ns)
         self._imports.settle(report, now_ns)
+        if self._stored is not None:
+            self._stored.copied(report.copied)
         self._tell()
 
     def finished(self, request_id: str, *, aborted: bool = False) -> None:
@@ -269,6 +282,8 @@ class SchedulerHalf:
         if self._pool is not None:
             self._pool_map = self._pool.cached_block_hash_to_block
         self._offers.end_all()
+        if self._stored is not None:
+            self._stored.clear()
         self._steps = deque((step, Work(), prompts) for step, _, prompts in self._steps)
         self._imports.forget()
         for sequence in self._sequences.values():

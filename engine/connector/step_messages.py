@@ -8,17 +8,21 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from engine.tiers.slots import Slots
+from engine.tiers.stores import NO_STORES, Stores
 from transport.backends.base import ImportJob
 from transport.table.layout import Memory
 
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
-    """Scheduler to workers: the number of this step, the imports to begin in it, and whether it computes anything."""
+    """Scheduler to workers: the number of this step, the imports to begin in it, whether it computes anything, and what goes
+    into host memory."""
 
     step: int
     imports: tuple[ImportJob, ...] = ()
     computes: bool = False
+    stores: Stores = NO_STORES
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,22 @@ class ImportReport:
 class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """Workers to scheduler: the work of `step` is done; the imports that ended, by request id, and on how many ranks.
 
-    `unmapped`: the KV memory that was shared is gone, as after vLLM's sleep.
+    `unmapped`: the KV memory that was shared is gone, as after vLLM's sleep. `copied`: the slots of host memory that were
+    filled, and on how many ranks.
     """
 
     step: int
     imports: dict[str, ImportReport] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     unmapped: bool = False
+    copied: dict[int, int] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
         assert isinstance(other, WorkerReport)
         unmapped = self.unmapped or other.unmapped
-        merged = WorkerReport(min(self.step, other.step), dict(self.imports), dict(self.ranks), unmapped)
+        merged = WorkerReport(min(self.step, other.step), dict(self.imports), dict(self.ranks), unmapped, dict(self.copied))
+        for slot, ranks in other.copied.items():
+            merged.copied[slot] = merged.copied.get(slot, 0) + ranks
         for request_id, report in other.imports.items():
             mine = merged.imports.get(request_id)
             merged.imports[request_id] = mine.merged(report) if mine else report
@@ -67,8 +75,12 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """Workers to scheduler, once: where a rank's KV memory is, or in `status` why nobody can read it, and what it saw."""
+    """Workers to scheduler, once: where a rank's KV memory is, or in `status` why nobody can read it, and what it saw.
+
+    `host_memory` are its slots, or why it has none; "" if none were asked for.
+    """
 
     memory: Memory | None
     status: str
     fields: dict[str, str]
+    host_memory: Slots | str = ""

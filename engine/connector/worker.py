@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.connector.step_messages import Handshake, ImportReport, StepMetadata, WorkerReport
+from engine.host_process.kept_memory import KeptMemory
+from engine.tiers.slot_writer import SlotWriter
+from engine.tiers.slots import NoSlots, Slots, cut
 from transport.backends.base import ImportJob, ImportResult, Transport
 from transport.backends.shared_memory import SharedMemoryTransport
 from transport.errors import MemoryUnreachable, TransportError
@@ -20,12 +23,16 @@ here, and of those that came it is opened."""
 
 
 class WorkerHalf:
-    """Begins and polls imports. `fields` are what this rank knows of its fingerprint.
+    """Begins and polls imports, and stores blocks in the host memory `kept` for the `ranks` of this replica, if any is.
 
     Every job that came in is reported once, whatever happens: vLLM keeps a request waiting until then.
     """
 
-    def __init__(self, table_dir: Path, replica: str, rank: int) -> None:
+    def __init__(self, table_dir: Path, replica: str, rank: int, kept: KeptMemory | None = None, ranks: int = 1) -> None:
+        self._kept = kept
+        self._ranks = ranks
+        self._slots: Slots | str = ""
+        self._slot_writer: SlotWriter | None = None
         self._peers = TableDirectory(table_dir, replica)
         self._rank = rank
         self._transport: Transport | None = None
@@ -53,13 +60,39 @@ class WorkerHalf:
             _logger.warning("%s", self._status)
             return
         self._status = "ok"
+        if self._kept is not None:
+            self._open_slots(self._transport, self._kept)
         if self._watcher is None:
             self._watcher = threading.Thread(target=self._watch, name="peerkv-watch", daemon=True)
             self._watcher.start()
 
     def handshake(self, fields: dict[str, str]) -> Handshake:
         """Return what the scheduler's half has to know of this rank."""
-        return Handshake(self._transport.memory() if self._transport else None, self._status, fields)
+        return Handshake(self._transport.memory() if self._transport else None, self._status, fields, self._slots)
+
+    def _open_slots(self, transport: Transport, kept: KeptMemory) -> None:
+        try:
+            slots = cut(kept.region, transport.memory(), self._ranks)
+            assert isinstance(transport, SharedMemoryTransport)
+            self._slot_writer = SlotWriter(transport, slots)
+            self._slots = slots
+        except (NoSlots, TransportError, OSError, ValueError) as error:
+            self._slots = str(error)
+
+    def store(self, metadata: StepMetadata) -> None:
+        """Copy into host memory what this step is about to overwrite, and go on with the rest beside it."""
+        if self._slot_writer is None:
+            return
+        try:
+            self._slot_writer.begin(metadata.stores)
+        except Exception as error:  # noqa: BLE001 - without host memory the engine serves and exchanges as before
+            _logger.error("nothing is stored in host memory any more: %r", error)
+            self._end_stores()
+
+    def _end_stores(self) -> None:
+        writer, self._slot_writer = self._slot_writer, None
+        if writer is not None:
+            writer.close()
 
     def start(self, metadata: StepMetadata) -> None:
         """Begin the imports of a step."""
@@ -93,6 +126,7 @@ class WorkerHalf:
 
     def fail_all(self, reason: str) -> set[str]:
         """Give up the transport and every import under way, once nothing writes any more; return the ids of all that ended."""
+        self._end_stores()
         with self._lock:
             broken, self._transport = self._transport, None
             if broken is not None:
@@ -131,11 +165,13 @@ class WorkerHalf:
         ended, self._ended = self._ended, {}
         for request_id in ended:
             self._jobs.pop(request_id, None)
-        return WorkerReport(self._step, ended, dict.fromkeys(ended, 1), self._unmapped)
+        copied = dict.fromkeys(self._slot_writer.take_copied(), 1) if self._slot_writer is not None else {}
+        return WorkerReport(self._step, ended, dict.fromkeys(ended, 1), self._unmapped, copied)
 
     def close(self) -> None:
         """Release peers' memory and tables."""
         self._closing.set()
+        self._end_stores()
         with self._lock:
             if self._transport is not None:
                 self._transport.close()

@@ -21,6 +21,7 @@ import msgspec
 
 from engine.host_process import processes
 from engine.host_process.directories import remove_claimed
+from engine.host_process.kept_memory import VARIABLE, KeptMemories, encode_kept
 from engine.host_process.logs import LogBounds, rotate
 from engine.host_process.messages import (
     LINE_BYTES_MAX,
@@ -54,9 +55,10 @@ class Running:
 
 
 class Host:
-    """Owns the replicas. `control` and `report` are the descriptors of the two line streams."""
+    """Owns the replicas. `control` and `report` are the descriptors of the two line streams, `memories` is kept for them."""
 
-    def __init__(self, control: int, report: int, held: tuple[int, ...], *, preloaded: bool) -> None:
+    def __init__(self, control: int, report: int, held: tuple[int, ...], memories: KeptMemories, *, preloaded: bool) -> None:
+        self._memories = memories
         self._control = control
         self._report = report
         self._held = held
@@ -135,6 +137,7 @@ class Host:
             return
         _remove_traces(spawn)
         rotate(Path(spawn.log), spawn.log_bytes_max)
+        self._keep_memory(spawn)
         parent = os.getpid()
         wait_fd, tell_fd = os.pipe()
         pid = os.fork()
@@ -145,6 +148,14 @@ class Host:
         os.close(wait_fd)
         self._running[spawn.name] = Running(pid, spawn)
         self.say(Spawned(spawn.name, pid))
+
+    def _keep_memory(self, spawn: Spawn) -> None:
+        """Tell a replica what memory is kept for it, if any is."""
+        if spawn.host_memory_bytes:
+            try:
+                spawn.env[VARIABLE] = encode_kept(self._memories.keep(spawn.name, spawn.host_memory_bytes))
+            except OSError as error:
+                log.error("%s has no host memory: %s", spawn.name, error)
 
     def _be_replica(self, spawn: Spawn, parent: int, wait_fd: int, tell_fd: int) -> None:
         """In the forked child; never returns. The end of `tell_fd` tells the host that the session exists."""
@@ -157,7 +168,15 @@ class Host:
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            for fd in (wait_fd, self._control, self._report, self._wake_read, self._wake_write, *self._held):
+            for fd in (
+                wait_fd,
+                self._control,
+                self._report,
+                self._wake_read,
+                self._wake_write,
+                *self._held,
+                *self._memories.descriptors(),
+            ):
                 os.close(fd)
             _redirect_output(spawn.log)
             os.umask(0o077)
@@ -276,7 +295,7 @@ def main() -> None:
         os.set_inheritable(fd, False)
     control, report = _own_streams()
     processes.become_subreaper()
-    host = Host(control, report, tuple(args.hold), preloaded=args.preload)
+    host = Host(control, report, tuple(args.hold), KeptMemories(args.table_dir), preloaded=args.preload)
     last = False
     try:
         host.say(Hello(os.getpid()))

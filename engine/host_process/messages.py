@@ -15,6 +15,7 @@ class Spawn(msgspec.Struct, tag="spawn", tag_field="op", frozen=True):
     scratch: str  # a directory of the replica's own: made for it, removed after it
     log: str
     log_bytes_max: int
+    host_memory_bytes: int = 0  # kept for its host-memory tier; 0: none
 
 
 class Terminate(msgspec.Struct, tag="terminate", tag_field="op", frozen=True):

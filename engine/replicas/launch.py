@@ -47,6 +47,7 @@ class EngineSettings(RestartPolicy):
     namespace: str = ""  # replicas in different namespaces exchange nothing
     hash_name: str = "xxh3_128"
     pin_share_max: float = 0.25  # of a replica's KV cache, for pinned prefixes
+    host_memory: int = 0  # bytes of all replicas together, for blocks that left their KV caches; 0: none
     connector: bool = True  # False: plain vLLM without our connector
     preload: bool = False  # import vllm once, fork the replicas (CPU)
     launcher: tuple[str, ...] | None = None  # run this in place of vLLM's server
@@ -59,6 +60,11 @@ class EngineSettings(RestartPolicy):
     def preloads(self) -> bool:
         """Whether replicas are forked from a host that imported vLLM."""
         return self.preload and self.launcher is None
+
+    @property
+    def host_memory_bytes_each(self) -> int:
+        """The host memory of one replica; 0 where nothing could be stored."""
+        return self.host_memory // self.replicas if self.connector else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,8 @@ class ReplicaLaunch:
 def plan_launches(settings: EngineSettings, environ: Mapping[str, str], cores: int) -> tuple[ReplicaLaunch, ...]:
     """The start of every replica. Raises LaunchRefused, NotEnoughDevices."""
     check_user_args(settings.vllm_args)
+    if settings.host_memory and settings.devices:
+        raise LaunchRefused("host_memory is for replicas on the CPU so far: leave it out on GPUs")
     devices = assign_devices(settings.devices, settings.replicas, devices_each(settings.vllm_args), settings.replicas_per_gpu)
     shared = replica_env(settings, environ, cores)
     return tuple(_plan_launch(settings, i, own, shared) for i, own in enumerate(devices))

@@ -9,6 +9,8 @@ from engine.fleet import FleetError
 from engine.replicas.launch import CPU_KV_BYTES, EngineSettings
 
 SHARED_MEMORY = Path("/dev/shm")
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
 KV_FLAG = "--kv-cache-memory-bytes"
 # vLLM's own suffixes: small ones are decimal, capital ones binary.
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -16,6 +18,10 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 1 << 10, 
 
 class SharedMemoryTooSmall(FleetError):
     """The replicas' KV does not fit into shared memory, so they could not exchange it; the message says what to change."""
+
+
+class HostMemoryTooLarge(FleetError):
+    """More host memory is asked for than there is; the message says how much that is."""
 
 
 def check_room(settings: EngineSettings) -> None:
@@ -32,6 +38,25 @@ def check_room(settings: EngineSettings) -> None:
             f" larger (mount -o remount,size={(need >> 30) + 1}g {SHARED_MEMORY}; in a container --shm-size, SHM_SIZE for"
             f" compose.yaml, the volume's sizeLimit in Kubernetes), or give vLLM a smaller {KV_FLAG}"
         )
+
+
+def check_host_memory(settings: EngineSettings) -> None:
+    """Raise HostMemoryTooLarge if the host memory asked for is more than is free: its pages are taken one by one, later."""
+    if settings.host_memory and settings.host_memory > (free := free_bytes()):
+        raise HostMemoryTooLarge(
+            f"host_memory asks for {settings.host_memory >> 20} MiB, and {free >> 20} MiB are free here: ask for less"
+        )
+
+
+def free_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
+    """Return how much memory this process may still take, in bytes: the machine's, or its control group's if that is less."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
+    free = int(found[1]) << 10 if found else 0
+    try:
+        most, used = (cgroup / "memory.max").read_text().strip(), int((cgroup / "memory.current").read_text())
+    except (OSError, ValueError):  # the root group, or version 1
+        return free
+    return min(free, max(0, int(most) - used)) if most.isdigit() else free
 
 
 def shared_kv_bytes(settings: EngineSettings) -> int:

@@ -21,7 +21,7 @@ from engine.replicas.launch import EngineSettings, plan_launches, replica_env
 from engine.replicas.lifecycle import Lifecycle, LifecycleAction
 from engine.replicas.member import Member, narrate
 from engine.replicas.model_check import check_model
-from engine.replicas.shared_memory_check import check_room
+from engine.replicas.shared_memory_check import check_host_memory, check_room
 from engine.replicas.start_turns import StartTurns
 from transport.table.directory import TableDirectory
 
@@ -79,6 +79,7 @@ class Supervisor:
         settings = self._settings
         await asyncio.to_thread(prepare_log_dir, settings.log_dir)
         check_room(settings)
+        check_host_memory(settings)
         await self._check_model()
         paths = (settings.run_dir, settings.table_dir)
         self._claims = await asyncio.to_thread(claim_all, paths, settings.claim_seconds_max)

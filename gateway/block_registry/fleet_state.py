@@ -11,6 +11,7 @@ from gateway.block_registry.tables import Table
 from transport.fingerprint import fingerprint_difference
 from transport.groups import Group, plain
 from transport.keys import HASHES
+from transport.table.tiers import is_tier
 
 STATUS_OK = "ok"
 NOBODY: frozenset[str] = frozenset()
@@ -35,7 +36,7 @@ class ReadyReplica(msgspec.Struct, frozen=True, gc=False, eq=False):
 
 
 class TableKind(msgspec.Struct, frozen=True, eq=False):
-    """Tables in which the same chain of keys is looked up. `plain`: every layer needs all blocks of a prefix."""
+    """Tables in which the same chain of keys is looked up, `tiers` apart. `plain`: every layer needs all blocks of a prefix."""
 
     fingerprint: bytes
     block_size: int
@@ -43,13 +44,15 @@ class TableKind(msgspec.Struct, frozen=True, eq=False):
     groups: tuple[Group, ...]
     plain: bool
     tables: dict[str, Table]
+    tiers: dict[str, Table]
 
 
 class FleetState(msgspec.Struct, frozen=True, eq=False):
     """Immutable: whatever changes makes another state, and only `FleetWatch` makes them.
 
-    `sources` names, for each table, the others whose blocks its replica can import; `places` the place of its kind in `kinds`.
-    `ready` replicas are in the fleet's order, their `names` sorted.
+    `tables` are the replicas', `tiers` those of what is kept of them elsewhere. `sources` names, for each table, the others
+    whose blocks its replica can import; `places` the place of its kind in `kinds`. `ready` replicas are in the fleet's order,
+    their `names` sorted.
     """
 
     snapshot: FleetSnapshot
@@ -59,6 +62,7 @@ class FleetState(msgspec.Struct, frozen=True, eq=False):
     places: Mapping[str, int]
     ready: Mapping[str, ReadyReplica]
     names: Sequence[str]
+    tiers: Mapping[str, Table] = {}
 
     def without(self, names: Set[str]) -> FleetState:
         """The same fleet if these were not ready."""
@@ -73,11 +77,13 @@ def make_state(
     snapshot: FleetSnapshot, tables: Mapping[str, Table], refused: Set[tuple[Epoch, Epoch]], *, imports: bool
 ) -> FleetState:
     """Return the state of these; `refused` are importers with sources that they do not read, without `imports` nobody does."""
+    tiers = {name: table for name, table in tables.items() if is_tier(name)}
+    tables = {name: table for name, table in tables.items() if name not in tiers}
     sources = {ours: _sources(ours, tables, refused) if imports else NOBODY for ours in tables}
-    kinds = _kinds(tables)
+    kinds = _kinds(tables, tiers if imports else {})
     places = {name: place for place, kind in enumerate(kinds) for name in kind.tables}
     ready = {replica.name: _ready(replica, tables.get(replica.name), sources) for replica in snapshot.ready()}
-    return FleetState(snapshot, tables, sources, kinds, places, ready, sorted(ready))
+    return FleetState(snapshot, tables, sources, kinds, places, ready, sorted(ready), tiers)
 
 
 def _ready(replica: Replica, table: Table | None, sources: Mapping[str, frozenset[str]]) -> ReadyReplica:
@@ -103,13 +109,17 @@ def _sources(ours: str, tables: Mapping[str, Table], refused: Set[tuple[Epoch, E
     )
 
 
-def _kinds(tables: Mapping[str, Table]) -> tuple[TableKind, ...]:
+def _kinds(tables: Mapping[str, Table], tiers: Mapping[str, Table]) -> tuple[TableKind, ...]:
     found: dict[tuple[bytes, int, str], TableKind] = {}
     for name, table in tables.items():
         if table.hash_name not in HASHES:  # from a later version, or damaged: we have no names for its blocks
             continue
         key = (table.fingerprint, table.block_size, table.hash_name)
-        found.setdefault(key, TableKind(*key, table.groups, plain(table.groups), {})).tables[name] = table
+        found.setdefault(key, TableKind(*key, table.groups, plain(table.groups), {}, {})).tables[name] = table
+    for name, tier in tiers.items():
+        kind = found.get((tier.fingerprint, tier.block_size, tier.hash_name))
+        if kind is not None and kind.groups == tier.groups and tier.status == STATUS_OK:
+            kind.tiers[name] = tier
     return tuple(found.values())
 
 

@@ -19,6 +19,7 @@ class FleetWatch:
         self._fleet = fleet
         self._tables = tables
         self._imports = imports
+        self._found: Mapping[str, Table] = {}
         self._refused: set[tuple[Epoch, Epoch]] = set()
         self._listeners: list[Listener] = []
         self.latest: FleetState = EMPTY
@@ -31,7 +32,7 @@ class FleetWatch:
     def now(self) -> FleetState:
         """Return the state of the fleet, the latest one if nothing changed. Raises FleetError as the fleet's view does."""
         snapshot, tables, latest = self._fleet.snapshot(), self._tables.tables(), self.latest
-        if (snapshot is not latest.snapshot and snapshot != latest.snapshot) or tables != latest.tables:
+        if (snapshot is not latest.snapshot and snapshot != latest.snapshot) or tables != self._found:
             self._make(snapshot, dict(tables))
             for listener in self._listeners:
                 listener(self.latest)
@@ -43,9 +44,10 @@ class FleetWatch:
         ours, theirs = latest.tables.get(importer), latest.tables.get(source)
         if ours is not None and theirs is not None:
             self._refused.add(((importer, ours.epoch), (source, theirs.epoch)))
-            self._make(latest.snapshot, latest.tables)
+            self._make(latest.snapshot, self._found)
 
     def _make(self, snapshot: FleetSnapshot, tables: Mapping[str, Table]) -> None:
+        self._found = tables
         live = {(name, table.epoch) for name, table in tables.items()}
         self._refused = {pair for pair in self._refused if live.issuperset(pair)}
         self.latest = make_state(snapshot, tables, self._refused, imports=self._imports)

@@ -8,7 +8,7 @@ import numpy as np
 
 from gateway.block_registry.chain import Chain
 from gateway.block_registry.chain_cache import ChainCache
-from gateway.block_registry.fleet_state import FleetState
+from gateway.block_registry.fleet_state import STATUS_OK, FleetState, TableKind
 from gateway.block_registry.tables import Table
 from gateway.token_ids import TokenIds
 from transport.keys import Keys, root_key
@@ -24,7 +24,8 @@ class LookUp(msgspec.Struct, frozen=True):
 
     `chains` are those that were looked up, with block sizes, `places` tells which of them is a replica's, for each with a live
     table whose hash is known; `held_tokens_max` are the tokens that somebody holds. `divisible`: of what is held any leading
-    part can be supplied too, which windows and states do not allow.
+    part can be supplied too, which windows and states do not allow. `tiers` names, for each replica to which a tier can give
+    more than it holds, the tier that gives most, and how many leading blocks the replica has then.
     """
 
     blocks: Mapping[str, int]
@@ -32,6 +33,7 @@ class LookUp(msgspec.Struct, frozen=True):
     chains: tuple[tuple[Chain, int], ...]
     held_tokens_max: int
     divisible: bool = True
+    tiers: Mapping[str, tuple[str, int]] = {}
 
 
 NOTHING = LookUp({}, {}, (), 0)
@@ -55,6 +57,7 @@ class Registry:
         blocks: dict[str, int] = {}
         most = 0
         divisible = True
+        tiers: dict[str, tuple[str, int]] = {}
         for kind in state.kinds:
             block_size = kind.block_size
             root = _root_key(kind.fingerprint, salt, lora, kind.hash_name)
@@ -71,7 +74,30 @@ class Registry:
                     divisible = divisible and kind.plain
                     if held * block_size > most:
                         most = held * block_size
-        return LookUp(blocks, state.places, tuple(chains), most, divisible)
+            if kind.tiers:
+                for name, table in kind.tables.items():
+                    tier, reached = _best_tier(kind, table, words, groups, blocks.get(name, 0))
+                    if tier:
+                        tiers[name] = (tier, reached)
+                        divisible = divisible and kind.plain
+                        most = max(most, reached * block_size)
+        return LookUp(blocks, state.places, tuple(chains), most, divisible, tiers)
+
+
+def _best_tier(kind: TableKind, table: Table, words: memoryview, chain: GroupChain | None, begin: int) -> tuple[str, int]:
+    """Return the tier that gives most to a replica with the first `begin` blocks, "" if none gives any, and how many blocks
+    that makes."""
+    best, most = "", begin
+    for name, tier in kind.tiers.items():
+        if (table.status, tier.transport) != (STATUS_OK, table.transport):
+            continue
+        if chain is None:
+            reached = begin + tier.held_blocks(words[2 * begin :])
+        else:
+            reached = held_tokens(tier, chain, begin * kind.block_size) // kind.block_size
+        if reached > most:
+            best, most = name, reached
+    return best, most
 
 
 def holders(tables: Mapping[str, Table], keys: Keys) -> list[list[str]]:

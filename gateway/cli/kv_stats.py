@@ -219,6 +219,10 @@ def _notes(stats: KvStats, before: KvStats | None, seconds: float) -> list[Text]
         if parity.parity != "exact":
             notes.append(Text(f"token ids of {kind}: {parity.parity} {parity.reason}".rstrip(), style="yellow"))
     notes += _losses(stats.ledger)
+    if stats.host_memory:
+        stored, slots = (sum(getattr(tier, name) for tier in stats.host_memory) for name in ("stored_blocks", "blocks"))
+        restored = short(stats.totals.tokens.host_memory)
+        notes.append(Text(f"host memory: {stored:,} of {slots:,} blocks used, {restored} tokens restored"))
     for replica in stats.replicas:
         if replica.state != "ready" and replica.reason:
             notes.append(Text(f"{replica.name} is {replica.state}: {replica.reason}", style="yellow"))

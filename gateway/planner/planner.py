@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from math import inf
 from typing import Any, Protocol
 
+import msgspec
+
 from engine.fleet import FleetView
 from gateway.api.body import Endpoint
 from gateway.block_registry.chain import Chain
@@ -202,6 +204,7 @@ class Planner:
             promised = self.load.promised(chain, block_size)
             promises = {**promises, **promised} if promises else promised
         blocks, load, wanted, keys = look_up.blocks, self.load.load, request.wanted_replica, self._model_keys
+        tiers = look_up.tiers
         found = []
         held_most = computed_most = 0
         for name, one in state.ready.items():
@@ -227,6 +230,9 @@ class Planner:
                 takes=takes,
                 room_tokens=room,
             )
+            if name in tiers:
+                tier, reached = tiers[name]
+                candidate = msgspec.structs.replace(candidate, tier=tier, tier_tokens=reached * one.block_size)
             found.append(candidate)
         return found, held_most, computed_most
 

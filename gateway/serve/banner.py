@@ -62,6 +62,8 @@ def banner(settings: Settings, snapshot: FleetSnapshot, log_dir: Path | None, wa
     ]
     if not settings.admin_key:
         lines.append("  admin      callers on this machine; behind any proxy set an admin key (PEERKV_ADMIN_KEY)")
+    if settings.host_memory and log_dir is not None:
+        lines.append(f"  tiers      host memory {settings.host_memory >> 20} MiB, shared by all replicas")
     if log_dir is not None:
         lines.append(f"  logs       {log_dir}")
     lines += ["  stop       Ctrl-C", *(f"  warning    {warning}" for warning in warnings), ""]

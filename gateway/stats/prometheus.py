@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from gateway.planner.plan import SteeringStats
 from gateway.prompts.parity import Parity, ParityCounts
 from gateway.stats.ledger_metrics import ImportTimes, ledger_metrics
-from gateway.stats.shapes import GatewayStats, KvStats, ReplicaStats, descriptions
+from gateway.stats.shapes import GatewayStats, HostMemoryStats, KvStats, ReplicaStats, descriptions
 from gateway.stats.tallies import Histogram, Tally
 from gateway.steering.costs.model import CostStats
 
@@ -38,6 +38,21 @@ _REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = 
     ("peerkv_cached_blocks", "Blocks that the replica offers now.", lambda r: r.cached_blocks),
     ("peerkv_in_flight_requests", "Requests that the gateway has with the replica.", lambda r: r.in_flight),
     ("peerkv_incompatible_replicas", "Replicas that it cannot exchange with.", lambda r: len(r.incompatible)),
+)
+
+_TIER_COUNTERS: tuple[tuple[str, str, Callable[[HostMemoryStats], float]], ...] = (
+    ("peerkv_host_memory_stores", "Blocks stored in host memory.", lambda t: t.stores),
+    ("peerkv_host_memory_evictions", "Stored blocks that gave way or were flushed.", lambda t: t.evictions),
+    ("peerkv_host_memory_dropped_blocks", "Blocks lost as too many were being stored.", lambda t: t.dropped_blocks),
+    ("peerkv_host_memory_imports", "Imports from host memory.", lambda t: t.imports),
+    ("peerkv_host_memory_import_blocks", "Blocks restored.", lambda t: t.import_blocks),
+    ("peerkv_host_memory_import_bytes", "Bytes restored.", lambda t: t.import_bytes),
+    ("peerkv_host_memory_import_failures", "Imports from it that fell short.", lambda t: t.import_failures),
+)
+_TIER_GAUGES: tuple[tuple[str, str, Callable[[HostMemoryStats], float]], ...] = (
+    ("peerkv_host_memory_blocks", "Slots for blocks in host memory.", lambda t: t.blocks),
+    ("peerkv_host_memory_stored_blocks", "Blocks that can be restored now.", lambda t: t.stored_blocks),
+    ("peerkv_host_memory_bytes", "Size of the slots.", lambda t: t.bytes),
 )
 
 
@@ -96,6 +111,7 @@ class _StatsCollector(Collector):
         stats = self._snapshot()
         yield from _gateway_metrics(stats)
         yield from _replica_metrics(stats)
+        yield from _tier_metrics(stats)
         yield from ledger_metrics(stats)
         yield from cost_metrics(stats.costs)
 
@@ -142,6 +158,19 @@ def _replica_metrics(stats: KvStats) -> Iterator[Metric]:
         gauge = GaugeMetricFamily(name, text, labels=("replica",))
         for replica in stats.replicas:
             gauge.add_metric((replica.name,), read(replica))
+        yield gauge
+
+
+def _tier_metrics(stats: KvStats) -> Iterator[Metric]:
+    for name, text, read in _TIER_COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=("replica",))
+        for tier in stats.host_memory:
+            counter.add_metric((tier.replica,), read(tier))
+        yield counter
+    for name, text, read in _TIER_GAUGES:
+        gauge = GaugeMetricFamily(name, text, labels=("replica",))
+        for tier in stats.host_memory:
+            gauge.add_metric((tier.replica,), read(tier))
         yield gauge
 
 

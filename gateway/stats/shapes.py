@@ -37,6 +37,7 @@ class TokenCounts(BaseModel):
     local: int = Field(0, description="from the replica's own prefix cache")
     peer_shared_memory: int = Field(0, description="from another replica, through shared memory")
     peer_cuda_ipc: int = Field(0, description="from another replica, through CUDA IPC")
+    host_memory: int = Field(0, description="restored from host memory")
     computed: int = Field(0, description="computed")
 
     def by_source(self) -> dict[str, int]:
@@ -119,6 +120,23 @@ class ReplicaStats(BaseModel):
     peers: list[PeerStats] = Field(description="what it imported, by replica and transport")
 
 
+class HostMemoryStats(BaseModel):
+    """What one replica keeps in host memory of the blocks that left its KV cache. Counts end with the replica host."""
+
+    name: str = Field(description="its name as a source of imports")
+    replica: str
+    blocks: int = Field(description="slots for blocks")
+    stored_blocks: int = Field(description="blocks that can be restored now")
+    bytes: int = Field(description="size of the slots on all ranks")
+    stores: int = Field(0, description="blocks stored")
+    evictions: int = Field(0, description="stored blocks that gave way to others or were flushed")
+    dropped_blocks: int = Field(0, description="blocks lost because too many were being stored")
+    imports: int = Field(0, description="imports from it, by all replicas that are known")
+    import_blocks: int = Field(0, description="blocks restored from it")
+    import_bytes: int = Field(0, description="bytes restored from it")
+    import_failures: int = Field(0, description="imports from it that fell short")
+
+
 class Totals(BaseModel):
     """Totals of the fleet, including replicas that are gone."""
 
@@ -161,6 +179,7 @@ class KvStats(BaseModel):
     parity: ParityStats
     totals: Totals
     replicas: list[ReplicaStats]
+    host_memory: list[HostMemoryStats] = Field(description="none where no host memory is set")
 
 
 def descriptions(shape: type) -> Mapping[str, str]:

@@ -16,6 +16,7 @@ from gateway.prompts.tokenizer.service import TokenService
 from gateway.relay.counters import RelayCounters
 from gateway.stats.shapes import (
     GatewayStats,
+    HostMemoryStats,
     KvStats,
     ParityStats,
     PeerStats,
@@ -27,6 +28,7 @@ from gateway.stats.shapes import (
 )
 from gateway.steering.outliers import Ejection
 from transport.table.deliveries import EngineLoad, PeerCounters
+from transport.table.tiers import HOST_MEMORY
 
 
 class StatsView:
@@ -74,6 +76,7 @@ class StatsView:
             parity=_parity_stats(self._planner.prompts.parity, self._planner.prompts.parity_counts),
             totals=_totals(replicas, counters),
             replicas=replicas,
+            host_memory=host_memory_stats(self._planner.fleet.latest.tiers, replicas),
         )
 
     def _gateway(self) -> GatewayStats:
@@ -89,6 +92,7 @@ def token_counts(counters: Mapping[str, int]) -> TokenCounts:
         local=counters.get("local_tokens", 0),
         peer_shared_memory=counters.get("peer_tokens_shared_memory", 0),
         peer_cuda_ipc=counters.get("peer_tokens_cuda_ipc", 0),
+        host_memory=counters.get("tier_tokens_host_memory", 0),
         computed=counters.get("computed_tokens", 0),
     )
 
@@ -147,6 +151,31 @@ def _totals(replicas: list[ReplicaStats], lifetime: LifetimeCounters) -> Totals:
         tokens=token_counts(summed),
         counts=transfer_counts(summed),
     )
+
+
+def host_memory_stats(tiers: Mapping[str, Table], replicas: Iterable[ReplicaStats]) -> list[HostMemoryStats]:
+    """Return what the tiers hold, and what `replicas` imported from each."""
+    found = []
+    read = [peer for replica in replicas for peer in replica.peers]
+    for name, table in sorted(tiers.items()):
+        counters, mine = table.counters(), [peer for peer in read if peer.name == name]
+        found.append(
+            HostMemoryStats(
+                name=name,
+                replica=name.removesuffix(HOST_MEMORY),
+                blocks=table.num_blocks,
+                stored_blocks=table.cached_blocks(),
+                bytes=table.slot_bytes() * table.num_blocks,
+                stores=counters["published_blocks"],
+                evictions=counters["evictions"],
+                dropped_blocks=counters["tier_dropped_blocks"],
+                imports=sum(peer.imports for peer in mine),
+                import_blocks=sum(peer.blocks for peer in mine),
+                import_bytes=sum(peer.bytes for peer in mine),
+                import_failures=sum(peer.failures for peer in mine),
+            )
+        )
+    return found
 
 
 def _parity_stats(verdict: ParityVerdict, counts: ParityCounts) -> ParityStats:

@@ -57,6 +57,13 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     takes: bool = True
     node: str = ""
     room_tokens: float = inf
+    tier: str = ""
+    """With an import from this tier it has the first `tier_tokens` of the prompt."""
+    tier_tokens: int = 0
+
+    def stored(self) -> "Candidate":
+        """Return its tier as a source of imports."""
+        return Candidate(self.tier, self.tier_tokens, transport=self.transport, node=self.node)
 
 
 class Expected(msgspec.Struct, frozen=True, gc=False):

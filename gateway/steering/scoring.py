@@ -84,6 +84,8 @@ class Scoring:
                 held = promised
             if held > available:
                 available = held
+            if candidate.tier_tokens > available:
+                available = candidate.tier_tokens
             if not candidate.takes:
                 continue
             model = models.get(candidate.key)
@@ -116,7 +118,7 @@ class Scoring:
         prefill, others_wait = self._computing(model, load, local)
         score, transfer, computing, cached = prefill + others_wait, 0.0, prefill, local
         source, action = None, _HIT if local else _RECOMPUTE
-        if self._held_most > local and candidate.exchanges_with:
+        if (self._held_most > local and candidate.exchanges_with) or candidate.tier_tokens > local:
             for readable in self._readable(candidate, local):
                 way = self._import(model, candidate, local, readable)
                 if way[0] < score and way[1] + way[2] < prefill:
@@ -174,6 +176,8 @@ class Scoring:
                 break
             if source.name in taker.exchanges_with and source.name != taker.name:
                 found.append(source)
+        if taker.tier_tokens > local:
+            found.append(taker.stored())
         return found
 
     def _import(self, model: ModelTimes, taker: Candidate, local: int, source: Candidate) -> _Way:

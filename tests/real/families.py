@@ -5,7 +5,7 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ CHUNK = 512
 """Tokens of a step at most: longer prompts are computed in several."""
 START_SECONDS_MAX = 300.0
 ANSWER_SECONDS_MAX = 240.0
+NOTHING: Mapping[str, str] = {}
 CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -46,10 +47,11 @@ class Family:
         self._arguments = chosen | {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8} | arguments
         self._engines: dict[str, Replica] = {}
 
-    def start(self, *names: str, **arguments: Any) -> None:
-        """Start engines side by side and wait for them."""
+    def start(self, *names: str, environment: Mapping[str, str] = NOTHING, **arguments: Any) -> None:
+        """Start engines side by side, with more in their `environment`, and wait for them."""
         with pytest_environment():
-            fresh = {name: Replica(name, "", self.model, self.tables, 0, CPU, **self._arguments | arguments) for name in names}
+            given = (self.model, self.tables, 0, CPU | dict(environment))
+            fresh = {name: Replica(name, "", *given, **self._arguments | arguments) for name in names}
         self._engines |= fresh
         for engine in fresh.values():
             engine.ready(START_SECONDS_MAX)

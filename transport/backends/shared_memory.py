@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from transport.backends.base import ImportJob, ImportResult
 from transport.backends.geometry import layer_geometries
 from transport.backends.verification import check
 from transport.errors import MemoryUnreachable
-from transport.table.layout import Layer, Memory, Region
+from transport.table.layout import CHECKSUM_BYTES, Checksums, Layer, Memory, Region
 from transport.table.reader import TableReader
 
 SLICE_SECONDS = 0.010
@@ -42,6 +43,7 @@ class _Peer:
 
     layers: tuple[tuple[int, int], ...]
     maps: tuple[mmap.mmap, ...]
+    blocks: "_Checked | None"
 
 
 @dataclass(slots=True)
@@ -51,6 +53,31 @@ class _Copy:
     pieces: Iterator[tuple[int, int, int]]
     bytes: int
     began_ns: int
+    unchecked: Iterator[tuple[int, int, int]]
+    damaged: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """Memory with checksums: block b of a group is `sizes[group]` bytes at `start + b * stride` of `memory`."""
+
+    memory: memoryview
+    start: int
+    checksums: Checksums
+    sizes: Mapping[int, int]
+
+    def intact(self, block: int, group: int, key: bytes) -> bool:
+        """Tell whether a block is what was stored under its key."""
+        begin = self.start + block * self.checksums.stride
+        said = self.checksums.offset + block * self.checksums.stride
+        return checksum(self.memory[begin : begin + self.sizes[group]], key) == self.memory[said : said + CHECKSUM_BYTES]
+
+
+def checksum(content: memoryview, key: bytes) -> bytes:
+    """Return the checksum of a block's content under its key: a block that is stored under another key does not match."""
+    digest = xxhash.xxh3_128(content)
+    digest.update(key)
+    return digest.digest()
 
 
 class SharedMemoryTransport:
@@ -79,6 +106,10 @@ class SharedMemoryTransport:
     def memory(self) -> Memory:
         return self._memory
 
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """Return for each of the memory's layers the address of block 0 and the stride; they last as long as this object."""
+        return self._layers
+
     def prepare(self, reader: TableReader) -> None:
         """Nothing is gained ahead: memory is mapped in microseconds."""
 
@@ -90,7 +121,11 @@ class SharedMemoryTransport:
         size = sum(layer.bytes * (parts[layer.group].stop - parts[layer.group].start) for layer in layers)
         runs = [_runs(job.source_blocks[part], job.target_blocks[part]) for part in parts]
         pieces = _pieces(runs, layers, peer.layers, self._layers)
-        self._copies.append(_Copy(job, reader, pieces, size, time.monotonic_ns()))
+        unchecked: Iterator[tuple[int, int, int]] = iter(())
+        if peer.blocks is not None:
+            groups = [group for group, part in enumerate(parts) for _ in range(part.stop - part.start)]
+            unchecked = zip(job.source_blocks.tolist(), groups, job.target_blocks.tolist(), strict=True)
+        self._copies.append(_Copy(job, reader, pieces, size, time.monotonic_ns(), unchecked, []))
 
     def poll(self) -> list[ImportResult]:
         results: list[ImportResult] = []
@@ -101,11 +136,26 @@ class SharedMemoryTransport:
                 ctypes.memmove(target, source, size)
                 if time.monotonic() > deadline:
                     return results
+            if not self._compare(copy, deadline):
+                return results
             self._copies.popleft()
             failed, stale, reason = check(copy.job, copy.reader)
+            if more := set(copy.damaged) - set(failed):
+                failed, stale = (*failed, *more), stale + len(more)
+                reason = reason or f"{len(more)} blocks of {copy.job.source} do not match their checksums"
             took = time.monotonic_ns() - copy.began_ns
             results.append(ImportResult(copy.job, failed, stale, copy.bytes, took, reason))
         return results
+
+    def _compare(self, copy: _Copy, deadline: float) -> bool:
+        """Compare checksums of what was copied until `deadline`; whether that is done."""
+        blocks = self._peers[copy.job.source, copy.job.epoch].blocks
+        for source, group, target in copy.unchecked:
+            if blocks is not None and not blocks.intact(source, group, copy.reader.key(source)):
+                copy.damaged.append(target)
+            if time.monotonic() > deadline:
+                return False
+        return True
 
     def pending(self) -> int:
         return len(self._copies)
@@ -125,7 +175,7 @@ class SharedMemoryTransport:
             raise MemoryUnreachable(f"{reader.name} offers no shared memory for rank {self._rank}")
         if [(layer.group, layer.bytes) for layer in memory.layers] != [(own.group, own.bytes) for own in self._memory.layers]:
             raise MemoryUnreachable(f"{reader.name} has layers of other sizes")
-        maps = tuple(_map_region(region) for region in memory.regions)
+        maps = tuple(map_region(region) for region in memory.regions)
         layers = []
         for layer in memory.layers:
             if not 0 <= layer.region < len(maps) or layer.offset < 0 or layer.stride < layer.bytes:
@@ -135,30 +185,61 @@ class SharedMemoryTransport:
                 raise MemoryUnreachable(f"{reader.name} describes a layer that ends beyond its memory")
             base = int(np.frombuffer(region, np.uint8).__array_interface__["data"][0])
             layers.append((base + layer.offset, layer.stride))
-        return _Peer(tuple(layers), maps)
+        checked = _checked(memory, reader, maps) if memory.checksums is not None else None
+        return _Peer(tuple(layers), maps, checked)
 
 
 def _share(storage: Any) -> Region:
     """Move a torch storage into shared memory, in place, and return how others open it."""
     storage.share_memory_()
-    fd, size = storage._share_fd_cpu_()
+    return region_of(*storage._share_fd_cpu_())
+
+
+def region_of(fd: int, size: int) -> Region:
+    """Return how others open `size` bytes of memory behind `fd`, a descriptor that this process keeps."""
     found = os.fstat(fd)
     return Region(msgspec.json.encode(_Handle(os.getpid(), fd, found.st_dev, found.st_ino)).decode(), size)
 
 
-def _map_region(region: Region) -> mmap.mmap:
+def _checked(memory: Memory, reader: TableReader, maps: tuple[mmap.mmap, ...]) -> _Checked:
+    """Return the blocks of memory with checksums. Raises MemoryUnreachable if they do not lie as `Checksums` says."""
+    sums = memory.checksums
+    assert sums is not None
+    start = min(layer.offset for layer in memory.layers)
+    sizes: dict[int, int] = {}
+    for layer in memory.layers:
+        size = sizes.get(layer.group, 0)
+        if (layer.region, layer.stride, layer.offset) != (sums.region, sums.stride, start + size):
+            raise MemoryUnreachable(f"{reader.name} describes a layer that is not beside the one before")
+        sizes[layer.group] = size + layer.bytes
+    end = sums.offset + (reader.num_blocks - 1) * sums.stride + CHECKSUM_BYTES
+    if sums.offset < 0 or end > len(maps[sums.region]):
+        raise MemoryUnreachable(f"{reader.name} describes checksums beyond its memory")
+    return _Checked(memoryview(maps[sums.region]), start, sums, sizes)
+
+
+def map_region(region: Region, *, writable: bool = False) -> mmap.mmap:
+    """Map memory that another process keeps. Raises MemoryUnreachable."""
+    fd = open_region(region, writable=writable)
     try:
-        handle = msgspec.json.decode(region.handle, type=_Handle)
-        fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDONLY | os.O_CLOEXEC)
-    except (msgspec.MsgspecError, OSError) as error:
-        raise MemoryUnreachable(f"shared memory of another replica: {error}; share the PID namespace and the user") from error
-    try:
-        found = os.fstat(fd)
-        if (found.st_dev, found.st_ino) != (handle.device, handle.inode) or not 0 < region.size <= found.st_size:
-            raise MemoryUnreachable(f"process {handle.pid} no longer holds the memory that its table names")
-        return mmap.mmap(fd, region.size, prot=mmap.PROT_READ)
+        return mmap.mmap(fd, region.size, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
     finally:
         os.close(fd)
+
+
+def open_region(region: Region, *, writable: bool = False) -> int:
+    """Return a descriptor of memory that another process keeps. Raises MemoryUnreachable."""
+    try:
+        handle = msgspec.json.decode(region.handle, type=_Handle)
+        mode = os.O_RDWR if writable else os.O_RDONLY
+        fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", mode | os.O_CLOEXEC)
+    except (msgspec.MsgspecError, OSError) as error:
+        raise MemoryUnreachable(f"shared memory of another replica: {error}; share the PID namespace and the user") from error
+    found = os.fstat(fd)
+    if (found.st_dev, found.st_ino) != (handle.device, handle.inode) or not 0 < region.size <= found.st_size:
+        os.close(fd)
+        raise MemoryUnreachable(f"process {handle.pid} no longer holds the memory that its table names")
+    return fd
 
 
 def _runs(source: npt.NDArray[np.int32], target: npt.NDArray[np.int32]) -> list[tuple[int, int, int]]:

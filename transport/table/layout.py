@@ -33,11 +33,12 @@ from transport.table.deliveries import EngineLoad
 
 SUFFIX = ".table"
 MAGIC = b"PEERKV\x00\x01"
-VERSION = 3
+VERSION = 4
 PAGE_BYTES = 4096
 WAYS = 8
 DESCRIPTION_BYTES_MAX = 4 << 20
 BLOCKS_MAX = 1 << 28
+CHECKSUM_BYTES = 16
 HEARTBEAT_OFFSET = 64
 VALID_OFFSET = 72
 NEWEST_OFFSET = 80
@@ -64,11 +65,15 @@ COUNTERS = (
     "pins",
     "pins_refused",
     "hints_malformed",
+    "tier_tokens_host_memory",
+    "tier_dropped_blocks",
 )
 """Counted by the owner's scheduler since its epoch began. A prompt's tokens are counted once, when it is first scheduled:
-prompt_tokens = local_tokens + peer_tokens_* + computed_tokens. `check_failures` are blocks that changed under a copy,
-`fallbacks` requests whose import failed and that computed instead, `evictions` published blocks that were reallocated,
-`pins` prefixes that were pinned, `hints_malformed` fields of the gateway's hints that were ignored."""
+prompt_tokens = local_tokens + peer_tokens_* + tier_tokens_* + computed_tokens. `check_failures` are blocks that changed under a
+copy or do not match their checksum, `fallbacks` requests whose import failed and that computed instead, `evictions` published
+blocks that were reallocated, `pins` prefixes that were pinned, `hints_malformed` fields of the gateway's hints that were
+ignored. In a tier's own table `published_blocks` were stored, `evictions` gave their room to others, and `tier_dropped_blocks`
+were lost because too many were being stored."""
 
 HEADER = struct.Struct("<8sIIQIIIII")  # magic, version, page, epoch, block size, blocks, buckets, ways, description bytes
 
@@ -93,13 +98,25 @@ class Layer(msgspec.Struct, frozen=True):
     group: int = 0
 
 
+class Checksums(msgspec.Struct, frozen=True):
+    """Where checksums lie: that of block b is CHECKSUM_BYTES bytes at `offset + b * stride` of region `region`.
+
+    It is the xxh3_128 of the block, whose layers lie side by side in their order, followed by its key.
+    """
+
+    region: int
+    offset: int
+    stride: int
+
+
 class Memory(msgspec.Struct, frozen=True):
-    """The KV memory of one tensor-parallel rank, reachable through `transport`."""
+    """The KV memory of one tensor-parallel rank, reachable through `transport`. A tier's has `checksums`, an engine's none."""
 
     rank: int
     transport: str
     regions: tuple[Region, ...]
     layers: tuple[Layer, ...]
+    checksums: Checksums | None = None
 
 
 class Description(msgspec.Struct, frozen=True):

@@ -148,6 +148,10 @@ class TableReader:
     def groups(self) -> tuple[Group, ...]:
         return self.description.groups
 
+    def slot_bytes(self) -> int:
+        """Return the bytes of a tier's slot on all ranks; 0 for an engine's table."""
+        return sum(memory.checksums.stride for memory in self.memories if memory.checksums is not None)
+
     def import_bytes(self) -> tuple[float, float]:
         """Return the bytes of an import from here: those that any long one has, and those for each token; zeros if unknown."""
         fixed, each = import_bytes(self.groups)
@@ -247,6 +251,10 @@ class TableReader:
                 if self._key_words[place] == low and self._key_words[place + 1] == high:
                     return True
         return False
+
+    def key(self, block: int) -> bytes:
+        """Return the key that a block has now, 16 bytes: it is the one that was looked up as long as the state is unchanged."""
+        return bytes(self._keys[block])
 
     def unchanged(self, block_ids: npt.NDArray[np.int32], states: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Tell for each block whether its content is still what it was when `states` was read. Call it after the copy."""

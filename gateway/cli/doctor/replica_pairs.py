@@ -12,6 +12,7 @@ from engine.fleet import FLEET_FILE, FileFleet, FleetSnapshot, ReplicaState, own
 from gateway.cli.doctor.gpus import Link
 from transport.fingerprint import fingerprint_difference
 from transport.table.directory import TableDirectory
+from transport.table.tiers import host_memory_of
 
 TRANSPORT_WORDS = {"shared_memory": "shared memory", "cuda_ipc": "CUDA IPC"}
 PATH_WORDS = {
@@ -40,6 +41,8 @@ class FleetMember:
     blocks: int
     cached_blocks: int
     fingerprint: Mapping[str, str]
+    stored: tuple[int, int] | None = None
+    """Blocks that it keeps in host memory, and the slots there; None where it has no host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ def _members(snapshot: FleetSnapshot) -> tuple[FleetMember, ...]:
     tables = TableDirectory(Path(snapshot.table_dir)).tables()
     members = []
     for replica in snapshot.replicas:
-        table = tables.get(replica.name)
+        table, tier = tables.get(replica.name), tables.get(host_memory_of(replica.name))
         members.append(
             FleetMember(
                 name=replica.name,
@@ -107,6 +110,7 @@ def _members(snapshot: FleetSnapshot) -> tuple[FleetMember, ...]:
                 blocks=table.num_blocks if table else 0,
                 cached_blocks=table.cached_blocks() if table else 0,
                 fingerprint=dict(table.fingerprint_fields) if table else {},
+                stored=(tier.cached_blocks(), tier.num_blocks) if tier else None,
             )
         )
     return tuple(members)

@@ -98,7 +98,8 @@ def _fleet_lines(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...])
     yield f"Replicas of {fleet.model}"
     for member in fleet.members:
         table = f"{member.cached_blocks} of {member.blocks} blocks cached" if member.blocks else "no block table"
-        yield f"  {member.name}   {member.state}, {member.device}, {table}"
+        stored = f", {member.stored[0]} of {member.stored[1]} stored in host memory" if member.stored else ""
+        yield f"  {member.name}   {member.state}, {member.device}, {table}{stored}"
     if groups := {member.fingerprint["groups"] for member in fleet.members if "groups" in member.fingerprint}:
         yield f"  KV cache: {' | '.join(sorted(groups))}"
     together = {(pair.transport, pair.path) for pair in pairs}

@@ -192,6 +192,7 @@ class FakeSight:
             parity=ParityStats(replica="", completions=KindVerdict(), chat=KindVerdict()),
             totals=Totals(replicas=0, ready=0, blocks=0, cached_blocks=0, in_flight=0, tokens=tokens, counts=counts),
             replicas=[],
+            host_memory=[],
         )
 
     def prefixes(self, limit: int) -> PrefixReport:

@@ -199,3 +199,14 @@ def test_every_bound_of_the_engines_is_a_setting() -> None:
     from engine.replicas.launch import EngineSettings
 
     assert {field.name for field in dataclasses.fields(EngineSettings)} - set(Settings.model_fields) == {"devices"}
+
+
+@pytest.mark.parametrize(("given", "size"), [("16GiB", 16 << 30), ("512MB", 512_000_000), (4096, 4096), ("0", 0)])
+def test_host_memory_is_given_with_its_unit(given: object, size: int) -> None:
+    assert engine_settings(load({"host_memory": given}), model="m", devices=()).host_memory == size
+
+
+@pytest.mark.parametrize("given", ["-1", "much", "16 elephants"])
+def test_host_memory_that_is_no_size_is_refused(given: str) -> None:
+    with pytest.raises(SettingsError, match="host_memory"):
+        load({"host_memory": given})

@@ -18,8 +18,11 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from engine.connector.step_messages import Handshake, WorkerReport
+from engine.host_process.kept_memory import VARIABLE, KeptMemories, encode_kept
+from engine.tiers.slots import cut
+from transport.keys import chain_keys, root_key
 from transport.table.deliveries import EngineLoad
-from transport.table.layout import Memory
+from transport.table.layout import Layer, Memory
 from transport.table.reader import TableReader
 
 SIZE, BLOCKS, BATCH = 16, 24, 96
@@ -37,12 +40,15 @@ LLAMA = {
 }
 
 
+HANDSHAKE = Handshake(Memory(0, "shared_memory", (), ()), "ok", {})
+
+
 class Engine:
     """vLLM's scheduler and a worker that samples the token 7, always. `ahead` steps are scheduled before one is reported."""
 
-    def __init__(self, path, runner: str, ahead: int) -> None:
+    def __init__(self, path, runner: str, ahead: int, *, name: str = "replica-0", handshake: Handshake = HANDSHAKE) -> None:
         model = path / "model"
-        model.mkdir()
+        model.mkdir(exist_ok=True)
         (model / "config.json").write_text(json.dumps(LLAMA))
         (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
         config = VllmConfig(
@@ -60,7 +66,7 @@ class Engine:
                 kv_connector="PeerKVConnector",
                 kv_connector_module_path="engine.connector",
                 kv_role="kv_both",
-                kv_connector_extra_config={"table_dir": str(path / "tables"), "replica": "replica-0", "pin_share_max": 0.5},
+                kv_connector_extra_config={"table_dir": str(path / "tables"), "replica": name, "pin_share_max": 0.5},
             ),
         )
         config.cache_config.num_gpu_blocks = BLOCKS
@@ -79,19 +85,22 @@ class Engine:
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(SIZE, sha256)
         self.tables = path / "tables"
+        self.handshake = handshake
         self.tell_of_memory()
-        self.table = TableReader(self.tables / "replica-0.table")
+        self.table = TableReader(self.tables / f"{name}.table")
         self.under_way: list = []
         self.preempted = 0
 
     def tell_of_memory(self) -> None:
         """As vLLM does at its start, and when it woke up."""
-        memory = Memory(0, "shared_memory", (), ())
-        self.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): Handshake(memory, "ok", {})})
+        self.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): self.handshake})
 
     def add(self, name: str, first: int, tokens: int, answer: int, **hint) -> Request:
+        return self.add_ids(name, list(range(first, first + tokens)), answer, **hint)
+
+    def add_ids(self, name: str, ids: list[int], answer: int, **hint) -> Request:
         params = SamplingParams(max_tokens=answer, ignore_eos=True, extra_args={"kv_transfer_params": {"peerkv": hint}})
-        request = Request(name, list(range(first, first + tokens)), params, None, block_hasher=self.hasher)
+        request = Request(name, ids, params, None, block_hasher=self.hasher)
         self.scheduler.add_request(request)
         return request
 
@@ -109,7 +118,9 @@ class Engine:
             request = self.scheduler.requests.get(name)
             partial = request is not None and output_end(output, name) < request.num_prompt_tokens
             sampled.append([] if partial else [7])
-        told = KVConnectorOutput(kv_connector_worker_meta=WorkerReport(output.kv_connector_metadata.step))
+        step = output.kv_connector_metadata
+        report = WorkerReport(step.step, copied={store.slot: 1 for store in step.stores.begun})
+        told = KVConnectorOutput(kv_connector_worker_meta=report)
         index = {name: place for place, name in enumerate(names)}
         self.scheduler.update_from_output(output, ModelRunnerOutput(names, index, sampled, kv_connector_output=told))
 
@@ -243,3 +254,51 @@ def test_an_engine_that_slept_begins_a_new_epoch_with_nothing_on_offer(engine):
         engine.run()
         assert table.cached_blocks() == 5
     assert engine.pool.get_num_free_blocks() > free  # nothing is pinned any more
+
+
+@pytest.fixture(params=[("v1", 0), ("v2", 1)], ids=["v1", "v2-ahead"])
+def storing(request, tmp_path, monkeypatch) -> Iterator[Engine]:
+    """An engine with host memory for 64 blocks."""
+    (tmp_path / "tables").mkdir(mode=0o700)
+    kept = KeptMemories(tmp_path / "tables").keep("replica-0", 1 << 16)
+    monkeypatch.setenv(VARIABLE, encode_kept(kept))
+    slots = cut(kept.region, Memory(0, "shared_memory", (), (Layer(0, 0, 960, 960),)), 1)
+    made = Engine(tmp_path, *request.param, handshake=Handshake(HANDSHAKE.memory, "ok", {}, slots))
+    yield made
+    made.scheduler.connector.shutdown()
+
+
+def test_every_block_that_vllm_gives_away_was_stored(storing):
+    prompts = {name: list(range(first, first + 130)) for name, first in (("a", 0), ("b", 200), ("c", 400), ("d", 600))}
+    for name, ids in prompts.items():
+        storing.add(name, ids[0], len(ids), 3)
+        storing.run()
+    with closing(TableReader(storing.tables / "replica-0.host-memory.table")) as tier:
+        here, there = (
+            [len(table.longest_run(chain_keys(root_key(table.fingerprint), ids, SIZE))) for ids in prompts.values()]
+            for table in (storing.table, tier)
+        )
+        lost = storing.table.counters()["evictions"]
+        assert lost > 8
+        assert tier.cached_blocks() >= lost
+        for ids, held in zip(prompts.values(), here, strict=True):
+            keys = chain_keys(root_key(tier.fingerprint), ids, SIZE)
+            assert tier.look_up(keys[held:])[0].all()  # what is here no longer is there
+        assert there[0] == 8
+        assert storing.scheduler.connector.reset_cache()
+        assert tier.cached_blocks() == 0
+
+
+def test_a_table_that_is_made_anew_as_after_a_sleep_goes_on_with_what_is_stored(storing):
+    for name, first in (("a", 0), ("b", 200), ("c", 400)):
+        storing.add(name, first, 130, 3)
+        storing.run()
+    with closing(TableReader(storing.tables / "replica-0.host-memory.table")) as tier:
+        stored = tier.cached_blocks()
+        assert stored > 8
+        storing.tell_of_memory()
+        assert (tier.cached_blocks(), tier.alive()) == (stored, True)
+        for name, first in (("d", 600), ("e", 700), ("f", 800)):  # what was computed before is on offer no more
+            storing.add(name, first, 130, 3)
+            storing.run()
+        assert tier.cached_blocks() > stored

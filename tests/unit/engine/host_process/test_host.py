@@ -11,6 +11,7 @@ import pytest
 
 from engine.host_process import processes
 from engine.host_process.directories import claim_all
+from engine.host_process.kept_memory import KeptMemory, decode_kept
 from engine.host_process.messages import (
     Command,
     Event,
@@ -24,6 +25,8 @@ from engine.host_process.messages import (
     decode_event,
     encode_line,
 )
+from transport.backends.shared_memory import open_region
+from transport.errors import MemoryUnreachable
 
 DEADLINE_SECONDS = 20.0
 
@@ -257,3 +260,28 @@ def test_a_process_knows_its_children_and_its_session() -> None:
         child.kill()
         child.wait()
     assert processes.session_members(child.pid) == ()
+
+
+def test_memory_kept_for_a_replica_outlives_it_and_ends_with_the_host(host: RunningHost) -> None:
+    told = [keep(host), keep(host)]
+    assert told[0].region == told[1].region
+    assert told[0].draft != told[1].draft
+    fd = open_region(told[0].region, writable=True)
+    assert os.fstat(fd).st_size == 4096
+    os.close(fd)
+    assert [path.name for path in host.table_dir.glob(".replica.*")] == [Path(told[1].draft).name]
+    assert host.hang_up() == 0
+    with pytest.raises(MemoryUnreachable):
+        open_region(told[0].region)
+
+
+def keep(host: RunningHost) -> KeptMemory:
+    """Run a replica that 4096 bytes are kept for; returns what it was told."""
+    socket, scratch = str(host.run_dir / "r.sock"), str(host.run_dir / "ipc")
+    out = host.home / "told"
+    argv = ("sh", "-c", f"printenv PEERKV_KEPT_MEMORY > {out}")
+    host.tell(Spawn("replica", argv, {"PATH": os.environ["PATH"]}, socket, scratch, str(host.home / "r.log"), 1 << 20, 4096))
+    event = host.next()
+    assert isinstance(event, Spawned)
+    assert host.next() == Exited("replica", event.pid, 0)
+    return decode_kept(out.read_text())

@@ -219,3 +219,10 @@ def test_the_sockets_inside_vllm_count_too() -> None:
     assert plan(replace(CPU, launcher=("fake",), run_dir=run_dir))
     with pytest.raises(LaunchRefused, match="ipc0"):
         plan(replace(CPU, run_dir=run_dir))
+
+
+def test_host_memory_is_shared_out_among_the_replicas_and_refused_on_gpus() -> None:
+    assert replace(CPU, host_memory=1001, replicas=2).host_memory_bytes_each == 500
+    assert replace(CPU, host_memory=1001, connector=False).host_memory_bytes_each == 0
+    with pytest.raises(LaunchRefused, match="host_memory"):
+        plan_launches(replace(CPU, devices=("0", "1"), host_memory=1001), {}, 8)

@@ -10,8 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.replicas import shared_memory_check
 from engine.replicas.launch import CPU_KV_BYTES, EngineSettings
-from engine.replicas.shared_memory_check import SharedMemoryTooSmall, check_room, kv_bytes_each, shared_kv_bytes
+from engine.replicas.shared_memory_check import (
+    HostMemoryTooLarge,
+    SharedMemoryTooSmall,
+    check_host_memory,
+    check_room,
+    free_bytes,
+    kv_bytes_each,
+    shared_kv_bytes,
+)
 from engine.replicas.supervisor import Supervisor
 
 CPU = EngineSettings("org/model", Path("/run/p"), Path("/dev/shm/p"), Path("/log/p"))
@@ -63,3 +72,24 @@ async def test_a_supervisor_does_not_start_without_room(small: None) -> None:
 )
 def test_the_last_size_that_vllm_is_given_counts(arguments: tuple[str, ...], size: int) -> None:
     assert kv_bytes_each(arguments) == size
+
+
+def test_more_host_memory_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory_check, "free_bytes", lambda: 3 << 30)
+    check_host_memory(replace(CPU, host_memory=3 << 30))
+    with pytest.raises(HostMemoryTooLarge, match="asks for 4096 MiB, and 3072 MiB are free"):
+        check_host_memory(replace(CPU, host_memory=4 << 30))
+
+
+@pytest.mark.parametrize(
+    ("most", "used", "free"),
+    [("max", "5", 8 << 30), ("1073741824", "73741824", 1_000_000_000), ("5", "9", 0), (None, None, 8 << 30)],
+)
+def test_free_memory_is_the_machines_or_what_the_control_group_leaves(
+    tmp_path: Path, most: str | None, used: str | None, free: int
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\n")
+    if most is not None and used is not None:
+        (tmp_path / "memory.max").write_text(most + "\n")
+        (tmp_path / "memory.current").write_text(used + "\n")
+    assert free_bytes(tmp_path / "meminfo", tmp_path) == free

@@ -219,3 +219,55 @@ def test_without_imports_nobody_has_a_source(tables: ReplicaTables) -> None:
     tables.start("b")
     state = FleetWatch(StandingFleet("a", "b"), TableDirectory(tables.directory), imports=False).now()
     assert not any(state.sources.values())
+
+
+def test_a_tier_is_no_replica_and_gives_what_it_holds_behind_what_a_replica_has(tables: ReplicaTables, registry: Place) -> None:
+    tables.start("a")
+    tables.start("b")
+    stored = tables.start("a.host-memory")
+    tables.hold("a", PROMPT[: 2 * BLOCK_SIZE])
+    keys = chain_keys(root_key(fingerprint_digest(FIELDS)), PROMPT, BLOCK_SIZE)
+    stored.publish([0, 1, 2], keys[2:])
+    look_up = registry.look_up([*PROMPT, 1])
+    assert look_up.blocks == {"a": 2}
+    assert look_up.tiers == {"a": ("a.host-memory", 5)}
+    assert (look_up.held_tokens_max, look_up.places) == (5 * BLOCK_SIZE, {"a": 0, "b": 0})
+    stored.publish([3, 4], keys[:2])
+    assert registry.look_up([*PROMPT, 1]).tiers == {"a": ("a.host-memory", 5), "b": ("a.host-memory", 5)}
+    assert registry.look_up([*PROMPT, 1], "salt").tiers == {}
+    assert set(registry.tables()) == {"a", "b"}
+    assert set(registry.watch.latest.tiers) == {"a.host-memory"}
+    assert registry.sources() == {"a": {"b"}, "b": {"a"}}
+    tables.stop("a")
+    assert registry.look_up([*PROMPT, 1]).tiers == {"b": ("a.host-memory", 5)}  # what it computed is still there
+    tables.stop("a.host-memory")
+    assert registry.look_up([*PROMPT, 1]).tiers == {}
+
+
+@pytest.mark.parametrize("about", [{"fields": {"weights": "w2"}}, {"transport": "cuda_ipc"}, {"status": "broken"}])
+def test_a_tier_that_does_not_fit_gives_nothing(tables: ReplicaTables, registry: Place, about: dict) -> None:
+    tables.start("a")
+    tables.start("a.host-memory", **about)
+    tables.hold("a.host-memory", PROMPT)
+    assert registry.look_up([*PROMPT, 1]).tiers == {}
+
+
+def test_of_a_model_with_windows_a_tier_gives_what_is_missing(tables: ReplicaTables, registry: Place) -> None:
+    groups = (Group("full", BLOCK_SIZE), Group("window", BLOCK_SIZE, BLOCK_SIZE + 2))
+    keys = chain_keys(root_key(fingerprint_digest(FIELDS)), PROMPT, BLOCK_SIZE)
+    mine, stored = (tables.start(name, groups=groups) for name in ("a", "a.host-memory"))
+    mine.publish([0, 1], keys[:2])
+    mine.publish([2, 3], group_keys(keys[:2], 1))
+    stored.publish([0, 1, 2], keys[2:])
+    stored.publish([3, 4], group_keys(keys, 1)[3:])
+    look_up = registry.look_up([*PROMPT, 1])
+    assert look_up.tiers == {"a": ("a.host-memory", 5)}
+    assert not look_up.divisible
+
+
+def test_without_imports_nothing_comes_from_a_tier(tables: ReplicaTables) -> None:
+    tables.start("a")
+    tables.start("a.host-memory")
+    tables.hold("a.host-memory", PROMPT)
+    watch = FleetWatch(StandingFleet("a"), TableDirectory(tables.directory), imports=False)
+    assert Registry().look_up(watch.now(), [*PROMPT, 1]).tiers == {}

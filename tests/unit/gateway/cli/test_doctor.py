@@ -475,3 +475,9 @@ def test_descriptors_that_are_too_few_are_a_problem_with_a_remedy() -> None:
         "1024 descriptors are too few, so requests_in_flight_max from 1024 to 350 and connections_max from 4096 to 526"
     )
     assert "ulimit -Hn" in found.remedy
+
+
+def test_what_is_stored_in_host_memory_is_shown() -> None:
+    fleet = fleet_of(replace(MEMBER, stored=(7, 900)), replace(MEMBER, name="replica-1"))
+    assert "replica-0   ready, cpu, 3 of 1000 blocks cached, 7 of 900 stored in host memory\n" in words(CPU_MACHINE, fleet)
+    assert "replica-1   ready, cpu, 3 of 1000 blocks cached\n" in words(CPU_MACHINE, fleet)

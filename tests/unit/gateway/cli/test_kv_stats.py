@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ByteSize
 from rich.console import Console
 
 from engine.fleet import ReplicaState
@@ -249,3 +250,17 @@ def test_the_notes_say_why_prompts_were_not_cached(scene: Scene) -> None:
     output = shown(lambda console: console.print(render(stats.model_copy(update={"ledger": ledger}), None, 0.0)))
     assert "none 5, load 1,200 (-3.0M)" in output
     assert "70 expected, 0 delivered" in output
+
+
+def test_the_banner_names_host_memory_where_there_is_some(scene: Scene, tmp_path: Path) -> None:
+    text = banner(Settings(host_memory=ByteSize(2 << 30)), scene.fleet.snapshot(), tmp_path)
+    assert "  tiers      host memory 2048 MiB, shared by all replicas\n" in text
+    assert "host memory" not in banner(Settings(), scene.fleet.snapshot(), tmp_path)
+
+
+def test_what_host_memory_holds_is_shown(scene: Scene) -> None:
+    assert "host memory" not in shown(lambda console: console.print(render(scene.view.snapshot(), None, 0.0)))
+    scene.tables.start("a.host-memory", blocks=64)
+    scene.tables.hold("a.host-memory", range(40))
+    text = shown(lambda console: console.print(render(scene.view.snapshot(), None, 0.0)))
+    assert "host memory: 10 of 64 blocks used, 0 tokens restored" in text

@@ -370,3 +370,23 @@ async def test_the_body_stays_as_it_is(place: Place) -> None:
     body = {"prompt": "hello", "model": "m"}
     await place.planner.plan("completions", body, TENANT)
     assert body == {"prompt": "hello", "model": "m"}
+
+
+async def test_what_left_a_cache_is_restored_from_host_memory(place: Place) -> None:
+    place.tables.start("a.host-memory")
+    place.tables.hold("a.host-memory", LONG)
+    plan = await place.plan(LONG, wanted="a")
+    assert (plan.source, plan.predicted_tokens, plan.held_tokens_max) == ("a.host-memory", 600, 600)
+    assert plan.kv_transfer_params == {"peerkv": {"source": "a.host-memory", "tag": plan.tag}}
+    assert plan.decision.reason.startswith("imports 600 tokens from a.host-memory")
+    place.begin(plan)
+    assert place.planner.in_flight() == {"a": 1}
+    place.end(plan)
+
+
+async def test_a_replica_that_holds_all_of_it_restores_nothing(place: Place) -> None:
+    place.tables.start("a.host-memory")
+    place.tables.hold("a.host-memory", LONG)
+    place.tables.hold("b", LONG)
+    plan = await place.plan(LONG)
+    assert (plan.replica.name, plan.source) == ("b", None)

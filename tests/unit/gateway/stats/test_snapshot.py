@@ -59,6 +59,7 @@ def test_tokens_are_shown_by_where_they_came_from_and_add_up(scene: Scene) -> No
 
 def test_every_counter_of_the_tables_is_shown() -> None:
     tokens = {"prompt_tokens", "local_tokens", "computed_tokens", "peer_tokens_shared_memory", "peer_tokens_cuda_ipc"}
+    tokens |= {"tier_tokens_host_memory", "tier_dropped_blocks"}
     shown = {name.replace("import_seconds", "import_nanoseconds") for name in TransferCounts.model_fields}
     assert set(COUNTERS) == tokens | shown
 
@@ -175,3 +176,22 @@ def test_the_ledger_shows_every_reason_and_the_costs_what_was_learnt(scene: Scen
     assert set(stats.ledger.requests) == set(stats.ledger.lost_tokens) == {reason.value for reason in MissReason}
     assert (stats.ledger.requests["cold"], stats.ledger.settled, stats.ledger.computed_tokens) == (1, 1, 100)
     assert (stats.costs.samples, stats.costs.median_error) == (0, None)
+
+
+def test_host_memory_is_shown_with_what_all_replicas_restored(scene: Scene) -> None:
+    assert scene.view.snapshot().host_memory == []
+    stored = scene.tables.start("a.host-memory", blocks=64)
+    scene.tables.hold("a.host-memory", range(40))
+    stored.count("tier_dropped_blocks", 3)
+    for name, blocks in (("a", 5), ("b", 2)):
+        scene.tables.writers[name].imported(
+            "a.host-memory", "shared_memory", blocks=blocks, size=100 * blocks, nanoseconds=1, failed=name == "b"
+        )
+        scene.count(name, prompt_tokens=10, tier_tokens_host_memory=8, computed_tokens=2)
+    stats = scene.view.snapshot()
+    (tier,) = stats.host_memory
+    assert (tier.name, tier.replica, tier.blocks, tier.stored_blocks) == ("a.host-memory", "a", 64, 10)
+    assert (tier.stores, tier.evictions, tier.dropped_blocks) == (10, 0, 3)
+    assert (tier.imports, tier.import_blocks, tier.import_bytes, tier.import_failures) == (2, 7, 700, 1)
+    assert stats.totals.tokens.host_memory == 16
+    assert [replica.name for replica in stats.replicas] == ["a", "b"]

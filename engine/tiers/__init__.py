@@ -1,0 +1,1 @@
+"""Tiers below the KV memory of the engines. Host memory: kept by the host process, written by one replica, read by all."""

@@ -1,0 +1,110 @@
+"""The host-memory tier as a worker sees it: copies blocks into slots, in a thread, off the engine's path.
+
+A block is complete when its store is begun, and no step overwrites it before `flush` returned: so every copy is right without a
+check. A thread copies while the engine computes or waits; `flush` copies what the thread has not come to.
+"""
+
+import ctypes
+import logging
+import mmap
+import threading
+from collections import deque
+from collections.abc import Set
+
+import numpy as np
+
+from engine.tiers.slots import Slots
+from engine.tiers.stores import NO_STORES, Store, Stores
+from transport.backends.shared_memory import SharedMemoryTransport, checksum, map_region
+from transport.table.layout import CHECKSUM_BYTES
+
+_logger = logging.getLogger(__name__)
+
+
+class SlotWriter:
+    """Writes one rank's part of a region. Raises MemoryUnreachable if it does not open."""
+
+    def __init__(self, own: SharedMemoryTransport, slots: Slots) -> None:
+        self._own = own  # its memory must last as long as the thread
+        memory = slots.memory
+        assert memory.checksums is not None
+        self._map: mmap.mmap = map_region(memory.regions[0], writable=True)
+        self._bytes = memoryview(self._map)
+        self._base = int(np.frombuffer(self._map, np.uint8).__array_interface__["data"][0])
+        self._checksums = memory.checksums
+        groups = {layer.group for layer in memory.layers}
+        self._pieces = {
+            group: [
+                (address, stride, layer.offset, layer.bytes)
+                for layer, (address, stride) in zip(memory.layers, own.layers(), strict=True)
+                if layer.group == group
+            ]
+            for group in groups
+        }
+        self._waiting: deque[Store] = deque()
+        self._copied: deque[int] = deque()
+        self._closed = False
+        self._calling = False
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, stores: Stores) -> None:
+        """Take in what a step brings; when this returns, what it overwrites has been copied."""
+        if stores is NO_STORES or not (stores.begun or stores.overwritten):
+            return
+        self._calling = True  # or the thread, which lets go of the lock for an instant, would mostly get it again
+        with self._changed:
+            self._calling = False
+            if self._closed:
+                return
+            self._waiting.extend(stores.begun)
+            self._flush(stores.overwritten)
+            if self._waiting:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="peerkv-host-memory", daemon=True)
+                    self._thread.start()
+                self._changed.notify()
+
+    def take_copied(self) -> list[int]:
+        """Return the slots that were filled since the last call."""
+        return [self._copied.popleft() for _ in range(len(self._copied))]
+
+    def close(self) -> None:
+        """End the copies, once the one under way is done: the engine's memory may go then."""
+        self._calling = True
+        with self._changed:
+            self._calling = False
+            self._closed = True
+            self._waiting.clear()
+            self._changed.notify()
+
+    def _flush(self, blocks: Set[int]) -> None:
+        urgent = [store for store in self._waiting if store.block in blocks]
+        if urgent:
+            self._waiting = deque(store for store in self._waiting if store.block not in blocks)
+        for store in urgent:
+            self._copy(store)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:  # held during a copy: `begin` waits for one block at most
+                    while (not self._waiting or self._calling) and not self._closed:
+                        self._changed.wait()
+                    if self._closed:
+                        return
+                    self._copy(self._waiting.popleft())
+        except Exception as error:  # noqa: BLE001 - whatever it is, the engine goes on without storing
+            _logger.error("host memory is not written any more: %r", error)
+            self.close()
+
+    def _copy(self, store: Store) -> None:
+        sums = self._checksums
+        slot = store.slot * sums.stride
+        begin = end = self._pieces[store.group][0][2] + slot
+        for address, stride, offset, size in self._pieces[store.group]:
+            ctypes.memmove(self._base + offset + slot, address + store.block * stride, size)
+            end = offset + slot + size
+        said = sums.offset + slot
+        self._bytes[said : said + CHECKSUM_BYTES] = checksum(self._bytes[begin:end], store.key)
+        self._copied.append(store.slot)

@@ -1,0 +1,202 @@
+"""Host memory: what left a replica's KV cache is restored by every replica, also when its engine is gone."""
+
+import mmap
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from engine.host_process.kept_memory import VARIABLE, KeptMemories, encode_kept
+from gateway.tenants.tenants import default_salt
+from tests.real.conftest import CONFIG, ONE, TWO, VLLM_ARGS, _running, assert_no_trace
+from tests.real.families import Family, tokens
+from tests.real.fleet import RESTART_SECONDS_MAX, Fleet, until
+from tests.real.prompts import Words
+from transport.backends.shared_memory import open_region
+from transport.keys import chain_keys, root_key
+from transport.table.prefix import GroupChain, held_tokens
+from transport.table.reader import TableReader
+from transport.table.tiers import host_memory_of
+
+BLOCK = 32
+LENGTH = 300
+WHOLE = (LENGTH - 1) // BLOCK * BLOCK
+SMALL = ("--kv-cache-memory-bytes", "33554432", "--max-model-len", "512")  # 21 blocks, 672 tokens
+TIER = host_memory_of("replica-0")
+
+
+@pytest.fixture(scope="module")
+def words(tiered) -> Words:
+    return Words(tiered.model_dir)
+
+
+@pytest.fixture(scope="module")
+def tiered(shared_memory_before) -> Iterator[Fleet]:
+    """A fleet with small KV caches and much host memory, which ends without a trace."""
+    fleet = Fleet(CONFIG, flags=("--host-memory", "400MiB"), vllm_args=(*VLLM_ARGS, *SMALL))
+    fleet.key = ONE.api_key.get_secret_value()
+    _running.append(fleet)
+    try:
+        fleet.start()
+        fleet.wait_ready()
+        yield fleet
+        assert fleet.stop() == 0, fleet.logs()
+        assert_no_trace(fleet, shared_memory_before)
+    finally:
+        fleet.stop()
+        fleet.remove()
+        _running.remove(fleet)
+
+
+def tier_stats(fleet: Fleet, replica: str = "replica-0") -> dict:
+    return next(tier for tier in fleet.stats()["host_memory"] if tier["replica"] == replica)
+
+
+def lose(fleet: Fleet, words, replica: str) -> None:
+    """Make a replica give up every block that it holds, by three other prompts."""
+    for _ in range(3):
+        fleet.answer(words.ids(8 * BLOCK - 2), replica=replica, max_tokens=1)
+
+
+@contextmanager
+def restoring(fleet: Fleet, replica: str, tokens: int = WHOLE) -> Iterator[None]:
+    """The one request inside restores so many tokens from host memory, and computes the rest.
+
+    The canaries that the gateway sends after it replaced a replica may be counted too.
+    """
+    before = fleet.replica_stats(replica)["tokens"]
+    yield
+    after = fleet.replica_stats(replica)["tokens"]
+    moved = {name: after[name] - before[name] for name in after}
+    canaries = moved["prompt"] - LENGTH
+    assert tokens <= moved["host_memory"] <= tokens + canaries, moved
+    assert LENGTH - tokens <= moved["computed"] <= LENGTH - tokens + canaries, moved
+
+
+def test_what_left_a_cache_is_restored_there_and_elsewhere_to_the_last_bit(tiered, words):
+    prompt = words.ids(LENGTH)
+    cold, local = (tiered.answer(prompt, replica="replica-0") for _ in range(2))
+    assert (cold.cached_tokens, local.cached_tokens) == (0, WHOLE)
+    lose(tiered, words, "replica-0")
+    with restoring(tiered, "replica-0"):
+        restored = tiered.answer(prompt, replica="replica-0")
+    assert restored.same_as(local)
+    lose(tiered, words, "replica-0")
+    with restoring(tiered, "replica-1"):
+        elsewhere = tiered.answer(prompt, replica="replica-1")
+    assert elsewhere.same_as(local)
+    assert restored.close_to(cold)
+    seen = tier_stats(tiered)
+    assert seen["stores"] > 2 * WHOLE // BLOCK
+    assert (seen["imports"], seen["import_blocks"], seen["import_failures"]) == (2, 2 * WHOLE // BLOCK, 0)
+    assert seen["dropped_blocks"] == 0
+    assert f'peerkv_host_memory_import_blocks_total{{replica="replica-0"}} {2.0 * (WHOLE // BLOCK)}' in metrics(tiered)
+
+
+def metrics(fleet: Fleet) -> str:
+    return fleet.client.get("/metrics").raise_for_status().text
+
+
+def test_the_end_of_a_prefix_is_restored_behind_what_is_still_there(tiered, words):
+    prompt = words.ids(LENGTH)
+    tiered.answer(prompt, replica="replica-0")
+    local = tiered.answer(prompt, replica="replica-0")
+    tiered.answer(words.ids(6 * BLOCK - 2), replica="replica-0", max_tokens=1)
+    tiered.answer(words.ids(10 * BLOCK - 2), replica="replica-0", max_tokens=1)  # takes the last blocks of the prompt
+    before = tiered.replica_stats("replica-0")["tokens"]
+    restored = tiered.answer(prompt, replica="replica-0")
+    after = tiered.replica_stats("replica-0")["tokens"]
+    assert after["local"] > before["local"]
+    assert after["host_memory"] > before["host_memory"]
+    assert after["computed"] - before["computed"] == LENGTH - WHOLE
+    assert restored.same_as(local)
+
+
+def test_tenants_and_changed_bytes_are_misses(tiered, words):
+    prompt = words.ids(LENGTH)
+    cold = tiered.answer(prompt, replica="replica-0")
+    lose(tiered, words, "replica-0")
+    foreign = tiered.answer(prompt, replica="replica-0", key=TWO.api_key.get_secret_value())
+    assert foreign.cached_tokens == 0
+    assert foreign.close_to(cold)
+    damage(tiered, prompt, block=3)
+    failures = tiered.replica_stats("replica-1")["counts"]["check_failures"]
+    with restoring(tiered, "replica-1", tokens=3 * BLOCK):
+        assert tiered.answer(prompt, replica="replica-1").close_to(cold)
+    assert tiered.replica_stats("replica-1")["counts"]["check_failures"] == failures + 1
+
+
+def damage(fleet: Fleet, prompt: list[int], block: int) -> None:
+    """Change one bit of a stored block."""
+    with closing(fleet.table(TIER)) as table:
+        root = root_key(table.fingerprint, default_salt(ONE))
+        run = table.longest_run(chain_keys(root, prompt, BLOCK))
+        assert len(run) == LENGTH // BLOCK
+        memory = table.memories[0]
+        place = memory.layers[5].offset + int(run.block_ids[block]) * memory.layers[5].stride + 77
+        fd = open_region(memory.regions[0], writable=True)
+        try:
+            with mmap.mmap(fd, memory.regions[0].size) as mapped:
+                mapped[place] ^= 1
+        finally:
+            os.close(fd)
+
+
+def test_a_killed_engines_blocks_are_restored_by_others_and_then_by_itself(tiered, words):
+    prompt = words.ids(LENGTH)
+    tiered.answer(prompt, replica="replica-0")
+    local = tiered.answer(prompt, replica="replica-0")
+    lose(tiered, words, "replica-0")
+    former = tiered.pid("replica-0")
+    os.kill(former, signal.SIGKILL)
+    with restoring(tiered, "replica-1"):
+        assert tiered.answer(prompt, replica="replica-1").same_as(local)
+    until(lambda: tiered.restarted("replica-0", former), RESTART_SECONDS_MAX, "replica-0 is started anew")
+    tiered.wait_ready(RESTART_SECONDS_MAX)
+    tiered.forget("replica-1")
+    with restoring(tiered, "replica-0"):
+        assert tiered.answer(prompt, replica="replica-0").same_as(local)
+    tiered.flush()
+    with restoring(tiered, "replica-0", tokens=0):
+        tiered.answer(prompt, replica="replica-0")
+
+
+def test_it_says_what_it_keeps(tiered):
+    assert "host memory 400 MiB" in Path(tiered.home / "peerkv.log").read_text()
+    assert tier_stats(tiered)["blocks"] * tier_stats(tiered)["bytes"] > 0
+
+
+def test_states_are_restored_and_outlive_their_engine(tmp_path):
+    family = Family(tmp_path, "qwen3next", dtype="bfloat16", max_model_len=1024, num_gpu_blocks_override=20)
+    family.tables.mkdir(mode=0o700)
+    kept = KeptMemories(family.tables).keep("a", 64 << 20)
+    try:
+        family.start("a", environment={VARIABLE: encode_kept(kept)})
+        block = family.block()
+        ids, whole = tokens(2 * block + 3, 1), 2 * block
+        cold, local = family.ask("a", ids), family.ask("a", ids)
+        assert (cold.cached, local.cached) == (0, whole)
+        with closing(family.table("a")) as table:
+            for seed in range(2, 4 + table.num_blocks // 5):  # each takes a block of three states, and two of keys and values
+                family.ask("a", tokens(whole + 3, seed))
+            assert held_tokens(table, chain_of(table, ids)) == 0
+        with family.counting("a") as counted:
+            restored = family.ask("a", ids)
+        assert (counted["tier_tokens_host_memory"], counted["check_failures"]) == (whole, 0)
+        assert restored.same_as(local)
+        family["a"].kill()
+        family.start("b")
+        with family.counting("b") as counted:
+            elsewhere = family.ask("b", ids)
+        assert counted["tier_tokens_host_memory"] == whole
+        assert elsewhere.same_as(local)
+    finally:
+        family.close()
+
+
+def chain_of(table: TableReader, ids: list[int]) -> GroupChain:
+    keys = chain_keys(root_key(table.fingerprint), ids, table.block_size, table.hash_name)
+    return GroupChain(table.groups, keys)

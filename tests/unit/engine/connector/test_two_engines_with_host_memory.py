@@ -1,0 +1,124 @@
+"""Two of vLLM's schedulers with the workers' half on real memory, always evicting: every block that is used is right.
+
+The model is a stand-in that writes into each block what follows from the tokens up to its end, and looks before each step at
+every block of the prefix that vLLM takes for computed.
+"""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+from engine.connector.worker import WorkerHalf
+from engine.host_process.kept_memory import VARIABLE, KeptMemories, decode_kept, encode_kept
+from engine.tiers.slot_writer import SlotWriter
+from tests.unit.engine.connector.test_in_vllms_scheduler import BLOCKS, SIZE, Engine, output_end
+from transport.keys import chain_keys
+from transport.table.reader import TableReader
+from transport.table.tiers import host_memory_of
+
+LAYERS = 3
+ROOT = b"r" * 16
+REQUESTS = 120
+
+
+class Working(Engine):
+    """An engine with memory."""
+
+    def __init__(self, path, name: str, kept, monkeypatch) -> None:
+        monkeypatch.setenv(VARIABLE, encode_kept(kept))
+        self.layers = {f"layer.{i}": torch.zeros(BLOCKS, 2, SIZE, 2) for i in range(LAYERS)}
+        self.worker = WorkerHalf(path / "tables", name, 0, kept)
+        self.worker.register(self.layers, BLOCKS)
+        super().__init__(path, "v1", 0, name=name, handshake=self.worker.handshake({}))
+        self.blocks: dict[str, list[int]] = {}
+        self.checked = 0
+
+    def _report(self, output) -> None:
+        meta = output.kv_connector_metadata
+        self.worker.store(meta)
+        self._compute(output)
+        self.worker.start(meta)
+        ended = self.worker.poll()
+        told = KVConnectorOutput(
+            finished_recving=ended or None,
+            invalid_block_ids=self.worker.take_load_errors(),
+            kv_connector_worker_meta=self.worker.take_report(),
+        )
+        names = list(output.num_scheduled_tokens)
+        sampled = [[] if output_end(output, name) < self.scheduler.requests[name].num_prompt_tokens else [7] for name in names]
+        index = {name: place for place, name in enumerate(names)}
+        self.scheduler.update_from_output(output, ModelRunnerOutput(names, index, sampled, kv_connector_output=told))
+
+    def _compute(self, output) -> None:
+        """Look at what counts as computed, then write what this step computes."""
+        starts = {}
+        for new in output.scheduled_new_reqs:
+            self.blocks[new.req_id] = list(new.block_ids[0])
+            starts[new.req_id] = new.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for name, added, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+            if name in cached.resumed_req_ids:
+                self.blocks[name] = []
+            self.blocks[name] += added[0] if added else []
+            starts[name] = computed
+        for name, count in output.num_scheduled_tokens.items():
+            keys = chain_keys(ROOT, self.scheduler.requests[name].all_token_ids, SIZE)
+            whole, end = starts[name] // SIZE, (starts[name] + count) // SIZE
+            for place in range(whole):
+                for number, layer in enumerate(self.layers.values()):
+                    assert torch.equal(layer[self.blocks[name][place]], content(keys[place], number)), (name, place)
+                self.checked += 1
+            for place in range(whole, end):
+                for number, layer in enumerate(self.layers.values()):
+                    layer[self.blocks[name][place]] = content(keys[place], number)
+
+
+def content(key, layer: int) -> torch.Tensor:
+    """What a layer holds for a block."""
+    generator = torch.Generator().manual_seed(int(key[0] >> np.uint64(2)) + layer)
+    return torch.rand((2, SIZE, 2), generator=generator)
+
+
+@pytest.fixture
+def engines(tmp_path, monkeypatch):
+    (tmp_path / "tables").mkdir(mode=0o700)
+    keeper = KeptMemories(tmp_path / "tables")
+    made = []
+    for name in ("a", "b"):
+        kept = decode_kept(encode_kept(keeper.keep(name, 40 * 1024)))
+        made.append(Working(tmp_path, name, kept, monkeypatch))
+    yield made
+    for engine in made:
+        engine.worker.close()
+        engine.scheduler.connector.shutdown()
+
+
+@pytest.mark.parametrize("thread", ["copies", "never comes to it"])
+def test_whatever_is_restored_is_what_was_computed(engines, tmp_path, thread, monkeypatch):
+    if thread != "copies":  # then each step has to wait for what it overwrites
+        monkeypatch.setattr(SlotWriter, "_run", lambda self: None)
+    chance = random.Random(thread)
+    prefixes = [[chance.randrange(900) for _ in range(chance.randrange(4, 10) * SIZE)] for _ in range(9)]
+    for number in range(REQUESTS):
+        engine = chance.choice(engines)
+        prefix = chance.choice(prefixes)
+        ids = prefix[: chance.randrange(SIZE, len(prefix))] + [chance.randrange(900) for _ in range(chance.randrange(1, 40))]
+        engine.add_ids(f"r{number}", ids, chance.randrange(1, 20))
+        for _ in range(chance.randrange(12)):
+            for each in engines:
+                if each.scheduler.has_requests():
+                    each.step()
+    for engine, other in (engines, engines[::-1]):
+        engine.run()
+        assert host_memory_of(other.table.name) in {peer.name for peer in engine.table.peers()}
+        counters = engine.table.counters()
+        assert counters["requests"] > REQUESTS // 4
+        assert counters["tier_tokens_host_memory"] > 10 * SIZE
+        assert counters["table_errors"] == 0
+        assert engine.checked > REQUESTS
+        tier = TableReader(tmp_path / "tables" / f"{host_memory_of(engine.table.name)}.table")
+        assert tier.counters()["evictions"] > 0  # its slots were used over and over
+        assert tier.cached_blocks() <= tier.num_blocks
