@@ -14,6 +14,7 @@ from tests.real.owner import OwnMemory, held, keys_of, table_like, wait_readable
 
 LENGTH = 1500  # long enough that the copy takes longer than a thread needs to wake up
 WHOLE = (LENGTH - 1) // 32 * 32
+SHORT = 500
 NAME = "replica-y"
 ATTEMPTS_MAX = 30
 CAUGHT_MIN = 3
@@ -104,7 +105,7 @@ def test_blocks_that_change_under_the_copy_are_computed_instead(fleet, words, sa
 
 def test_an_owner_that_never_stops_changing_its_blocks_harms_nobody(fleet, words, salt):
     """Blocks are withdrawn, overwritten, restored and offered again, over and over, while replica-1 imports."""
-    ids = words.ids(LENGTH)
+    ids = words.ids(SHORT)
     wanted = fleet.answer(ids, replica="replica-0")
     stop = threading.Event()
     with owner(fleet, ids, salt) as (table, memory), closing(fleet.table("replica-0")) as like:
@@ -123,7 +124,7 @@ def test_an_owner_that_never_stops_changing_its_blocks_harms_nobody(fleet, words
             for _ in range(4):
                 answer, counted = ask(fleet, ids, salt)
                 assert answer.close_to(wanted)
-                assert counted.peer + counted.computed == LENGTH
+                assert counted.peer + counted.computed == SHORT
         finally:
             stop.set()
             thread.join()

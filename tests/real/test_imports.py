@@ -2,10 +2,14 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 
+from tests.real.fleet import until
+
 BLOCK = 32
+IDLE_SECONDS_MAX = 10.0
 LONG = 1050
 
 
@@ -47,9 +51,12 @@ def test_an_import_equals_a_run_of_the_same_replica_after_a_flush(fleet, words):
 
 @pytest.mark.parametrize("holder", ["replica-0", "replica-1"])
 def test_a_holder_that_is_not_busy_keeps_its_prompts(fleet, words, holder):
-    prompt = words.text(300)
+    prompt, again = words.text(300), []
     fleet.answer(prompt, replica=holder)
-    again = [fleet.answer(prompt) for _ in range(3)]
+    with closing(fleet.table(holder)) as table:
+        for _ in range(3):
+            until(lambda: table.load().running_requests == 0, IDLE_SECONDS_MAX, "the holder has told that it is idle")
+            again.append(fleet.answer(prompt))
     assert {answer.replica for answer in again} == {holder}
     assert {answer.cached_tokens for answer in again} == {importable(300)}
 
