@@ -121,7 +121,7 @@ def test_an_owner_that_never_stops_changing_its_blocks_harms_nobody(fleet, words
         thread = threading.Thread(target=churn)
         thread.start()
         try:
-            for _ in range(4):
+            for _ in range(8):
                 answer, counted = ask(fleet, ids, salt)
                 assert answer.close_to(wanted)
                 assert counted.peer + counted.computed == SHORT

@@ -125,7 +125,7 @@ def holds(engine: Engine, prompt: list[int]) -> bool:
     return len(engine.table.longest_run(keys)) == 1
 
 
-def test_a_pinned_prefix_outlives_what_evicts_another_and_is_let_go_when_it_is_unpinned(one, words):
+def test_a_pinned_prefix_outlives_what_evicts_another_and_ends_when_it_is_unpinned(one, words):
     pinned, other = words.ids(PROMPT), words.ids(PROMPT)
     one.ask(pinned, pin=PIN)
     one.ask(other)
@@ -135,6 +135,8 @@ def test_a_pinned_prefix_outlives_what_evicts_another_and_is_let_go_when_it_is_u
     assert parts(one.delivered(pinned)) == (FULL, 0, PROMPT - FULL)
     one.ask(other, unpin=[PIN["id"]])
     assert one.table.load().pinned_blocks == 0
+    churn(one, words, pinned)
+    assert parts(one.delivered(pinned)) == (0, 0, PROMPT)
 
 
 def test_a_pin_ends_by_itself(one, words):

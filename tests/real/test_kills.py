@@ -62,7 +62,7 @@ class Stream:
         self.events += 1
 
 
-@pytest.mark.parametrize("replica", REPLICAS[1:])
+@pytest.mark.parametrize("replica", REPLICAS)
 def test_requests_of_a_killed_replica_end_in_a_right_answer_or_a_clear_error(fleet, words, replica):
     """Two streams are pinned to each replica; of those that are free to go anywhere, some are with the one that is killed."""
     body = fleet.body(words.text(20), max_tokens=100, logprobs=None)

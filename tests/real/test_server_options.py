@@ -1,6 +1,7 @@
 """A fleet whose vLLM servers were given options that change what is rendered and streamed: as vLLM alone would do it."""
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +15,10 @@ TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+KEEP_ALIVE_SECONDS = 1
 VLLM_ARGS = (
     *("--dtype", "float32", "--chat-template", TEMPLATE),
-    *("--exclude-tools-when-tool-choice-none", "--sse-keep-alive-interval", "1"),
+    *("--exclude-tools-when-tool-choice-none", "--sse-keep-alive-interval", str(KEEP_ALIVE_SECONDS)),
 )
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Tell the weather of a place, now or later."}}
 CHAT = {"messages": [{"role": "user", "content": "How is the weather?"}], "max_tokens": 1}
@@ -81,9 +83,12 @@ def test_vllm_alone_decides_what_is_right(optioned: Fleet, change: dict[str, Any
 
 def test_comments_of_a_long_wait_cost_no_header(optioned: Fleet) -> None:
     body = {"prompt": Words(optioned.model_dir).text(600), "max_tokens": 1, "stream": True, "temperature": 0}
+    began = time.monotonic()
     with optioned.client.stream("POST", "/v1/completions", json=body) as answer:
+        waited = time.monotonic() - began
         assert "computed=" in answer.headers["x-peerkv-cache"]
         lines = [line for line in answer.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
     events = [line for line in lines if not line.startswith(":")]
+    assert len(events) < len(lines) or waited < 2 * KEEP_ALIVE_SECONDS
     assert json.loads(events[0].removeprefix("data: "))["choices"]

@@ -24,7 +24,7 @@ ALIKE_MIN = 3
 REQUESTS_MIN, REQUESTS_MAX = 100, 180
 SENT_SECONDS_MAX = 30.0
 LARGE = 4000
-MOST = 0.6
+MOST = 0.75
 """Share of decisions that must be right though the costs were learnt on a busy machine."""
 
 
