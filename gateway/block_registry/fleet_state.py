@@ -36,7 +36,10 @@ class ReadyReplica(msgspec.Struct, frozen=True, gc=False, eq=False):
 
 
 class TableKind(msgspec.Struct, frozen=True, eq=False):
-    """Tables in which the same chain of keys is looked up, `tiers` apart. `plain`: every layer needs all blocks of a prefix."""
+    """Tables in which the same chain of keys is looked up. `plain`: every layer needs all blocks of a prefix.
+
+    `tiers` are, for each replica that can import from any, those that it can import from.
+    """
 
     fingerprint: bytes
     block_size: int
@@ -44,7 +47,7 @@ class TableKind(msgspec.Struct, frozen=True, eq=False):
     groups: tuple[Group, ...]
     plain: bool
     tables: dict[str, Table]
-    tiers: dict[str, Table]
+    tiers: dict[str, dict[str, Table]]
 
 
 class FleetState(msgspec.Struct, frozen=True, eq=False):
@@ -79,8 +82,8 @@ def make_state(
     """Return the state of these; `refused` are importers with sources that they do not read, without `imports` nobody does."""
     tiers = {name: table for name, table in tables.items() if is_tier(name)}
     tables = {name: table for name, table in tables.items() if name not in tiers}
-    sources = {ours: _sources(ours, tables, refused) if imports else NOBODY for ours in tables}
-    kinds = _kinds(tables, tiers if imports else {})
+    sources = {ours: _sources(ours, tables[ours], tables, refused) if imports else NOBODY for ours in tables}
+    kinds = _kinds(tables, tiers if imports else {}, refused)
     places = {name: place for place, kind in enumerate(kinds) for name in kind.tables}
     ready = {replica.name: _ready(replica, tables.get(replica.name), sources) for replica in snapshot.ready()}
     return FleetState(snapshot, tables, sources, kinds, places, ready, sorted(ready), tiers)
@@ -100,26 +103,24 @@ def _ready(replica: Replica, table: Table | None, sources: Mapping[str, frozense
     )
 
 
-def _sources(ours: str, tables: Mapping[str, Table], refused: Set[tuple[Epoch, Epoch]]) -> frozenset[str]:
-    table = tables[ours]
+def _sources(ours: str, table: Table, others: Mapping[str, Table], refused: Set[tuple[Epoch, Epoch]]) -> frozenset[str]:
     return frozenset(
         name
-        for name, other in tables.items()
+        for name, other in others.items()
         if name != ours and not obstacles(table, other) and ((ours, table.epoch), (name, other.epoch)) not in refused
     )
 
 
-def _kinds(tables: Mapping[str, Table], tiers: Mapping[str, Table]) -> tuple[TableKind, ...]:
+def _kinds(tables: Mapping[str, Table], tiers: Mapping[str, Table], refused: Set[tuple[Epoch, Epoch]]) -> tuple[TableKind, ...]:
     found: dict[tuple[bytes, int, str], TableKind] = {}
     for name, table in tables.items():
         if table.hash_name not in HASHES:  # from a later version, or damaged: we have no names for its blocks
             continue
         key = (table.fingerprint, table.block_size, table.hash_name)
-        found.setdefault(key, TableKind(*key, table.groups, plain(table.groups), {}, {})).tables[name] = table
-    for name, tier in tiers.items():
-        kind = found.get((tier.fingerprint, tier.block_size, tier.hash_name))
-        if kind is not None and kind.groups == tier.groups and tier.status == STATUS_OK:
-            kind.tiers[name] = tier
+        kind = found.setdefault(key, TableKind(*key, table.groups, plain(table.groups), {}, {}))
+        kind.tables[name] = table
+        if sources := _sources(name, table, tiers, refused):
+            kind.tiers[name] = {source: tiers[source] for source in sorted(sources) if tiers[source].groups == kind.groups}
     return tuple(found.values())
 
 

@@ -39,9 +39,9 @@ class FleetWatch:
         return self.latest
 
     def refused(self, importer: str, source: str) -> None:
-        """Record that the importer's engine does not read the source, until one of the two is restarted."""
+        """Record that the importer's engine does not read the source, a replica or a tier, until one of them is restarted."""
         latest = self.latest
-        ours, theirs = latest.tables.get(importer), latest.tables.get(source)
+        ours, theirs = latest.tables.get(importer), latest.tables.get(source) or latest.tiers.get(source)
         if ours is not None and theirs is not None:
             self._refused.add(((importer, ours.epoch), (source, theirs.epoch)))
             self._make(latest.snapshot, self._found)

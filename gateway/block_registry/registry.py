@@ -8,7 +8,7 @@ import numpy as np
 
 from gateway.block_registry.chain import Chain
 from gateway.block_registry.chain_cache import ChainCache
-from gateway.block_registry.fleet_state import STATUS_OK, FleetState, TableKind
+from gateway.block_registry.fleet_state import FleetState
 from gateway.block_registry.tables import Table
 from gateway.token_ids import TokenIds
 from transport.keys import Keys, root_key
@@ -74,27 +74,25 @@ class Registry:
                     divisible = divisible and kind.plain
                     if held * block_size > most:
                         most = held * block_size
-            if kind.tiers:
-                for name, table in kind.tables.items():
-                    tier, reached = _best_tier(kind, table, words, groups, blocks.get(name, 0))
-                    if tier:
-                        tiers[name] = (tier, reached)
-                        divisible = divisible and kind.plain
-                        most = max(most, reached * block_size)
+            for name, sources in kind.tiers.items():
+                tier, reached = _best_tier(sources, words, groups, blocks.get(name, 0), block_size)
+                if tier:
+                    tiers[name] = (tier, reached)
+                    divisible = divisible and kind.plain
+                    most = max(most, reached * block_size)
         return LookUp(blocks, state.places, tuple(chains), most, divisible, tiers)
 
 
-def _best_tier(kind: TableKind, table: Table, words: memoryview, chain: GroupChain | None, begin: int) -> tuple[str, int]:
-    """Return the tier that gives most to a replica with the first `begin` blocks, "" if none gives any, and how many blocks
-    that makes."""
+def _best_tier(
+    tiers: Mapping[str, Table], words: memoryview, chain: GroupChain | None, begin: int, block_size: int
+) -> tuple[str, int]:
+    """Return the tier that gives most to a replica with the first `begin` blocks, "" for none, and how many that makes."""
     best, most = "", begin
-    for name, tier in kind.tiers.items():
-        if (table.status, tier.transport) != (STATUS_OK, table.transport):
-            continue
+    for name, tier in tiers.items():
         if chain is None:
             reached = begin + tier.held_blocks(words[2 * begin :])
         else:
-            reached = held_tokens(tier, chain, begin * kind.block_size) // kind.block_size
+            reached = held_tokens(tier, chain, begin * block_size) // block_size
         if reached > most:
             best, most = name, reached
     return best, most

@@ -252,6 +252,19 @@ def test_a_tier_that_does_not_fit_gives_nothing(tables: ReplicaTables, registry:
     assert registry.look_up([*PROMPT, 1]).tiers == {}
 
 
+def test_a_tier_that_an_engine_does_not_read_gives_it_nothing_more(tables: ReplicaTables, registry: Place) -> None:
+    for name in ("a", "b", "a.host-memory"):
+        tables.start(name)
+    tables.hold("a.host-memory", PROMPT)
+    whole = ("a.host-memory", 5)
+    assert registry.look_up([*PROMPT, 1]).tiers == {"a": whole, "b": whole}
+    registry.watch.refused("b", "a.host-memory")
+    assert registry.look_up([*PROMPT, 1]).tiers == {"a": whole}
+    tables.stop("b")
+    tables.start("b")
+    assert registry.look_up([*PROMPT, 1]).tiers == {"a": whole, "b": whole}
+
+
 def test_of_a_model_with_windows_a_tier_gives_what_is_missing(tables: ReplicaTables, registry: Place) -> None:
     groups = (Group("full", BLOCK_SIZE), Group("window", BLOCK_SIZE, BLOCK_SIZE + 2))
     keys = chain_keys(root_key(fingerprint_digest(FIELDS)), PROMPT, BLOCK_SIZE)
