@@ -117,12 +117,11 @@ class HostMemory:
         return key in self._coming
 
     def _begin(self, block: int, key: bytes, group: int) -> None:
+        if key in self._coming:  # twice among the blocks that are taken together
+            return
         slot = self._room()
-        if slot is None or key in self._coming:
-            if slot is not None:
-                self._free.append(slot)
-            else:
-                self._table.count("tier_dropped_blocks")
+        if slot is None:
+            self._table.count("tier_dropped_blocks")
             return
         store = Store(block, slot, group, key)
         self._under_way[slot] = (store, 0)

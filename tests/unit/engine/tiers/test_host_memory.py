@@ -112,6 +112,15 @@ def test_stores_under_way_are_bounded(keeper, tmp_path):
     assert len(memory.take_stores().begun) == UNDER_WAY_MAX
 
 
+def test_a_key_that_comes_twice_is_stored_once_and_nothing_gives_way_for_the_second(tier):
+    memory, reader = tier
+    store(memory, 0, 1, 2)
+    memory.take([20, 21], KEYS[[3, 3]], [0, 0])
+    (begun,) = memory.take_stores().begun
+    memory.copied({begun.slot: 1})
+    assert held(reader) == [0, 1, 2, 3]
+
+
 def test_what_another_tier_holds_is_not_stored_again(keeper, tmp_path):
     memory = HostMemory(table_of(keeper, tmp_path), ranks=1, elsewhere=lambda keys: (keys == KEYS[1]).all(axis=1))
     take(memory, 0, 1, 2)
