@@ -1,7 +1,8 @@
 """Prometheus metrics: what the front door measures itself, and all that /kv/stats counts, read when somebody asks."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,7 +18,11 @@ from gateway.steering.costs.model import CostStats
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
-_REPLICA_COUNTERS: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = (
+_T = TypeVar("_T")
+_Figure = tuple[str, str, Callable[[_T], float]]
+"""Name, help text, and how it is read."""
+
+_REPLICA_COUNTERS: tuple[_Figure[ReplicaStats], ...] = (
     ("peerkv_requests", "Requests that the replica scheduled.", lambda r: r.counts.requests),
     ("peerkv_imports", "Imports from another replica.", lambda r: r.counts.imports),
     ("peerkv_import_blocks", "Blocks imported.", lambda r: r.counts.import_blocks),
@@ -30,7 +35,7 @@ _REPLICA_COUNTERS: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] 
     ("peerkv_restarts", "Restarts of the replica.", lambda r: r.restarts),
     ("peerkv_ejections", "Times that it was ejected for failing answers.", lambda r: r.ejections),
 )
-_REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = (
+_REPLICA_GAUGES: tuple[_Figure[ReplicaStats], ...] = (
     ("peerkv_replica_ready", "1 while the replica takes requests.", lambda r: float(r.state == "ready")),
     ("peerkv_replica_exchanges", "1 while others can import from the replica.", lambda r: float(r.exchanges == "ok")),
     ("peerkv_replica_well", "1 while it is neither suspect nor ejected.", lambda r: float(r.standing in ("well", "half-open"))),
@@ -40,7 +45,7 @@ _REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaStats], float]], ...] = 
     ("peerkv_incompatible_replicas", "Replicas that it cannot exchange with.", lambda r: len(r.incompatible)),
 )
 
-_TIER_COUNTERS: tuple[tuple[str, str, Callable[[HostMemoryStats], float]], ...] = (
+_TIER_COUNTERS: tuple[_Figure[HostMemoryStats], ...] = (
     ("peerkv_host_memory_stores", "Blocks stored in host memory.", lambda t: t.stores),
     ("peerkv_host_memory_evictions", "Stored blocks that gave way or were flushed.", lambda t: t.evictions),
     ("peerkv_host_memory_dropped_blocks", "Blocks lost as too many were being stored.", lambda t: t.dropped_blocks),
@@ -49,7 +54,7 @@ _TIER_COUNTERS: tuple[tuple[str, str, Callable[[HostMemoryStats], float]], ...] 
     ("peerkv_host_memory_import_bytes", "Bytes restored.", lambda t: t.import_bytes),
     ("peerkv_host_memory_import_failures", "Imports from it that fell short.", lambda t: t.import_failures),
 )
-_TIER_GAUGES: tuple[tuple[str, str, Callable[[HostMemoryStats], float]], ...] = (
+_TIER_GAUGES: tuple[_Figure[HostMemoryStats], ...] = (
     ("peerkv_host_memory_blocks", "Slots for blocks in host memory.", lambda t: t.blocks),
     ("peerkv_host_memory_stored_blocks", "Blocks that can be restored now.", lambda t: t.stored_blocks),
     ("peerkv_host_memory_bytes", "Size of the slots.", lambda t: t.bytes),
@@ -111,7 +116,6 @@ class _StatsCollector(Collector):
         stats = self._snapshot()
         yield from _gateway_metrics(stats)
         yield from _replica_metrics(stats)
-        yield from _tier_metrics(stats)
         yield from ledger_metrics(stats)
         yield from cost_metrics(stats.costs)
 
@@ -149,29 +153,18 @@ def _replica_metrics(stats: KvStats) -> Iterator[Metric]:
         for source, count in replica.tokens.by_source().items():
             tokens.add_metric((replica.name, source), count)
     yield tokens
-    for name, text, read in _REPLICA_COUNTERS:
-        counter = CounterMetricFamily(name, text, labels=("replica",))
-        for replica in stats.replicas:
-            counter.add_metric((replica.name,), read(replica))
-        yield counter
-    for name, text, read in _REPLICA_GAUGES:
-        gauge = GaugeMetricFamily(name, text, labels=("replica",))
-        for replica in stats.replicas:
-            gauge.add_metric((replica.name,), read(replica))
-        yield gauge
+    yield from _by_replica({replica.name: replica for replica in stats.replicas}, _REPLICA_COUNTERS, _REPLICA_GAUGES)
+    yield from _by_replica({tier.replica: tier for tier in stats.host_memory}, _TIER_COUNTERS, _TIER_GAUGES)
 
 
-def _tier_metrics(stats: KvStats) -> Iterator[Metric]:
-    for name, text, read in _TIER_COUNTERS:
-        counter = CounterMetricFamily(name, text, labels=("replica",))
-        for tier in stats.host_memory:
-            counter.add_metric((tier.replica,), read(tier))
-        yield counter
-    for name, text, read in _TIER_GAUGES:
-        gauge = GaugeMetricFamily(name, text, labels=("replica",))
-        for tier in stats.host_memory:
-            gauge.add_metric((tier.replica,), read(tier))
-        yield gauge
+def _by_replica(shown: Mapping[str, _T], counters: Iterable[_Figure[_T]], gauges: Iterable[_Figure[_T]]) -> Iterator[Metric]:
+    """The figures of what is `shown`, by the name of its replica."""
+    for family, figures in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
+        for name, text, read in figures:
+            metric = family(name, text, labels=("replica",))
+            for replica, one in shown.items():
+                metric.add_metric((replica,), read(one))
+            yield metric
 
 
 def cost_metrics(costs: CostStats) -> Iterator[Metric]:
