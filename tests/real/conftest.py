@@ -1,5 +1,6 @@
 """One real fleet for all tests here: two replicas, float32 so that import and cold run can be compared, two tenants."""
 
+import contextlib
 from collections.abc import Generator, Iterator
 
 import openai
@@ -51,6 +52,24 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@contextlib.contextmanager
+def running(fleet: Fleet) -> Iterator[Fleet]:
+    """Run a fleet until the block ends; it must end without a trace."""
+    before = shared_files()
+    _running.append(fleet)
+    try:
+        fleet.start()
+        fleet.wait_ready()
+        yield fleet
+        ended_before = fleet.process.poll() is not None  # test_the_end.py ends it
+        assert fleet.stop() == 0 or ended_before, fleet.logs()
+        assert_no_trace(fleet, before)
+    finally:
+        fleet.stop()
+        fleet.remove()
+        _running.remove(fleet)
+
+
 @pytest.fixture(scope="session")
 def shared_memory_before() -> frozenset:
     """The files in shared memory before the fleet came."""
@@ -59,21 +78,9 @@ def shared_memory_before() -> frozenset:
 
 @pytest.fixture(scope="session")
 def running_fleet(shared_memory_before) -> Iterator[Fleet]:
-    """The fleet, started once; it must end without a trace."""
-    fleet = Fleet(CONFIG, vllm_args=VLLM_ARGS)
-    fleet.key = ONE.api_key.get_secret_value()
-    _running.append(fleet)
-    try:
-        fleet.start()
-        fleet.wait_ready()
+    """The fleet, started once."""
+    with running(Fleet(CONFIG, vllm_args=VLLM_ARGS, key=ONE.api_key.get_secret_value())) as fleet:
         yield fleet
-        ended_before = fleet.process.poll() is not None  # test_the_end.py ends it
-        assert fleet.stop() == 0 or ended_before, fleet.logs()
-        assert_no_trace(fleet, shared_memory_before)
-    finally:
-        fleet.stop()
-        fleet.remove()
-        _running.remove(fleet)
 
 
 @pytest.fixture

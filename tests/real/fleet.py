@@ -79,9 +79,10 @@ def free_port() -> int:
 
 
 class Fleet:
-    """`config` is the TOML of the settings, `flags` go before `--` on the command line and `vllm_args` behind it."""
+    """`config` is the TOML of the settings, `flags` go before `--` on the command line and `vllm_args` behind it; requests
+    have the API key `key`."""
 
-    def __init__(self, config: str = "", flags: tuple[str, ...] = (), vllm_args: tuple[str, ...] = ()) -> None:
+    def __init__(self, config: str = "", flags: tuple[str, ...] = (), vllm_args: tuple[str, ...] = (), key: str = "") -> None:
         self.home = Path(tempfile.mkdtemp(prefix="peerkv-real-"))
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -89,7 +90,7 @@ class Fleet:
         self.run_dir = self.home / "run"
         self.table_dir = Path(f"/dev/shm/peerkv-{os.getuid()}/{self.port}")
         self.log_dir = self.home / "logs"
-        self.key = ""
+        self.key = key
         self._fleet = FileFleet(self.run_dir)
         (self.home / "peerkv.toml").write_text(config)
         self.command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(self.port)]

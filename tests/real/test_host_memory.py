@@ -11,7 +11,7 @@ import pytest
 
 from engine.host_process.kept_memory import VARIABLE, KeptMemories, encode_kept
 from gateway.tenants.tenants import default_salt
-from tests.real.conftest import CONFIG, ONE, TWO, VLLM_ARGS, _running, assert_no_trace
+from tests.real.conftest import CONFIG, ONE, TWO, VLLM_ARGS, running
 from tests.real.families import Family, tokens
 from tests.real.fleet import RESTART_SECONDS_MAX, Fleet, until
 from tests.real.prompts import Words
@@ -34,21 +34,11 @@ def words(tiered) -> Words:
 
 
 @pytest.fixture(scope="module")
-def tiered(shared_memory_before) -> Iterator[Fleet]:
-    """A fleet with small KV caches and much host memory, which ends without a trace."""
-    fleet = Fleet(CONFIG, flags=("--host-memory", "400MiB"), vllm_args=(*VLLM_ARGS, *SMALL))
-    fleet.key = ONE.api_key.get_secret_value()
-    _running.append(fleet)
-    try:
-        fleet.start()
-        fleet.wait_ready()
+def tiered() -> Iterator[Fleet]:
+    """A fleet with small KV caches and much host memory."""
+    host_memory, key = ("--host-memory", "400MiB"), ONE.api_key.get_secret_value()
+    with running(Fleet(CONFIG, flags=host_memory, vllm_args=(*VLLM_ARGS, *SMALL), key=key)) as fleet:
         yield fleet
-        assert fleet.stop() == 0, fleet.logs()
-        assert_no_trace(fleet, shared_memory_before)
-    finally:
-        fleet.stop()
-        fleet.remove()
-        _running.remove(fleet)
 
 
 def tier_stats(fleet: Fleet, replica: str = "replica-0") -> dict:

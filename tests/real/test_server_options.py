@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.real.conftest import running
 from tests.real.fleet import ANSWER_SECONDS_MAX, Fleet
 from tests.real.prompts import Words
 
@@ -26,14 +27,8 @@ CHAT = {"messages": [{"role": "user", "content": "How is the weather?"}], "max_t
 
 @pytest.fixture(scope="module")
 def optioned() -> Iterator[Fleet]:
-    fleet = Fleet(vllm_args=VLLM_ARGS)
-    try:
-        fleet.start()
-        fleet.wait_ready()
+    with running(Fleet(vllm_args=VLLM_ARGS)) as fleet:
         yield fleet
-    finally:
-        fleet.stop()
-        fleet.remove()
 
 
 def both(fleet: Fleet, body: dict[str, Any]) -> tuple[httpx.Response, httpx.Response]:

@@ -10,9 +10,8 @@ from statistics import median
 
 import pytest
 
-from tests.real.conftest import assert_no_trace
+from tests.real.conftest import running
 from tests.real.fleet import REPLICAS, Fleet, until
-from tests.real.leftovers import shared_files
 from tests.unit.gateway.prompts.tiny_model import LLAMA, make_llama
 
 BLOCK = 32
@@ -139,17 +138,9 @@ def test_a_burst_of_equal_prompts_is_computed_at_most_once_a_replica(fleet, word
 @pytest.fixture(scope="module")
 def quick_fleet(tmp_path_factory) -> Iterator[Fleet]:
     """Two replicas of a model that computes a block sooner than an engine takes the steps that an import needs."""
-    before = shared_files()
-    fleet = Fleet(flags=(str(make_llama(tmp_path_factory.mktemp("llama"))),), vllm_args=("--load-format", "dummy"))
-    try:
-        fleet.start()
-        fleet.wait_ready()
+    model = make_llama(tmp_path_factory.mktemp("llama"))
+    with running(Fleet(flags=(str(model),), vllm_args=("--load-format", "dummy"))) as fleet:
         yield fleet
-        assert fleet.stop() == 0, fleet.logs()
-        assert_no_trace(fleet, before)
-    finally:
-        fleet.stop()
-        fleet.remove()
 
 
 def letters(tokens: int) -> list[int]:
