@@ -232,7 +232,7 @@ class Relay(Generic[PlanT]):
         whose = client[0] if client and self._tenants.open else tenant.name
 
         def hold(size: int) -> None:
-            self._hold(size)
+            self._hold(size, transaction)
             self._uploads.went_on(whose, transaction)
 
         self._uploads.begin(whose, transaction)
@@ -248,10 +248,11 @@ class Relay(Generic[PlanT]):
         self._slots_taken += 1
         transaction.has_slot = True
 
-    def _hold(self, size: int) -> None:
+    def _hold(self, size: int, asking: Transaction | None = None) -> None:
+        """Count bytes that are about to be held, of the upload that is `asking` for it if it is one. Raises Unavailable."""
         excess = self._held_bytes + size - self._settings.bodies_bytes_max
         if excess > 0:
-            self._held_bytes -= self._uploads.make_room(excess, time.perf_counter())
+            self._held_bytes -= self._uploads.make_room(excess, time.perf_counter(), asking)
         if self._held_bytes + size > self._settings.bodies_bytes_max:
             raise Unavailable("The gateway holds as many request bytes as it may.")
         self._held_bytes += size

@@ -36,25 +36,43 @@ class Uploads:
             self.end(most, oldest)
             oldest.end(_too_late(f"The body did not come while {self._uploads_max} requests waited for theirs. Send it again."))
 
-    def make_room(self, size: int, now: float) -> int:
-        """End uploads until so many bytes are let go of, or none is left that holds any; returns how many are.
+    def make_room(self, size: int, now: float, asking: Transaction | None = None) -> int:
+        """End uploads until so many bytes are let go of; returns how many are, 0 if the body of `asking` is to give way itself.
 
         Of the caller whose uploads hold most, the slowest ends first, in bytes a second since its request came; `now` is
-        time.perf_counter's. What is let go of no longer counts as the transactions' own.
+        time.perf_counter's. What is let go of no longer counts as the transactions' own. None ends if all hold less than that.
         """
-        freed = 0
-        while freed < size:
-            held = {caller: sum([each.body_bytes for each in uploads]) for caller, uploads in self._by_caller.items()}
-            most = max(held, key=held.__getitem__, default="")
-            if not held.get(most):
-                break
-            holding = [each for each in self._by_caller[most] if each.body_bytes]
-            slowest = min(holding, key=lambda each: each.body_bytes / max(now - each.came_at, RATE_SECONDS_MIN))
-            freed += slowest.body_bytes
-            slowest.body_bytes = 0
-            self.end(most, slowest)
-            slowest.end(_too_late("The body came too slowly while others had no room for theirs. Send it again."))
+        chosen, freed = self._to_end(size, now), 0
+        if any(transaction is asking for _, transaction in chosen):
+            return 0
+        for caller, transaction in chosen:
+            freed += transaction.body_bytes
+            transaction.body_bytes = 0
+            self.end(caller, transaction)
+            transaction.end(_too_late("The body came too slowly while others had no room for theirs. Send it again."))
         return freed
+
+    def _to_end(self, size: int, now: float) -> list[tuple[str, Transaction]]:
+        """Return the callers and uploads that have to give way for so many bytes, none if that is not enough."""
+
+        def speed(transaction: Transaction) -> float:
+            return transaction.body_bytes / max(now - transaction.came_at, RATE_SECONDS_MIN)
+
+        holding = {
+            caller: sorted((each for each in uploads if each.body_bytes), key=speed, reverse=True)
+            for caller, uploads in self._by_caller.items()
+        }
+        held = {caller: sum([each.body_bytes for each in uploads]) for caller, uploads in holding.items()}
+        if sum(held.values()) < size:
+            return []
+        chosen: list[tuple[str, Transaction]] = []
+        while size > 0:
+            most = max(held, key=held.__getitem__)
+            slowest = holding[most].pop()
+            chosen.append((most, slowest))
+            held[most] -= slowest.body_bytes
+            size -= slowest.body_bytes
+        return chosen
 
     def went_on(self, caller: str, transaction: Transaction) -> None:
         """A part of the body has arrived."""

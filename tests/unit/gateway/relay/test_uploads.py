@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from gateway.errors import ApiError
+from gateway.relay.uploads import Uploads
 from gateway.settings import Tenant
 from tests.unit.gateway.running_door import Door, running_door, until
 
@@ -138,6 +140,53 @@ async def test_a_tenants_slow_uploads_cost_no_other_tenant_its_own(tmp_path: Pat
             assert await many[0].status() == 408
             others[0].writer.write(b" " * 10 + BODY)
             assert await others[0].status() == 200
+
+
+class Sent:
+    """A transaction of whose body so many bytes came since `came_at`; `ended` has the error that ended it."""
+
+    def __init__(self, body_bytes: int, came_at: float = 0.0) -> None:
+        self.body_bytes = body_bytes
+        self.came_at = came_at
+        self.ended: list[ApiError] = []
+        self.end = self.ended.append
+
+
+def uploading(**by_caller: list[Sent]) -> Any:
+    found: Any = Uploads(UPLOADS_MAX)
+    for caller, sent in by_caller.items():
+        for each in sent:
+            found.begin(caller, each)
+    return found
+
+
+def test_the_slowest_upload_of_who_holds_most_makes_room() -> None:
+    slow, quick, others = Sent(100), Sent(100, 50.0), Sent(150)
+    held = uploading(a=[slow, quick], b=[others])
+    assert held.make_room(60, 100.0) == 100
+    assert [len(each.ended) for each in (slow, quick, others)] == [1, 0, 0]
+    assert slow.ended[0].status == 408
+    assert (slow.body_bytes, len(held)) == (0, 2)
+    assert held.make_room(160, 100.0) == 250  # b holds most now, and that is not enough
+    assert len(held) == 0
+
+
+def test_no_upload_ends_if_all_of_them_would_not_be_enough() -> None:
+    sent = [Sent(100), Sent(0)]
+    held = uploading(a=sent)
+    assert held.make_room(101, 1.0) == 0
+    assert not any(each.ended for each in sent)
+    assert len(held) == 2
+
+
+def test_no_upload_ends_for_one_that_would_have_to_give_way_itself() -> None:
+    asking, quick, small = Sent(100), Sent(100, 99.0), Sent(50)
+    held = uploading(a=[asking, quick], b=[small])
+    assert held.make_room(10, 100.0, asking) == 0  # type: ignore[arg-type]
+    assert held.make_room(210, 100.0, asking) == 0  # type: ignore[arg-type]
+    assert not any(each.ended for each in (asking, quick, small))
+    assert held.make_room(10, 100.0, small) == 100  # type: ignore[arg-type]
+    assert asking.ended
 
 
 async def test_ids_that_are_held_beside_a_body_are_counted(tmp_path: Path) -> None:
