@@ -338,11 +338,16 @@ async def test_a_pin_is_renewed_before_its_time_only_if_asked(scene: Scene) -> N
 async def test_a_pin_that_went_with_its_replica_is_put_back_if_it_is_to_be_renewed(scene: Scene) -> None:
     kept = await scene.keep(renew=True)
     (place,) = kept["places"]
-    before = len(scene.engines[place["replica"]].bodies)
+    before = {name: len(engine.hints) for name, engine in scene.engines.items()}
+
+    def pinned_anew() -> list[dict[str, Any]]:
+        return [hint["pin"] for name, engine in scene.engines.items() for hint in engine.hints[before[name] :] if "pin" in hint]
+
     task = asyncio.create_task(scene.keeper.run())
     try:
         await until(lambda: place["replica"] in scene.keeper._pids)
         scene.fleet.set(place["replica"], pid=4711)
-        await until(lambda: sum(len(engine.bodies) for engine in scene.engines.values()) > before)
+        await until(pinned_anew)
     finally:
         task.cancel()
+    assert [pin["id"] for pin in pinned_anew()] == [int(kept["id"], 16)]
