@@ -29,9 +29,8 @@ api_key = "{ONE.api_key.get_secret_value()}"
 name = "two"
 api_key = "{TWO.api_key.get_secret_value()}"
 """
-KV_BYTES = 256 << 20  # half of what replicas take by themselves: tests that use all of it up take half as long
 VLLM_ARGS = (
-    *("--dtype", "float32", "--kv-cache-memory-bytes", str(KV_BYTES)),
+    *("--dtype", "float32"),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
 
