@@ -12,9 +12,9 @@ from pathlib import Path
 
 import httpx
 
+from bench.child_process import Started
 from bench.machine import held_port
-from bench.started import Started
-from bench.two_doors import DOORS
+from bench.tcp_beside_unix import PORTS
 from engine.fleet import FileFleet, ReplicaState
 
 START_SECONDS_MAX = 600.0
@@ -56,7 +56,7 @@ def parse_counts(metrics: str) -> Counts:
 
 
 class Engines:
-    """`peerkv engine` with two replicas that bench.two_doors starts. `vllm_args` go to each server."""
+    """`peerkv engine` with two replicas that bench.tcp_beside_unix starts. `vllm_args` go to each server."""
 
     def __init__(self, directory: Path, model: str, vllm_args: Sequence[str], served_model_name: str) -> None:
         self.run_dir = directory / "run"
@@ -66,13 +66,13 @@ class Engines:
         self.ports: Mapping[str, int] = {name: held.getsockname()[1] for name, held in self._held.items()}
         self.urls = tuple(f"http://127.0.0.1:{port}" for port in self.ports.values())
         settings = directory / "engine.toml"
-        launcher = json.dumps([sys.executable, "-m", "bench.two_doors"])
+        launcher = json.dumps([sys.executable, "-m", "bench.tcp_beside_unix"])
         settings.write_text(f"launcher = {launcher}\nstart_failures_max = 1\n")
         argv = [sys.executable, "-m", "gateway.cli", "engine", model, "--replicas", str(len(names)), "--config", str(settings)]
         argv += ["--served-model-name", served_model_name, "--run-dir", str(self.run_dir)]
         argv += ["--table-dir", f"/dev/shm/peerkv-field-{os.getpid()}", "--log-dir", str(directory / "logs")]
         self._logs = directory / "logs"
-        self._process = Started([*argv, "--", *vllm_args], directory / "engine.log", {DOORS: json.dumps(self.ports)})
+        self._process = Started([*argv, "--", *vllm_args], directory / "engine.log", {PORTS: json.dumps(self.ports)})
 
     def wait(self) -> None:
         """Wait until both are serving. Raises StartFailed."""

@@ -23,7 +23,7 @@ from typing import Any
 
 import aiohttp
 
-from bench.started import Started
+from bench.child_process import Started
 
 ENGINE = Path(__file__).resolve().parents[1] / "tests" / "fake_engine.py"
 READY_SECONDS_MAX = 120.0

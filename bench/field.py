@@ -1,6 +1,6 @@
 """`python -m bench.field`: two real vLLM replicas behind peerkv and behind other routers, in one run.
 
-The same two engine processes serve every arm: bench.two_doors opens a TCP port beside each unix socket. Prefix caches are
+The same two engine processes serve every arm: bench.tcp_beside_unix opens a TCP port beside each unix socket. Prefix caches are
 emptied between runs, prompts are fresh, arrival times are the same for all arms of a round. Requests of the other arms carry a
 hint to import nothing, and the engines' counters must confirm it. Computed tokens are counted by vLLM's own /metrics.
 """
@@ -23,6 +23,7 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench.child_process import Started
 from bench.engines import Engines
 from bench.field_arms import FieldArm, command
 from bench.field_flags import NUMBERED, parse, write_chat_model
@@ -30,7 +31,6 @@ from bench.field_report import Figures, about, as_json, figures_of, from_json, m
 from bench.machine import StartFailed, end_on_sigterm, free_ports
 from bench.open_loop import Player
 from bench.routers import install
-from bench.started import Started
 from bench.workloads import Size, Talk, Turn, Workload
 from gateway.cli.bench.words import COMMON, Words
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import httpx
 
+from bench.child_process import Started
 from bench.engines import Engines
 from bench.machine import cpu_seconds, end_on_sigterm, free_ports
-from bench.started import Started
 
 ANSWER_SECONDS_MAX = 60.0
 POLL_SECONDS = 0.005

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.progress import Progress
 from tokenizers import Tokenizer
 
+from bench.child_process import Started
 from bench.field_flags import default_model
 from bench.machine import StartFailed, free_ports
-from bench.started import Started
 from engine.host_process.preload import server_module
 from gateway.cli.bench.words import Words
 from tests.gpu.replica import LLAMA_8B

@@ -12,7 +12,7 @@ from transport.fingerprint import fingerprint_difference
 from transport.keys import Keys
 from transport.table.deliveries import DeliveryReason
 from transport.table.directory import TableDirectory
-from transport.table.prefix import GroupChain, supply
+from transport.table.group_look_up import GroupChain, supply
 from transport.table.reader import TableReader
 from transport.table.tiers import is_tier
 

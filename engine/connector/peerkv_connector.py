@@ -40,7 +40,7 @@ from transport.fingerprint import fingerprint_digest
 from transport.groups import Group
 from transport.keys import HASH_NAMES
 from transport.table.directory import TableDirectory, sweep
-from transport.table.kept import KeptTable
+from transport.table.kept_table import KeptTable
 from transport.table.layout import BLOCKS_MAX, Description
 from transport.table.tiers import host_memory_of
 from transport.table.writer import TableWriter

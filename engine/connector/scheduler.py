@@ -28,7 +28,7 @@ from transport.hint import PinWish
 from transport.keys import KeyChain
 from transport.table.deliveries import DeliveryReason
 from transport.table.directory import TableDirectory
-from transport.table.kept import KeptTable
+from transport.table.kept_table import KeptTable
 from transport.table.writer import TableWriter
 
 GroupBlocks = Blocks[Blocks[int]]

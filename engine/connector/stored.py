@@ -7,7 +7,7 @@ from engine.connector.import_sources import Peers
 from engine.connector.offers import Offers
 from engine.tiers.host_memory import HostMemory
 from engine.tiers.stores import Stores
-from transport.table.kept import KeptTable
+from transport.table.kept_table import KeptTable
 from transport.table.writer import TableWriter
 
 AHEAD_BLOCKS = 64

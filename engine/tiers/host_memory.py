@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from engine.tiers.stores import NO_STORES, Store, Stores
 from transport.keys import Keys
-from transport.table.kept import KeptTable
+from transport.table.kept_table import KeptTable
 
 UNDER_WAY_MAX = 1024
 """Blocks being stored at once; what is given up beyond that is lost, and counted."""

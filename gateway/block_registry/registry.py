@@ -12,7 +12,7 @@ from gateway.block_registry.fleet_state import FleetState
 from gateway.block_registry.tables import Table
 from gateway.token_ids import TokenIds
 from transport.keys import Keys, root_key
-from transport.table.prefix import GroupChain, held_tokens
+from transport.table.group_look_up import GroupChain, held_tokens
 
 KEY_CACHE_BYTES_MAX = 32 << 20
 ROOTS_MAX = 4096

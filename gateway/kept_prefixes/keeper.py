@@ -18,7 +18,7 @@ import msgspec
 from engine.fleet import FleetView, Replica
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, Unavailable
 from gateway.kept_prefixes.book import KeptPrefix, KeptPrefixBook, PlaceState, PrefixPlace
-from gateway.kept_prefixes.reader import Callers, PrefixReader
+from gateway.kept_prefixes.prefix_reader import Callers, PrefixReader
 from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixRequest
 from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import LOST_STATUS

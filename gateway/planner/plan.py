@@ -8,7 +8,7 @@ import msgspec
 from pydantic import Field
 
 from engine.fleet import Replica
-from gateway.prompts.reader import KnownPrompt
+from gateway.prompts.prompt_reader import KnownPrompt
 from gateway.steering.in_flight import Flight
 from gateway.steering.steer import Decision
 from gateway.token_ids import TokenIds

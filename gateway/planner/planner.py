@@ -17,11 +17,11 @@ from gateway.block_registry.fleet_watch import FleetWatch
 from gateway.block_registry.lifetime_counters import LifetimeCounters
 from gateway.block_registry.registry import NOTHING, LookUp, Registry
 from gateway.block_registry.tables import Tables
-from gateway.planner.hint import CHAT_IDS, Tags, hint, takes_chat_ids
 from gateway.planner.plan import Plan, PlanningRequest, SteeringStats
+from gateway.planner.plan_hint import CHAT_IDS, Tags, hint, takes_chat_ids
 from gateway.planner.prefix_counts import PrefixCounts
 from gateway.planner.ready import with_ready
-from gateway.prompts.reader import KnownPrompt, PromptReader
+from gateway.prompts.prompt_reader import KnownPrompt, PromptReader
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.steering.costs.model import CostModel, ModelKey
 from gateway.steering.evictions import Evictions

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from engine.fleet import FleetSnapshot, FleetView, Replica
 from gateway.prompts.parity import Parity, ParityCheckFailed, ParityVerdict, check_parity
-from gateway.prompts.reader import PromptReader
+from gateway.prompts.prompt_reader import PromptReader
 from gateway.prompts.tokenizer.service import TokenService
 
 _logger = logging.getLogger(__name__)

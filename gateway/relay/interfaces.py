@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from engine.fleet import Replica
 from gateway.api.body import Endpoint
 from gateway.ledger.attempts import Attempt, RequestInfo
-from gateway.prompts.reader import KnownPrompt
+from gateway.prompts.prompt_reader import KnownPrompt
 from gateway.tenants.tenants import TenantContext
 
 

@@ -33,13 +33,13 @@ from gateway.http_server.request_cycle import Scope
 from gateway.http_server.transaction import JSON_LINE, ClientLeft, Transaction
 from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS
-from gateway.prompts.reader import KnownPrompt
+from gateway.prompts.prompt_reader import KnownPrompt
 from gateway.relay.answer import Answer, at_hand, pass_on
 from gateway.relay.batching import Batching
 from gateway.relay.counters import RelayCounters
 from gateway.relay.engine_body import EngineBody, engine_body, spliced_body
 from gateway.relay.interfaces import AttemptRecorder, PlannerLike, PlanT
-from gateway.relay.large_bodies import LargeBodies
+from gateway.relay.large_bodies.pool import LargeBodies
 from gateway.relay.uploads import Uploads
 from gateway.settings import Settings
 from gateway.tenants.access import AdminAccess, caller

@@ -10,7 +10,7 @@ from gateway.admin.app import build_app
 from gateway.block_registry.fleet_watch import HOLD_SECONDS
 from gateway.kept_prefixes.book import KeptPrefixBook
 from gateway.kept_prefixes.keeper import Keeper
-from gateway.kept_prefixes.reader import PrefixReader
+from gateway.kept_prefixes.prefix_reader import PrefixReader
 from gateway.ledger.ledger import Ledger
 from gateway.ledger.recorder import Recorder
 from gateway.planner.overdue_watch import OverdueWatch
@@ -20,7 +20,7 @@ from gateway.prompts.tokenizer.engine_options import source_from_arguments
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.relay.frontdoor import FrontDoor
-from gateway.relay.large_bodies import LargeBodies
+from gateway.relay.large_bodies.pool import LargeBodies
 from gateway.relay.relay import Relay
 from gateway.settings import Settings
 from gateway.stats.view import FleetFigures

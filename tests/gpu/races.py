@@ -23,7 +23,7 @@ from transport.backends.base import ImportJob
 from transport.groups import Group, needed
 from transport.keys import Keys, chain_keys, group_keys, root_key
 from transport.table.directory import TableDirectory
-from transport.table.prefix import GroupChain, supply
+from transport.table.group_look_up import GroupChain, supply
 
 LAYERS, BLOCKS, WORDS, KEYS = 8, 256, 8192, 64
 CHAIN = chain_keys(root_key(b"f" * 16), range(KEYS * 4), 4)

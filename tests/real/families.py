@@ -16,8 +16,8 @@ import numpy as np
 from tests.gpu.replica import Answer, Replica, prompt
 from tests.tiny_models import WORDS_END, write_tiny_model
 from transport.keys import chain_keys, root_key
+from transport.table.group_look_up import GroupChain, Supply, supply
 from transport.table.layout import HEADER, Layout
-from transport.table.prefix import GroupChain, Supply, supply
 from transport.table.reader import TableReader
 
 CHUNK = 512

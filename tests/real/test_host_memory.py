@@ -17,7 +17,7 @@ from tests.real.fleet import RESTART_SECONDS_MAX, Fleet, until
 from tests.real.prompts import Words
 from transport.backends.shared_memory import open_region
 from transport.keys import chain_keys, root_key
-from transport.table.prefix import GroupChain, held_tokens
+from transport.table.group_look_up import GroupChain, held_tokens
 from transport.table.reader import TableReader
 from transport.table.tiers import host_memory_of
 

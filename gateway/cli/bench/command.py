@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from gateway.cli.bench import first_token, overhead, throughput
 from gateway.cli.bench.arrivals import arrivals, modest_rate, shared_prefixes
 from gateway.cli.bench.flags import ANSWER_TOKENS, FIRST_TOKEN_SECONDS_MAX
+from gateway.cli.bench.fresh_installation import StartedInstallation
 from gateway.cli.bench.installation import Described, Installation, NotMeasured
 from gateway.cli.bench.kinds import Kind, rows
 from gateway.cli.bench.lengths import choose_lengths
 from gateway.cli.bench.report import picture, print_results
 from gateway.cli.bench.results import Results, given_arguments
-from gateway.cli.bench.started import StartedInstallation
 from gateway.cli.bench.words import Words
 from gateway.settings import address, load
 

@@ -27,7 +27,7 @@ from gateway.planner.plan import SteeringStats
 from gateway.prompts.parity import KindVerdict
 from gateway.prompts.tokenizer.service import TokenizerStats
 from gateway.relay.frontdoor import FrontDoor
-from gateway.relay.large_bodies import LargeBodies
+from gateway.relay.large_bodies.pool import LargeBodies
 from gateway.relay.relay import Relay
 from gateway.settings import Settings
 from gateway.stats.explain import Explanation, explain

@@ -11,7 +11,7 @@ from transport.groups import Group
 from transport.hint import HINT
 from transport.keys import group_keys
 from transport.table.deliveries import DeliveryReason
-from transport.table.prefix import GroupChain, supply
+from transport.table.group_look_up import GroupChain, supply
 
 WINDOWS = ModelGroups((Group("full", SIZE), Group("window", SIZE, 6)), (1, 0), {})
 """A window of six tokens, two blocks at the end of a block; vLLM counts the window's group first."""

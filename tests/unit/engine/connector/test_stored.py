@@ -11,7 +11,7 @@ from tests.unit.engine.connector.scheduler_fixtures import PLAIN, PROMPT, SIZE, 
 from tests.unit.engine.connector.test_several_groups import WINDOWS
 from tests.unit.transport.table_fixtures import description
 from transport.table.deliveries import DeliveryReason
-from transport.table.kept import KeptTable
+from transport.table.kept_table import KeptTable
 from transport.table.reader import TableReader
 
 OTHER = list(range(500, 514))

@@ -15,7 +15,7 @@ from engine.tiers.stores import NO_STORES
 from tests.unit.transport.table_fixtures import description
 from transport.errors import MemoryUnreachable, TableError
 from transport.keys import chain_keys, root_key
-from transport.table.kept import KeptTable
+from transport.table.kept_table import KeptTable
 from transport.table.layout import Layer, Memory, Region
 from transport.table.reader import TableReader
 

@@ -20,7 +20,7 @@ from tests.unit.transport.table_fixtures import description
 from transport.backends.base import ImportJob
 from transport.backends.shared_memory import SharedMemoryTransport, open_region
 from transport.keys import chain_keys, root_key
-from transport.table.kept import KeptTable
+from transport.table.kept_table import KeptTable
 from transport.table.reader import TableReader
 
 BLOCKS = 8

@@ -16,7 +16,7 @@ from engine.fleet import ReplicaState
 from gateway.admin.app import build_app
 from gateway.kept_prefixes.book import KeptPrefixBook
 from gateway.kept_prefixes.keeper import Keeper
-from gateway.kept_prefixes.reader import PrefixReader
+from gateway.kept_prefixes.prefix_reader import PrefixReader
 from gateway.ledger.ledger import Ledger
 from gateway.ledger.recorder import Recorder
 from gateway.planner.planner import Planner

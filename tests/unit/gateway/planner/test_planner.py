@@ -8,7 +8,7 @@ from engine.fleet import ReplicaState
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, PromptTooLong, ReplicaNotReady, UnknownReplica
 from gateway.planner.planner import Planner
 from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
-from gateway.prompts.reader import PromptReader
+from gateway.prompts.prompt_reader import PromptReader
 from gateway.relay.engine_body import engine_body
 from gateway.tenants.tenants import ANONYMOUS
 from gateway.upstream.served_models import ServedModels

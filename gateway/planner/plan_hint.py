@@ -5,7 +5,7 @@ import re
 from functools import lru_cache
 
 from gateway.block_registry.tables import Table
-from gateway.prompts.reader import KnownPrompt
+from gateway.prompts.prompt_reader import KnownPrompt
 from gateway.steering.steer import Decision
 from transport.hint import Hint
 

@@ -8,7 +8,7 @@ from gateway.errors import InvalidRequest, Unavailable
 from gateway.kept_prefixes.shapes import PrefixRequest
 from gateway.planner.planner import Planner
 from gateway.prompts.parity import Parity
-from gateway.prompts.reader import characters_in
+from gateway.prompts.prompt_reader import characters_in
 from gateway.prompts.tokenizer.service import NoTokenIds, TextTooLong, TokenService
 from gateway.tenants.tenants import TenantContext
 from gateway.token_ids import TokenIds

@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 import msgspec
 
 from gateway.api.body import Endpoint
-from gateway.api.large_body import Span
+from gateway.api.partial_decode import Span
 from gateway.errors import ApiError, Unavailable
-from gateway.prompts.reader import KnownPrompt, PromptReader
+from gateway.prompts.prompt_reader import KnownPrompt, PromptReader
 from gateway.prompts.tokenizer.model_files import TokenizerSource
-from gateway.relay.large_body_jobs import LENGTH_BYTES, Job, Reading, Refusal, Setup
+from gateway.relay.large_bodies.messages import LENGTH_BYTES, Job, Reading, Refusal, Setup
 
 SLICE_BYTES = 256 << 10
 """So much of a body is handed over at a time, for others to have their turn."""
 MEMORY_BYTES_MAX = 3 << 30
 """Of such a process: 31 MB of JSON, decoded, take up to 1 GiB, and a tokenizer and its caches up to as much."""
-_WORKER = ("-m", "gateway.relay.large_body_worker")
+_WORKER = ("-m", "gateway.relay.large_bodies.worker")
 _logger = logging.getLogger(__name__)
 _answers = msgspec.msgpack.Decoder(Reading | Refusal)
 

@@ -1,7 +1,7 @@
-"""`python -m gateway.relay.large_body_worker`: the process that reads large bodies, one behind the other.
+"""`python -m gateway.relay.large_bodies.worker`: the process that reads large bodies, one behind the other.
 
 It decodes them, renders chats and tokenises prompts with a tokenizer of its own, and ends when its standard input does. Frames
-are those of large_body_jobs.py.
+are those of `messages`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from gateway.api.large_body import read_large_body
+from gateway.api.partial_decode import decode_partly
 from gateway.errors import ApiError, InvalidRequest
 from gateway.prompts.parity import KindVerdict, ParityVerdict
-from gateway.prompts.reader import PromptReader
+from gateway.prompts.prompt_reader import PromptReader
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TokenService
-from gateway.relay.large_body_jobs import LENGTH_BYTES, Job, Reading, Refusal, Setup
+from gateway.relay.large_bodies.messages import LENGTH_BYTES, Job, Reading, Refusal, Setup
 
 NICENESS = 5
 """Senders of large bodies wait, so that senders of small ones need not."""
@@ -55,7 +55,7 @@ def main() -> None:
 
 def _answer(reader: PromptReader, job: Job, raw: bytes) -> tuple[Reading | Refusal, list[bytes]]:
     try:
-        body, span = read_large_body(job.endpoint, raw)
+        body, span = decode_partly(job.endpoint, raw)
         completions, chat = KindVerdict(job.completions), KindVerdict(job.chat)
         reader.parity = ParityVerdict(completions, chat, context_tokens=job.context_tokens)
         known = reader.read_here(job.endpoint, body, job.tenant)

@@ -1,6 +1,6 @@
-"""`python -m bench.two_doors …`: vLLM's server, on a TCP port beside its unix socket.
+"""`python -m bench.tcp_beside_unix …`: vLLM's server, on a TCP port beside its unix socket.
 
-So one engine process serves both peerkv, which uses unix sockets, and routers that only speak TCP. The variable BENCH_DOORS, a
+So one engine process serves both peerkv, which uses unix sockets, and routers that only speak TCP. The variable BENCH_PORTS, a
 JSON object, maps the socket's name to the port.
 """
 
@@ -17,17 +17,17 @@ import uvicorn
 
 from engine.host_process.preload import server_module
 
-DOORS = "BENCH_DOORS"
+PORTS = "BENCH_PORTS"
 _serve = uvicorn.Server.serve
 
 
 async def serve(self: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
     """uvicorn's serve, with our port's socket added to those given."""
     path = Path(sys.argv[sys.argv.index("--uds") + 1])
-    door = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    door.bind(("127.0.0.1", json.loads(os.environ[DOORS])[path.stem]))
-    await _serve(self, [*(sockets or []), door])
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", json.loads(os.environ[PORTS])[path.stem]))
+    await _serve(self, [*(sockets or []), listener])
 
 
 if __name__ == "__main__":

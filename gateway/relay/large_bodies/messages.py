@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 from gateway.api.body import Endpoint
-from gateway.api.large_body import Span
+from gateway.api.partial_decode import Span
 from gateway.prompts.parity import Parity
-from gateway.prompts.reader import KnownPrompt
+from gateway.prompts.prompt_reader import KnownPrompt
 from gateway.token_ids import TokenIds
 
 LENGTH_BYTES = 4

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gateway.api.body import check_body, decode_body
-from gateway.api.large_body import NAMES, OTHERS, read_large_body
+from gateway.api.partial_decode import NAMES, OTHERS, decode_partly
 from gateway.errors import ApiError, UnsupportedParameter
 from gateway.relay.engine_body import COPIED_BYTES_MAX, spliced_body
 from gateway.token_ids import TokenIds
@@ -23,7 +23,7 @@ TRACED_BYTES_MAX = 1 << 20
 
 
 def large(endpoint: Any, raw: bytes) -> tuple[int, Any]:
-    return statuses(read_large_body, endpoint, raw)
+    return statuses(decode_partly, endpoint, raw)
 
 
 def small(endpoint: Any, raw: bytes) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_a_large_body_is_passed_on_but_for_its_prompt(
 
 def test_several_prompts_take_the_place_of_several_texts() -> None:
     raw = b'{"prompt": ["a", "b"], "n": 1}'
-    _, span = read_large_body("completions", raw)
+    _, span = decode_partly("completions", raw)
     parts = spliced_body(raw, span, [TokenIds.of([1]), TokenIds.of([2, 3])]).parts({})
     assert json.loads(b"".join(parts)) == {"prompt": [[1], [2, 3]], "n": 1}
 
@@ -70,7 +70,7 @@ def test_several_prompts_take_the_place_of_several_texts() -> None:
 def test_nothing_large_is_copied_and_nothing_small_keeps_the_rest() -> None:
     size = COPIED_BYTES_MAX
     raw = b'{"prompt":"x","k":"%b"}' % (b"k" * size)
-    _, span = read_large_body("completions", raw)
+    _, span = decode_partly("completions", raw)
     pieces = spliced_body(raw, span, TokenIds.of([1])).pieces
     kept = [piece for piece in pieces if isinstance(piece, memoryview)]
     assert [piece.obj for piece in kept] == [raw]
@@ -87,12 +87,12 @@ def test_an_object_is_gone_on_with_whatever_is_in_it(raw: bytes) -> None:
 def test_a_forbidden_field_is_known_however_it_is_written() -> None:
     for name in (b"cache_salt", rb"cache\u005fsalt", rb"\u0063ache_salt"):
         with pytest.raises(UnsupportedParameter):
-            read_large_body("completions", b'{"prompt":"x","' + name + b'":"mine"}')
+            decode_partly("completions", b'{"prompt":"x","' + name + b'":"mine"}')
 
 
 def test_of_a_field_that_occurs_twice_the_last_counts_and_is_replaced() -> None:
     raw = b'{"prompt":"first","prompt":"second"}'
-    body, span = read_large_body("completions", raw)
+    body, span = decode_partly("completions", raw)
     assert (body["prompt"], raw[slice(*span)]) == ("second", b'"second"')
     assert json.loads(b"".join(spliced_body(raw, span, TokenIds.of([7])).parts({}))) == {"prompt": [7]}
 
@@ -100,7 +100,7 @@ def test_of_a_field_that_occurs_twice_the_last_counts_and_is_replaced() -> None:
 @pytest.mark.parametrize("raw", [b"", b"[]", b'"x"', b'{"prompt":"x"', b'{"prompt":"x","k":tru}', b'{"prompt":"\\ud83d"}'])
 def test_what_is_no_object_is_the_clients_error(raw: bytes) -> None:
     with pytest.raises(ApiError) as error:
-        read_large_body("completions", raw)
+        decode_partly("completions", raw)
     assert error.value.status == 400
 
 
@@ -110,7 +110,7 @@ def test_what_is_passed_over_takes_no_memory(values: bytes) -> None:
     raw = b'{"prompt":"x",' + values % many + b"}"
     tracemalloc.start()
     try:
-        read_large_body("completions", raw)
+        decode_partly("completions", raw)
         assert tracemalloc.get_traced_memory()[1] < TRACED_BYTES_MAX
     finally:
         tracemalloc.stop()

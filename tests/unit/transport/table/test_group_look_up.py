@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.unit.transport.table_fixtures import writer
 from transport.groups import Group, needed, step, supplied, unit
 from transport.keys import chain_keys, group_keys, root_key
-from transport.table import prefix
-from transport.table.prefix import GroupChain, held_tokens, supply
+from transport.table import group_look_up
+from transport.table.group_look_up import GroupChain, held_tokens, supply
 from transport.table.reader import TableReader
 
 UNITS = 60
@@ -78,7 +78,7 @@ def test_both_ways_find_what_the_rule_says(table, groups, chunk, data):
     begin = data.draw(st.integers(0, 5)) * step(groups)
     end = data.draw(st.integers(begin, chain.tokens))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix, "_CHUNK_BLOCKS", chunk)
+        patch.setattr(group_look_up, "_CHUNK_BLOCKS", chunk)
         found = supply(reader, chain, begin, end)
     wanted = supplied(groups, Held(held), begin, end)
     assert (found.tokens if found else begin) == wanted

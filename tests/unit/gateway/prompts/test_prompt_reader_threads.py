@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from gateway.prompts.reader import LONG_THREADS, SHORT_CHARS_MAX, PromptReader
+from gateway.prompts.prompt_reader import LONG_THREADS, SHORT_CHARS_MAX, PromptReader
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TokenService
 

@@ -1,7 +1,7 @@
 """A large body, of which only the known fields are decoded: what else it holds is passed over and takes no memory. Pure.
 
 A decoded body takes up to 30 times its bytes, and decoding holds up all else in its process for a tenth of a second or more: so
-this is for a process beside the event loop (gateway/relay/large_bodies.py).
+this is for a process beside the event loop (gateway/relay/large_bodies/pool.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _decode = msgspec.json.Decoder().decode
 Span = tuple[int, int]
 
 
-def read_large_body(endpoint: Endpoint, raw: bytes) -> tuple[dict[str, Any], Span]:
+def decode_partly(endpoint: Endpoint, raw: bytes) -> tuple[dict[str, Any], Span]:
     """The known fields of the JSON object in `raw`, checked, and where the prompt's value is in it, (0, 0) for nowhere.
 
     `raw` is passed on as it came: a forbidden field that says nothing stays in it, before what the gateway puts there. Raises

@@ -15,11 +15,11 @@ import pytest
 from gateway.api.body import Endpoint
 from gateway.errors import ApiError, PromptTooLong, Unavailable
 from gateway.prompts.parity import KindVerdict, Parity
-from gateway.prompts.reader import KnownPrompt, PromptReader
+from gateway.prompts.prompt_reader import KnownPrompt, PromptReader
 from gateway.prompts.tokenizer import encoder as encoders
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TextTooLong, TokenService
-from gateway.relay.large_bodies import LargeBodies
+from gateway.relay.large_bodies.pool import LargeBodies
 from gateway.token_ids import TokenIds
 from tests.unit.gateway.prompts.tiny_model import make_model
 from tests.unit.gateway.prompts.tokenizer.tokenizer_kinds import tokenizer_of
