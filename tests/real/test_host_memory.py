@@ -160,7 +160,7 @@ def test_it_says_what_it_keeps(tiered):
 
 
 def test_states_are_restored_and_outlive_their_engine(tmp_path):
-    family = Family(tmp_path, "qwen3next", dtype="bfloat16", max_model_len=1024, num_gpu_blocks_override=20)
+    family = Family(tmp_path, "qwen3next", dtype="bfloat16", max_model_len=2048, num_gpu_blocks_override=20)
     family.tables.mkdir(mode=0o700)
     kept = KeptMemories(family.tables).keep("a", 64 << 20)
     try:
