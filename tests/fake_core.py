@@ -1,6 +1,7 @@
 """A stand-in for vLLM's engine core, a process behind `fake_engine.py`: it makes the steps, and tells of them in a table.
 
 It reads a line for a request's step, `<number> <tag> <prompt tokens>`, answers `<number>`, and takes `-<number>` as its end.
+`<number> <tag>` is a request that arrives and is given no step.
 Stopped (SIGSTOP), it leaves a server that answers /health and gives no token.
 """
 
@@ -58,6 +59,10 @@ class CoreLink:
         self._tell(f"{number} {tag} {prompt_tokens}")
         await done
 
+    def wait(self, number: int, tag: int) -> None:
+        """Have a request arrive that the core gives no step."""
+        self._tell(f"{number} {tag}")
+
     def end(self, number: int) -> None:
         self._waiting.pop(number, None)
         self._tell(f"-{number}")
@@ -86,10 +91,15 @@ def main() -> None:
     table = TableWriter(table_dir, about, BLOCK_TOKENS, BLOCKS)
     print("ready", flush=True)
     running: set[int] = set()
+    waiting = 0
     for line in sys.stdin:
         words = [int(word) for word in line.split()]
         if words[0] < 0:
             running.discard(-words[0])
+        elif len(words) == 2:
+            table.waiting.add(words[1])
+            waiting += 1
+            words[0] = 0
         elif words[0] not in running:
             running.add(words[0])
             now_ns = time.monotonic_ns()
@@ -97,7 +107,7 @@ def main() -> None:
                 told = Delivery(words[1], now_ns, now_ns, now_ns, now_ns, words[2], 0, 0, words[2])
                 table.deliver(told, "shared_memory")
         table.beat(time.monotonic_ns())
-        table.tell_load([0, len(running), 0, len(running)])
+        table.tell_load([waiting, len(running), 0, len(running)])
         if words[0] > 0:
             print(words[0], flush=True)
     table.close()

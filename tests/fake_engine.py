@@ -6,6 +6,7 @@ arguments are accepted and ignored. What it saw is at `GET /fake/seen`. A reques
     on            only the replica of this name (stem of its socket) obeys the rest
     delay         seconds before the answer's head
     token_delay   seconds between tokens
+    waits         with `--fake-core`: the request arrives there and never gets a step
     die           "before" | "mid": the process exits before the head, or after `after` tokens
     drop          "before" | "mid": the connection is closed instead, the process lives
     after         tokens sent before "mid" (default 2)
@@ -259,6 +260,9 @@ class Answer:
     async def _pause(self, index: int) -> None:
         if (core := self.engine.core) is not None:
             self.number = self.number or core.begin()
+            if self.asked.get("waits"):
+                core.wait(self.number, self.tag)
+                await asyncio.Event().wait()
             await core.step(self.number, self.tag, self.prompt_tokens)
         if index >= self.asked.get("after", 2):
             self.engine._end_here(self.asked, "mid", self.request)

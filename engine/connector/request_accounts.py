@@ -121,6 +121,7 @@ class RequestAccounts:
         account = self._open[request.request_id] = RequestAccount(hint, tokens, now_ns, tokens)
         self._phases[Phase.WAITING] += 1
         self._left += tokens
+        self._table.waiting.add(hint.tag)
         if hint.malformed:
             self._table.count("hints_malformed", hint.malformed)
         return account, True
@@ -133,6 +134,7 @@ class RequestAccounts:
 
     def import_begun(self, account: RequestAccount, source: str, now_ns: int) -> None:
         """Blocks were allocated for an import from `source`."""
+        self._table.waiting.begin(account.hint.tag)
         account.import_begun_ns, account.source = now_ns, source
 
     def import_ended(self, account: RequestAccount, begin: int, good: int, report: ImportReport, now_ns: int) -> None:
@@ -154,6 +156,7 @@ class RequestAccounts:
         self.asked.pop(request_id, None)
         if not account.scheduled_ns:
             account.scheduled_ns = now_ns
+            self._table.waiting.begin(account.hint.tag)
             if account.import_wait_ns:  # the steps between its end and this one are what the import takes as well
                 account.import_wait_ns = now_ns - account.import_begun_ns
             self._count(account, computed_tokens)
@@ -199,6 +202,7 @@ class RequestAccounts:
         self.asked.pop(request_id, None)
         self._phases[account.phase] -= 1
         self._leave(account, 0)
+        self._table.waiting.remove(account.hint.tag)
         account.aborted, account.closed = aborted, True
         if not account.whole:
             self._deliver(account, 0)

@@ -41,6 +41,11 @@ class DeliveryFeed:
         if place is not None:
             self._read(replica, place)
 
+    def waits(self, replica: str, tag: int) -> bool:
+        """Return whether the request with this tag waits, or waited when its engine ended, for its first step."""
+        place = self._places.get(replica)
+        return place is not None and place.table.waits(tag)
+
     def refresh(self) -> None:
         """Pass on everything new."""
         for replica, place in self._places.items():

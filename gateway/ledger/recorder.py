@@ -91,12 +91,12 @@ class Recorder:
         return self.first_byte(attempt)
 
     def was_borne(self, attempt: Attempt) -> bool:
-        """Whether the engine is known to have computed the prompt; to be asked before `ended`."""
+        """Whether the engine is known to have computed the prompt, or not to have begun; to be asked before `ended`."""
         flight = attempt.flight
         if flight is None:
             return False
         self.feed.poll(flight.replica)
-        if flight.delivery is not None or flight.first_byte_at:
+        if flight.delivery is not None or flight.first_byte_at or self.feed.waits(flight.replica, flight.tag):
             return True
         return not flight.reports and not flight.streamed and flight.ready_at <= self._clock()
 

@@ -8,6 +8,7 @@
 | 80 | number of the newest delivery record, uint64 |
 | 128 | load, uint64 each, in the order of `LOAD` |
 | 256 | counters, uint64 each, in the order of `COUNTERS` |
+| 1024 | tags of the requests that wait for their first step, uint64 each, 0 where there is none (`waiting_area.py`) |
 | 4096 | description: a JSON object (`Description`), padded |
 | then | states: uint64 per block; odd while the content is not valid, even and never repeated while it is |
 | then | keys: 16 bytes per block |
@@ -33,7 +34,7 @@ from transport.table.deliveries import EngineLoad
 
 SUFFIX = ".table"
 MAGIC = b"PEERKV\x00\x01"
-VERSION = 4
+VERSION = 5
 PAGE_BYTES = 4096
 WAYS = 8
 DESCRIPTION_BYTES_MAX = 4 << 20

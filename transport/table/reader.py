@@ -46,6 +46,7 @@ from transport.table.layout import (
     areas,
     bucket_count,
 )
+from transport.table.waiting_area import waits
 
 __all__ = ["COUNTERS", "SUFFIX", "Run", "TableReader"]
 
@@ -285,6 +286,10 @@ class TableReader:
         if told != self._told[0]:
             self._told = (told, EngineLoad(*memoryview(told).cast("Q").tolist()))
         return self._told[1]
+
+    def waits(self, tag: int) -> bool:
+        """Return whether a request waits for its first step; once the engine has ended, whether it did so then."""
+        return waits(self._head, tag)
 
     def deliveries(self, after: int) -> tuple[int, list[Delivery]]:
         """Return the number of the newest delivery record, and the records after number `after`, oldest first.

@@ -36,6 +36,7 @@ from transport.table.layout import (
     areas,
     bucket_count,
 )
+from transport.table.waiting_area import WaitingArea
 
 _COUNTER_INDEX = {name: index for index, name in enumerate(COUNTERS)}
 _ONE = np.uint64(1)
@@ -95,6 +96,7 @@ class TableWriter:
 
     def _view(self) -> None:
         self._words = memoryview(self._map)[:PAGE_BYTES].cast("Q")
+        self.waiting = WaitingArea(self._words)
         self._states, self._keys, self._index, self._peers, self._deliveries = areas(self._map, self.layout)
 
     def offered(self, blocks: Sequence[int]) -> tuple[list[int], Keys]:

@@ -117,6 +117,21 @@ async def test_a_request_that_ends_its_engine_ends_one_and_those_beside_it_are_a
         await gateway.ready(seconds=START_SECONDS_MAX)
 
 
+async def test_requests_that_had_no_step_yet_when_their_engine_ended_go_to_the_last_replica(tmp_path: Path) -> None:
+    async with peerkv(tmp_path, engine="--fake-core") as gateway:
+        await gateway.ready(seconds=START_SECONDS_MAX)
+        waiting = [asyncio.create_task(gateway.complete(fake={"waits": True, "on": "replica-0"})) for _ in range(6)]
+
+        async def waits() -> bool:
+            _, stats = await gateway.get("/kv/stats")
+            there = next(r for r in stats["replicas"] if r["name"] == "replica-0")["load"]["waiting_requests"]
+            return 0 < there == sum(not task.done() for task in waiting)
+
+        await until(waits)
+        os.kill((await seen(gateway, "replica-0"))["core"], signal.SIGKILL)
+        assert {status for status, _ in await asyncio.gather(*waiting)} == {200}
+
+
 async def test_silent_connections_do_no_harm_where_descriptors_are_few(tmp_path: Path) -> None:
     async with peerkv(tmp_path, PEERKV_HEALTH_INTERVAL_SECONDS="0.2", descriptors=256) as gateway:
         await gateway.ready(seconds=START_SECONDS_MAX)
