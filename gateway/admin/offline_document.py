@@ -8,7 +8,7 @@ from typing import Any
 from engine.fleet import FileFleet
 from gateway.admin.app import build_app
 from gateway.admin.openapi import describe
-from gateway.kept_prefixes.book import KeptPrefix
+from gateway.kept_prefixes.book import KeptPrefixAnswer
 from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixReport, PrefixRequest
 from gateway.settings import Settings
 from gateway.stats.explain import Explanation
@@ -45,7 +45,7 @@ class NothingToSee:
 class NothingKept:
     """Stands where the running gateway's keeper is."""
 
-    async def keep(self, wanted: PrefixRequest) -> KeptPrefix:
+    async def keep(self, wanted: PrefixRequest) -> KeptPrefixAnswer:
         raise NotImplementedError
 
     async def undo(self, prefix_id: str) -> PrefixRemoved:

@@ -12,14 +12,14 @@ from pydantic import ValidationError
 
 from gateway.api.shapes import ErrorAnswer
 from gateway.errors import BodyTooLarge, InvalidRequest
-from gateway.kept_prefixes.book import KeptPrefix
-from gateway.kept_prefixes.shapes import KeptPrefixAnswer, PrefixRemoved, PrefixRequest, kept_answer
+from gateway.kept_prefixes.book import KeptPrefixAnswer
+from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixRequest
 
 
 class PrefixKeeper(Protocol):
     """Keeps prefixes in the replicas' caches."""
 
-    async def keep(self, wanted: PrefixRequest) -> KeptPrefix:
+    async def keep(self, wanted: PrefixRequest) -> KeptPrefixAnswer:
         """Put a prefix where it is wanted. Raises ApiError."""
         ...
 
@@ -61,7 +61,7 @@ def add_prefix_routes(
         **guarded,
     )
     async def keep(request: Request) -> KeptPrefixAnswer:
-        return kept_answer(await keeper.keep(_wanted(await _read(request, body_bytes_max))))
+        return await keeper.keep(_wanted(await _read(request, body_bytes_max)))
 
     @app.delete(
         "/kv/prefixes/{prefix_id}",

@@ -78,6 +78,6 @@ def _sum(one: PeerCounters, other: PeerCounters) -> PeerCounters:
         imports=one.imports + other.imports,
         blocks=one.blocks + other.blocks,
         bytes=one.bytes + other.bytes,
-        nanoseconds=one.nanoseconds + other.nanoseconds,
+        seconds=one.seconds + other.seconds,
         failures=one.failures + other.failures,
     )

@@ -10,21 +10,21 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from gateway.cli.kv_stats import StatsNotRead, add_gateway_flags, ask, client_for
-from gateway.kept_prefixes.book import PrefixPlace
-from gateway.kept_prefixes.shapes import TTL_SECONDS_DEFAULT, KeptPrefixAnswer, PrefixRemoved, PrefixReport
+from gateway.kept_prefixes.book import KeptPrefixAnswer, PrefixPlace
+from gateway.kept_prefixes.shapes import TTL_SECONDS_DEFAULT, PrefixRemoved, PrefixReport
 
 PREFIXES_SHOWN = 20
 PIN_TIMEOUT_SECONDS = 600.0
 """A long prefix is computed on each of its replicas before the gateway answers; see prefix_seconds_max."""
 _KEY_DIGITS_SHOWN = 8
-ShapeT = TypeVar("ShapeT", bound=BaseModel)
+ShapeT = TypeVar("ShapeT")
 
 
 def add_views(views: "argparse._SubParsersAction[Any]") -> None:
@@ -135,7 +135,7 @@ def _flush(arguments: argparse.Namespace, client: httpx.Client, console: Console
 
 def _read(shape: type[ShapeT], answer: bytes) -> ShapeT:
     try:
-        return shape.model_validate_json(answer)
+        return TypeAdapter(shape).validate_json(answer)
     except ValidationError as error:
         raise StatsNotRead(f"that is no peerkv of this version: {error.error_count()} fields do not fit") from error
 

@@ -5,7 +5,7 @@ up; the book knows when that is and when to renew them. `now` is Unix time in se
 """
 
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
@@ -45,27 +45,38 @@ class PrefixPlace:
     reason: Annotated[str, Field(description="what failed")] = ""
 
 
-@dataclass(slots=True, eq=False)
-class KeptPrefix:
-    """One kept prefix. `number` identifies its pin to the engines; `ids` are its token ids."""
+@dataclass(slots=True, kw_only=True)
+class KeptPrefixAnswer:
+    """A kept prefix."""
 
-    number: int
+    id: str
     tenant: str
     model: str
-    ids: TokenIds
-    replicas: int
-    ttl_seconds: float
+    tokens: int
     pin: bool
     renew: bool
-    created: float
-    expires: float
+    ttl: Annotated[float, Field(description="seconds")]
+    created: Annotated[float, Field(description="Unix time, seconds")]
+    expires: Annotated[float, Field(description="Unix time, seconds")]
+    places: list[PrefixPlace]
+
+    def place(self, replica: str) -> PrefixPlace | None:
+        """Return the prefix's place on that replica, None if it was never put there."""
+        return next((place for place in self.places if place.replica == replica), None)
+
+
+@dataclass(slots=True, kw_only=True)
+class KeptPrefix(KeptPrefixAnswer):
+    """A kept prefix with what only its keeper needs to know: its token ids, how many replicas hold it, when to renew it."""
+
+    ids: TokenIds
+    replicas: int
     renew_at: float
-    places: dict[str, PrefixPlace] = field(default_factory=dict)
 
     @property
-    def id(self) -> str:
-        """Its name in the API."""
-        return f"{self.number:016x}"
+    def number(self) -> int:
+        """What identifies its pin to the engines."""
+        return int(self.id, 16)
 
 
 class TooManyPrefixes(InvalidRequest):
@@ -103,7 +114,7 @@ class KeptPrefixBook:
     @property
     def tokens(self) -> int:
         """Token ids that the book holds."""
-        return sum(len(kept.ids) for kept in self._kept.values())
+        return sum(kept.tokens for kept in self._kept.values())
 
     def add(
         self,
@@ -112,7 +123,7 @@ class KeptPrefixBook:
         tenant: str,
         model: str,
         replicas: int,
-        ttl_seconds: float,
+        ttl: float,
         pin: bool,
         renew: bool,
         now: float,
@@ -124,17 +135,19 @@ class KeptPrefixBook:
         if self.tokens + len(ids) > self._tokens_max:
             raise TooManyPrefixes(f"With it the kept prefixes would have more than {self._tokens_max} tokens.")
         kept = KeptPrefix(
-            number=secrets.randbits(_ID_BITS) + 1,
+            id=f"{secrets.randbits(_ID_BITS) + 1:016x}",
             tenant=tenant,
             model=model,
-            ids=ids,
-            replicas=replicas,
-            ttl_seconds=ttl_seconds,
+            tokens=len(ids),
             pin=pin,
             renew=renew,
+            ttl=ttl,
             created=now,
-            expires=now + ttl_seconds,
-            renew_at=now + RENEW_SHARE * ttl_seconds,
+            expires=now + ttl,
+            places=[],
+            ids=ids,
+            replicas=replicas,
+            renew_at=now + RENEW_SHARE * ttl,
         )
         self._kept[kept.id] = kept
         return kept
@@ -158,12 +171,16 @@ class KeptPrefixBook:
 
     def place(self, kept: KeptPrefix, place: PrefixPlace) -> None:
         """Record the state of a prefix on a replica."""
-        kept.places[place.replica] = place
+        former = kept.place(place.replica)
+        if former is None:
+            kept.places.append(place)
+        else:
+            kept.places[kept.places.index(former)] = place
 
     def renewed(self, kept: KeptPrefix, now: float) -> None:
         """Restart its time."""
-        kept.expires = now + kept.ttl_seconds
-        kept.renew_at = now + RENEW_SHARE * kept.ttl_seconds
+        kept.expires = now + kept.ttl
+        kept.renew_at = now + RENEW_SHARE * kept.ttl
 
     def due(self, now: float) -> list[KeptPrefix]:
         """Return the prefixes to renew now; each is due again after RENEW_SECONDS_MIN at the earliest."""
@@ -176,8 +193,8 @@ class KeptPrefixBook:
     def lost(self, replica: str, reason: str) -> None:
         """A replica ended and its contents are gone. Renewed prefixes are due at once."""
         for kept in self._kept.values():
-            if replica in kept.places:
-                kept.places[replica] = PrefixPlace(replica, PlaceState.FAILED, reason=reason)
+            if kept.place(replica) is not None:
+                self.place(kept, PrefixPlace(replica, PlaceState.FAILED, reason=reason))
                 kept.renew_at = 0.0
 
     def all(self, now: float) -> list[KeptPrefix]:

@@ -87,7 +87,7 @@ class Keeper:
             tenant=tenant.name,
             model=wanted.model,
             replicas=wanted.replicas,
-            ttl_seconds=wanted.ttl,
+            ttl=wanted.ttl,
             pin=wanted.pin,
             renew=wanted.renew,
             now=self._wall_clock(),
@@ -100,7 +100,7 @@ class Keeper:
         done = PrefixRemoved(id=prefix_id, unpinned=[], failed={})
         async with self._placing:
             kept = self.book.remove(prefix_id, self._wall_clock())
-            for place in kept.places.values():
+            for place in kept.places:
                 if place.state is PlaceState.PINNED:
                     try:
                         await self._unpin(kept, place.replica)
@@ -125,9 +125,9 @@ class Keeper:
         except BaseException:
             self.book.discard(kept)
             raise
-        if all(place.state is PlaceState.FAILED for place in kept.places.values()):
+        if all(place.state is PlaceState.FAILED for place in kept.places):
             self.book.discard(kept)
-            raise Unavailable("No replica took it: " + "; ".join(f"{p.replica}: {p.reason}" for p in kept.places.values()))
+            raise Unavailable("No replica took it: " + "; ".join(f"{p.replica}: {p.reason}" for p in kept.places))
 
     async def _place(self, kept: KeptPrefix) -> None:
         """Put the prefix on its replicas, starting with those that hold it, so that others can import from there."""
@@ -152,7 +152,7 @@ class Keeper:
         busy = self._planner.in_flight()
 
         def rank(replica: Replica) -> tuple[bool, int, int, str]:
-            place = kept.places.get(replica.name)
+            place = kept.place(replica.name)
             keeps = place is not None and place.state is not PlaceState.FAILED
             return not keeps, -look_up.blocks.get(replica.name, 0), busy.get(replica.name, 0), replica.name
 
@@ -163,7 +163,7 @@ class Keeper:
         place = PrefixPlace(replica.name)
         self.book.place(kept, place)
         refused = self._refusals(replica.name)
-        pin = PinWish(kept.number, kept.ttl_seconds) if kept.pin else None
+        pin = PinWish(kept.number, kept.ttl) if kept.pin else None
         try:
             attempt = await self._request(kept, replica.name, kept.ids, pin=pin)
         except ApiError as error:

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gateway.kept_prefixes.book import KeptPrefix, PrefixPlace
+from gateway.kept_prefixes.book import KeptPrefixAnswer
 from transport.hint import PIN_SECONDS_MAX
 
 TTL_SECONDS_DEFAULT = 3600.0
@@ -43,43 +43,12 @@ class PrefixRequest(BaseModel):
         return self
 
 
-class KeptPrefixAnswer(BaseModel):
-    """A kept prefix."""
-
-    id: str
-    tenant: str
-    model: str
-    tokens: int
-    pin: bool
-    renew: bool
-    ttl: float = Field(description="seconds")
-    created: float = Field(description="Unix time, seconds")
-    expires: float = Field(description="Unix time, seconds")
-    places: list[PrefixPlace]
-
-
 class PrefixRemoved(BaseModel):
     """A prefix that is no longer kept. If a replica could not be told, its pin ends when its time is up."""
 
     id: str
     unpinned: list[str]
     failed: dict[str, str]
-
-
-def kept_answer(kept: KeptPrefix) -> KeptPrefixAnswer:
-    """Return a kept prefix in the form that is shown."""
-    return KeptPrefixAnswer(
-        id=kept.id,
-        tenant=kept.tenant,
-        model=kept.model,
-        tokens=len(kept.ids),
-        pin=kept.pin,
-        renew=kept.renew,
-        ttl=kept.ttl_seconds,
-        created=kept.created,
-        expires=kept.expires,
-        places=list(kept.places.values()),
-    )
 
 
 class Prefix(BaseModel):

@@ -14,20 +14,14 @@ from gateway.relay.counters import RelayCounters
 from gateway.steering.costs.model import CostStats
 from gateway.steering.outliers import OutlierState
 from transport.groups import Group
-from transport.table.deliveries import EngineLoad
+from transport.table.deliveries import EngineLoad, PeerCounters
 
 
-class PeerStats(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerStats(PeerCounters):
     """What a replica imported from one other replica."""
 
-    name: str
-    transport: str
-    imports: int
-    blocks: int
-    bytes: int
-    seconds: float = Field(description="time of the copies alone")
-    failures: int = Field(description="imports that fell short")
-    gigabytes_per_second: float = Field(description="1e9 bytes per second of copying; 0 without imports")
+    gigabytes_per_second: Annotated[float, Field(description="1e9 bytes per second of copying; 0 without imports")]
 
 
 class TokenCounts(BaseModel):

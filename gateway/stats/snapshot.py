@@ -185,15 +185,6 @@ def _parity_stats(verdict: ParityVerdict, counts: ParityCounts) -> ParityStats:
 def peer_stats(peers: Iterable[PeerCounters]) -> list[PeerStats]:
     """Return what was imported by peer, and at what rate."""
     return [
-        PeerStats(
-            name=peer.name,
-            transport=peer.transport,
-            imports=peer.imports,
-            blocks=peer.blocks,
-            bytes=peer.bytes,
-            seconds=peer.nanoseconds / 1e9,
-            failures=peer.failures,
-            gigabytes_per_second=peer.bytes / peer.nanoseconds if peer.nanoseconds else 0.0,
-        )
+        PeerStats(**asdict(peer), gigabytes_per_second=peer.bytes / 1e9 / peer.seconds if peer.seconds else 0.0)
         for peer in peers
     ]

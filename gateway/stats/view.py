@@ -7,8 +7,9 @@ from engine.fleet import FleetSnapshot, FleetView
 from gateway.block_registry.fleet_state import STATUS_OK
 from gateway.block_registry.registry import holders, key_array
 from gateway.block_registry.tables import Table
+from gateway.kept_prefixes.book import KeptPrefixAnswer
 from gateway.kept_prefixes.keeper import Keeper
-from gateway.kept_prefixes.shapes import KeptPrefixAnswer, Prefix, PrefixReport, kept_answer
+from gateway.kept_prefixes.shapes import Prefix, PrefixReport
 from gateway.ledger.recorder import Recorder
 from gateway.planner.planner import Planner
 from gateway.planner.prefix_counts import PrefixCounts
@@ -53,8 +54,7 @@ class FleetFigures:
 
     def prefixes(self, limit: int) -> PrefixReport:
         """The body of GET /kv/prefixes: the `limit` most requested ones, and all that are kept."""
-        kept = [kept_answer(each) for each in self._keeper.all()]
-        return prefix_report(self._planner.prefixes, limit, self._holders, kept)
+        return prefix_report(self._planner.prefixes, limit, self._holders, self._keeper.all())
 
     def explain(self, request_id: str) -> Explanation | None:
         """The body of GET /kv/explain/{request_id}; None if nothing is kept under that id."""
@@ -100,7 +100,7 @@ def prefix_report(
     counts: PrefixCounts,
     limit: int,
     holders: Callable[[Sequence[bytes]], Sequence[Sequence[str]]],
-    kept: list[KeptPrefixAnswer],
+    kept: Sequence[KeptPrefixAnswer],
 ) -> PrefixReport:
     """Return the body of GET /kv/prefixes; `holders` tells for each key which replicas hold that block."""
     top = counts.top(limit)
@@ -109,4 +109,4 @@ def prefix_report(
         Prefix(key=key.hex(), tokens=tokens, requests=requests, last_used=last_used, holders=list(names))
         for (key, tokens, requests, last_used), names in zip(top, held, strict=True)
     ]
-    return PrefixReport(tracked_blocks=len(counts), tracked_blocks_max=counts.blocks_max, prefixes=prefixes, kept=kept)
+    return PrefixReport(tracked_blocks=len(counts), tracked_blocks_max=counts.blocks_max, prefixes=prefixes, kept=list(kept))

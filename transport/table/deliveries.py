@@ -83,9 +83,9 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True)
 class PeerCounters:
-    """What was imported from one peer since the importer's epoch began. `failures` are imports that fell short.
+    """What was imported from one peer since the importer's epoch began.
 
-    `nanoseconds` is the time of the copies alone. Peers beyond the table's room are counted together, as `OTHER_PEERS`.
+    Peers beyond the table's room are counted together, as `OTHER_PEERS`.
     """
 
     name: str
@@ -93,8 +93,8 @@ class PeerCounters:
     imports: int
     blocks: int
     bytes: int
-    nanoseconds: int
-    failures: int
+    seconds: Annotated[float, Field(description="time of the copies alone")]
+    failures: Annotated[int, Field(description="imports that fell short")]
 
 
 OTHER_PEERS = "(others)"

@@ -11,7 +11,7 @@ from transport.table.fence import fence
 PEERS_MAX = 64
 NAME_BYTES_MAX = 256
 TRANSPORT_BYTES_MAX = 32
-COUNTERS = 5  # as in PeerCounters: imports, blocks, bytes, nanoseconds, failures
+COUNTERS = 5  # imports, blocks, bytes, nanoseconds of the copies, failures
 _NAME = 8
 _TRANSPORT = _NAME + NAME_BYTES_MAX // 8
 WORDS = _TRANSPORT + TRANSPORT_BYTES_MAX // 8
@@ -55,10 +55,12 @@ class PeerArea:
 
     def counters(self) -> tuple[PeerCounters, ...]:
         """Return every peer's counters."""
-        return tuple(
-            PeerCounters(name, _text(self._rows[place, _TRANSPORT:WORDS]), *self._rows[place, 1 : 1 + COUNTERS].tolist())
-            for place, name in enumerate(self.names())
-        )
+        return tuple(self._counters(place, name) for place, name in enumerate(self.names()))
+
+    def _counters(self, place: int, name: str) -> PeerCounters:
+        imports, blocks, size, nanoseconds, failures = self._rows[place, 1 : 1 + COUNTERS].tolist()
+        transport = _text(self._rows[place, _TRANSPORT:WORDS])
+        return PeerCounters(name, transport, imports, blocks, size, nanoseconds / 1e9, failures)
 
 
 def _words(text: str, size: int) -> npt.NDArray[np.uint64]:

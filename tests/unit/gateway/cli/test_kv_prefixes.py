@@ -7,12 +7,13 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from gateway.cli import kv_prefixes
 from gateway.cli.main import build_parser
-from gateway.kept_prefixes.book import PlaceState, PrefixPlace
-from gateway.kept_prefixes.shapes import KeptPrefixAnswer, Prefix, PrefixRemoved, PrefixReport
+from gateway.kept_prefixes.book import KeptPrefixAnswer, PlaceState, PrefixPlace
+from gateway.kept_prefixes.shapes import Prefix, PrefixRemoved, PrefixReport
 
 PLACE = PrefixPlace(
     replica="replica-1", state=PlaceState.PINNED, local_tokens=0, peer_tokens=0, computed_tokens=64, source="", reason=""
@@ -26,7 +27,7 @@ class Gateway:
     """Answers one status and body, and keeps what it was asked."""
 
     def __init__(self, status: int, body: Any) -> None:
-        self.status, self.body = status, body if isinstance(body, str) else body.model_dump_json()
+        self.status, self.body = status, body if isinstance(body, str) else TypeAdapter(type(body)).dump_json(body).decode()
         self.asked: list[tuple[str, str, Any]] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:

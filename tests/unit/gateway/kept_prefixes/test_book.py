@@ -16,7 +16,7 @@ from gateway.token_ids import TokenIds
 
 def add(book: KeptPrefixBook, tokens: int = 10, *, ttl: float = 100.0, renew: bool = False, now: float = 0.0) -> KeptPrefix:
     ids = TokenIds.of(range(tokens))
-    return book.add(ids, tenant="t", model="", replicas=1, ttl_seconds=ttl, pin=True, renew=renew, now=now)
+    return book.add(ids, tenant="t", model="", replicas=1, ttl=ttl, pin=True, renew=renew, now=now)
 
 
 def test_a_prefix_is_known_by_its_id_until_its_time_is_over() -> None:
@@ -85,6 +85,6 @@ def test_a_restarted_replica_kept_nothing_and_what_is_renewed_is_due_at_once() -
         book.place(kept, PrefixPlace("a", PlaceState.PINNED))
     book.place(elsewhere, PrefixPlace("b", PlaceState.PINNED))
     book.lost("a", "restarted")
-    assert [kept.places["a"].state for kept in (once, renewed)] == [PlaceState.FAILED] * 2
-    assert elsewhere.places["b"].state is PlaceState.PINNED
+    assert [place.state for kept in (once, renewed) for place in kept.places] == [PlaceState.FAILED] * 2
+    assert [place.state for place in elsewhere.places] == [PlaceState.PINNED]
     assert book.due(1.0) == [renewed]

@@ -24,6 +24,7 @@ from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.settings import Settings, Tenant
+from gateway.stats.view import prefix_report
 from gateway.tenants.access import AdminAccess
 from gateway.tenants.tenants import ANONYMOUS, Tenants, default_salt
 from gateway.upstream.pool import Upstream
@@ -168,6 +169,14 @@ async def test_a_prefix_is_computed_pinned_and_shown(scene: Scene) -> None:
     assert hint["pin"] == {"id": int(kept["id"], 16), "seconds": 60.0}
     assert [each.id for each in scene.keeper.all()] == [kept["id"]]
     assert scene.planner.in_flight() == {}
+
+
+async def test_what_only_the_keeper_needs_is_shown_nowhere(scene: Scene) -> None:
+    kept = await scene.keep(ttl=60, renew=True)
+    shown = {"id", "tenant", "model", "tokens", "pin", "renew", "ttl", "created", "expires", "places"}
+    assert kept.keys() == shown
+    report = prefix_report(scene.planner.prefixes, 10, lambda keys: [[] for _ in keys], scene.keeper.all())
+    assert report.model_dump(mode="json")["kept"] == [kept]
 
 
 async def test_a_second_replica_imports_from_the_first(scene: Scene) -> None:

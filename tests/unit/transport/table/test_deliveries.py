@@ -233,9 +233,9 @@ def test_imports_are_counted_by_peer(tmp_path):
         table.imported("replica-1", "cuda_ipc", blocks=1, size=100, nanoseconds=10, failed=True)
         table.imported("replica-3", "shared_memory", blocks=1, size=1, nanoseconds=1, failed=False)
         assert [astuple(peer) for peer in reader.peers()] == [
-            ("replica-1", "cuda_ipc", 2, 4, 400, 40, 1),
-            ("replica-2", "cuda_ipc", 1, 0, 0, 1, 1),
-            ("replica-3", "shared_memory", 1, 1, 1, 1, 0),
+            ("replica-1", "cuda_ipc", 2, 4, 400, 40e-9, 1),
+            ("replica-2", "cuda_ipc", 1, 0, 0, 1e-9, 1),
+            ("replica-3", "shared_memory", 1, 1, 1, 1e-9, 0),
         ]
 
 
