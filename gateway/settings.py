@@ -125,6 +125,9 @@ class Settings(BaseSettings):
         description="protects /metrics, /kv/* and the choice of a replica; unset: callers on this machine only",
     )
     tenants: tuple[Tenant, ...] = Field((), description="who may call, each with an API key; none: open to everybody")
+    keys_file: Path | None = Field(
+        None, description="file of API keys, which `peerkv keys` writes; changes are taken up while the gateway runs"
+    )
     cors_origins: Words = Field(
         (), description="web pages that may call /v1 from a browser, such as https://chat.example; *: all pages; none: none"
     )
@@ -307,10 +310,10 @@ class Settings(BaseSettings):
                 )
         return value
 
-    @field_validator("run_dir", "table_dir", "log_dir")
+    @field_validator("run_dir", "table_dir", "log_dir", "keys_file")
     @classmethod
-    def _make_absolute(cls, value: Path) -> Path:
-        return Path(os.path.abspath(value.expanduser()))
+    def _make_absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else Path(os.path.abspath(value.expanduser()))
 
     @model_validator(mode="after")
     def _check(self) -> Self:

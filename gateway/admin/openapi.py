@@ -39,7 +39,11 @@ def describe(app: FastAPI) -> dict[str, Any]:
     for name in _FASTAPI_ERRORS:
         components["schemas"].pop(name, None)
     components["securitySchemes"] = {
-        "apiKey": {"type": "http", "scheme": "bearer", "description": "a tenant's key, where tenants are configured"},
+        "apiKey": {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "a tenant's key, where tenants or a keys file are configured",
+        },
         "adminKey": {"type": "http", "scheme": "bearer", "description": "the admin key; without one: loopback callers"},
     }
     return document

@@ -80,7 +80,9 @@ def _add(parser: Any, name: str, field: FieldInfo) -> None:
     text = f"{field.description} (default: {_default(name, field)})".replace("%", "%%")
     options: dict[str, Any] = {"dest": name, "default": None, "help": text}
     kinds = _kinds(field.annotation)
-    if kinds == {bool}:
+    if name.endswith("_file"):
+        parser.add_argument(flag, metavar="FILE", **options)
+    elif kinds == {bool}:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
     elif len(kinds) == 1 and typing.get_origin(choice := next(iter(kinds))) is typing.Literal:
         parser.add_argument(flag, choices=typing.get_args(choice), **options)

@@ -1,4 +1,4 @@
-"""The command line: `peerkv serve`, `engine`, `gateway`, `doctor`, `bench`, `kv`, `openapi`.
+"""The command line: `peerkv serve`, `engine`, `gateway`, `doctor`, `bench`, `kv`, `keys`, `openapi`.
 
 Exit status: 0 after a clean end, 1 if something failed, 2 for wrong usage or settings, 130 when interrupted.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gateway import __version__
-from gateway.cli import kv_explain, kv_prefixes
+from gateway.cli import keys, kv_explain, kv_prefixes
 from gateway.cli import kv_stats as kv_live
 from gateway.cli.bench import flags as bench_flags
 from gateway.cli.flags import add_settings_flags, given_settings
@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_bench(commands)
     _add_kv(commands)
+    keys.add_commands(commands)
     _add_openapi(commands)
     return parser
 

@@ -37,7 +37,7 @@ def command() -> str:
 def curl_line(settings: Settings, model: str) -> str:
     """Return a shell command that requests a completion."""
     body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 16}, ensure_ascii=False)
-    key = ' -H "Authorization: Bearer $YOUR_KEY"' if settings.tenants else ""
+    key = ' -H "Authorization: Bearer $YOUR_KEY"' if settings.tenants or settings.keys_file else ""
     return f"curl {address(settings)}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
 

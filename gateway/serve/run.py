@@ -25,6 +25,7 @@ from gateway.serve.banner import banner, say
 from gateway.serve.descriptors import fitted, in_words, raise_limit
 from gateway.serve.memory import settle_memory
 from gateway.serve.model_choice import with_model
+from gateway.serve.signals import reloading
 from gateway.serve.starting import StartingDoor, Switch
 from gateway.serve.wiring import Door, build_door
 from gateway.settings import Settings, engine_settings
@@ -152,6 +153,11 @@ async def _open(
     keeping = asyncio.create_task(door.keeper.run(), name="the renewal of kept prefixes")
     keeping.add_done_callback(_tell_of_defect)
     stack.push_async_callback(_end, keeping)
+    if door.keys is not None:
+        watching = asyncio.create_task(door.keys.run(), name="the watch over the keys file")
+        watching.add_done_callback(_tell_of_defect)
+        stack.push_async_callback(_end, watching)
+        stack.enter_context(reloading(door.keys.reload))
     switch.app = door.app
     settle_memory()
     return door

@@ -1,15 +1,16 @@
 """Signals: the first one requests an orderly stop, the second one ends the process at once.
 
-SIGHUP says that the terminal is gone, which is a stop too, or, without one, asks to reload: there is nothing to reload.
+SIGHUP says that the terminal is gone, which is a stop too, or, without one, asks to reload what can be: the keys file.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 
 import uvloop
 
@@ -23,6 +24,17 @@ EXIT_FAILED = 1
 EXIT_AT_ONCE = 130
 
 _logger = logging.getLogger(__name__)
+_reloads: list[Callable[[], None]] = []  # signals are the process's, and so is this
+
+
+@contextlib.contextmanager
+def reloading(reload: Callable[[], None]) -> Iterator[None]:
+    """Have `reload` called when a SIGHUP asks for it."""
+    _reloads.append(reload)
+    try:
+        yield
+    finally:
+        _reloads.remove(reload)
 
 
 def run_until_stopped(work: Callable[[], Coroutine[None, None, None]]) -> int:
@@ -55,8 +67,11 @@ async def _supervise(work: Callable[[], Coroutine[None, None, None]]) -> int:
     def hang_up() -> None:
         if has_terminal and not os.isatty(STDERR):
             stop()
-        else:
-            say("SIGHUP: settings are read only at the start, and logs are rotated by size; nothing changes")
+            return
+        for reload in _reloads:
+            reload()
+        read = "the keys file is read again, other" if _reloads else "nothing changes:"
+        say(f"SIGHUP: {read} settings are read only at the start, and logs are rotated by size")
 
     loop.add_signal_handler(signal.SIGHUP, hang_up)
     try:

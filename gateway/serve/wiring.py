@@ -26,6 +26,8 @@ from gateway.settings import Settings
 from gateway.stats.view import FleetFigures
 from gateway.steering.outliers import Outliers
 from gateway.tenants.access import AdminAccess
+from gateway.tenants.key_file import read_keys
+from gateway.tenants.key_watch import KeyWatch
 from gateway.tenants.tenants import Tenants
 from gateway.upstream.pool import Upstream
 from gateway.upstream.served_models import ModelsCache
@@ -47,6 +49,7 @@ class Door:
     overdue: OverdueWatch
     figures: FleetFigures
     large_bodies: LargeBodies
+    keys: KeyWatch | None
 
     async def close(self) -> None:
         """Close connections and tables."""
@@ -57,11 +60,13 @@ class Door:
 
 
 def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: tuple[str, ...], table_dir: Path) -> Door:
-    """Build the front door for `fleet`, which serves `model` with `vllm_args`."""
+    """Build the front door for `fleet`, which serves `model` with `vllm_args`. Raises KeyFileError."""
     upstream = Upstream(settings)
     models = ModelsCache(fleet, upstream)
     tables = TableDirectory(table_dir, hold_seconds=HOLD_SECONDS)
-    tenants = Tenants(settings.tenants, settings.admin_key)
+    file = settings.keys_file
+    tenants = Tenants(settings.tenants, settings.admin_key, None if file is None else read_keys(file))
+    keys = None if file is None else KeyWatch(file, tenants)
     source = source_from_arguments(model, vllm_args)
     tokens = TokenService(source, settings.token_cache_bytes_max, settings.text_cache_bytes_max, tenants=len(tenants))
     outliers = Outliers(settings.eject_failures_max, settings.eject_seconds_min, settings.eject_seconds_max)
@@ -110,7 +115,7 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: t
     )
     app = FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin)
     overdue = OverdueWatch(planner, fleet, upstream.give_up, seconds_min=settings.overdue_seconds_min)
-    return Door(app, relay, models, upstream, planner, tokens, tables, keeper, overdue, figures, large_bodies)
+    return Door(app, relay, models, upstream, planner, tokens, tables, keeper, overdue, figures, large_bodies, keys)
 
 
 def _large_bodies(settings: Settings, source: TokenizerSource, planner: Planner, tenants: int) -> LargeBodies:

@@ -74,7 +74,7 @@ def caller(tenants: Tenants, scope: Mapping[str, Any], authorization: bytes | No
 
 def open_to_others(settings: Settings) -> str:
     """A warning if gateways with these settings may be used by whoever reaches them from other machines; else nothing."""
-    if settings.tenants or settings.host == "localhost" or is_loopback(settings.host):
+    if settings.tenants or settings.keys_file or settings.host == "localhost" or is_loopback(settings.host):
         return ""
     return f"no tenants are configured: whoever reaches {settings.host} port {settings.port} can use the model, without a key"
 

@@ -24,6 +24,7 @@ from engine.replicas.shared_memory_check import kv_bytes_each
 from gateway.cli.doctor.gpus import Gpu, Link, driver_gpus, find_gpus
 from gateway.serve.descriptors import fitted, in_words, limits
 from gateway.settings import Settings
+from gateway.tenants.key_file import readable_by_others
 
 LSCPU_SECONDS = 10.0
 READY_SECONDS = 2.0
@@ -41,6 +42,7 @@ class Machine:
     `cpu_errors` are what keeps vLLM's CPU build from starting; `gateway_answers` says that a peerkv gateway has the port.
     `driver_gpus` are those that the driver knows, hidden ones among them; `replicas` on the CPU, each with `kv_bytes_each`, are
     what the settings ask for, and `unwritable` the (setting, directory) that `user` may not write to.
+    `keys_file_open` is the keys file if others than its owner may read it, else "".
     `descriptors` are the soft and the hard limit, `descriptors_short` what a start lowers since even the hard one is too low.
     """
 
@@ -72,6 +74,7 @@ class Machine:
     user: int
     unwritable: tuple[tuple[str, str], ...]
     admin_key: bool
+    keys_file_open: str
     descriptors: tuple[int, int]
     descriptors_short: str
 
@@ -118,6 +121,7 @@ def look(settings: Settings) -> Machine:
         user=os.geteuid(),
         unwritable=_unwritable(settings),
         admin_key=settings.admin_key is not None,
+        keys_file_open=str(keys) if (keys := settings.keys_file) is not None and readable_by_others(keys) else "",
         descriptors=limits(),
         descriptors_short=in_words(settings, fitted(settings, limits()[1]), limits()[1]),
     )

@@ -65,7 +65,10 @@ def judge_port(machine: Machine) -> Iterator[Finding]:
 
 
 def judge_access(machine: Machine) -> Iterator[Finding]:
-    """Can the intended callers, and nobody else, reach /metrics and /kv/*?"""
+    """Can the intended callers, and nobody else, reach /metrics and /kv/*, and read the keys file?"""
+    if machine.keys_file_open:
+        what = f"others than its owner may read the keys file {machine.keys_file_open}, and with it what salts are made of"
+        yield Finding(True, what, f"chmod 600 {machine.keys_file_open}")
     if machine.admin_key:
         return
     if machine.host == "localhost" or is_loopback(machine.host):

@@ -62,6 +62,7 @@ CPU_MACHINE = Machine(
     user=10001,
     unwritable=(),
     admin_key=False,
+    keys_file_open="",
 )
 GPU_MACHINE = replace(
     CPU_MACHINE,
@@ -481,3 +482,15 @@ def test_what_is_stored_in_host_memory_is_shown() -> None:
     fleet = fleet_of(replace(MEMBER, stored=(7, 900)), replace(MEMBER, name="replica-1"))
     assert "replica-0   ready, cpu, 3 of 1000 blocks cached, 7 of 900 stored in host memory\n" in words(CPU_MACHINE, fleet)
     assert "replica-1   ready, cpu, 3 of 1000 blocks cached\n" in words(CPU_MACHINE, fleet)
+
+
+def test_a_keys_file_that_others_may_read_is_a_problem(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text("")
+    path.chmod(0o640)
+    assert machine.look(Settings(keys_file=path)).keys_file_open == str(path)
+    path.chmod(0o600)
+    assert machine.look(Settings(keys_file=path)).keys_file_open == ""
+    [problem] = [each for each in judge(replace(CPU_MACHINE, keys_file_open="/k.toml"), None, ()) if "/k.toml" in each.what]
+    assert problem.problem
+    assert problem.remedy == "chmod 600 /k.toml"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 from pydantic import SecretStr
 
 from gateway.errors import NotAuthenticated
 from gateway.settings import Tenant
+from gateway.tenants.keys import Key, Keys, digest_of
 from gateway.tenants.tenants import ANONYMOUS, Tenants, bearer_token
 
 A = Tenant(name="a", api_key=SecretStr("key-number-1"))
@@ -52,3 +55,58 @@ def test_an_admin_key_alone_does_not_close_the_gateway() -> None:
 
 def test_a_bearer_token_is_found_in_any_case() -> None:
     assert bearer_token(b"BEARER abc") == b"abc"
+
+
+def keys(*found: Key) -> Keys:
+    return Keys(salt_secret="ab" * 32, keys=found)
+
+
+def of_file(token: str, name: str, tenant: str, **values: object) -> Key:
+    return Key(name=name, tenant=tenant, sha256=digest_of(token.encode()).hex(), **values)
+
+
+def test_keys_of_one_tenant_share_a_salt_that_a_new_key_does_not_change() -> None:
+    tenants = Tenants([], keys=keys(of_file("one", "x", "t"), of_file("two", "y", "t"), of_file("three", "z", "u")))
+    first, second, other = (tenants.authenticate(f"Bearer {token}".encode()) for token in ("one", "two", "three"))
+    assert first.salt == second.salt != other.salt
+    assert len(first.salt) == 64
+    tenants.use(keys(of_file("four", "x", "t")))
+    assert tenants.authenticate(b"Bearer four").salt == first.salt
+    with pytest.raises(NotAuthenticated):
+        tenants.authenticate(b"Bearer one")
+    assert tenants.named("t").salt == first.salt
+    assert tenants.named("u") is None
+
+
+def test_a_key_of_the_file_may_be_of_a_tenant_of_the_settings_and_shares_its_salt() -> None:
+    tenants = Tenants([B], keys=keys(of_file("one", "x", "b")))
+    assert tenants.authenticate(b"Bearer one").salt == "given"
+    assert tenants.authenticate(b"Bearer key-number-2").salt == "given"
+
+
+def test_keys_that_are_over_are_refused_with_the_reason() -> None:
+    now = datetime(2027, 1, 1, tzinfo=UTC)
+    tenants = Tenants(
+        [],
+        keys=keys(
+            of_file("ended", "a", "t", expires=now),
+            of_file("ends", "b", "t", expires=datetime(2027, 1, 2, tzinfo=UTC)),
+            of_file("revoked", "c", "t", revoked=now),
+            of_file("new", "d", "t", former_sha256=digest_of(b"old").hex(), former_expires=now),
+        ),
+        clock=now.timestamp,
+    )
+    for token, words in (("ended", "expired"), ("revoked", "revoked"), ("old", "expired"), ("never", "Incorrect")):
+        with pytest.raises(NotAuthenticated, match=words):
+            tenants.authenticate(f"Bearer {token}".encode())
+    for token in ("ends", "new"):
+        assert tenants.authenticate(f"Bearer {token}".encode()).name == "t"
+
+
+def test_with_a_keys_file_nobody_calls_without_a_key_even_if_it_is_empty() -> None:
+    tenants = Tenants([], SecretStr("the-admin-key"), keys=keys())
+    assert not tenants.open
+    with pytest.raises(NotAuthenticated):
+        tenants.authenticate(None)
+    assert tenants.authenticate(b"Bearer the-admin-key").name == "admin"
+    assert len(tenants) > 1

@@ -1,0 +1,185 @@
+"""`peerkv keys add|list|revoke|rotate`: the keys file, changed while gateways use it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from gateway.errors import SettingsError
+from gateway.settings import load
+from gateway.tenants.key_file import KeyFileError, locked, read_keys, write_keys
+from gateway.tenants.keys import Key, Keys, digest_of, new_token
+
+GRACE_DEFAULT = "1h"
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_SPAN = re.compile(r"([0-9]+)([smhd])")
+_SPANS = "such as 30m, 12h or 90d"
+
+Work = Callable[[argparse.Namespace, Path, datetime], int]
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `keys` and its commands."""
+    summary = "make, show, end and replace API keys"
+    parser = commands.add_parser("keys", help=summary, description=summary)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    add = _add(verbs, "add", _add_key, "make a key, and show it once", "keys add alice --tenant team --expires 90d")
+    add.add_argument("name", metavar="NAME", help="what the key is called, in this file and in figures")
+    add.add_argument("--tenant", help="whose it is; the keys of a tenant share one prefix cache (default: NAME)")
+    add.add_argument("--expires", metavar="WHEN", help=f"a span, {_SPANS}, or a date (default: never)")
+    _add(verbs, "list", _list, "show the keys", "keys list --json")
+    revoke = _add(verbs, "revoke", _revoke, "end a key for good", "keys revoke alice")
+    revoke.add_argument("name", metavar="NAME", help="as `keys list` shows it")
+    rotate = _add(verbs, "rotate", _rotate, "replace a key by a new one", "keys rotate alice --grace 24h")
+    rotate.add_argument("name", metavar="NAME", help="as `keys list` shows it")
+    text = f"how long the old key works too, {_SPANS}; 0s ends it at once (default: {GRACE_DEFAULT})"
+    rotate.add_argument("--grace", default=GRACE_DEFAULT, metavar="SPAN", help=text)
+
+
+def _add(verbs: Any, name: str, work: Work, summary: str, example: str) -> argparse.ArgumentParser:
+    epilog = f"Example: peerkv {example} --keys-file keys.toml"
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=summary, description=summary, epilog=epilog, allow_abbrev=False
+    )
+    parser.add_argument("--keys-file", metavar="FILE", help="the file (default: the setting keys_file, PEERKV_KEYS_FILE)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
+    parser.add_argument("--json", action="store_true", help="print JSON (default: text)")
+    parser.set_defaults(run=run, work=work, parser=parser)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run one of the commands; returns its exit status. Raises SettingsError, KeyFileError."""
+    path = load({"keys_file": arguments.keys_file}, arguments.config).keys_file
+    if path is None:
+        raise SettingsError("which keys file? Name it by --keys-file FILE, PEERKV_KEYS_FILE or keys_file in the settings")
+    work: Work = arguments.work
+    return work(arguments, path, datetime.now(UTC).replace(microsecond=0))
+
+
+def _add_key(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
+    token = new_token()
+    with locked(path) as keys:
+        if keys.named(arguments.name) is not None:
+            raise KeyFileError(f"there is a key '{arguments.name}' already; `peerkv keys rotate` replaces it")
+        key = _checked(
+            name=arguments.name,
+            tenant=arguments.tenant or arguments.name,
+            sha256=_hex(token),
+            created=now,
+            expires=_moment(arguments.expires, now),
+        )
+        write_keys(path, keys.with_key(key))
+    _show_once(arguments, key, token, "the key is shown this once; only its digest is kept")
+    return 0
+
+
+def _revoke(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
+    with locked(path) as keys:
+        key = _named(keys, arguments.name)
+        ended = key.model_copy(update={"revoked": key.revoked or now})
+        write_keys(path, keys.with_key(ended))
+    print(json.dumps(_shown(ended, now), indent=2) if arguments.json else f"{key.name} is revoked")
+    return 0
+
+
+def _rotate(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
+    token, grace = new_token(), _span(arguments.grace)
+    if grace is None:
+        raise SettingsError(f"--grace: '{arguments.grace}' is no span of time, {_SPANS}")
+    with locked(path) as keys:
+        key = _named(keys, arguments.name)
+        if key.state(now) != "active":
+            raise KeyFileError(f"the key '{key.name}' is {key.state(now)}; `peerkv keys add` makes a new one")
+        former = {"former_sha256": key.sha256, "former_expires": now + grace} if grace else dict.fromkeys(_FORMER)
+        fresh = key.model_copy(update={"sha256": _hex(token), "created": now, **former})
+        write_keys(path, keys.with_key(fresh))
+    ends = f"the old key works until {(now + grace).isoformat()}" if grace else "the old key works no longer"
+    _show_once(arguments, fresh, token, f"{ends}; the new one is shown this once")
+    return 0
+
+
+_FORMER = ("former_sha256", "former_expires")
+
+
+def _list(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
+    keys = read_keys(path).keys
+    if arguments.json:
+        print(json.dumps([_shown(key, now) for key in keys], indent=2))
+        return 0
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("name", "tenant", "state", "expires"):
+        table.add_column(column, overflow="fold")
+    for key in keys:
+        ends = key.expires.date().isoformat() if key.expires else "never"
+        table.add_row(key.name, key.tenant, key.state(now), ends)
+    Console().print(table if keys else "there are no keys yet; `peerkv keys add NAME` makes one")
+    return 0
+
+
+def _show_once(arguments: argparse.Namespace, key: Key, token: str, words: str) -> None:
+    if arguments.json:
+        print(json.dumps({**_shown(key, datetime.now(UTC)), "key": token}, indent=2))
+        return
+    Console(stderr=True, soft_wrap=True).print(f"{key.name} of tenant {key.tenant}: {words}", highlight=False)
+    print(token)
+
+
+def _shown(key: Key, now: datetime) -> dict[str, Any]:
+    """What is told of a key: no digests."""
+    told = key.model_dump(mode="json", exclude={"sha256", "former_sha256"}, exclude_none=True)
+    return {**told, "state": key.state(now)}
+
+
+def _named(keys: Keys, name: str) -> Key:
+    key = keys.named(name)
+    if key is None:
+        known: Sequence[str] = [each.name for each in keys.keys]
+        raise KeyFileError(f"there is no key '{name}'; there are: {', '.join(known) or 'none'}")
+    return key
+
+
+def _hex(token: str) -> str:
+    return digest_of(token.encode()).hex()
+
+
+def _checked(**values: Any) -> Key:
+    try:
+        return Key(**{name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(map(str, first["loc"])).replace("_", "-")
+        raise SettingsError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _span(text: str) -> timedelta | None:
+    found = _SPAN.fullmatch(text)
+    try:
+        return None if found is None else timedelta(seconds=int(found[1]) * _SECONDS[found[2]])
+    except OverflowError:
+        return None
+
+
+def _moment(text: str | None, now: datetime) -> datetime | None:
+    """When a key expires. Raises SettingsError."""
+    if text is None:
+        return None
+    try:
+        span = _span(text)
+        moment = datetime.fromisoformat(text) if span is None else now + span
+    except (ValueError, OverflowError):
+        raise SettingsError(f"--expires: '{text}' is neither a span, {_SPANS}, nor a date such as 2027-01-31") from None
+    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+    if moment <= now:
+        raise SettingsError(f"--expires: {text} is over already")
+    return moment

@@ -1,0 +1,102 @@
+"""API keys as the keys file holds them: who has one, and until when."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from datetime import UTC, date, datetime, time
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+TOKEN_PREFIX = "sk-peerkv-"
+TOKEN_BYTES = 32
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}$"
+RESERVED_TENANTS = frozenset({"admin", "anonymous"})
+_DIGEST = r"^[0-9a-f]{64}$"
+
+
+def new_token() -> str:
+    """A new key: 256 random bits, behind a prefix by which scanners for leaked secrets can know it."""
+    return TOKEN_PREFIX + secrets.token_urlsafe(TOKEN_BYTES)
+
+
+def digest_of(token: bytes) -> bytes:
+    """The SHA-256 of a key. Keys are random, so nothing slower is needed to keep them from being guessed."""
+    return hashlib.sha256(token).digest()
+
+
+def _moment(value: Any) -> Any:
+    """A date of TOML is its beginning, and a time without an offset is UTC."""
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime.combine(value, time())
+    return value.replace(tzinfo=UTC) if isinstance(value, datetime) and value.tzinfo is None else value
+
+
+def _not_reserved(tenant: str) -> str:
+    if tenant in RESERVED_TENANTS:
+        raise ValueError(f"'{tenant}' is the name of another caller")
+    return tenant
+
+
+Moment = Annotated[datetime, BeforeValidator(_moment)]
+TenantName = Annotated[str, Field(pattern=NAME), AfterValidator(_not_reserved)]
+
+
+class Key(BaseModel):
+    """One key: of itself only the digest is known. `former_sha256` is that of the key which it replaced."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=NAME)
+    tenant: TenantName
+    sha256: str = Field(pattern=_DIGEST)
+    former_sha256: str | None = Field(None, pattern=_DIGEST)
+    former_expires: Moment | None = None
+    created: Moment | None = None
+    expires: Moment | None = None
+    revoked: Moment | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tenant_by_name(cls, values: Any) -> Any:
+        return {"tenant": values.get("name"), **values} if isinstance(values, dict) else values
+
+    def state(self, now: datetime) -> str:
+        """active, expired or revoked."""
+        if self.revoked is not None:
+            return "revoked"
+        return "expired" if self.expires is not None and self.expires <= now else "active"
+
+
+class Keys(BaseModel):
+    """The content of a keys file. `salt_secret` is what the tenants' salts are derived from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    salt_secret: str = Field(pattern=_DIGEST)
+    keys: tuple[Key, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Keys:
+        names = [key.name for key in self.keys]
+        if len(set(names)) != len(names):
+            raise ValueError("two keys have the same name")
+        digests = [digest for key in self.keys for digest in (key.sha256, key.former_sha256) if digest]
+        if len(set(digests)) != len(digests):
+            raise ValueError("two keys have the same sha256")
+        return self
+
+    def named(self, name: str) -> Key | None:
+        """The key of that name."""
+        return next((key for key in self.keys if key.name == name), None)
+
+    def with_key(self, key: Key) -> Keys:
+        """The same with `key` in place of the one of its name, or added."""
+        others = [key if each.name == key.name else each for each in self.keys]
+        return self.model_copy(update={"keys": tuple(others if key in others else [*others, key])})
+
+
+def no_keys() -> Keys:
+    """An empty file's content, with a new secret."""
+    return Keys(salt_secret=secrets.token_bytes(TOKEN_BYTES).hex())

@@ -1,0 +1,123 @@
+"""The keys file: what may be in it, who may read it, and that it is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from gateway.tenants.key_file import FILE_BYTES_MAX, KeyFileError, locked, read_keys, readable_by_others, write_keys
+from gateway.tenants.keys import TOKEN_PREFIX, Key, digest_of, new_token, no_keys
+
+DIGEST = "ab" * 32
+SECRET = f'salt_secret = "{"cd" * 32}"\n'
+
+
+def entry(**values: object) -> str:
+    return "[[keys]]\n" + "".join(f"{name} = {value}\n" for name, value in {"name": '"a"', **values}.items())
+
+
+def test_a_key_is_256_random_bits_of_which_the_file_has_the_digest(tmp_path: Path) -> None:
+    token = new_token()
+    assert token.startswith(TOKEN_PREFIX)
+    assert len(token) - len(TOKEN_PREFIX) == 43
+    assert new_token() != token
+    path = tmp_path / "keys.toml"
+    write_keys(path, no_keys().with_key(Key(name="a", tenant="a", sha256=digest_of(token.encode()).hex())))
+    assert token[len(TOKEN_PREFIX) :] not in path.read_text()
+    assert read_keys(path).keys[0].sha256 == digest_of(token.encode()).hex()
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    moment = datetime(2027, 1, 31, 12, tzinfo=UTC)
+    keys = no_keys().with_key(Key(name="a", tenant="team@b", sha256=DIGEST))
+    keys = keys.with_key(
+        Key(name="b", tenant="b", sha256="cd" * 32, former_sha256="ef" * 32, former_expires=moment, expires=moment)
+    )
+    write_keys(tmp_path / "keys.toml", keys)
+    assert read_keys(tmp_path / "keys.toml") == keys
+
+
+def test_it_is_its_owners_alone_whatever_it_was_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "there" / "keys.toml"
+    write_keys(path, no_keys())
+    path.chmod(0o644)
+    assert readable_by_others(path)
+    write_keys(path, no_keys())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not readable_by_others(path)
+    assert os.listdir(path.parent) == ["keys.toml"]
+
+
+def test_a_link_stays_one_and_its_target_is_replaced(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.toml", tmp_path / "keys.toml"
+    write_keys(real, no_keys())
+    link.symlink_to(real)
+    keys = no_keys()
+    write_keys(link, keys)
+    assert link.is_symlink()
+    assert read_keys(real) == keys
+
+
+def test_dates_and_times_without_an_offset_are_in_utc(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(SECRET + entry(sha256=f'"{DIGEST}"', expires="2027-01-31", created="2026-01-01T12:00:00"))
+    [key] = read_keys(path).keys
+    assert key.expires == datetime(2027, 1, 31, tzinfo=UTC)
+    assert key.created == datetime(2026, 1, 1, 12, tzinfo=UTC)
+    assert key.tenant == "a"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("not toml", "is not TOML"),
+        ("", "salt_secret"),
+        (SECRET + entry(sha256='"abc"'), "keys.1.sha256"),
+        (SECRET + entry(sha256=f'"{DIGEST}"', colour='"red"'), "keys.1.colour"),
+        (SECRET + entry(sha256=f'"{DIGEST}"', tenant='"admin"'), "keys.1.tenant"),
+        (SECRET + entry(sha256=f'"{DIGEST}"', name='"a b"'), "keys.1.name"),
+        (SECRET + 2 * entry(sha256=f'"{DIGEST}"'), "same name"),
+        (SECRET + entry(sha256=f'"{DIGEST}"') + entry(name='"b"', sha256=f'"{DIGEST}"'), "same sha256"),
+    ],
+)
+def test_what_is_wrong_is_named_without_what_the_file_holds(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(content)
+    with pytest.raises(KeyFileError) as refused:
+        read_keys(path)
+    assert words in str(refused.value)
+    assert str(path) in str(refused.value)
+    assert DIGEST not in str(refused.value)
+
+
+def test_a_file_that_is_not_there_says_how_one_is_made(tmp_path: Path) -> None:
+    with pytest.raises(KeyFileError, match="peerkv keys add NAME --keys-file"):
+        read_keys(tmp_path / "keys.toml")
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    with path.open("wb") as file:
+        file.truncate(FILE_BYTES_MAX + 1)
+    with pytest.raises(KeyFileError, match="more than"):
+        read_keys(path)
+
+
+def test_commands_that_run_at_once_lose_no_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+
+    def add(number: int) -> None:
+        with locked(path) as keys:
+            write_keys(path, keys.with_key(Key(name=f"k{number}", tenant="t", sha256=f"{number:064x}")))
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {key.name for key in read_keys(path).keys} == {f"k{number}" for number in range(16)}
