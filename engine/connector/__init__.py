@@ -1,6 +1,7 @@
-"""The connector that vLLM loads (`kv_connector_module_path=engine.connector`, `kv_connector=PeerKVConnector`).
+"""Inside vLLM: the connector that it loads (`kv_connector_module_path=engine.connector`, `kv_connector=PeerKVConnector`).
 
-Runs inside vLLM: `scheduler` in the engine's core process, `worker` in each of its workers. May import only transport.
+`scheduler` runs in the engine's core process, `worker` in each of its workers. A new source of KV is opened in
+`import_sources`. May import tiers, host_process.kept_memory and transport; never gateway.
 """
 
 from typing import TYPE_CHECKING, Any

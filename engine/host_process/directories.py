@@ -1,5 +1,9 @@
 """Directories that one running peerkv owns exclusively: claimed, locked, and removed with their contents.
 
+Sockets and `fleet.json` are in `$XDG_RUNTIME_DIR/peerkv/<port>` or `/tmp/peerkv-<uid>/<port>`, block tables in
+`/dev/shm/peerkv-<uid>/<port>`; both are emptied when a supervisor starts there. Logs, which stay, are in
+`~/.local/state/peerkv/logs/<port>`. In containers gateway and engines share the first two by one volume in memory.
+
 A claimed directory carries a marker file under an exclusive lock. The replica host shares the lock
 by inheriting the descriptor, so that nobody takes the directory over before the last of the two has cleaned up.
 """

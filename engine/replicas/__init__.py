@@ -1,4 +1,4 @@
-"""The supervisor's side: starts, watches and restarts replicas. Runs in the process of `peerkv serve` or `peerkv engine`.
+"""In the supervisor, the process of `peerkv serve` or `peerkv engine`: starts, watches and restarts replicas.
 
 May import host_process and fleet.
 """

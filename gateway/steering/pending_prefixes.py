@@ -1,7 +1,7 @@
 """Prefixes that replicas are computing right now, which the next request may find there.
 
-A key stands for everything before it, so two chains agree up to some block and nowhere after it. Bisection finds
-that block.
+So 50 equal prompts that come at once are computed once, or once on each replica where waiting would take longer. A key stands
+for everything before it, so two chains agree up to some block and nowhere after it. Bisection finds that block.
 """
 
 from collections.abc import Iterable, Mapping

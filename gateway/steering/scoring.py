@@ -1,4 +1,8 @@
-"""One request against one fleet: each replica's best option, and which replicas are worth considering. Pure."""
+"""One request against one fleet: each replica's best option, and which replicas are worth considering. Pure.
+
+An option costs what the request waits for its first token, and what it costs others: delayed decodes, the queue at a hot
+prefix's holders, and what a full cache evicts.
+"""
 
 from collections.abc import Sequence
 from math import sqrt

@@ -1,1 +1,1 @@
-"""What a choice costs in seconds: the terms of the cost model, and how they are fitted. Knows nothing of choices."""
+"""How long a request takes, in seconds: the cost model's terms, fitted online from priors. Knows nothing of choices."""
