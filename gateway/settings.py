@@ -133,6 +133,9 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
     access_log: bool = Field(False, description="log one line per request")
+    request_log: str = Field(
+        "", description="file that gets a line of JSON for each request, without prompts, answers and keys; -: standard output"
+    )
 
     # Where things are; created with mode 0700.
     run_dir: Path = Field(
@@ -309,6 +312,11 @@ class Settings(BaseSettings):
                     f"'{origin}' is neither an origin, such as https://chat.example or http://localhost:3000, nor *"
                 )
         return value
+
+    @field_validator("request_log")
+    @classmethod
+    def _make_path_absolute(cls, value: str) -> str:
+        return value if value in ("", "-") else os.path.abspath(os.path.expanduser(value))
 
     @field_validator("run_dir", "table_dir", "log_dir", "keys_file")
     @classmethod

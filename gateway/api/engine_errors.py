@@ -38,6 +38,16 @@ def error_in_our_form(status: int, body: bytes) -> bytes:
     return error_body(message, type=_type(status))
 
 
+def error_code(body: bytes) -> str:
+    """The code of an error in OpenAI's form, that `body` begins with; its type if it has no code, "" if it is none."""
+    try:
+        error = msgspec.json.decode(body.partition(_EVENT_END)[0])["error"]
+        found = error["code"] or error["type"]
+    except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError):
+        return ""
+    return found if isinstance(found, str) else ""
+
+
 def events_in_our_form(chunk: bytes) -> bytes:
     """Whole events of a stream, those that are errors in OpenAI's form."""
     return _EVENT_END.join(_event(event) if event.startswith(ERROR_EVENT) else event for event in chunk.split(_EVENT_END))

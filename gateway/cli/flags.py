@@ -55,6 +55,7 @@ PATH_DEFAULTS = {
     "log_dir": "~/.local/state/peerkv/logs/PORT",
 }
 _METAVARS: dict[Any, str] = {int: "N", float: "N", Path: "DIR"}
+_METAVARS_OF = {"replicas": "N|auto", "request_log": "FILE|-"}
 
 
 def add_settings_flags(parser: argparse.ArgumentParser, main: Iterable[str], *, leave_out: Iterable[str] = ()) -> None:
@@ -88,7 +89,7 @@ def _add(parser: Any, name: str, field: FieldInfo) -> None:
         parser.add_argument(flag, choices=typing.get_args(choice), **options)
     else:
         number = next((_METAVARS[kind] for kind in kinds if kind in _METAVARS), name.split("_")[-1].upper())
-        parser.add_argument(flag, metavar="N|auto" if name == "replicas" else number, **options)
+        parser.add_argument(flag, metavar=_METAVARS_OF.get(name, number), **options)
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -6,8 +6,10 @@ import time
 
 import msgspec
 
-from gateway.api.engine_errors import ERROR_EVENT, events_in_our_form
+from gateway.api.engine_errors import ERROR_EVENT, error_code, events_in_our_form
+from gateway.api.usage import usage_of
 from gateway.http_server.transaction import Transaction
+from gateway.relay.request_record import RequestRecord
 from gateway.upstream.answer_head import AnswerHead
 from gateway.upstream.connection import EngineConnection
 
@@ -15,6 +17,8 @@ COMMENTS_HELD_SECONDS = 15.0
 """Keep-alive comments are for proxies, which wait for 30 s or more. For so long they wait for the first event, since with
 them the head leaves, and x-peerkv-cache is not known before that event."""
 _EVENT_END = b"\n\n"
+_DATA = b"data: "
+_LAST_EVENT = b"data: [DONE]\n\n"
 
 
 class Answer(msgspec.Struct):
@@ -32,16 +36,23 @@ def at_hand(response: EngineConnection) -> Answer | None:
     return None if body is None else Answer(head.status, head.lines, body)
 
 
-async def pass_on(transaction: Transaction, response: EngineConnection, *, bytes_max: int) -> Answer | None:
+async def pass_on(
+    transaction: Transaction, response: EngineConnection, record: RequestRecord, *, bytes_max: int
+) -> Answer | None:
     """The answer when it is whole and nothing of it was sent yet; None when it was streamed to the client.
+
+    What a stream says of its tokens and of its failure is put into the `record`.
 
     An answer of more than `bytes_max` bytes is streamed. Raises ConnectionBroke when the replica breaks off.
     """
     head = response.head
     if head.is_event_stream:
         events = _Events(transaction, head, bytes_max)
-        await response.pump(events.take, transaction.drained)
-        events.end()
+        try:
+            await response.pump(events.take, transaction.drained)
+            events.end()
+        finally:
+            events.tell(record)
         return None
     return await _collect(transaction, response, bytes_max)
 
@@ -53,6 +64,9 @@ class _Events:
         self._transaction, self._head, self._bytes_max = transaction, head, bytes_max
         self._held = self._comments = b""
         self._begun = False
+        self._error = ""
+        self._count = 0
+        self._last = self._before = b""  # chunks: the counts of tokens are in the event before the last one
         self._came_at = time.monotonic()
 
     def take(self, chunk: bytes) -> bool:
@@ -75,6 +89,9 @@ class _Events:
             chunk, self._comments = self._comments + chunk, b""
         if ERROR_EVENT in chunk:
             chunk = events_in_our_form(chunk)
+            self._error = self._error or error_code(chunk[chunk.index(ERROR_EVENT) + len(_DATA) :])
+        self._count += chunk.count(_EVENT_END)
+        self._before, self._last = self._last, chunk
         return self._transaction.write(chunk)
 
     def end(self) -> None:
@@ -82,6 +99,15 @@ class _Events:
         if not self._begun:
             self._begin()
         self._transaction.finish(self._comments + self._held)
+
+    def tell(self, record: RequestRecord) -> None:
+        """Say what came, be it all or not."""
+        record.error = self._error
+        record.usage = usage_of(self._before + self._last)
+        if record.usage is None and self._begun:
+            # A chat's first event has a role alone.
+            without_tokens = self._last.endswith(_LAST_EVENT) + (record.endpoint == "chat") + (self._error != "")
+            record.events = max(0, self._count - without_tokens)
 
     def _show_comments(self) -> bool:
         """Send the comments of a stream without an event yet, once they were held for long enough."""

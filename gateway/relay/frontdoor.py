@@ -12,6 +12,7 @@ from gateway.errors import InternalError, MethodNotAllowed, UnknownPath
 from gateway.http_server.request_cycle import Asgi, Receive, Scope, Send
 from gateway.http_server.transaction import JSON_LINE, Transaction
 from gateway.relay.relay import PATHS, Relay
+from gateway.relay.request_record import RequestRecord
 from gateway.tenants.access import caller
 from gateway.tenants.tenants import Tenants
 from gateway.upstream.served_models import ModelsCache
@@ -44,7 +45,7 @@ class FrontDoor:
             return self._relay(endpoint, scope)
         if path == "/v1" or path.startswith("/v1/"):
             transaction = Transaction(scope)
-            return self._relay.guard(OTHER_LABEL, transaction, self._serve_v1(transaction))
+            return self._relay.guard(RequestRecord(OTHER_LABEL), transaction, self._serve_v1(transaction))
         return self._serve_admin(scope, receive, send)
 
     async def _serve_v1(self, transaction: Transaction) -> None:

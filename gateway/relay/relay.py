@@ -11,14 +11,15 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Generic, Protocol
+from typing import Any, Generic
 
 import msgspec
 
 from engine.fleet import FleetView
 from gateway.api.body import Endpoint, check_body, decode_body
 from gateway.api.encodings import as_utf8
-from gateway.api.engine_errors import error_in_our_form
+from gateway.api.engine_errors import error_code, error_in_our_form
+from gateway.api.usage import usage_of
 from gateway.errors import (
     ApiError,
     InternalError,
@@ -40,6 +41,7 @@ from gateway.relay.counters import RelayCounters
 from gateway.relay.engine_body import EngineBody, engine_body, spliced_body
 from gateway.relay.interfaces import AttemptRecorder, PlannerLike, PlanT
 from gateway.relay.large_bodies.pool import LargeBodies
+from gateway.relay.request_record import Meter, RequestRecord
 from gateway.relay.uploads import Uploads
 from gateway.settings import Settings
 from gateway.tenants.access import AdminAccess, caller
@@ -61,16 +63,11 @@ RETRIED_STATUSES = frozenset({429, 500, 502, 503})
 _ENGINE_DIED = b"EngineCore encountered an issue"  # vLLM's words to the requests that its engine held when it ended
 
 
-class Meter(Protocol):
-    """Measures requests. Times are in seconds since the request came; that of the first byte is None where none was sent."""
-
-    def answered(self, endpoint: str, status: int, seconds: float, first_byte_seconds: float | None) -> None: ...
-
-
 class RelayedRequest(msgspec.Struct, Generic[PlanT], eq=False):
     """A request on its way over one replica or more."""
 
     transaction: Transaction
+    record: RequestRecord
     path: str
     body: EngineBody
     plan: PlanT
@@ -97,7 +94,7 @@ class Relay(Generic[PlanT]):
     ) -> None:
         self.counters = RelayCounters()
         self.draining = False
-        self.meter: Meter | None = None
+        self.meters: tuple[Meter, ...] = ()
         self._settings = settings
         self._fleet = fleet
         self._upstream = upstream
@@ -121,11 +118,11 @@ class Relay(Generic[PlanT]):
 
     def __call__(self, endpoint: Endpoint, scope: Scope) -> Awaitable[None]:
         """Serve one POST request to `endpoint`; to be called and awaited by the task that does so."""
-        transaction = Transaction(scope)
-        return self.guard(endpoint, transaction, self._serve(endpoint, transaction))
+        transaction, record = Transaction(scope), RequestRecord(endpoint)
+        return self.guard(record, transaction, self._serve(endpoint, transaction, record))
 
-    async def guard(self, label: str, transaction: Transaction, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work`, measure it as `label`, and turn whatever it raises into the right end of the transaction."""
+    async def guard(self, record: RequestRecord, transaction: Transaction, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work`, turn whatever it raises into the right end of the transaction, and have the `record` measured."""
         self.counters.requests += 1
         exchanges = self._transactions
         try:
@@ -135,16 +132,19 @@ class Relay(Generic[PlanT]):
             await work
         except ApiError as error:
             self.counters.refused += error.status < 500
+            record.error = error.code or error.type
             transaction.fail(error)
         except ClientLeft:
             transaction.left = True
             self.counters.clients_left += 1
         except asyncio.CancelledError:
-            await self._cancelled(transaction)
+            await self._cancelled(transaction, record)
         except Exception:
             self.counters.internal_errors += 1
             _logger.exception("request %s failed", transaction.request_id)
-            transaction.fail(InternalError(transaction.request_id))
+            defect = InternalError(transaction.request_id)
+            record.error = defect.code or defect.type
+            transaction.fail(defect)
         finally:
             work.close()
             transaction.unwatch()
@@ -153,12 +153,12 @@ class Relay(Generic[PlanT]):
             exchanges.discard(transaction)
             if self.draining and not exchanges:
                 self._idle.set()
-            if self.meter is not None:
-                came_at, status = transaction.came_at, transaction.status
-                first = transaction.begun_at - came_at if status else None
-                self.meter.answered(label, LEFT_STATUS if transaction.left else status, time.perf_counter() - came_at, first)
+            if self.meters:
+                _finish(record, transaction)
+                for meter in self.meters:
+                    meter.answered(record)
 
-    async def _cancelled(self, transaction: Transaction) -> None:
+    async def _cancelled(self, transaction: Transaction, record: RequestRecord) -> None:
         """Our own cancellation ends here; any other is raised again."""
         task = asyncio.current_task()
         if task is None or not (transaction.left or transaction.ending):
@@ -167,6 +167,7 @@ class Relay(Generic[PlanT]):
         if transaction.left:
             self.counters.clients_left += 1
         elif transaction.ending is not None:
+            record.error = transaction.ending.code or transaction.ending.type
             transaction.fail(transaction.ending)
 
     async def drain(self, seconds: float) -> None:
@@ -192,9 +193,10 @@ class Relay(Generic[PlanT]):
                 await self._idle.wait()
         return self._idle.is_set()
 
-    async def _serve(self, endpoint: Endpoint, transaction: Transaction) -> None:
+    async def _serve(self, endpoint: Endpoint, transaction: Transaction, record: RequestRecord) -> None:
         fields = transaction.fields
         tenant = caller(self._tenants, transaction.scope, fields.authorization, fields.host)
+        record.tenant = tenant.name
         if fields.wanted_replica is not None:
             self._access.check(transaction.scope)
         if not fields.is_json:
@@ -214,6 +216,7 @@ class Relay(Generic[PlanT]):
         model = body.get("model") or ""
         if model and not self._models.lists(model):
             await self._models.card(model)
+        record.model, record.streamed = model, body.get("stream") is True
         read = await self._planner.read(endpoint, body, tenant, wanted_replica=fields.wanted_replica, known=known)
         if len(self._transactions) > 1:
             await self._batching.wait()
@@ -222,7 +225,7 @@ class Relay(Generic[PlanT]):
             self._hold(plan.held_bytes)
             transaction.body_bytes += plan.held_bytes
         info = RequestInfo(transaction.request_id, endpoint, tenant.name, model)
-        request = RelayedRequest(transaction, transaction.scope["path"], sent(plan.prompt), plan, info)
+        request = RelayedRequest(transaction, record, transaction.scope["path"], sent(plan.prompt), plan, info)
         del raw, body, known, sent, read  # what was decoded is many times what is sent
         await self._travel(request)
 
@@ -263,7 +266,8 @@ class Relay(Generic[PlanT]):
         for attempts_left in range(self._settings.retry_attempts_max, -1, -1):
             answer: Answer | None = None
             may_go_on, lost = True, LOST_STATUS
-            attempt = self._recorder.begin(request.plan, request.info)
+            attempt = request.record.attempt = self._recorder.begin(request.plan, request.info)
+            request.record.attempts += 1
             try:
                 if len(self._transactions) > 1:
                     await self._batching.wait()
@@ -300,6 +304,9 @@ class Relay(Generic[PlanT]):
                 raise NotOfThisModel(request.path)
             if answer.status >= 400:
                 answer.lines, answer.body = JSON_LINE, error_in_our_form(answer.status, answer.body)
+                request.record.error = error_code(answer.body)
+            elif self.meters:
+                request.record.usage = usage_of(answer.body)
             transaction.answer(answer.status, answer.lines, answer.body)
             return
 
@@ -339,7 +346,7 @@ class Relay(Generic[PlanT]):
             answer = at_hand(response)
             if answer is None:
                 transaction.answering = lambda: self._recorder.stream_begins(attempt)
-                answer = await pass_on(transaction, response, bytes_max=self._settings.answer_bytes_max)
+                answer = await pass_on(transaction, response, request.record, bytes_max=self._settings.answer_bytes_max)
             if answer is not None and (cache := self._recorder.first_byte(attempt)):
                 answer.lines += b"x-peerkv-cache: %b\r\n" % cache
             return answer
@@ -364,6 +371,16 @@ def _read_small(endpoint: Endpoint, raw: bytes | bytearray) -> Looked:
 async def _read_large(bodies: LargeBodies, endpoint: Endpoint, raw: bytes | bytearray, tenant: TenantContext) -> Looked:
     body, known, span = await bodies.read(endpoint, raw, tenant.salt)
     return body, known, lambda prompt: spliced_body(raw, span, prompt)
+
+
+def _finish(record: RequestRecord, transaction: Transaction) -> None:
+    """The request is over."""
+    came_at, status = transaction.came_at, transaction.status
+    record.request_id = transaction.request_id
+    record.status = LEFT_STATUS if transaction.left else status
+    record.first_byte_seconds = transaction.begun_at - came_at if status else None
+    record.ended_at = time.perf_counter()
+    record.seconds = record.ended_at - came_at
 
 
 def _outcome(transaction: Transaction, answer: Answer | None, lost: int) -> int:

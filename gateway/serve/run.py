@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from gateway.serve.signals import reloading
 from gateway.serve.starting import StartingDoor, Switch
 from gateway.serve.wiring import Door, build_door
 from gateway.settings import Settings, engine_settings
+from gateway.stats.log_file import STDOUT, LogFile
+from gateway.stats.request_log import RequestLog
 from gateway.tenants.access import open_to_others
 
 SETTLE_SECONDS_MAX = 20.0  # from the first ready replica to the banner, while others still start
@@ -43,17 +46,18 @@ async def serve(settings: Settings) -> None:
     """Run the gateway and its replicas."""
     settings = _with_descriptors(settings)
     async with contextlib.AsyncExitStack() as stack:
+        request_log = _request_log(stack, settings)
         starting = StartingDoor("preparing the model")
         server, switch = await stack.enter_async_context(_serving(settings, starting))
         devices = await _devices_with_room(settings)
         settings = await with_model(settings)
         starting.reason = "starting the replicas"
         supervisor = await stack.enter_async_context(_supervised(settings, devices))
-        door = await _open(stack, settings, supervisor, server, switch, supervisor.snapshot())
+        door = await _open(stack, settings, supervisor, server, switch, supervisor.snapshot(), request_log)
         async with _heartbeat(supervisor):
             await supervisor.wait_ready()
             await _settle(supervisor)
-        print(banner(settings, supervisor.snapshot(), settings.log_dir, door.figures.warnings()), flush=True)
+        _show(settings, banner(settings, supervisor.snapshot(), settings.log_dir, door.figures.warnings()))
         await _while_there_is_hope(supervisor)
 
 
@@ -61,14 +65,15 @@ async def gateway(settings: Settings) -> None:
     """Run only the front door, for the replicas that another process runs in `run_dir`."""
     settings = _with_descriptors(settings)
     async with contextlib.AsyncExitStack() as stack:
+        request_log = _request_log(stack, settings)
         starting = StartingDoor(f"waiting for the replicas of {settings.run_dir}")
         server, switch = await stack.enter_async_context(_serving(settings, starting))
         fleet = FileFleet(settings.run_dir, hold_seconds=HOLD_SECONDS)
         say(starting.reason)
         found = await _wait_for(fleet, settings.startup_seconds_max)
-        door = await _open(stack, settings, fleet, server, switch, found)
+        door = await _open(stack, settings, fleet, server, switch, found, request_log)
         await _until(lambda: bool(_same(found, fleet.snapshot()).ready()))
-        print(banner(settings, fleet.snapshot(), None, door.figures.warnings()), flush=True)
+        _show(settings, banner(settings, fleet.snapshot(), None, door.figures.warnings()))
         await _until(lambda: not _same(found, fleet.snapshot()))  # never: it goes on until _same raises
 
 
@@ -95,6 +100,20 @@ def _with_descriptors(settings: Settings) -> Settings:
     if words := in_words(settings, fitting, descriptors):
         say(words)
     return fitting
+
+
+def _request_log(stack: contextlib.AsyncExitStack, settings: Settings) -> RequestLog | None:
+    """The log of requests if one is wanted; it is closed with the stack. Raises SettingsError."""
+    if not settings.request_log:
+        return None
+    file = LogFile(settings.request_log)
+    stack.push_async_callback(file.close)
+    return RequestLog(file)
+
+
+def _show(settings: Settings, text: str) -> None:
+    """Print to standard output, unless that is the request log."""
+    print(text, file=sys.stderr if settings.request_log == STDOUT else sys.stdout, flush=True)
 
 
 @contextlib.asynccontextmanager
@@ -138,10 +157,13 @@ async def _open(
     server: DoorServer,
     switch: Switch,
     found: FleetSnapshot,
+    request_log: RequestLog | None,
 ) -> Door:
     """Wire the front door and serve it from now on; it is drained when the stack closes."""
     table_dir = Path(found.table_dir)
-    door = build_door(settings, fleet, model=found.model, vllm_args=found.vllm_args, table_dir=table_dir)
+    door = build_door(
+        settings, fleet, model=found.model, vllm_args=found.vllm_args, table_dir=table_dir, request_log=request_log
+    )
     stack.push_async_callback(_drain, door, server, settings.drain_seconds)
     watch = ParityWatch(fleet, door.planner.prompts, door.tokens, interval_seconds=settings.parity_interval_seconds)
     parity = asyncio.create_task(watch.run(), name="the comparison of token ids with an engine's")

@@ -23,6 +23,7 @@ from gateway.relay.frontdoor import FrontDoor
 from gateway.relay.large_bodies.pool import LargeBodies
 from gateway.relay.relay import Relay
 from gateway.settings import Settings
+from gateway.stats.request_log import RequestLog
 from gateway.stats.view import FleetFigures
 from gateway.steering.outliers import Outliers
 from gateway.tenants.access import AdminAccess
@@ -59,7 +60,15 @@ class Door:
         self.tables.close()
 
 
-def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: tuple[str, ...], table_dir: Path) -> Door:
+def build_door(
+    settings: Settings,
+    fleet: FleetView,
+    *,
+    model: str,
+    vllm_args: tuple[str, ...],
+    table_dir: Path,
+    request_log: RequestLog | None = None,
+) -> Door:
     """Build the front door for `fleet`, which serves `model` with `vllm_args`. Raises KeyFileError."""
     upstream = Upstream(settings)
     models = ModelsCache(fleet, upstream)
@@ -103,7 +112,10 @@ def build_door(settings: Settings, fleet: FleetView, *, model: str, vllm_args: t
         recorder=recorder,
         keeper=keeper,
     )
-    relay.meter = figures.measured
+    relay.meters = (figures.measured,)
+    if request_log is not None:
+        relay.meters += (request_log,)
+        figures.measured.registry.register(request_log)
     admin = build_app(
         fleet=fleet,
         upstream=upstream,

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from gateway.planner.plan import SteeringStats
 from gateway.prompts.parity import Parity, ParityCounts
+from gateway.relay.request_record import RequestRecord
 from gateway.stats.ledger_metrics import ImportTimes, ledger_metrics
 from gateway.stats.shapes import GatewayStats, HostMemoryStats, KvStats, ReplicaStats, descriptions
 from gateway.stats.tallies import Histogram, Tally
@@ -86,13 +87,13 @@ class Metrics:
             self.registry.register(collector)
         self.imports = ImportTimes(self.registry)
 
-    def answered(self, endpoint: str, status: int, seconds: float, first_byte_seconds: float | None) -> None:
-        """A request was answered, completely or as far as it went, `seconds` after it came, and so long after that the first
-        byte of its answer went out, if any did. `endpoint` is of a fixed set."""
-        self._answers.add(endpoint, status)
-        self._seconds.add(endpoint, seconds)
-        if first_byte_seconds is not None:
-            self._first.add(endpoint, first_byte_seconds)
+    def answered(self, record: RequestRecord) -> None:
+        """A request is over."""
+        endpoint = record.endpoint
+        self._answers.add(endpoint, record.status)
+        self._seconds.add(endpoint, record.seconds)
+        if record.first_byte_seconds is not None:
+            self._first.add(endpoint, record.first_byte_seconds)
 
     def attach(self, snapshot: Callable[[], KvStats]) -> None:
         """Also show what `snapshot` counts, read at each scrape."""

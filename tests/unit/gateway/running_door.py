@@ -7,7 +7,7 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Set
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from gateway.prompts.tokenizer.service import TokenizerStats
 from gateway.relay.frontdoor import FrontDoor
 from gateway.relay.large_bodies.pool import LargeBodies
 from gateway.relay.relay import Relay
+from gateway.relay.request_record import Meter
 from gateway.settings import Settings
 from gateway.stats.explain import Explanation, explain
 from gateway.stats.prometheus import Metrics
@@ -284,8 +285,10 @@ async def end(process: asyncio.subprocess.Process) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running_door(directory: Path, large_bodies: LargeBodies | None = None, **values: Any) -> AsyncIterator[Door]:
-    """Start a front door without engines; `values` are settings."""
+async def running_door(
+    directory: Path, large_bodies: LargeBodies | None = None, meters: Sequence[Meter] = (), **values: Any
+) -> AsyncIterator[Door]:
+    """Start a front door without engines; `values` are settings, `meters` measure beside the metrics."""
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
     settings = Settings(run_dir=directory, control_seconds=2, drain_seconds=1, **values)
@@ -303,7 +306,7 @@ async def running_door(directory: Path, large_bodies: LargeBodies | None = None,
         access=access,
         large_bodies=large_bodies,
     )
-    relay.meter = Metrics()
+    relay.meters = (Metrics(), *meters)
     admin = build_app(
         fleet=fleet,
         upstream=upstream,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.relay.request_record import RequestRecord
 from gateway.stats.prometheus import Metrics
 from tests.unit.gateway.stats.test_snapshot import Scene
 from tests.unit.packaging.files import DOCKER, read_yaml
@@ -31,7 +32,7 @@ def exposed(two_tables: ReplicaTables) -> set[str]:
     """The names that a gateway's /metrics has, those of histograms' parts among them."""
     metrics = Metrics()
     metrics.attach(Scene(two_tables).view.snapshot)
-    metrics.answered("chat", 200, 0.3, 0.05)
+    metrics.answered(RequestRecord("chat", status=200, seconds=0.3, first_byte_seconds=0.05))
     families = list(text_string_to_metric_families(metrics.render().decode()))
     names = {sample.name for family in families for sample in family.samples}
     # What has labels alone has no sample before the first of its kind.

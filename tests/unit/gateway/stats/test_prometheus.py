@@ -4,6 +4,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.prompts.parity import ParityCounts
+from gateway.relay.request_record import RequestRecord
 from gateway.stats.prometheus import Metrics
 from tests.unit.gateway.ledger.begun_attempts import begun
 from tests.unit.gateway.stats.test_snapshot import Scene
@@ -27,9 +28,9 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:
 
 def test_answers_are_counted_and_timed_by_endpoint() -> None:
     metrics = Metrics()
-    metrics.answered("completions", 200, 0.2, None)
-    metrics.answered("completions", 400, 0.1, None)
-    metrics.answered("chat", 200, 0.3, 0.05)
+    metrics.answered(RequestRecord("completions", status=200, seconds=0.2))
+    metrics.answered(RequestRecord("completions", status=400, seconds=0.1))
+    metrics.answered(RequestRecord("chat", status=200, seconds=0.3, first_byte_seconds=0.05))
     found = samples(metrics)
     assert found["peerkv_gateway_answers_total", ("completions", "200")] == 1
     assert found["peerkv_gateway_request_seconds_count", ("completions",)] == 2

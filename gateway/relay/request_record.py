@@ -1,0 +1,49 @@
+"""What became of one request, gathered while it is served and told once when it is over."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from gateway.api.usage import Usage
+from gateway.ledger.attempts import Attempt
+
+
+class RequestRecord(msgspec.Struct, eq=False, gc=False):
+    """`endpoint` is of a fixed set. Seconds are since the request came; `ended_at` is of time.perf_counter.
+
+    `attempt` is the last one, None if the request never reached a replica; `attempts` is their number. `tenant` is "" for a
+    caller that is not known, `model` is as the client named it, if it is served. `error` is the code of the error that the
+    client got, or that ended its stream.
+
+    `usage` is what the answer says. A stream that does not say it has `events` instead, which have one token each as a rule.
+    """
+
+    endpoint: str
+    request_id: str = ""
+    tenant: str = ""
+    model: str = ""
+    streamed: bool = False
+    attempt: Attempt | None = None
+    attempts: int = 0
+    usage: Usage | None = None
+    events: int = 0
+    status: int = 0
+    error: str = ""
+    seconds: float = 0.0
+    first_byte_seconds: float | None = None
+    ended_at: float = 0.0
+
+    @property
+    def completion_tokens(self) -> int:
+        """Generated tokens; those of a stream that does not tell their number are estimated by its events."""
+        return self.usage.completion_tokens if self.usage is not None else self.events
+
+
+class Meter(Protocol):
+    """Measures requests."""
+
+    def answered(self, record: RequestRecord) -> None:
+        """A request is over, answered completely, in part or not at all. Must not raise, nor keep the record."""
+        ...
