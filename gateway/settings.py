@@ -153,7 +153,9 @@ class Settings(BaseSettings):
     body_inline_bytes_max: int = Field(
         256 << 10, ge=1024, description="larger bodies are decoded, rendered and tokenised in a separate process"
     )
-    large_body_workers: int = Field(1, ge=1, le=64, description="number of such processes; other large bodies wait")
+    large_body_workers: int = Field(
+        1, ge=1, le=64, description="number of processes that read large bodies; further large bodies wait"
+    )
     bodies_bytes_max: int = Field(
         1 << 30,
         ge=1024,

@@ -1,4 +1,4 @@
-"""`peerkv kv prefixes`, `kv pin`, `kv unpin` and `kv flush`: what the caches hold, and what they shall."""
+"""`peerkv kv prefixes`, `kv pin`, `kv unpin` and `kv flush`: what the caches hold, and what they are to keep."""
 
 import argparse
 import json
@@ -30,21 +30,29 @@ ShapeT = TypeVar("ShapeT")
 def add_views(views: "argparse._SubParsersAction[Any]") -> None:
     """Add the commands to those of `peerkv kv`."""
     prefixes = _add(
-        views, "prefixes", _prefixes, "the prefixes that most requests began with, who holds them, and which are kept"
+        views, "prefixes", _prefixes, "show the most requested prefixes, the replicas that hold them, and those kept on request"
     )
-    prefixes.add_argument("--limit", type=int, default=PREFIXES_SHOWN, metavar="N", help=f"so many (default: {PREFIXES_SHOWN})")
-    pin = _add(views, "pin", _pin, "keep a prefix in the caches of some replicas")
+    prefixes.add_argument(
+        "--limit", type=int, default=PREFIXES_SHOWN, metavar="N", help=f"prefixes to show (default: {PREFIXES_SHOWN})"
+    )
+    pin = _add(views, "pin", _pin, "keep a prefix in the caches of one or more replicas")
     what = pin.add_mutually_exclusive_group(required=True)
     what.add_argument("text", nargs="?", metavar="TEXT", help="the beginning of completions' prompts")
-    what.add_argument("--file", type=Path, metavar="FILE", help="TEXT from a file; - for the standard input")
-    what.add_argument("--messages", type=Path, metavar="FILE", help="the first messages of chats, as JSON; - as above")
-    pin.add_argument("--replicas", type=int, metavar="N", help="how many shall hold it (default: 1)")
-    pin.add_argument("--ttl", type=float, metavar="SECONDS", help=f"for so long (default: {TTL_SECONDS_DEFAULT:g})")
-    pin.add_argument("--renew", action="store_true", help="until it is unpinned (default: for its time)")
-    pin.add_argument("--no-pin", action="store_true", help="put it into the caches, where it may be evicted (default: pin)")
-    pin.add_argument("--tenant", help="in whose cache, by name (default: none; needed where tenants are configured)")
+    what.add_argument("--file", type=Path, metavar="FILE", help="read TEXT from a file; -: from standard input")
+    what.add_argument(
+        "--messages", type=Path, metavar="FILE", help="the first messages of chats, as JSON; -: from standard input"
+    )
+    pin.add_argument("--replicas", type=int, metavar="N", help="number of replicas that should hold it (default: 1)")
+    pin.add_argument("--ttl", type=float, metavar="SECONDS", help=f"how long to keep it (default: {TTL_SECONDS_DEFAULT:g})")
+    pin.add_argument("--renew", action="store_true", help="renew it before its time is up, until it is unpinned (default: no)")
+    pin.add_argument(
+        "--no-pin", action="store_true", help="only put it into the caches, where it may be evicted (default: pin it)"
+    )
+    pin.add_argument(
+        "--tenant", help="name of the tenant whose cache keeps it; required if tenants are configured (default: none)"
+    )
     pin.add_argument("--model", help="a LoRA adapter (default: the served model)")
-    unpin = _add(views, "unpin", _unpin, "keep a prefix no longer")
+    unpin = _add(views, "unpin", _unpin, "stop keeping a prefix")
     unpin.add_argument("id", metavar="ID", help="as `kv pin` and `kv prefixes` show it")
     _add(views, "flush", _flush, "empty the prefix caches of all ready replicas")
 
@@ -115,8 +123,8 @@ def _unpin(arguments: argparse.Namespace, client: httpx.Client, console: Console
     missing = f"no prefix '{arguments.id}' is kept (any more)"
     answer = ask(client, f"/kv/prefixes/{quote(arguments.id, safe='')}", method="DELETE", missing=missing)
     removed = _read(PrefixRemoved, answer)
-    lines = [f"{removed.id} is kept no longer; unpinned on {', '.join(removed.unpinned) or 'no replica'}"]
-    lines += [f"{name} could not be told, its pin ends at its time: {why}" for name, why in removed.failed.items()]
+    lines = [f"{removed.id} is no longer kept; unpinned on {', '.join(removed.unpinned) or 'no replica'}"]
+    lines += [f"{name} could not be told, so its pin ends when its time is up: {why}" for name, why in removed.failed.items()]
     _show(arguments, console, answer, Group(*map(Text, lines)))
     return 0
 
@@ -127,8 +135,8 @@ def _flush(arguments: argparse.Namespace, client: httpx.Client, console: Console
         outcome = json.loads(answer)
         flushed, failed = outcome["flushed"], outcome["failed"]
     except (ValueError, KeyError, TypeError) as error:
-        raise StatsNotRead("that is no peerkv of this version") from error
-    lines = [f"emptied: {', '.join(flushed) or 'none'}", *(f"{name} was not: {why}" for name, why in failed.items())]
+        raise StatsNotRead("the answer is not from a peerkv of this version") from error
+    lines = [f"emptied: {', '.join(flushed) or 'none'}", *(f"{name} was not emptied: {why}" for name, why in failed.items())]
     _show(arguments, console, answer, Group(*map(Text, lines)))
     return 1 if failed else 0
 
@@ -137,7 +145,9 @@ def _read(shape: type[ShapeT], answer: bytes) -> ShapeT:
     try:
         return TypeAdapter(shape).validate_json(answer)
     except ValidationError as error:
-        raise StatsNotRead(f"that is no peerkv of this version: {error.error_count()} fields do not fit") from error
+        raise StatsNotRead(
+            f"the answer is not from a peerkv of this version: {error.error_count()} fields do not fit"
+        ) from error
 
 
 def _show(arguments: argparse.Namespace, console: Console, answer: bytes, words: RenderableType) -> None:
@@ -163,7 +173,7 @@ def render(report: PrefixReport, now: float) -> RenderableType:
     for one in report.kept:
         ends = "renewed" if one.renew else f"{max(0.0, one.expires - now):,.0f}"
         kept.add_row(one.id, one.tenant or "-", f"{one.tokens:,}", ends, "; ".join(map(_place, one.places)))
-    shown: list[RenderableType] = [table if report.prefixes else Text("no prefix was requested twice yet")]
+    shown: list[RenderableType] = [table if report.prefixes else Text("no prefix has been requested twice yet")]
     return Group(*shown, kept if report.kept else Text("none is kept; `peerkv kv pin` keeps one"))
 
 

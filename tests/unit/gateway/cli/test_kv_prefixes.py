@@ -53,7 +53,7 @@ def test_prefixes_shows_the_requested_and_the_kept_ones() -> None:
 
 def test_prefixes_says_when_there_are_none() -> None:
     gateway = Gateway(200, PrefixReport(tracked_blocks=0, tracked_blocks_max=2, prefixes=[]))
-    assert "no prefix was requested twice" in gateway.run("prefixes")[1]
+    assert "no prefix has been requested twice" in gateway.run("prefixes")[1]
 
 
 def test_pin_keeps_a_text_and_shows_where() -> None:
@@ -124,7 +124,7 @@ def test_flush_says_who_was_emptied_and_who_was_not() -> None:
     busy = Gateway(502, json.dumps({"flushed": ["replica-0"], "failed": {"replica-1": "requests are using its blocks"}}))
     status, output = busy.run("flush")
     assert status == 1
-    assert "replica-1 was not: requests are using its blocks" in output
+    assert "replica-1 was not emptied: requests are using its blocks" in output
 
 
 @pytest.mark.parametrize("words", [("prefixes",), ("pin", "x"), ("unpin", "x"), ("flush",)])
@@ -132,7 +132,7 @@ def test_each_gives_the_gateways_answer_as_json_and_refuses_what_is_no_peerkv(
     words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert Gateway(200, "[]").run(*words)[0] == 1
-    assert "no peerkv of this version" in capsys.readouterr().err
+    assert "not from a peerkv of this version" in capsys.readouterr().err
     assert Gateway(403, "{}").run(*words)[0] == 1
     assert "admin key" in capsys.readouterr().err
     if words[0] == "pin":
