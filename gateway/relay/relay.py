@@ -216,7 +216,8 @@ class Relay(Generic[PlanT]):
         model = body.get("model") or ""
         if model and not self._models.lists(model):
             await self._models.card(model)
-        record.model, record.streamed = model, body.get("stream") is True
+        record.model = model or self._fleet.snapshot().served_model_name
+        record.streamed = body.get("stream") is True
         read = await self._planner.read(endpoint, body, tenant, wanted_replica=fields.wanted_replica, known=known)
         if len(self._transactions) > 1:
             await self._batching.wait()

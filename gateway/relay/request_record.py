@@ -14,7 +14,7 @@ class RequestRecord(msgspec.Struct, eq=False, gc=False):
     """`endpoint` is of a fixed set. Seconds are since the request came; `ended_at` is of time.perf_counter.
 
     `attempt` is the last one, None if the request never reached a replica; `attempts` is their number. `tenant` is "" for a
-    caller that is not known, `model` is as the client named it, if it is served. `error` is the code of the error that the
+    caller that is not known, `model` "" for one that is not served. `error` is the code of the error that the
     client got, or that ended its stream.
 
     `usage` is what the answer says. A stream that does not say it has `events` instead, which have one token each as a rule.

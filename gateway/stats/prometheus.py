@@ -12,6 +12,7 @@ from gateway.planner.plan import SteeringStats
 from gateway.prompts.parity import Parity, ParityCounts
 from gateway.relay.request_record import RequestRecord
 from gateway.stats.ledger_metrics import ImportTimes, ledger_metrics
+from gateway.stats.request_metrics import RequestMetrics
 from gateway.stats.shapes import GatewayStats, HostMemoryStats, KvStats, ReplicaStats, descriptions
 from gateway.stats.tallies import Histogram, Tally
 from gateway.steering.costs.model import CostStats
@@ -83,7 +84,8 @@ class Metrics:
             "endpoint",
             _SECONDS,
         )
-        for collector in (self._answers, self._seconds, self._first):
+        self._requests = RequestMetrics()
+        for collector in (self._answers, self._seconds, self._first, self._requests):
             self.registry.register(collector)
         self.imports = ImportTimes(self.registry)
 
@@ -94,6 +96,7 @@ class Metrics:
         self._seconds.add(endpoint, record.seconds)
         if record.first_byte_seconds is not None:
             self._first.add(endpoint, record.first_byte_seconds)
+        self._requests.add(record)
 
     def attach(self, snapshot: Callable[[], KvStats]) -> None:
         """Also show what `snapshot` counts, read at each scrape."""

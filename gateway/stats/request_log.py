@@ -17,7 +17,7 @@ from gateway.stats.token_sources import token_sources
 
 
 class RequestLine(msgspec.Struct, gc=False):
-    """One line. Fields that are not known, or do not apply, are null; `model` is null for the served one.
+    """One line. Fields that are not known, or do not apply, are null.
 
     `time` is when the request came. Seconds are since then, but for `queue_seconds`, which it waited in the engine. `replica`
     is the last one that was tried, of `attempts`. Of the prompt's tokens, `cached_tokens` were not computed: they are the sum

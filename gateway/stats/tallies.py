@@ -29,6 +29,14 @@ class Times:
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.seconds += seconds
 
+    def buckets(self) -> list[tuple[str, int]]:
+        """The upper bounds, each with the number of durations up to it."""
+        total, found = 0, []
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            total += count
+            found.append((bound, total))
+        return found
+
 
 class Histogram(Collector):
     """Times by the value of one label."""
@@ -48,11 +56,7 @@ class Histogram(Collector):
         """Return the metric in Prometheus' form, with cumulative buckets."""
         family = HistogramMetricFamily(self._name, self._text, labels=(self._label,))
         for value, times in self._times.items():
-            total, buckets = 0, []
-            for bound, count in zip((*map(str, self._bounds), "+Inf"), times.counts, strict=True):
-                total += count
-                buckets.append((bound, total))
-            family.add_metric((value,), buckets, times.seconds)
+            family.add_metric((value,), times.buckets(), times.seconds)
             family.add_sample(self._name + "_created", {self._label: value}, times.created)
         yield family
 
