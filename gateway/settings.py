@@ -202,6 +202,9 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(30.0, ge=0, description="time for running requests to finish after a stop signal")
 
     # Steering and figures.
+    replica_metrics: bool = Field(
+        True, description="show vLLM's own metrics of all replicas on /metrics, each with a label for its replica"
+    )
     imports: bool = Field(
         True, description="let replicas import from each other; requests go where their prefixes are either way"
     )

@@ -46,6 +46,14 @@ from tests.fake_core import CoreLink
 
 Json = dict[str, Any]
 CONTEXT_TOKENS = 2048
+METRICS = """\
+# HELP vllm:request_success_total Count of successfully processed requests.
+# TYPE vllm:request_success_total counter
+vllm:request_success_total{engine="0",finished_reason="length",model_name="fake-model"} %d
+# HELP process_open_fds Number of open file descriptors.
+# TYPE process_open_fds gauge
+process_open_fds 7.0
+"""
 SSE_HEADERS = {"content-type": "text/event-stream; charset=utf-8"}
 
 
@@ -85,6 +93,7 @@ class FakeEngine:
         self.status = args.fake_status if args.fake_exit_on in (None, self.name) else None
         self.embeds = not args.fake_no_embeddings
         self.context_tokens = args.max_model_len
+        self.metrics_text, self.metrics_delay = "", 0.0
         self.seen: Json = {"requests": [], "aborted": [], "finished": 0, "running": 0, "resets": []}
 
     def app(self) -> web.Application:
@@ -94,6 +103,7 @@ class FakeEngine:
             [
                 web.get("/health", self.health),
                 web.get("/fake/seen", self.show_seen),
+                web.get("/metrics", self.metrics),
                 web.get("/v1/models", self.list_models),
                 web.post("/v1/completions", self.completions),
                 web.post("/v1/chat/completions", self.chat),
@@ -106,6 +116,11 @@ class FakeEngine:
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response()
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(self.metrics_delay)
+        text = self.metrics_text or METRICS % self.seen["finished"]
+        return web.Response(text=text, content_type="text/plain")
 
     async def show_seen(self, request: web.Request) -> web.Response:
         return web.json_response({"name": self.name, "pid": os.getpid(), "core": self.core and self.core.pid, **self.seen})

@@ -41,7 +41,7 @@ class Figures(Outlook, Protocol):
         """The body of /kv/explain/{request_id}; None if the ledger has nothing under that id."""
         ...
 
-    def metrics(self) -> tuple[bytes, str]:
+    async def metrics(self) -> tuple[bytes, str]:
         """The body of /metrics and its content type."""
         ...
 
@@ -70,9 +70,15 @@ class _Guard:
 def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, figures: Figures, guard: _Guard) -> None:
     refusals, guarded = guard.refusals, guard.guarded
 
-    @app.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse, responses=refusals, **guarded)
+    @app.get(
+        "/metrics",
+        summary="Prometheus metrics, vLLM's own of all replicas among them",
+        response_class=PlainTextResponse,
+        responses=refusals,
+        **guarded,
+    )
     async def metrics() -> Response:
-        body, content_type = figures.metrics()
+        body, content_type = await figures.metrics()
         return Response(body, headers={"content-type": content_type})
 
     @app.get("/kv/stats", summary="Where prompt tokens came from, by replica and in all", responses=refusals, **guarded)

@@ -32,7 +32,7 @@ class NothingToSee:
     def explain(self, request_id: str) -> Explanation | None:
         raise NotImplementedError
 
-    def metrics(self) -> tuple[bytes, str]:
+    async def metrics(self) -> tuple[bytes, str]:
         raise NotImplementedError
 
     def ejection(self, replica: str) -> Ejection:

@@ -23,6 +23,7 @@ from gateway.relay.frontdoor import FrontDoor
 from gateway.relay.large_bodies.pool import LargeBodies
 from gateway.relay.relay import Relay
 from gateway.settings import Settings
+from gateway.stats.replica_metrics import ReplicaMetrics
 from gateway.stats.request_log import RequestLog
 from gateway.stats.view import FleetFigures
 from gateway.steering.outliers import Outliers
@@ -111,6 +112,7 @@ def build_door(
         relay_counts=lambda: (relay.counters, relay.in_flight),
         recorder=recorder,
         keeper=keeper,
+        replica_metrics=ReplicaMetrics(fleet, upstream) if settings.replica_metrics else None,
     )
     relay.meters = (figures.measured,)
     if request_log is not None:

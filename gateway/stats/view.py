@@ -17,6 +17,7 @@ from gateway.prompts.tokenizer.service import TokenService
 from gateway.relay.counters import RelayCounters
 from gateway.stats.explain import Explanation, explain, request_id_of
 from gateway.stats.prometheus import CONTENT_TYPE, Metrics
+from gateway.stats.replica_metrics import ReplicaMetrics
 from gateway.stats.shapes import KvStats
 from gateway.stats.snapshot import StatsView
 from gateway.steering.outliers import Ejection
@@ -38,6 +39,7 @@ class FleetFigures:
         relay_counts: Callable[[], tuple[RelayCounters, int]],
         recorder: Recorder,
         keeper: Keeper,
+        replica_metrics: ReplicaMetrics | None = None,
     ) -> None:
         self.measured = Metrics()
         recorder.feed.add(self.measured.imports.delivered)
@@ -45,6 +47,7 @@ class FleetFigures:
         self._planner = planner
         self._recorder = recorder
         self._keeper = keeper
+        self._replica_metrics = replica_metrics
         self._view = StatsView(fleet, planner, tokens, recorder, relay_counts)
         self.measured.attach(self.stats)
 
@@ -64,9 +67,10 @@ class FleetFigures:
                 return explain(name, entries, self._planner.fleet.now().tables)
         return None
 
-    def metrics(self) -> tuple[bytes, str]:
-        """Return the body of GET /metrics and its content type."""
-        return self.measured.render(), CONTENT_TYPE
+    async def metrics(self) -> tuple[bytes, str]:
+        """Return the body of GET /metrics, with the replicas' own metrics if they are wanted, and its content type."""
+        of_replicas = await self._replica_metrics.render() if self._replica_metrics is not None else b""
+        return self.measured.render() + of_replicas, CONTENT_TYPE
 
     def ejection(self, replica: str) -> Ejection:
         """Whether a replica gets requests, and why not."""

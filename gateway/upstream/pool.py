@@ -152,9 +152,12 @@ class Upstream:
         else:
             connection.close()
 
-    async def get_bytes(self, replica: Replica, path: str) -> bytes:
-        """The body of a control call's 200 answer. Raises UpstreamLost, also for any other status."""
-        return await self._control(replica, path, _head("GET", path, b"", None))
+    async def get_bytes(
+        self, replica: Replica, path: str, *, seconds_max: float | None = None, bytes_max: int = CONTROL_ANSWER_BYTES_MAX
+    ) -> bytes:
+        """The body of a control call's 200 answer. Raises UpstreamLost, also for any other status, or when it takes longer
+        than `seconds_max` (control_seconds if that is None) or is larger."""
+        return await self._control(replica, path, _head("GET", path, b"", None), seconds_max, bytes_max)
 
     async def post_control(self, replica: Replica, path: str, query: Mapping[str, str]) -> bytes:
         """The body of the 200 answer to a POST without a body. Raises UpstreamLost, also for any other status."""
@@ -165,20 +168,34 @@ class Upstream:
         head = _head("POST", path, b"content-type: application/json\r\n", len(payload))
         return await self._whole_answer(replica, path, head, payload, seconds_max)
 
-    async def _control(self, replica: Replica, path: str, head: bytes) -> bytes:
-        status, content = await self._whole_answer(replica, path, head, b"", self._settings.control_seconds)
+    async def _control(
+        self,
+        replica: Replica,
+        path: str,
+        head: bytes,
+        seconds_max: float | None = None,
+        bytes_max: int = CONTROL_ANSWER_BYTES_MAX,
+    ) -> bytes:
+        seconds = self._settings.control_seconds if seconds_max is None else seconds_max
+        status, content = await self._whole_answer(replica, path, head, b"", seconds, bytes_max)
         if status != 200:
             raise UpstreamLost(f"{replica.name} answered {status} to {path}", sent=True)
         return content
 
     async def _whole_answer(
-        self, replica: Replica, path: str, head: bytes, payload: bytes, seconds_max: float
+        self,
+        replica: Replica,
+        path: str,
+        head: bytes,
+        payload: bytes,
+        seconds_max: float,
+        bytes_max: int = CONTROL_ANSWER_BYTES_MAX,
     ) -> tuple[int, bytes]:
         try:
             async with asyncio.timeout(seconds_max):
                 connection = await self._exchange(replica, head, [payload], len(payload), None)
                 try:
-                    return connection.head.status, await _whole(connection)
+                    return connection.head.status, await _whole(connection, bytes_max)
                 except ConnectionBroke as error:
                     raise broken(replica, error, connection) from error
                 finally:
@@ -194,11 +211,11 @@ class Upstream:
         self._idle.clear()
 
 
-async def _whole(connection: EngineConnection) -> bytes:
+async def _whole(connection: EngineConnection, bytes_max: int) -> bytes:
     parts = bytearray()
     while part := await connection.read():
         parts += part
-        if len(parts) > CONTROL_ANSWER_BYTES_MAX:
+        if len(parts) > bytes_max:
             raise ConnectionBroke("the answer is too long")
     return bytes(parts)
 

@@ -208,7 +208,7 @@ class FakeSight:
     def warnings(self) -> list[str]:
         return []
 
-    def metrics(self) -> tuple[bytes, str]:
+    async def metrics(self) -> tuple[bytes, str]:
         return b"peerkv_up 1\n", "text/plain; version=0.0.4"
 
 
