@@ -1,4 +1,4 @@
-"""Configs of tiny models, one a family of KV caches: vLLM fills them with dummy weights and starts them in seconds."""
+"""Tiny models, one a family of KV caches, that vLLM starts in seconds: a config alone, for dummy weights, or with random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def write_tiny_model(folder: Path, family: str, **changes: Any) -> Path:
-    """Write the config of a family, with `changes`, into a folder of its own under `folder`; return that."""
-    from transformers import CONFIG_MAPPING
+def write_tiny_model(folder: Path, family: str, *, weights: bool = False, **changes: Any) -> Path:
+    """Write the config of a family, with `changes`, into a folder of its own under `folder`; return that.
+
+    With `weights`, random ones too, large beside the embeddings, so that another context gives other tokens: vLLM's dummies of at
+    most 0.001 answer nearly the same whatever they are asked.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     kind, own = MODELS[family]
     made = folder / family
     made.mkdir(parents=True, exist_ok=True)
-    CONFIG_MAPPING[kind](**(BASE | own | changes)).save_pretrained(made)
+    config = CONFIG_MAPPING[kind](**(BASE | own | {"initializer_range": 0.1, "tie_word_embeddings": False} | changes))
+    if not weights:
+        config.save_pretrained(made)
+        return made
+    import torch
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.get_input_embeddings().weight.data *= 0.1
+    model.save_pretrained(made)
     return made

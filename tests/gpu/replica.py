@@ -155,6 +155,12 @@ class Replica:
         answer: Answer = self._take(seconds)
         return answer
 
+    def shortfalls(self, ids: list[int], begin: int, seconds: float = 60) -> list[float]:
+        """Compute a text anew; return by how much the log-probability of each token from `begin` on is below the best one's."""
+        self._pipe.send(("shortfalls", (ids, begin)))
+        below: list[float] = self._take(seconds)
+        return below
+
     def load(self, requests: int, prompt_tokens: int, tokens: int, seed: int) -> None:
         """Start background requests, which run beside whatever is asked, in place of those that ran so far."""
         self._pipe.send(("load", (requests, prompt_tokens, tokens, seed)))
@@ -326,6 +332,21 @@ class _Engine:
                     answer = answers[output.request_id]
                     answer.tokens, answer.cached = list(output.outputs[0].token_ids), output.num_cached_tokens
         self.pipe.send(("ok", [answers[name] for name in names]))
+
+    def do_shortfalls(self, value: Any) -> None:
+        from vllm import SamplingParams
+
+        ids, begin = value
+        given: Any = {"prompt_token_ids": ids}
+        self.number += 1
+        name = f"shortfalls-{self.number}"
+        self.engine.add_request(name, given, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False))
+        rows: Any = None
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                rows = output.prompt_logprobs or rows
+        places = range(begin, len(ids))
+        self.pipe.send(("ok", [max(v.logprob for v in rows[at].values()) - rows[at][ids[at]].logprob for at in places]))
 
     def do_load(self, value: Any) -> None:
         requests, prompt_tokens, tokens, seed = value

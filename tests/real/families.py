@@ -42,8 +42,10 @@ class Family:
 
     def __init__(self, folder: Path, family: str, model: Path | None = None, **arguments: Any) -> None:
         self.tables = folder / "tables"
-        self.model = model or write_tiny_model(folder / "models", family)
+        self.model = model or write_tiny_model(folder / "models", family, weights=True)
         chosen = {"skip_tokenizer_init": True, "max_model_len": 4096, "max_num_batched_tokens": CHUNK, "dtype": "float32"}
+        chosen |= {"load_format": "dummy" if model else "auto"}
+        self.exact = (chosen | arguments)["dtype"] == "float32"
         self._arguments = chosen | {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8} | arguments
         self._engines: dict[str, Replica] = {}
 

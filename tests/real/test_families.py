@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.gpu.replica import Answer
 from tests.real.families import ANSWER_SECONDS_MAX, CHUNK, Family, moving_on, scrambled, tokens
 
-TRIES_MAX = 4
+TRIES_MAX = 25
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "gemma3": {"block_size": 32},
     "gptoss": {"block_size": 32},
@@ -120,12 +121,17 @@ def test_every_groups_blocks_decide_the_answer_and_a_changed_one_is_computed(fam
 
 
 def test_requests_that_are_preempted_are_right_whatever_was_imported(family):
-    """An engine with room for two of them is given six prompts of which another one holds the beginnings."""
+    """An engine with room for two of them is given six prompts of which another one holds the beginnings.
+
+    What is computed again is computed in other batches, so that in bfloat16 an answer of 1,280 tokens may take another turn, with
+    imports or without. So each answer is read once more by an engine that has all the room: its tokens must be the best ones
+    about as often as those of an answer that was computed without preemption. In float32 the tokens are the same.
+    """
     block = family.block()
     prompts = [tokens(2 * block + 9, 5000 + number) for number in range(6)]
     for ids in prompts:
         family.ask("a", ids)
-    wanted = [answer.tokens for answer in family["c"].ask_all(prompts, 2 * block, ANSWER_SECONDS_MAX)]
+    wanted = family["c"].ask_all(prompts, 2 * block, ANSWER_SECONDS_MAX)
     with closing(family.table("c")) as table:
         size = max(layer.stride for memory in table.memories for layer in memory.layers)
         layers = max(sum(layer.group == group for layer in table.memories[0].layers) for group in range(len(table.groups)))
@@ -136,9 +142,19 @@ def test_requests_that_are_preempted_are_right_whatever_was_imported(family):
             answers = family["small"].ask_all(prompts, 2 * block, ANSWER_SECONDS_MAX)
     finally:
         family["small"].stop()
-    assert [answer.tokens for answer in answers] == wanted
     assert sum(answer.preempted for answer in answers) > 0
     assert counted["imports"] > 0
+    if family.exact:
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in wanted]
+        assert len({tuple(answer.tokens) for answer in wanted}) == len(prompts)  # another prompt gives another answer
+    for ids, answer, want in zip(prompts, answers, wanted, strict=True):
+        assert misses(family, ids, answer) <= misses(family, ids, want) + 0.05
+
+
+def misses(family: Family, ids: list[int], answer: Answer) -> float:
+    """The share of an answer's tokens that are not nearly the best ones behind this prompt."""
+    below = family["c"].shortfalls(ids + answer.tokens, len(ids), ANSWER_SECONDS_MAX)
+    return sum(each > 0.1 for each in below) / len(below)
 
 
 def test_an_owner_that_is_killed_is_not_believed(family):
