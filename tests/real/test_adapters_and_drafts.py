@@ -77,7 +77,9 @@ def drafting(request, tmp_path) -> Iterator[tuple[Family, int]]:
     drafts = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     if request.param == "eagle":
         drafts = {"method": "eagle", "model": str(write_tiny_model(tmp_path / "draft", "llama", num_hidden_layers=1))}
-    made = Family(tmp_path, "llama", block_size=BLOCK, load_format="dummy", speculative_config=drafts | {"num_speculative_tokens": 5})
+    made = Family(
+        tmp_path, "llama", block_size=BLOCK, load_format="dummy", speculative_config=drafts | {"num_speculative_tokens": 5}
+    )
     try:
         made.start("a", "b")
         yield made, LAYERS + (request.param == "eagle")
