@@ -1,4 +1,4 @@
-"""Tiny models, one a family of KV caches, that vLLM starts in seconds: a config alone, for dummy weights, or with random weights."""
+"""Tiny models, one a family of KV caches, that vLLM starts in seconds: a config for dummy weights, or random weights too."""
 
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def write_tiny_model(folder: Path, family: str, *, weights: bool = False, **changes: Any) -> Path:
     """Write the config of a family, with `changes`, into a folder of its own under `folder`; return that.
 
-    With `weights`, random ones too, large beside the embeddings, so that another context gives other tokens: vLLM's dummies of at
-    most 0.001 answer nearly the same whatever they are asked.
+    With `weights`, random ones too, large beside the embeddings, so that another context gives other tokens: vLLM's dummies of
+    at most 0.001 answer nearly the same whatever they are asked.
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 

@@ -123,9 +123,9 @@ def test_every_groups_blocks_decide_the_answer_and_a_changed_one_is_computed(fam
 def test_requests_that_are_preempted_are_right_whatever_was_imported(family):
     """An engine with room for two of them is given six prompts of which another one holds the beginnings.
 
-    What is computed again is computed in other batches, so that in bfloat16 an answer of 1,280 tokens may take another turn, with
-    imports or without. So each answer is read once more by an engine that has all the room: its tokens must be the best ones
-    about as often as those of an answer that was computed without preemption. In float32 the tokens are the same.
+    What is computed again is computed in other batches, so that in bfloat16 an answer of 1,280 tokens may take another turn,
+    with imports or without. So each answer is read once more by an engine that has all the room: its tokens must be the best
+    ones about as often as those of an answer that was computed without preemption. In float32 the tokens are the same.
     """
     block = family.block()
     prompts = [tokens(2 * block + 9, 5000 + number) for number in range(6)]
