@@ -78,6 +78,7 @@ class Stack:
             "ADMIN_KEY_FILE": str(home / "admin_key"),
             "CONFIG_FILE": str(home / "peerkv.toml"),
             "PEERKV_ACCESS_LOG": "true",
+            "PEERKV_HOST_MEMORY": "128MiB",
         }
         self.client = httpx.Client(base_url=self.url, timeout=ANSWER_SECONDS_MAX)
         self.admin = {"authorization": f"Bearer {self.key}"}
