@@ -61,6 +61,11 @@ def test_a_label_of_that_name_is_renamed_as_prometheus_does() -> None:
     ]
 
 
+def test_braces_in_a_labels_value_are_not_taken_for_labels() -> None:
+    lines = 'vllm:running 1\nvllm:running{a="{}"} 2\n'
+    assert [dict(key[1]).get("a") for key in samples(together(GAUGE + lines))] == [None, "{}"]
+
+
 @pytest.mark.parametrize(
     "bad",
     [
