@@ -58,6 +58,7 @@ def banner(settings: Settings, snapshot: FleetSnapshot, log_dir: Path | None, wa
         "",
         f"  try        {curl_line(settings, snapshot.served_model_name)}",
         f"  figures    {command()} kv stats{_flags(settings)}",
+        f"  page       {url}/ui",
         f"  readiness  curl {url}/ready",
     ]
     if not settings.admin_key:

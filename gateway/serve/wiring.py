@@ -31,6 +31,7 @@ from gateway.tenants.access import AdminAccess
 from gateway.tenants.key_file import read_keys
 from gateway.tenants.key_watch import KeyWatch
 from gateway.tenants.tenants import Tenants
+from gateway.ui.routes import add_page
 from gateway.upstream.pool import Upstream
 from gateway.upstream.served_models import ModelsCache
 from transport.table.directory import TableDirectory
@@ -127,6 +128,7 @@ def build_door(
         body_bytes_max=settings.body_bytes_max,
         draining=lambda: relay.draining,
     )
+    add_page(admin, access)
     app = FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin)
     overdue = OverdueWatch(planner, fleet, upstream.give_up, seconds_min=settings.overdue_seconds_min)
     return Door(app, relay, models, upstream, planner, tokens, tables, keeper, overdue, figures, large_bodies, keys)

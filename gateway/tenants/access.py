@@ -26,7 +26,8 @@ _PROXY_PREFIXES = (
 )
 _PROXY_SUFFIXES = (b"client-ip", b"user-ip", b"remote-ip", b"forwarded-for")
 _PROXY_HEADERS = frozenset({b"via", b"max-forwards", b"x-host", b"x-scheme", b"x-remote-addr", b"remote-addr"})
-_BROWSER_HEADERS = frozenset({b"origin", b"sec-fetch-site"})
+# Of a browser's requests only those of our own page are let in, and what its user typed: a page has no say in this header.
+_OWN_PAGE = frozenset({b"same-origin", b"none"})
 _HOW = "Set PEERKV_ADMIN_KEY and send it as 'Authorization: Bearer <key>'."
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -53,8 +54,14 @@ class AdminAccess:
         # nginx speaks HTTP/1.0 to what it stands before, unless told otherwise; a client of today does not.
         if scope.get("http_version") == "1.0" or any(_is_a_proxys(name) for name, _ in headers):
             raise Forbidden(f"The request came through a proxy, so its caller is unknown. {_HOW}")
-        if not _BROWSER_HEADERS.isdisjoint(name for name, _ in headers) or not names_loopback(headers):
-            raise Forbidden(f"Without an admin key the Host has to be localhost, and no web page may use this. {_HOW}")
+        if any(_is_of_another_page(*header) for header in headers) or not names_loopback(headers):
+            raise Forbidden(f"Without an admin key the Host has to be localhost, and no other web page may use this. {_HOW}")
+
+    def check_page(self, scope: Mapping[str, Any]) -> None:
+        """Pass if the caller may load the page that asks for the admin key, or needs none. Raises Forbidden."""
+        if self._key is None:
+            # Browsers send an Origin with a page's own scripts too.
+            self.check({**scope, "headers": [header for header in scope["headers"] if header[0] != b"origin"]})
 
 
 def caller(tenants: Tenants, scope: Mapping[str, Any], authorization: bytes | None, host: bytes | None) -> TenantContext:
@@ -77,6 +84,11 @@ def open_to_others(settings: Settings) -> str:
     if settings.tenants or settings.keys_file or settings.host == "localhost" or is_loopback(settings.host):
         return ""
     return f"no tenants are configured: whoever reaches {settings.host} port {settings.port} can use the model, without a key"
+
+
+def _is_of_another_page(name: bytes, value: bytes) -> bool:
+    """Whether a header says that a web page of others sends the request; a page's own GET has no Origin."""
+    return name == b"origin" or (name == b"sec-fetch-site" and value not in _OWN_PAGE)
 
 
 def _is_a_proxys(name: bytes) -> bool:

@@ -45,6 +45,7 @@ from gateway.steering.costs.model import CostStats
 from gateway.steering.outliers import NEVER, Ejection
 from gateway.tenants.access import AdminAccess
 from gateway.tenants.tenants import TenantContext, Tenants
+from gateway.ui.routes import add_page
 from gateway.upstream.pool import Upstream
 from gateway.upstream.served_models import ModelsCache
 from tests import fake_engine
@@ -286,9 +287,14 @@ async def end(process: asyncio.subprocess.Process) -> None:
 
 @contextlib.asynccontextmanager
 async def running_door(
-    directory: Path, large_bodies: LargeBodies | None = None, meters: Sequence[Meter] = (), **values: Any
+    directory: Path,
+    large_bodies: LargeBodies | None = None,
+    meters: Sequence[Meter] = (),
+    sight: FakeSight | None = None,
+    **values: Any,
 ) -> AsyncIterator[Door]:
-    """Start a front door without engines; `values` are settings, `meters` measure beside the metrics."""
+    """Start a front door without engines; `values` are settings, `meters` measure beside the metrics, `sight` is what
+    the admin endpoints show."""
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
     settings = Settings(run_dir=directory, control_seconds=2, drain_seconds=1, **values)
@@ -310,12 +316,13 @@ async def running_door(
     admin = build_app(
         fleet=fleet,
         upstream=upstream,
-        figures=FakeSight(),
+        figures=sight or FakeSight(),
         access=access,
         keeper=NothingKept(),
         body_bytes_max=settings.body_bytes_max,
         draining=lambda: relay.draining,
     )
+    add_page(admin, access)
     server = build_server(FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin), settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     async with contextlib.AsyncExitStack() as stack:

@@ -55,6 +55,36 @@ def test_a_proxy_or_a_web_page_on_this_machine_is_not_an_admin(header: str) -> N
         AdminAccess(None).check(scope(**{header: "127.0.0.1"}))
 
 
+@pytest.mark.parametrize("site", ["same-origin", "none"])
+def test_our_own_page_and_what_a_browsers_user_typed_are_let_in(site: str) -> None:
+    AdminAccess(None).check(scope(sec_fetch_site=site))
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "", "same-origin, none"])
+def test_a_page_of_others_is_not(site: str) -> None:
+    with pytest.raises(Forbidden):
+        AdminAccess(None).check(scope(sec_fetch_site=site))
+
+
+def test_a_page_of_others_whose_name_was_made_to_point_here_is_not() -> None:
+    with pytest.raises(Forbidden):
+        AdminAccess(None).check(scope("127.0.0.1", b"evil.example:8000", sec_fetch_site="same-origin"))
+
+
+def test_our_own_page_changes_nothing() -> None:
+    with pytest.raises(Forbidden):
+        AdminAccess(None).check(scope(sec_fetch_site="same-origin", origin="http://localhost:8000"))
+
+
+def test_the_page_that_asks_for_the_key_is_anybodys_and_without_a_key_it_is_this_machines() -> None:
+    AdminAccess(SecretStr("the-admin-key")).check_page(scope("10.0.0.1", b"any.example"))
+    AdminAccess(None).check_page(scope(sec_fetch_site="none"))
+    AdminAccess(None).check_page(scope(sec_fetch_site="same-origin", origin="http://localhost:8000"))
+    for given in (scope("10.0.0.1"), scope(sec_fetch_site="cross-site"), scope("127.0.0.1", b"evil.example")):
+        with pytest.raises(Forbidden):
+            AdminAccess(None).check_page(given)
+
+
 def test_who_speaks_http_1_0_is_a_proxy() -> None:
     with pytest.raises(Forbidden):
         AdminAccess(None).check(scope(version="1.0"))

@@ -1,0 +1,69 @@
+// The ledger by reason, the explanation of one request, and limits by tenant.
+
+import { byId, element, fillTable } from "./elements.js";
+import { count, inWords, percent, seconds, share } from "./words.js";
+
+const REASONS = {
+  none: "nothing was missed: all that any replica held was delivered",
+  cold: "nobody had computed this prompt's beginning before",
+  load: "its holder was busy, or importing would have taken longer than computing",
+  promised: "another request was computing it, and was not done when this one began",
+  stale: "the source was gone, or held less than when the request was planned",
+  check_failed: "blocks changed while they were copied, or could not be copied",
+  parity: "the gateway's token ids are not, or not known to be, the engine's",
+  evicted: "its blocks had been given to others, or their replica ended",
+  off: "this request reads no cache, or its replica exchanges none",
+  retried: "the replica was lost or refused, and it was tried elsewhere or failed",
+  left: "the client left before the first token",
+  unknown: "no known reason explains it, or the engine left no record",
+};
+
+export function showLedger(stats) {
+  const { requests, lost_tokens: lost, settled } = stats.ledger;
+  const rows = Object.keys(requests).filter((reason) => requests[reason]);
+  rows.sort((a, b) => lost[b] - lost[a] || requests[b] - requests[a]);
+  fillTable(
+    byId("ledger"),
+    [["Reason", "head"], ["Requests", "bar"], ["Tokens computed again", "number"], ["Meaning", "text"]],
+    rows.map((reason) => {
+      const part = share(requests[reason], settled);
+      return [inWords(reason), { text: `${count(requests[reason])} (${percent(part)})`, share: part }, count(lost[reason]), REASONS[reason] ?? ""];
+    }),
+    "No request is finished yet.",
+  );
+}
+
+// Show the attempts under a request id; null: the ledger knows none.
+export function showExplanation(id, found) {
+  const place = byId("explanation");
+  if (!found || !found.attempts.length) {
+    place.replaceChildren(element("p", `The ledger does not know ${id}, or no longer.`));
+    return;
+  }
+  place.replaceChildren(...found.attempts.flatMap((attempt, number) => {
+    const got = attempt.delivered[0];
+    const lines = [
+      `Attempt ${number + 1}: ${attempt.replica}, ${attempt.action}${attempt.source ? ` from ${attempt.source}` : ""}: ${attempt.why}`,
+      `Prompt: ${count(attempt.prompt_tokens)} tokens; expected ${count(attempt.expected.local_tokens)} from its cache, ${count(attempt.expected.peer_tokens)} imported, first token in ${seconds(attempt.expected.first_token_seconds)}.`,
+      got
+        ? `Delivered: ${count(got.local_tokens)} from its cache, ${count(got.peer_tokens)} imported${got.source ? ` from ${got.source}` : ""}, ${count(got.computed_tokens)} computed${got.first_token_seconds === null ? "" : `; first token in ${seconds(got.first_token_seconds)}`}.`
+        : "Delivered: nothing is known of it so far.",
+      `Status ${attempt.status ?? "running"}. ${inWords(attempt.reason)}: ${attempt.reason_in_words}.`,
+    ];
+    return lines.map((line) => element("p", line));
+  }));
+}
+
+// Limits have the form that the gateway gives them: a list of objects, one a tenant or key, whose plain fields are shown.
+export function showLimits(stats) {
+  const list = [stats.limits, stats.tenants].find(Array.isArray) ?? [];
+  byId("limits-section").hidden = !list.length;
+  if (!list.length) return;
+  const fields = Object.keys(list[0]).filter((field) => typeof list[0][field] !== "object" || list[0][field] === null);
+  fillTable(
+    byId("limits"),
+    fields.map((field, place) => [inWords(field), place ? (typeof list[0][field] === "number" ? "number" : "") : "head"]),
+    list.map((one) => fields.map((field) => (typeof one[field] === "number" ? count(one[field]) : String(one[field] ?? "–")))),
+    "",
+  );
+}

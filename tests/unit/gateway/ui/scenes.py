@@ -1,0 +1,134 @@
+"""Fleets as /kv/stats and /kv/prefixes show them, for tests of the page. Counts grow with each look."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from gateway.kept_prefixes.book import KeptPrefixAnswer, PlaceState, PrefixPlace
+from gateway.kept_prefixes.shapes import Prefix, PrefixReport
+from gateway.ledger.stats import LedgerStats
+from gateway.stats.shapes import HostMemoryStats, KvStats, PeerStats, ReplicaStats, TokenCounts, Totals, TransferCounts
+from gateway.steering.outliers import OutlierState
+from tests.unit.gateway.running_door import FakeSight
+from transport.table.deliveries import EngineLoad
+
+BLOCKS = 40_000
+
+
+class Fleet(FakeSight):
+    """`count` replicas on GPUs, of which the third has failed and the fourth is ejected. `looks` counts looks."""
+
+    def __init__(self, count: int, *, host_memory: bool = False) -> None:
+        super().__init__()
+        self.count, self.host_memory, self.looks = count, host_memory, 0
+
+    def stats(self) -> KvStats:
+        self.looks += 1
+        replicas = [self._replica(place) for place in range(self.count)]
+        tokens = TokenCounts(
+            **{field: sum(getattr(one.tokens, field) for one in replicas) for field in TokenCounts.model_fields}
+        )
+        ledger = LedgerStats(settled=400 * self.count)
+        if self.count:
+            ledger.requests |= {
+                "none": 250 * self.count,
+                "cold": 90 * self.count,
+                "load": 40 * self.count,
+                "evicted": 20 * self.count,
+            }
+            ledger.lost_tokens |= {"load": 120_000, "evicted": 90_000}
+        empty = super().stats()
+        return empty.model_copy(
+            update={
+                "model": "org/some-model-8B",
+                "gateway": replace(
+                    empty.gateway, version="0.1.0", uptime_seconds=5000.0 + self.looks, requests=400 * self.count
+                ),
+                "ledger": ledger,
+                "totals": Totals(
+                    replicas=self.count,
+                    ready=max(0, self.count - 1),
+                    blocks=BLOCKS * self.count,
+                    cached_blocks=sum(one.cached_blocks for one in replicas),
+                    in_flight=sum(one.in_flight for one in replicas),
+                    tokens=tokens,
+                    counts=TransferCounts(),
+                ),
+                "replicas": replicas,
+                "host_memory": [self._tier(place) for place in range(self.count)] if self.host_memory else [],
+            }
+        )
+
+    def _replica(self, place: int) -> ReplicaStats:
+        grown = self.looks * 1000 * (1 + place % 3)
+        local, peer, memory, computed = 900_000 + 5 * grown, 300_000 + 2 * grown, 40_000 + grown, 200_000 + 2 * grown
+        failed, ejected = place == 2, place == 3
+        return ReplicaStats(
+            name=f"replica-{place}",
+            state="failed" if failed else "ready",
+            reason="CUDA out of memory; lower --gpu-memory-utilization" if failed else "",
+            device=f"cuda:{place % 8}",
+            restarts=5 if failed else 0,
+            standing=OutlierState.EJECTED if ejected else OutlierState.WELL,
+            standing_reason="3 answers in a row failed, the last with status 500" if ejected else "",
+            epochs=1,
+            exchanges="ok",
+            transport="cuda_ipc",
+            fingerprint="ab" * 16,
+            incompatible={},
+            groups=[],
+            block_size=16,
+            blocks=BLOCKS,
+            cached_blocks=(place * 7919) % BLOCKS,
+            in_flight=0 if failed else place % 9,
+            load=EngineLoad(waiting_requests=place % 4, decoding_requests=place % 6),
+            tokens=TokenCounts(
+                prompt=local + peer + memory + computed, local=local, peer_cuda_ipc=peer, host_memory=memory, computed=computed
+            ),
+            counts=TransferCounts(),
+            peers=[
+                PeerStats(
+                    name=f"replica-{(place + step) % self.count}",
+                    transport="cuda_ipc",
+                    imports=120 + self.looks,
+                    blocks=9000 + grown,
+                    bytes=(9000 + grown * step) << 16,
+                    seconds=4.2,
+                    failures=place % 2,
+                    gigabytes_per_second=140.0,
+                )
+                for step in range(1, min(4, self.count))
+            ],
+        )
+
+    def _tier(self, place: int) -> HostMemoryStats:
+        return HostMemoryStats(
+            name=f"replica-{place}.host-memory",
+            replica=f"replica-{place}",
+            blocks=9000,
+            stored_blocks=4000 + place,
+            bytes=1 << 33,
+        )
+
+    def prefixes(self, limit: int) -> PrefixReport:
+        now = time.time()
+        top = [
+            Prefix(
+                key=f"{place:02x}" * 16,
+                tokens=4096 >> place % 4,
+                requests=900 - 50 * place,
+                last_used=now - 7 * place,
+                holders=[f"replica-{holder}" for holder in range(self.count) if holder % (place + 1) == 0],
+            )
+            for place in range(min(limit, 12 if self.count else 0))
+        ]
+        places = [
+            PrefixPlace("replica-0", PlaceState.PINNED),
+            PrefixPlace("replica-1", PlaceState.REFUSED, reason="pins would take more than a quarter of the blocks"),
+        ]
+        kept = KeptPrefixAnswer(
+            id="1f2e3d4c5b6a7988", tenant="team-a", model="", tokens=2048, pin=True, renew=False, ttl=3600.0, created=now,
+            expires=now + 1800, places=places,
+        )  # fmt: skip
+        return PrefixReport(tracked_blocks=0, tracked_blocks_max=1, prefixes=top, kept=[kept] if self.count else [])
