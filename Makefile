@@ -14,7 +14,7 @@ serve: install ## start the replicas and the gateway (MODEL=…, ARGS='--replica
 
 test: install ## run every test, real vLLM replicas included, GPU tests where two GPUs are (ARGS='-k steering' to choose)
 	@command -v curl >/dev/null || { echo 'the tests use curl: apt-get install curl' >&2; exit 1; }
-	@failed=; for tests in 'tests/unit -n 2 --dist worksteal' 'tests/gpu tests/real'; do \
+	@failed=; for tests in 'tests/unit -n 2 --dist worksteal' tests/gpu 'tests/real -n 2 --dist loadgroup'; do \
 		$(BIN)/python -m pytest $$tests $(ARGS) || [ $$? = 5 ] || failed=1; done; [ -z "$$failed" ]  # 5: ARGS chose none of these
 
 containers: install ## build the images with podman, run them by compose.yaml and try them out (as root; ARGS='-k import' to choose)

@@ -37,9 +37,13 @@ VLLM_ARGS = (
 _running: list[Fleet] = []
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What kills replicas comes last."""
+    """What kills replicas comes last. With `-n 2 --dist loadgroup` one process has the fleet, another what starts its own."""
     items.sort(key=lambda item: LAST_FILES.index(item.path.name) if item.path.name in LAST_FILES else -1)
+    for item in items:
+        shared = "running_fleet" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("fleet" if shared else item.path.name))
 
 
 @pytest.hookimpl(wrapper=True)
