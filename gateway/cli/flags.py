@@ -1,4 +1,4 @@
-"""Command-line flags generated from the settings: one for each but WITHOUT_FLAG, with its description and default."""
+"""Command-line flags made from the settings: one for each but WITHOUT_FLAG, with its description, default and an example."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from gateway.cli.flag_groups import GROUPS, example, size_in_words, unit_of
 from gateway.settings import Settings
 
 WITHOUT_FLAG = frozenset(
@@ -58,17 +59,25 @@ _METAVARS: dict[Any, str] = {int: "N", float: "N", Path: "DIR"}
 _METAVARS_OF = {"replicas": "N|auto", "request_log": "FILE|-"}
 
 
-def add_settings_flags(parser: argparse.ArgumentParser, main: Iterable[str], *, leave_out: Iterable[str] = ()) -> None:
-    """Add a flag for each setting: those in `main` first, the rest in a group of their own.
+def add_settings_flags(parser: argparse.ArgumentParser, *, leave_out: Iterable[str] = ()) -> None:
+    """Add a flag for each setting, in the groups of GROUPS.
 
     A flag that is not given is None, so that the environment and the file apply.
     """
-    first, out = list(main), WITHOUT_FLAG | set(leave_out)
-    group = parser.add_argument_group("further settings")
-    for name in [*first, *(name for name in Settings.model_fields if name not in first)]:
-        if name not in out:
-            _add(parser if name in first else group, name, Settings.model_fields[name])
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
+    out = WITHOUT_FLAG | set(leave_out)
+    placed = {name for names in GROUPS.values() for name in names}
+    rest = {name: "" for name in Settings.model_fields if name not in placed | out}
+    for title, examples in [*GROUPS.items(), *([("further settings", rest)] if rest else [])]:
+        group = parser.add_argument_group(title)
+        for name, value in examples.items():
+            if name not in out:
+                _add(group, name, Settings.model_fields[name], value)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings in TOML (default: $PEERKV_CONFIG; for example --config peerkv.toml)",
+    )
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -76,9 +85,10 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name in Settings.model_fields}
 
 
-def _add(parser: Any, name: str, field: FieldInfo) -> None:
+def _add(parser: Any, name: str, field: FieldInfo, value: str) -> None:
     flag = "--" + name.replace("_", "-")
-    text = f"{field.description} (default: {_default(name, field)})".replace("%", "%%")
+    shown = f"; for example {example(name, value)}" if value else ""
+    text = f"{field.description} (default: {_default(name, field)}{shown})".replace("%", "%%")
     options: dict[str, Any] = {"dest": name, "default": None, "help": text}
     kinds = _kinds(field.annotation)
     if name.endswith("_file"):
@@ -88,7 +98,7 @@ def _add(parser: Any, name: str, field: FieldInfo) -> None:
     elif len(kinds) == 1 and typing.get_origin(choice := next(iter(kinds))) is typing.Literal:
         parser.add_argument(flag, choices=typing.get_args(choice), **options)
     else:
-        number = next((_METAVARS[kind] for kind in kinds if kind in _METAVARS), name.split("_")[-1].upper())
+        number = unit_of(name) or next((_METAVARS[kind] for kind in kinds if kind in _METAVARS), name.split("_")[-1].upper())
         parser.add_argument(flag, metavar=_METAVARS_OF.get(name, number), **options)
 
 
@@ -108,4 +118,6 @@ def _default(name: str, field: FieldInfo) -> str:
         return "on" if field.default else "off"
     if field.default in ("", ()):
         return "none"
-    return str(field.default)
+    if isinstance(field.default, float):
+        return f"{field.default:g}"
+    return size_in_words(name, field.default) if type(field.default) is int else str(field.default)

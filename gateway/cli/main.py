@@ -11,12 +11,14 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from gateway import __version__
 from gateway.cli import keys, kv_explain, kv_prefixes
 from gateway.cli import kv_stats as kv_live
 from gateway.cli.bench import flags as bench_flags
+from gateway.cli.flag_groups import WholeFlags
 from gateway.cli.flags import add_settings_flags, given_settings
 from gateway.cli.unknown_flags import unknown_words
 from gateway.errors import GatewayError, SettingsError
@@ -25,7 +27,6 @@ from gateway.settings import Settings, load
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 _PORTS = {"http": 80, "https": 443}
-_MAIN_FLAGS = ("replicas", "host", "port", "served_model_name", "admin_key")
 _BENCH_ABOUT = (
     "Measure a running installation from the outside: the time to the first token of prompts that no replica has (cold), that "
     "another replica computed (import) and that the same replica computed (local hit); the time the gateway adds to a small "
@@ -98,11 +99,13 @@ def _add_runner(
     vllm: bool = False,
 ) -> None:
     epilog = _SERVE_EPILOG if vllm else None
-    parser = commands.add_parser(name, help=summary, description=summary, epilog=epilog, allow_abbrev=False)
+    usage = f"peerkv {name} [flags]{' [MODEL] [-- flags of vLLM]' if vllm else ''}"
+    about: dict[str, Any] = {"help": summary, "usage": usage, "description": summary, "epilog": epilog}
+    parser = commands.add_parser(name, **about, allow_abbrev=False, formatter_class=WholeFlags)
     if vllm:
-        text = "directory or hub id of the model that vLLM loads (default: SmolLM2-135M-Instruct, downloaded once)"
+        text = "directory or hub id of the model (default: SmolLM2-135M-Instruct, downloaded once; for example Qwen/Qwen3-8B)"
         parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
-    add_settings_flags(parser, _MAIN_FLAGS, leave_out=("model",))
+    add_settings_flags(parser, leave_out=("model",))
     parser.set_defaults(run=run, parser=parser, takes_vllm_args=vllm)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from gateway.cli import main as cli
 from gateway.cli.doctor import report as doctor
+from gateway.cli.flag_groups import GROUPS, example
 from gateway.cli.flags import WITHOUT_FLAG, given_settings
 from gateway.cli.main import build_parser, main
 from gateway.settings import Settings
@@ -71,6 +72,27 @@ def test_every_flag_says_its_default(command: list[str], capsys: pytest.CaptureF
 def test_every_setting_has_a_flag_but_those_that_are_named() -> None:
     parsed = vars(build_parser().parse_args(["serve"]))
     assert Settings.model_fields.keys() - parsed.keys() == WITHOUT_FLAG
+
+
+def test_every_flag_of_a_setting_is_in_one_group_and_has_an_example() -> None:
+    placed = [name for names in GROUPS.values() for name in names]
+    assert len(placed) == len(set(placed))
+    assert set(placed) == Settings.model_fields.keys() - WITHOUT_FLAG - {"model"}
+
+
+@pytest.mark.parametrize(("name", "value"), [item for names in GROUPS.values() for item in names.items()])
+def test_every_example_is_taken(name: str, value: str, runs: list[tuple[str, Settings]]) -> None:
+    assert main(["serve", *example(name, value).split(" ", 1)]) == 0
+    assert getattr(runs[0][1], name) != Settings.model_fields[name].get_default(call_default_factory=False)
+
+
+def test_the_help_names_units_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--drain-seconds SECONDS time for running requests to finish" in text
+    assert "(default: 33554432, 32 MiB; for example --body-bytes-max 67108864)" in text
+    assert all(f"{title}:" in text for title in GROUPS)
 
 
 def test_a_flag_that_is_not_given_says_nothing() -> None:

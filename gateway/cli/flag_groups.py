@@ -1,0 +1,97 @@
+"""How --help arranges the flags of the settings: in groups, each flag with an example of its value."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Mapping
+
+GROUPS: Mapping[str, Mapping[str, str]] = {
+    "replicas": {
+        "replicas": "4",
+        "replicas_per_gpu": "2",
+        "served_model_name": "my-model",
+        "connector": "no",
+        "preload": "no",
+        "namespace": "blue",
+        "startup_seconds_max": "1800",
+        "start_failures_max": "10",
+    },
+    "where it listens, and for whom": {
+        "host": "0.0.0.0",
+        "port": "9000",
+        "reuse_port": "yes",
+        "admin_key": '"$ADMIN_KEY"',
+        "keys_file": "/etc/peerkv/keys.json",
+        "cors_origins": "https://chat.example",
+    },
+    "caches, and steering by them": {
+        "imports": "no",
+        "host_memory": "16GiB",
+        "pin_share_max": "0.5",
+        "prefixes_kept_max": "64",
+        "hash_name": "sha256",
+    },
+    "limits on requests": {
+        "requests_in_flight_max": "4096",
+        "connections_max": "10000",
+        "uploads_max": "256",
+        "body_bytes_max": "67108864",
+        "bodies_bytes_max": "4294967296",
+        "answer_bytes_max": "1048576",
+        "large_body_workers": "2",
+        "response_head_seconds_max": "600",
+        "retry_attempts_max": "1",
+        "eject_failures_max": "5",
+        "drain_seconds": "120",
+    },
+    "logs and figures": {
+        "log_level": "warning",
+        "access_log": "yes",
+        "request_log": "/var/log/peerkv/requests.jsonl",
+        "log_bytes_max": "104857600",
+        "replica_metrics": "no",
+        "ledger_requests_max": "65536",
+        "prefixes_tracked_max": "262144",
+        "parity_interval_seconds": "60",
+    },
+    "directories, created with mode 0700": {
+        "run_dir": "/run/peerkv",
+        "table_dir": "/dev/shm/peerkv",
+        "log_dir": "/var/log/peerkv",
+    },
+    "memory of the gateway's caches": {
+        "key_cache_bytes_max": "134217728",
+        "text_cache_bytes_max": "268435456",
+        "token_cache_bytes_max": "536870912",
+    },
+}
+"""Names of settings by group, each with an example; that of a switch is "yes" or "no"."""
+UNITS = {"seconds": "SECONDS", "bytes": "BYTES", "share": "SHARE", "memory": "SIZE"}
+"""What stands for a value in the help, by a word in the setting's name."""
+MIB = 1 << 20
+
+
+class WholeFlags(argparse.HelpFormatter):
+    """Help whose lines do not end within a flag, so that it can be copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+def example(name: str, value: str) -> str:
+    """The flag with this value, as it is typed."""
+    flag = name.replace("_", "-")
+    if value in ("yes", "no"):
+        return f"--{flag}" if value == "yes" else f"--no-{flag}"
+    return f"--{flag} {value}"
+
+
+def unit_of(name: str) -> str | None:
+    """What stands for the value of a setting with a unit."""
+    return next((unit for word, unit in UNITS.items() if word in name.split("_")), None)
+
+
+def size_in_words(name: str, value: int) -> str:
+    """A number, and for bytes that are whole MiB, how many of those."""
+    return f"{value}, {value // MIB} MiB" if unit_of(name) == "BYTES" and value and value % MIB == 0 else str(value)
