@@ -196,6 +196,12 @@ class Settings(BaseSettings):
         120.0, gt=0, description="disconnect a client that has read nothing of its answer for this long"
     )
     keep_alive_seconds: float = Field(75.0, gt=0, description="how long an idle client connection is kept open")
+    sse_keep_alive_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="interval of comments to clients that wait for a stream's first event; 0: none. With the first one the "
+        "answer's head leaves, and x-peerkv-cache is not in it",
+    )
     upstream_idle_seconds: float = Field(
         3.0, gt=0, description="how long an idle connection to a replica is kept open; vLLM closes it after 5 s"
     )

@@ -44,6 +44,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "retry_attempts_max": "1",
         "eject_failures_max": "5",
         "drain_seconds": "120",
+        "sse_keep_alive_seconds": "15",
     },
     "logs and figures": {
         "log_level": "warning",

@@ -39,6 +39,8 @@ class Transaction:
         self.came_at = time.perf_counter()
         self.begun_at = 0.0
         self.is_event_stream = False
+        self.quiet_since: float | None = None
+        """While it waits for a stream's first event: when it, or the last comment, was sent. In time.perf_counter's seconds."""
         self.body_bytes = 0
         self._head_left = False
         self.has_slot = False

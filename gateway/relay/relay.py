@@ -40,6 +40,7 @@ from gateway.relay.batching import Batching
 from gateway.relay.counters import RelayCounters
 from gateway.relay.engine_body import EngineBody, engine_body, spliced_body
 from gateway.relay.interfaces import AttemptRecorder, PlannerLike, PlanT
+from gateway.relay.keep_alive import KeepAlive
 from gateway.relay.large_bodies.pool import LargeBodies
 from gateway.relay.request_record import Meter, RequestRecord
 from gateway.relay.uploads import Uploads
@@ -109,6 +110,7 @@ class Relay(Generic[PlanT]):
         self._uploads = Uploads(settings.uploads_max)
         self._slots_taken = 0
         self._held_bytes = 0
+        self.keep_alive = KeepAlive(settings.sse_keep_alive_seconds, self._transactions)
         self._idle = asyncio.Event()  # set while draining, once all requests are done
 
     @property
@@ -227,6 +229,8 @@ class Relay(Generic[PlanT]):
             transaction.body_bytes += plan.held_bytes
         info = RequestInfo(transaction.request_id, endpoint, tenant.name, model)
         request = RelayedRequest(transaction, record, transaction.scope["path"], sent(plan.prompt), plan, info)
+        if record.streamed and endpoint != "embeddings":
+            self.keep_alive.waits(transaction)
         del raw, body, known, sent, read  # what was decoded is many times what is sent
         await self._travel(request)
 

@@ -180,6 +180,9 @@ async def _open(
         watching.add_done_callback(_tell_of_defect)
         stack.push_async_callback(_end, watching)
         stack.enter_context(reloading(door.keys.reload))
+    waiting = asyncio.create_task(door.relay.keep_alive.run(), name="the comments to clients that wait for streams")
+    waiting.add_done_callback(_tell_of_defect)
+    stack.push_async_callback(_end, waiting)
     switch.app = door.app
     settle_memory()
     return door

@@ -35,6 +35,8 @@ class AnswerHead:
         self.is_event_stream = fields.get(b"content-type", b"").startswith(_EVENT_STREAM)
         dropped = _DROPPED if b"connection" not in fields else _DROPPED.union(_named_by_connection(headers))
         self.lines = b"".join([b"%b: %b\r\n" % header for header in headers if header[0] not in dropped])
+        if self.is_event_stream and b"x-accel-buffering" not in fields:
+            self.lines += b"x-accel-buffering: no\r\n"  # else nginx would gather events, and send them all at once
 
 
 def _named_by_connection(headers: RawHeaders) -> list[bytes]:
