@@ -64,6 +64,11 @@ def default_log_dir(port: int) -> Path:
     return (Path(state) if state else Path.home() / ".local" / "state") / "peerkv" / "logs" / str(port)
 
 
+def default_limits_file(port: int) -> Path:
+    """What was used up of limits: `$XDG_STATE_HOME/peerkv/limits/<port>.json`, beside the logs."""
+    return default_log_dir(port).parent.parent / "limits" / f"{port}.json"
+
+
 class Tenant(BaseModel):
     """One configured tenant."""
 
@@ -127,6 +132,20 @@ class Settings(BaseSettings):
     tenants: tuple[Tenant, ...] = Field((), description="who may call, each with an API key; none: open to everybody")
     keys_file: Path | None = Field(
         None, description="file of API keys, which `peerkv keys` writes; changes are taken up while the gateway runs"
+    )
+    limits_file: Path = Field(
+        default_factory=lambda data: default_limits_file(data.get("port", 0)),
+        description="file that keeps what was used up of the keys' limits across restarts; one gateway's alone",
+    )
+    cached_token_price: float = Field(
+        0.1, ge=0, le=1, description="what a prompt token from a cache counts towards limits; a computed one counts 1"
+    )
+    generated_token_price: float = Field(1.0, ge=0, le=1000, description="what a generated token counts towards limits")
+    answer_tokens_default: int = Field(
+        4096, ge=1, description="max_tokens of chats that name none, where their key has limits on tokens"
+    )
+    reservation_seconds_max: float = Field(
+        86400.0, gt=0, description="a request that is under way for longer is charged what it may come to"
     )
     cors_origins: Words = Field(
         (), description="web pages that may call /v1 from a browser, such as https://chat.example; *: all pages; none: none"
@@ -329,7 +348,7 @@ class Settings(BaseSettings):
     def _make_path_absolute(cls, value: str) -> str:
         return value if value in ("", "-") else os.path.abspath(os.path.expanduser(value))
 
-    @field_validator("run_dir", "table_dir", "log_dir", "keys_file")
+    @field_validator("run_dir", "table_dir", "log_dir", "keys_file", "limits_file")
     @classmethod
     def _make_absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else Path(os.path.abspath(value.expanduser()))

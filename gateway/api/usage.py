@@ -10,14 +10,16 @@ TAIL_BYTES_MAX = 1 << 20
 # Within a string the quotes would be escaped, so this is a field and not what a model said.
 _USAGE = b'"usage":'
 _PROMPT = re.compile(rb'"prompt_tokens": ?(\d+)')
+_CACHED = re.compile(rb'"cached_tokens": ?(\d+)')
 _COMPLETION = re.compile(rb'"completion_tokens": ?(\d+)')
 
 
 class Usage(NamedTuple):
-    """Tokens of all prompts of a request, and of all its choices."""
+    """Tokens of all prompts of a request, and of all its choices; of the prompts' those that the engine had cached."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 def usage_of(answer: bytes) -> Usage | None:
@@ -28,4 +30,9 @@ def usage_of(answer: bytes) -> Usage | None:
     prompt, completion = _PROMPT.search(answer, start), _COMPLETION.search(answer, start)
     if prompt is None:
         return None
-    return Usage(int(prompt[1]), int(completion[1]) if completion is not None else 0)
+    cached, tokens = _CACHED.search(answer, start), int(prompt[1])
+    return Usage(
+        tokens,
+        int(completion[1]) if completion is not None else 0,
+        min(tokens, int(cached[1])) if cached is not None else 0,
+    )

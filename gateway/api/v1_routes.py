@@ -36,6 +36,14 @@ _CACHE = {
     "(tokens), `source` (the replica that was imported from) and `reason` (why it was not more); absent when not known in time",
     "example": 'local=0, peer=1984, computed=16, source="replica-1", reason=none',
 }
+_LIMITS = {
+    f"x-ratelimit-{what}-{of}": {
+        "schema": {"type": "string" if what == "reset" else "integer"},
+        "description": f"{text}, of the {of} limit that has the least left; absent without one for the key",
+    }
+    for what, text in (("limit", "how much"), ("remaining", "how much is left"), ("reset", "until all of it is, as in 6m0s"))
+    for of in ("requests", "tokens")
+}
 _BEFORE_ANY_REQUEST = 431  # refused while its head comes in, before it has an id
 
 
@@ -46,6 +54,8 @@ def _headers(status: int, *, relayed: bool) -> dict[str, Any]:
     headers = {"x-request-id": _REQUEST_ID} | ({"x-peerkv-replica": _REPLICA} if relayed else {})
     if relayed and status == 200:
         headers["x-peerkv-cache"] = _CACHE
+    if status != 401:
+        headers |= _LIMITS
     if status in (429, 502, 503):
         headers["retry-after"] = {"schema": {"type": "integer"}, "description": "seconds; the same request may work then"}
     return headers
@@ -54,13 +64,14 @@ def _headers(status: int, *, relayed: bool) -> dict[str, Any]:
 def _errors(*statuses: int, relayed: bool) -> dict[int | str, dict[str, Any]]:
     why = {
         400: "The request is malformed",
-        401: "No or a wrong API key",
+        401: "No or a wrong API key, or one that has expired or was revoked",
         403: "The caller may not choose the replica (`x-peerkv-replica`)",
-        404: "Unknown model, or an endpoint that the served model does not have",
+        404: "Unknown model, or one that the API key may not use, or an endpoint that the served model does not have",
         408: "The body did not come in time",
         413: "The body is too large",
         415: "The body is compressed, and not with gzip",
-        429: "Too many requests in flight",
+        429: "Too many requests in flight, or a limit of the API key is reached (`rate_limit_exceeded`), or its budget "
+        "(`insufficient_quota`)",
         431: "The request's head is too large",
         500: "The gateway or the replica failed on this request",
         502: "The replica was lost",

@@ -22,8 +22,14 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "port": "9000",
         "reuse_port": "yes",
         "admin_key": '"$ADMIN_KEY"',
-        "keys_file": "/etc/peerkv/keys.json",
+        "keys_file": "/etc/peerkv/keys.toml",
         "cors_origins": "https://chat.example",
+    },
+    "limits of keys": {
+        "limits_file": "/var/lib/peerkv/limits.json",
+        "cached_token_price": "0.5",
+        "generated_token_price": "4",
+        "answer_tokens_default": "1024",
     },
     "caches, and steering by them": {
         "imports": "no",

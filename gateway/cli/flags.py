@@ -42,6 +42,7 @@ WITHOUT_FLAG = frozenset(
         "miss_seconds_apart",
         "overdue_seconds_min",
         "prefix_seconds_max",
+        "reservation_seconds_max",
         "prefixes_kept_tokens_max",
         "send_chat_ids",
         "terminate_seconds",
@@ -54,6 +55,7 @@ PATH_DEFAULTS = {
     "run_dir": "$XDG_RUNTIME_DIR/peerkv/PORT or /tmp/peerkv-UID/PORT",
     "table_dir": "/dev/shm/peerkv-UID/PORT",
     "log_dir": "~/.local/state/peerkv/logs/PORT",
+    "limits_file": "~/.local/state/peerkv/limits/PORT.json",
 }
 _METAVARS: dict[Any, str] = {int: "N", float: "N", Path: "DIR"}
 _METAVARS_OF = {"replicas": "N|auto", "request_log": "FILE|-"}

@@ -18,7 +18,7 @@ from rich.table import Table
 from gateway.errors import SettingsError
 from gateway.settings import load
 from gateway.tenants.key_file import KeyFileError, locked, read_keys, write_keys
-from gateway.tenants.keys import Key, Keys, digest_of, new_token
+from gateway.tenants.keys import Key, KeyLimits, Keys, digest_of, new_token
 
 GRACE_DEFAULT = "1h"
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -30,17 +30,21 @@ Work = Callable[[argparse.Namespace, Path, datetime], int]
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `keys` and its commands."""
-    summary = "make, show, end and replace API keys"
+    summary = "make, show, end and replace API keys, and limit what they may use"
     parser = commands.add_parser("keys", help=summary, description=summary)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    add = _add(verbs, "add", _add_key, "make a key, and show it once", "keys add alice --tenant team --expires 90d")
+    add = _add(verbs, "add", _add_key, "make a key, and show it once", "keys add alice --requests-per-minute 60 --expires 90d")
     add.add_argument("name", metavar="NAME", help="what the key is called, in this file and in figures")
     add.add_argument("--tenant", help="whose it is; the keys of a tenant share one prefix cache (default: NAME)")
+    add.add_argument("--model", action="append", default=[], help="a model that it may name; repeat for more (default: all)")
     add.add_argument("--expires", metavar="WHEN", help=f"a span, {_SPANS}, or a date (default: never)")
-    _add(verbs, "list", _list, "show the keys", "keys list --json")
+    for name, field in KeyLimits.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        add.add_argument(flag, type=int, metavar="N", help=f"{field.description} (default: no limit)")
+    _add(verbs, "list", _list, "show the keys and their limits", "keys list --json")
     revoke = _add(verbs, "revoke", _revoke, "end a key for good", "keys revoke alice")
     revoke.add_argument("name", metavar="NAME", help="as `keys list` shows it")
-    rotate = _add(verbs, "rotate", _rotate, "replace a key by a new one", "keys rotate alice --grace 24h")
+    rotate = _add(verbs, "rotate", _rotate, "replace a key by a new one with the same limits", "keys rotate alice --grace 24h")
     rotate.add_argument("name", metavar="NAME", help="as `keys list` shows it")
     text = f"how long the old key works too, {_SPANS}; 0s ends it at once (default: {GRACE_DEFAULT})"
     rotate.add_argument("--grace", default=GRACE_DEFAULT, metavar="SPAN", help=text)
@@ -69,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _add_key(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
     token = new_token()
+    given = {name: getattr(arguments, name) for name in KeyLimits.model_fields}
     with locked(path) as keys:
         if keys.named(arguments.name) is not None:
             raise KeyFileError(f"there is a key '{arguments.name}' already; `peerkv keys rotate` replaces it")
@@ -78,6 +83,8 @@ def _add_key(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
             sha256=_hex(token),
             created=now,
             expires=_moment(arguments.expires, now),
+            models=tuple(arguments.model),
+            **given,
         )
         write_keys(path, keys.with_key(key))
     _show_once(arguments, key, token, "the key is shown this once; only its digest is kept")
@@ -118,11 +125,12 @@ def _list(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
         print(json.dumps([_shown(key, now) for key in keys], indent=2))
         return 0
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("name", "tenant", "state", "expires"):
+    for column in ("name", "tenant", "state", "expires", "models", "limits"):
         table.add_column(column, overflow="fold")
     for key in keys:
+        limits = [f"{name}={value:,}" for name in KeyLimits.model_fields if (value := getattr(key, name)) is not None]
         ends = key.expires.date().isoformat() if key.expires else "never"
-        table.add_row(key.name, key.tenant, key.state(now), ends)
+        table.add_row(key.name, key.tenant, key.state(now), ends, " ".join(key.models) or "all", " ".join(limits) or "none")
     Console().print(table if keys else "there are no keys yet; `peerkv keys add NAME` makes one")
     return 0
 

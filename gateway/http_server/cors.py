@@ -13,7 +13,9 @@ ANY = "*"
 PREFLIGHT_SECONDS = 600
 """A browser asks again after so long; none remembers an answer for less than 5 s, or Chrome's for more than 2 hours."""
 _METHODS = b"GET, HEAD, POST, OPTIONS"
-_SHOWN = b"x-request-id, x-peerkv-replica, x-peerkv-cache, retry-after"
+_SHOWN = b"x-request-id, x-peerkv-replica, x-peerkv-cache, retry-after, " + b", ".join(
+    b"x-ratelimit-%b-%b" % (what, of) for what in (b"limit", b"remaining", b"reset") for of in (b"requests", b"tokens")
+)
 _ADMIN = ("/kv/", "/metrics")
 _VARY = b"vary: origin\r\n"
 

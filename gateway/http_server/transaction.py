@@ -26,13 +26,16 @@ class Transaction:
 
     Belongs to the task of its cycle. While it is watched, the client's leaving sets `left` and cancels that task;
     `end` does the same with an error that the client is to get. `answering` is called when the answer begins, and gives the
-    value of its header x-peerkv-cache, or nothing.
+    value of its header x-peerkv-cache, or nothing. `more_lines` is called for each answer, and gives further headers of it;
+    whoever serves the transaction calls `on_end` when it is over.
     """
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
         self.replica = b""
         self.answering: Callable[[], bytes] | None = None
+        self.more_lines: Callable[[], bytes] | None = None
+        self.on_end: Callable[[], None] | None = None
         self.left = False
         self.ending: ApiError | None = None
         self.status = 0
@@ -55,6 +58,11 @@ class Transaction:
     def begun(self) -> bool:
         """Whether the client got a part of the answer other than comments."""
         return self.status != 0
+
+    @property
+    def begun_well(self) -> bool:
+        """Whether what the client got is part of an answer rather than an error."""
+        return 0 < self.status < 400
 
     def body_at_hand(self, hold: Callable[[int], None], bytes_max: int) -> bytes | None:
         """All of the body if it is there, as `read_body` gives it."""
@@ -157,9 +165,10 @@ class Transaction:
 
     def _own_lines(self, *, replica: bool = True) -> bytes:
         """The headers that we add to every answer."""
+        more = b"" if self.more_lines is None else self.more_lines()
         if replica and self.replica:
-            return b"x-request-id: %b\r\nx-peerkv-replica: %b\r\n" % (self.request_id.encode(), self.replica)
-        return b"x-request-id: %b\r\n" % self.request_id.encode()
+            return b"%bx-request-id: %b\r\nx-peerkv-replica: %b\r\n" % (more, self.request_id.encode(), self.replica)
+        return b"%bx-request-id: %b\r\n" % (more, self.request_id.encode())
 
     def finish(self, last: bytes = b"") -> None:
         """Send the end of a streamed answer."""

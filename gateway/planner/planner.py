@@ -17,11 +17,12 @@ from gateway.block_registry.fleet_watch import FleetWatch
 from gateway.block_registry.lifetime_counters import LifetimeCounters
 from gateway.block_registry.registry import NOTHING, LookUp, Registry
 from gateway.block_registry.tables import Tables
+from gateway.limits.request_size import PromptSize
 from gateway.planner.plan import Plan, PlanningRequest, SteeringStats
 from gateway.planner.plan_hint import CHAT_IDS, Tags, hint, takes_chat_ids
 from gateway.planner.prefix_counts import PrefixCounts
 from gateway.planner.ready import with_ready
-from gateway.prompts.prompt_reader import KnownPrompt, PromptReader
+from gateway.prompts.prompt_reader import CHARS_PER_TOKEN, KnownPrompt, PromptReader
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.steering.costs.model import CostModel, ModelKey
 from gateway.steering.evictions import Evictions
@@ -126,6 +127,13 @@ class Planner:
             streamed=body.get("stream") is True,
             embeds=endpoint == "embeddings",
         )
+
+    def prompt_size(self, request: PlanningRequest) -> PromptSize:
+        """Return how long the prompts of what was read are. Without ids, they are taken for as many tokens as characters."""
+        known = request.known
+        if known.ids is not None:
+            return PromptSize(known.tokens, known.count, certain=True)
+        return PromptSize((known.tokens + 1) * CHARS_PER_TOKEN, 1, certain=False)
 
     def decide(self, request: PlanningRequest) -> Plan:
         """Return a plan for what was read. Raises NoReplicaReady, UnknownReplica and ReplicaNotReady."""

@@ -9,6 +9,7 @@ import msgspec
 from gateway.api.engine_errors import ERROR_EVENT, error_code, events_in_our_form
 from gateway.api.usage import usage_of
 from gateway.http_server.transaction import Transaction
+from gateway.relay.hidden_usage import without_usage
 from gateway.relay.request_record import RequestRecord
 from gateway.upstream.answer_head import AnswerHead
 from gateway.upstream.connection import EngineConnection
@@ -37,17 +38,23 @@ def at_hand(response: EngineConnection) -> Answer | None:
 
 
 async def pass_on(
-    transaction: Transaction, response: EngineConnection, record: RequestRecord, *, bytes_max: int
+    transaction: Transaction,
+    response: EngineConnection,
+    record: RequestRecord,
+    *,
+    bytes_max: int,
+    hides_usage: bool = False,
 ) -> Answer | None:
     """The answer when it is whole and nothing of it was sent yet; None when it was streamed to the client.
 
-    What a stream says of its tokens and of its failure is put into the `record`.
+    What a stream says of its tokens and of its failure is put into the `record`; the client does not get the usage if
+    `hides_usage`.
 
     An answer of more than `bytes_max` bytes is streamed. Raises ConnectionBroke when the replica breaks off.
     """
     head = response.head
     if head.is_event_stream:
-        events = _Events(transaction, head, bytes_max)
+        events = _Events(transaction, head, bytes_max, hides_usage=hides_usage)
         try:
             await response.pump(events.take, transaction.drained)
             events.end()
@@ -60,8 +67,8 @@ async def pass_on(
 class _Events:
     """Passes an event stream on. Only whole events are sent, so that an error event can follow any of them."""
 
-    def __init__(self, transaction: Transaction, head: AnswerHead, bytes_max: int) -> None:
-        self._transaction, self._head, self._bytes_max = transaction, head, bytes_max
+    def __init__(self, transaction: Transaction, head: AnswerHead, bytes_max: int, *, hides_usage: bool = False) -> None:
+        self._transaction, self._head, self._bytes_max, self._hides_usage = transaction, head, bytes_max, hides_usage
         self._held = self._comments = b""
         self._begun = False
         self._error = ""
@@ -92,6 +99,8 @@ class _Events:
             self._error = self._error or error_code(chunk[chunk.index(ERROR_EVENT) + len(_DATA) :])
         self._count += chunk.count(_EVENT_END)
         self._before, self._last = self._last, chunk
+        if self._hides_usage:
+            chunk = without_usage(chunk)
         return self._transaction.write(chunk)
 
     def end(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -11,6 +12,8 @@ import msgspec
 from gateway.errors import InternalError, MethodNotAllowed, UnknownPath
 from gateway.http_server.request_cycle import Asgi, Receive, Scope, Send
 from gateway.http_server.transaction import JSON_LINE, Transaction
+from gateway.limits.limiter import Limiter
+from gateway.limits.refusals import NoSuchModel
 from gateway.relay.relay import PATHS, Relay
 from gateway.relay.request_record import RequestRecord
 from gateway.tenants.access import caller
@@ -26,10 +29,11 @@ OTHER_LABEL = "models"
 class FrontDoor:
     """Dispatches by path. Serves the list of models itself, from the replicas' own answer."""
 
-    def __init__(self, *, relay: Relay[Any], models: ModelsCache, tenants: Tenants, admin: Asgi) -> None:
+    def __init__(self, *, relay: Relay[Any], models: ModelsCache, tenants: Tenants, limiter: Limiter, admin: Asgi) -> None:
         self._relay = relay
         self._models = models
         self._tenants = tenants
+        self._limiter = limiter
         self._admin = admin
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -49,7 +53,9 @@ class FrontDoor:
         return self._serve_admin(scope, receive, send)
 
     async def _serve_v1(self, transaction: Transaction) -> None:
-        caller(self._tenants, transaction.scope, transaction.fields.authorization, transaction.fields.host)
+        key = caller(self._tenants, transaction.scope, transaction.fields.authorization, transaction.fields.host).key
+        if key is not None:
+            transaction.more_lines = partial(self._limiter.header_lines, key)
         self._relay.take_slot(transaction)
         method, path = transaction.scope["method"], transaction.scope["path"]
         is_models = path == MODELS_PATH or path.startswith(MODELS_PATH + "/")
@@ -59,10 +65,17 @@ class FrontDoor:
             raise UnknownPath(method, path)
         if method != "GET":
             raise MethodNotAllowed(method, path, ["GET"])
-        if path == MODELS_PATH:
-            body = (await self._models.current()).raw
+        allowed = key.models if key is not None else ()
+        name = path[len(MODELS_PATH) + 1 :]
+        if path != MODELS_PATH:
+            if allowed and name not in allowed:
+                raise NoSuchModel(name)
+            body = msgspec.json.encode(await self._models.card(name))
+        elif allowed:
+            cards = (await self._models.current()).cards
+            body = msgspec.json.encode({"object": "list", "data": [card for id, card in cards.items() if id in allowed]})
         else:
-            body = msgspec.json.encode(await self._models.card(path[len(MODELS_PATH) + 1 :]))
+            body = (await self._models.current()).raw
         transaction.answer(200, JSON_LINE, body)
 
     async def _serve_admin(self, scope: Scope, receive: Receive, send: Send) -> None:

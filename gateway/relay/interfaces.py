@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from engine.fleet import Replica
 from gateway.api.body import Endpoint
 from gateway.ledger.attempts import Attempt, RequestInfo
+from gateway.limits.request_size import PromptSize
 from gateway.prompts.prompt_reader import KnownPrompt
 from gateway.tenants.tenants import TenantContext
 
@@ -51,6 +52,10 @@ class PlannerLike(Protocol[PlanT]):
 
         Raises ApiError: NoReplicaReady, PromptTooLong, UnknownReplica, ReplicaNotReady.
         """
+        ...
+
+    def prompt_size(self, request: Any) -> PromptSize:
+        """How long the prompts of what was read are, at most."""
         ...
 
     def decide(self, request: Any) -> PlanT:

@@ -34,9 +34,11 @@ from gateway.http_server.request_cycle import Scope
 from gateway.http_server.transaction import JSON_LINE, ClientLeft, Transaction
 from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS
+from gateway.limits.limiter import Limiter
 from gateway.prompts.prompt_reader import KnownPrompt
 from gateway.relay.answer import Answer, at_hand, pass_on
 from gateway.relay.batching import Batching
+from gateway.relay.charge import Charge
 from gateway.relay.counters import RelayCounters
 from gateway.relay.engine_body import EngineBody, engine_body, spliced_body
 from gateway.relay.interfaces import AttemptRecorder, PlannerLike, PlanT
@@ -65,7 +67,7 @@ _ENGINE_DIED = b"EngineCore encountered an issue"  # vLLM's words to the request
 
 
 class RelayedRequest(msgspec.Struct, Generic[PlanT], eq=False):
-    """A request on its way over one replica or more."""
+    """A request on its way over one replica or more. `bounds` are fields that its key's limits put into its body."""
 
     transaction: Transaction
     record: RequestRecord
@@ -73,6 +75,8 @@ class RelayedRequest(msgspec.Struct, Generic[PlanT], eq=False):
     body: EngineBody
     plan: PlanT
     info: RequestInfo
+    charge: Charge | None = None
+    bounds: dict[str, Any] | None = None
     excluded: frozenset[str] = frozenset()
     replicas_ended: int = 0
 
@@ -91,6 +95,7 @@ class Relay(Generic[PlanT]):
         recorder: AttemptRecorder[PlanT],
         tenants: Tenants,
         access: AdminAccess,
+        limiter: Limiter,
         large_bodies: LargeBodies | None = None,
     ) -> None:
         self.counters = RelayCounters()
@@ -104,6 +109,7 @@ class Relay(Generic[PlanT]):
         self._recorder = recorder
         self._tenants = tenants
         self._access = access
+        self._limiter = limiter
         self._large_bodies = large_bodies
         self._transactions: set[Transaction] = set()
         self._batching = Batching()
@@ -150,6 +156,9 @@ class Relay(Generic[PlanT]):
         finally:
             work.close()
             transaction.unwatch()
+            if transaction.on_end is not None:
+                transaction.on_end()
+                transaction.on_end = None  # which may refer to the transaction
             self._held_bytes -= transaction.body_bytes
             self._slots_taken -= transaction.has_slot
             exchanges.discard(transaction)
@@ -199,6 +208,7 @@ class Relay(Generic[PlanT]):
         fields = transaction.fields
         tenant = caller(self._tenants, transaction.scope, fields.authorization, fields.host)
         record.tenant = tenant.name
+        charge = None if tenant.key is None else Charge(self._limiter, tenant.key, transaction, record)
         if fields.wanted_replica is not None:
             self._access.check(transaction.scope)
         if not fields.is_json:
@@ -216,11 +226,14 @@ class Relay(Generic[PlanT]):
         else:
             body, known, sent = _read_small(endpoint, raw)
         model = body.get("model") or ""
+        if charge is not None:
+            charge.check_model(model, await self._models.current())
         if model and not self._models.lists(model):
             await self._models.card(model)
         record.model = model or self._fleet.snapshot().served_model_name
         record.streamed = body.get("stream") is True
         read = await self._planner.read(endpoint, body, tenant, wanted_replica=fields.wanted_replica, known=known)
+        bounds = None if charge is None else self._reserve(charge, endpoint, body, read)
         if len(self._transactions) > 1:
             await self._batching.wait()
         plan = self._planner.decide(read)
@@ -228,11 +241,22 @@ class Relay(Generic[PlanT]):
             self._hold(plan.held_bytes)
             transaction.body_bytes += plan.held_bytes
         info = RequestInfo(transaction.request_id, endpoint, tenant.name, model)
-        request = RelayedRequest(transaction, record, transaction.scope["path"], sent(plan.prompt), plan, info)
+        request = RelayedRequest(transaction, record, transaction.scope["path"], sent(plan.prompt), plan, info, charge, bounds)
         if record.streamed and endpoint != "embeddings":
             self.keep_alive.waits(transaction)
         del raw, body, known, sent, read  # what was decoded is many times what is sent
         await self._travel(request)
+
+    def _reserve(self, charge: Charge, endpoint: Endpoint, body: dict[str, Any], read: Any) -> dict[str, Any]:
+        """Hold what the request may come to; returns the fields that keep it from coming to more. Raises ApiError."""
+        models = self._models.known
+        return charge.reserve(
+            endpoint,
+            body,
+            self._planner.prompt_size(read),
+            context_tokens=None if models is None else models.context_tokens,
+            answer_tokens_default=self._settings.answer_tokens_default,
+        )
 
     async def _upload(self, transaction: Transaction, tenant: TenantContext) -> bytes | bytearray:
         """Wait for the body, in the account of the tenant, or of the client's address where nobody needs a key."""
@@ -310,8 +334,10 @@ class Relay(Generic[PlanT]):
             if answer.status >= 400:
                 answer.lines, answer.body = JSON_LINE, error_in_our_form(answer.status, answer.body)
                 request.record.error = error_code(answer.body)
-            elif self.meters:
+            elif self.meters or request.charge is not None:
                 request.record.usage = usage_of(answer.body)
+            if request.charge is not None:
+                request.charge.settle()  # so that the headers tell what is left after it
             transaction.answer(answer.status, answer.lines, answer.body)
             return
 
@@ -340,6 +366,8 @@ class Relay(Generic[PlanT]):
             changes["cache_salt"] = plan.cache_salt
         if plan.kv_transfer_params is not None:
             changes["kv_transfer_params"] = plan.kv_transfer_params
+        if request.bounds:
+            changes |= request.bounds
         parts = request.body.parts(changes)
         lines = b"%bx-request-id: %b\r\n%b" % (JSON_LINE, transaction.request_id.encode(), transaction.fields.passed_lines)
         if len(self._transactions) > 1:
@@ -351,7 +379,11 @@ class Relay(Generic[PlanT]):
             answer = at_hand(response)
             if answer is None:
                 transaction.answering = lambda: self._recorder.stream_begins(attempt)
-                answer = await pass_on(transaction, response, request.record, bytes_max=self._settings.answer_bytes_max)
+                answer = await pass_on(
+                    *(transaction, response, request.record),
+                    bytes_max=self._settings.answer_bytes_max,
+                    hides_usage=request.charge is not None and request.charge.hides_usage,
+                )
             if answer is not None and (cache := self._recorder.first_byte(attempt)):
                 answer.lines += b"x-peerkv-cache: %b\r\n" % cache
             return answer

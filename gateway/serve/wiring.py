@@ -13,6 +13,9 @@ from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.prefix_reader import PrefixReader
 from gateway.ledger.ledger import Ledger
 from gateway.ledger.recorder import Recorder
+from gateway.limits.limiter import Limiter
+from gateway.limits.prices import Prices
+from gateway.limits.state_file import StateFile
 from gateway.planner.overdue_watch import OverdueWatch
 from gateway.planner.plan import Plan
 from gateway.planner.planner import Planner
@@ -53,6 +56,7 @@ class Door:
     figures: FleetFigures
     large_bodies: LargeBodies
     keys: KeyWatch | None
+    limiter: Limiter
 
     async def close(self) -> None:
         """Close connections and tables."""
@@ -60,6 +64,7 @@ class Door:
         await self.models.close()
         await self.upstream.close()
         self.tables.close()
+        self.limiter.close()
 
 
 def build_door(
@@ -78,6 +83,12 @@ def build_door(
     file = settings.keys_file
     tenants = Tenants(settings.tenants, settings.admin_key, None if file is None else read_keys(file))
     keys = None if file is None else KeyWatch(file, tenants)
+    limiter = Limiter(
+        Prices(settings.cached_token_price, settings.generated_token_price),
+        reservation_seconds=settings.reservation_seconds_max,
+        keys=lambda: tenants.keys,
+        file=None if file is None else StateFile(settings.limits_file),
+    )
     source = source_from_arguments(model, vllm_args)
     tokens = TokenService(source, settings.token_cache_bytes_max, settings.text_cache_bytes_max, tenants=len(tenants))
     outliers = Outliers(settings.eject_failures_max, settings.eject_seconds_min, settings.eject_seconds_max)
@@ -94,6 +105,7 @@ def build_door(
         recorder=recorder,
         tenants=tenants,
         access=access,
+        limiter=limiter,
         large_bodies=large_bodies,
     )
     keeper = Keeper(
@@ -113,6 +125,7 @@ def build_door(
         relay_counts=lambda: (relay.counters, relay.in_flight),
         recorder=recorder,
         keeper=keeper,
+        limit_uses=limiter.uses,
         replica_metrics=ReplicaMetrics(fleet, upstream) if settings.replica_metrics else None,
     )
     relay.meters = (figures.measured,)
@@ -129,9 +142,9 @@ def build_door(
         draining=lambda: relay.draining,
     )
     add_page(admin, access)
-    app = FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin)
+    app = FrontDoor(relay=relay, models=models, tenants=tenants, limiter=limiter, admin=admin)
     overdue = OverdueWatch(planner, fleet, upstream.give_up, seconds_min=settings.overdue_seconds_min)
-    return Door(app, relay, models, upstream, planner, tokens, tables, keeper, overdue, figures, large_bodies, keys)
+    return Door(app, relay, models, upstream, planner, tokens, tables, keeper, overdue, figures, large_bodies, keys, limiter)
 
 
 def _large_bodies(settings: Settings, source: TokenizerSource, planner: Planner, tenants: int) -> LargeBodies:

@@ -12,6 +12,7 @@ from gateway.planner.plan import SteeringStats
 from gateway.prompts.parity import Parity, ParityCounts
 from gateway.relay.request_record import RequestRecord
 from gateway.stats.ledger_metrics import ImportTimes, ledger_metrics
+from gateway.stats.limit_metrics import limit_metrics
 from gateway.stats.request_metrics import RequestMetrics
 from gateway.stats.shapes import GatewayStats, HostMemoryStats, KvStats, ReplicaStats, descriptions
 from gateway.stats.tallies import Histogram, Tally
@@ -122,6 +123,7 @@ class _StatsCollector(Collector):
         yield from _replica_metrics(stats)
         yield from ledger_metrics(stats)
         yield from cost_metrics(stats.costs)
+        yield from limit_metrics(stats.limits)
 
 
 def _gateway_metrics(stats: KvStats) -> Iterator[Metric]:

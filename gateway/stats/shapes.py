@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, TypeAdapter
 
 from gateway.ledger.stats import LedgerStats
+from gateway.limits.shapes import TenantUse
 from gateway.planner.plan import SteeringStats
 from gateway.prompts.parity import KindVerdict, ParityCounts
 from gateway.prompts.tokenizer.service import TokenizerStats
@@ -174,6 +175,7 @@ class KvStats(BaseModel):
     totals: Totals
     replicas: list[ReplicaStats]
     host_memory: list[HostMemoryStats] = Field(description="none where no host memory is set")
+    limits: list[TenantUse] = Field([], description="tenants whose keys have limits")
 
 
 def descriptions(shape: type) -> Mapping[str, str]:

@@ -10,6 +10,7 @@ from gateway.block_registry.fleet_state import obstacles
 from gateway.block_registry.lifetime_counters import LifetimeCounters
 from gateway.block_registry.tables import Table
 from gateway.ledger.recorder import Recorder
+from gateway.limits.shapes import TenantUse
 from gateway.planner.planner import Planner
 from gateway.prompts.parity import ParityCounts, ParityVerdict
 from gateway.prompts.tokenizer.service import TokenService
@@ -45,12 +46,14 @@ class StatsView:
         recorder: Recorder,
         door: Callable[[], tuple[RelayCounters, int]],
         clock: Callable[[], float] = time.monotonic,
+        limit_uses: Callable[[], list[TenantUse]] = list,
     ) -> None:
         self._fleet = fleet
         self._planner = planner
         self._tokens = tokens
         self._recorder = recorder
         self._door = door
+        self._limit_uses = limit_uses
         self._clock = clock
         self._started = clock()
 
@@ -77,6 +80,7 @@ class StatsView:
             totals=_totals(replicas, counters),
             replicas=replicas,
             host_memory=host_memory_stats(self._planner.fleet.latest.tiers, replicas),
+            limits=self._limit_uses(),
         )
 
     def _gateway(self) -> GatewayStats:

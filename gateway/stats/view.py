@@ -11,6 +11,7 @@ from gateway.kept_prefixes.book import KeptPrefixAnswer
 from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.shapes import Prefix, PrefixReport
 from gateway.ledger.recorder import Recorder
+from gateway.limits.shapes import TenantUse
 from gateway.planner.planner import Planner
 from gateway.planner.prefix_counts import PrefixCounts
 from gateway.prompts.tokenizer.service import TokenService
@@ -27,7 +28,7 @@ class FleetFigures:
     """Assembles them on request. Belongs to the event loop's thread, as the tables do.
 
     `measured` takes what the front door measures for each request, `relay_counts` returns the relay's counters and how many
-    requests it is serving.
+    requests it is serving, `limit_uses` what tenants used of their limits.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class FleetFigures:
         relay_counts: Callable[[], tuple[RelayCounters, int]],
         recorder: Recorder,
         keeper: Keeper,
+        limit_uses: Callable[[], list[TenantUse]] = list,
         replica_metrics: ReplicaMetrics | None = None,
     ) -> None:
         self.measured = Metrics()
@@ -48,7 +50,7 @@ class FleetFigures:
         self._recorder = recorder
         self._keeper = keeper
         self._replica_metrics = replica_metrics
-        self._view = StatsView(fleet, planner, tokens, recorder, relay_counts)
+        self._view = StatsView(fleet, planner, tokens, recorder, relay_counts, limit_uses=limit_uses)
         self.measured.attach(self.stats)
 
     def stats(self) -> KvStats:

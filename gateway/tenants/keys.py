@@ -1,4 +1,4 @@
-"""API keys as the keys file holds them: who has one, and until when."""
+"""API keys as the keys file holds them: who has one, until when, and what its holder may do and use up."""
 
 from __future__ import annotations
 
@@ -41,12 +41,32 @@ def _not_reserved(tenant: str) -> str:
 
 Moment = Annotated[datetime, BeforeValidator(_moment)]
 TenantName = Annotated[str, Field(pattern=NAME), AfterValidator(_not_reserved)]
+Positive = Annotated[int | None, Field(ge=1, le=1 << 53)]
 
 
-class Key(BaseModel):
-    """One key: of itself only the digest is known. `former_sha256` is that of the key which it replaced."""
+class KeyLimits(BaseModel):
+    """What the holder of one key may use up; None is no limit. Tokens are weighed with their prices (gateway/limits/)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests_per_minute: Positive = Field(None, description="requests in any 60 s")
+    tokens_per_minute: Positive = Field(None, description="tokens in any 60 s")
+    requests_in_flight_max: Positive = Field(None, description="concurrent requests")
+    tokens_in_flight_max: Positive = Field(None, description="tokens that all concurrent requests may come to")
+    tokens_per_day: Positive = Field(None, description="budget of a day, in UTC")
+    tokens_per_month: Positive = Field(None, description="budget of a month, in UTC")
+    n_max: Positive = Field(None, description="largest `n` of a request")
+    max_tokens_max: Positive = Field(None, description="largest `max_tokens` of a request, and that of requests without")
+
+    @property
+    def bounds_tokens(self) -> bool:
+        """Whether there is a limit on tokens, so that it has to be known beforehand how many a request may come to."""
+        per_time = (self.tokens_per_minute, self.tokens_per_day, self.tokens_per_month)
+        return any(most is not None for most in (*per_time, self.tokens_in_flight_max, self.max_tokens_max))
+
+
+class Key(KeyLimits):
+    """One key: of itself only the digest is known. `former_sha256` is that of the key which it replaced."""
 
     name: str = Field(pattern=NAME)
     tenant: TenantName
@@ -56,11 +76,17 @@ class Key(BaseModel):
     created: Moment | None = None
     expires: Moment | None = None
     revoked: Moment | None = None
+    models: tuple[str, ...] = Field((), description="models that it may name; none: all")
 
     @model_validator(mode="before")
     @classmethod
     def _tenant_by_name(cls, values: Any) -> Any:
         return {"tenant": values.get("name"), **values} if isinstance(values, dict) else values
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether anything of what it uses has to be counted or checked."""
+        return bool(self.models) or any(getattr(self, name) is not None for name in KeyLimits.model_fields)
 
     def state(self, now: datetime) -> str:
         """active, expired or revoked."""

@@ -138,6 +138,8 @@ def parse_memory(meminfo: str, cgroup_max: str) -> tuple[int, int]:
 def _unwritable(settings: Settings) -> tuple[tuple[str, str], ...]:
     """Return directories that we could not create, or not write to if they exist."""
     wanted = {name: getattr(settings, name) for name in ("run_dir", "table_dir", "log_dir")} | {"PEERKV_CACHE": cache_root()}
+    if settings.keys_file is not None:
+        wanted["limits_file"] = settings.limits_file.parent
     nearest = {name: _nearest(path) for name, path in wanted.items()}
     return tuple((name, str(path)) for name, path in nearest.items() if not os.access(path, os.W_OK | os.X_OK))
 

@@ -23,6 +23,9 @@ from gateway.http_server.server import DoorServer, bind, build_server
 from gateway.kept_prefixes.shapes import PrefixReport
 from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.stats import LedgerStats
+from gateway.limits.limiter import Limiter
+from gateway.limits.prices import Prices
+from gateway.limits.request_size import PromptSize
 from gateway.planner.plan import SteeringStats
 from gateway.prompts.parity import KindVerdict
 from gateway.prompts.tokenizer.service import TokenizerStats
@@ -44,6 +47,7 @@ from gateway.stats.shapes import (
 from gateway.steering.costs.model import CostStats
 from gateway.steering.outliers import NEVER, Ejection
 from gateway.tenants.access import AdminAccess
+from gateway.tenants.key_file import read_keys
 from gateway.tenants.tenants import TenantContext, Tenants
 from gateway.ui.routes import add_page
 from gateway.upstream.pool import Upstream
@@ -53,6 +57,8 @@ from tests.unit.gateway.ledger.begun_attempts import begun
 
 FAKE_ENGINE = Path(__file__).parents[2] / "fake_engine.py"
 DEADLINE_SECONDS = 15.0
+MINUTE_OF_LIMITS = 1_800_000_000.0
+"""It does not end while a test runs."""
 
 
 async def until(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
@@ -109,10 +115,12 @@ class FakePlanner:
     held_bytes: int = 0
     error: Exception | None = None
     plans: list[FakePlan] = field(default_factory=list)
+    size: PromptSize = field(default_factory=lambda: PromptSize(0, 1, certain=True))
 
     async def read(
         self, endpoint: str, body: dict[str, Any], tenant: TenantContext, *, wanted_replica: str | None, known: object = None
     ) -> tuple[Replica, str | None]:
+        self.size = PromptSize(len(str(body.get("prompt"))), 1, certain=True)
         if self.error is not None:
             raise self.error
         if wanted_replica is not None:
@@ -123,6 +131,9 @@ class FakePlanner:
                 raise ReplicaNotReady(wanted_replica, found.state)
             return found, tenant.salt or None
         return self._first(frozenset()), tenant.salt or None
+
+    def prompt_size(self, request: tuple[Replica, str | None]) -> PromptSize:
+        return self.size
 
     def decide(self, request: tuple[Replica, str | None]) -> FakePlan:
         return self._plan(*request)
@@ -223,6 +234,8 @@ class Door:
     planner: FakePlanner
     recorder: FakeRecorder
     relay: Relay[FakePlan]
+    limiter: Limiter
+    tenants: Tenants
     upstream: Upstream
     server: DoorServer
     directory: Path
@@ -299,6 +312,9 @@ async def running_door(
     port = listener.getsockname()[1]
     settings = Settings(run_dir=directory, control_seconds=2, drain_seconds=1, **values)
     fleet, access, tenants = FakeFleet(), AdminAccess(settings.admin_key), Tenants(settings.tenants, settings.admin_key)
+    if settings.keys_file is not None:
+        tenants.use(read_keys(settings.keys_file))
+    limiter = Limiter(Prices(0.1, 1.0), reservation_seconds=3600, keys=lambda: tenants.keys, clock=lambda: MINUTE_OF_LIMITS)
     planner, recorder, upstream = FakePlanner(fleet), FakeRecorder(), Upstream(settings)
     models = ModelsCache(fleet, upstream)
     relay: Relay[FakePlan] = Relay(
@@ -310,6 +326,7 @@ async def running_door(
         recorder=recorder,
         tenants=tenants,
         access=access,
+        limiter=limiter,
         large_bodies=large_bodies,
     )
     relay.meters = (Metrics(), *meters)
@@ -323,14 +340,26 @@ async def running_door(
         draining=lambda: relay.draining,
     )
     add_page(admin, access)
-    server = build_server(FrontDoor(relay=relay, models=models, tenants=tenants, admin=admin), settings)
+    server = build_server(FrontDoor(relay=relay, models=models, tenants=tenants, limiter=limiter, admin=admin), settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     async with contextlib.AsyncExitStack() as stack:
         await until(lambda: server.started)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         try:
             yield Door(
-                f"http://127.0.0.1:{port}", port, fleet, planner, recorder, relay, upstream, server, directory, session, stack
+                f"http://127.0.0.1:{port}",
+                port,
+                fleet,
+                planner,
+                recorder,
+                relay,
+                limiter,
+                tenants,
+                upstream,
+                server,
+                directory,
+                session,
+                stack,
             )
         finally:
             await session.close()

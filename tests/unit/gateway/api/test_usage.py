@@ -12,7 +12,7 @@ USAGE = {"prompt_tokens": 7, "total_tokens": 10, "completion_tokens": 3, "prompt
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
 def test_the_counts_are_found_in_whatever_order_they_come(separators: tuple[str, str]) -> None:
     answer = json.dumps({"choices": [], "usage": USAGE, "prompt_logprobs": None}, separators=separators)
-    assert usage_of(answer.encode()) == Usage(7, 3)
+    assert usage_of(answer.encode()) == Usage(7, 3, 4)
 
 
 def test_what_a_model_says_of_usage_is_not_taken_for_it() -> None:

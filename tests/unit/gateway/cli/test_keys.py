@@ -109,3 +109,27 @@ def test_the_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["keys", verb, "--help"])
     assert f"Example: peerkv keys {verb}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_limits_are_kept_with_the_key_and_outlive_its_rotation(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = [
+        "--requests-per-minute",
+        "60",
+        "--tokens-per-day",
+        "5000",
+        "--max-tokens-max",
+        "100",
+        "--model",
+        "m",
+        "--model",
+        "n",
+    ]
+    assert main(["keys", "add", "alice", *limits]) == 0
+    assert main(["keys", "rotate", "alice"]) == 0
+    [key] = read_keys(path).keys
+    assert (key.requests_per_minute, key.tokens_per_day, key.max_tokens_max, key.n_max) == (60, 5000, 100, None)
+    assert key.models == ("m", "n")
+    assert key.is_limited
+    capsys.readouterr()
+    assert main(["keys", "add", "bob", "--requests-per-minute", "0"]) == 2
+    assert "requests-per-minute" in capsys.readouterr().err

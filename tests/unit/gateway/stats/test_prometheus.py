@@ -3,6 +3,7 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.limits.shapes import KeyUse, LimitUse, TenantUse
 from gateway.prompts.parity import ParityCounts
 from gateway.relay.request_record import RequestRecord
 from gateway.stats.prometheus import Metrics
@@ -54,6 +55,21 @@ def test_the_replicas_counters_are_read_at_each_scrape(scene: Scene) -> None:
     assert found["peerkv_cached_blocks", ("b",)] == 2
     assert found["peerkv_replica_ready", ("b",)] == 1
     assert found["peerkv_replica_exchanges", ("b",)] == 1
+
+
+def test_limits_are_told_by_tenant(scene: Scene) -> None:
+    limits = {"requests_per_minute": LimitUse(limit=5, used=3)}
+    use = TenantUse(tenant="t", requests=3, uncached_tokens=10, cached_tokens=30, generated_tokens=5, charged_tokens=18)
+    use.refused["requests_per_minute"] = 2
+    use.keys += [KeyUse(key=key, requests_in_flight=2, limits=limits) for key in ("a", "b")]
+    metrics = Metrics()
+    metrics.attach(lambda: scene.view.snapshot().model_copy(update={"limits": [use]}))
+    found = samples(metrics)
+    assert found["peerkv_limit_requests_total", ("t",)] == 3
+    assert found["peerkv_limit_refused_requests_total", ("requests_per_minute", "t")] == 2
+    assert found["peerkv_limit_tokens_total", ("cached", "t")] == 30
+    assert found["peerkv_limit_charged_tokens_total", ("t",)] == 18
+    assert found["peerkv_limit_in_flight_requests", ("t",)] == 4
 
 
 def test_a_replica_without_a_table_exchanges_nothing(scene: Scene) -> None:

@@ -1,0 +1,160 @@
+"""One key's account: what it has used up, what its requests under way may come to, and what is too little. Pure."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import msgspec
+
+from gateway.limits.budgets import Budget, day_of, month_of
+from gateway.limits.windows import MinuteWindow
+from gateway.tenants.keys import KeyLimits
+
+SOON_SECONDS = 1.0
+"""When to try again what only waits for others to end: nobody knows when they do."""
+
+
+class Limit(enum.StrEnum):
+    """What can be too little, by the name of its setting."""
+
+    REQUESTS_PER_MINUTE = "requests_per_minute"
+    REQUESTS_IN_FLIGHT = "requests_in_flight_max"
+    TOKENS_PER_MINUTE = "tokens_per_minute"
+    TOKENS_IN_FLIGHT = "tokens_in_flight_max"
+    TOKENS_PER_DAY = "tokens_per_day"
+    TOKENS_PER_MONTH = "tokens_per_month"
+
+
+class Shortage(NamedTuple):
+    """Why a request cannot be served now: `asked` beside `used` is more than `allowed`.
+
+    `seconds` is when it may be, None for never. `spent`: a budget is used up, rather than taken by requests under way.
+    """
+
+    limit: Limit
+    allowed: int
+    used: int
+    asked: int
+    seconds: float | None
+    spent: bool = False
+
+
+class Rate(NamedTuple):
+    """A limit as clients see it: so much, so much of it left, and so many seconds until all of it is."""
+
+    limit: int
+    remaining: int
+    reset_seconds: float
+
+
+class AccountState(msgspec.Struct):
+    """What outlives the process."""
+
+    requests: MinuteWindow = msgspec.field(default_factory=MinuteWindow)
+    tokens: MinuteWindow = msgspec.field(default_factory=MinuteWindow)
+    day: Budget = msgspec.field(default_factory=Budget)
+    month: Budget = msgspec.field(default_factory=Budget)
+
+
+class Account:
+    """`running` requests are under way, and may come to `held_tokens`. Call `roll` before the rest, with the same `now`."""
+
+    __slots__ = ("held_tokens", "running", "state")
+
+    def __init__(self, state: AccountState | None = None) -> None:
+        self.state = AccountState() if state is None else state
+        self.running = 0
+        self.held_tokens = 0
+
+    def roll(self, now: float) -> None:
+        """Forget what no longer counts."""
+        state = self.state
+        state.requests.roll(now)
+        state.tokens.roll(now)
+        if now >= state.day.ends or now < state.day.ends - 86400:
+            state.day.roll(*day_of(now))
+            state.month.roll(*month_of(now))
+
+    def request_shortage(self, limits: KeyLimits, now: float) -> Shortage | None:
+        """What keeps one more request from being begun, whatever its size."""
+        state = self.state
+        most = limits.requests_in_flight_max
+        if most is not None and self.running >= most:
+            return Shortage(Limit.REQUESTS_IN_FLIGHT, most, self.running, 1, SOON_SECONDS)
+        most = limits.requests_per_minute
+        if most is not None and (used := state.requests.total) >= most:
+            return Shortage(Limit.REQUESTS_PER_MINUTE, most, used, 1, state.requests.frees(used + 1 - most, now))
+        for limit, most, budget in self._budgets(limits):
+            if budget.spent >= most:
+                return Shortage(limit, most, budget.spent, 1, budget.ends - now, spent=True)
+        return None
+
+    def token_shortage(self, limits: KeyLimits, asked: int, now: float) -> Shortage | None:
+        """What keeps a request of `asked` tokens from being served."""
+        held = self.held_tokens
+        most = limits.tokens_in_flight_max
+        if most is not None and held + asked > most:
+            return Shortage(Limit.TOKENS_IN_FLIGHT, most, held, asked, SOON_SECONDS if asked <= most else None)
+        most, window = limits.tokens_per_minute, self.state.tokens
+        if most is not None and (used := window.total + held) + asked > most:
+            seconds = max(window.frees(used + asked - most, now), SOON_SECONDS) if asked <= most else None
+            return Shortage(Limit.TOKENS_PER_MINUTE, most, used, asked, seconds)
+        for limit, most, budget in self._budgets(limits):
+            if (used := budget.spent + held) + asked > most:
+                if budget.spent + asked <= most:  # only others stand in the way, and may come to less
+                    return Shortage(limit, most, used, asked, SOON_SECONDS)
+                return Shortage(limit, most, used, asked, budget.ends - now if asked <= most else None, spent=True)
+        return None
+
+    def charge(self, tokens: int, now: float) -> int:
+        """Count tokens as used; returns the second that they are counted in."""
+        self.state.day.spent += tokens
+        self.state.month.spent += tokens
+        return self.state.tokens.add(tokens, now)
+
+    def request_rate(self, limits: KeyLimits, now: float) -> Rate | None:
+        """Of the limits on requests the one with the least left; None without any."""
+        found = None
+        most, window = limits.requests_per_minute, self.state.requests
+        if most is not None:
+            found = Rate(most, max(0, most - window.total), window.frees(window.total, now))
+        most = limits.requests_in_flight_max
+        if most is not None and (found is None or most - self.running < found.remaining):
+            found = Rate(most, max(0, most - self.running), SOON_SECONDS if self.running else 0.0)
+        return found
+
+    def token_rate(self, limits: KeyLimits, now: float) -> Rate | None:
+        """Of the limits on tokens the one with the least left; None without any."""
+        found, held = None, self.held_tokens
+        most, window = limits.tokens_per_minute, self.state.tokens
+        if most is not None:
+            reset = max(window.frees(window.total, now), SOON_SECONDS if held else 0.0)
+            found = Rate(most, max(0, most - window.total - held), reset)
+        most = limits.tokens_in_flight_max
+        if most is not None and (found is None or most - held < found.remaining):
+            found = Rate(most, max(0, most - held), SOON_SECONDS if held else 0.0)
+        for _, most, budget in self._budgets(limits):
+            if found is None or most - budget.spent - held < found.remaining:
+                found = Rate(most, max(0, most - budget.spent - held), budget.ends - now)
+        return found
+
+    def used(self, limit: Limit) -> int:
+        """What counts towards a limit now."""
+        state, held = self.state, self.held_tokens
+        return {
+            Limit.REQUESTS_PER_MINUTE: state.requests.total,
+            Limit.REQUESTS_IN_FLIGHT: self.running,
+            Limit.TOKENS_PER_MINUTE: state.tokens.total + held,
+            Limit.TOKENS_IN_FLIGHT: held,
+            Limit.TOKENS_PER_DAY: state.day.spent + held,
+            Limit.TOKENS_PER_MONTH: state.month.spent + held,
+        }[limit]
+
+    def _budgets(self, limits: KeyLimits) -> list[tuple[Limit, int, Budget]]:
+        found = []
+        if limits.tokens_per_day is not None:
+            found.append((Limit.TOKENS_PER_DAY, limits.tokens_per_day, self.state.day))
+        if limits.tokens_per_month is not None:
+            found.append((Limit.TOKENS_PER_MONTH, limits.tokens_per_month, self.state.month))
+        return found

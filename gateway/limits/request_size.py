@@ -1,0 +1,77 @@
+"""How many tokens a request may come to, and what is put into its body so that it comes to no more. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gateway.api.body import Endpoint
+from gateway.errors import InvalidRequest
+from gateway.tenants.keys import KeyLimits
+
+COMPLETION_TOKENS = 16
+"""vLLM's, as OpenAI's, for completions without `max_tokens`."""
+
+
+class PromptSize(NamedTuple):
+    """`tokens` of each of `prompts` prompts at most; `certain`: that is the engine's own count, rather than a bound."""
+
+    tokens: int
+    prompts: int
+    certain: bool
+
+
+class RequestSize(NamedTuple):
+    """Tokens of all prompts and of all answers at most, and fields to put into the body."""
+
+    prompt_tokens: int
+    answer_tokens: int
+    changes: dict[str, Any]
+
+
+def size_of(
+    endpoint: Endpoint,
+    body: Mapping[str, Any],
+    limits: KeyLimits,
+    prompt: PromptSize,
+    *,
+    context_tokens: int | None,
+    answer_tokens_default: int,
+) -> RequestSize:
+    """The size of a request. Raises InvalidRequest if it wants more than its key may.
+
+    Where nothing bounds tokens the body stays as it is. A chat without `max_tokens` may go on to the end of the context: it is
+    given `answer_tokens_default`, or what is left of the context if that is less, as else its key could not have two under way.
+    """
+    if context_tokens is not None:
+        prompt = prompt._replace(tokens=min(prompt.tokens, context_tokens))
+    prompts = prompt.tokens * prompt.prompts
+    if endpoint == "embeddings":
+        return RequestSize(prompts, 0, {})
+    choices = _number(body, "n", limits.n_max) or 1
+    name = "max_completion_tokens" if endpoint == "chat" and body.get("max_completion_tokens") is not None else "max_tokens"
+    answer = _number(body, name, limits.max_tokens_max)
+    changes: dict[str, Any] = {}
+    if answer is None:
+        answer = COMPLETION_TOKENS if endpoint == "completions" else answer_tokens_default
+        if limits.max_tokens_max is not None:
+            answer = min(answer, limits.max_tokens_max)
+        if context_tokens is not None and endpoint == "chat":
+            left = max(1, context_tokens - prompt.tokens)
+            # A bound on the prompt says little of what is left: the engine would refuse an answer that does not fit.
+            answer = min(answer, left) if prompt.certain else min(answer, max(left, context_tokens // 4))
+        if limits.bounds_tokens:
+            changes["max_completion_tokens" if endpoint == "chat" else "max_tokens"] = answer
+    return RequestSize(prompts, answer * choices * prompt.prompts, changes)
+
+
+def _number(body: Mapping[str, Any], name: str, most: int | None) -> int | None:
+    """The number in a field, None if there is none. Raises InvalidRequest."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if type(value) is not int or value < 0:
+        raise InvalidRequest(f"'{name}' must be a whole number.", param=name, code="invalid_type")
+    if most is not None and value > most:
+        raise InvalidRequest(f"'{name}' is {value}, and this API key allows {most}.", param=name, code="invalid_value")
+    return value

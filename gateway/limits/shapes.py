@@ -1,0 +1,43 @@
+"""What is shown of limits: in /kv/stats, and for Prometheus in the same shape."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+from gateway.limits.account import Limit
+
+OTHER_REASONS = ("model", "size")
+"""Beside the limits: a model that the key may not use, and `n` or `max_tokens` beyond what it may."""
+
+
+def by_limit() -> dict[str, int]:
+    """A count for each reason to refuse a request."""
+    return dict.fromkeys((*map(str, Limit), *OTHER_REASONS), 0)
+
+
+class LimitUse(BaseModel):
+    """A limit of one key, and what counts towards it now."""
+
+    limit: int
+    used: int
+
+
+class KeyUse(BaseModel):
+    """One key with limits, by its name in the keys file."""
+
+    key: str
+    requests_in_flight: int
+    limits: dict[str, LimitUse] = Field(description="by the name of the setting; tokens are weighed with their prices")
+
+
+class TenantUse(BaseModel):
+    """What a tenant's keys with limits were used for. Counts begin with the gateway's start."""
+
+    tenant: str
+    requests: int = Field(0, description="requests that were let in")
+    uncached_tokens: int = Field(0, description="prompt tokens that were computed")
+    cached_tokens: int = Field(0, description="prompt tokens that came from a cache or another replica")
+    generated_tokens: int = Field(0, description="tokens of answers")
+    charged_tokens: int = Field(0, description="all of them, weighed with their prices")
+    refused: dict[str, int] = Field(default_factory=by_limit, description="requests refused, by the limit that was reached")
+    keys: list[KeyUse] = []

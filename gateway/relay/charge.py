@@ -1,0 +1,103 @@
+"""One request's account with its key's limits: let in, reserved for, and settled with what its answer used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway.api.body import Endpoint
+from gateway.errors import InvalidRequest
+from gateway.http_server.transaction import Transaction
+from gateway.ledger.attempts import Attempt
+from gateway.limits.limiter import Limiter
+from gateway.limits.prices import Usage
+from gateway.limits.refusals import NoSuchModel
+from gateway.limits.request_size import PromptSize, RequestSize, size_of
+from gateway.relay.request_record import RequestRecord
+from gateway.tenants.keys import Key
+from gateway.upstream.served_models import ServedModels
+
+
+class Charge:
+    """To be made when the request has come, and settled once it has ended, however it ends: see `settle`.
+
+    The `record` says what became of it. `hides_usage`: the client of a stream did not ask for the usage that we need.
+    """
+
+    def __init__(self, limiter: Limiter, key: Key, transaction: Transaction, record: RequestRecord) -> None:
+        """Raises ApiError when the request may not be let in."""
+        self.hides_usage = False
+        self._limiter = limiter
+        self._key = key
+        self._transaction = transaction
+        self._record = record
+        self._size = RequestSize(0, 0, {})
+        self._event_tokens = 1
+        transaction.more_lines = lambda: limiter.header_lines(key)
+        self._reservation = limiter.begin(key)
+        transaction.on_end = self.settle
+
+    def check_model(self, name: str, models: ServedModels) -> None:
+        """Raises NoSuchModel if the key may not use it; "" is the served one."""
+        if self._key.models:
+            wanted = name or next(iter(models.cards), "")
+            if wanted not in self._key.models:
+                self._limiter.count_refusal(self._key, "model")
+                raise NoSuchModel(wanted)
+
+    def reserve(
+        self,
+        endpoint: Endpoint,
+        body: dict[str, Any],
+        prompt: PromptSize,
+        *,
+        context_tokens: int | None,
+        answer_tokens_default: int,
+    ) -> dict[str, Any]:
+        """Hold what the request may come to; returns the fields to put into its body for that. Raises ApiError."""
+        try:
+            self._size = size_of(
+                *(endpoint, body, self._key, prompt),
+                context_tokens=context_tokens,
+                answer_tokens_default=answer_tokens_default,
+            )
+        except InvalidRequest:
+            self._limiter.count_refusal(self._key, "size")
+            raise
+        prompt_tokens, answer_tokens, changes = self._size
+        self._limiter.hold(self._reservation, Usage(prompt_tokens, 0, answer_tokens))
+        if body.get("stream") is True and endpoint != "embeddings":
+            options, interval = body.get("stream_options"), body.get("stream_interval")
+            self.hides_usage = not (isinstance(options, dict) and options.get("include_usage") is True)
+            if self.hides_usage:
+                changes["stream_options"] = {"include_usage": True}
+            self._event_tokens = interval if type(interval) is int and interval > 0 else 1
+        return changes
+
+    def settle(self) -> None:
+        """The request has ended, or its whole answer is about to be sent. Only the first call counts."""
+        self._limiter.settle(self._reservation, self._usage())
+
+    def _usage(self) -> Usage:
+        """What the request used: nothing if an error is all that its client gets."""
+        record, left = self._record, self._transaction.left
+        attempt, told = record.attempt, record.usage
+        if attempt is None or not (told is not None or left or self._transaction.begun_well):
+            return Usage()
+        if told is not None:
+            uncached = _computed(attempt, told.prompt_tokens)
+            cached = told.cached_tokens if uncached is None else told.prompt_tokens - uncached
+            return Usage(told.prompt_tokens - cached, cached, told.completion_tokens)
+        # It broke off: what was sent of it, and its prompt, which was computed if anything was.
+        prompt_tokens, answer_tokens, _ = self._size
+        uncached = _computed(attempt, prompt_tokens)
+        uncached = prompt_tokens if uncached is None else uncached
+        generated = answer_tokens  # of a large answer that is passed on as it comes the usage is not seen
+        if record.streamed or left:
+            generated = min(record.events * self._event_tokens, answer_tokens)
+        return Usage(uncached, prompt_tokens - uncached, generated)
+
+
+def _computed(attempt: Attempt, prompt_tokens: int) -> int | None:
+    """Of a prompt's tokens those that the engine computed, as its records in the ledger say; None without one."""
+    records = [delivery for delivery in attempt.deliveries if delivery.scheduled_ns]
+    return min(prompt_tokens, sum(delivery.computed_tokens for delivery in records)) if records else None

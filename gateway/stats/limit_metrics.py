@@ -1,0 +1,37 @@
+"""The limits' part of /metrics, by tenant: of so many as gateway/limits/limiter.py shows apart."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from gateway.limits.shapes import TenantUse
+
+_TOKENS: tuple[tuple[str, Callable[[TenantUse], float]], ...] = (
+    ("uncached", lambda use: use.uncached_tokens),
+    ("cached", lambda use: use.cached_tokens),
+    ("generated", lambda use: use.generated_tokens),
+)
+
+
+def limit_metrics(uses: Sequence[TenantUse]) -> Iterator[Metric]:
+    """Yield what tenants whose keys have limits used, and what they were refused."""
+    requests = CounterMetricFamily(
+        "peerkv_limit_requests", "Requests of keys with limits that were let in.", labels=("tenant",)
+    )
+    refused = CounterMetricFamily(
+        "peerkv_limit_refused_requests", "Requests refused, by the limit that was reached.", labels=("tenant", "limit")
+    )
+    tokens = CounterMetricFamily("peerkv_limit_tokens", "Tokens used by keys with limits.", labels=("tenant", "kind"))
+    charged = CounterMetricFamily(
+        "peerkv_limit_charged_tokens", "The same tokens, weighed with their prices.", labels=("tenant",)
+    )
+    running = GaugeMetricFamily("peerkv_limit_in_flight_requests", "Requests of keys with limits now.", labels=("tenant",))
+    for use in uses:
+        requests.add_metric((use.tenant,), use.requests)
+        charged.add_metric((use.tenant,), use.charged_tokens)
+        running.add_metric((use.tenant,), sum(key.requests_in_flight for key in use.keys))
+        for limit, count in use.refused.items():
+            refused.add_metric((use.tenant, limit), count)
+        for kind, read in _TOKENS:
+            tokens.add_metric((use.tenant, kind), read(use))
+    yield from (requests, refused, tokens, charged, running)
