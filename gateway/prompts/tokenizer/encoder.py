@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from gateway.prompts.tokenizer.id_cache import IdCache
-from gateway.prompts.tokenizer.long_prefixes import LONG_PREFIX_CHARS_MIN, MEDIUM_PREFIX_CHARS_MIN, LongPrefix, LongPrefixes
-from gateway.prompts.tokenizer.short_prefixes import KEY_CHARS, ShortPrefixes
+from gateway.prompts.tokenizer.known_prefixes import KEY_CHARS, KnownPrefixes
 from gateway.prompts.tokenizer.text_cuts import CHUNK_CHARS_MIN, TextCuts, find_cuts
 from gateway.prompts.tokenizer.word_ids import WordIds
 from gateway.token_ids import TokenIds
@@ -16,13 +15,13 @@ from gateway.token_ids import TokenIds
 _logger = logging.getLogger(__name__)
 
 SHORT_CHARS_MAX = 2 * CHUNK_CHARS_MIN
-"""A shorter text, or what follows a text's long and medium prefixes, is assembled from short prefixes and pieces."""
+"""A shorter text, or what follows a text's known prefixes, is assembled from pieces."""
 PIECE_CHARS_MIN = 128
 """Size of the pieces of new text; new pieces are assembled from their words."""
 PIECED_CHARS_MAX = 8192
 """A longer new text is mostly new: its words would only fill the cache."""
 TEXTS_BYTES_MAX = 64 << 20
-"""Texts found by comparison: an eighth is for words, an eighth for short, a quarter for medium, half for long prefixes."""
+"""Texts found by comparison: an eighth is for words, the rest for prefixes."""
 FEW = 4
 """Up to this many short texts are tokenised one by one; only beyond that does it pay to wake other cores."""
 FEW_CHARS_MAX = 1024
@@ -71,11 +70,7 @@ class Encoder:
         self._framed = affixes is None or any(map(len, affixes))
         self._pieces = cuts.sized(PIECE_CHARS_MIN).chunks if cuts is not None else lambda text: [text]
         self._words = WordIds(self._tokenise, cuts.places.words if cuts is not None else "", texts_bytes_max // 8)
-        self._short_prefixes = ShortPrefixes(self._of_words, cuts, texts_bytes_max // 8) if cuts is not None else None
-        specials = cuts.places.specials if cuts is not None else ()
-        place_at = cuts.at if cuts is not None else None
-        self._long_prefixes = LongPrefixes(texts_bytes_max // 2, specials, place_at=place_at)
-        self._medium_prefixes = LongPrefixes(texts_bytes_max // 4, specials, MEDIUM_PREFIX_CHARS_MIN, place_at=place_at)
+        self._prefixes = KnownPrefixes(self._of_words, cuts, texts_bytes_max * 7 // 8) if cuts is not None else None
 
     def encode(
         self, text: str, add_special_tokens: bool, new_chars_max: int | None = None, tokens_max: int | None = None
@@ -94,101 +89,66 @@ class Encoder:
         return None if ids is None else TokenIds.joined([before, ids, behind])
 
     def _plain(self, text: str, new_chars_max: int | None, tokens_max: int | None) -> TokenIds | None:
-        if self._cuts is None or self._short_prefixes is None:
+        if self._cuts is None or self._prefixes is None:
             return self._parts([text], False, new_chars_max)
+        start, known = self._prefixes.leading(text)
+        if start:
+            text = text[start:]
         if len(text) <= SHORT_CHARS_MAX:
-            return self._short(self._short_prefixes, text, [], new_chars_max)
-        begin, long = self._long_prefixes.leading(text)
-        start, medium = self._medium_prefixes.leading(text, begin)
-        if start - begin >= LONG_PREFIX_CHARS_MIN:
-            self._keep_long_of(medium, text, begin)
-        rest = text[start:] if start else text
-        known = [prefix.ids for prefix in (*long, *medium)]
-        if len(rest) <= SHORT_CHARS_MAX:
-            return self._short(self._short_prefixes, rest, known, new_chars_max)
-        chunks = self._cuts.chunks(rest)
-        if new_chars_max is None and len(rest) > GROUP_CHARS:
-            return self._grouped(known, chunks, tokens_max)
-        ids = self._parts(chunks, False, new_chars_max)
-        return TokenIds.joined([*known, ids]) if ids is not None and start else ids
+            pieces = [text] if len(text) <= 2 * PIECE_CHARS_MIN else self._pieces(text)
+            raw = self._words.raw(pieces, new_chars_max)
+            if raw is None:
+                return None
+            if len(text) > KEY_CHARS:
+                self._prefixes.note(text)
+            known.append(TokenIds(raw))
+            return TokenIds.joined(known)
+        chunks = self._cuts.chunks(text)
+        if new_chars_max is None and len(text) > GROUP_CHARS:
+            ids: list[TokenIds] | None = self._grouped(sum(map(len, known)), chunks, tokens_max)
+        else:
+            ids = self._each(chunks, False, new_chars_max)
+        if ids is None:
+            return None
+        self._prefixes.note(text, chunks, ids)
+        return TokenIds.joined([*known, *ids])
 
-    def _grouped(self, known: list[TokenIds], chunks: list[str], tokens_max: int | None) -> TokenIds:
-        """Return the ids of `known` and of what stands behind it, group by group. Raises TooManyTokens."""
-        count = sum(map(len, known))
+    def _grouped(self, tokens: int, chunks: list[str], tokens_max: int | None) -> list[TokenIds]:
+        """Return the ids of chunks that follow `tokens` tokens, tokenised group by group. Raises TooManyTokens."""
+        found: list[TokenIds] = []
         first = chars = 0
         for place, chunk in enumerate(chunks, 1):
             chars += len(chunk)
             if chars < GROUP_CHARS and place < len(chunks):
                 continue
-            ids = self._parts(chunks[first:place], False, None)
-            if ids is not None:
-                known.append(ids)
-                count += len(ids)
-            if tokens_max is not None and count > tokens_max:
-                raise TooManyTokens(count, tokens_max)
+            ids = self._each(chunks[first:place], False, None) or []
+            found += ids
+            tokens += sum(map(len, ids))
+            if tokens_max is not None and tokens > tokens_max:
+                raise TooManyTokens(tokens, tokens_max)
             first, chars = place, 0
-        return TokenIds.joined(known)
-
-    def _short(self, prefixes: ShortPrefixes, text: str, known: list[TokenIds], new_chars_max: int | None) -> TokenIds | None:
-        """Return the ids of `known`, which precede `text`, followed by those of `text`."""
-        start, begins = prefixes.leading(text)
-        if start:
-            known += begins
-            text = text[start:]
-        pieces = [text] if len(text) <= 2 * PIECE_CHARS_MIN else self._pieces(text)
-        raw = self._words.raw(pieces, new_chars_max)
-        if raw is None:
-            return None
-        if len(text) > KEY_CHARS:
-            prefixes.note(text)
-        known.append(TokenIds(raw))
-        return TokenIds.joined(known)
+        return found
 
     def _of_words(self, text: str) -> bytes:
         return self._words.raw(self._pieces(text)) or b""
 
-    def _keep_long_of(self, medium: Sequence[LongPrefix], text: str, start: int) -> None:
-        """Make a long prefix of the first medium ones at `start` that are long enough together."""
-        texts: list[str] = []
-        ends = start
-        for prefix in medium:
-            texts.append(prefix.text[: prefix.chars])
-            ends += prefix.chars
-            if ends - start >= LONG_PREFIX_CHARS_MIN:
-                break
-        if ends < len(text):
-            self._long_prefixes.keep(
-                texts, [prefix.ids for prefix in medium[: len(texts)]], text[ends : ends + MEDIUM_PREFIX_CHARS_MIN]
-            )
-
     def _parts(self, texts: list[str], special: bool, new_chars_max: int | None) -> TokenIds | None:
+        ids = self._each(texts, special, new_chars_max)
+        return None if ids is None else TokenIds.joined(ids)
+
+    def _each(self, texts: list[str], special: bool, new_chars_max: int | None) -> list[TokenIds] | None:
+        """Return the ids of each text; None, without any work, if more than `new_chars_max` characters are new."""
         sha256, kind = hashlib.sha256, b"\1" if special else b""
         keys = [sha256(text.encode()).digest() + kind for text in texts]
         parts = self._cache.get(keys)
-        unknown = next((place for place, ids in enumerate(parts) if ids is None), len(parts))
-        if unknown and len(texts) > 1:
-            self._keep_prefixes(texts, parts, unknown)
-        if unknown < len(parts):
-            new = {key: text for key, text, ids in zip(keys, texts, parts, strict=True) if ids is None}
+        new = {key: text for key, text, ids in zip(keys, texts, parts, strict=True) if ids is None}
+        if new:
             if new_chars_max is not None and sum(map(len, new.values())) > new_chars_max:
                 return None
             fresh = dict(zip(new, self._fresh(list(new.values()), special), strict=True))
             self._cache.put(fresh.items())
             parts = [fresh[key] if ids is None else ids for key, ids in zip(keys, parts, strict=True)]
-        return TokenIds.joined([part for part in parts if part is not None])
-
-    def _keep_prefixes(self, texts: list[str], parts: list[TokenIds | None], known: int) -> None:
-        """Make prefixes of the first `known` chunks, which were seen before: the text has come for the second time."""
-        known_ids = [part for part in parts[:known] if part is not None]
-        first = chars = 0
-        last = min(known, len(texts) - 1)
-        for place in range(last):
-            chars += len(texts[place])
-            if chars >= LONG_PREFIX_CHARS_MIN:
-                self._long_prefixes.keep(texts[first : place + 1], known_ids[first : place + 1], texts[place + 1])
-                first, chars = place + 1, 0
-        if chars >= MEDIUM_PREFIX_CHARS_MIN:
-            self._medium_prefixes.keep(texts[first:last], known_ids[first:last], texts[last])
+        return [part for part in parts if part is not None]
 
     def _fresh(self, texts: list[str], special: bool) -> list[TokenIds]:
         """Tokenise texts that are not known as a whole. If they are few, known pieces of a line or less are looked up."""
