@@ -1,5 +1,6 @@
 """What a fleet may leave behind: processes that carry its mark, files in shared memory that nobody uses."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -27,19 +28,26 @@ def shared_files() -> frozenset[Path]:
 
 def leaked_files(before: frozenset[Path]) -> list[str]:
     """Files in /dev/shm that are not in `before` and that no living process has open or mapped."""
-    fresh = {str(path) for path in shared_files() - before}
-    return sorted(fresh - _used_files(fresh)) if fresh else []
+    fresh = {}
+    for path in shared_files() - before:
+        with contextlib.suppress(FileNotFoundError):
+            fresh[path.stat().st_ino] = str(path)
+    for inode in _used_inodes() if fresh else ():
+        fresh.pop(inode, None)
+    return sorted(fresh.values())
 
 
-def _used_files(paths: set[str]) -> set[str]:
-    used: set[str] = set()
+def _used_inodes() -> set[int]:
+    """Of files in /dev/shm that are open or mapped. Not their names: a semaphore is mapped under that of its first file."""
+    used: set[int] = set()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
-        try:
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+            mapped = [line.split(maxsplit=5) for line in (entry / "maps").read_text().splitlines() if "/dev/shm/" in line]
+            used |= {int(fields[4]) for fields in mapped}
             for link in (entry / "fd").iterdir():
-                used.add(os.readlink(link))
-            used |= {line.split(maxsplit=5)[5] for line in (entry / "maps").read_text().splitlines() if "/dev/shm/" in line}
-        except OSError:  # it ended meanwhile, or is another user's
-            continue
-    return used & paths
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    if os.readlink(link).startswith("/dev/shm/"):
+                        used.add(link.stat().st_ino)
+    return used
