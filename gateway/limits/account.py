@@ -60,16 +60,20 @@ class AccountState(msgspec.Struct):
 class Account:
     """`running` requests are under way, and may come to `held_tokens`. Call `roll` before the rest, with the same `now`."""
 
-    __slots__ = ("held_tokens", "running", "state")
+    __slots__ = ("_second", "held_tokens", "running", "state")
 
     def __init__(self, state: AccountState | None = None) -> None:
         self.state = AccountState() if state is None else state
         self.running = 0
         self.held_tokens = 0
+        self._second = -1
 
     def roll(self, now: float) -> None:
-        """Forget what no longer counts."""
-        state = self.state
+        """Forget what no longer counts: minutes, days and months end with a second, so once in each is enough."""
+        second, state = int(now), self.state
+        if second == self._second:
+            return
+        self._second = second
         state.requests.roll(now)
         state.tokens.roll(now)
         if now >= state.day.ends or now < state.day.ends - 86400:
@@ -118,7 +122,7 @@ class Account:
         found = None
         most, window = limits.requests_per_minute, self.state.requests
         if most is not None:
-            found = Rate(most, max(0, most - window.total), window.frees(window.total, now))
+            found = Rate(most, max(0, most - window.total), window.empties(now))
         most = limits.requests_in_flight_max
         if most is not None and (found is None or most - self.running < found.remaining):
             found = Rate(most, max(0, most - self.running), SOON_SECONDS if self.running else 0.0)
@@ -129,7 +133,7 @@ class Account:
         found, held = None, self.held_tokens
         most, window = limits.tokens_per_minute, self.state.tokens
         if most is not None:
-            reset = max(window.frees(window.total, now), SOON_SECONDS if held else 0.0)
+            reset = max(window.empties(now), SOON_SECONDS if held else 0.0)
             found = Rate(most, max(0, most - window.total - held), reset)
         most = limits.tokens_in_flight_max
         if most is not None and (found is None or most - held < found.remaining):

@@ -50,10 +50,9 @@ class QuotaUsedUp(ApiError):
         headers = dict(_NO_RETRY)
         if short.seconds is not None:
             headers["retry-after"] = str(max(1, ceil(short.seconds)))
-        super().__init__(
-            f"API key '{key}' exceeded its quota on {_WORDS[short.limit]}: {figures}. It begins anew at 00:00 UTC.",
-            headers=headers,
-        )
+        anew = "at 00:00 UTC" if short.limit is Limit.TOKENS_PER_DAY else "with the next month, in UTC"
+        message = f"API key '{key}' exceeded its quota on {_WORDS[short.limit]}: {figures}. It begins anew {anew}."
+        super().__init__(message, headers=headers)
 
 
 class NoSuchModel(ApiError):

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 
 import msgspec
 
@@ -31,6 +32,7 @@ class StateFile:
         self._path = path
         self._lock: int | None = None
         self._complained = False
+        self._writing = Lock()
 
     def open(self) -> Mapping[str, AccountState]:
         """Take the file, and read what is in it; nothing if it is another gateway's, or cannot be read, which is logged."""
@@ -65,9 +67,12 @@ class StateFile:
         return msgspec.json.encode(_State(VERSION, dict(keys)))
 
     def write(self, content: bytes) -> None:
-        """Replace the content, atomically. What keeps it from being written is logged once."""
-        if self._lock is None:
-            return
+        """Replace the content, atomically; from any thread. What keeps it from being written is logged once."""
+        with self._writing:
+            if self._lock is not None:
+                self._replace(content)
+
+    def _replace(self, content: bytes) -> None:
         made = ""
         try:
             handle, made = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.parent)
@@ -86,8 +91,9 @@ class StateFile:
                 _logger.error("what is used up of limits is not kept: %s: %s", self._path, error.strerror)
 
     def close(self) -> None:
-        """Leave the file to the next gateway."""
-        self._give_up()
+        """Leave the file to the next gateway; what is still to be written by another thread is older, and is not."""
+        with self._writing:
+            self._give_up()
 
     def _give_up(self) -> None:
         if self._lock is not None:

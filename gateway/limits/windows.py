@@ -56,3 +56,7 @@ class MinuteWindow(msgspec.Struct):
             needed -= amount
             seconds = second + WINDOW_SECONDS + 1 - now
         return seconds
+
+    def empties(self, now: float) -> float:
+        """Seconds until nothing is left."""
+        return self.newest + WINDOW_SECONDS + 1 - now if self.total else 0.0

@@ -164,6 +164,9 @@ async def _open(
     door = build_door(
         settings, fleet, model=found.model, vllm_args=found.vllm_args, table_dir=table_dir, request_log=request_log
     )
+    limits = asyncio.create_task(door.limiter.run(), name="the keeping of limits")
+    limits.add_done_callback(_tell_of_defect)
+    stack.push_async_callback(_end, limits)  # after the last request
     stack.push_async_callback(_drain, door, server, settings.drain_seconds)
     watch = ParityWatch(fleet, door.planner.prompts, door.tokens, interval_seconds=settings.parity_interval_seconds)
     parity = asyncio.create_task(watch.run(), name="the comparison of token ids with an engine's")
@@ -180,9 +183,6 @@ async def _open(
         watching.add_done_callback(_tell_of_defect)
         stack.push_async_callback(_end, watching)
         stack.enter_context(reloading(door.keys.reload))
-        limits = asyncio.create_task(door.limiter.run(), name="the keeping of limits")
-        limits.add_done_callback(_tell_of_defect)
-        stack.push_async_callback(_end, limits)
     waiting = asyncio.create_task(door.relay.keep_alive.run(), name="the comments to clients that wait for streams")
     waiting.add_done_callback(_tell_of_defect)
     stack.push_async_callback(_end, waiting)

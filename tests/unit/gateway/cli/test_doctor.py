@@ -494,3 +494,15 @@ def test_a_keys_file_that_others_may_read_is_a_problem(tmp_path: Path) -> None:
     [problem] = [each for each in judge(replace(CPU_MACHINE, keys_file_open="/k.toml"), None, ()) if "/k.toml" in each.what]
     assert problem.problem
     assert problem.remedy == "chmod 600 /k.toml"
+
+
+def test_a_limits_file_that_could_not_be_written_is_a_problem_where_there_are_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked)
+    settings = Settings(limits_file=locked / "limits.json")
+    assert machine.look(settings).unwritable == ()
+    with_keys = settings.model_copy(update={"keys_file": tmp_path / "keys.toml"})
+    assert machine.look(with_keys).unwritable == (("limits_file", str(locked)),)

@@ -160,6 +160,8 @@ def test_a_file_is_one_gateways_alone(tmp_path: Path, caplog: pytest.LogCaptureF
     second.write(b"nothing")
     assert not (tmp_path / "limits.json").exists()
     first.close()
+    first.write(b"late")
+    assert not (tmp_path / "limits.json").exists()
     second.open()
     assert second.is_ours
     second.close()

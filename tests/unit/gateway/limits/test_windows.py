@@ -39,6 +39,19 @@ def test_after_the_time_it_says_so_much_has_left_and_not_before(steps: list[tupl
     assert before - window.total >= needed
 
 
+@given(STEPS)
+def test_it_is_empty_after_the_time_it_says(steps: list[tuple[float, int]]) -> None:
+    window, now = MinuteWindow(), 1000.0
+    for seconds, amount in steps:
+        now += seconds
+        window.roll(now)
+        window.add(amount, now)
+    seconds = window.empties(now)
+    assert seconds <= WINDOW_SECONDS + 1
+    window.roll(now + seconds)
+    assert window.total == 0
+
+
 def test_a_clock_that_is_set_back_keeps_nothing_longer_than_a_minute() -> None:
     window = MinuteWindow()
     window.roll(10_000)
