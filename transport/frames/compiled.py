@@ -1,0 +1,17 @@
+"""How loops are compiled: by numba, to run without the GIL, so that frames are coded side by side in a thread pool.
+
+They use no threads of numba's own, which may not be started from several threads at once. numba comes with vLLM; what needs it
+is imported only where a lossy codec is asked for.
+"""
+
+from typing import Any
+
+import numba
+
+
+def compiled(function: Any) -> Any:
+    """Compile on first use and keep the result on disk, where there is a directory for that."""
+    try:
+        return numba.njit(function, nogil=True, cache=True)
+    except RuntimeError:  # no directory can be written to
+        return numba.njit(function, nogil=True)
