@@ -7,7 +7,6 @@ import time
 import msgspec
 
 from gateway.api.engine_errors import ERROR_EVENT, error_code, events_in_our_form
-from gateway.api.usage import usage_of
 from gateway.http_server.transaction import Transaction
 from gateway.relay.hidden_usage import without_usage
 from gateway.relay.request_record import RequestRecord
@@ -112,8 +111,8 @@ class _Events:
     def tell(self, record: RequestRecord) -> None:
         """Say what came, be it all or not."""
         record.error = self._error
-        record.usage = usage_of(self._before + self._last)
-        if record.usage is None and self._begun:
+        record.ends_with(self._before + self._last)
+        if self._begun:
             # A chat's first event has a role alone.
             without_tokens = self._last.endswith(_LAST_EVENT) + (record.endpoint == "chat") + (self._error != "")
             record.events = max(0, self._count - without_tokens)

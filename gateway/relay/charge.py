@@ -80,6 +80,7 @@ class Charge:
     def _usage(self) -> Usage:
         """What the request used: nothing if an error is all that its client gets."""
         record, left = self._record, self._transaction.left
+        record.read_counts()
         attempt, told = record.attempt, record.usage
         if attempt is None or not (told is not None or left or self._transaction.begun_well):
             return Usage()

@@ -19,7 +19,6 @@ from engine.fleet import FleetView
 from gateway.api.body import Endpoint, check_body, decode_body
 from gateway.api.encodings import as_utf8
 from gateway.api.engine_errors import error_code, error_in_our_form
-from gateway.api.usage import usage_of
 from gateway.errors import (
     ApiError,
     InternalError,
@@ -44,7 +43,8 @@ from gateway.relay.engine_body import EngineBody, engine_body, spliced_body
 from gateway.relay.interfaces import AttemptRecorder, PlannerLike, PlanT
 from gateway.relay.keep_alive import KeepAlive
 from gateway.relay.large_bodies.pool import LargeBodies
-from gateway.relay.request_record import Meter, RequestRecord
+from gateway.relay.record_queue import RecordQueue
+from gateway.relay.request_record import RequestRecord
 from gateway.relay.uploads import Uploads
 from gateway.settings import Settings
 from gateway.tenants.access import AdminAccess, caller
@@ -100,7 +100,7 @@ class Relay(Generic[PlanT]):
     ) -> None:
         self.counters = RelayCounters()
         self.draining = False
-        self.meters: tuple[Meter, ...] = ()
+        self.records = RecordQueue()
         self._settings = settings
         self._fleet = fleet
         self._upstream = upstream
@@ -164,10 +164,8 @@ class Relay(Generic[PlanT]):
             exchanges.discard(transaction)
             if self.draining and not exchanges:
                 self._idle.set()
-            if self.meters:
-                _finish(record, transaction)
-                for meter in self.meters:
-                    meter.answered(record)
+            _finish(record, transaction)
+            self.records.add(record)
 
     async def _cancelled(self, transaction: Transaction, record: RequestRecord) -> None:
         """Our own cancellation ends here; any other is raised again."""
@@ -334,8 +332,8 @@ class Relay(Generic[PlanT]):
             if answer.status >= 400:
                 answer.lines, answer.body = JSON_LINE, error_in_our_form(answer.status, answer.body)
                 request.record.error = error_code(answer.body)
-            elif self.meters or request.charge is not None:
-                request.record.usage = usage_of(answer.body)
+            else:
+                request.record.ends_with(answer.body)
             if request.charge is not None:
                 request.charge.settle()  # so that the headers tell what is left after it
             transaction.answer(answer.status, answer.lines, answer.body)

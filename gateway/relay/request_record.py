@@ -6,8 +6,10 @@ from typing import Protocol
 
 import msgspec
 
-from gateway.api.usage import Usage
+from gateway.api.usage import Usage, usage_of
 from gateway.ledger.attempts import Attempt
+
+ENDING_BYTES_MAX = 64 << 10
 
 
 class RequestRecord(msgspec.Struct, eq=False, gc=False):
@@ -17,7 +19,8 @@ class RequestRecord(msgspec.Struct, eq=False, gc=False):
     caller that is not known, `model` "" for one that is not served. `error` is the code of the error that the
     client got, or that ended its stream.
 
-    `usage` is what the answer says. A stream that does not say it has `events` instead, which have one token each as a rule.
+    `usage` is what the answer says, once `read_counts` has looked for it in `ending`, its last bytes. A stream that
+    does not say it has `events` instead, which have one token each as a rule.
     """
 
     endpoint: str
@@ -29,11 +32,26 @@ class RequestRecord(msgspec.Struct, eq=False, gc=False):
     attempts: int = 0
     usage: Usage | None = None
     events: int = 0
+    ending: bytes = b""
     status: int = 0
     error: str = ""
     seconds: float = 0.0
     first_byte_seconds: float | None = None
     ended_at: float = 0.0
+
+    def ends_with(self, ending: bytes) -> None:
+        """What may hold the counts of tokens. It is kept until they are read, or if it is large read at once."""
+        if len(ending) > ENDING_BYTES_MAX:
+            self.usage = usage_of(ending)
+        else:
+            self.ending = ending
+
+    def read_counts(self) -> None:
+        """Find `usage`; without it a stream's events stand for it."""
+        if self.ending:
+            self.usage, self.ending = usage_of(self.ending), b""
+        if self.usage is not None:
+            self.events = 0
 
     @property
     def completion_tokens(self) -> int:

@@ -59,7 +59,8 @@ class Door:
     limiter: Limiter
 
     async def close(self) -> None:
-        """Close connections and tables."""
+        """Measure the last requests, close connections and tables."""
+        self.relay.records.flush()
         await self.large_bodies.close()
         await self.models.close()
         await self.upstream.close()
@@ -126,11 +127,12 @@ def build_door(
         recorder=recorder,
         keeper=keeper,
         limit_uses=limiter.uses,
+        measure=relay.records.flush,
         replica_metrics=ReplicaMetrics(fleet, upstream) if settings.replica_metrics else None,
     )
-    relay.meters = (figures.measured,)
+    relay.records.meters = (figures.measured,)
     if request_log is not None:
-        relay.meters += (request_log,)
+        relay.records.meters += (request_log,)
         figures.measured.registry.register(request_log)
     admin = build_app(
         fleet=fleet,

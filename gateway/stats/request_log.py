@@ -50,16 +50,26 @@ class RequestLine(msgspec.Struct, gc=False):
 
 
 class RequestLog(Collector):
-    """Writes requests to a file. Belongs to the event loop's thread; `wall_clock` gives Unix time in seconds."""
+    """Writes requests to a file. Belongs to the event loop's thread.
 
-    def __init__(self, file: LogFile, wall_clock: Callable[[], float] = time.time) -> None:
+    `wall_clock` gives Unix time and `clock` that of the records, both in seconds.
+    """
+
+    def __init__(
+        self,
+        file: LogFile,
+        wall_clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._file = file
         self._wall_clock = wall_clock
+        self._clock = clock
         self._encode = msgspec.json.Encoder().encode
 
     def answered(self, record: RequestRecord) -> None:
         """Have the request's line written."""
-        self._file.put(self._encode(request_line(record, self._wall_clock())) + b"\n")
+        ended_at = self._wall_clock() - (self._clock() - record.ended_at)
+        self._file.put(self._encode(request_line(record, ended_at)) + b"\n")
 
     def collect(self) -> Iterator[Metric]:
         """Return how many lines were written, and how many were not."""
@@ -71,11 +81,11 @@ class RequestLog(Collector):
         )
 
 
-def request_line(record: RequestRecord, now: float) -> RequestLine:
-    """What is logged of a request that ended `now`, in Unix time."""
+def request_line(record: RequestRecord, ended_at: float) -> RequestLine:
+    """What is logged of a request that ended then, in Unix time."""
     attempt, usage = record.attempt, record.usage
     line = RequestLine(
-        time=datetime.fromtimestamp(now - record.seconds, UTC),
+        time=datetime.fromtimestamp(ended_at - record.seconds, UTC),
         id=record.request_id,
         tenant=record.tenant or None,
         endpoint=record.endpoint,

@@ -27,8 +27,9 @@ from gateway.steering.outliers import Ejection
 class FleetFigures:
     """Assembles them on request. Belongs to the event loop's thread, as the tables do.
 
-    `measured` takes what the front door measures for each request, `relay_counts` returns the relay's counters and how many
-    requests it is serving, `limit_uses` what tenants used of their limits.
+    `measured` takes what the front door measures for each request, and `measure` has it take what waits for that.
+    `relay_counts` returns the relay's counters and how many requests it is serving,
+    `limit_uses` what tenants used of their limits.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class FleetFigures:
         recorder: Recorder,
         keeper: Keeper,
         limit_uses: Callable[[], list[TenantUse]] = list,
+        measure: Callable[[], None] = lambda: None,
         replica_metrics: ReplicaMetrics | None = None,
     ) -> None:
         self.measured = Metrics()
@@ -49,6 +51,7 @@ class FleetFigures:
         self._planner = planner
         self._recorder = recorder
         self._keeper = keeper
+        self._measure = measure
         self._replica_metrics = replica_metrics
         self._view = StatsView(fleet, planner, tokens, recorder, relay_counts, limit_uses=limit_uses)
         self.measured.attach(self.stats)
@@ -71,6 +74,7 @@ class FleetFigures:
 
     async def metrics(self) -> tuple[bytes, str]:
         """Return the body of GET /metrics, with the replicas' own metrics if they are wanted, and its content type."""
+        self._measure()
         of_replicas = await self._replica_metrics.render() if self._replica_metrics is not None else b""
         return self.measured.render() + of_replicas, CONTENT_TYPE
 

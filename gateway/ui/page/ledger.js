@@ -54,16 +54,28 @@ export function showExplanation(id, found) {
   }));
 }
 
-// Limits have the form that the gateway gives them: a list of objects, one a tenant or key, whose plain fields are shown.
+const limitsOf = (key) => Object.entries(key.limits).map(([name, { limit, used }]) => `${inWords(name)} ${count(used)} of ${count(limit)}`);
+
+// Tenants whose keys have limits: a row for a tenant, with those of its keys in words.
 export function showLimits(stats) {
-  const list = [stats.limits, stats.tenants].find(Array.isArray) ?? [];
-  byId("limits-section").hidden = !list.length;
-  if (!list.length) return;
-  const fields = Object.keys(list[0]).filter((field) => typeof list[0][field] !== "object" || list[0][field] === null);
+  const tenants = stats.limits ?? [];
+  byId("limits-section").hidden = !tenants.length;
   fillTable(
     byId("limits"),
-    fields.map((field, place) => [inWords(field), place ? (typeof list[0][field] === "number" ? "number" : "") : "head"]),
-    list.map((one) => fields.map((field) => (typeof one[field] === "number" ? count(one[field]) : String(one[field] ?? "–")))),
+    [["Tenant", "head"], ["Requests", "number"], ["Computed", "number"], ["From caches", "number"], ["Generated", "number"], ["Charged", "number"], ["Refused", "text"], ["Keys", "text"]],
+    tenants.map((tenant) => {
+      const refused = Object.entries(tenant.refused).filter(([, number]) => number);
+      return [
+        tenant.tenant,
+        count(tenant.requests),
+        count(tenant.uncached_tokens),
+        count(tenant.cached_tokens),
+        count(tenant.generated_tokens),
+        count(tenant.charged_tokens),
+        { text: refused.map(([name, number]) => `${inWords(name)} ${count(number)}`).join(", ") || "–", kind: refused.length ? "warn" : "" },
+        tenant.keys.map((key) => `${key.key}: ${[`${count(key.requests_in_flight)} requests now`, ...limitsOf(key)].join(", ")}`).join("; "),
+      ];
+    }),
     "",
   );
 }

@@ -329,7 +329,7 @@ async def running_door(
         limiter=limiter,
         large_bodies=large_bodies,
     )
-    relay.meters = (Metrics(), *meters)
+    relay.records.meters = (Metrics(), *meters)
     admin = build_app(
         fleet=fleet,
         upstream=upstream,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gateway.limits.shapes import KeyUse, LimitUse, TenantUse
 from gateway.stats.explain import Explanation, explain
 from gateway.stats.shapes import KvStats
 from tests.unit.gateway.ledger.begun_attempts import begun
@@ -88,6 +89,21 @@ async def test_shares_by_source_and_rates_come_with_time(tmp_path: Path) -> None
             "Prompt tokens since this page was opened: own cache 50 %, other replicas 20 %, host memory 10 %, computed 20 %"
         )
         assert all(now.endswith("/s") for now in await column(page, "transfers", 3))
+
+
+async def test_tenants_are_shown_with_what_is_left_of_their_limits(tmp_path: Path) -> None:
+    class Limited(Fleet):
+        def stats(self) -> KvStats:
+            keys = [KeyUse(key="batch", requests_in_flight=2, limits={"tokens_per_minute": LimitUse(limit=1000, used=250)})]
+            use = TenantUse(tenant="team-a", requests=7, uncached_tokens=10, cached_tokens=90, keys=keys)
+            use.refused["tokens_per_minute"] = 3
+            return super().stats().model_copy(update={"limits": [use]})
+
+    async with page_over(tmp_path, Limited(1)) as page:
+        await page.wait_for_selector(SHOWN)
+        (cells,) = await rows(page, "limits")
+        assert cells[:4] == ["team-a", "7", "10", "90"]
+        assert cells[-2:] == ["tokens per minute 3", "batch: 2 requests now, tokens per minute 250 of 1,000"]
 
 
 async def test_an_empty_fleet_is_told_in_words(tmp_path: Path) -> None:
