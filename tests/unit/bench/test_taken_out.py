@@ -1,0 +1,33 @@
+"""What `bench.beside` takes out is there, under the names by which it is taken out."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench.taken_out
+
+FILES = sorted(path for path in Path(bench.taken_out.__file__).parent.glob("*.py") if path.name != "__init__.py")
+
+CHECK = """
+import sys
+from gateway.block_registry.chain_cache import ChainCache
+from gateway.prompts.tokenizer.id_cache import IdCache
+from gateway.prompts.tokenizer.known_prefixes import KnownPrefixes
+from gateway.prompts.tokenizer.word_ids import WordIds
+from bench import planning
+
+places = [(ChainCache, "chain"), (IdCache, "get"), (KnownPrefixes, "leading"), (WordIds, "raw"), (planning, "HOLD_SECONDS")]
+before = [getattr(*place) for place in places]
+exec(open(sys.argv[1]).read())
+changed = [place[1] for place, was in zip(places, before) if getattr(*place) != was]
+print(*changed)
+"""
+TAKEN = {"chains": "chain", "digests": "get", "hold": "HOLD_SECONDS", "prefixes": "leading", "words": "raw"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_each_file_takes_one_mechanism_out(path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", CHECK, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [TAKEN[path.stem]]
