@@ -30,7 +30,7 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 
 from bench.child_process import Started
-from bench.field_flags import default_model
+from bench.field.flags import default_model
 from bench.machine import StartFailed, free_ports
 from engine.host_process.preload import server_module
 from gateway.cli.bench.words import Words

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from bench.cases import Case, Endpoint, bodies, documents
 from bench.decision import BLOCK_SIZE, FIELDS, ROOT, StandingFleet
-from bench.field_flags import default_model
+from bench.field.flags import default_model
 from bench.report import quantile
 from gateway.api.body import decode_body
 from gateway.block_registry.fleet_watch import HOLD_SECONDS

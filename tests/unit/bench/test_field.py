@@ -12,9 +12,9 @@ import pytest
 from aiohttp import web
 
 from bench.engines import Counts, parse_counts
-from bench.field_arms import CPU_ARMS, PEERKV, PEERKV_ALONE, ROUND_ROBIN
-from bench.field_flags import CPU_SIZE, NUMBERED, parse, write_chat_model
-from bench.field_report import as_json, figures_of, from_json, markdown
+from bench.field.arms import CPU_ARMS, PEERKV, PEERKV_ALONE, ROUND_ROBIN
+from bench.field.flags import CPU_SIZE, NUMBERED, parse, write_chat_model
+from bench.field.report import about, as_json, figures_of, from_json, markdown
 from bench.machine import held_port
 from bench.open_loop import Player, Sample
 from bench.policy_relay import place
@@ -216,3 +216,11 @@ def test_arms_and_workloads_can_be_chosen() -> None:
     assert parse(["--model", "m"]).arms == list(CPU_ARMS)
     with pytest.raises(SystemExit):
         parse(["--model", "m", "--arms", "peerkv,no such"])
+
+
+def test_what_ran_is_told_with_the_pinned_versions_of_the_routers_that_took_part() -> None:
+    given = parse(["--model", "m"])
+    versions = about(given)["versions"]
+    routers = {arm.name.split()[0] for arm in given.arms if arm.rust}
+    assert routers
+    assert all(f"{name} " in versions for name in routers)

@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import json
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,9 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.child_process import Started
 from bench.engines import Engines
-from bench.field_arms import FieldArm, command
-from bench.field_flags import NUMBERED, parse, write_chat_model
-from bench.field_report import Figures, about, as_json, figures_of, from_json, markdown
+from bench.field.arms import FieldArm, command
+from bench.field.flags import NUMBERED, parse, write_chat_model
+from bench.field.report import Figures, about, as_json, figures_of, from_json, markdown
 from bench.machine import StartFailed, end_on_sigterm, free_ports
 from bench.open_loop import Player
 from bench.routers import install
@@ -172,7 +171,3 @@ def main() -> int:
         failed.append("stopped")
     print(markdown(figures, given.arms[0].name, about(given)))
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from bench.field_arms import ARMS, CPU_ARMS, GPU_ARMS
+from bench.field.arms import ARMS, CPU_ARMS, GPU_ARMS
 from bench.simulate.workloads import CPU_SHAPE, GPU_SHAPE, WorkloadShape
 from bench.workloads import WORKLOADS, Size
 from tests.gpu.replica import write_model

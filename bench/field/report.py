@@ -141,7 +141,7 @@ def _versions() -> list[str]:
 
 def _routers(given: argparse.Namespace) -> list[str]:
     """Return the pinned versions of the routers that took part."""
-    lines = Path(__file__).with_name("requirements.txt").read_text().splitlines()
+    lines = Path(__file__).parents[1].joinpath("requirements.txt").read_text().splitlines()
     used = {arm.name.split()[0] for arm in given.arms if arm.rust}
     return [line.replace("==", " ") for line in lines if line.partition("==")[0] in used]
 

@@ -1,0 +1,1 @@
+"""Two real vLLM replicas behind peerkv and behind other routers: `python -m bench.field --help`."""
