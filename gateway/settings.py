@@ -188,6 +188,17 @@ class Settings(BaseSettings):
     requests_in_flight_max: int = Field(
         1024, ge=1, description="concurrent requests whose bodies have arrived; beyond that clients get 429"
     )
+    replica_requests_max: int = Field(
+        0,
+        ge=0,
+        description="requests that each ready replica gets at once; others wait, tenants in equal shares; 0: all go on at once",
+    )
+    queue_requests_max: int = Field(
+        512, ge=1, description="requests that wait so; beyond that the tenant with most of them gets 503"
+    )
+    queue_seconds_max: float = Field(
+        60.0, gt=0, description="how long a request waits so, before it gets 503; x-request-timeout may say less"
+    )
     uploads_max: int = Field(
         1024, ge=1, description="concurrent requests whose bodies are still arriving; beyond that the stalest is ended"
     )

@@ -23,6 +23,10 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 RequestId = Annotated[
     str | None, Header(description="1 to 128 of A-Z a-z 0-9 . _ -; comes back in the answer", alias="x-request-id")
 ]
+Timeout = Annotated[
+    str | None,
+    Header(description="seconds that the request may wait for room at a replica", alias="x-request-timeout", examples=["5"]),
+]
 Pin = Annotated[
     str | None, Header(description="serve on this replica and no other (needs admin rights)", alias="x-peerkv-replica")
 ]
@@ -75,7 +79,7 @@ def _errors(*statuses: int, relayed: bool) -> dict[int | str, dict[str, Any]]:
         431: "The request's head is too large",
         500: "The gateway or the replica failed on this request",
         502: "The replica was lost",
-        503: "No replica is ready, or the gateway is full or stopping",
+        503: "No replica is ready, the queue is full or too slow for the request (`queue_full`), or the gateway is stopping",
         504: "The replica did not begin its answer in time",
     }
     return {
@@ -106,13 +110,15 @@ class ServedElsewhere(RuntimeError):
 
 
 @router.post("/completions", summary="Complete a prompt", responses=_GENERATION)
-async def completions(body: CompletionRequest, request_id: RequestId = None, replica: Pin = None) -> CompletionAnswer:
+async def completions(
+    body: CompletionRequest, request_id: RequestId = None, replica: Pin = None, patience: Timeout = None
+) -> CompletionAnswer:
     raise ServedElsewhere
 
 
 @router.post("/chat/completions", summary="Answer a chat", responses=_GENERATION)
 async def chat_completions(
-    body: ChatCompletionRequest, request_id: RequestId = None, replica: Pin = None
+    body: ChatCompletionRequest, request_id: RequestId = None, replica: Pin = None, patience: Timeout = None
 ) -> ChatCompletionAnswer:
     raise ServedElsewhere
 
@@ -122,7 +128,9 @@ async def chat_completions(
     summary="Embed texts, where the model can",
     responses=_EMBEDDINGS,
 )
-async def embeddings(body: EmbeddingRequest, request_id: RequestId = None, replica: Pin = None) -> EmbeddingAnswer:
+async def embeddings(
+    body: EmbeddingRequest, request_id: RequestId = None, replica: Pin = None, patience: Timeout = None
+) -> EmbeddingAnswer:
     raise ServedElsewhere
 
 

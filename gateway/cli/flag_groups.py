@@ -40,6 +40,9 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     },
     "limits on requests": {
         "requests_in_flight_max": "4096",
+        "replica_requests_max": "64",
+        "queue_requests_max": "256",
+        "queue_seconds_max": "10",
         "connections_max": "10000",
         "uploads_max": "256",
         "body_bytes_max": "67108864",

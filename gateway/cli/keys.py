@@ -18,7 +18,7 @@ from rich.table import Table
 from gateway.errors import SettingsError
 from gateway.settings import load
 from gateway.tenants.key_file import KeyFileError, locked, read_keys, write_keys
-from gateway.tenants.keys import Key, KeyLimits, Keys, digest_of, new_token
+from gateway.tenants.keys import CLASSES, Key, KeyLimits, Keys, digest_of, new_token
 
 GRACE_DEFAULT = "1h"
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -37,6 +37,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add.add_argument("name", metavar="NAME", help="what the key is called, in this file and in figures")
     add.add_argument("--tenant", help="whose it is; the keys of a tenant share one prefix cache (default: NAME)")
     add.add_argument("--model", action="append", default=[], help="a model that it may name; repeat for more (default: all)")
+    text = "its requests' class where they wait for their turn (default: normal)"
+    add.add_argument("--priority", choices=CLASSES, default="normal", help=text)
     add.add_argument("--expires", metavar="WHEN", help=f"a span, {_SPANS}, or a date (default: never)")
     for name, field in KeyLimits.model_fields.items():
         flag = "--" + name.replace("_", "-")
@@ -84,6 +86,7 @@ def _add_key(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
             created=now,
             expires=_moment(arguments.expires, now),
             models=tuple(arguments.model),
+            priority=arguments.priority,
             **given,
         )
         write_keys(path, keys.with_key(key))
@@ -129,6 +132,7 @@ def _list(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
         table.add_column(column, overflow="fold")
     for key in keys:
         limits = [f"{name}={value:,}" for name in KeyLimits.model_fields if (value := getattr(key, name)) is not None]
+        limits += [f"priority={key.priority}"] * (key.priority != "normal")
         ends = key.expires.date().isoformat() if key.expires else "never"
         table.add_row(key.name, key.tenant, key.state(now), ends, " ".join(key.models) or "all", " ".join(limits) or "none")
     Console().print(table if keys else "there are no keys yet; `peerkv keys add NAME` makes one")

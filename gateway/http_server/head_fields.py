@@ -28,6 +28,7 @@ class HeadFields(msgspec.Struct, frozen=True):
     request_id: str | None
     encoding: bytes | None
     host: bytes | None
+    timeout: bytes | None
 
     @classmethod
     def of(cls, headers: Headers) -> HeadFields:
@@ -42,6 +43,7 @@ class HeadFields(msgspec.Struct, frozen=True):
             sane_id(header(b"x-request-id")),
             None if (encoding := header(b"content-encoding")) in (None, b"", b"identity") else encoding,
             header(b"host"),
+            header(b"x-request-timeout"),
         )
 
 

@@ -46,6 +46,8 @@ class Transaction:
         """While it waits for a stream's first event: when it, or the last comment, was sent. In time.perf_counter's seconds."""
         self.body_bytes = 0
         self._head_left = False
+        self.has_turn = False
+        """Whether it was let in to the replicas, of which each gets so many at once."""
         self.has_slot = False
         """Whether it counts as being served."""
         self._cycle = cycle = cycle_of(scope)

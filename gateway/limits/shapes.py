@@ -41,3 +41,12 @@ class TenantUse(BaseModel):
     charged_tokens: int = Field(0, description="all of them, weighed with their prices")
     refused: dict[str, int] = Field(default_factory=by_limit, description="requests refused, by the limit that was reached")
     keys: list[KeyUse] = []
+
+
+class QueueStats(BaseModel):
+    """Requests that waited for room at the replicas (`replica_requests_max`), since the gateway's start."""
+
+    waiting_requests: int = Field(0, description="requests that wait now")
+    waited_requests: int = Field(0, description="requests that had to wait, also those that gave up")
+    waited_seconds: float = Field(0.0, description="how long they waited, together")
+    refused_requests: int = Field(0, description="requests that found no place, or whose turn did not come in time")

@@ -135,6 +135,14 @@ class Planner:
             return PromptSize(known.tokens, known.count, certain=True)
         return PromptSize((known.tokens + 1) * CHARS_PER_TOKEN, 1, certain=False)
 
+    def uncached_tokens(self, request: PlanningRequest) -> int:
+        """Return how many tokens of what was read no replica holds now."""
+        known = request.known
+        if known.ids is None:
+            return known.tokens * known.count
+        found = self.registry.look_up(self.fleet.now(), known.ids, request.salt, request.lora)
+        return max(0, known.tokens - found.held_tokens_max) * known.count
+
     def decide(self, request: PlanningRequest) -> Plan:
         """Return a plan for what was read. Raises NoReplicaReady, UnknownReplica and ReplicaNotReady."""
         return self._decide(request, frozenset())

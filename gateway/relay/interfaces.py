@@ -58,6 +58,10 @@ class PlannerLike(Protocol[PlanT]):
         """How long the prompts of what was read are, at most."""
         ...
 
+    def uncached_tokens(self, request: Any) -> int:
+        """How many tokens of what was read nobody holds."""
+        ...
+
     def decide(self, request: Any) -> PlanT:
         """A plan for what was read. Raises ApiError: NoReplicaReady, UnknownReplica, ReplicaNotReady."""
         ...

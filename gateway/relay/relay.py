@@ -35,6 +35,7 @@ from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS
 from gateway.limits.limiter import Limiter
 from gateway.prompts.prompt_reader import KnownPrompt
+from gateway.relay.admission import Admission, timeout_of
 from gateway.relay.answer import Answer, at_hand, pass_on
 from gateway.relay.batching import Batching
 from gateway.relay.charge import Charge
@@ -117,6 +118,9 @@ class Relay(Generic[PlanT]):
         self._slots_taken = 0
         self._held_bytes = 0
         self.keep_alive = KeepAlive(settings.sse_keep_alive_seconds, self._transactions)
+        self.admission: Admission | None = None
+        if settings.replica_requests_max:
+            self.admission = Admission(settings, lambda: len(fleet.snapshot().ready()))
         self._idle = asyncio.Event()  # set while draining, once all requests are done
 
     @property
@@ -159,6 +163,8 @@ class Relay(Generic[PlanT]):
             if transaction.on_end is not None:
                 transaction.on_end()
                 transaction.on_end = None  # which may refer to the transaction
+            if transaction.has_turn and self.admission is not None:
+                self.admission.leave()
             self._held_bytes -= transaction.body_bytes
             self._slots_taken -= transaction.has_slot
             exchanges.discard(transaction)
@@ -232,6 +238,12 @@ class Relay(Generic[PlanT]):
         record.streamed = body.get("stream") is True
         read = await self._planner.read(endpoint, body, tenant, wanted_replica=fields.wanted_replica, known=known)
         bounds = None if charge is None else self._reserve(charge, endpoint, body, read)
+        if self.admission is not None:
+            if record.streamed and endpoint != "embeddings":
+                self.keep_alive.waits(transaction)
+            tokens = self._planner.uncached_tokens(read)
+            await self.admission.enter(tenant.name, tenant.rank, tokens, timeout_of(fields.timeout))
+            transaction.has_turn = True
         if len(self._transactions) > 1:
             await self._batching.wait()
         plan = self._planner.decide(read)

@@ -15,6 +15,7 @@ from gateway.ledger.ledger import Ledger
 from gateway.ledger.recorder import Recorder
 from gateway.limits.limiter import Limiter
 from gateway.limits.prices import Prices
+from gateway.limits.shapes import QueueStats
 from gateway.limits.state_file import StateFile
 from gateway.planner.overdue_watch import OverdueWatch
 from gateway.planner.plan import Plan
@@ -127,6 +128,7 @@ def build_door(
         recorder=recorder,
         keeper=keeper,
         limit_uses=limiter.uses,
+        queue=QueueStats if relay.admission is None else relay.admission.shown,
         measure=relay.records.flush,
         replica_metrics=ReplicaMetrics(fleet, upstream) if settings.replica_metrics else None,
     )

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from gateway.limits.shapes import TenantUse
+from gateway.limits.shapes import QueueStats, TenantUse
+from gateway.stats.shapes import descriptions
 
 _TOKENS: tuple[tuple[str, Callable[[TenantUse], float]], ...] = (
     ("uncached", lambda use: use.uncached_tokens),
@@ -35,3 +36,11 @@ def limit_metrics(uses: Sequence[TenantUse]) -> Iterator[Metric]:
         for kind, read in _TOKENS:
             tokens.add_metric((use.tenant, kind), read(use))
     yield from (requests, refused, tokens, charged, running)
+
+
+def admission_metrics(queue: QueueStats) -> Iterator[Metric]:
+    """Yield how requests waited for room at the replicas."""
+    for field, about in descriptions(QueueStats).items():
+        name, text = f"peerkv_admission_{field}", f"Where replicas get so many requests at once: {about}."
+        family = GaugeMetricFamily if field == "waiting_requests" else CounterMetricFamily
+        yield family(name, text, value=getattr(queue, field))

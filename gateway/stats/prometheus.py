@@ -12,7 +12,7 @@ from gateway.planner.plan import SteeringStats
 from gateway.prompts.parity import Parity, ParityCounts
 from gateway.relay.request_record import RequestRecord
 from gateway.stats.ledger_metrics import ImportTimes, ledger_metrics
-from gateway.stats.limit_metrics import limit_metrics
+from gateway.stats.limit_metrics import admission_metrics, limit_metrics
 from gateway.stats.request_metrics import RequestMetrics
 from gateway.stats.shapes import GatewayStats, HostMemoryStats, KvStats, ReplicaStats, descriptions
 from gateway.stats.tallies import Histogram, Tally
@@ -124,6 +124,7 @@ class _StatsCollector(Collector):
         yield from ledger_metrics(stats)
         yield from cost_metrics(stats.costs)
         yield from limit_metrics(stats.limits)
+        yield from admission_metrics(stats.queue)
 
 
 def _gateway_metrics(stats: KvStats) -> Iterator[Metric]:

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, TypeAdapter
 
 from gateway.ledger.stats import LedgerStats
-from gateway.limits.shapes import TenantUse
+from gateway.limits.shapes import QueueStats, TenantUse
 from gateway.planner.plan import SteeringStats
 from gateway.prompts.parity import KindVerdict, ParityCounts
 from gateway.prompts.tokenizer.service import TokenizerStats
@@ -175,6 +175,7 @@ class KvStats(BaseModel):
     totals: Totals
     replicas: list[ReplicaStats]
     host_memory: list[HostMemoryStats] = Field(description="none where no host memory is set")
+    queue: QueueStats = Field(QueueStats(), description="all 0 where requests do not wait (replica_requests_max)")
     limits: list[TenantUse] = Field([], description="tenants whose keys have limits")
 
 

@@ -10,7 +10,7 @@ from gateway.block_registry.fleet_state import obstacles
 from gateway.block_registry.lifetime_counters import LifetimeCounters
 from gateway.block_registry.tables import Table
 from gateway.ledger.recorder import Recorder
-from gateway.limits.shapes import TenantUse
+from gateway.limits.shapes import QueueStats, TenantUse
 from gateway.planner.planner import Planner
 from gateway.prompts.parity import ParityCounts, ParityVerdict
 from gateway.prompts.tokenizer.service import TokenService
@@ -47,6 +47,7 @@ class StatsView:
         door: Callable[[], tuple[RelayCounters, int]],
         clock: Callable[[], float] = time.monotonic,
         limit_uses: Callable[[], list[TenantUse]] = list,
+        queue: Callable[[], QueueStats] = QueueStats,
     ) -> None:
         self._fleet = fleet
         self._planner = planner
@@ -54,6 +55,7 @@ class StatsView:
         self._recorder = recorder
         self._door = door
         self._limit_uses = limit_uses
+        self._queue = queue
         self._clock = clock
         self._started = clock()
 
@@ -80,6 +82,7 @@ class StatsView:
             totals=_totals(replicas, counters),
             replicas=replicas,
             host_memory=host_memory_stats(self._planner.fleet.latest.tiers, replicas),
+            queue=self._queue(),
             limits=self._limit_uses(),
         )
 

@@ -11,7 +11,7 @@ from gateway.kept_prefixes.book import KeptPrefixAnswer
 from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.shapes import Prefix, PrefixReport
 from gateway.ledger.recorder import Recorder
-from gateway.limits.shapes import TenantUse
+from gateway.limits.shapes import QueueStats, TenantUse
 from gateway.planner.planner import Planner
 from gateway.planner.prefix_counts import PrefixCounts
 from gateway.prompts.tokenizer.service import TokenService
@@ -42,6 +42,7 @@ class FleetFigures:
         recorder: Recorder,
         keeper: Keeper,
         limit_uses: Callable[[], list[TenantUse]] = list,
+        queue: Callable[[], QueueStats] = QueueStats,
         measure: Callable[[], None] = lambda: None,
         replica_metrics: ReplicaMetrics | None = None,
     ) -> None:
@@ -53,7 +54,7 @@ class FleetFigures:
         self._keeper = keeper
         self._measure = measure
         self._replica_metrics = replica_metrics
-        self._view = StatsView(fleet, planner, tokens, recorder, relay_counts, limit_uses=limit_uses)
+        self._view = StatsView(fleet, planner, tokens, recorder, relay_counts, limit_uses=limit_uses, queue=queue)
         self.measured.attach(self.stats)
 
     def stats(self) -> KvStats:

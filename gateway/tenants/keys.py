@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from datetime import UTC, date, datetime, time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -13,6 +13,9 @@ TOKEN_PREFIX = "sk-peerkv-"
 TOKEN_BYTES = 32
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}$"
 RESERVED_TENANTS = frozenset({"admin", "anonymous"})
+CLASSES = ("high", "normal", "low")
+"""Of requests that wait for their turn, each class goes before those behind it."""
+NORMAL = CLASSES.index("normal")
 _DIGEST = r"^[0-9a-f]{64}$"
 
 
@@ -76,6 +79,7 @@ class Key(KeyLimits):
     created: Moment | None = None
     expires: Moment | None = None
     revoked: Moment | None = None
+    priority: Literal["high", "normal", "low"] = "normal"
     models: tuple[str, ...] = Field((), description="models that it may name; none: all")
 
     @model_validator(mode="before")

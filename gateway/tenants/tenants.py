@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from gateway.errors import NotAuthenticated
 from gateway.settings import Tenant
-from gateway.tenants.keys import Key, Keys, digest_of
+from gateway.tenants.keys import CLASSES, NORMAL, Key, Keys, digest_of
 
 _SALT_CONTEXT = b"peerkv tenant salt v1"
 TENANTS_OF_A_FILE = 16
@@ -27,12 +27,14 @@ TENANTS_OF_A_FILE = 16
 class TenantContext:
     """What the rest of the gateway knows about a caller. `salt` is "" for the anonymous tenant.
 
-    `key` is the one that was sent, if there is something to count or to check of what it is used for.
+    `key` is the one that was sent, if there is something to count or to check of what it is used for, `rank` the place of
+    its class in keys.CLASSES.
     """
 
     name: str
     salt: str
     key: Key | None = None
+    rank: int = NORMAL
 
 
 ADMIN = "admin"
@@ -106,7 +108,7 @@ class Tenants:
         found: dict[bytes, _Entry] = {}
         for key in keys.keys:
             salt = salts.get(key.tenant) or derived_salt(keys.salt_secret, key.tenant)
-            context = TenantContext(key.tenant, salt, key if key.is_limited else None)
+            context = TenantContext(key.tenant, salt, key if key.is_limited else None, CLASSES.index(key.priority))
             expires = None if key.expires is None else key.expires.timestamp()
             over = "This API key was revoked." if key.revoked is not None else ""
             for digest, end in ((key.sha256, None), (key.former_sha256, key.former_expires)):

@@ -135,6 +135,9 @@ class FakePlanner:
     def prompt_size(self, request: tuple[Replica, str | None]) -> PromptSize:
         return self.size
 
+    def uncached_tokens(self, request: tuple[Replica, str | None]) -> int:
+        return self.size.tokens
+
     def decide(self, request: tuple[Replica, str | None]) -> FakePlan:
         return self._plan(*request)
 

@@ -124,11 +124,12 @@ def test_limits_are_kept_with_the_key_and_outlive_its_rotation(path: Path, capsy
         "--model",
         "n",
     ]
-    assert main(["keys", "add", "alice", *limits]) == 0
+    assert main(["keys", "add", "alice", *limits, "--priority", "low"]) == 0
     assert main(["keys", "rotate", "alice"]) == 0
     [key] = read_keys(path).keys
     assert (key.requests_per_minute, key.tokens_per_day, key.max_tokens_max, key.n_max) == (60, 5000, 100, None)
     assert key.models == ("m", "n")
+    assert key.priority == "low"
     assert key.is_limited
     capsys.readouterr()
     assert main(["keys", "add", "bob", "--requests-per-minute", "0"]) == 2

@@ -3,7 +3,7 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.limits.shapes import KeyUse, LimitUse, TenantUse
+from gateway.limits.shapes import KeyUse, LimitUse, QueueStats, TenantUse
 from gateway.prompts.parity import ParityCounts
 from gateway.relay.request_record import RequestRecord
 from gateway.stats.prometheus import Metrics
@@ -70,6 +70,17 @@ def test_limits_are_told_by_tenant(scene: Scene) -> None:
     assert found["peerkv_limit_tokens_total", ("cached", "t")] == 30
     assert found["peerkv_limit_charged_tokens_total", ("t",)] == 18
     assert found["peerkv_limit_in_flight_requests", ("t",)] == 4
+
+
+def test_waiting_for_room_is_told(scene: Scene) -> None:
+    metrics = Metrics()
+    queue = QueueStats(waiting_requests=3, waited_requests=9, waited_seconds=4.5, refused_requests=2)
+    metrics.attach(lambda: scene.view.snapshot().model_copy(update={"queue": queue}))
+    found = samples(metrics)
+    assert found["peerkv_admission_waiting_requests", ()] == 3
+    assert found["peerkv_admission_waited_requests_total", ()] == 9
+    assert found["peerkv_admission_waited_seconds_total", ()] == 4.5
+    assert found["peerkv_admission_refused_requests_total", ()] == 2
 
 
 def test_a_replica_without_a_table_exchanges_nothing(scene: Scene) -> None:

@@ -1,0 +1,134 @@
+"""Requests that wait for their turn: by class, and within one in shares of equal size for each tenant. Pure.
+
+The shares are of tokens, by deficit round robin (Shreedhar and Varghese, 1996): in each round a tenant may take a quantum more,
+and what its next request lacks it saves up. So a tenant with many or large requests waits for itself, not others for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict, deque
+from typing import NamedTuple
+
+from gateway.tenants.keys import CLASSES
+
+TOKENS_MIN = 64
+"""So much a request counts at least: also one whose prompt is cached takes its turn."""
+QUANTUM_TOKENS = TOKENS_MIN
+"""Of one round: with more, a tenant of small requests would send several of them before the next tenant's turn."""
+
+
+class Place(NamedTuple):
+    """One that waits. `displaced` is the number of another one that lost its place to it, if the queue was full."""
+
+    number: int
+    displaced: int | None
+
+
+class _Waiting(NamedTuple):
+    number: int
+    tokens: int
+
+
+class _Class:
+    """The tenants of one class in the order of their turns, each with its requests and what it has saved up."""
+
+    def __init__(self) -> None:
+        self.tenants: OrderedDict[str, deque[_Waiting]] = OrderedDict()
+        self.saved: dict[str, int] = {}
+
+    def take(self) -> _Waiting:
+        """The next one. Call it only if one waits."""
+        tenants, saved = self.tenants, self.saved
+        # The rounds in which nobody could go are counted rather than gone through.
+        rounds = min(-(-(waiting[0].tokens - saved[name]) // QUANTUM_TOKENS) for name, waiting in tenants.items())
+        if rounds > 1:
+            for name in tenants:
+                saved[name] += (rounds - 1) * QUANTUM_TOKENS
+        while True:
+            name, waiting = next(iter(tenants.items()))
+            if saved[name] >= waiting[0].tokens:
+                found = waiting.popleft()
+                saved[name] -= found.tokens
+                if not waiting:
+                    self.forget(name)
+                return found
+            saved[name] += QUANTUM_TOKENS
+            tenants.move_to_end(name)
+
+    def forget(self, tenant: str) -> None:
+        """A tenant without requests saves nothing."""
+        del self.tenants[tenant], self.saved[tenant]
+
+
+class FairQueue:
+    """At most `requests_max`. If it is full, a request takes the place of the last one of the tenant that has most waiting."""
+
+    def __init__(self, requests_max: int) -> None:
+        self._requests_max = requests_max
+        self._classes = tuple(_Class() for _ in CLASSES)
+        self._of: dict[int, tuple[str, int]] = {}  # tenant and class by number
+        self._counts: dict[str, int] = {}
+        self._numbers = itertools.count(1)
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._of)
+
+    def ahead_of(self, tenant: str) -> int:
+        """About how many go before the next request of a tenant: its own, and as many of each other tenant."""
+        own = self._counts.get(tenant, 0)
+        return sum(min(count, own + 1) for name, count in self._counts.items() if name != tenant) + own
+
+    def put(self, tenant: str, rank: int, tokens: int) -> Place | None:
+        """Have a request wait, `rank` being its place in CLASSES; None if there is no place for it."""
+        displaced = None
+        if len(self._of) >= self._requests_max:
+            displaced = self._give_way(tenant)
+            if displaced is None:
+                return None
+        number = next(self._numbers)
+        self._of[number] = tenant, rank
+        self._counts[tenant] = self._counts.get(tenant, 0) + 1
+        of_class = self._classes[rank]
+        of_class.saved.setdefault(tenant, 0)
+        of_class.tenants.setdefault(tenant, deque()).append(_Waiting(number, max(tokens, TOKENS_MIN)))
+        return Place(number, displaced)
+
+    def take(self) -> int | None:
+        """The number of the next one, which waits no longer; None if nobody waits."""
+        for of_class in self._classes:
+            if of_class.tenants:
+                number = of_class.take().number
+                self._count_out(number)
+                return number
+        return None
+
+    def remove(self, number: int) -> bool:
+        """One waits no longer, its client having left. False if it does not wait."""
+        if number not in self._of:
+            return False
+        tenant, rank = self._of[number]
+        of_class = self._classes[rank]
+        waiting = of_class.tenants[tenant]
+        waiting.remove(next(each for each in waiting if each.number == number))
+        if not waiting:
+            of_class.forget(tenant)
+        self._count_out(number)
+        return True
+
+    def _give_way(self, tenant: str) -> int | None:
+        """Take the last one of the lowest class away from the tenant that has most, if that is more than `tenant` has."""
+        name = max(self._counts, key=self._counts.__getitem__, default=None)
+        if name is None or self._counts[name] <= self._counts.get(tenant, 0) + 1:
+            return None
+        waiting = next(of_class.tenants[name] for of_class in reversed(self._classes) if name in of_class.tenants)
+        number = waiting[-1].number
+        self.remove(number)
+        return number
+
+    def _count_out(self, number: int) -> None:
+        tenant, _ = self._of.pop(number)
+        self._counts[tenant] -= 1
+        if not self._counts[tenant]:
+            del self._counts[tenant]

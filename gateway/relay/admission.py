@@ -1,0 +1,140 @@
+"""When a request goes to a replica: at once if there is room, else in its turn, or not at all if that would be too late."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable
+from math import ceil
+from typing import Protocol
+
+from gateway.errors import InvalidRequest, Unavailable
+from gateway.limits.fair_queue import FairQueue
+from gateway.limits.shapes import QueueStats
+
+_SECONDS = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,9})?")
+_SMOOTHING = 0.1  # the weight of the newest interval
+
+
+class QueueFull(Unavailable):
+    """There is no place to wait, or the request's turn would come too late."""
+
+    code = "queue_full"
+
+    def __init__(self, seconds: float) -> None:
+        text = "Too many requests are waiting for a replica, so this one would have to wait for too long."
+        super().__init__(text, retry_after_seconds=max(1, ceil(seconds)))
+
+
+class AdmissionSettings(Protocol):
+    """What it needs of the settings."""
+
+    @property
+    def replica_requests_max(self) -> int: ...
+    @property
+    def queue_requests_max(self) -> int: ...
+    @property
+    def queue_seconds_max(self) -> float: ...
+
+
+def timeout_of(value: bytes | None) -> float | None:
+    """The seconds in a header x-request-timeout; None without one. Raises InvalidRequest."""
+    if value is None:
+        return None
+    if _SECONDS.fullmatch(value) is None:
+        raise InvalidRequest("The header 'x-request-timeout' must be a number of seconds, such as 5 or 0.5.")
+    return float(value)
+
+
+class Admission:
+    """Belongs to one event loop. `ready` is how many replicas take requests; each gets `replica_requests_max` at once."""
+
+    def __init__(
+        self, settings: AdmissionSettings, ready: Callable[[], int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.stats = QueueStats()
+        self._per_replica = settings.replica_requests_max
+        self._seconds_max = settings.queue_seconds_max
+        self._ready = ready
+        self._clock = clock
+        self._queue = FairQueue(settings.queue_requests_max)
+        self._turns: dict[int, asyncio.Future[None]] = {}
+        self._running = 0
+        self._left_at = 0.0
+        self._interval_seconds = 0.0
+
+    async def enter(self, tenant: str, rank: int, tokens: int, seconds_max: float | None = None) -> None:
+        """Wait for the turn of a request of so many uncached tokens, for `seconds_max` at most; `leave` has to follow.
+
+        Raises QueueFull.
+        """
+        if not len(self._queue) and self._has_room():
+            self._running += 1
+            return
+        seconds = self._seconds_max if seconds_max is None else min(seconds_max, self._seconds_max)
+        expected = self._interval_seconds * (self._queue.ahead_of(tenant) + 1)
+        place = self._queue.put(tenant, rank, tokens) if expected <= seconds else None
+        if place is None:
+            raise self._refusal(expected)
+        if place.displaced is not None:
+            self._tell(place.displaced, self._refusal(expected))
+        began, turn = self._clock(), asyncio.get_running_loop().create_future()
+        self._turns[place.number] = turn
+        self.stats.waited_requests += 1
+        self._let_in()
+        try:
+            async with asyncio.timeout(seconds):
+                await turn
+        except TimeoutError:
+            self._give_up(turn)
+            raise self._refusal(self._interval_seconds) from None
+        except asyncio.CancelledError:
+            self._give_up(turn)
+            raise
+        finally:
+            self._queue.remove(place.number)
+            del self._turns[place.number]
+            self.stats.waited_seconds += self._clock() - began
+
+    def leave(self) -> None:
+        """A request that was let in has ended."""
+        now = self._clock()
+        if len(self._queue) and self._left_at:
+            self._interval_seconds += _SMOOTHING * (now - self._left_at - self._interval_seconds)
+        self._left_at = now if len(self._queue) else 0.0
+        self._running -= 1
+        self._let_in()
+
+    def shown(self) -> QueueStats:
+        """The figures now."""
+        return self.stats.model_copy(update={"waiting_requests": len(self._queue)})
+
+    def _give_up(self, turn: asyncio.Future[None]) -> None:
+        """The turn may have come while it was being given up."""
+        if turn.done() and not turn.cancelled() and turn.exception() is None:
+            self.leave()
+
+    def _has_room(self) -> bool:
+        return self._running < self._per_replica * max(1, self._ready())
+
+    def _let_in(self) -> None:
+        while len(self._queue) and self._has_room():
+            number = self._queue.take()
+            assert number is not None
+            self._running += self._tell(number, None)
+
+    def _tell(self, number: int, refusal: QueueFull | None) -> bool:
+        """Say that the turn has come, or never will; False if it is being given up."""
+        turn = self._turns[number]
+        if turn.done():
+            return False
+        if refusal is None:
+            turn.set_result(None)
+        else:
+            turn.set_exception(refusal)
+        return True
+
+    def _refusal(self, seconds: float) -> QueueFull:
+        self.stats.refused_requests += 1
+        return QueueFull(seconds)
