@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway.limits.fair_queue import QUANTUM_TOKENS, TOKENS_MIN, FairQueue
 
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 HIGH, NORMAL, LOW = range(3)
 TOKENS_MAX = 50 * QUANTUM_TOKENS
 
@@ -19,6 +20,7 @@ def put(queue: FairQueue, tenant: str, rank: int = NORMAL, tokens: int = 100) ->
     return place.number
 
 
+@PATIENT
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, TOKENS_MAX)), min_size=1, max_size=200))
 def test_tenants_that_wait_get_the_same_number_of_tokens(requests: list[tuple[str, int]]) -> None:
     queue, waiting, tokens_of = FairQueue(1000), Counter(), {}

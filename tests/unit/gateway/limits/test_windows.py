@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway.limits.windows import WINDOW_SECONDS, MinuteWindow
 
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 STEPS = st.lists(st.tuples(st.floats(0, 30), st.integers(0, 9)), max_size=40)
 
 
+@PATIENT
 @given(STEPS)
 def test_what_was_added_in_any_sixty_seconds_is_counted_at_their_end(steps: list[tuple[float, int]]) -> None:
     window, now, added = MinuteWindow(), 1000.25, []
@@ -24,6 +26,7 @@ def test_what_was_added_in_any_sixty_seconds_is_counted_at_their_end(steps: list
         assert len(window.slots) <= WINDOW_SECONDS + 1
 
 
+@PATIENT
 @given(STEPS, st.integers(1, 50))
 def test_after_the_time_it_says_so_much_has_left_and_not_before(steps: list[tuple[float, int]], needed: int) -> None:
     window, now = MinuteWindow(), 1000.0
@@ -39,6 +42,7 @@ def test_after_the_time_it_says_so_much_has_left_and_not_before(steps: list[tupl
     assert before - window.total >= needed
 
 
+@PATIENT
 @given(STEPS)
 def test_it_is_empty_after_the_time_it_says(steps: list[tuple[float, int]]) -> None:
     window, now = MinuteWindow(), 1000.0
