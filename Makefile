@@ -1,6 +1,6 @@
 # Two commands do everything: `make serve` runs peerkv, `make test` passes its tests. Both install what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test containers bench bench-gpu lint clean
+.PHONY: help install serve test containers bench bench-gpu quality lint clean
 BIN := .venv/bin
 
 help: ## this list
@@ -25,6 +25,9 @@ bench: install ## start replicas, measure them with `peerkv bench`, end them (MO
 
 bench-gpu: install ## measure imports between two GPUs (needs TARGET=gpu and two GPUs that can reach each other)
 	@$(BIN)/python -m tests.gpu.bench $(ARGS)
+
+quality: install ## measure what codecs do to a model's answers, on the CPU (MODEL=…, ARGS='--json FILE --plot FILE')
+	@$(BIN)/peerkv quality $(MODEL) $(ARGS)
 
 lint: install ## format check, lint, types, import rules; shell scripts, images, compose.yaml
 	@$(BIN)/ruff format --check .

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.simulate.summary import DecisionCost, Summary
-from gateway.cli.bench.plot import line_chart
+from gateway.cli.plot import line_chart
 
 _COLUMNS = (
     "policy", "p50 s", "p90 s", "p99 s", "hit %", "peer %", "computed M", "imbalance", "GB within hosts", "GB across",

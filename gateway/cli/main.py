@@ -1,4 +1,4 @@
-"""The command line: `peerkv serve`, `engine`, `gateway`, `doctor`, `bench`, `kv`, `keys`, `openapi`.
+"""The command line: `peerkv serve`, `engine`, `gateway`, `doctor`, `bench`, `quality`, `kv`, `keys`, `openapi`.
 
 Exit status: 0 after a clean end, 1 if something failed, 2 for wrong usage or settings, 130 when interrupted.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gateway import __version__
-from gateway.cli import keys, kv_explain, kv_prefixes
+from gateway.cli import keys, kv_explain, kv_prefixes, quality
 from gateway.cli import kv_stats as kv_live
 from gateway.cli.bench import flags as bench_flags
 from gateway.cli.flag_groups import WholeFlags
@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_runner(commands, "gateway", _gateway, "start only the gateway, for replicas that `peerkv engine` runs")
     _add_doctor(commands)
     _add_bench(commands)
+    _add_quality(commands)
     _add_kv(commands)
     keys.add_commands(commands)
     _add_openapi(commands)
@@ -127,6 +128,13 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("bench", help=summary, description=_BENCH_ABOUT, allow_abbrev=False)
     bench_flags.add_arguments(parser)
     parser.set_defaults(run=_bench, parser=parser)
+
+
+def _add_quality(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "measure what codecs do to a model's answers: bytes, divergence, perplexity"
+    parser = commands.add_parser("quality", help=summary, description=quality.ABOUT, allow_abbrev=False)
+    quality.add_arguments(parser)
+    parser.set_defaults(run=quality.run, parser=parser)
 
 
 def _add_kv(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,7 +1,8 @@
 """How loops are compiled: by numba, to run without the GIL, so that frames are coded side by side in a thread pool.
 
-They use no threads of numba's own, which may not be started from several threads at once. numba comes with vLLM; what needs it
-is imported only where a lossy codec is asked for.
+Compiling takes many seconds and holds the GIL: whoever codes beside an engine codes a block of its shape before that starts.
+They use no threads of numba's own, which may not be started from several threads at once. numba comes with vLLM; what needs
+it is imported only where a lossy codec is asked for.
 """
 
 from typing import Any

@@ -40,7 +40,7 @@ class Lossy:
         if reason := _unfit(block.shape):
             raise NotCoded(f"{reason}: store it with `raw-z`")
         levels = self._choice(block)
-        coded = [levels.tobytes()]
+        coded = [levels.data]
         for part, piece in block.shape.pieces(block.content):
             numbers = by_token(part, piece)
             for level, chosen in _by_level(levels):

@@ -55,16 +55,17 @@ def coded_bytes(rows: int, width: int, item: int, level: Level) -> int:
     return rows * (len(_pieces(width)) * SCALE_BYTES + width * level.bits // 8)
 
 
-def encode_rows(rows: npt.NDArray[Any], level: Level) -> list[bytes]:
+def encode_rows(rows: npt.NDArray[Any], level: Level) -> list[memoryview]:
     """Return `rows` (n, width), contiguous, coded. Raises NotCoded for values above MAGNITUDE_MAX.
 
     bfloat16 as uint16, float32 as uint32, float16 as itself.
     """
     if level is Level.RAW:
-        return [rows.tobytes()]
+        return [rows.data]
     if rows.dtype == np.float16:
         rows = rows.astype(np.float32).view(np.uint32)
-    shift, coded, most = _shift(rows), [], 0
+    shift, most = _shift(rows), 0
+    coded: list[memoryview] = []
     for piece in _pieces(rows.shape[1]):
         part = _read_only(np.ascontiguousarray(rows[:, piece]))
         count, width = part.shape
@@ -76,7 +77,7 @@ def encode_rows(rows: npt.NDArray[Any], level: Level) -> list[bytes]:
             levels, edges = _codebook(level.bits)
             found = rotation_kernels.rotate(part, shift, _signs(width), levels, edges, level.bits, scales, codes)
         most = max(most, int(found))
-        coded += [scales.tobytes(), codes.tobytes()]
+        coded += [scales.data, codes.data]
     if most > _MAGNITUDE_BITS_MAX:
         raise NotCoded(f"a block with values that are not finite, or above {MAGNITUDE_MAX:g}: store it with `raw-z`")
     return coded

@@ -8,10 +8,10 @@ from rich.table import Table
 
 from gateway.cli.bench.kinds import Kind, Row, rows
 from gateway.cli.bench.overhead import Overhead
-from gateway.cli.bench.plot import line_chart
 from gateway.cli.bench.results import Results
 from gateway.cli.bench.spread import Spread
 from gateway.cli.bench.throughput import Throughput
+from gateway.cli.plot import line_chart
 
 TITLE_COLUMNS = 60
 

@@ -15,7 +15,7 @@ from bench.simulate.prefix_cache import PrefixCache
 from bench.simulate.profiles import H200_LLAMA_8B, LinkProfile, ProfileRefused, adjusted, read_profile
 from bench.simulate.published import PublishedBlocks
 from bench.simulate.traces import Conversations, TraceRefused, made_up, read_mooncake, scaled
-from gateway.cli.bench.plot import line_chart
+from gateway.cli.plot import line_chart
 
 # The cache
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.unit.transport.frames.blocks import NUMBERS, SHAPES, block, decoded, floats, signal_to_noise
-from transport.frames import codecs, layouts
+from transport.frames import codecs, int8_kernels, layouts, rotation_kernels
 from transport.frames.codec import Block, Quality
 from transport.frames.errors import FrameDamaged, FrameNotRead, NotCoded
 from transport.frames.rows import _LEVELS
@@ -177,3 +177,11 @@ def test_a_codebook_is_the_best_one_for_normal_numbers(bits):
     nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, values)
     means = [values[nearest == level].mean() for level in range(len(levels))]
     assert np.allclose(means, levels, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    "loop", [int8_kernels.quantise, int8_kernels.restore, rotation_kernels.rotate, rotation_kernels.rotate_back]
+)
+def test_loops_let_go_of_the_interpreter(loop):
+    assert loop.targetoptions["nogil"]
+    assert not loop.targetoptions.get("parallel")

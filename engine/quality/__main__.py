@@ -1,0 +1,5 @@
+import sys
+
+from engine.quality.command import main
+
+sys.exit(main())
