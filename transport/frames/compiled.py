@@ -11,8 +11,11 @@ import numba
 
 
 def compiled(function: Any) -> Any:
-    """Compile on first use and keep the result on disk, where there is a directory for that."""
+    """Compile on first use and keep the result on disk, where there is a directory for that.
+
+    Divisions are those of numpy: they raise nothing and need no checks.
+    """
     try:
-        return numba.njit(function, nogil=True, cache=True)
+        return numba.njit(function, nogil=True, cache=True, error_model="numpy")
     except RuntimeError:  # no directory can be written to
-        return numba.njit(function, nogil=True)
+        return numba.njit(function, nogil=True, error_model="numpy")

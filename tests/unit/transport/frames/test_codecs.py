@@ -182,6 +182,7 @@ def test_a_codebook_is_the_best_one_for_normal_numbers(bits):
 @pytest.mark.parametrize(
     "loop", [int8_kernels.quantise, int8_kernels.restore, rotation_kernels.rotate, rotation_kernels.rotate_back]
 )
-def test_loops_let_go_of_the_interpreter(loop):
+def test_loops_let_go_of_the_interpreter_and_raise_nothing(loop):
     assert loop.targetoptions["nogil"]
     assert not loop.targetoptions.get("parallel")
+    assert loop.targetoptions["error_model"] == "numpy"
