@@ -18,7 +18,7 @@ RUN pip --python /opt/peerkv/bin/python install --no-cache-dir -r /requirements.
 FROM ${PYTHON_IMAGE}
 # The same user in every peerkv image: sockets and block tables are for one uid only.
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin peerkv \
-    && install -d -o peerkv -g peerkv -m 0700 /run/peerkv /var/log/peerkv /models
+    && install -d -o peerkv -g peerkv -m 0700 /run/peerkv /var/log/peerkv /var/lib/peerkv /models
 ENV PATH=/opt/peerkv/bin:$PATH PYTHONUNBUFFERED=1 XDG_CACHE_HOME=/models
 COPY --from=build /opt/peerkv /opt/peerkv
 COPY --from=wheel /wheels /opt/dist

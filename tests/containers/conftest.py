@@ -27,6 +27,7 @@ def stack(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
     found = Stack(clone, tmp_path_factory.mktemp("trial"))
     _running.append(found)
     try:
+        found.client.headers["authorization"] = f"Bearer {found.add_key('trial', '--requests-per-minute', '100000')}"
         found.up()
         found.wait_ready(START_SECONDS_MAX)
         yield found

@@ -28,6 +28,7 @@ LOG_LINES_SHOWN = 40
 SERVICES = ("engine-cpu", "gateway", "prometheus")
 ADDRESS = "127.0.0.2"  # one that compose.yaml would not take by itself
 MODEL = "trial-model"
+KEYS_FILE = "/var/lib/peerkv/keys.toml"
 CONFIG = f'served_model_name = "{MODEL}"\nbackoff_seconds_max = 2.0\n'
 
 
@@ -79,6 +80,7 @@ class Stack:
             "CONFIG_FILE": str(home / "peerkv.toml"),
             "PEERKV_ACCESS_LOG": "true",
             "PEERKV_HOST_MEMORY": "128MiB",
+            "PEERKV_KEYS_FILE": KEYS_FILE,
         }
         self.client = httpx.Client(base_url=self.url, timeout=ANSWER_SECONDS_MAX)
         self.admin = {"authorization": f"Bearer {self.key}"}
@@ -89,6 +91,12 @@ class Stack:
         """A command of compose."""
         program = str(Path(sys.executable).with_name("podman-compose"))
         return run(program, "--in-pod=false", "-p", PROJECT, "-f", str(self.file), *arguments, check=check, env=self.env)
+
+    def add_key(self, name: str, *limits: str) -> str:
+        """Make an API key in the volume that the gateway reads them from; return it. That may have one of another run."""
+        own = f"{name}-{secrets.token_hex(3)}"
+        made = self.compose("run", "--rm", "--no-deps", "gateway", "keys", "add", own, "--tenant", name, "--json", *limits)
+        return str(json.loads(made.stdout[made.stdout.index("{") :])["key"])
 
     def up(self, *services: str) -> None:
         """Start the containers, or those of some services; does not wait until they serve."""

@@ -22,9 +22,10 @@ LOAD_SECONDS = 75.0  # rates want some scrapes, 15 s apart, that see the figures
 
 @pytest.fixture(scope="module")
 def loaded(stack: Stack) -> Iterator[Stack]:
-    """The stack while some clients ask: new prompts, known ones, imports, streams and a mistake."""
+    """The stack while some clients ask: new prompts, known ones, imports, streams, a mistake, and more than a key allows."""
     stack.up()
     stack.wait_ready()
+    tight = {"authorization": f"Bearer {stack.add_key('tight', '--requests-per-minute', '1')}"}
     done = threading.Event()
 
     def client() -> None:
@@ -34,6 +35,7 @@ def loaded(stack: Stack) -> Iterator[Stack]:
             stack.complete(prompt, "replica-1")
             stack.complete(prompt)
             stack.complete("", max_tokens=-1)
+            stack.client.post("/v1/completions", json={"model": MODEL, "prompt": "Hello", "max_tokens": 1}, headers=tight)
             body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "stream": True}
             with stack.client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 answer.read()

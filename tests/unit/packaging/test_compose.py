@@ -26,6 +26,8 @@ SECRETS = {"admin_key", "tenants"}
 VERSION = (2, 20, 2)
 # The first version of Compose that knows a key.
 SINCE = {"depends_on required": (2, 20, 2), "profiles": (1, 28, 0), "create_host_path": (2, 0, 0)}
+ON_A_VOLUME = {"PEERKV_LIMITS_FILE": "${PEERKV_LIMITS_FILE:-/var/lib/peerkv/limits.json}"}
+"""What has another default in a container."""
 
 
 def environment(service: str) -> dict[str, str | None]:
@@ -60,6 +62,12 @@ def test_sockets_and_tables_are_in_one_volume_in_memory() -> None:
             path = environment(name)[variable]
             assert path == environment("gateway")[variable]
             assert Path(str(path)).parent == Path("/run/peerkv")
+
+
+def test_what_was_used_of_limits_outlives_the_gateways_container() -> None:
+    assert environment("gateway").items() >= ON_A_VOLUME.items()
+    assert "state:/var/lib/peerkv" in SERVICES["gateway"]["volumes"]
+    assert " /var/lib/peerkv " in (DOCKER / "gateway.Dockerfile").read_text()  # else the volume would be root's
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -112,7 +120,8 @@ def test_every_setting_reaches_the_containers(name: str) -> None:
     passed = {variable: value for variable, value in environment(name).items() if str(value).startswith("$")}
     lines = "\n".join(f"  {variable}: ${{{variable}:-}}" for variable in sorted(variables - passed.keys()))
     assert not lines, f"add to x-settings in docker/compose.yaml:\n{lines}"
-    assert passed == {variable: f"${{{variable}:-}}" for variable in variables}
+    empty = {variable: f"${{{variable}:-}}" for variable in variables}
+    assert {**passed, **ON_A_VOLUME} == {**empty, **ON_A_VOLUME}
 
 
 def test_an_empty_variable_means_that_it_is_not_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
