@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from tests.gpu.replica import Answer, Replica, prompt
+from tests.real.leftovers import inodes_of, remove_files
 from tests.tiny_models import WORDS_END, write_tiny_model
 from transport.keys import chain_keys, root_key
 from transport.table.group_look_up import GroupChain, Supply, supply
@@ -61,6 +62,13 @@ class Family:
     def close(self) -> None:
         for engine in self._engines.values():
             engine.stop()
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, and remove what Python's own end would have: semaphores in shared memory."""
+        engine = self._engines[name]
+        made = inodes_of(Path(f"/proc/{engine.process.pid}"))
+        engine.kill()
+        remove_files(made)
 
     def __getitem__(self, name: str) -> Replica:
         return self._engines[name]

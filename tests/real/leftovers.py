@@ -37,17 +37,30 @@ def leaked_files(before: frozenset[Path]) -> list[str]:
     return sorted(fresh.values())
 
 
-def _used_inodes() -> set[int]:
-    """Of files in /dev/shm that are open or mapped. Not their names: a semaphore is mapped under that of its first file."""
+def remove_files(inodes: set[int]) -> None:
+    """Remove these from /dev/shm, but for those that a living process has open or mapped."""
+    unused = inodes - _used_inodes()
+    for path in shared_files():
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino in unused:
+                path.unlink()
+
+
+def inodes_of(process: Path) -> set[int]:
+    """Of files in /dev/shm that a process, by its directory in /proc, has open or mapped.
+
+    Not their names: a semaphore is mapped under that of its first file.
+    """
     used: set[int] = set()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
-            mapped = [line.split(maxsplit=5) for line in (entry / "maps").read_text().splitlines() if "/dev/shm/" in line]
-            used |= {int(fields[4]) for fields in mapped}
-            for link in (entry / "fd").iterdir():
-                with contextlib.suppress(OSError):  # closed meanwhile
-                    if os.readlink(link).startswith("/dev/shm/"):
-                        used.add(link.stat().st_ino)
+    with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+        mapped = [line.split(maxsplit=5) for line in (process / "maps").read_text().splitlines() if "/dev/shm/" in line]
+        used |= {int(fields[4]) for fields in mapped}
+        for link in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if os.readlink(link).startswith("/dev/shm/"):
+                    used.add(link.stat().st_ino)
     return used
+
+
+def _used_inodes() -> set[int]:
+    return set().union(*(inodes_of(entry) for entry in Path("/proc").iterdir() if entry.name.isdigit()))

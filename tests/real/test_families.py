@@ -163,7 +163,7 @@ def test_an_owner_that_is_killed_is_not_believed(family):
     wanted, other = family.ask("a", ids), family.ask("a", others)
     table = family.table("a")
     family["b"].begin(ids, 8, logprobs=True, source="a")
-    family["a"].kill()
+    family.kill("a")
     assert family["b"].end(ANSWER_SECONDS_MAX).tokens == wanted.tokens
     assert family.ask("b", others, source="a").tokens == other.tokens
     assert not table.alive()

@@ -178,7 +178,7 @@ def test_states_are_restored_and_outlive_their_engine(tmp_path):
             restored = family.ask("a", ids)
         assert (counted["tier_tokens_host_memory"], counted["check_failures"]) == (whole, 0)
         assert restored.same_as(local)
-        family["a"].kill()
+        family.kill("a")
         family.start("b")
         with family.counting("b") as counted:
             elsewhere = family.ask("b", ids)
