@@ -51,7 +51,7 @@ def test_a_streamed_completion_is_the_same_and_ends_with_its_usage(client, fleet
     whole = complete(client, fleet)
     chunks = list(complete(client, fleet, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
-    assert len(chunks) >= 8
+    assert len(chunks) > 2  # not one a token: what a busy server has at a time it sends together
     assert chunks[-1].usage.completion_tokens == 8
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
