@@ -50,14 +50,17 @@ class CoreWatch:
     def look(self, server_pid: int, table: CoreTable | None, now: float, *, overdue: bool) -> Standstill:
         """`overdue`: somebody has been waiting for it far too long, which shows that it has work.
 
-        Without a table the core is unknown, and only a stopped process is noticed.
+        Without a table the core is unknown, and only a stopped process is noticed. What could not be looked at stays as it was.
         """
         elapsed = now - self._looked_at
         if elapsed < LOOK_SECONDS_MIN:
             return self._standstill
         pid = table.pid if table is not None else server_pid
         step_ns = table.heartbeat_ns() if table is not None else 0
-        ticks, stopped = _activity(pid)
+        try:
+            ticks, stopped = _activity(pid)
+        except OSError:  # of ours, such as no descriptor left: it says nothing about the core
+            return self._standstill
         computes = ticks - self._ticks > BUSY_SHARE_MIN * elapsed * _TICKS_A_SECOND
         moves = step_ns != self._step_ns or pid != self._pid
         self._pid, self._step_ns, self._ticks, self._looked_at = pid, step_ns, ticks, now
@@ -76,7 +79,10 @@ def _has_work(load: EngineLoad) -> bool:
 
 
 def _activity(pid: int) -> tuple[int, bool]:
-    """Return the CPU ticks of a process and its children so far, and whether it is stopped (SIGSTOP, a debugger)."""
+    """Return the CPU ticks of a process and its children so far, and whether it is stopped (SIGSTOP, a debugger).
+
+    Raises OSError if /proc cannot be read.
+    """
     ticks, stopped = 0, False
     for each in (pid, *processes.children(pid)):
         fields = _stat(each)
@@ -87,9 +93,9 @@ def _activity(pid: int) -> tuple[int, bool]:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/<pid>/stat after the name; none if it is gone."""
+    """Return the fields of /proc/<pid>/stat after the name; none if it is gone. Raises OSError."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return []
     return text[text.rindex(")") + 2 :].split()

@@ -1,6 +1,7 @@
 """A core is judged by its steps and its CPU time, both seen from outside; a child process of the test stands in for it."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -46,6 +47,21 @@ def looked(watch: CoreWatch, table: Table | None, now: float, pid: int = 0, *, o
 def test_a_core_with_nothing_to_do_may_rest(resting: int) -> None:
     watch, table = CoreWatch(), Table(resting)
     assert [looked(watch, table, now) for now in (10.0, 12.0, 100.0)] == [GOES_ON] * 3
+
+
+def test_without_a_descriptor_to_look_with_nothing_is_said_of_a_core(resting: int) -> None:
+    watch, table = CoreWatch(), Table(resting, told=BUSY)
+    looked(watch, table, 10.0)
+    looked(watch, table, 12.0)  # by now it is done with starting
+    before = looked(watch, table, 14.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(least_free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (least_free, hard))
+    try:
+        assert looked(watch, table, 16.0) == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert looked(watch, table, 18.0).frozen_seconds == before.frozen_seconds + 4.0
 
 
 def test_a_core_that_has_requests_and_does_nothing_stands_still(resting: int) -> None:
