@@ -12,7 +12,7 @@ import pytest
 from engine.host_process.kept_memory import VARIABLE, KeptMemories, encode_kept
 from gateway.tenants.tenants import default_salt
 from tests.real.conftest import CONFIG, ONE, TWO, VLLM_ARGS, running
-from tests.real.families import Family, tokens
+from tests.real.families.engines import Family, tokens
 from tests.real.fleet import RESTART_SECONDS_MAX, Fleet, until
 from tests.real.prompts import Words
 from transport.backends.shared_memory import open_region

@@ -17,10 +17,10 @@ import pytest
 
 from engine.fleet import FileFleet, write_fleet
 from tests.real.conftest import ONE, TWO
+from tests.real.faults.gateways import another_gateway
+from tests.real.faults.test_changed_blocks import one_core_for, withdraw_when_opened
 from tests.real.fleet import ROOT, until
-from tests.real.gateways import another_gateway
 from tests.real.owner import OwnMemory, held, keys_of, table_like
-from tests.real.test_changed_blocks import one_core_for, withdraw_when_opened
 from transport.table.reader import SUFFIX
 
 BLOCK = 32

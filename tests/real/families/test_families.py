@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.gpu.replica import Answer
-from tests.real.families import ANSWER_SECONDS_MAX, CHUNK, Family, moving_on, scrambled, tokens
+from tests.real.families.engines import ANSWER_SECONDS_MAX, CHUNK, Family, moving_on, scrambled, tokens
 
 TRIES_MAX = 25
 ARGUMENTS: dict[str, dict[str, Any]] = {

@@ -2,8 +2,8 @@
 
 import httpx
 
+from tests.real.faults.gateways import Gateway, another_gateway
 from tests.real.fleet import free_port
-from tests.real.gateways import Gateway, another_gateway
 
 LENGTH = 400
 WHOLE = (LENGTH - 1) // 32 * 32

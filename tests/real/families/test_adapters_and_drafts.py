@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.real.families import Family, tokens
+from tests.real.families.engines import Family, tokens
 from tests.tiny_models import BASE, write_tiny_model
 from transport.keys import chain_keys, root_key
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.gpu.replica import prompt
-from tests.real.families import Family
+from tests.real.families.engines import Family
 from tests.tiny_image_model import IMAGE_TOKENS, WORDS_END, write_tiny_image_model
 
 BLOCK = 32
