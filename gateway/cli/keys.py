@@ -24,6 +24,7 @@ GRACE_DEFAULT = "1h"
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SPAN = re.compile(r"([0-9]+)([smhd])")
 _SPANS = "such as 30m, 12h or 90d"
+_FREE = "a revoked or expired key gives way to a new one of its name"
 
 Work = Callable[[argparse.Namespace, Path, datetime], int]
 
@@ -34,7 +35,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = commands.add_parser("keys", help=summary, description=summary)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     add = _add(verbs, "add", _add_key, "make a key, and show it once", "keys add alice --requests-per-minute 60 --expires 90d")
-    add.add_argument("name", metavar="NAME", help="what the key is called, in this file and in figures")
+    add.add_argument("name", metavar="NAME", help=f"what the key is called, in this file and in figures; {_FREE}")
     add.add_argument("--tenant", help="whose it is; the keys of a tenant share one prefix cache (default: NAME)")
     add.add_argument("--model", action="append", default=[], help="a model that it may name; repeat for more (default: all)")
     text = "its requests' class where they wait for their turn (default: normal)"
@@ -77,7 +78,8 @@ def _add_key(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
     token = new_token()
     given = {name: getattr(arguments, name) for name in KeyLimits.model_fields}
     with locked(path) as keys:
-        if keys.named(arguments.name) is not None:
+        former = keys.named(arguments.name)
+        if former is not None and former.state(now) == "active":
             raise KeyFileError(f"there is a key '{arguments.name}' already; `peerkv keys rotate` replaces it")
         key = _checked(
             name=arguments.name,
@@ -90,7 +92,8 @@ def _add_key(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
             **given,
         )
         write_keys(path, keys.with_key(key))
-    _show_once(arguments, key, token, "the key is shown this once; only its digest is kept")
+    instead = f"it takes the place of one that was {former.state(now)}; " if former is not None else ""
+    _show_once(arguments, key, token, f"{instead}the key is shown this once; only its digest is kept")
     return 0
 
 
@@ -110,7 +113,8 @@ def _rotate(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
     with locked(path) as keys:
         key = _named(keys, arguments.name)
         if key.state(now) != "active":
-            raise KeyFileError(f"the key '{key.name}' is {key.state(now)}; `peerkv keys add` makes a new one")
+            instead = f"`peerkv keys add {key.name}` makes a new one in its place"
+            raise KeyFileError(f"the key '{key.name}' is {key.state(now)}; {instead}")
         former = {"former_sha256": key.sha256, "former_expires": now + grace} if grace else dict.fromkeys(_FORMER)
         fresh = key.model_copy(update={"sha256": _hex(token), "created": now, **former})
         write_keys(path, keys.with_key(fresh))

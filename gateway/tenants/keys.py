@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from datetime import UTC, date, datetime, time
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 TOKEN_PREFIX = "sk-peerkv-"
 TOKEN_BYTES = 32
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}$"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}")
 RESERVED_TENANTS = frozenset({"admin", "anonymous"})
 CLASSES = ("high", "normal", "low")
 """Of requests that wait for their turn, each class goes before those behind it."""
@@ -36,6 +37,14 @@ def _moment(value: Any) -> Any:
     return value.replace(tzinfo=UTC) if isinstance(value, datetime) and value.tzinfo is None else value
 
 
+def _is_name(name: str) -> str:
+    if NAME.fullmatch(name) is None:
+        raise ValueError(
+            "must begin with a letter or digit and have only letters, digits and . _ @ + -, 128 characters at most"
+        )
+    return name
+
+
 def _not_reserved(tenant: str) -> str:
     if tenant in RESERVED_TENANTS:
         raise ValueError(f"'{tenant}' is the name of another caller")
@@ -43,7 +52,8 @@ def _not_reserved(tenant: str) -> str:
 
 
 Moment = Annotated[datetime, BeforeValidator(_moment)]
-TenantName = Annotated[str, Field(pattern=NAME), AfterValidator(_not_reserved)]
+Name = Annotated[str, AfterValidator(_is_name)]
+TenantName = Annotated[Name, AfterValidator(_not_reserved)]
 Positive = Annotated[int | None, Field(ge=1, le=1 << 53)]
 
 
@@ -71,7 +81,7 @@ class KeyLimits(BaseModel):
 class Key(KeyLimits):
     """One key: of itself only the digest is known. `former_sha256` is that of the key which it replaced."""
 
-    name: str = Field(pattern=NAME)
+    name: Name
     tenant: TenantName
     sha256: str = Field(pattern=_DIGEST)
     former_sha256: str | None = Field(None, pattern=_DIGEST)

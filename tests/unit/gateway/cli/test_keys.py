@@ -11,7 +11,7 @@ import pytest
 
 from gateway.cli.main import main
 from gateway.errors import NotAuthenticated
-from gateway.tenants.key_file import read_keys
+from gateway.tenants.key_file import read_keys, write_keys
 from gateway.tenants.tenants import Tenants
 
 
@@ -74,6 +74,31 @@ def test_a_rotated_key_works_beside_the_new_one_until_its_grace_is_over(path: Pa
     assert tenant_of(path, newest) == "alice"
 
 
+def test_a_revoked_key_gives_way_to_a_new_one_of_its_name(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["keys", "add", "alice", "--n-max", "2"])
+    old = token_of(capsys)
+    main(["keys", "revoke", "alice"])
+    assert main(["keys", "rotate", "alice"]) == 1
+    assert "revoked; `peerkv keys add alice` makes a new one in its place" in capsys.readouterr().err
+    assert main(["keys", "add", "alice"]) == 0
+    told = capsys.readouterr()
+    assert "it takes the place of one that was revoked" in told.err
+    assert tenant_of(path, told.out.strip()) == "alice"
+    assert "Incorrect" in tenant_of(path, old)
+    assert [(key.name, key.n_max) for key in read_keys(path).keys] == [("alice", None)]
+
+
+def test_an_expired_key_gives_way_to_a_new_one_of_its_name(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["keys", "add", "alice"])
+    [key] = (keys := read_keys(path)).keys
+    write_keys(path, keys.with_key(key.model_copy(update={"expires": datetime(2020, 1, 1, tzinfo=UTC)})))
+    capsys.readouterr()
+    assert main(["keys", "add", "alice"]) == 0
+    told = capsys.readouterr()
+    assert "it takes the place of one that was expired" in told.err
+    assert tenant_of(path, told.out.strip()) == "alice"
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -83,7 +108,8 @@ def test_a_rotated_key_works_beside_the_new_one_until_its_grace_is_over(path: Pa
         (["rotate", "alice", "--grace", "soon"], 2, "--grace"),
         (["add", "bob", "--expires", "2020-01-01"], 2, "over already"),
         (["add", "bob", "--expires", "1y"], 2, "neither a span"),
-        (["add", "bo b"], 2, "name"),
+        (["add", "bo b"], 2, "name: must begin with a letter or digit and have only letters, digits and . _ @ + -"),
+        (["add", "bob", "--tenant", "a/b"], 2, "tenant: must begin with a letter or digit"),
         (["add", "bob", "--tenant", "admin"], 2, "tenant"),
     ],
 )
