@@ -25,6 +25,7 @@ from engine.replicas.launch import EngineSettings, devices_each
 from engine.replicas.vllm_options import refusals
 from gateway.errors import SettingsError
 from gateway.secret_files import SECRETS_DIR_VARIABLE, read_secret_files
+from gateway.settings_errors import in_words, not_json
 
 ENV_PREFIX = "PEERKV_"
 CONFIG_VARIABLE = "PEERKV_CONFIG"
@@ -127,9 +128,12 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = Field(
         None,
         min_length=8,
-        description="protects /metrics, /kv/* and the choice of a replica; unset: callers on this machine only",
+        description="protects /metrics, /kv/* and the choice of a replica, 8 characters at least; "
+        "unset: callers on this machine only",
     )
-    tenants: tuple[Tenant, ...] = Field((), description="who may call, each with an API key; none: open to everybody")
+    tenants: tuple[Tenant, ...] = Field(
+        (), description="who may call, each with an API key of 8 characters at least; none: open to all"
+    )
     keys_file: Path | None = Field(
         None, description="file of API keys, which `peerkv keys` writes; changes are taken up while the gateway runs"
     )
@@ -334,7 +338,10 @@ class Settings(BaseSettings):
         if not isinstance(value, str):
             return value
         if value.lstrip().startswith("["):
-            return tuple(json.loads(value))
+            try:
+                return tuple(json.loads(value))
+            except ValueError:
+                raise ValueError('begins with [ but is not a JSON list, such as ["one", "two"]') from None
         return tuple(shlex.split(value))
 
     @field_validator("vllm_args")
@@ -394,9 +401,9 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
     try:
         return Settings(**given, **rest)
     except ValidationError as error:
-        raise SettingsError(_in_words(error)) from None
+        raise SettingsError(in_words(error)) from None
     except PydanticSettingsError as error:
-        raise SettingsError(f"{error}: {error.__cause__}") from None
+        raise SettingsError(not_json(error, ENV_PREFIX)) from None
 
 
 def engine_settings(settings: Settings, *, model: str, devices: tuple[str, ...]) -> EngineSettings:
@@ -453,18 +460,6 @@ def _must_be_known(name: str, where: str) -> None:
         near = difflib.get_close_matches(name, Settings.model_fields, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise SettingsError(f"unknown setting '{name}' {where}{hint}")
-
-
-def _in_words(error: ValidationError) -> str:
-    """One line for all that is wrong. Values are left out: one may be a secret."""
-    parts = []
-    for detail in error.errors(include_input=False, include_url=False):
-        if detail["type"] == "default_factory_not_called":  # follows from another error in the list
-            continue
-        message = detail["msg"].removeprefix("Value error, ")
-        place = ".".join(str(part) for part in detail["loc"])
-        parts.append(f"{place}: {message}" if place else message)
-    return "; ".join(parts)
 
 
 def address(settings: Settings) -> str:

@@ -208,5 +208,31 @@ def test_host_memory_is_given_with_its_unit(given: object, size: int) -> None:
 
 @pytest.mark.parametrize("given", ["-1", "much", "16 elephants"])
 def test_host_memory_that_is_no_size_is_refused(given: str) -> None:
-    with pytest.raises(SettingsError, match="host_memory"):
+    with pytest.raises(SettingsError) as raised:
         load({"host_memory": given})
+    assert str(raised.value) == f"host_memory: '{given}' is not a size: write bytes, or such as 512MiB, 4GiB"
+
+
+def test_a_key_that_is_too_short_is_told_in_characters_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError) as raised:
+        load({"admin_key": "hidden"})
+    assert str(raised.value) == "admin_key: must have at least 8 characters, has 6"
+    monkeypatch.setenv("PEERKV_TENANTS", '[{"name": "a", "api_key": "tiny"}]')
+    with pytest.raises(SettingsError) as raised:
+        load()
+    assert str(raised.value) == "tenants.0.api_key: must have at least 8 characters, has 4"
+
+
+@pytest.mark.parametrize(("text", "words"), [("acme:secret", "PEERKV_TENANTS is not JSON;"), ("{}", "must be a list,")])
+def test_tenants_in_another_form_get_an_example(text: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_TENANTS", text)
+    with pytest.raises(SettingsError) as raised:
+        load()
+    assert f'{words} for example [{{"name": "acme", "api_key": "…"}}]' in str(raised.value)
+    assert "secret" not in str(raised.value)
+
+
+def test_words_that_begin_as_a_json_list_and_are_none_are_told_what_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_CORS_ORIGINS", "[https://a.example]")
+    with pytest.raises(SettingsError, match=r'^cors_origins: begins with \[ but is not a JSON list, such as \["one", "two"\]$'):
+        load()
