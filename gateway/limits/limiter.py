@@ -52,14 +52,17 @@ class Limiter:
         self._changed = True
         return found
 
-    def hold(self, reservation: Reservation, usage: Usage) -> None:
-        """Hold what a request may come to. Raises ApiError when that is too much; then it counts for nothing."""
+    def hold(self, reservation: Reservation, usage: Usage, assumed: int | None = None) -> None:
+        """Hold what a request may come to, with `assumed` tokens for an answer whose `max_tokens` it does not name.
+
+        Raises ApiError when that is too much; then it counts for nothing.
+        """
         now = self._clock()
         short = self.book.hold(reservation.id, self.prices.charge(usage), now)
         if short is not None:
             self.book.withdraw(reservation.id, now)
             self._use(reservation.key).requests -= 1
-            raise self._refused(reservation.key, short)
+            raise self._refused(reservation.key, short, assumed)
 
     def settle(self, reservation: Reservation, usage: Usage) -> None:
         """Charge what a request used, once: any further call changes nothing."""
@@ -121,9 +124,9 @@ class Limiter:
         uses = {str(limit): LimitUse(limit=most, used=account.used(limit)) for limit, most in limits if most is not None}
         return KeyUse(key=key.name, requests_in_flight=account.running, limits=uses)
 
-    def _refused(self, key: Key, short: Shortage) -> ApiError:
+    def _refused(self, key: Key, short: Shortage, assumed: int | None = None) -> ApiError:
         self.count_refusal(key, short.limit)
-        return refusal(key.name, short)
+        return refusal(key.name, short, assumed)
 
     def _use(self, key: Key) -> TenantUse:
         use = self._uses.get(key.tenant)

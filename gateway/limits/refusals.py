@@ -25,12 +25,12 @@ class LimitReached(ApiError):
     status = 429
     code = "rate_limit_exceeded"
 
-    def __init__(self, key: str, short: Shortage) -> None:
+    def __init__(self, key: str, short: Shortage, assumed: int | None = None) -> None:
         figures = f"Limit {short.allowed}, Used {short.used}, Requested {short.asked}"
         where = f"for API key '{key}' on {_WORDS[short.limit]}: {figures}"
         kind = "requests" if short.limit in _OF_REQUESTS else "tokens"
         if short.seconds is None:
-            message = f"Request too large {where}. Send a shorter prompt, or a smaller 'max_tokens' or 'n'."
+            message = f"Request too large {where}. {_assumed(assumed)}Send a shorter prompt, or a smaller 'max_tokens' or 'n'."
             super().__init__(message, type=kind, headers=_NO_RETRY)
             return
         seconds = max(1, ceil(short.seconds))
@@ -45,13 +45,15 @@ class QuotaUsedUp(ApiError):
     type = "insufficient_quota"
     code = "insufficient_quota"
 
-    def __init__(self, key: str, short: Shortage) -> None:
+    def __init__(self, key: str, short: Shortage, assumed: int | None = None) -> None:
         figures = f"Limit {short.allowed}, Used {short.used}, Requested {short.asked}"
         headers = dict(_NO_RETRY)
         if short.seconds is not None:
             headers["retry-after"] = str(max(1, ceil(short.seconds)))
         anew = "at 00:00 UTC" if short.limit is Limit.TOKENS_PER_DAY else "with the next month, in UTC"
-        message = f"API key '{key}' exceeded its quota on {_WORDS[short.limit]}: {figures}. It begins anew {anew}."
+        message = (
+            f"API key '{key}' exceeded its quota on {_WORDS[short.limit]}: {figures}. {_assumed(assumed)}It begins anew {anew}."
+        )
         super().__init__(message, headers=headers)
 
 
@@ -66,6 +68,12 @@ class NoSuchModel(ApiError):
         super().__init__(f"The model '{name}' does not exist or you do not have access to it.", param="model")
 
 
-def refusal(key: str, short: Shortage) -> ApiError:
-    """The error of a shortage."""
-    return QuotaUsedUp(key, short) if short.spent else LimitReached(key, short)
+def refusal(key: str, short: Shortage, assumed: int | None = None) -> ApiError:
+    """The error of a shortage; `assumed` is the `max_tokens` reserved for a request that names none."""
+    return QuotaUsedUp(key, short, assumed) if short.spent else LimitReached(key, short, assumed)
+
+
+def _assumed(tokens: int | None) -> str:
+    return (
+        "" if tokens is None else f"It names no 'max_tokens', so {tokens} were reserved for each answer: naming fewer helps. "
+    )

@@ -64,7 +64,8 @@ class Charge:
             self._limiter.count_refusal(self._key, "size")
             raise
         prompt_tokens, answer_tokens, changes = self._size
-        self._limiter.hold(self._reservation, Usage(prompt_tokens, 0, answer_tokens))
+        assumed = changes.get("max_completion_tokens", changes.get("max_tokens"))
+        self._limiter.hold(self._reservation, Usage(prompt_tokens, 0, answer_tokens), assumed)
         if body.get("stream") is True and endpoint != "embeddings":
             options, interval = body.get("stream_options"), body.get("stream_interval")
             self.hides_usage = not (isinstance(options, dict) and options.get("include_usage") is True)

@@ -76,7 +76,17 @@ def test_what_can_never_fit_is_not_to_be_tried_again_and_counts_for_nothing() ->
     error = refused(limiter, key, Usage(90, 0, 20))
     assert (error.type, error.code, error.headers) == ("tokens", "rate_limit_exceeded", {"x-should-retry": "false"})
     assert "Request too large" in error.message
+    assert "names no" not in error.message
     limiter.begin(key)
+
+
+@pytest.mark.parametrize("limit", ["tokens_per_minute", "tokens_per_day"])
+def test_who_names_no_max_tokens_is_told_what_was_reserved(limit: str) -> None:
+    key = limited(**{limit: 1000})
+    limiter = made(key)
+    with pytest.raises(ApiError) as caught:
+        limiter.hold(limiter.begin(key), Usage(90, 0, 4096), 4096)
+    assert "It names no 'max_tokens', so 4096 were reserved for each answer: naming fewer helps." in caught.value.message
 
 
 def test_a_budget_that_is_used_up_is_a_quota() -> None:

@@ -188,6 +188,15 @@ async def test_bounds_are_put_into_the_body_of_requests_that_name_none(tmp_path:
         assert (status, body["error"]["param"]) == (400, "n")
 
 
+@pytest.mark.parametrize("named", [{}, {"max_tokens": 50}])
+async def test_a_chat_too_large_for_its_key_is_told_what_was_reserved_for_it(tmp_path: Path, named: dict[str, int]) -> None:
+    async with limited_door(tmp_path, limited(tokens_per_minute=20), answer_tokens_default=40) as door:
+        body = {"messages": CHAT["messages"]} | named
+        status, answer, _ = await door.post("/v1/chat/completions", body, headers=headers("a"))
+        told = "It names no 'max_tokens', so 40 were reserved for each answer" in answer["error"]["message"]
+        assert (status, told) == (429, not named)
+
+
 async def test_a_key_that_is_taken_away_does_not_disturb_its_requests_under_way(tmp_path: Path) -> None:
     async with limited_door(tmp_path, limited(requests_in_flight_max=2)) as door:
         body = COMPLETION | {"stream": True, "max_tokens": 20, "fake": {"token_delay": 0.01}}
