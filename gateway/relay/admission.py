@@ -15,16 +15,18 @@ from gateway.limits.shapes import QueueStats
 
 _SECONDS = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,9})?")
 _SMOOTHING = 0.1  # the weight of the newest interval
+_NO_PLACE = "all places to wait are taken"
 
 
 class QueueFull(Unavailable):
-    """There is no place to wait, or the request's turn would come too late."""
+    """There is no place to wait, or the request's turn would come too late: `expected` seconds is how long one waits now."""
 
     code = "queue_full"
 
-    def __init__(self, seconds: float) -> None:
-        text = "Too many requests are waiting for a replica, so this one would have to wait for too long."
-        super().__init__(text, retry_after_seconds=max(1, ceil(seconds)))
+    def __init__(self, why: str, expected: float) -> None:
+        seconds = max(1, ceil(expected))
+        text = f"Too many requests are waiting for a replica: {why}. The expected wait is about {seconds} s."
+        super().__init__(text, retry_after_seconds=seconds)
 
 
 class AdmissionSettings(Protocol):
@@ -59,7 +61,7 @@ class Admission:
         self._ready = ready
         self._clock = clock
         self._queue = FairQueue(settings.queue_requests_max)
-        self._turns: dict[int, asyncio.Future[None]] = {}
+        self._turns: dict[int, asyncio.Future[bool]] = {}  # whether the turn has come, or the place was lost
         self._running = 0
         self._left_at = 0.0
         self._interval_seconds = 0.0
@@ -73,22 +75,24 @@ class Admission:
             self._running += 1
             return
         seconds = self._seconds_max if seconds_max is None else min(seconds_max, self._seconds_max)
-        expected = self._interval_seconds * (self._queue.ahead_of(tenant) + 1)
+        expected = self._expected(tenant)
         place = self._queue.put(tenant, rank, tokens) if expected <= seconds else None
         if place is None:
-            raise self._refusal(expected)
+            late = f"its turn would come too late, as it may wait for {seconds:g} s"
+            raise self._refusal(_NO_PLACE if expected <= seconds else late, tenant)
         if place.displaced is not None:
-            self._tell(place.displaced, self._refusal(expected))
+            self._tell(place.displaced, comes=False)
         began, turn = self._clock(), asyncio.get_running_loop().create_future()
         self._turns[place.number] = turn
         self.stats.waited_requests += 1
         self._let_in()
         try:
             async with asyncio.timeout(seconds):
-                await turn
+                if not await turn:
+                    raise self._refusal(_NO_PLACE, tenant)
         except TimeoutError:
             self._give_up(turn)
-            raise self._refusal(self._interval_seconds) from None
+            raise self._refusal(f"its turn did not come within {seconds:g} s", tenant) from None
         except asyncio.CancelledError:
             self._give_up(turn)
             raise
@@ -110,9 +114,13 @@ class Admission:
         """The figures now."""
         return self.stats.model_copy(update={"waiting_requests": len(self._queue)})
 
-    def _give_up(self, turn: asyncio.Future[None]) -> None:
+    def _expected(self, tenant: str) -> float:
+        """In how many seconds the turn of a tenant's next request would come."""
+        return self._interval_seconds * (self._queue.ahead_of(tenant) + 1)
+
+    def _give_up(self, turn: asyncio.Future[bool]) -> None:
         """The turn may have come while it was being given up."""
-        if turn.done() and not turn.cancelled() and turn.exception() is None:
+        if turn.done() and not turn.cancelled() and turn.result():
             self.leave()
 
     def _has_room(self) -> bool:
@@ -122,19 +130,16 @@ class Admission:
         while len(self._queue) and self._has_room():
             number = self._queue.take()
             assert number is not None
-            self._running += self._tell(number, None)
+            self._running += self._tell(number, comes=True)
 
-    def _tell(self, number: int, refusal: QueueFull | None) -> bool:
+    def _tell(self, number: int, *, comes: bool) -> bool:
         """Say that the turn has come, or never will; False if it is being given up."""
         turn = self._turns[number]
         if turn.done():
             return False
-        if refusal is None:
-            turn.set_result(None)
-        else:
-            turn.set_exception(refusal)
+        turn.set_result(comes)
         return True
 
-    def _refusal(self, seconds: float) -> QueueFull:
+    def _refusal(self, why: str, tenant: str) -> QueueFull:
         self.stats.refused_requests += 1
-        return QueueFull(seconds)
+        return QueueFull(why, self._expected(tenant))

@@ -173,6 +173,30 @@ async def test_a_request_whose_turn_would_come_too_late_is_refused_at_once() -> 
     with pytest.raises(QueueFull) as refused:
         await admission.enter("d", NORMAL, 1, seconds_max=5.0)
     assert refused.value.headers["retry-after"] == "100"
+    assert "too late, as it may wait for 5 s. The expected wait is about 100 s." in refused.value.message
+
+
+async def test_who_loses_its_place_is_told_the_wait_of_its_own_tenant() -> None:
+    clock = Clock()
+    admission = Admission(Room(), lambda: 1, clock)
+    await admission.enter("a", NORMAL, 1)
+    flood = [asyncio.create_task(admission.enter("flood", NORMAL, 1)) for _ in range(2)]
+    await waits(admission, 2)
+    clock.now += 100.0
+    for _ in range(2):  # the second one measures: 10 s are between two turns
+        admission.leave()
+        await asyncio.sleep(0)
+        clock.now += 100.0
+    await asyncio.gather(*flood)
+    flood = [asyncio.create_task(admission.enter("flood", NORMAL, 1)) for _ in range(2)]
+    await waits(admission, 2)
+    quiet = asyncio.create_task(admission.enter("quiet", NORMAL, 1))
+    with pytest.raises(QueueFull) as refused:
+        await flood[1]
+    assert refused.value.headers["retry-after"] == "30"
+    quiet.cancel()
+    flood[0].cancel()
+    await asyncio.gather(quiet, flood[0], return_exceptions=True)
 
 
 async def test_room_is_for_each_replica_and_for_one_even_if_none_is_ready() -> None:
