@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from gateway.cli.spans import SPANS, span_of
 from gateway.errors import SettingsError
 from gateway.settings import load
 from gateway.tenants.key_file import KeyFileError, locked, read_keys, write_keys
 from gateway.tenants.keys import CLASSES, Key, KeyLimits, Keys, digest_of, new_token
 
 GRACE_DEFAULT = "1h"
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_SPAN = re.compile(r"([0-9]+)([smhd])")
-_SPANS = "such as 30m, 12h or 90d"
 _FREE = "a revoked or expired key gives way to a new one of its name"
 
 Work = Callable[[argparse.Namespace, Path, datetime], int]
@@ -40,7 +37,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add.add_argument("--model", action="append", default=[], help="a model that it may name; repeat for more (default: all)")
     text = "its requests' class where they wait for their turn (default: normal)"
     add.add_argument("--priority", choices=CLASSES, default="normal", help=text)
-    add.add_argument("--expires", metavar="WHEN", help=f"a span, {_SPANS}, or a date (default: never)")
+    add.add_argument("--expires", metavar="WHEN", help=f"a span, {SPANS}, or a date (default: never)")
     for name, field in KeyLimits.model_fields.items():
         flag = "--" + name.replace("_", "-")
         add.add_argument(flag, type=int, metavar="N", help=f"{field.description} (default: no limit)")
@@ -49,7 +46,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     revoke.add_argument("name", metavar="NAME", help="as `keys list` shows it")
     rotate = _add(verbs, "rotate", _rotate, "replace a key by a new one with the same limits", "keys rotate alice --grace 24h")
     rotate.add_argument("name", metavar="NAME", help="as `keys list` shows it")
-    text = f"how long the old key works too, {_SPANS}; 0s ends it at once (default: {GRACE_DEFAULT})"
+    text = f"how long the old key works too, {SPANS}; 0s ends it at once (default: {GRACE_DEFAULT})"
     rotate.add_argument("--grace", default=GRACE_DEFAULT, metavar="SPAN", help=text)
 
 
@@ -107,9 +104,9 @@ def _revoke(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
 
 
 def _rotate(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
-    token, grace = new_token(), _span(arguments.grace)
+    token, grace = new_token(), span_of(arguments.grace)
     if grace is None:
-        raise SettingsError(f"--grace: '{arguments.grace}' is no span of time, {_SPANS}")
+        raise SettingsError(f"--grace: '{arguments.grace}' is no span of time, {SPANS}")
     with locked(path) as keys:
         key = _named(keys, arguments.name)
         if key.state(now) != "active":
@@ -178,23 +175,15 @@ def _checked(**values: Any) -> Key:
         raise SettingsError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
-def _span(text: str) -> timedelta | None:
-    found = _SPAN.fullmatch(text)
-    try:
-        return None if found is None else timedelta(seconds=int(found[1]) * _SECONDS[found[2]])
-    except OverflowError:
-        return None
-
-
 def _moment(text: str | None, now: datetime) -> datetime | None:
     """When a key expires. Raises SettingsError."""
     if text is None:
         return None
     try:
-        span = _span(text)
+        span = span_of(text)
         moment = datetime.fromisoformat(text) if span is None else now + span
     except (ValueError, OverflowError):
-        raise SettingsError(f"--expires: '{text}' is neither a span, {_SPANS}, nor a date such as 2027-01-31") from None
+        raise SettingsError(f"--expires: '{text}' is neither a span, {SPANS}, nor a date such as 2027-01-31") from None
     moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
     if moment <= now:
         raise SettingsError(f"--expires: {text} is over already")

@@ -81,8 +81,9 @@ def render(attempt: Attempt) -> RenderableType:
 def _brings(group: GroupStats) -> str:
     """What a KV cache group adds to an import."""
     window = f" of {group.window} tokens" if group.window else ""
+    kind = "full attention" if group.kind == "full" else group.kind
     cost = f"{group.token_bytes:,.0f} bytes a token" if group.token_bytes else f"{group.import_bytes:,.0f} bytes"
-    return f"{cost} for {group.layers} layers of {group.kind}{window}"
+    return f"{cost} for {group.layers} layers of {kind}{window}"
 
 
 def _outcome(attempt: Attempt) -> str:

@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gateway.cli.kv_stats import StatsNotRead, add_gateway_flags, ask, client_for
-from gateway.kept_prefixes.book import KeptPrefixAnswer, PrefixPlace
+from gateway.cli.spans import SPANS, span_of
+from gateway.kept_prefixes.book import KeptPrefixAnswer, PlaceState, PrefixPlace
 from gateway.kept_prefixes.shapes import TTL_SECONDS_DEFAULT, PrefixRemoved, PrefixReport
 
 PREFIXES_SHOWN = 20
@@ -43,7 +44,8 @@ def add_views(views: "argparse._SubParsersAction[Any]") -> None:
         "--messages", type=Path, metavar="FILE", help="the first messages of chats, as JSON; -: from standard input"
     )
     pin.add_argument("--replicas", type=int, metavar="N", help="number of replicas that should hold it (default: 1)")
-    pin.add_argument("--ttl", type=float, metavar="SECONDS", help=f"how long to keep it (default: {TTL_SECONDS_DEFAULT:g})")
+    text = f"how long to keep it, in seconds or {SPANS} (default: {TTL_SECONDS_DEFAULT:g})"
+    pin.add_argument("--ttl", type=_seconds, metavar="SPAN", help=text)
     pin.add_argument("--renew", action="store_true", help="renew it before its time is up, until it is unpinned (default: no)")
     pin.add_argument(
         "--no-pin", action="store_true", help="only put it into the caches, where it may be evicted (default: pin it)"
@@ -94,7 +96,16 @@ def _pin(arguments: argparse.Namespace, client: httpx.Client, console: Console) 
     kept = _read(KeptPrefixAnswer, answer)
     places = "; ".join(map(_place, kept.places))
     _show(arguments, console, answer, Text(f"{kept.id}: {kept.tokens} tokens for {kept.ttl:g} s: {places}"))
-    return 0
+    return 1 if kept.pin and not any(place.state is PlaceState.PINNED for place in kept.places) else 0
+
+
+def _seconds(text: str) -> float:
+    """Raises argparse.ArgumentTypeError."""
+    span = span_of(text)
+    try:
+        return float(text) if span is None else span.total_seconds()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number of seconds nor a span, {SPANS}") from None
 
 
 def _wanted(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -98,8 +98,11 @@ def ask(
     try:
         answer = client.request(method, path, json=body, timeout=seconds_max)
     except httpx.HTTPError as error:
-        raise StatsNotRead(f"no gateway is answering at {client.base_url}: {error}") from error
+        why = f"no gateway is answering at {client.base_url}: {error}"
+        raise StatsNotRead(f"{why}; start one by `peerkv serve`, or name its --port") from error
     if answer.status_code in (401, 403):
+        if "authorization" in client.headers:
+            raise StatsNotRead("the gateway refuses this admin key")
         raise StatsNotRead("the gateway requires the admin key: pass --admin-key or set PEERKV_ADMIN_KEY")
     if answer.status_code == 404 and missing:
         raise StatsNotRead(missing)

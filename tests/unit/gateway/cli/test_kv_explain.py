@@ -94,7 +94,7 @@ def test_an_attempt_shows_what_each_group_of_its_replicas_cache_makes_an_import_
     ]
     written = io.StringIO()
     Console(file=written, width=200).print(kv_explain.render(attempt))
-    assert "256 bytes a token for 2 layers of full; 9,000 bytes for 3 layers of state" in written.getvalue()
+    assert "256 bytes a token for 2 layers of full attention; 9,000 bytes for 3 layers of state" in written.getvalue()
     assert "4,096 bytes for 1 layers of window of 128 tokens" in written.getvalue()
 
 

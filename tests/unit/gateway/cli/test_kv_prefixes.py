@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,33 @@ def test_pin_keeps_a_text_and_shows_where() -> None:
     body = {"text": "You are", "replicas": 2, "ttl": 60.0, "tenant": "a", "pin": True, "renew": True}
     assert (status, gateway.asked) == (0, [("POST", "/kv/prefixes", body)])
     assert "p-1: 64 tokens for 60 s: replica-1 pinned" in output
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("90", 90.0), ("0.5", 0.5), ("1h", 3600.0), ("2d", 172800.0)])
+def test_pin_takes_seconds_and_spans(given: str, seconds: float) -> None:
+    gateway = Gateway(201, KEPT)
+    assert gateway.run("pin", "x", "--ttl", given)[0] == 0
+    assert gateway.asked[0][2]["ttl"] == seconds
+
+
+def test_a_ttl_that_is_no_span_is_told_what_one_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Gateway(201, KEPT).run("pin", "x", "--ttl", "soon")
+    assert "'soon' is neither a number of seconds nor a span, such as 30m, 12h or 90d" in capsys.readouterr().err
+
+
+def test_a_pin_that_was_refused_is_a_failure() -> None:
+    refused = replace(KEPT, places=[replace(PLACE, state=PlaceState.REFUSED, reason="pins are full")])
+    status, output = Gateway(201, refused).run("pin", "x")
+    assert status == 1
+    assert "replica-1 refused (pins are full)" in output
+    assert Gateway(201, replace(refused, pin=False, places=[replace(PLACE, state=PlaceState.WARM)])).run("pin", "x")[0] == 0
+    assert Gateway(201, replace(refused, places=[*refused.places, PLACE])).run("pin", "x")[0] == 0
+
+
+def test_a_wrong_admin_key_is_told_apart_from_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Gateway(401, "{}").run("prefixes", "--admin-key", "wrong")[0] == 1
+    assert capsys.readouterr().err == "peerkv: the gateway refuses this admin key\n"
 
 
 def test_pin_reads_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

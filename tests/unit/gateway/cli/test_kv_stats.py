@@ -176,7 +176,10 @@ def test_json_is_the_body_itself(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (httpx.ConnectError("refused"), "no gateway is answering at http://gateway:1"),
+        (
+            httpx.ConnectError("refused"),
+            "no gateway is answering at http://gateway:1: refused; start one by `peerkv serve`, or name its --port",
+        ),
         (httpx.Response(401), "--admin-key"),
         (httpx.Response(403), "--admin-key"),
         (httpx.Response(500), "answered 500"),
