@@ -123,7 +123,8 @@ class UnknownPath(ApiError):
     code = "unknown_url"
 
     def __init__(self, method: str, path: str) -> None:
-        super().__init__(f"Unknown request URL: {method} {path}. See /openapi.json for what is served.")
+        page = ", and /ui for a page about it" if path == "/" else ""
+        super().__init__(f"Unknown request URL: {method} {path}. See /openapi.json for what is served{page}.")
 
 
 class UnknownModel(ApiError):

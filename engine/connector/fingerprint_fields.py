@@ -49,8 +49,9 @@ def scheduler_fields(vllm_config: Any, groups: tuple[Group, ...], hash_name: str
 
 def describe(group: Group) -> str:
     """Return what a group is, in words that are equal when its blocks are."""
+    kind = "full attention" if group.kind == "full" else group.kind
     window = f" of {group.window} tokens" if group.window else ""
-    return f"{group.layers} layers of {group.kind}{window}, {group.block_size} tokens and {group.bytes} bytes a block"
+    return f"{group.layers} layers of {kind}{window}, {group.block_size} tokens and {group.bytes} bytes a block"
 
 
 def worker_fields(

@@ -12,6 +12,7 @@ from engine.fleet import FleetView
 from gateway.steering.outliers import Ejection, OutlierState
 
 READY_RETRY_SECONDS = 5
+NO_REPLICAS = "there are no replicas: `peerkv engine` starts them"  # beside `peerkv serve` there always are
 
 
 class Outlook(Protocol):
@@ -86,7 +87,7 @@ def readiness_of(fleet: FleetView, outlook: Outlook, *, draining: bool) -> Readi
     if draining:
         reason = "the gateway is stopping"
     elif not snapshot.replicas:
-        reason = "there are no replicas yet"
+        reason = NO_REPLICAS
     elif in_place and not ready:
         reason = "every replica that is up is suspect, or ejected for its failures"
     else:

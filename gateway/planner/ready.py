@@ -17,7 +17,8 @@ def with_ready(state: FleetState, wanted: str | None = None, exclude: Set[str] =
     if exclude:
         state = state.without(exclude)
     if not state.ready:
-        raise NoReplicaReady("; ".join(f"{replica.name} is {replica.state.value}" for replica in state.snapshot.replicas))
+        states = "; ".join(f"{replica.name} is {replica.state.value}" for replica in state.snapshot.replicas)
+        raise NoReplicaReady(states or "there are none: `peerkv engine` starts them")
     return state
 
 

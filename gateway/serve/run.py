@@ -66,7 +66,7 @@ async def gateway(settings: Settings) -> None:
     settings = _with_descriptors(settings)
     async with contextlib.AsyncExitStack() as stack:
         request_log = _request_log(stack, settings)
-        starting = StartingDoor(f"waiting for the replicas of {settings.run_dir}")
+        starting = StartingDoor(f"waiting for the replicas of {settings.run_dir}, which `peerkv engine` starts")
         server, switch = await stack.enter_async_context(_serving(settings, starting))
         fleet = FileFleet(settings.run_dir, hold_seconds=HOLD_SECONDS)
         say(starting.reason)

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from engine.connector.fingerprint_fields import worker_fields
+from engine.connector.fingerprint_fields import describe, worker_fields
+from transport.groups import Group
 
 CONFIG = SimpleNamespace(
     compilation_config=SimpleNamespace(static_forward_context={}), cache_config=SimpleNamespace(cache_dtype="auto")
@@ -21,3 +22,8 @@ def test_the_names_of_layers_their_order_and_their_groups_are_compared():
     others = [layers_of("acb", {"a": 0, "b": 1, "c": 1}), layers_of("abd", {"a": 0, "b": 1, "d": 1})]
     others += [layers_of("abc", {"a": 0, "b": 0, "c": 1}), layers_of("abc", {"a": 1, "b": 0, "c": 1}), layers_of("abc", None)]
     assert len({same, *others}) == 6
+
+
+def test_a_group_is_told_in_words():
+    assert describe(Group("full", 16, 0, 30, 64)) == "30 layers of full attention, 16 tokens and 64 bytes a block"
+    assert describe(Group("window", 16, 42, 2, 64)).startswith("2 layers of window of 42 tokens, ")

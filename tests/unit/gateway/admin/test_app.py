@@ -52,7 +52,7 @@ async def test_health_says_that_the_gateway_lives_without_any_replica(door: Door
 
 async def test_not_ready_without_replicas(door: Door) -> None:
     status, body, headers = await door.get("/ready")
-    assert (status, body["ready"], body["reason"]) == (503, False, "there are no replicas yet")
+    assert (status, body["ready"], body["reason"]) == (503, False, "there are no replicas: `peerkv engine` starts them")
     assert int(headers["retry-after"]) > 0
 
 
@@ -117,6 +117,7 @@ async def test_a_wrong_query_has_openais_error_form(door: Door) -> None:
 async def test_an_unknown_path_has_openais_error_form(door: Door, path: str) -> None:
     status, body, headers = await door.get(path)
     assert (status, body["error"]["code"]) == (404, "unknown_url")
+    assert ("/ui" in body["error"]["message"]) == (path == "/")
     assert headers["x-request-id"]
 
 

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 
 from engine.fleet import ReplicaState
+from gateway.block_registry.fleet_state import EMPTY
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, PromptTooLong, ReplicaNotReady, UnknownReplica
 from gateway.planner.planner import Planner
+from gateway.planner.ready import with_ready
 from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
 from gateway.prompts.prompt_reader import PromptReader
 from gateway.relay.engine_body import engine_body
@@ -304,6 +306,11 @@ async def test_only_ready_replicas_are_chosen(place: Place) -> None:
     place.fleet.set("a", ReplicaState.STARTING)
     with pytest.raises(NoReplicaReady, match="a is starting; b is draining"):
         await place.plan(IDS)
+
+
+def test_without_any_replica_it_is_said_who_starts_them() -> None:
+    with pytest.raises(NoReplicaReady, match="there are none: `peerkv engine` starts them"):
+        with_ready(EMPTY)
 
 
 async def test_a_pinned_request_goes_where_it_says_and_imports_from_the_best_holder(place: Place) -> None:

@@ -315,7 +315,7 @@ async def test_a_reserved_argument_of_vllm_is_refused(tmp_path: Path) -> None:
 
 async def test_gateway_and_engine_run_as_two_processes(tmp_path: Path) -> None:
     async with peerkv(tmp_path, command="gateway") as gateway:
-        await until(lambda: _says(gateway, "waiting for the replicas"))
+        await until(lambda: _says(gateway, "waiting for the replicas of") and _says(gateway, "which `peerkv engine` starts"))
         assert (await gateway.get("/health"))[0] == 200
         async with peerkv(tmp_path, command="engine") as engine:
             await gateway.ready()
