@@ -243,7 +243,9 @@ async def test_kill_9_of_the_gateway_leaves_nothing(tmp_path: Path) -> None:
 async def test_a_replica_that_is_killed_comes_back_and_nobody_notices(tmp_path: Path) -> None:
     async with peerkv(tmp_path) as gateway:
         await gateway.ready()
+        sockets = list((tmp_path / "run").glob("*.sock"))
         os.kill(gateway.engines()[0], signal.SIGKILL)
+        await until(lambda: any(map(_is_closed, sockets)))  # a request that it had got could be what ended it
         answers = await asyncio.gather(*(gateway.complete() for _ in range(8)))
         assert {status for status, _ in answers} == {200}
         await until(lambda: _restarts(gateway))
@@ -392,6 +394,16 @@ async def _restarts(gateway: Process) -> bool:
 
 def _says(gateway: Process, words: str) -> bool:
     return any(words in line for line in gateway.err)
+
+
+def _is_closed(path: Path) -> bool:
+    """Whether nobody listens on a unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return True
+    return False
 
 
 def _refuses_connections(port: int) -> bool:
