@@ -70,6 +70,10 @@ def default_limits_file(port: int) -> Path:
     return default_log_dir(port).parent.parent / "limits" / f"{port}.json"
 
 
+SSE_KEEP_ALIVE_SECONDS_MIN = 0.01
+"""A wait is looked at four times in an interval."""
+
+
 class Tenant(BaseModel):
     """One configured tenant."""
 
@@ -233,8 +237,8 @@ class Settings(BaseSettings):
     sse_keep_alive_seconds: float = Field(
         0.0,
         ge=0,
-        description="interval of comments to clients that wait for a stream's first event; 0: none. With the first one the "
-        "answer's head leaves, and x-peerkv-cache is not in it",
+        description="interval of comments to clients that wait for a stream's first event, at least 0.01; 0: none. With the "
+        "first one the answer's head leaves, and x-peerkv-cache is not in it",
     )
     upstream_idle_seconds: float = Field(
         3.0, gt=0, description="how long an idle connection to a replica is kept open; vLLM closes it after 5 s"
@@ -379,6 +383,8 @@ class Settings(BaseSettings):
             seen = [getattr(tenant, what) for tenant in self.tenants]
             if len(set(seen)) != len(seen):
                 raise ValueError(f"tenants: two have the same {what}")
+        if 0 < self.sse_keep_alive_seconds < SSE_KEEP_ALIVE_SECONDS_MIN:
+            raise ValueError(f"sse_keep_alive_seconds: 0, or at least {SSE_KEEP_ALIVE_SECONDS_MIN}")
         if self.admin_key is not None and any(tenant.api_key == self.admin_key for tenant in self.tenants):
             raise ValueError("tenants: one has the admin key as its api_key")
         return self

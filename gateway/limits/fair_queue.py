@@ -75,16 +75,21 @@ class FairQueue:
         """How many wait."""
         return len(self._of)
 
-    def ahead_of(self, tenant: str) -> int:
-        """About how many go before the next request of a tenant: its own, and as many of each other tenant."""
-        own = self._counts.get(tenant, 0)
-        return sum(min(count, own + 1) for name, count in self._counts.items() if name != tenant) + own
+    def ahead_of(self, tenant: str, rank: int) -> int:
+        """About how many go before the next request of a tenant in a class.
+
+        All of the classes before that one; in it the tenant's own, and as many of each other tenant.
+        """
+        before = sum(len(waiting) for of_class in self._classes[:rank] for waiting in of_class.tenants.values())
+        tenants = self._classes[rank].tenants
+        own = len(tenants.get(tenant, ()))
+        return before + sum(min(len(waiting), own + 1) for name, waiting in tenants.items() if name != tenant) + own
 
     def put(self, tenant: str, rank: int, tokens: int) -> Place | None:
         """Have a request wait, `rank` being its place in CLASSES; None if there is no place for it."""
         displaced = None
         if len(self._of) >= self._requests_max:
-            displaced = self._give_way(tenant)
+            displaced = self._give_way(tenant, rank)
             if displaced is None:
                 return None
         number = next(self._numbers)
@@ -117,13 +122,19 @@ class FairQueue:
         self._count_out(number)
         return True
 
-    def _give_way(self, tenant: str) -> int | None:
-        """Take the last one of the lowest class away from the tenant that has most, if that is more than `tenant` has."""
-        name = max(self._counts, key=self._counts.__getitem__, default=None)
-        if name is None or self._counts[name] <= self._counts.get(tenant, 0) + 1:
+    def _give_way(self, tenant: str, rank: int) -> int | None:
+        """Take the last one away from the tenant that has most in the lowest class; None if nobody has to give way.
+
+        In `rank`'s own class that tenant has to have more than `tenant`. A class that goes before it does not give way.
+        """
+        lowest = max(each for each, of_class in enumerate(self._classes) if of_class.tenants)
+        if lowest < rank:
             return None
-        waiting = next(of_class.tenants[name] for of_class in reversed(self._classes) if name in of_class.tenants)
-        number = waiting[-1].number
+        tenants = self._classes[lowest].tenants
+        name = max(tenants, key=lambda each: len(tenants[each]))
+        if lowest == rank and len(tenants[name]) <= len(tenants.get(tenant, ())) + 1:
+            return None
+        number = tenants[name][-1].number
         self.remove(number)
         return number
 

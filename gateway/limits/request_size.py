@@ -9,12 +9,14 @@ from gateway.api.body import Endpoint
 from gateway.errors import InvalidRequest
 from gateway.tenants.keys import KeyLimits
 
+NUMBER_MAX = 1 << 31
+"""Of what a request may ask for: far more than any model gives."""
 COMPLETION_TOKENS = 16
 """vLLM's, as OpenAI's, for completions without `max_tokens`."""
 
 
 class PromptSize(NamedTuple):
-    """`tokens` of each of `prompts` prompts at most; `certain`: that is the engine's own count, rather than a bound."""
+    """`prompts` prompts of so many `tokens` each, by the engine's count; if not `certain`, a bound of all of them together."""
 
     tokens: int
     prompts: int
@@ -43,9 +45,10 @@ def size_of(
     Where nothing bounds tokens the body stays as it is. A chat without `max_tokens` may go on to the end of the context: it is
     given `answer_tokens_default`, or what is left of the context if that is less, as else its key could not have two under way.
     """
+    prompts = prompt.tokens * (prompt.prompts if prompt.certain else 1)
     if context_tokens is not None:
+        prompts = min(prompts, context_tokens * prompt.prompts)
         prompt = prompt._replace(tokens=min(prompt.tokens, context_tokens))
-    prompts = prompt.tokens * prompt.prompts
     if endpoint == "embeddings":
         return RequestSize(prompts, 0, {})
     choices = _number(body, "n", limits.n_max) or 1
@@ -72,6 +75,8 @@ def _number(body: Mapping[str, Any], name: str, most: int | None) -> int | None:
         return None
     if type(value) is not int or value < 0:
         raise InvalidRequest(f"'{name}' must be a whole number.", param=name, code="invalid_type")
+    if value > NUMBER_MAX:
+        raise InvalidRequest(f"'{name}' must be {NUMBER_MAX} or less.", param=name, code="invalid_value")
     if most is not None and value > most:
         raise InvalidRequest(f"'{name}' is {value}, and this API key allows {most}.", param=name, code="invalid_value")
     return value

@@ -133,13 +133,13 @@ class Planner:
         known = request.known
         if known.ids is not None:
             return PromptSize(known.tokens, known.count, certain=True)
-        return PromptSize((known.tokens + 1) * CHARS_PER_TOKEN, 1, certain=False)
+        return PromptSize((known.tokens + 1) * CHARS_PER_TOKEN, known.count, certain=False)
 
     def uncached_tokens(self, request: PlanningRequest) -> int:
         """Return how many tokens of what was read no replica holds now."""
         known = request.known
         if known.ids is None:
-            return known.tokens * known.count
+            return known.tokens  # of all prompts together
         found = self.registry.look_up(self.fleet.now(), known.ids, request.salt, request.lora)
         return max(0, known.tokens - found.held_tokens_max) * known.count
 

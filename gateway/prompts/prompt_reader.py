@@ -183,8 +183,11 @@ class PromptReader:
 
 
 def _embedded(body: Mapping[str, Any]) -> KnownPrompt:
-    tokens = characters_in(body.get("input")) // CHARS_PER_TOKEN
-    return KnownPrompt(None, cacheable=False, tokens=tokens, why_unknown="embeddings are computed whole")
+    given = body.get("input")
+    tokens = characters_in(given) // CHARS_PER_TOKEN
+    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+    count = len(given) if several else 1
+    return KnownPrompt(None, cacheable=False, count=count, tokens=tokens, why_unknown="embeddings are computed whole")
 
 
 def _check_length(param: str, tokens: int, refused: int | None) -> None:
@@ -199,9 +202,12 @@ def characters_in(value: object) -> int:
     while waiting:
         item = waiting.pop()
         if isinstance(item, str):
-            total += len(item)
+            # A character of several bytes may be as many tokens.
+            total += len(item) if item.isascii() else len(item.encode("utf-8", "surrogatepass"))
         elif isinstance(item, list):
-            if not (item and isinstance(item[0], int)):
+            if item and isinstance(item[0], int):
+                total += len(item) * CHARS_PER_TOKEN
+            else:
                 waiting.extend(item)
         elif isinstance(item, dict):
             waiting.extend(item.values())

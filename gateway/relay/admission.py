@@ -14,6 +14,8 @@ from gateway.limits.fair_queue import FairQueue
 from gateway.limits.shapes import QueueStats
 
 _SECONDS = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,9})?")
+LOOK_SECONDS = 1.0
+"""How often one that waits looks for room."""
 _SMOOTHING = 0.1  # the weight of the newest interval
 _NO_PLACE = "all places to wait are taken"
 
@@ -75,11 +77,12 @@ class Admission:
             self._running += 1
             return
         seconds = self._seconds_max if seconds_max is None else min(seconds_max, self._seconds_max)
-        expected = self._expected(tenant)
-        place = self._queue.put(tenant, rank, tokens) if expected <= seconds else None
+        expected = self._expected(tenant, rank)
+        # The first one may wait whatever was measured before: else an interval that is no longer true would stay for ever.
+        place = self._queue.put(tenant, rank, tokens) if expected <= seconds or not len(self._queue) else None
         if place is None:
             late = f"its turn would come too late, as it may wait for {seconds:g} s"
-            raise self._refusal(_NO_PLACE if expected <= seconds else late, tenant)
+            raise self._refusal(_NO_PLACE if expected <= seconds else late, expected)
         if place.displaced is not None:
             self._tell(place.displaced, comes=False)
         began, turn = self._clock(), asyncio.get_running_loop().create_future()
@@ -88,11 +91,14 @@ class Admission:
         self._let_in()
         try:
             async with asyncio.timeout(seconds):
-                if not await turn:
-                    raise self._refusal(_NO_PLACE, tenant)
+                while not turn.done():
+                    await asyncio.wait((turn,), timeout=LOOK_SECONDS)
+                    self._let_in()  # replicas may have become ready meanwhile
+                if not turn.result():
+                    raise self._refusal(_NO_PLACE, self._expected(tenant, rank))
         except TimeoutError:
             self._give_up(turn)
-            raise self._refusal(f"its turn did not come within {seconds:g} s", tenant) from None
+            raise self._refusal(f"its turn did not come within {seconds:g} s", self._expected(tenant, rank)) from None
         except asyncio.CancelledError:
             self._give_up(turn)
             raise
@@ -114,9 +120,9 @@ class Admission:
         """The figures now."""
         return self.stats.model_copy(update={"waiting_requests": len(self._queue)})
 
-    def _expected(self, tenant: str) -> float:
-        """In how many seconds the turn of a tenant's next request would come."""
-        return self._interval_seconds * (self._queue.ahead_of(tenant) + 1)
+    def _expected(self, tenant: str, rank: int) -> float:
+        """In how many seconds the turn of a tenant's next request of a class would come."""
+        return self._interval_seconds * (self._queue.ahead_of(tenant, rank) + 1)
 
     def _give_up(self, turn: asyncio.Future[bool]) -> None:
         """The turn may have come while it was being given up."""
@@ -140,6 +146,6 @@ class Admission:
         turn.set_result(comes)
         return True
 
-    def _refusal(self, why: str, tenant: str) -> QueueFull:
+    def _refusal(self, why: str, seconds: float) -> QueueFull:
         self.stats.refused_requests += 1
-        return QueueFull(why, self._expected(tenant))
+        return QueueFull(why, seconds)

@@ -55,6 +55,7 @@ class Charge:
     ) -> dict[str, Any]:
         """Hold what the request may come to; returns the fields to put into its body for that. Raises ApiError."""
         try:
+            _check_types(body)
             self._size = size_of(
                 *(endpoint, body, self._key, prompt),
                 context_tokens=context_tokens,
@@ -71,7 +72,7 @@ class Charge:
             self.hides_usage = not (isinstance(options, dict) and options.get("include_usage") is True)
             if self.hides_usage:
                 changes["stream_options"] = {"include_usage": True}
-            self._event_tokens = interval if type(interval) is int and interval > 0 else 1
+            self._event_tokens = interval or 1
         return changes
 
     def settle(self) -> None:
@@ -94,9 +95,18 @@ class Charge:
         uncached = _computed(attempt, prompt_tokens)
         uncached = prompt_tokens if uncached is None else uncached
         generated = answer_tokens  # of a large answer that is passed on as it comes the usage is not seen
-        if record.streamed or left:
+        if record.streamed or (left and not self._transaction.begun):
             generated = min(record.events * self._event_tokens, answer_tokens)
         return Usage(uncached, prompt_tokens - uncached, generated)
+
+
+def _check_types(body: dict[str, Any]) -> None:
+    """vLLM takes 1 and "true" for true, and "5" for 5; what is charged depends on these. Raises InvalidRequest."""
+    if type(body.get("stream")) not in (bool, type(None)):
+        raise InvalidRequest("'stream' must be true or false.", param="stream", code="invalid_type")
+    interval = body.get("stream_interval")
+    if interval is not None and (type(interval) is not int or interval < 1):
+        raise InvalidRequest("'stream_interval' must be a whole number above 0.", param="stream_interval", code="invalid_type")
 
 
 def _computed(attempt: Attempt, prompt_tokens: int) -> int | None:

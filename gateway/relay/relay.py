@@ -313,7 +313,7 @@ class Relay(Generic[PlanT]):
                 answer = await self._attempt(request, attempt)
                 if transaction.begun:
                     return
-                if answer is not None and answer.status == 500 and _ENGINE_DIED in answer.body:
+                if _says_that_its_engine_died(answer):
                     may_go_on = self._may_go_on(request, attempt)
             except LocalShortage as error:
                 lost = LEFT_STATUS  # it says nothing about the replica
@@ -337,7 +337,7 @@ class Relay(Generic[PlanT]):
                     retried = False
                 if retried:
                     continue
-            if answer is None or _ENGINE_DIED in answer.body:
+            if answer is None or _says_that_its_engine_died(answer):
                 raise ReplicaLost
             if answer.status == 404 and b'"error"' not in answer.body:  # not vLLM's handler: it has no such route
                 raise NotOfThisModel(request.path)
@@ -418,6 +418,11 @@ def _read_small(endpoint: Endpoint, raw: bytes | bytearray) -> Looked:
 async def _read_large(bodies: LargeBodies, endpoint: Endpoint, raw: bytes | bytearray, tenant: TenantContext) -> Looked:
     body, known, span = await bodies.read(endpoint, raw, tenant.salt)
     return body, known, lambda prompt: spliced_body(raw, span, prompt)
+
+
+def _says_that_its_engine_died(answer: Answer | None) -> bool:
+    """In the body of any other answer the words may be a prompt's, or a model's."""
+    return answer is not None and answer.status == 500 and _ENGINE_DIED in answer.body
 
 
 def _finish(record: RequestRecord, transaction: Transaction) -> None:

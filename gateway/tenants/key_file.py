@@ -42,7 +42,7 @@ def read_keys(path: Path) -> Keys:
         raise KeyFileError(f"the keys file {path} has more than {FILE_BYTES_MAX} bytes")
     try:
         values = tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
         raise KeyFileError(f"the keys file {path} is not TOML: {error}") from None
     try:
         return Keys.model_validate(values)

@@ -41,7 +41,10 @@ class KeyWatch:
             except TimeoutError:
                 pass
             self._asked.clear()
-            await self.look()
+            try:
+                await self.look()
+            except Exception:  # whatever it was, a key that is revoked later has to be noticed
+                _logger.exception("the keys file %s could not be looked at", self._path)
 
     async def look(self) -> None:
         """Take over the file's content if it is another file than the one seen last."""

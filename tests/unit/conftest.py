@@ -4,8 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.unit.transport.replica_tables import ReplicaTables, replica_tables
+
+settings.register_profile("peerkv", deadline=None)  # how long an example takes says nothing on a busy machine
+settings.load_profile("peerkv")
 
 
 @pytest.fixture

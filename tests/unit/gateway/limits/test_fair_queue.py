@@ -63,7 +63,7 @@ def test_in_a_full_queue_the_tenant_with_most_waiting_gives_way() -> None:
     queue = FairQueue(4)
     put(queue, "flood", NORMAL)
     last_of_low = [put(queue, "flood", LOW) for _ in range(3)][-1]
-    assert queue.put("flood", HIGH, 1) is None
+    assert queue.put("flood", LOW, 1) is None
     place = queue.put("quiet", LOW, 1)
     assert place is not None
     assert place.displaced == last_of_low
@@ -86,7 +86,25 @@ def test_how_many_go_first_is_known_about() -> None:
     queue = FairQueue(100)
     for _ in range(50):
         put(queue, "flood")
-    assert queue.ahead_of("quiet") == 1
+    assert queue.ahead_of("quiet", NORMAL) == 1
     put(queue, "quiet")
-    assert queue.ahead_of("quiet") == 3
-    assert queue.ahead_of("flood") == 51
+    assert queue.ahead_of("quiet", NORMAL) == 3
+    assert queue.ahead_of("flood", NORMAL) == 51
+
+
+def test_a_class_gives_way_to_those_before_it_and_not_to_those_behind() -> None:
+    queue = FairQueue(2)
+    put(queue, "a", HIGH)
+    low = put(queue, "b", LOW)
+    place = queue.put("a", HIGH, 1)
+    assert place is not None
+    assert place.displaced == low
+    assert queue.put("c", NORMAL, 1) is None
+
+
+def test_classes_behind_are_not_ahead() -> None:
+    queue = FairQueue(100)
+    for tenant in "abc":
+        put(queue, tenant, LOW)
+        put(queue, tenant, HIGH)
+    assert [queue.ahead_of("d", rank) for rank in (HIGH, NORMAL, LOW)] == [3, 3, 6]

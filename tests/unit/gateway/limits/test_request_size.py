@@ -69,3 +69,14 @@ def test_tokens_are_weighed_with_their_prices_and_rounded_up() -> None:
     assert prices.charge(Usage(10, 30, 5)) == 23
     assert prices.charge(Usage(0, 1, 0)) == 1
     assert prices.charge(Usage()) == 0
+
+
+def test_a_bound_of_several_prompts_is_of_all_of_them() -> None:
+    assert size("completions", {"max_tokens": 7}, PromptSize(500, 100, certain=False)) == (500, 700, {})
+    assert size("embeddings", {}, PromptSize(10**6, 100, certain=False)) == (204_800, 0, {})
+
+
+@pytest.mark.parametrize("name", ["n", "max_tokens"])
+def test_a_number_that_no_model_reaches_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=name):
+        size("completions", {name: 10**400})

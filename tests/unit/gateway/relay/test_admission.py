@@ -170,10 +170,14 @@ async def test_a_request_whose_turn_would_come_too_late_is_refused_at_once() -> 
         admission.leave()
         await asyncio.sleep(0)
     await asyncio.gather(*waiting)
+    first = asyncio.create_task(admission.enter("d", NORMAL, 1))
+    await waits(admission, 1)
     with pytest.raises(QueueFull) as refused:
-        await admission.enter("d", NORMAL, 1, seconds_max=5.0)
-    assert refused.value.headers["retry-after"] == "100"
-    assert "too late, as it may wait for 5 s. The expected wait is about 100 s." in refused.value.message
+        await admission.enter("e", NORMAL, 1, seconds_max=5.0)
+    assert refused.value.headers["retry-after"] == "200"
+    assert "too late, as it may wait for 5 s. The expected wait is about 200 s." in refused.value.message
+    admission.leave()
+    await first
 
 
 async def test_who_loses_its_place_is_told_the_wait_of_its_own_tenant() -> None:
@@ -219,3 +223,30 @@ def test_a_timeout_is_a_number_of_seconds(value: bytes) -> None:
     assert timeout_of(b"0.5") == 0.5
     with pytest.raises(InvalidRequest):
         timeout_of(value)
+
+
+async def test_the_first_one_may_wait_however_slow_it_was_before() -> None:
+    clock = Clock()
+    admission = Admission(Room(), lambda: 1, clock)
+    await admission.enter("a", NORMAL, 1)
+    for _ in range(20):  # slow ones, each with another one waiting
+        waiting = asyncio.create_task(admission.enter("a", NORMAL, 1))
+        await waits(admission, 1)
+        clock.now += 1000
+        admission.leave()
+        await waiting
+    waiting = asyncio.create_task(admission.enter("a", NORMAL, 1, 5.0))
+    await waits(admission, 1)
+    admission.leave()
+    await waiting
+
+
+async def test_replicas_that_become_ready_take_requests_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.relay.admission.LOOK_SECONDS", 0.01)
+    ready = 1
+    admission = Admission(Room(), lambda: ready)
+    await admission.enter("a", NORMAL, 1)
+    waiting = asyncio.create_task(admission.enter("a", NORMAL, 1))
+    await waits(admission, 1)
+    ready = 2
+    await waiting

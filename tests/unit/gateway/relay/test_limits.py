@@ -220,3 +220,22 @@ async def test_a_body_that_does_not_come_holds_no_place(tmp_path: Path) -> None:
             assert answer.status == 408
             assert answer.headers["x-ratelimit-limit-requests"] == "1"
         assert await statuses(door, 1, COMPLETION) == {200: 1}
+
+
+@pytest.mark.parametrize("field", [{"stream": 1}, {"stream": "true"}, {"stream_interval": "1000"}, {"stream_interval": 0}])
+async def test_what_decides_the_charge_has_to_have_its_type(tmp_path: Path, field: dict[str, Any]) -> None:
+    async with limited_door(tmp_path, limited(tokens_per_minute=1000)) as door:
+        status, body, _ = await door.post("/v1/completions", COMPLETION | field, headers=headers("a"))
+        assert (status, body["error"]["param"]) == (400, next(iter(field)))
+        assert used(door, "tokens_per_minute") == 0
+
+
+@pytest.mark.parametrize(
+    "prompt", [[[7] * 100 for _ in range(5)], ["\N{SMILE}" * 100 for _ in range(5)], [7] * 500], ids=["ids", "wide", "one"]
+)
+async def test_prompts_whose_ids_are_not_known_are_reserved_for(tmp_path: Path, prompt: list[Any]) -> None:
+    """The engine cuts them, so the gateway does not know what is left; what it may come to at most exceeds the limit."""
+    async with limited_door(tmp_path, limited(tokens_per_minute=450)) as door:
+        body = COMPLETION | {"prompt": prompt, "truncate_prompt_tokens": 100, "max_tokens": 1}
+        status, found, _ = await door.post("/v1/completions", body, headers=headers("a"))
+        assert (status, found["error"]["code"]) == (429, "rate_limit_exceeded")

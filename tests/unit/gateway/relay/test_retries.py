@@ -210,3 +210,12 @@ async def test_a_replica_that_does_not_begin_in_time_is_504(tmp_path: Path) -> N
         await door.add_engine("replica-0")
         status, body, _ = await door.post("/v1/completions", COMPLETION | {"fake": {"delay": 30}})
         assert (status, body["error"]["code"]) == (504, "replica_timeout")
+
+
+async def test_the_words_of_a_dead_engine_in_an_answer_are_an_answer(tmp_path: Path) -> None:
+    words = {"choices": [{"text": "vLLM says: EngineCore encountered an issue."}]}
+    async with running_door(tmp_path) as door:
+        await door.add_engine("replica-0")
+        for status in (200, 400):
+            sent = COMPLETION | {"fake": {"status": status, "error": words}}
+            assert (await door.post("/v1/completions", sent))[0] == status

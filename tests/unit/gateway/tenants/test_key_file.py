@@ -76,6 +76,8 @@ def test_dates_and_times_without_an_offset_are_in_utc(tmp_path: Path) -> None:
     ("content", "words"),
     [
         ("not toml", "is not TOML"),
+        ("n = " + 5000 * "9", "is not TOML"),
+        ("n = " + 5000 * "[", "is not TOML"),
         ("", "salt_secret"),
         (SECRET + entry(sha256='"abc"'), "keys.1.sha256"),
         (SECRET + entry(sha256=f'"{DIGEST}"', colour='"red"'), "keys.1.colour"),

@@ -89,3 +89,21 @@ async def test_the_watch_looks_by_itself_and_at_once_when_it_is_asked(path: Path
     slow.reload()
     await until(lambda: may_call(tenants, "three"))
     task.cancel()
+
+
+async def test_the_watch_goes_on_whatever_happens(path: Path, tenants: Tenants, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = KeyWatch(path, tenants, poll_seconds=0.01)
+    looks, look = 0, watch.look
+
+    async def failing_once() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise ZeroDivisionError
+        await look()
+
+    monkeypatch.setattr(watch, "look", failing_once)
+    task = asyncio.create_task(watch.run())
+    write_keys(path, NONE.with_key(key("two")))
+    await until(lambda: may_call(tenants, "two"))
+    task.cancel()
