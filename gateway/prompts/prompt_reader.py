@@ -185,8 +185,7 @@ class PromptReader:
 def _embedded(body: Mapping[str, Any]) -> KnownPrompt:
     given = body.get("input")
     tokens = characters_in(given) // CHARS_PER_TOKEN
-    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-    count = len(given) if several else 1
+    count = len(given) if isinstance(given, list) and given and not isinstance(given[0], int) else 1
     return KnownPrompt(None, cacheable=False, count=count, tokens=tokens, why_unknown="embeddings are computed whole")
 
 
