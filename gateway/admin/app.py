@@ -50,7 +50,7 @@ def build_app(
     app.include_router(v1_routes.router)
     _add_open_routes(app, fleet, figures, draining)
     guard = _Guard(access)
-    _add_admin_routes(app, fleet, upstream, figures, guard)
+    _add_admin_routes(app, fleet, upstream, figures, keeper, guard)
     add_prefix_routes(app, keeper, body_bytes_max, refusals=guard.refusals, guarded=guard.guarded)
     document = functools.cache(lambda: describe(app))
 

@@ -8,16 +8,17 @@ from typing import Annotated, Any, Protocol
 import msgspec
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from engine.fleet import FleetView, Replica
 from gateway.admin.health import Outlook
+from gateway.admin.prefix_routes import PrefixKeeper
 from gateway.api.shapes import ErrorAnswer
 from gateway.errors import (
     NoReplicaReady,
     UnknownRequest,
 )
-from gateway.kept_prefixes.shapes import PrefixReport
+from gateway.kept_prefixes.shapes import FlushedPrefixes, PrefixReport
 from gateway.stats.explain import ID_CHARS_MAX, Explanation
 from gateway.stats.shapes import KvStats
 from gateway.tenants.access import AdminAccess
@@ -51,6 +52,7 @@ class Flushed(BaseModel):
 
     flushed: list[str]
     failed: dict[str, str]
+    prefixes: FlushedPrefixes = Field(default_factory=FlushedPrefixes)
 
 
 class _Guard:
@@ -67,7 +69,9 @@ class _Guard:
         self.guarded: dict[str, Any] = {"tags": ["admin"], "dependencies": [Depends(admin)]}
 
 
-def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, figures: Figures, guard: _Guard) -> None:
+def _add_admin_routes(
+    app: FastAPI, fleet: FleetView, upstream: Upstream, figures: Figures, keeper: PrefixKeeper, guard: _Guard
+) -> None:
     refusals, guarded = guard.refusals, guard.guarded
 
     @app.get(
@@ -112,7 +116,7 @@ def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, figure
 
     @app.post(
         "/kv/flush",
-        summary="Empty the prefix caches of all ready replicas",
+        summary="Empty the prefix caches of all ready replicas; of pinned prefixes only renewed ones are put back",
         responses={
             **refusals,
             502: {"model": Flushed, "description": "Not all of them were emptied"},
@@ -122,6 +126,7 @@ def _add_admin_routes(app: FastAPI, fleet: FleetView, upstream: Upstream, figure
     )
     async def flush(response: Response) -> Flushed:
         flushed = await flush_caches(fleet, upstream)
+        flushed.prefixes = keeper.flushed(flushed.flushed, flushed.failed)
         if flushed.failed:
             response.status_code = 502
         return flushed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from engine.fleet import FileFleet
 from gateway.admin.app import build_app
 from gateway.admin.openapi import describe
 from gateway.kept_prefixes.book import KeptPrefixAnswer
-from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixReport, PrefixRequest
+from gateway.kept_prefixes.shapes import FlushedPrefixes, PrefixRemoved, PrefixReport, PrefixRequest
 from gateway.settings import Settings
 from gateway.stats.explain import Explanation
 from gateway.stats.shapes import KvStats
@@ -50,6 +51,9 @@ class NothingKept:
 
     async def undo(self, prefix_id: str) -> PrefixRemoved:
         raise NotImplementedError
+
+    def flushed(self, emptied: Iterable[str], tried: Iterable[str]) -> FlushedPrefixes:
+        return FlushedPrefixes()
 
 
 def document() -> dict[str, Any]:

@@ -5,6 +5,7 @@ FastAPI would read a body of any size, before it asks who sends it; so it is rea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Path, Request
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from gateway.api.shapes import ErrorAnswer
 from gateway.errors import BodyTooLarge, InvalidRequest
 from gateway.kept_prefixes.book import KeptPrefixAnswer
-from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixRequest
+from gateway.kept_prefixes.shapes import FlushedPrefixes, PrefixRemoved, PrefixRequest
 
 
 class PrefixKeeper(Protocol):
@@ -25,6 +26,10 @@ class PrefixKeeper(Protocol):
 
     async def undo(self, prefix_id: str) -> PrefixRemoved:
         """Forget a prefix and end its pins. Raises UnknownPrefix."""
+        ...
+
+    def flushed(self, emptied: Iterable[str], tried: Iterable[str]) -> FlushedPrefixes:
+        """Note that these replicas' caches were emptied, or that it was tried, which ends pins all the same."""
         ...
 
 

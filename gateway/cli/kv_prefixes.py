@@ -19,12 +19,13 @@ from rich.text import Text
 from gateway.cli.kv_stats import StatsNotRead, add_gateway_flags, ask, client_for
 from gateway.cli.spans import SPANS, span_of
 from gateway.kept_prefixes.book import KeptPrefixAnswer, PlaceState, PrefixPlace
-from gateway.kept_prefixes.shapes import TTL_SECONDS_DEFAULT, PrefixRemoved, PrefixReport
+from gateway.kept_prefixes.shapes import TTL_SECONDS_DEFAULT, FlushedPrefixes, PrefixRemoved, PrefixReport
 
 PREFIXES_SHOWN = 20
 PIN_TIMEOUT_SECONDS = 600.0
 """A long prefix is computed on each of its replicas before the gateway answers; see prefix_seconds_max."""
 _KEY_DIGITS_SHOWN = 8
+_PINS_TOO = "pinned prefixes go too, and only those pinned with --renew are computed and pinned again"
 ShapeT = TypeVar("ShapeT")
 
 
@@ -56,7 +57,7 @@ def add_views(views: "argparse._SubParsersAction[Any]") -> None:
     pin.add_argument("--model", help="a LoRA adapter (default: the served model)")
     unpin = _add(views, "unpin", _unpin, "stop keeping a prefix")
     unpin.add_argument("id", metavar="ID", help="as `kv pin` and `kv prefixes` show it")
-    _add(views, "flush", _flush, "empty the prefix caches of all ready replicas")
+    _add(views, "flush", _flush, f"empty the prefix caches of all ready replicas; {_PINS_TOO}")
 
 
 def _add(
@@ -145,9 +146,13 @@ def _flush(arguments: argparse.Namespace, client: httpx.Client, console: Console
     try:
         outcome = json.loads(answer)
         flushed, failed = outcome["flushed"], outcome["failed"]
+        lost = FlushedPrefixes.model_validate(outcome.get("prefixes", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise StatsNotRead("the answer is not from a peerkv of this version") from error
     lines = [f"emptied: {', '.join(flushed) or 'none'}", *(f"{name} was not emptied: {why}" for name, why in failed.items())]
+    if lost.kept:
+        gone = lost.kept - lost.renewed
+        lines.append(f"kept prefixes that were there: {lost.kept}; put back, as they are renewed: {lost.renewed}; gone: {gone}")
     _show(arguments, console, answer, Group(*map(Text, lines)))
     return 1 if failed else 0
 

@@ -5,6 +5,7 @@ up; the book knows when that is and when to renew them. `now` is Unix time in se
 """
 
 import secrets
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
@@ -190,12 +191,16 @@ class KeptPrefixBook:
             kept.renew_at = now + RENEW_SECONDS_MIN
         return found
 
-    def lost(self, replica: str, reason: str) -> None:
-        """A replica ended and its contents are gone. Renewed prefixes are due at once."""
+    def lost(self, replica: str, reason: str, states: Container[PlaceState] = tuple(PlaceState)) -> list[KeptPrefix]:
+        """What a replica kept in these `states` is gone: returns the prefixes. Renewed ones are due at once."""
+        found = []
         for kept in self._kept.values():
-            if kept.place(replica) is not None:
+            place = kept.place(replica)
+            if place is not None and place.state is not PlaceState.FAILED and place.state in states:
                 self.place(kept, PrefixPlace(replica, PlaceState.FAILED, reason=reason))
                 kept.renew_at = 0.0
+                found.append(kept)
+        return found
 
     def all(self, now: float) -> list[KeptPrefix]:
         """Return every kept prefix, oldest first."""

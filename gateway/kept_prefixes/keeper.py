@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from engine.fleet import FleetView, Replica
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, Unavailable
 from gateway.kept_prefixes.book import KeptPrefix, KeptPrefixBook, PlaceState, PrefixPlace
 from gateway.kept_prefixes.prefix_reader import Callers, PrefixReader
-from gateway.kept_prefixes.shapes import PrefixRemoved, PrefixRequest
+from gateway.kept_prefixes.shapes import FlushedPrefixes, PrefixRemoved, PrefixRequest
 from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import LOST_STATUS
 from gateway.ledger.recorder import Recorder
@@ -108,6 +108,18 @@ class Keeper:
                     except ApiError as error:
                         done.failed[place.replica] = error.message
         return done
+
+    def flushed(self, emptied: Iterable[str], tried: Iterable[str]) -> FlushedPrefixes:
+        """Note that these replicas' caches were emptied, or that it was tried, which ends pins all the same.
+
+        What is renewed is put back by `run`.
+        """
+        self.book.drop_expired(self._wall_clock())
+        lost = [kept for name in emptied for kept in self.book.lost(name, "its cache was flushed")]
+        for name in tried:
+            lost += self.book.lost(name, "a flush that failed ended its pin", (PlaceState.PINNED,))
+        found = {kept.id: kept for kept in lost}
+        return FlushedPrefixes(kept=len(found), renewed=sum(kept.renew for kept in found.values()))
 
     async def run(self) -> None:
         """Renew what is due, until cancelled. Raises FleetError if the fleet cannot be read."""

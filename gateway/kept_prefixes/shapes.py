@@ -51,6 +51,13 @@ class PrefixRemoved(BaseModel):
     failed: dict[str, str]
 
 
+class FlushedPrefixes(BaseModel):
+    """What became of the kept prefixes when caches were emptied."""
+
+    kept: int = Field(0, description="kept prefixes that were in those caches")
+    renewed: int = Field(0, description="those of them that are put back, as they are renewed; the others stay away")
+
+
 class Prefix(BaseModel):
     """One prefix that requests shared."""
 

@@ -149,10 +149,18 @@ def test_flush_says_who_was_emptied_and_who_was_not() -> None:
     gateway = Gateway(200, json.dumps({"flushed": ["replica-0", "replica-1"], "failed": {}}))
     assert gateway.run("flush") == (0, "emptied: replica-0, replica-1\n")
     assert gateway.asked == [("POST", "/kv/flush", None)]
+    lost = {"flushed": ["replica-0"], "failed": {}, "prefixes": {"kept": 3, "renewed": 1}}
+    assert "were there: 3; put back, as they are renewed: 1; gone: 2\n" in Gateway(200, json.dumps(lost)).run("flush")[1]
     busy = Gateway(502, json.dumps({"flushed": ["replica-0"], "failed": {"replica-1": "requests are using its blocks"}}))
     status, output = busy.run("flush")
     assert status == 1
     assert "replica-1 was not emptied: requests are using its blocks" in output
+
+
+def test_the_help_of_flush_says_what_becomes_of_pins(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["kv", "flush", "--help"])
+    assert "only those pinned with --renew are computed and pinned again" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("words", [("prefixes",), ("pin", "x"), ("unpin", "x"), ("flush",)])

@@ -50,6 +50,7 @@ class Engine:
         self.bodies: list[dict[str, Any]] = []
         self.status = 200
         self.refuses_pins = False
+        self.resets = True
         self.seconds = 0.0
         self.tables = tables
         tables.start(name)
@@ -71,6 +72,9 @@ class Engine:
         if "pin" in hint:
             writer.count("pins_refused" if self.refuses_pins else "pins")
         return web.json_response({"choices": []}, status=self.status)
+
+    async def reset(self, request: web.Request) -> web.Response:
+        return web.json_response({"success": self.resets})
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "m"}, {"id": "poet", "root": "/loras/poet", "parent": "m"}]})
@@ -117,6 +121,7 @@ class Scene:
         for name, engine in self.engines.items():
             app = web.Application(client_max_size=1 << 30)
             app.add_routes([web.post("/v1/completions", engine.complete), web.get("/v1/models", engine.models)])
+            app.add_routes([web.post("/reset_prefix_cache", engine.reset)])
             runner = web.AppRunner(app)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
@@ -360,3 +365,32 @@ async def test_a_pin_that_went_with_its_replica_is_put_back_if_it_is_to_be_renew
     finally:
         task.cancel()
     assert [pin["id"] for pin in pinned_anew()] == [int(kept["id"], 16)]
+
+
+async def test_a_flush_takes_pins_which_are_put_back_only_if_they_are_renewed(scene: Scene) -> None:
+    once, renewed = await scene.keep(), await scene.keep(ids=[7] * 40, renew=True)
+    flushed = await scene.client.post("/kv/flush")
+    assert (flushed.status_code, flushed.json()["prefixes"]) == (200, {"kept": 2, "renewed": 1})
+    places = {kept.id: kept.places for kept in scene.keeper.all()}
+    assert [(place.state, place.reason) for each in places.values() for place in each] == [
+        ("failed", "its cache was flushed"),
+        ("failed", "its cache was flushed"),
+    ]
+    again = await scene.client.post("/kv/flush")
+    assert again.json()["prefixes"] == {"kept": 0, "renewed": 0}
+    task = asyncio.create_task(scene.keeper.run())
+    try:
+        await until(lambda: any(place.state == "pinned" for place in scene.keeper.book.get(renewed["id"], scene.now).places))
+    finally:
+        task.cancel()
+    assert [place.state for place in scene.keeper.book.get(once["id"], scene.now).places] == ["failed"]
+
+
+async def test_a_flush_that_fails_ends_pins_alone(scene: Scene) -> None:
+    pinned, warm = await scene.keep(), await scene.keep(ids=[7] * 40, pin=False)
+    for engine in scene.engines.values():
+        engine.resets = False
+    flushed = await scene.client.post("/kv/flush")
+    assert (flushed.status_code, flushed.json()["prefixes"]) == (502, {"kept": 1, "renewed": 0})
+    states = {kept.id: kept.places[0].state for kept in scene.keeper.all()}
+    assert states == {pinned["id"]: "failed", warm["id"]: "warm"}
