@@ -52,7 +52,7 @@ def add_prefix_routes(
         status_code=201,
         summary="Keep a prefix in the caches of some replicas, pinned or not",
         responses=errors(
-            s400="The request is malformed, or the prefix is shorter than a block or longer than the context",
+            s400="The request is malformed, the prefix shorter than a block or longer than the context, or its pin too large",
             s409="As many prefixes are kept as may be, or token ids are not known to be the engine's",
             s413="The body is too large",
             s503="No replica is ready, or none took it",

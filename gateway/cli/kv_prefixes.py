@@ -96,7 +96,9 @@ def _pin(arguments: argparse.Namespace, client: httpx.Client, console: Console) 
     answer = ask(client, "/kv/prefixes", method="POST", body=_wanted(arguments), seconds_max=PIN_TIMEOUT_SECONDS)
     kept = _read(KeptPrefixAnswer, answer)
     places = "; ".join(map(_place, kept.places))
-    _show(arguments, console, answer, Text(f"{kept.id}: {kept.tokens} tokens for {kept.ttl:g} s: {places}"))
+    _show(
+        arguments, console, answer, Text(f"{kept.id}: {kept.whole_tokens} of {kept.tokens} tokens for {kept.ttl:g} s: {places}")
+    )
     return 1 if kept.pin and not any(place.state is PlaceState.PINNED for place in kept.places) else 0
 
 

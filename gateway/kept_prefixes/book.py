@@ -54,6 +54,7 @@ class KeptPrefixAnswer:
     tenant: str
     model: str
     tokens: int
+    whole_tokens: Annotated[int, Field(description="those of its whole blocks, which are all that is kept")]
     pin: bool
     renew: bool
     ttl: Annotated[float, Field(description="seconds")]
@@ -127,6 +128,7 @@ class KeptPrefixBook:
         ttl: float,
         pin: bool,
         renew: bool,
+        block_size: int,
         now: float,
     ) -> KeptPrefix:
         """Add a prefix that is not placed anywhere yet. Raises TooManyPrefixes."""
@@ -140,6 +142,7 @@ class KeptPrefixBook:
             tenant=tenant,
             model=model,
             tokens=len(ids),
+            whole_tokens=len(ids) // block_size * block_size,
             pin=pin,
             renew=renew,
             ttl=ttl,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import msgspec
 from engine.fleet import FleetView, Replica
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, Unavailable
 from gateway.kept_prefixes.book import KeptPrefix, KeptPrefixBook, PlaceState, PrefixPlace
+from gateway.kept_prefixes.pin_room import PinRoom, PinTooLarge, pin_room
 from gateway.kept_prefixes.prefix_reader import Callers, PrefixReader
 from gateway.kept_prefixes.shapes import FlushedPrefixes, PrefixRemoved, PrefixRequest
 from gateway.ledger.attempts import Attempt, RequestInfo
@@ -39,7 +40,8 @@ _REFUSED = "pins_refused"
 class Keeper:
     """Keeps prefixes. Belongs to the event loop's thread; prefixes are placed one after the other.
 
-    `seconds_max` bounds each request to a replica; `wall_clock` gives Unix time in seconds.
+    `seconds_max` bounds each request to a replica; `pin_share_max` is the replicas' own, None where that is not known;
+    `wall_clock` gives Unix time in seconds.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Keeper:
         tenants: Callers,
         recorder: Recorder,
         seconds_max: float,
+        pin_share_max: float | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.book = book
@@ -63,6 +66,7 @@ class Keeper:
         self._tenants = tenants
         self._recorder = recorder
         self._seconds_max = seconds_max
+        self._pin_share_max = pin_share_max
         self._wall_clock = wall_clock
         self._placing = asyncio.Lock()
         self._pids: dict[str, int | None] = {}
@@ -74,9 +78,9 @@ class Keeper:
     async def keep(self, wanted: PrefixRequest) -> KeptPrefix:
         """Put a prefix on as many replicas as requested; return once it is there or has failed there.
 
-        Raises ApiError: InvalidRequest, TooManyPrefixes, PromptTooLong, NoReplicaReady, Unavailable when no replica took it.
+        Raises ApiError: InvalidRequest, TooManyPrefixes, PinTooLarge, NoReplicaReady, Unavailable when no replica took it.
         """
-        tenant, ids = await self._reader.read(wanted)
+        tenant, ids, block_size = await self._reader.read(wanted)
         ready = self._fleet.snapshot().ready()
         if not ready:
             raise NoReplicaReady
@@ -90,8 +94,10 @@ class Keeper:
             ttl=wanted.ttl,
             pin=wanted.pin,
             renew=wanted.renew,
+            block_size=block_size,
             now=self._wall_clock(),
         )
+        self._check_room(kept, ready, block_size)
         await self._place_or_drop(kept)
         return kept
 
@@ -131,6 +137,19 @@ class Keeper:
 
     # Where it goes
 
+    def _check_room(self, kept: KeptPrefix, ready: Sequence[Replica], block_size: int) -> None:
+        """Forget a pin for which too few replicas have room. Raises PinTooLarge."""
+        rooms = [self._room(kept, replica.name) for replica in ready]
+        short = [room for room in rooms if room is not None and not room.suffices]
+        if short and len(rooms) - len(short) < kept.replicas:
+            self.book.discard(kept)
+            raise PinTooLarge(min(short), block_size)
+
+    def _room(self, kept: KeptPrefix, replica: str) -> PinRoom | None:
+        """What is known of the room for its pin, None where there is nothing to pin."""
+        table = self._planner.fleet.now().tables.get(replica)
+        return pin_room(kept, self.all(), replica, table, self._pin_share_max) if kept.pin else None
+
     async def _place_or_drop(self, kept: KeptPrefix) -> None:
         try:
             await self._place(kept)
@@ -157,16 +176,18 @@ class Keeper:
                 self.book.renewed(kept, self._wall_clock())
 
     def _candidates(self, kept: KeptPrefix) -> list[Replica]:
-        """Return the ready replicas: those that keep it first, then those that hold most of it, then the least busy."""
+        """Return the ready replicas: who keeps it first, then who has room, then by what they hold and do."""
         tenant = self._tenants.named(kept.tenant)
         lora = self._planner.prompts.adapter({"model": kept.model})
         look_up = self._planner.registry.look_up(self._planner.fleet.now(), kept.ids, tenant.salt if tenant else "", lora)
         busy = self._planner.in_flight()
 
-        def rank(replica: Replica) -> tuple[bool, int, int, str]:
+        def rank(replica: Replica) -> tuple[bool, bool, int, int, str]:
             place = kept.place(replica.name)
             keeps = place is not None and place.state is not PlaceState.FAILED
-            return not keeps, -look_up.blocks.get(replica.name, 0), busy.get(replica.name, 0), replica.name
+            room = self._room(kept, replica.name)
+            full = room is not None and not room.suffices
+            return not keeps, full, -look_up.blocks.get(replica.name, 0), busy.get(replica.name, 0), replica.name
 
         return sorted(self._fleet.snapshot().ready(), key=rank)
 
@@ -184,6 +205,8 @@ class Keeper:
         state = PlaceState.WARM
         if kept.pin:
             state = PlaceState.PINNED if self._refusals(replica.name) == refused else PlaceState.REFUSED
+        if state is PlaceState.REFUSED:
+            place = replace(place, reason=self._why_refused(replica.name))
         got = attempt.steered
         if got is None:
             return replace(place, state=state)
@@ -238,6 +261,13 @@ class Keeper:
     def _refusals(self, replica: str) -> int:
         table = self._planner.fleet.now().tables.get(replica)
         return table.counters().get(_REFUSED, 0) if table is not None else 0
+
+    def _why_refused(self, replica: str) -> str:
+        """Why the engine refused a pin, as far as can be told."""
+        table = self._planner.fleet.now().tables.get(replica)
+        pinned = table.load().pinned_blocks if table is not None else 0
+        why = f"pins, which hold {pinned} blocks there, have no room for it, or its blocks were needed for requests"
+        return f"{why}; unpin another prefix or raise --pin-share-max"
 
     def _notice_restarts(self) -> None:
         """Note that what a replica kept is gone if another process serves under its name."""

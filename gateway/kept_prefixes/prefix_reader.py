@@ -32,8 +32,8 @@ class PrefixReader:
         self._tenants = tenants
         self._models = models
 
-    async def read(self, wanted: PrefixRequest) -> tuple[TenantContext, TokenIds]:
-        """Return whose prefix it is, and its ids. Raises ApiError."""
+    async def read(self, wanted: PrefixRequest) -> tuple[TenantContext, TokenIds, int]:
+        """Return whose prefix it is, its ids, and the size of the blocks that are kept of it. Raises ApiError."""
         tenant = self._tenant(wanted.tenant)
         if wanted.model:
             await self._models.card(wanted.model)
@@ -44,7 +44,7 @@ class PrefixReader:
         if len(ids) < min(sizes):
             why = f"The prefix has {len(ids)} tokens, and only whole blocks of {min(sizes)} are kept."
             raise InvalidRequest(why, code="prefix_too_short")
-        return tenant, ids
+        return tenant, ids, min(sizes)
 
     def _tenant(self, name: str) -> TenantContext:
         if not name and not self._tenants.open:

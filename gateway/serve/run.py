@@ -53,7 +53,9 @@ async def serve(settings: Settings) -> None:
         settings = await with_model(settings)
         starting.reason = "starting the replicas"
         supervisor = await stack.enter_async_context(_supervised(settings, devices))
-        door = await _open(stack, settings, supervisor, server, switch, supervisor.snapshot(), request_log)
+        door = await _open(
+            stack, settings, supervisor, server, switch, supervisor.snapshot(), request_log, settings.pin_share_max
+        )
         async with _heartbeat(supervisor):
             await supervisor.wait_ready()
             await _settle(supervisor)
@@ -71,7 +73,7 @@ async def gateway(settings: Settings) -> None:
         fleet = FileFleet(settings.run_dir, hold_seconds=HOLD_SECONDS)
         say(starting.reason)
         found = await _wait_for(fleet, settings.startup_seconds_max)
-        door = await _open(stack, settings, fleet, server, switch, found, request_log)
+        door = await _open(stack, settings, fleet, server, switch, found, request_log, None)
         await _until(lambda: bool(_same(found, fleet.snapshot()).ready()))
         _show(settings, banner(settings, fleet.snapshot(), None, door.figures.warnings()))
         await _until(lambda: not _same(found, fleet.snapshot()))  # never: it goes on until _same raises
@@ -158,11 +160,18 @@ async def _open(
     switch: Switch,
     found: FleetSnapshot,
     request_log: RequestLog | None,
+    pin_share_max: float | None,
 ) -> Door:
     """Wire the front door and serve it from now on; it is drained when the stack closes."""
     table_dir = Path(found.table_dir)
     door = build_door(
-        settings, fleet, model=found.model, vllm_args=found.vllm_args, table_dir=table_dir, request_log=request_log
+        settings,
+        fleet,
+        model=found.model,
+        vllm_args=found.vllm_args,
+        table_dir=table_dir,
+        pin_share_max=pin_share_max,
+        request_log=request_log,
     )
     limits = asyncio.create_task(door.limiter.run(), name="the keeping of limits")
     limits.add_done_callback(_tell_of_defect)

@@ -76,9 +76,13 @@ def build_door(
     model: str,
     vllm_args: tuple[str, ...],
     table_dir: Path,
+    pin_share_max: float | None,
     request_log: RequestLog | None = None,
 ) -> Door:
-    """Build the front door for `fleet`, which serves `model` with `vllm_args`. Raises KeyFileError."""
+    """Build the front door for `fleet`, which serves `model` with `vllm_args`. Raises KeyFileError.
+
+    `pin_share_max` is that of its replicas; None: not known, as somebody else started them.
+    """
     upstream = Upstream(settings)
     models = ModelsCache(fleet, upstream)
     tables = TableDirectory(table_dir, hold_seconds=HOLD_SECONDS)
@@ -119,6 +123,7 @@ def build_door(
         tenants=tenants,
         recorder=recorder,
         seconds_max=settings.prefix_seconds_max,
+        pin_share_max=pin_share_max,
     )
     figures = FleetFigures(
         fleet=fleet,

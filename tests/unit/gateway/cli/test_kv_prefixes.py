@@ -20,7 +20,17 @@ PLACE = PrefixPlace(
     replica="replica-1", state=PlaceState.PINNED, local_tokens=0, peer_tokens=0, computed_tokens=64, source="", reason=""
 )
 KEPT = KeptPrefixAnswer(
-    id="p-1", tenant="", model="", tokens=64, pin=True, renew=False, ttl=60, created=1e9, expires=1e9 + 60, places=[PLACE]
+    id="p-1",
+    tenant="",
+    model="",
+    tokens=70,
+    whole_tokens=64,
+    pin=True,
+    renew=False,
+    ttl=60,
+    created=1e9,
+    expires=1e9 + 60,
+    places=[PLACE],
 )
 
 
@@ -62,7 +72,7 @@ def test_pin_keeps_a_text_and_shows_where() -> None:
     status, output = gateway.run("pin", "You are", "--replicas", "2", "--ttl", "60", "--tenant", "a", "--renew")
     body = {"text": "You are", "replicas": 2, "ttl": 60.0, "tenant": "a", "pin": True, "renew": True}
     assert (status, gateway.asked) == (0, [("POST", "/kv/prefixes", body)])
-    assert "p-1: 64 tokens for 60 s: replica-1 pinned" in output
+    assert "p-1: 64 of 70 tokens for 60 s: replica-1 pinned" in output
 
 
 @pytest.mark.parametrize(("given", "seconds"), [("90", 90.0), ("0.5", 0.5), ("1h", 3600.0), ("2d", 172800.0)])

@@ -16,7 +16,7 @@ from gateway.token_ids import TokenIds
 
 def add(book: KeptPrefixBook, tokens: int = 10, *, ttl: float = 100.0, renew: bool = False, now: float = 0.0) -> KeptPrefix:
     ids = TokenIds.of(range(tokens))
-    return book.add(ids, tenant="t", model="", replicas=1, ttl=ttl, pin=True, renew=renew, now=now)
+    return book.add(ids, tenant="t", model="", replicas=1, ttl=ttl, pin=True, renew=renew, block_size=4, now=now)
 
 
 def test_a_prefix_is_known_by_its_id_until_its_time_is_over() -> None:

@@ -104,6 +104,7 @@ class Scene:
             tenants=tenants,
             recorder=recorder,
             seconds_max=settings.prefix_seconds_max,
+            pin_share_max=settings.pin_share_max,
             wall_clock=lambda: self.now,
         )
         app = build_app(
@@ -178,7 +179,7 @@ async def test_a_prefix_is_computed_pinned_and_shown(scene: Scene) -> None:
 
 async def test_what_only_the_keeper_needs_is_shown_nowhere(scene: Scene) -> None:
     kept = await scene.keep(ttl=60, renew=True)
-    shown = {"id", "tenant", "model", "tokens", "pin", "renew", "ttl", "created", "expires", "places"}
+    shown = {"id", "tenant", "model", "tokens", "whole_tokens", "pin", "renew", "ttl", "created", "expires", "places"}
     assert kept.keys() == shown
     report = prefix_report(scene.planner.prefixes, 10, lambda keys: [[] for _ in keys], scene.keeper.all())
     assert report.model_dump(mode="json")["kept"] == [kept]
@@ -220,7 +221,53 @@ async def test_a_refused_pin_is_shown(scene: Scene) -> None:
     for engine in scene.engines.values():
         engine.refuses_pins = True
     kept = await scene.keep()
-    assert kept["places"][0]["state"] == "refused"
+    (place,) = kept["places"]
+    assert place["state"] == "refused"
+    assert "raise --pin-share-max" in place["reason"]
+
+
+async def test_whole_blocks_alone_are_kept(scene: Scene) -> None:
+    kept = await scene.keep(ids=[*IDS, 1])
+    assert (kept["tokens"], kept["whole_tokens"]) == (41, 40)
+
+
+def tell_pinned(scene: Scene, name: str, blocks: int) -> None:
+    scene.engines[name].tables.writers[name].tell_load((0, 0, 0, 0, 0, blocks))
+
+
+async def test_a_pin_that_fits_nowhere_is_refused_before_it_is_computed(make: Callable[..., Any]) -> None:
+    scene = await make(pin_share_max=0.05)  # of 256 blocks
+    answer = await scene.client.post("/kv/prefixes", json={**WANTED, "ids": [7] * 52})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "pin_too_large")
+    for words in ("needs 13 blocks", "may take 12 blocks", "0 are taken", "--no-pin"):
+        assert words in error["message"]
+    assert all(engine.bodies == [] for engine in scene.engines.values())
+    assert scene.keeper.all() == []
+    await scene.keep(ids=[7] * 52, pin=False)
+    await scene.keep(ids=[7] * 48)
+
+
+async def test_a_pin_goes_where_there_is_room_and_shares_what_is_pinned(make: Callable[..., Any]) -> None:
+    scene = await make(pin_share_max=0.05)
+    (first,) = (await scene.keep())["places"]
+    tell_pinned(scene, first["replica"], 10)
+    (longer,) = (await scene.keep(ids=[*IDS, *range(8)]))["places"]  # two blocks more
+    assert longer["replica"] == first["replica"]
+    (second,) = (await scene.keep(ids=[7] * 12))["places"]
+    assert second["replica"] != first["replica"]
+    tell_pinned(scene, first["replica"], 12)
+    answer = await scene.client.post("/kv/prefixes", json={**WANTED, "ids": [7] * 12, "replicas": 2})
+    assert "needs 3 blocks" in answer.json()["error"]["message"]
+    assert "12 are taken" in answer.json()["error"]["message"]
+
+
+async def test_pins_whose_time_is_up_take_no_room_though_an_idle_engine_counts_them(make: Callable[..., Any]) -> None:
+    scene = await make(pin_share_max=0.05)
+    for place in (await scene.keep(replicas=2, ttl=60))["places"]:
+        tell_pinned(scene, place["replica"], 10)
+    scene.now += 61
+    await scene.keep(ids=[7] * 48)
 
 
 async def test_delete_unpins_and_forgets(scene: Scene) -> None:

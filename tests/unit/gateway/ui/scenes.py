@@ -128,7 +128,7 @@ class Fleet(FakeSight):
             PrefixPlace("replica-1", PlaceState.REFUSED, reason="pins would take more than a quarter of the blocks"),
         ]
         kept = KeptPrefixAnswer(
-            id="1f2e3d4c5b6a7988", tenant="team-a", model="", tokens=2048, pin=True, renew=False, ttl=3600.0, created=now,
-            expires=now + 1800, places=places,
+            id="1f2e3d4c5b6a7988", tenant="team-a", model="", tokens=2048, whole_tokens=2048, pin=True, renew=False,
+            ttl=3600.0, created=now, expires=now + 1800, places=places,
         )  # fmt: skip
         return PrefixReport(tracked_blocks=0, tracked_blocks_max=1, prefixes=top, kept=[kept] if self.count else [])
