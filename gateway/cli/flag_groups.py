@@ -77,6 +77,16 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Names of settings by group, each with an example; that of a switch is "yes" or "no"."""
+OF_REPLICAS = frozenset(GROUPS["replicas"]) - {"startup_seconds_max"} | {
+    "host_memory",
+    "pin_share_max",
+    "hash_name",
+    "log_bytes_max",
+}
+"""Settings of the replicas alone: `peerkv gateway` has no flag for them."""
+_OF_BOTH = frozenset({"port", "startup_seconds_max", "log_level", "run_dir", "table_dir", "log_dir"})
+OF_GATEWAY = frozenset(name for names in GROUPS.values() for name in names) - OF_REPLICAS - _OF_BOTH
+"""Settings of the gateway alone: `peerkv engine` has no flag for them."""
 UNITS = {"seconds": "SECONDS", "bytes": "BYTES", "share": "SHARE", "memory": "SIZE"}
 """What stands for a value in the help, by a word in the setting's name."""
 MIB = 1 << 20

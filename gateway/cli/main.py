@@ -9,7 +9,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence, Set
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +18,7 @@ from gateway import __version__
 from gateway.cli import keys, kv_explain, kv_prefixes, quality
 from gateway.cli import kv_stats as kv_live
 from gateway.cli.bench import flags as bench_flags
-from gateway.cli.flag_groups import WholeFlags
+from gateway.cli.flag_groups import OF_GATEWAY, OF_REPLICAS, WholeFlags
 from gateway.cli.flags import add_settings_flags, given_settings
 from gateway.cli.unknown_flags import unknown_words
 from gateway.errors import GatewayError, SettingsError
@@ -80,8 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(takes_vllm_args=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_runner(commands, "serve", _serve, "start the replicas and the gateway", vllm=True)
-    _add_runner(commands, "engine", _engine, "start only the replicas, for a gateway with the same run_dir", vllm=True)
-    _add_runner(commands, "gateway", _gateway, "start only the gateway, for replicas that `peerkv engine` runs")
+    _add_runner(
+        commands, "engine", _engine, "start only the replicas, for a gateway with the same run_dir", OF_GATEWAY, vllm=True
+    )
+    _add_runner(commands, "gateway", _gateway, "start only the gateway, for replicas that `peerkv engine` runs", OF_REPLICAS)
     _add_doctor(commands)
     _add_bench(commands)
     _add_quality(commands)
@@ -96,6 +98,7 @@ def _add_runner(
     name: str,
     run: Callable[[argparse.Namespace], int],
     summary: str,
+    leave_out: Set[str] = frozenset(),
     *,
     vllm: bool = False,
 ) -> None:
@@ -106,7 +109,7 @@ def _add_runner(
     if vllm:
         text = "directory or hub id of the model (default: SmolLM2-135M-Instruct, downloaded once; for example Qwen/Qwen3-8B)"
         parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
-    add_settings_flags(parser, leave_out=("model",))
+    add_settings_flags(parser, leave_out=leave_out | {"model"})
     parser.set_defaults(run=run, parser=parser, takes_vllm_args=vllm)
 
 

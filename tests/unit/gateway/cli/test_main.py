@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine.replicas.launch import EngineSettings
 from gateway.cli import main as cli
 from gateway.cli.doctor import report as doctor
-from gateway.cli.flag_groups import GROUPS, example
+from gateway.cli.flag_groups import GROUPS, OF_GATEWAY, example
 from gateway.cli.flags import WITHOUT_FLAG, given_settings
 from gateway.cli.main import build_parser, main
 from gateway.settings import Settings
@@ -74,6 +76,18 @@ def test_every_setting_has_a_flag_but_those_that_are_named() -> None:
     assert Settings.model_fields.keys() - parsed.keys() == WITHOUT_FLAG
 
 
+def test_each_half_has_its_own_flags_and_both_have_those_that_both_read() -> None:
+    serve, engine, gateway = (vars(build_parser().parse_args([command])) for command in ("serve", "engine", "gateway"))
+    both = Settings.model_fields.keys() & engine.keys() & gateway.keys()
+    assert both == {"port", "startup_seconds_max", "log_level", "run_dir", "table_dir", "log_dir"}
+    assert serve.keys() & Settings.model_fields.keys() == (engine.keys() | gateway.keys()) & Settings.model_fields.keys()
+
+
+def test_what_the_engine_has_no_flag_for_is_nothing_of_the_supervisors() -> None:
+    supervisors = {field.name for field in dataclasses.fields(EngineSettings)}
+    assert not supervisors & OF_GATEWAY
+
+
 def test_every_flag_of_a_setting_is_in_one_group_and_has_an_example() -> None:
     placed = [name for names in GROUPS.values() for name in names]
     assert len(placed) == len(set(placed))
@@ -134,6 +148,10 @@ def test_the_halves_can_be_run_alone(command: str, runs: list[tuple[str, Setting
         (["serve", "--allowed-origins=*"], "does not take --allowed-origins"),
         (["gateway", "--prot=1"], "did you mean --port?"),
         (["gateway", "--tensor-parallel-size=2"], "peerkv gateway does not take --tensor-parallel-size; see"),
+        (["gateway", "--replicas", "3"], "--replicas is for `peerkv engine`; the gateway takes the replicas as it finds them"),
+        (["gateway", "--no-connector"], "--no-connector is for `peerkv engine`"),
+        (["engine", "--keys-file=k.toml"], "--keys-file is for `peerkv gateway`; this command runs only the replicas"),
+        (["engine", "m", "--no-imports"], "--no-imports is for `peerkv gateway`"),
         (["kv", "stats", "--onec"], "peerkv kv stats does not take --onec: did you mean --once?"),
         (["serve", "--terminate-seconds", "3"], "it has no flag, but the variable PEERKV_TERMINATE_SECONDS"),
         (["doctor", "extra"], "peerkv doctor does not take extra"),
