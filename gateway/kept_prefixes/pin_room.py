@@ -36,7 +36,7 @@ class PinTooLarge(InvalidRequest):
     def __init__(self, room: PinRoom, block_size: int) -> None:
         does = "Unpin another prefix, raise --pin-share-max, or keep it without a pin ('pin': false, `kv pin --no-pin`)."
         super().__init__(
-            f"The pin needs {room.added} blocks of {block_size} tokens more on each of its replicas. There pins may take "
+            f"The pin needs {room.added} more blocks of {block_size} tokens on each of its replicas. There pins may take "
             f"{room.most} blocks, and {room.taken} are taken. {does}",
             code="pin_too_large",
         )

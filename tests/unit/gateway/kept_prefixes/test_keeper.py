@@ -240,7 +240,7 @@ async def test_a_pin_that_fits_nowhere_is_refused_before_it_is_computed(make: Ca
     answer = await scene.client.post("/kv/prefixes", json={**WANTED, "ids": [7] * 52})
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (400, "pin_too_large")
-    for words in ("needs 13 blocks", "may take 12 blocks", "0 are taken", "--no-pin"):
+    for words in ("needs 13 more blocks of 4 tokens", "may take 12 blocks", "0 are taken", "--no-pin"):
         assert words in error["message"]
     assert all(engine.bodies == [] for engine in scene.engines.values())
     assert scene.keeper.all() == []
@@ -258,7 +258,7 @@ async def test_a_pin_goes_where_there_is_room_and_shares_what_is_pinned(make: Ca
     assert second["replica"] != first["replica"]
     tell_pinned(scene, first["replica"], 12)
     answer = await scene.client.post("/kv/prefixes", json={**WANTED, "ids": [7] * 12, "replicas": 2})
-    assert "needs 3 blocks" in answer.json()["error"]["message"]
+    assert "needs 3 more blocks" in answer.json()["error"]["message"]
     assert "12 are taken" in answer.json()["error"]["message"]
 
 
