@@ -48,6 +48,8 @@ ARMS = (
     Arm("peerkv"),
     Arm("peerkv +auth", authenticates=True),
 )
+WITHOUT = tuple(Arm(f"peerkv -{name}") for name in ("heads", "batching", "collector", "malloc", "sampling"))
+"""peerkv without a mechanism, which a file of bench/taken_out/gateway takes out. To be asked for by name."""
 DIRECT = ARMS[0].name
 
 
@@ -69,7 +71,8 @@ def launch(arm: Arm, backends: Backends, port: int, spare_port: int) -> Launch:
                 options += ["--tenant-api-key", f"{TENANT}:{KEY}"]
             return Launch((*head, *where, *options))
         case "peerkv":
-            argv = [sys.executable, "-m", "gateway.cli", "gateway", *where]
+            module = ("bench.taken_out.gateway", policy.removeprefix("-")) if policy.startswith("-") else ("gateway.cli",)
+            argv = [sys.executable, "-m", *module, "gateway", *where]
             config = ("--config", str(backends.config)) if arm.authenticates else ()
             env = {"PEERKV_RUN_DIR": str(backends.run_dir), "PEERKV_LOG_LEVEL": "warning"}
             return Launch((*argv, *config), env)

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench import load
-from bench.arms import ARMS, DIRECT, KEY, Arm, Backends, launch
+from bench.arms import ARMS, DIRECT, KEY, WITHOUT, Arm, Backends, launch
 from bench.cases import CASES, Case, bodies, documents
 from bench.machine import LOAD_CORE, PROXY_CORE, Pinned, StartFailed, end_on_sigterm, free_ports
 from bench.mock_replicas import write_config, write_run_dir
@@ -64,7 +64,7 @@ class Bench:
             await self._until_it_serves(proxy, target)
             await self._prove(arm, target)
             await self._cases(arm, turn, target, proxy, done)
-            if arm.name == "peerkv":
+            if arm.name.startswith("peerkv") and not arm.authenticates:
                 self._prove_steering(port)
         finally:
             proxy.end()
@@ -197,8 +197,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="measured time per case (default: 2)")
     parser.add_argument("--warm-seconds", type=float, default=0.4, help="warm-up load before that (default: 0.4)")
     parser.add_argument("--parity-seconds", type=float, default=1.5, help="time for peerkv to compare token ids (default: 1.5)")
-    arms = ", ".join(arm.name for arm in ARMS)
-    parser.add_argument("--arms", type=lambda text: _chosen(text, ARMS, "arm"), default=list(ARMS), help=f"of: {arms}")
+    arms = ", ".join(arm.name for arm in (*ARMS, *WITHOUT))
+    parser.add_argument(
+        "--arms", type=lambda text: _chosen(text, (*ARMS, *WITHOUT), "arm"), default=list(ARMS), help=f"of: {arms}"
+    )
     cases = ", ".join(case.name for case in CASES)
     parser.add_argument("--cases", type=lambda text: _chosen(text, CASES, "case"), default=list(CASES), help=f"of: {cases}")
     parser.add_argument(
