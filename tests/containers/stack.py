@@ -103,7 +103,11 @@ class Stack:
         self.compose("up", "-d", "--no-build", *(services or SERVICES))
 
     def down(self) -> None:
-        """Stop and remove the containers; volumes stay."""
+        """Stop and remove the containers; volumes stay.
+
+        The gateway first, as Compose does by `depends_on`: podman-compose stops all of them at once.
+        """
+        self.compose("stop", "gateway", check=False)  # it may be down already
         self.compose("down")
 
     def wait_ready(self, seconds: float = BACK_SECONDS_MAX) -> None:
