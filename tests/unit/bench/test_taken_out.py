@@ -9,7 +9,7 @@ import pytest
 import bench.taken_out
 from bench.arms import WITHOUT, Arm
 
-FILES = sorted(path for path in Path(bench.taken_out.__file__).parent.glob("*.py") if path.name != "__init__.py")
+FILES = sorted(path for path in Path(bench.taken_out.__file__).parent.glob("*.py") if not path.name.startswith("__"))
 
 CHECK = """
 import sys
