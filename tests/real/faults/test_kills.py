@@ -101,7 +101,7 @@ def test_a_killed_replica_comes_back_and_exchanges_in_its_new_epoch(fleet, words
     cold = fleet.answer(held, replica="replica-1")
     with closing(fleet.table("replica-0")) as former:
         kill(fleet, "replica-0")
-        assert not former.alive()
+        until(lambda: not former.alive(), RESTART_SECONDS_MAX, "its engine has ended")  # a moment after its server
         fleet.wait_ready(RESTART_SECONDS_MAX)
         with closing(fleet.table("replica-0")) as table:
             assert table.epoch > former.epoch
