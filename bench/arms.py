@@ -48,7 +48,7 @@ ARMS = (
     Arm("peerkv"),
     Arm("peerkv +auth", authenticates=True),
 )
-WITHOUT = tuple(Arm(f"peerkv -{name}") for name in ("heads", "batching", "collector", "malloc", "sampling"))
+WITHOUT = tuple(Arm(f"peerkv -{name}") for name in ("heads", "batching", "collector", "sampling"))
 """peerkv without a mechanism, which a file of bench/taken_out/gateway takes out. To be asked for by name."""
 DIRECT = ARMS[0].name
 

@@ -1,4 +1,4 @@
-"""Memory of the gateway's process: what the garbage collector scans, what malloc gives back, the size of pages."""
+"""Memory of the gateway's process: what the garbage collector scans, and the size of pages."""
 
 from __future__ import annotations
 
@@ -9,22 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 COLLECTOR_THRESHOLDS = (5_000, 10, 100)  # objects, then collections of the generation before
-TRIM_BYTES = 16 << 20
-"""Free memory that malloc keeps at the end of the heap."""
-MMAP_BYTES = 1 << 20
-"""Smaller blocks come from the heap. Larger ones come from the kernel and go back to it."""
 HUGE_PAGE_BYTES = 2 << 20
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MADV_HUGEPAGE = 14  # of the kernel's mman-common.h
 _MADV_COLLAPSE = 25  # since Linux 6.1
-_M_TRIM_THRESHOLD = -1  # of glibc's malloc.h
-_M_MMAP_THRESHOLD = -3
 
 
 def settle_memory() -> None:
     """Call once, when all long-lived objects exist and before requests arrive."""
     _spare_the_collector()
-    _keep_freed_memory()
     _use_huge_pages()
 
 
@@ -38,18 +31,6 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
-
-
-def _keep_freed_memory() -> None:
-    """Make malloc keep the memory of a body of some 100 KB for the next one.
-
-    By default it goes back to the kernel each time, and every page is zeroed and faulted in again: a quarter of the relay's
-    time for a request of 220 KB.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # glibc only
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_TRIM_THRESHOLD, TRIM_BYTES)
-        mallopt(_M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 def _use_huge_pages() -> None:

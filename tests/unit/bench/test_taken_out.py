@@ -34,7 +34,7 @@ from gateway.steering.costs.sampling import Sampling
 from gateway.upstream import answer_head
 
 places = [(KnownHead, "of"), (answer_head, "cut_head"), (batching, "WAITING_MAX"), (memory, "_spare_the_collector")]
-places += [(memory, "_keep_freed_memory"), (Sampling, "takes")]
+places += [(Sampling, "takes")]
 before = [getattr(*place) for place in places]
 importlib.import_module("bench.taken_out.gateway." + sys.argv[1])
 print(*(place[1] for place, was in zip(places, before) if getattr(*place) != was))
@@ -43,7 +43,6 @@ TAKEN_FROM_GATEWAY = {
     "heads": ["of", "cut_head"],
     "batching": ["WAITING_MAX"],
     "collector": ["_spare_the_collector"],
-    "malloc": ["_keep_freed_memory"],
     "sampling": ["takes"],
 }
 TAKEN = {"chains": "chain", "digests": "get", "hold": "HOLD_SECONDS", "prefixes": "leading", "words": "raw"}
