@@ -13,7 +13,6 @@ from engine.connector.step_messages import ImportReport, WorkerReport
 from tests.unit.engine.connector.scheduler_fixtures import PROMPT, SIZE, Replica, Request, import_all, keys_of, report, run_on
 from tests.unit.transport.table_fixtures import FIELDS, writer
 from transport.table.deliveries import Delivery, DeliveryReason, EngineLoad
-from transport.table.waiting_area import SLOTS
 
 
 @pytest.fixture
@@ -455,53 +454,3 @@ def test_whatever_happens_each_request_leaves_one_record_and_nothing_is_left_to_
         assert sorted(each.tag for each in found) == list(range(1, engine.arrived + 1))
         for each in found:
             assert sum(split(each)) == (each.prompt_tokens if each.scheduled_ns else 0)
-
-
-def test_a_request_is_listed_as_waiting_until_it_is_given_a_step(pair):
-    a, _ = pair
-    request = hinted("r", source="")
-    assert not a.reader.waits(77)
-    a.half.arrived(request)
-    a.half.match(request, 0)
-    assert a.reader.waits(77)
-    assert not a.reader.waits(0)
-    a.schedule(new=[(request, [5, 6, 7, 8], 0, 14)])
-    assert not a.reader.waits(77)
-
-
-def test_a_request_whose_import_begins_waits_no_longer(pair):
-    a, b = pair
-    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
-    b.half.arrived(hinted())
-    assert b.reader.waits(77)
-    import_all(b, hinted(), [5, 6, 7, 8])
-    assert not b.reader.waits(77)
-
-
-def test_a_request_that_ends_while_it_waits_is_listed_no_longer(pair):
-    a, _ = pair
-    a.half.arrived(hinted("r"))
-    a.half.finished("r", aborted=True)
-    assert not a.reader.waits(77)
-
-
-def test_choices_of_a_request_are_listed_as_one_and_never_after_one_of_them_began(pair):
-    a, _ = pair
-    first, second, third = (hinted(name, source="") for name in ("0_r", "1_r", "2_r"))
-    a.half.arrived(first)
-    a.half.arrived(second)
-    assert a.reader.waits(77)
-    a.schedule(new=[(first, [5, 6, 7, 8], 0, 14)])
-    a.half.arrived(third)
-    assert not a.reader.waits(77)
-
-
-def test_more_requests_than_there_is_room_for_are_not_listed_and_room_comes_back(pair):
-    a, _ = pair
-    tags = range(1, SLOTS + 2)
-    for tag in tags:
-        a.half.arrived(hinted(f"r{tag}", tag=tag))
-    assert [tag for tag in tags if not a.reader.waits(tag)] == [SLOTS + 1]
-    a.half.finished("r1")
-    a.half.arrived(hinted("later", tag=9999))
-    assert (a.reader.waits(1), a.reader.waits(9999)) == (False, True)

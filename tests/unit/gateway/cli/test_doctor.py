@@ -482,27 +482,3 @@ def test_what_is_stored_in_host_memory_is_shown() -> None:
     fleet = fleet_of(replace(MEMBER, stored=(7, 900)), replace(MEMBER, name="replica-1"))
     assert "replica-0   ready, cpu, 3 of 1000 blocks cached, 7 of 900 stored in host memory\n" in words(CPU_MACHINE, fleet)
     assert "replica-1   ready, cpu, 3 of 1000 blocks cached\n" in words(CPU_MACHINE, fleet)
-
-
-def test_a_keys_file_that_others_may_read_is_a_problem(tmp_path: Path) -> None:
-    path = tmp_path / "keys.toml"
-    path.write_text("")
-    path.chmod(0o640)
-    assert machine.look(Settings(keys_file=path)).keys_file_open == str(path)
-    path.chmod(0o600)
-    assert machine.look(Settings(keys_file=path)).keys_file_open == ""
-    [problem] = [each for each in judge(replace(CPU_MACHINE, keys_file_open="/k.toml"), None, ()) if "/k.toml" in each.what]
-    assert problem.problem
-    assert problem.remedy == "chmod 600 /k.toml"
-
-
-def test_a_limits_file_that_could_not_be_written_is_a_problem_where_there_are_keys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    locked = tmp_path / "locked"
-    locked.mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked)
-    settings = Settings(limits_file=locked / "limits.json")
-    assert machine.look(settings).unwritable == ()
-    with_keys = settings.model_copy(update={"keys_file": tmp_path / "keys.toml"})
-    assert machine.look(with_keys).unwritable == (("limits_file", str(locked)),)
