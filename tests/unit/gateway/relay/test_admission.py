@@ -239,6 +239,7 @@ async def test_the_first_one_may_wait_however_slow_it_was_before() -> None:
     await waits(admission, 1)
     admission.leave()
     await waiting
+    assert admission.shown().refused_requests == 0
 
 
 async def test_replicas_that_become_ready_take_requests_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,3 +251,4 @@ async def test_replicas_that_become_ready_take_requests_that_wait(monkeypatch: p
     await waits(admission, 1)
     ready = 2
     await waiting
+    assert (admission.shown().waiting_requests, admission.shown().refused_requests) == (0, 0)
