@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from engine.fleet import FleetView
 from gateway.admin.health import _add_open_routes
-from gateway.admin.kv_routes import Figures, _add_admin_routes, _Guard
+from gateway.admin.kv_routes import Figures, _add_figures, _add_flush, _Guard
 from gateway.admin.openapi import describe
 from gateway.admin.prefix_routes import PrefixKeeper, add_prefix_routes
 from gateway.api import v1_routes
@@ -50,7 +50,8 @@ def build_app(
     app.include_router(v1_routes.router)
     _add_open_routes(app, fleet, figures, draining)
     guard = _Guard(access)
-    _add_admin_routes(app, fleet, upstream, figures, keeper, guard)
+    _add_figures(app, figures, guard)
+    _add_flush(app, fleet, upstream, keeper, guard)
     add_prefix_routes(app, keeper, body_bytes_max, refusals=guard.refusals, guarded=guard.guarded)
     document = functools.cache(lambda: describe(app))
 

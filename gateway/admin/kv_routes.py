@@ -69,9 +69,7 @@ class _Guard:
         self.guarded: dict[str, Any] = {"tags": ["admin"], "dependencies": [Depends(admin)]}
 
 
-def _add_admin_routes(
-    app: FastAPI, fleet: FleetView, upstream: Upstream, figures: Figures, keeper: PrefixKeeper, guard: _Guard
-) -> None:
+def _add_figures(app: FastAPI, figures: Figures, guard: _Guard) -> None:
     refusals, guarded = guard.refusals, guard.guarded
 
     @app.get(
@@ -114,15 +112,17 @@ def _add_admin_routes(
             raise UnknownRequest(request_id)
         return found
 
+
+def _add_flush(app: FastAPI, fleet: FleetView, upstream: Upstream, keeper: PrefixKeeper, guard: _Guard) -> None:
     @app.post(
         "/kv/flush",
         summary="Empty the prefix caches of all ready replicas; of pinned prefixes only renewed ones are put back",
         responses={
-            **refusals,
+            **guard.refusals,
             502: {"model": Flushed, "description": "Not all of them were emptied"},
             503: {"model": ErrorAnswer, "description": "No replica is ready"},
         },
-        **guarded,
+        **guard.guarded,
     )
     async def flush(response: Response) -> Flushed:
         flushed = await flush_caches(fleet, upstream)

@@ -86,15 +86,7 @@ def build_door(
     upstream = Upstream(settings)
     models = ModelsCache(fleet, upstream)
     tables = TableDirectory(table_dir, hold_seconds=HOLD_SECONDS)
-    file = settings.keys_file
-    tenants = Tenants(settings.tenants, settings.admin_key, None if file is None else read_keys(file))
-    keys = None if file is None else KeyWatch(file, tenants)
-    limiter = Limiter(
-        Prices(settings.cached_token_price, settings.generated_token_price),
-        reservation_seconds=settings.reservation_seconds_max,
-        keys=lambda: tenants.keys,
-        file=None if file is None else StateFile(settings.limits_file),
-    )
+    tenants, keys, limiter = _accounts(settings)
     source = source_from_arguments(model, vllm_args)
     tokens = TokenService(source, settings.token_cache_bytes_max, settings.text_cache_bytes_max, tenants=len(tenants))
     outliers = Outliers(settings.eject_failures_max, settings.eject_seconds_min, settings.eject_seconds_max)
@@ -137,10 +129,7 @@ def build_door(
         measure=relay.records.flush,
         replica_metrics=ReplicaMetrics(fleet, upstream) if settings.replica_metrics else None,
     )
-    relay.records.meters = (figures.measured,)
-    if request_log is not None:
-        relay.records.meters += (request_log,)
-        figures.measured.registry.register(request_log)
+    _measure(relay, figures, request_log)
     admin = build_app(
         fleet=fleet,
         upstream=upstream,
@@ -154,6 +143,27 @@ def build_door(
     app = FrontDoor(relay=relay, models=models, tenants=tenants, limiter=limiter, admin=admin)
     overdue = OverdueWatch(planner, fleet, upstream.give_up, seconds_min=settings.overdue_seconds_min)
     return Door(app, relay, models, upstream, planner, tokens, tables, keeper, overdue, figures, large_bodies, keys, limiter)
+
+
+def _measure(relay: Relay[Plan], figures: FleetFigures, request_log: RequestLog | None) -> None:
+    """Have what is recorded of each request counted, and logged if that is wanted."""
+    relay.records.meters = (figures.measured,)
+    if request_log is not None:
+        relay.records.meters += (request_log,)
+        figures.measured.registry.register(request_log)
+
+
+def _accounts(settings: Settings) -> tuple[Tenants, KeyWatch | None, Limiter]:
+    """Who may call, and how much. Raises KeyFileError."""
+    file = settings.keys_file
+    tenants = Tenants(settings.tenants, settings.admin_key, None if file is None else read_keys(file))
+    limiter = Limiter(
+        Prices(settings.cached_token_price, settings.generated_token_price),
+        reservation_seconds=settings.reservation_seconds_max,
+        keys=lambda: tenants.keys,
+        file=None if file is None else StateFile(settings.limits_file),
+    )
+    return tenants, None if file is None else KeyWatch(file, tenants), limiter
 
 
 def _large_bodies(settings: Settings, source: TokenizerSource, planner: Planner, tenants: int) -> LargeBodies:
