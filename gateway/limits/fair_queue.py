@@ -62,13 +62,12 @@ class _Class:
 
 
 class FairQueue:
-    """At most `requests_max`. If it is full, a request takes the place of the last one of the tenant that has most waiting."""
+    """At most `requests_max`. If it is full, the last one of the tenant with most waiting in the lowest class gives way."""
 
     def __init__(self, requests_max: int) -> None:
         self._requests_max = requests_max
         self._classes = tuple(_Class() for _ in CLASSES)
         self._of: dict[int, tuple[str, int]] = {}  # tenant and class by number
-        self._counts: dict[str, int] = {}
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
@@ -94,7 +93,6 @@ class FairQueue:
                 return None
         number = next(self._numbers)
         self._of[number] = tenant, rank
-        self._counts[tenant] = self._counts.get(tenant, 0) + 1
         of_class = self._classes[rank]
         of_class.saved.setdefault(tenant, 0)
         of_class.tenants.setdefault(tenant, deque()).append(_Waiting(number, max(tokens, TOKENS_MIN)))
@@ -105,7 +103,7 @@ class FairQueue:
         for of_class in self._classes:
             if of_class.tenants:
                 number = of_class.take().number
-                self._count_out(number)
+                del self._of[number]
                 return number
         return None
 
@@ -119,7 +117,7 @@ class FairQueue:
         waiting.remove(next(each for each in waiting if each.number == number))
         if not waiting:
             of_class.forget(tenant)
-        self._count_out(number)
+        del self._of[number]
         return True
 
     def _give_way(self, tenant: str, rank: int) -> int | None:
@@ -127,7 +125,7 @@ class FairQueue:
 
         In `rank`'s own class that tenant has to have more than `tenant`. A class that goes before it does not give way.
         """
-        lowest = max(each for each, of_class in enumerate(self._classes) if of_class.tenants)
+        lowest = max((each for each, of_class in enumerate(self._classes) if of_class.tenants), default=-1)
         if lowest < rank:
             return None
         tenants = self._classes[lowest].tenants
@@ -137,9 +135,3 @@ class FairQueue:
         number = tenants[name][-1].number
         self.remove(number)
         return number
-
-    def _count_out(self, number: int) -> None:
-        tenant, _ = self._of.pop(number)
-        self._counts[tenant] -= 1
-        if not self._counts[tenant]:
-            del self._counts[tenant]

@@ -108,3 +108,7 @@ def test_classes_behind_are_not_ahead() -> None:
         put(queue, tenant, LOW)
         put(queue, tenant, HIGH)
     assert [queue.ahead_of("d", rank) for rank in (HIGH, NORMAL, LOW)] == [3, 3, 6]
+
+
+def test_a_queue_without_places_takes_nobody() -> None:
+    assert FairQueue(0).put("a", HIGH, 1) is None
