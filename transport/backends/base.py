@@ -1,14 +1,14 @@
 """The seam between an engine and the ways to read another replica's KV memory."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from transport.table.layout import Memory
-from transport.table.reader import TableReader
+from transport.table.layout import Memory, Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,10 @@ class ImportJob:
 
 @dataclass(frozen=True, slots=True)
 class ImportResult:
-    """How an import ended. `failed_blocks` are target blocks whose content must not be used; `reason` says why, "" if none."""
+    """How an import ended. `failed_blocks` are target blocks whose content must not be used; `reason` says why, "" if none.
+
+    `early`: it came before the source's memory was open, which a later one may find open.
+    """
 
     job: ImportJob
     failed_blocks: tuple[int, ...]
@@ -46,6 +49,42 @@ class ImportResult:
     bytes: int
     nanoseconds: int
     reason: str
+    early: bool = False
+
+
+class BlockSource(Protocol):
+    """Whose blocks are copied: a table's reader, or what stands in for one. `memories` hold its `num_blocks` blocks."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def memories(self) -> tuple[Memory, ...]: ...
+    def alive(self) -> bool: ...
+    def unchanged(self, block_ids: npt.NDArray[np.int32], states: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]: ...
+    def key(self, block: int) -> bytes: ...
+
+
+Place = tuple[str, int, tuple[Region, ...]]
+"""An owner's name and epoch, and the memory that its blocks are read from."""
+
+
+def place_of(reader: BlockSource) -> Place:
+    """Return where the blocks of `reader` are read.
+
+    Name and epoch alone do not tell: a mirror of another node has its owner's epoch, but its blocks come to the memory of an
+    agent, and to other memory once that was started again.
+    """
+    return reader.name, reader.epoch, tuple(region for memory in reader.memories for region in memory.regions)
+
+
+def outdated(opened: Iterable[Place], live: set[tuple[str, int]]) -> set[Place]:
+    """Return which of the places, told in the order in which they were opened, none of the `live` owners has any more."""
+    newest = {place[:2]: place for place in opened}
+    return {place for place in opened if place[:2] not in live or newest[place[:2]] != place}
 
 
 class Transport(Protocol):
@@ -60,13 +99,13 @@ class Transport(Protocol):
     def memory(self) -> Memory:
         """Return where this rank's KV memory is, for the block table."""
 
-    def prepare(self, reader: TableReader) -> None:
+    def prepare(self, reader: BlockSource) -> None:
         """Open an owner's memory ahead of the first import from it, which then does not wait for that.
 
         Memory that cannot be opened or has another shape is not an error here: `start` reports it.
         """
 
-    def start(self, job: ImportJob, reader: TableReader, *, gently: bool) -> None:
+    def start(self, job: ImportJob, reader: BlockSource, *, gently: bool) -> None:
         """Begin an import; `gently` if other requests are being computed beside it.
 
         Raises MemoryUnreachable if the owner's memory cannot be opened or has another shape.

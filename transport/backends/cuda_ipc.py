@@ -1,27 +1,33 @@
 """KV memory on GPUs of one host: the importer opens the owner's allocations by CUDA IPC and gathers blocks over NVLink or PCIe.
 
 The owner does nothing, and the owner's GPU need not be visible to the importer. An allocation is opened once for an owner's
-epoch, in a thread of its own, because it takes milliseconds that the engine's step does not have.
+epoch, in a thread of its own, because it takes milliseconds that the engine's step does not have. Host memory of tiers is read
+by the same kernel, and this engine's own is written by it: it is opened otherwise (host_regions), in another thread, as that
+takes seconds.
 """
 
+import itertools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from cuda.bindings import driver, runtime
 
-from transport.backends.base import ImportJob, ImportResult
+from transport.backends.base import BlockSource, ImportJob, ImportResult, Place, outdated, place_of
 from transport.backends.gather import WORD_BYTES, gather, plan, segments_of
 from transport.backends.geometry import layer_geometries
+from transport.backends.host_regions import HostRegions
+from transport.backends.shared_memory import SharedMemoryTransport
 from transport.backends.verification import check
 from transport.errors import MemoryUnreachable
 from transport.table.layout import Layer, Memory, Region
-from transport.table.reader import TableReader
 
 _logger = logging.getLogger(__name__)
 
@@ -29,29 +35,40 @@ PROGRAMS_BESIDE_DECODES = 24
 """What of the GPU a copy takes while other requests are being computed: 86 % of the link's peak, where 32 reach 90 % and cost a
 decode step 2 % more (two H200s, `make bench-gpu`, sections interference and interference-32)."""
 PROGRAMS_ALONE = 32
+PROGRAMS_FROM_HOST, PROGRAMS_TO_HOST = 16, 8
+"""Each keeps 64 KiB on the way, for which a read of host memory waits and a write to it does not."""
 OPEN_SECONDS_MAX = 5.0
 
 
 @dataclass(slots=True)
-class _Peer:
-    """An owner's memory as mapped in this process: the opened addresses, and the (3, layers) table that the gather reads."""
+class Opened:
+    """Memory as mapped in this process: the (3, layers) table that the gather reads, and what closes it."""
 
-    opened: tuple[int, ...]
     layers: torch.Tensor
+    mapped: ExitStack
+
+
+@dataclass(slots=True)
+class Enqueued:
+    """A copy on its way. The tensors in `held` are read by the kernel: they must outlive it."""
+
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+    held: tuple[torch.Tensor, ...]
 
 
 @dataclass(slots=True)
 class _Copy:
-    """An import under way. The tensors in `held` are read by the kernel: they must outlive it."""
+    """An import under way, `from_host` if that is where its blocks are."""
 
     job: ImportJob
-    reader: TableReader
-    peer: "Future[_Peer]"
+    reader: BlockSource
+    place: Place
+    peer: "Future[Opened]"
+    from_host: bool
     programs: int
     open_until: float
-    begin: torch.cuda.Event | None = None
-    end: torch.cuda.Event | None = None
-    held: tuple[torch.Tensor, ...] = ()
+    enqueued: Enqueued | None = None
 
 
 class CudaIpcTransport:
@@ -83,21 +100,25 @@ class CudaIpcTransport:
         self._segments = segments_of(self._shape)
         self._own = self._table([(a, g.stride, g.bytes) for a, g in zip(addresses, geometries, strict=True)])
         self._stream = torch.cuda.Stream(self._device)
-        self._opener = ThreadPoolExecutor(1, "peerkv-open", initializer=torch.cuda.set_device, initargs=(self._device,))
-        self._peers: dict[tuple[str, int], Future[_Peer]] = {}
+        self._from_host, self._to_host = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
+        self._opener = ThreadPoolExecutor(1, "peerkv-open", initializer=_settle_in, initargs=(self._device,))
+        self._pinner = ThreadPoolExecutor(1, "peerkv-pin", initializer=_settle_in, initargs=(self._device,))
+        self._host = HostRegions()  # the pinner's
+        self._peers: dict[Place, tuple[ThreadPoolExecutor, Future[Opened]]] = {}
         self._copies: list[_Copy] = []
         self._compile()
 
     def memory(self) -> Memory:
         return self._memory
 
-    def prepare(self, reader: TableReader) -> None:
+    def prepare(self, reader: BlockSource) -> None:
         self._peer(reader)
 
-    def start(self, job: ImportJob, reader: TableReader, *, gently: bool) -> None:
-        peer = self._peer(reader)
-        programs = PROGRAMS_BESIDE_DECODES if gently else PROGRAMS_ALONE
-        copy = _Copy(job, reader, peer, programs, time.monotonic() + OPEN_SECONDS_MAX)
+    def start(self, job: ImportJob, reader: BlockSource, *, gently: bool) -> None:
+        peer, from_host = self._peer(reader), self._in_host_memory(reader.memories)
+        programs = PROGRAMS_FROM_HOST if from_host else PROGRAMS_BESIDE_DECODES if gently else PROGRAMS_ALONE
+        wait = 0.0 if from_host else OPEN_SECONDS_MAX  # pinning takes longer than computing a prompt
+        copy = _Copy(job, reader, place_of(reader), peer, from_host, programs, time.monotonic() + wait)
         self._copies.append(copy)
         if peer.done() and peer.exception() is None:
             self._launch(copy, peer.result())
@@ -106,19 +127,19 @@ class CudaIpcTransport:
         results: list[ImportResult] = []
         going: list[_Copy] = []
         for copy in self._copies:
-            if copy.end is None and copy.peer.done():
+            if copy.enqueued is None and copy.peer.done():
                 error = copy.peer.exception()
                 if error is not None:
                     results.append(_failed(copy, str(error)))
                     continue
                 self._launch(copy, copy.peer.result())
-            if copy.end is None and time.monotonic() > copy.open_until:
-                results.append(_failed(copy, f"the memory of {copy.job.source} did not open in {OPEN_SECONDS_MAX} s"))
+            if copy.enqueued is None and time.monotonic() >= copy.open_until:
+                results.append(_failed(copy, f"the memory of {copy.job.source} is not open yet", early=copy.from_host))
                 continue
-            if copy.end is None or not copy.end.query():
+            if copy.enqueued is None or not copy.enqueued.end.query():
                 going.append(copy)
                 continue
-            results.append(self._finish(copy))
+            results.append(self._finish(copy, copy.enqueued))
         self._copies = going
         return results
 
@@ -126,44 +147,93 @@ class CudaIpcTransport:
         return len(self._copies)
 
     def retain(self, live: set[tuple[str, int]]) -> None:
-        kept = live | {(copy.job.source, copy.job.epoch) for copy in self._copies}
-        for owner in [owner for owner in self._peers if owner not in kept]:
-            self._opener.submit(_close, self._peers.pop(owner))
+        for place in outdated(self._peers, live) - {copy.place for copy in self._copies}:
+            thread, peer = self._peers.pop(place)
+            thread.submit(_close, peer)
 
     def close(self) -> None:
-        self._stream.synchronize()
+        for stream in (self._stream, self._from_host, self._to_host):
+            stream.synchronize()
         self._copies.clear()
+        self._host.stop()
         self.retain(set())
         self._opener.shutdown(wait=True)
+        self._pinner.shutdown(wait=True)
 
-    def _peer(self, reader: TableReader) -> "Future[_Peer]":
-        owner = (reader.name, reader.epoch)
-        peer = self._peers.get(owner)
-        if peer is None:
-            peer = self._peers[owner] = self._opener.submit(self._open, reader.name, reader.num_blocks, reader.memories)
-        return peer
+    # This engine's own host memory
 
-    def _launch(self, copy: _Copy, peer: _Peer) -> None:
+    def open_slots(self, slots: Memory, count: int) -> "Future[Opened]":
+        """Open `count` slots, which lie as `slots` says, to write them; `close_slots` ends that."""
+        return self._pinner.submit(self._open, "this engine's host memory", count, (slots,))
+
+    def store(self, slots: Opened, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Enqueued:
+        """Copy blocks of each KV cache group, told with the slots that they go into, behind all that the engine enqueued.
+
+        Nothing waits for the copy: the caller sees to that.
+        """
+        sources, targets = (np.array([n for group in groups for n in group[side]], np.int32) for side in (0, 1))
+        ends = list(itertools.accumulate(len(blocks) for blocks, _ in groups))
+        parts = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        self._to_host.wait_stream(torch.cuda.current_stream(self._device))
+        return self._enqueue(self._to_host, (self._own, slots.layers), (sources, targets), parts, PROGRAMS_TO_HOST)
+
+    def hold_up(self, copy: Enqueued) -> None:
+        """Have all that the engine enqueues from now on wait for a copy."""
+        torch.cuda.current_stream(self._device).wait_event(copy.end)
+
+    def close_slots(self, slots: "Future[Opened]") -> None:
+        """Let go of slots once all copies into them have ended, which this waits for."""
+        self._to_host.synchronize()
+        self._pinner.submit(_close, slots)
+
+    # Inside
+
+    def _peer(self, reader: BlockSource) -> "Future[Opened]":
+        place = place_of(reader)
+        if place not in self._peers:
+            thread = self._pinner if self._in_host_memory(reader.memories) else self._opener
+            self._peers[place] = thread, thread.submit(self._open, reader.name, reader.num_blocks, reader.memories)
+        return self._peers[place][1]
+
+    def _in_host_memory(self, memories: tuple[Memory, ...]) -> bool:
+        memory = self._of_our_rank(memories)
+        return memory is not None and memory.transport == SharedMemoryTransport.name
+
+    def _of_our_rank(self, memories: tuple[Memory, ...]) -> Memory | None:
+        ways = (self.name, SharedMemoryTransport.name)
+        return next((m for m in memories if m.rank == self._memory.rank and m.transport in ways), None)
+
+    def _launch(self, copy: _Copy, peer: Opened) -> None:
         """Enqueue the gather behind all that the engine enqueued before: the target blocks may still be read by it."""
         job = copy.job
-        rows, pieces = plan(self._segments, job.groups())
-        numbers = torch.from_numpy(np.concatenate((job.source_blocks, job.target_blocks, rows.ravel()))).pin_memory()
-        copy.begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            on_device = numbers.to(self._device, non_blocking=True)
-            blocks = on_device[: 2 * len(job)].view(2, -1)
-            copy.begin.record()
-            gather(peer.layers, self._own, self._segments, on_device[2 * len(job) :], pieces, blocks, copy.programs)
-            end.record()
-        copy.held = (numbers, on_device, peer.layers)
-        copy.end = end
+        stream = self._from_host if copy.from_host else self._stream
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        blocks = (job.source_blocks, job.target_blocks)
+        copy.enqueued = self._enqueue(stream, (peer.layers, self._own), blocks, job.groups(), copy.programs)
 
-    def _finish(self, copy: _Copy) -> ImportResult:
-        assert copy.begin is not None
-        assert copy.end is not None
+    def _enqueue(
+        self,
+        stream: torch.cuda.Stream,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        blocks: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]],
+        groups: list[slice],
+        programs: int,
+    ) -> Enqueued:
+        """Have `stream` copy blocks between the memories of two address tables, both told source first."""
+        rows, pieces = plan(self._segments, groups)
+        numbers = torch.from_numpy(np.concatenate((*blocks, rows.ravel()))).pin_memory()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        count = 2 * len(blocks[0])
+        with torch.cuda.stream(stream):
+            on_device = numbers.to(self._device, non_blocking=True)
+            begin.record()
+            gather(*tables, self._segments, on_device[count:], pieces, on_device[:count].view(2, -1), programs)
+            end.record()
+        return Enqueued(begin, end, (numbers, on_device, *tables))
+
+    def _finish(self, copy: _Copy, enqueued: Enqueued) -> ImportResult:
         failed, stale, reason = check(copy.job, copy.reader)
-        nanoseconds = int(copy.begin.elapsed_time(copy.end) * 1e6)
+        nanoseconds = int(enqueued.begin.elapsed_time(enqueued.end) * 1e6)
         parts = copy.job.groups()
         size = sum(size * (parts[group].stop - parts[group].start) for group, size in self._shape)
         return ImportResult(copy.job, failed, stale, size, nanoseconds, reason)
@@ -180,30 +250,48 @@ class CudaIpcTransport:
         rows = [[address, stride, size // WORD_BYTES] for address, stride, size in layers]
         return torch.tensor(rows, dtype=torch.int64).t().contiguous().to(self._device)
 
-    def _open(self, name: str, blocks: int, memories: tuple[Memory, ...]) -> _Peer:
-        """Open an owner's memory; runs in the opener's thread, with the importer's own device current."""
-        memory = next((m for m in memories if m.rank == self._memory.rank and m.transport == self.name), None)
+    def _open(self, name: str, blocks: int, memories: tuple[Memory, ...]) -> Opened:
+        """Open an owner's memory; runs in the opener's thread or the pinner's, with the importer's own device current."""
+        memory = self._of_our_rank(memories)
         if memory is None or [(layer.group, layer.bytes) for layer in memory.layers] != self._shape:
             raise MemoryUnreachable(f"{name} offers no CUDA memory of our shape for rank {self._memory.rank}")
         for layer in memory.layers:
             inside = 0 <= layer.region < len(memory.regions) and layer.offset >= 0 and layer.stride >= layer.bytes
             if not inside or layer.offset + (blocks - 1) * layer.stride + layer.bytes > memory.regions[layer.region].size:
                 raise MemoryUnreachable(f"{name} describes a layer that ends beyond its memory")
-        opened: list[int] = []
-        try:
-            for region in memory.regions:
-                opened.append(_import(region.handle))  # noqa: PERF401 - what was opened before a fault is closed below
-            rows = [(opened[layer.region] + layer.offset, layer.stride, layer.bytes) for layer in memory.layers]
+            if layer.offset % WORD_BYTES or layer.stride % WORD_BYTES:
+                raise MemoryUnreachable(f"{name} describes blocks that do not begin at multiples of {WORD_BYTES} bytes")
+        in_host_memory = memory.transport != self.name
+        with ExitStack() as mapped:
+            bases = []
+            for number, region in enumerate(memory.regions):
+                if in_host_memory:
+                    used = [layer for layer in memory.layers if layer.region == number]
+                    begin = min((layer.offset for layer in used), default=0)
+                    end = max((layer.offset + (blocks - 1) * layer.stride + layer.bytes for layer in used), default=0)
+                    bases.append(self._host.open(region, begin, end))
+                    mapped.callback(self._host.close, region, begin, end)
+                else:
+                    bases.append(_import(region.handle))
+                    mapped.callback(_release, bases[-1])
+            rows = [(bases[layer.region] + layer.offset, layer.stride, layer.bytes) for layer in memory.layers]
             with torch.cuda.stream(self._stream):
                 table = self._table(rows)
-            return _Peer(tuple(opened), table)
-        except BaseException:
-            _release(opened)
-            raise
+            return Opened(table, mapped.pop_all())
 
 
-def _failed(copy: _Copy, reason: str) -> ImportResult:
-    return ImportResult(copy.job, tuple(copy.job.target_blocks.tolist()), 0, 0, 0, reason)
+def _settle_in(device: torch.device) -> None:
+    """Begin a thread that opens memory: on the engine's device, and no hindrance to the engine's capture of CUDA graphs.
+
+    Source: cudaStreamCaptureModeGlobal, torch's default, forbids what may synchronise to all other threads, unless they say
+    that what they do has nothing to do with the capture.
+    """
+    torch.cuda.set_device(device)
+    runtime.cudaThreadExchangeStreamCaptureMode(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
+
+
+def _failed(copy: _Copy, reason: str, *, early: bool = False) -> ImportResult:
+    return ImportResult(copy.job, tuple(copy.job.target_blocks.tolist()), 0, 0, 0, reason, early)
 
 
 def _allocation(address: int) -> tuple[int, int]:
@@ -239,13 +327,12 @@ def _import(handle: str) -> int:
     return int(address)
 
 
-def _release(opened: list[int] | tuple[int, ...]) -> None:
-    for address in opened:
-        (status,) = runtime.cudaIpcCloseMemHandle(address)
-        if status != runtime.cudaError_t.cudaSuccess:
-            _logger.warning("closing a peer's memory: %s", status.name)
+def _release(address: int) -> None:
+    (status,) = runtime.cudaIpcCloseMemHandle(address)
+    if status != runtime.cudaError_t.cudaSuccess:
+        _logger.warning("closing a peer's memory: %s", status.name)
 
 
-def _close(peer: "Future[_Peer]") -> None:
+def _close(peer: "Future[Opened]") -> None:
     if peer.exception() is None:
-        _release(peer.result().opened)
+        peer.result().mapped.close()

@@ -18,12 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from transport.backends.base import ImportJob, ImportResult
+from transport.backends.base import BlockSource, ImportJob, ImportResult, Place, outdated, place_of
 from transport.backends.geometry import layer_geometries
 from transport.backends.verification import check
 from transport.errors import MemoryUnreachable
 from transport.table.layout import CHECKSUM_BYTES, Checksums, Layer, Memory, Region
-from transport.table.reader import TableReader
 
 SLICE_SECONDS = 0.010
 """How long one `poll` may copy: longer would hold up the requests that are being decoded beside the import."""
@@ -48,8 +47,11 @@ class _Peer:
 
 @dataclass(slots=True)
 class _Copy:
+    """An import under way. Its `peer` stays mapped for as long."""
+
     job: ImportJob
-    reader: TableReader
+    reader: BlockSource
+    peer: _Peer
     pieces: Iterator[tuple[int, int, int]]
     bytes: int
     began_ns: int
@@ -100,7 +102,7 @@ class SharedMemoryTransport:
         self._memory = Memory(rank, self.name, regions, layers)
         self._rank = rank
         self._storages = tuple(storages.values())  # the addresses above live as long as these
-        self._peers: dict[tuple[str, int], _Peer] = {}
+        self._peers: dict[Place, _Peer] = {}
         self._copies: deque[_Copy] = deque()
 
     def memory(self) -> Memory:
@@ -110,13 +112,14 @@ class SharedMemoryTransport:
         """Return for each of the memory's layers the address of block 0 and the stride; they last as long as this object."""
         return self._layers
 
-    def prepare(self, reader: TableReader) -> None:
+    def prepare(self, reader: BlockSource) -> None:
         """Nothing is gained ahead: memory is mapped in microseconds."""
 
-    def start(self, job: ImportJob, reader: TableReader, *, gently: bool) -> None:
-        peer = self._peers.get((job.source, job.epoch))
+    def start(self, job: ImportJob, reader: BlockSource, *, gently: bool) -> None:
+        place = place_of(reader)
+        peer = self._peers.get(place)
         if peer is None:
-            peer = self._peers[job.source, job.epoch] = self._map(reader)
+            peer = self._peers[place] = self._map(reader)
         parts, layers = job.groups(), self._memory.layers
         size = sum(layer.bytes * (parts[layer.group].stop - parts[layer.group].start) for layer in layers)
         runs = [_runs(job.source_blocks[part], job.target_blocks[part]) for part in parts]
@@ -125,7 +128,7 @@ class SharedMemoryTransport:
         if peer.blocks is not None:
             groups = [group for group, part in enumerate(parts) for _ in range(part.stop - part.start)]
             unchecked = zip(job.source_blocks.tolist(), groups, job.target_blocks.tolist(), strict=True)
-        self._copies.append(_Copy(job, reader, pieces, size, time.monotonic_ns(), unchecked, []))
+        self._copies.append(_Copy(job, reader, peer, pieces, size, time.monotonic_ns(), unchecked, []))
 
     def poll(self) -> list[ImportResult]:
         results: list[ImportResult] = []
@@ -149,7 +152,7 @@ class SharedMemoryTransport:
 
     def _compare(self, copy: _Copy, deadline: float) -> bool:
         """Compare checksums of what was copied until `deadline`; whether that is done."""
-        blocks = self._peers[copy.job.source, copy.job.epoch].blocks
+        blocks = copy.peer.blocks
         for source, group, target in copy.unchecked:
             if blocks is not None and not blocks.intact(source, group, copy.reader.key(source)):
                 copy.damaged.append(target)
@@ -161,15 +164,14 @@ class SharedMemoryTransport:
         return len(self._copies)
 
     def retain(self, live: set[tuple[str, int]]) -> None:
-        kept = live | {(copy.job.source, copy.job.epoch) for copy in self._copies}
-        for owner in [owner for owner in self._peers if owner not in kept]:
-            del self._peers[owner]
+        for place in outdated(self._peers, live):
+            del self._peers[place]
 
     def close(self) -> None:
         self._copies.clear()
         self._peers.clear()
 
-    def _map(self, reader: TableReader) -> _Peer:
+    def _map(self, reader: BlockSource) -> _Peer:
         memory = next((m for m in reader.memories if m.rank == self._rank and m.transport == self.name), None)
         if memory is None:
             raise MemoryUnreachable(f"{reader.name} offers no shared memory for rank {self._rank}")
@@ -201,7 +203,7 @@ def region_of(fd: int, size: int) -> Region:
     return Region(msgspec.json.encode(_Handle(os.getpid(), fd, found.st_dev, found.st_ino)).decode(), size)
 
 
-def _checked(memory: Memory, reader: TableReader, maps: tuple[mmap.mmap, ...]) -> _Checked:
+def _checked(memory: Memory, reader: BlockSource, maps: tuple[mmap.mmap, ...]) -> _Checked:
     """Return the blocks of memory with checksums. Raises MemoryUnreachable if they do not lie as `Checksums` says."""
     sums = memory.checksums
     assert sums is not None

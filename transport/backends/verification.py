@@ -1,10 +1,9 @@
 """The check after every copy: a block counts only if its owner still vouches for it. The central rule: any doubt is a miss."""
 
-from transport.backends.base import ImportJob
-from transport.table.reader import TableReader
+from transport.backends.base import BlockSource, ImportJob
 
 
-def check(job: ImportJob, reader: TableReader) -> tuple[tuple[int, ...], int, str]:
+def check(job: ImportJob, reader: BlockSource) -> tuple[tuple[int, ...], int, str]:
     """Return (failed target blocks, how many of them changed, why) for a copy that is complete.
 
     Every doubt fails: a block whose state moved on may have been overwritten under the copy, a dead owner vouches for nothing.

@@ -18,9 +18,10 @@ class Quality(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A block to encode: `content` (shape.nbytes,) uint8, contiguous. `position` tokens of its sequence come before it.
+    """A block to encode: `content` (shape.nbytes,) uint8, contiguous.
 
-    `behind` tokens of the sequence are known to come after it; a codec may treat the last of a sequence better.
+    `position` tokens of its sequence are known to come before it and `behind` after it: codecs may treat the first and the last
+    of a sequence better.
     """
 
     shape: Shape

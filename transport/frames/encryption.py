@@ -1,4 +1,4 @@
-"""AES-GCM over a payload. `secret` is a tenant's key of 16, 24 or 32 random bytes; `pip install peerkv[encryption]`.
+"""AES-GCM over a payload. `secret` is a tenant's key of 16, 24 or 32 random bytes; the extra `encryption`.
 
 Nonces are random: with one key, write at most 2^32 frames (NIST SP 800-38D, 8.3).
 """

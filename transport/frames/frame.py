@@ -5,13 +5,13 @@
 | 0 | 4 | magic, `PKVF` |
 | 4 | 1 | version, 1 |
 | 5 | 1 | codec (`codecs.NUMBERS`) |
-| 6 | 1 | flags: 1 lossy, 2 encrypted |
+| 6 | 1 | flags: 1 the block lost something, by this codec or before; 2 encrypted |
 | 7 | 1 | 0 |
 | 8 | 16 | fingerprint: everything that changes KV bytes, rank included |
 | 24 | 16 | key of the block, its group's mask laid over it |
 | 40 | 2 | KV cache group |
 | 42 | 2 | 0 |
-| 44 | 4 | tokens of the sequence before the block |
+| 44 | 4 | tokens of the sequence that are known to come before the block |
 | 48 | 4 | s, bytes of the shape, at most 65,536 |
 | 52 | 8 | p, bytes of the payload |
 | 60 | s | shape: below |
@@ -54,20 +54,28 @@ class Header:
     group: int
     position: int
     shape: Shape
-
-    @property
-    def quality(self) -> Quality:
-        """The class of the block that comes out."""
-        return self.codec.quality
+    quality: Quality
+    """The class of the block that comes out: LOSSY also if it had lost something before it came to an exact codec."""
 
 
-def write(codec: Codec, block: Block, *, fingerprint: bytes, key: bytes, group: int = 0, secret: bytes | None = None) -> bytes:
+def write(
+    codec: Codec,
+    block: Block,
+    *,
+    fingerprint: bytes,
+    key: bytes,
+    group: int = 0,
+    secret: bytes | None = None,
+    lossy: bool = False,
+) -> bytes:
     """Return a block as a frame, encrypted if there is a `secret`; fingerprint and key are 16 bytes each.
+
+    `lossy`: the block came out of a codec with loss before.
 
     Raises NotCoded if the codec does not take such a block, ImportError for a secret without the package `cryptography`.
     """
     payload = codec.encode(block)
-    flags = (_LOSSY if codec.quality is Quality.LOSSY else 0) | (_ENCRYPTED if secret is not None else 0)
+    flags = (_LOSSY if lossy or codec.quality is Quality.LOSSY else 0) | (_ENCRYPTED if secret is not None else 0)
     shape = block.shape.packed
     size = len(payload) + (encryption.EXTRA_BYTES if secret is not None else 0)
     fixed = (MAGIC, VERSION, codec.number, flags, 0, fingerprint, key, group, 0, block.position, len(shape), size)
@@ -148,9 +156,10 @@ def _read(data: memoryview) -> tuple[Header, memoryview, memoryview]:
     if xxhash.xxh3_128_digest(data[:end]) != data[end:]:
         raise FrameDamaged("a frame that does not match its checksum")
     codec = numbered(number)
-    lossy = _LOSSY if codec.quality is Quality.LOSSY else 0
-    if zero or also_zero or flags & ~_ENCRYPTED != lossy:
+    lossy = bool(flags & _LOSSY)
+    if zero or also_zero or flags & ~(_ENCRYPTED | _LOSSY) or lossy < (codec.quality is Quality.LOSSY):
         raise FrameDamaged(f"a frame of codec {codec.name} with flags {flags}")
     shape = unpacked(bytes(data[HEADER_BYTES:begin]))
-    header = Header(codec, bool(flags & _ENCRYPTED), fingerprint, key, group, position, shape)
+    quality = Quality.LOSSY if lossy else Quality.EXACT
+    header = Header(codec, bool(flags & _ENCRYPTED), fingerprint, key, group, position, shape, quality)
     return header, data[:begin], data[begin:end]

@@ -1,6 +1,19 @@
 """The shapes of blocks as vLLM 0.32 and 0.33 lay them out, for layers that are all alike, as in most models."""
 
+import math
+import re
+from collections.abc import Mapping
+
 from transport.frames.shape import Axis, Number, Part, Role, Run, Shape
+
+NUMBERS: Mapping[str, Number] = {
+    "torch.bfloat16": Number.BFLOAT16,
+    "torch.float16": Number.FLOAT16,
+    "torch.float32": Number.FLOAT32,
+}
+"""What torch calls them."""
+_LAYOUT = re.compile(r"(?P<number>\S+) \((?P<sizes>\d+(, \d+)*),?\) \((?P<strides>\d+(, \d+)*)\)")
+_BITS = re.compile(r"\d+")
 
 
 def attention(layers: int, heads: int, tokens: int, dim: int, number: Number) -> Shape:
@@ -50,3 +63,45 @@ def opaque(layer_bytes: tuple[int, ...]) -> Shape:
         else:
             runs.append(Run(1, (part,)))
     return Shape(tuple(runs))
+
+
+def told(fingerprint: Mapping[str, str], layer_bytes: int, layers: int) -> Shape | None:
+    """Return the shape of blocks of `layers` attention layers of so many bytes each, as a replica's fingerprint tells it.
+
+    None for what is not known here: codecs with loss do not take it. Nor do they where some of the layers of that size may be
+    of another kind: their numbers would be taken for others.
+    """
+    known = {each: _told(fingerprint, each, layers) for each in fingerprint.get("strides", "").split("; ")}
+    fitting = [shape for shape in known.values() if shape is not None and shape.nbytes == layers * layer_bytes]
+    doubtful = any(shape is None and _bytes(each) in (0, layer_bytes) for each, shape in known.items())
+    return fitting[0] if len(fitting) == 1 and not doubtful else None
+
+
+def _bytes(layout: str) -> int:
+    """Return how many bytes a block has in one kind of layer; 0 if that cannot be told."""
+    match = _LAYOUT.fullmatch(layout)
+    bits = None if match is None else _BITS.search(match["number"])
+    if match is None or bits is None:
+        return 0
+    return math.prod(int(each) for each in match["sizes"].split(", ")) * int(bits[0]) // 8
+
+
+def _told(fingerprint: Mapping[str, str], layout: str, layers: int) -> Shape | None:
+    """Of one kind of layer: `torch.bfloat16 (heads, tokens, 2 * dim) (strides)`, the first of the strides that of a block."""
+    match = _LAYOUT.fullmatch(layout)
+    if match is None or match["number"] not in NUMBERS:
+        return None
+    number = NUMBERS[match["number"]]
+    sizes, strides = (tuple(int(each) for each in match[name].split(", ")) for name in ("sizes", "strides"))
+    backend, isa = fingerprint.get("attention backend", ""), fingerprint.get("cpu layout", "")
+    whole = len(sizes) == 3 and strides == (math.prod(sizes), sizes[1] * sizes[2], sizes[2], 1)
+    if not whole or sizes[2] % 2 or fingerprint.get("kv dtype") not in ("auto", "bfloat16", "float16", "float32"):
+        return None
+    heads, tokens, dim = sizes[0], sizes[1], sizes[2] // 2
+    if backend == "CPU_ATTN" and isa in ("vec", "vec16"):
+        return cpu_attention(layers, heads, tokens, dim, number)
+    if backend == "CPU_ATTN" and isa == "amx" and number is Number.BFLOAT16 and not (tokens % 16 or dim % 16):
+        return cpu_tiled_attention(layers, heads, tokens, dim)
+    if backend in ("FLASH_ATTN", "FLASHINFER"):
+        return attention(layers, heads, tokens, dim, number)
+    return None

@@ -1,10 +1,11 @@
 """All block tables of a directory: the registry of a node."""
 
+import contextlib
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from transport.errors import SHORTAGES, TableError
@@ -14,6 +15,8 @@ from transport.table.reader import SUFFIX, TableReader
 _logger = logging.getLogger(__name__)
 
 TABLES_MAX = 1024
+LOOKED_AT_MAX = 128
+"""Owners that are asked for at once, which costs more than a microsecond each: of a dead one nothing is believed anyway."""
 
 
 DRAFT_SECONDS_MAX = 60.0
@@ -30,17 +33,19 @@ def sweep(path: Path, now: float) -> int:
     except FileNotFoundError:
         return 0
     for entry in entries:
-        draft = _DRAFT.fullmatch(entry.name) and now - entry.stat(follow_symlinks=False).st_mtime > DRAFT_SECONDS_MAX
-        if not entry.is_file(follow_symlinks=False) or not (draft or entry.name.endswith(SUFFIX)):
+        if not entry.is_file(follow_symlinks=False) or not (_DRAFT.fullmatch(entry.name) or entry.name.endswith(SUFFIX)):
             continue
         try:
+            if not entry.name.endswith(SUFFIX) and now - entry.stat(follow_symlinks=False).st_mtime <= DRAFT_SECONDS_MAX:
+                continue
             fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
+        except FileNotFoundError:  # a draft that became a table, or another replica that sweeps
             continue
         try:
             if not liveness.claimed(fd):
-                os.unlink(entry.path)
-                removed += 1
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(entry.path)
+                    removed += 1
         finally:
             os.close(fd)
     return removed
@@ -64,6 +69,7 @@ class TableDirectory:
         self._seen: tuple[int, int] | None = None
         self._readers: dict[str, TableReader] = {}
         self._broken: dict[str, int] = {}
+        self._turn = 0
 
     def tables(self) -> Mapping[str, TableReader]:
         """Return the readers of all live tables by replica name. A dead owner's table is closed and left out."""
@@ -81,9 +87,18 @@ class TableDirectory:
             if not self._scan():
                 return self._readers
             self._seen = seen if time.time_ns() - seen[1] > SETTLED_NANOSECONDS else None
-        for name in [name for name, reader in self._readers.items() if not reader.alive()]:
+        for name in [name for name, reader in self._looked_at() if not reader.alive()]:
             self._readers.pop(name).close()
         return self._readers
+
+    def _looked_at(self) -> Collection[tuple[str, TableReader]]:
+        """Return the readers whose owners are looked at in this call: of very many the next in turn."""
+        if len(self._readers) <= LOOKED_AT_MAX:
+            return self._readers.items()
+        readers = list(self._readers.items())
+        begin = self._turn % len(readers)
+        self._turn = begin + LOOKED_AT_MAX
+        return readers[begin : begin + LOOKED_AT_MAX]
 
     def _scan(self) -> bool:
         """Scan the directory; False if that has to be repeated for lack of a descriptor or memory."""

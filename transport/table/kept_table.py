@@ -42,7 +42,6 @@ class KeptTable(TableWriter):
 
     def __init__(self, directory: Path, description: Description, block_size: int, blocks: int, draft: Path) -> None:
         self._draft = draft
-        self._lock = -1  # the keeper's
         super().__init__(directory, description, block_size, blocks)
 
     def _open(self, directory: Path, description: Description, block_size: int, encoded: bytes) -> None:
@@ -94,6 +93,7 @@ class KeptTable(TableWriter):
         self._index[:] = 0
         self._index_add(held, self._keys[held])
         self._words[VALID_OFFSET // 8] = len(held)
+        self._journal.note_all()
 
     def valid(self) -> int:
         """Return how many blocks are on offer."""

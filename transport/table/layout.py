@@ -6,15 +6,17 @@
 | 64 | heartbeat: CLOCK_MONOTONIC nanoseconds of the owner's last step, uint64 |
 | 72 | number of valid blocks, uint64 |
 | 80 | number of the newest delivery record, uint64 |
+| 88 | number of changes noted in the journal, uint64 |
 | 128 | load, uint64 each, in the order of `LOAD` |
 | 256 | counters, uint64 each, in the order of `COUNTERS` |
 | 1024 | tags of the requests that wait for their first step, uint64 each, 0 where there is none (`waiting_area.py`) |
 | 4096 | description: a JSON object (`Description`), padded |
-| then | states: uint64 per block; odd while the content is not valid, even and never repeated while it is |
+| then | states: uint64 per block; odd while the content is not valid, even and never repeated while it is (`quality.py`) |
 | then | keys: 16 bytes per block |
 | then | index: `WAYS` uint32 per bucket, each a block id + 1 or 0; a hint, the block's own key decides |
 | then | peers: what was imported from each (`peer_area.py`) |
 | then | deliveries: the ring of the last records (`delivery_ring.py`) |
+| then | journal: ids of the blocks that changed last, uint32 each (`journal.py`) |
 
 All integers are little-endian, all arrays start at a multiple of 4096.
 """
@@ -29,12 +31,12 @@ import numpy as np
 import numpy.typing as npt
 
 from transport.groups import Group
-from transport.table import delivery_ring, peer_area
+from transport.table import delivery_ring, journal, peer_area
 from transport.table.deliveries import EngineLoad
 
 SUFFIX = ".table"
 MAGIC = b"PEERKV\x00\x01"
-VERSION = 5
+VERSION = 6
 PAGE_BYTES = 4096
 WAYS = 8
 DESCRIPTION_BYTES_MAX = 4 << 20
@@ -43,6 +45,7 @@ CHECKSUM_BYTES = 16
 HEARTBEAT_OFFSET = 64
 VALID_OFFSET = 72
 NEWEST_OFFSET = 80
+CHANGES_OFFSET = 88
 LOAD_OFFSET = 128
 LOAD = tuple(field.name for field in fields(EngineLoad))
 COUNTERS_OFFSET = 256
@@ -68,6 +71,8 @@ COUNTERS = (
     "hints_malformed",
     "tier_tokens_host_memory",
     "tier_dropped_blocks",
+    "tier_tokens_disk",
+    "tier_tokens_vault",
 )
 """Counted by the owner's scheduler since its epoch began. A prompt's tokens are counted once, when it is first scheduled:
 prompt_tokens = local_tokens + peer_tokens_* + tier_tokens_* + computed_tokens. `check_failures` are blocks that changed under a
@@ -111,7 +116,10 @@ class Checksums(msgspec.Struct, frozen=True):
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """The KV memory of one tensor-parallel rank, reachable through `transport`. A tier's has `checksums`, an engine's none."""
+    """The KV memory of one tensor-parallel rank, opened as `transport` says, which of a tier's on GPUs is not the table's.
+
+    A tier's on the CPU has `checksums`, an engine's none.
+    """
 
     rank: int
     transport: str
@@ -179,8 +187,12 @@ class Layout:
         return self.peers + align(8 * peer_area.WORDS * peer_area.PEERS_MAX)
 
     @property
-    def total(self) -> int:
+    def journal(self) -> int:
         return self.deliveries + align(8 * delivery_ring.WORDS * delivery_ring.DELIVERIES)
+
+    @property
+    def total(self) -> int:
+        return self.journal + align(4 * journal.ENTRIES)
 
 
 class Areas(NamedTuple):
@@ -194,6 +206,7 @@ class Areas(NamedTuple):
     entries: npt.NDArray[np.uint32]
     peers: peer_area.PeerArea
     deliveries: delivery_ring.DeliveryRing
+    journal: journal.Journal
 
 
 def areas(mapped: mmap.mmap, layout: Layout) -> Areas:
@@ -207,5 +220,9 @@ def areas(mapped: mmap.mmap, layout: Layout) -> Areas:
         peer_area.PeerArea(peers.reshape(peer_area.PEERS_MAX, -1)),
         delivery_ring.DeliveryRing(
             np.frombuffer(mapped, np.uint64, 1, NEWEST_OFFSET), rows.reshape(delivery_ring.DELIVERIES, -1)
+        ),
+        journal.Journal(
+            np.frombuffer(mapped, np.uint64, 1, CHANGES_OFFSET),
+            np.frombuffer(mapped, np.uint32, journal.ENTRIES, layout.journal),
         ),
     )

@@ -24,8 +24,10 @@ from transport.table import liveness
 from transport.table.deliveries import Delivery, EngineLoad, PeerCounters
 from transport.table.delivery_ring import DELIVERIES, WORDS, RingReader, delivery
 from transport.table.fence import fence
+from transport.table.journal import ENTRIES, JournalReader
 from transport.table.layout import (
     BLOCKS_MAX,
+    CHANGES_OFFSET,
     COUNTERS,
     COUNTERS_OFFSET,
     DESCRIPTION_BYTES_MAX,
@@ -46,7 +48,8 @@ from transport.table.layout import (
     areas,
     bucket_count,
 )
-from transport.table.waiting_area import waits
+from transport.table.tiers import is_tier
+from transport.table.waiting_area import listed, waits
 
 __all__ = ["COUNTERS", "SUFFIX", "Run", "TableReader"]
 
@@ -74,6 +77,8 @@ class Run:
 class TableReader:
     """A read-only view of another process's table. Raises TableError if the file is not a whole table of this user's."""
 
+    _fd = -1
+
     def __init__(self, path: Path) -> None:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -82,10 +87,10 @@ class TableReader:
         try:
             self._open(path)
         except (struct.error, ValueError, OSError, msgspec.MsgspecError) as error:
-            os.close(self._fd)
+            self.close()
             raise TableError(f"{path}: {error}") from error
         except TableError:
-            os.close(self._fd)
+            self.close()
             raise
 
     def _open(self, path: Path) -> None:
@@ -107,7 +112,7 @@ class TableReader:
             raise TableError(f"{path}: {wrong}")
         self.name = self.description.replica
         self._words = np.frombuffer(self._map, np.uint64, PAGE_BYTES // 8)
-        self._states, self._keys, self._index, self._peers, _ = areas(self._map, layout)
+        self._states, self._keys, self._index, self._peers, *_ = areas(self._map, layout)
         self._mask = np.uint64(buckets - 1)
         self._bucket_mask = buckets - 1
         # single words are read several times faster this way than out of an array
@@ -118,6 +123,9 @@ class TableReader:
         self._newest = self._words[NEWEST_OFFSET // 8 :].data
         rows = DELIVERIES * WORDS
         self._ring = RingReader(self._newest, np.frombuffer(self._map, np.uint64, rows, layout.deliveries).data)
+        self.journal = JournalReader(
+            self._words[CHANGES_OFFSET // 8 :].data, np.frombuffer(self._map, np.uint32, ENTRIES, layout.journal)
+        )
         self._told = (b"", EngineLoad())
         self.fingerprint = fingerprint_digest(self.description.fingerprint)
 
@@ -151,7 +159,7 @@ class TableReader:
 
     def slot_bytes(self) -> int:
         """Return the bytes of a tier's slot on all ranks; 0 for an engine's table."""
-        return sum(memory.checksums.stride for memory in self.memories if memory.checksums is not None)
+        return sum(memory.layers[0].stride for memory in self.memories if memory.layers) if is_tier(self.name) else 0
 
     def import_bytes(self) -> tuple[float, float]:
         """Return the bytes of an import from here: those that any long one has, and those for each token; zeros if unknown."""
@@ -253,9 +261,25 @@ class TableReader:
                     return True
         return False
 
+    def content(self, blocks: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint64], Keys]:
+        """Return the states of `blocks`, (n,), and their keys, (n, 2). Where a state is odd the key means nothing.
+
+        A block that changes meanwhile is told as invalid; the journal names it once more.
+        """
+        states = self._states[blocks]
+        fence()
+        keys = self._keys[blocks]
+        fence()
+        states[self._states[blocks] != states] |= _ONE
+        return states, keys
+
     def key(self, block: int) -> bytes:
         """Return the key that a block has now, 16 bytes: it is the one that was looked up as long as the state is unchanged."""
         return bytes(self._keys[block])
+
+    def states(self) -> npt.NDArray[np.uint64]:
+        """Return a copy of every block's state, (blocks,): those that are even now and were another before came between."""
+        return self._states.copy()
 
     def unchanged(self, block_ids: npt.NDArray[np.int32], states: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Tell for each block whether its content is still what it was when `states` was read. Call it after the copy."""
@@ -291,6 +315,14 @@ class TableReader:
         """Return whether a request waits for its first step; once the engine has ended, whether it did so then."""
         return waits(self._head, tag)
 
+    def waiting(self) -> tuple[int, ...]:
+        """Return the tags of the requests that wait for their first step."""
+        return listed(self._head)
+
+    def newest(self) -> int:
+        """Return the number of the newest delivery record."""
+        return int(self._newest[0])
+
     def deliveries(self, after: int) -> tuple[int, list[Delivery]]:
         """Return the number of the newest delivery record, and the records after number `after`, oldest first.
 
@@ -310,6 +342,9 @@ class TableReader:
     def peers(self) -> tuple[PeerCounters, ...]:
         """Return what the owner imported from each peer since its epoch began."""
         return self._peers.counters()
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the descriptor; the mapping goes with the last array that refers to it."""

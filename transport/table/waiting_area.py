@@ -44,6 +44,12 @@ class WaitingArea:
             self.begin(tag)
 
 
+def listed(page: memoryview) -> tuple[int, ...]:
+    """Return all tags that are listed; `page` is the table's first page as uint64."""
+    first = WAITING_OFFSET // 8
+    return tuple(tag for tag in page[first : first + SLOTS].tolist() if tag)
+
+
 def waits(page: memoryview, tag: int) -> bool:
     """Return whether `tag` is listed; `page` is the table's first page as uint64."""
     first = WAITING_OFFSET // 8

@@ -36,27 +36,34 @@ from transport.table.layout import (
     areas,
     bucket_count,
 )
+from transport.table.quality import QUALITY, with_quality
 from transport.table.waiting_area import WaitingArea
 
 _COUNTER_INDEX = {name: index for index, name in enumerate(COUNTERS)}
 _ONE = np.uint64(1)
+_QUALITY = np.uint64(QUALITY)
 
 
 class TableWriter:
     """The owner's side. Not thread safe: one thread, the scheduler's, calls it.
 
     Creates `directory/<replica>.table` under a temporary name and renames it when it is whole. The file belongs to this
-    process until `close`, which removes it. Raises TableError if the replica's name is taken by a live process, OSError if the
-    directory or its memory is not available.
+    process until `close`, which removes it, or until nobody refers to this object: a table without a writer must not look
+    alive. Raises TableError if the replica's name is taken by a live process, OSError if the directory or its memory is not
+    available.
     """
 
-    def __init__(self, directory: Path, description: Description, block_size: int, blocks: int) -> None:
+    _lock = -1
+
+    def __init__(
+        self, directory: Path, description: Description, block_size: int, blocks: int, epoch: int | None = None
+    ) -> None:
         encoded = msgspec.json.encode(description)
         if not 0 < blocks <= BLOCKS_MAX or len(encoded) > DESCRIPTION_BYTES_MAX:
             raise TableError(f"a table of {blocks} blocks with {len(encoded)} bytes of description is out of bounds")
         self.layout = Layout(blocks, bucket_count(blocks), len(encoded))
         self.path = directory / (description.replica + SUFFIX)
-        self.epoch = time.time_ns()
+        self.epoch = time.time_ns() if epoch is None else epoch
         self._mask = np.uint64(self.layout.buckets - 1)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._open(directory, description, block_size, encoded)
@@ -78,7 +85,7 @@ class TableWriter:
             self._fill(block_size, encoded)
             os.rename(draft, self.path)
         except BaseException:
-            os.close(self._lock)
+            self._forget()
             draft.unlink(missing_ok=True)
             raise
         this = weakref.ref(self)  # registered memory is never released
@@ -97,7 +104,7 @@ class TableWriter:
     def _view(self) -> None:
         self._words = memoryview(self._map)[:PAGE_BYTES].cast("Q")
         self.waiting = WaitingArea(self._words)
-        self._states, self._keys, self._index, self._peers, self._deliveries = areas(self._map, self.layout)
+        self._states, self._keys, self._index, self._peers, self._deliveries, self._journal = areas(self._map, self.layout)
 
     def offered(self, blocks: Sequence[int]) -> tuple[list[int], Keys]:
         """Return which of `blocks` are on offer, in their order and each once, and their keys, shape (n, 2)."""
@@ -105,8 +112,16 @@ class TableWriter:
         ids = ids[self._states[ids] & _ONE == 0]
         return ids.tolist(), self._keys[ids]
 
-    def publish(self, blocks: Sequence[int], keys: Keys) -> None:
-        """Offer `blocks`, all different, under `keys`, shape (len(blocks), 2): their content is complete until `invalidate`."""
+    def quality(self, blocks: Sequence[int]) -> list[int]:
+        """Return the bits of `quality.py` that each of `blocks`, which are on offer, was published with."""
+        found: list[int] = (self._states[np.asarray(blocks, np.int64)] & _QUALITY).tolist()
+        return found
+
+    def publish(self, blocks: Sequence[int], keys: Keys, quality: int | npt.NDArray[np.uint64] = 0) -> None:
+        """Offer `blocks`, all different, under `keys`, shape (len(blocks), 2): their content is complete until `invalidate`.
+
+        `quality` are the bits of `quality.py`, of all blocks or of each; 0: exact.
+        """
         ids = np.asarray(blocks, np.int64)
         offered = self._states[ids] & _ONE == 0
         if offered.any():
@@ -115,10 +130,12 @@ class TableWriter:
             lost = same & ~self._indexed(ids, keys)
             self._index_add(ids[lost], keys[lost])
             ids, keys = ids[~same], keys[~same]
+            quality = quality if isinstance(quality, int) else quality[~same]
         self._keys[ids] = keys
         fence()
-        self._states[ids] += _ONE
+        self._states[ids] = with_quality(self._states[ids], quality) + _ONE
         self._index_add(ids, keys)
+        self._journal.note(ids)
         self._words[VALID_OFFSET // 8] += len(ids)
         self.count("published_blocks", len(ids))
 
@@ -134,6 +151,7 @@ class TableWriter:
             found = rows.any(axis=1)
             self._index[buckets[found], rows[found].argmax(axis=1)] = 0
             self._words[VALID_OFFSET // 8] -= len(ids)
+            self._journal.note(ids)
         return len(ids)
 
     def clear(self) -> int:
@@ -193,8 +211,11 @@ class TableWriter:
         """Count an import of `blocks` good blocks and `size` copied bytes from a peer."""
         self._peers.add(self._peers.place(source, transport), blocks, size, nanoseconds, failed=failed)
 
+    def __del__(self) -> None:
+        self._forget()
+
     def _forget(self) -> None:
-        """In a forked child: close the copy of the descriptor, so that the lock ends with the owner."""
+        """Let go of the lock, which in a forked child is a copy that would outlive the owner."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -215,8 +236,7 @@ class TableWriter:
         with contextlib.suppress(FileNotFoundError):
             if os.stat(self.path).st_ino == os.fstat(self._lock).st_ino:
                 os.unlink(self.path)
-        os.close(self._lock)
-        self._lock = -1
+        self._forget()
 
 
 def _forget_in_child(table: "weakref.ref[TableWriter]") -> None:

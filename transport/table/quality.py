@@ -1,0 +1,33 @@
+"""How exact a block is, in the highest bits of its state: the rest of a state counts, and is what a check compares as well.
+
+A caller who accepts loss has a salt of its own (`lossy_salt`), so its keys are other keys, and nothing that was computed on KV
+that lost something can be taken for exact. The bits say it to who has only the key: what moves blocks to a disk.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+LOSSY = 1 << 63
+"""The block's sequence may begin with KV that lost something, and the block itself may be kept with loss."""
+CODED = 1 << 62
+"""The block came out of a codec with loss: it is never put through one again."""
+LATER = 1 << 61
+"""The block is known not to be the first of its sequence: of that one some codecs keep the first tokens as they are."""
+QUALITY = LOSSY | CODED | LATER
+COUNT_MASK = np.uint64(LATER - 1)
+_SUFFIX = "~lossy"
+
+
+def lossy_salt(salt: str) -> str:
+    """Return the salt of a caller's cache of KV that may have lost something, given that of its exact cache."""
+    return salt + _SUFFIX
+
+
+def is_lossy_salt(salt: str | None) -> bool:
+    """Whether a salt is that of a cache of KV that may have lost something."""
+    return salt is not None and salt.endswith(_SUFFIX)
+
+
+def with_quality(states: npt.NDArray[np.uint64], quality: int | npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return states (n,) with the bits of `quality`, those of all or one each, in place of what they had."""
+    return states & COUNT_MASK | np.asarray(quality, np.uint64)
