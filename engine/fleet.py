@@ -56,6 +56,8 @@ class FleetSnapshot:
     replicas: tuple[Replica, ...]
     pid_namespace: int = 0
     vllm_args: tuple[str, ...] = ()  # the user's own: some change how prompts are rendered
+    node: str = ""  # what other nodes call this one; "" if there are none
+    network_bytes_per_second: float = 0.0  # of the fastest other node that serves the same, as measured; 0 if none was
 
     def ready(self) -> tuple[Replica, ...]:
         """The replicas that take new requests, in their order."""
@@ -83,6 +85,31 @@ class FleetView(Protocol):
 
     def suspect(self, name: str, *, overdue: bool = False) -> None:
         """A connection to `name` failed, or requests are far `overdue` there: look at it now. Unknown names are ignored."""
+        ...
+
+
+class FleetControl(FleetView, Protocol):
+    """How an admin changes what the replicas do. Methods raise FleetError for unknown names."""
+
+    @property
+    def restarts(self) -> bool:
+        """Whether `restart` is for this process to do."""
+        ...
+
+    async def drain(self, name: str) -> None:
+        """Send `name` no new requests until `resume`, or until it is restarted."""
+        ...
+
+    async def resume(self, name: str) -> None:
+        """Send `name` requests again after `drain`."""
+        ...
+
+    async def restart(self, name: str) -> None:
+        """Stop `name` and start it again; does not wait. Raises FleetError, also where that is somebody else's to do."""
+        ...
+
+    async def idle_in(self, name: str, seconds: float) -> bool:
+        """Wait until a draining `name` has no requests that are known here, `seconds` at most; tell whether that is so."""
         ...
 
 
@@ -127,7 +154,11 @@ class FileFleet:
         self._clock = clock
         self._held_until = 0.0
         self._stamp: tuple[int, int, int] | None = None
-        self._snapshot = FleetSnapshot(0, "", "", "", ())
+        self._found = self._snapshot = FleetSnapshot(0, "", "", "", ())
+        self._drained: dict[str, int | None] = {}  # with the process that is meant
+        self._changes = 0
+
+    restarts = False
 
     def snapshot(self) -> FleetSnapshot:
         """The content of fleet.json, read again when the file was replaced. Raises FleetError."""
@@ -138,14 +169,60 @@ class FileFleet:
             status = os.stat(self._path)
             stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
             if stamp != self._stamp:
-                self._snapshot = decode_fleet(self._path.read_bytes())
+                self._found = decode_fleet(self._path.read_bytes())
                 self._stamp = stamp
+                self._look()
         except FileNotFoundError:
             self._stamp = None
-            self._snapshot = replace(self._snapshot, replicas=())
+            self._found = self._snapshot = replace(self._found, replicas=())
         self._held_until = now + self._hold_seconds
         return self._snapshot
 
     def suspect(self, name: str, *, overdue: bool = False) -> None:
         """What is held is out of date. The supervisor that writes the file checks its replicas itself."""
         self._held_until = 0.0
+
+    async def drain(self, name: str) -> None:
+        """As FleetControl's, for this gateway alone: others are told by the replicas' own process when that ends."""
+        self._drained[name] = self._known(name).pid
+        self._change()
+
+    async def resume(self, name: str) -> None:
+        """As FleetControl's."""
+        self._known(name)
+        self._drained.pop(name, None)
+        self._change()
+
+    async def restart(self, name: str) -> None:
+        """Raises FleetError: who runs the replicas restarts them."""
+        self._known(name)
+        raise FleetError(f"{name} is run by `peerkv engine` elsewhere: have it restarted there, by whoever operates it")
+
+    async def idle_in(self, name: str, seconds: float) -> bool:
+        """Nothing is known here of what others have sent there."""
+        self._known(name)
+        return True
+
+    def _known(self, name: str) -> Replica:
+        found = self.snapshot().find(name)
+        if found is None:
+            raise FleetError(f"there is no replica {name!r}: there are {', '.join(r.name for r in self._found.replicas)}")
+        return found
+
+    def _change(self) -> None:
+        self._changes += 1
+        self._look()
+
+    def _look(self) -> None:
+        """Show drained replicas as such, as long as the same process serves."""
+        found, drained = self._found, self._drained
+        for replica in found.replicas:
+            if replica.name in drained and drained[replica.name] != replica.pid:
+                del drained[replica.name]
+        replicas = tuple(
+            replace(replica, state=ReplicaState.DRAINING, reason="draining")
+            if replica.name in drained and replica.state is ReplicaState.READY
+            else replica
+            for replica in found.replicas
+        )
+        self._snapshot = replace(found, version=found.version + self._changes, replicas=replicas)

@@ -1,7 +1,9 @@
 """What we read from vLLM's own objects outside its connector interface; works with 0.32 and 0.33."""
 
+import platform
 from typing import Any
 
+import torch
 import vllm
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
@@ -17,6 +19,27 @@ def attention_backend(vllm_config: Any, layer: str) -> str:
     """Return the name of the attention backend of a layer, which decides how a block is laid out inside."""
     module = vllm_config.compilation_config.static_forward_context.get(layer)
     return str(module.get_attn_backend().get_name()) if module is not None else "unknown"
+
+
+def cpu_layout(vllm_config: Any, layers: list[str]) -> str:
+    """Return how blocks are laid out on the CPU: tensors of one shape hold other tiles on cores with AMX than on others."""
+    context = vllm_config.compilation_config.static_forward_context
+    found = {str(getattr(context.get(layer), "isa", "")) for layer in layers} - {""}
+    return ", ".join(sorted(found)) or f"unknown, of {platform.machine()} with{'' if _has_amx() else 'out'} AMX"
+
+
+def allow_amx() -> None:
+    """Ask the kernel for the tiles of AMX for this process, where the cores have them.
+
+    vLLM 0.32 asks only with its first product of larger matrices. A first step of few tokens, as behind an import, came before
+    that, and its attention ended the engine (SIGILL).
+    """
+    if _has_amx():
+        torch.cpu._init_amx()
+
+
+def _has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def kv_scales(vllm_config: Any, layers: list[str]) -> str:

@@ -69,6 +69,7 @@ def worker_fields(
     return {
         "device": kind,
         "attention backend": ", ".join(sorted(backends)),
+        "cpu layout": compat.cpu_layout(vllm_config, names) if device.type == "cpu" else "",
         "strides": "; ".join(sorted(layouts)),
         "layer names": _digest("\0".join(f"{name} {groups.get(name)}" for name in names).encode()),
         "kv scales": compat.kv_scales(vllm_config, names),

@@ -10,11 +10,12 @@ from engine.connector.sequence import Import
 from engine.connector.vllm_groups import ModelGroups
 from transport.fingerprint import fingerprint_difference
 from transport.keys import Keys
+from transport.node.names import node_of
 from transport.table.deliveries import DeliveryReason
 from transport.table.directory import TableDirectory
 from transport.table.group_look_up import GroupChain, supply
 from transport.table.reader import TableReader
-from transport.table.tiers import is_tier
+from transport.table.tiers import tier_kind
 
 _logger = logging.getLogger(__name__)
 
@@ -74,10 +75,11 @@ class Peers:
         return Import(reader.name, reader.epoch, begin, found.tokens, found.block_ids, found.states, found.counts)
 
     def stored_elsewhere(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Tell which of `keys`, shape (n, 2), another replica's tier holds."""
+        """Tell which of `keys`, shape (n, 2), another replica's host memory holds."""
         held = np.zeros(len(keys), np.bool_)
         for name, reader in self._peers.tables().items():
-            if is_tier(name) and name != self._own_tier and self._exchanges_with(reader):
+            other = name != self._own_tier and not node_of(name)  # what another node keeps is no reason not to
+            if tier_kind(name) == "host_memory" and other and self._exchanges_with(reader):
                 held |= reader.look_up(keys)[0]
         return held
 

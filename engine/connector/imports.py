@@ -11,6 +11,7 @@ from engine.connector.sequence import Import, Sequence
 from engine.connector.step_messages import ImportReport, WorkerReport
 from engine.connector.vllm_groups import ModelGroups
 from transport.backends.base import ImportJob
+from transport.table.tiers import way
 from transport.table.writer import TableWriter
 
 _logger = logging.getLogger(__name__)
@@ -62,8 +63,9 @@ class Imports:
         starting, self._starting = tuple(self._starting), []
         return starting
 
-    def settle(self, report: WorkerReport, now_ns: int) -> None:
-        """Count the imports that every worker has reported, and record how much of each is good."""
+    def settle(self, report: WorkerReport, now_ns: int) -> list[Import]:
+        """Count the imports that every worker has reported, and record how much of each is good; return them."""
+        ended = []
         for request_id, part in report.imports.items():
             entry = self._under_way.get(request_id)
             if entry is None:
@@ -76,6 +78,8 @@ class Imports:
                 continue
             del self._under_way[request_id]
             self._end(*entry, whole, now_ns)
+            ended.append(entry[1])
+        return ended
 
     def forget(self) -> None:
         """Settle none of the imports that are under way now."""
@@ -89,13 +93,18 @@ class Imports:
         failed, table = bool(report.failed_blocks), self._table
         blocks = good // self._groups.unit if not plan.counts else len(plan.source_blocks) if good else 0
         table.imported(
-            plan.source, self._transport, blocks=blocks, size=report.bytes, nanoseconds=report.nanoseconds, failed=failed
+            plan.source,
+            way(self._transport, plan.source),
+            blocks=blocks,
+            size=report.bytes,
+            nanoseconds=report.nanoseconds,
+            failed=failed,
         )
         table.count("imports")
         table.count("import_blocks", blocks)
         table.count("import_bytes", report.bytes)
         table.count("import_nanoseconds", report.nanoseconds)
-        if report.failed_blocks and not report.bytes:  # nothing was copied at all
+        if report.failed_blocks and not report.bytes and not report.early:  # nothing was copied at all
             self._sources.not_read(plan.source, plan.epoch)
         if failed:
             table.count("check_failures", report.stale_blocks)

@@ -4,23 +4,32 @@ from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Blocks
 
+import numpy as np
+import numpy.typing as npt
+
 from engine.connector.sequence import NULL_BLOCK, Sequence
 from engine.connector.vllm_groups import ModelGroups
-from transport.keys import group_keys
+from transport.keys import Keys, group_keys
+from transport.table.quality import CODED, LATER
 from transport.table.writer import TableWriter
 
 Leaving = Callable[[Blocks[int]], None]
+Asked = Callable[[Keys], None]
 NEVER = 1 << 60
 """As a sequence's `published`: what it computes is never offered."""
+_CODED = np.uint64(CODED)
 
 
 class Offers:
     """Keeps `table` truthful. It remembers in which step each block was last reallocated: older content is not offered.
 
-    `leaving` is told of blocks before their offer ends because vLLM reallocated them.
+    `leaving` is told of blocks before their offer ends because vLLM reallocated them, `asked` of all keys of a sequence,
+    whether their blocks are on offer already or not.
     """
 
-    def __init__(self, table: TableWriter, groups: ModelGroups, leaving: Leaving | None = None) -> None:
+    def __init__(
+        self, table: TableWriter, groups: ModelGroups, leaving: Leaving | None = None, asked: Asked | None = None
+    ) -> None:
         self._table = table
         self._groups = groups
         self._ratios = [
@@ -28,6 +37,8 @@ class Offers:
         ]
         self._allocated = array("q", bytes(8 * table.layout.blocks))
         self._leaving = leaving
+        self._asked = asked
+        self._coded: set[int] = set()  # blocks that came out of a codec with loss
         self._group = array("b", bytes(0 if leaving is None or groups.plain else table.layout.blocks))
 
     def end(self, blocks: Blocks[int], step: int) -> None:
@@ -37,11 +48,26 @@ class Offers:
                 self._leaving(blocks)
             for block in blocks:
                 self._allocated[block] = step
+            if self._coded:
+                self._coded.difference_update(blocks)
             self._table.count("evictions", self._table.invalidate(blocks))
+
+    def imported(self, blocks: Blocks[int], states: npt.NDArray[np.uint64]) -> None:
+        """`blocks` are copied from where these are the states of what they become."""
+        coded = np.flatnonzero(states[: len(blocks)] & _CODED)
+        if len(coded):
+            self._coded.update(blocks[place] for place in coded.tolist())
 
     def groups(self, blocks: Blocks[int]) -> list[int]:
         """Return the KV cache group of each of `blocks`, which are on offer."""
         return [self._group[block] for block in blocks] if self._group else [0] * len(blocks)
+
+    def _quality(self, sequence: Sequence, blocks: Blocks[int], first: int) -> int | npt.NDArray[np.uint64]:
+        """Return the bits with which blocks of a sequence are offered, all but its `first` as later ones."""
+        if not (sequence.quality or self._coded):
+            return 0
+        bits = [(CODED if block in self._coded else 0) | (LATER if block != first else 0) for block in blocks]
+        return np.array(bits, np.uint64) | np.uint64(sequence.quality)
 
     def _mark(self, blocks: Blocks[int], group: int) -> None:
         if self._group:
@@ -69,6 +95,7 @@ class Offers:
             return
         keys = sequence.keys(last)
         last, allocated = min(last, len(keys)), self._allocated
+        self._count(keys, first, last)
         for number, ratio in self._ratios:
             begin, end = first // ratio, last // ratio
             blocks = sequence.block_ids[number][begin:end]
@@ -82,8 +109,17 @@ class Offers:
                 places = [place for place, block in enumerate(blocks) if allocated[block] <= step]
                 blocks, own = [blocks[place] for place in places], own[places]
             self._mark(blocks, number)
-            self._table.publish(blocks, own)
+            self._table.publish(blocks, own, self._quality(sequence, blocks, sequence.block_ids[number][0]))
         sequence.published = last
+
+    def _count(self, keys: Keys, first: int, last: int) -> None:
+        """Tell that a sequence has the blocks of these keys; a state is as popular as the prefix that it ends."""
+        if self._asked is None:
+            return
+        for number, group in enumerate(self._groups.groups):
+            ratio = group.block_size // self._groups.unit
+            if last // ratio > first // ratio:
+                self._asked(group_keys(keys[first // ratio * ratio : last // ratio * ratio], number, ratio))
 
     def publish_state(self, sequence: Sequence, group: int, block: int, tokens: int, step: int) -> None:
         """Offer the state behind the first `tokens` tokens, which `step` left in `block`, if that is the end of a block."""
@@ -93,6 +129,6 @@ class Offers:
         keys = sequence.keys(tokens // self._groups.unit)
         if len(keys) * self._groups.unit >= tokens:
             self._mark([block], group)
-            self._table.publish([block], group_keys(keys[-1:], group))
+            self._table.publish([block], group_keys(keys[-1:], group), self._quality(sequence, [block], block))  # not coded
             if tokens <= sequence.account.prompt_tokens:
                 sequence.states[group] = (tokens, block, step)

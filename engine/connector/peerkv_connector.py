@@ -169,18 +169,21 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._kept is None:
             return None
         slots = [shake.host_memory for shake in handshakes if isinstance(shake.host_memory, Slots)]
+        transport = next((shake.memory.transport for shake in handshakes if shake.memory), "none")
         why = status if status != "ok" else next((str(s.host_memory) for s in handshakes if s.host_memory not in slots), "")
         try:
             if not why:
-                return self._create_tier(self._kept, slots, fields, groups)
+                return self._create_tier(self._kept, slots, transport, fields, groups)
         except (TransportError, OSError) as error:
             why = str(error)
         _logger.warning("%s stores nothing in host memory: %s", self._replica, why)
         return None
 
-    def _create_tier(self, kept: KeptMemory, slots: list[Slots], fields: dict[str, str], groups: ModelGroups) -> KeptTable:
+    def _create_tier(
+        self, kept: KeptMemory, slots: list[Slots], transport: str, fields: dict[str, str], groups: ModelGroups
+    ) -> KeptTable:
         memories = tuple(sorted((each.memory for each in slots), key=lambda memory: memory.rank))
-        name, transport = host_memory_of(self._replica), memories[0].transport
+        name = host_memory_of(self._replica)
         description = Description(name, kept.pid, self._hash_name, transport, "ok", fields, memories, groups.groups)
         count = min(BLOCKS_MAX, *(each.count for each in slots))
         if self._writer_lock < 0:

@@ -10,7 +10,7 @@ from typing import Any
 from engine.connector.step_messages import ImportReport
 from transport.hint import Hint, read_hint
 from transport.table.deliveries import Delivery, DeliveryReason
-from transport.table.tiers import is_tier
+from transport.table.tiers import tier_kind
 from transport.table.writer import TableWriter
 
 
@@ -223,7 +223,8 @@ class RequestAccounts:
         self._table.count("requests")
         self._table.count("prompt_tokens", prompt)
         if account.peer_tokens:
-            counter = "tier_tokens_host_memory" if is_tier(account.source) else "peer_tokens_" + self._transport
+            kind = tier_kind(account.source)
+            counter = f"tier_tokens_{kind}" if kind is not None else "peer_tokens_" + self._transport
             self._table.count(counter, account.peer_tokens)
         self._table.count("local_tokens", account.local_tokens)
         self._table.count("computed_tokens", prompt - reused)

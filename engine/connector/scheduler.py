@@ -29,6 +29,7 @@ from transport.keys import KeyChain
 from transport.table.deliveries import DeliveryReason
 from transport.table.directory import TableDirectory
 from transport.table.kept_table import KeptTable
+from transport.table.quality import LOSSY, is_lossy_salt
 from transport.table.writer import TableWriter
 
 GroupBlocks = Blocks[Blocks[int]]
@@ -88,9 +89,10 @@ class SchedulerHalf:
         self._clock_ns = clock_ns
         self._pool: BlockPool | None = None
         self._pool_map: Any = None
-        self._offers = Offers(table, groups, self._stored.leaving if self._stored is not None else None)
-        if self._stored is not None:
-            self._stored.offers = self._offers
+        if self._stored is None:
+            self._offers = Offers(table, groups)
+        else:
+            self._offers = self._stored.offers = Offers(table, groups, self._stored.leaving, self._stored.asked)
         self._accounts = RequestAccounts(table, transport)
         self._pins = Pins(int(pin_share_max * table.layout.blocks))
         self._imports = Imports(table, self._accounts, self._sources, groups=groups, transport=transport, ranks=ranks)
@@ -144,8 +146,9 @@ class SchedulerHalf:
             self.give_up(request.request_id, block_ids, external_tokens)
             return True
         if self._stored is not None and plan.source == self._stored.name:
-            self._stored.restored(plan.source_blocks.tolist())
+            self._stored.restored(plan.source_blocks[: len(targets)].tolist())
         self._offers.end(targets, self._step + 1)
+        self._offers.imported(targets, plan.states)
         self._imports.begin(sequence, plan, targets, self._clock_ns())
         return True
 
@@ -177,7 +180,7 @@ class SchedulerHalf:
         self._pins.make_room(dry=not scheduled and not running and any(each not in self._imports for each in asked))
         self.table.beat(now_ns)
         self._tell()
-        stores = self._stored.close_step(self._pool) if self._stored is not None else NO_STORES
+        stores = self._stored.close_step(self._pool, output) if self._stored is not None else NO_STORES
         return StepMetadata(self._step, self.take_starting(), bool(scheduled), stores)
 
     def take_starting(self) -> tuple[ImportJob, ...]:
@@ -265,9 +268,10 @@ class SchedulerHalf:
                 if sequence.pin is not None and end >= sequence.account.prompt_tokens:
                     self._pin(sequence, sequence.pin, step, now_ns)
             self._accounts.computed(prompts, now_ns)
-        self._imports.settle(report, now_ns)
+        ended = self._imports.settle(report, now_ns)
         if self._stored is not None:
-            self._stored.copied(report.copied)
+            self._stored.read(ended)
+            self._stored.copied(report.copied, report.lost)
         self._tell()
 
     def finished(self, request_id: str, *, aborted: bool = False) -> None:
@@ -326,7 +330,8 @@ class SchedulerHalf:
             return None
         chain = KeyChain(root, self._groups.unit, self._hash_name)
         extras = extra_content(request, self._groups.unit)
-        sequence = self._sequences[request.request_id] = Sequence(request, account, chain, extras, account.hint.pin)
+        quality = LOSSY if is_lossy_salt(request.cache_salt) else 0
+        sequence = self._sequences[request.request_id] = Sequence(request, account, chain, extras, account.hint.pin, quality)
         return sequence
 
     def _plan(self, sequence: Sequence | None, request: Any, local: int) -> tuple[int, DeliveryReason]:

@@ -59,7 +59,7 @@ class Sequence:
 
     `published` counts leading keys whose blocks are known to be on offer, `pin` is what is to be pinned once the prompt is
     computed; `states` are, for a group of states, of the last one that was kept within the prompt the length in tokens, the
-    block, and the step that left it there.
+    block, and the step that left it there; `quality` are the bits that its blocks are offered with.
     """
 
     request: Any
@@ -67,6 +67,7 @@ class Sequence:
     chain: KeyChain
     extras: Mapping[int, bytes]
     pin: PinWish | None = None
+    quality: int = 0
     block_ids: list[list[int]] = field(default_factory=list)
     published: int = 0
     states: dict[int, tuple[int, int, int]] = field(default_factory=dict)

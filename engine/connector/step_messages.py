@@ -27,13 +27,17 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class ImportReport:
-    """How one rank's import ended: target blocks that must not be used, blocks that changed, bytes copied, nanoseconds."""
+    """How one rank's import ended: target blocks that must not be used, blocks that changed, bytes copied, nanoseconds.
+
+    `early`: the source was not there, or its memory not open yet, and may be for a later one.
+    """
 
     failed_blocks: frozenset[int]
     stale_blocks: int
     bytes: int
     nanoseconds: int
     reason: str
+    early: bool = False
 
     def merged(self, other: "ImportReport") -> "ImportReport":
         """Combine two ranks' reports of one import: as bad as the worse one, as slow as the slower one."""
@@ -43,6 +47,7 @@ class ImportReport:
             self.bytes + other.bytes,
             max(self.nanoseconds, other.nanoseconds),
             self.reason or other.reason,
+            self.early or other.early,
         )
 
 
@@ -50,8 +55,8 @@ class ImportReport:
 class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """Workers to scheduler: the work of `step` is done; the imports that ended, by request id, and on how many ranks.
 
-    `unmapped`: the KV memory that was shared is gone, as after vLLM's sleep. `copied`: the slots of host memory that were
-    filled, and on how many ranks.
+    `unmapped`: the KV memory that was shared is gone, as after vLLM's sleep. `copied`: the slots of host memory that are done
+    with, and on how many ranks; those that are `lost` were not filled on all.
     """
 
     step: int
@@ -59,11 +64,13 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     ranks: dict[str, int] = field(default_factory=dict)
     unmapped: bool = False
     copied: dict[int, int] = field(default_factory=dict)
+    lost: frozenset[int] = frozenset()
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
         assert isinstance(other, WorkerReport)
         unmapped = self.unmapped or other.unmapped
-        merged = WorkerReport(min(self.step, other.step), dict(self.imports), dict(self.ranks), unmapped, dict(self.copied))
+        step, lost = min(self.step, other.step), self.lost | other.lost
+        merged = WorkerReport(step, dict(self.imports), dict(self.ranks), unmapped, dict(self.copied), lost)
         for slot, ranks in other.copied.items():
             merged.copied[slot] = merged.copied.get(slot, 0) + ranks
         for request_id, report in other.imports.items():

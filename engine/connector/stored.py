@@ -1,17 +1,20 @@
 """Which blocks go into host memory: those that vLLM reallocates, and, so that they are there by then, the next in its queue."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Blocks
 from typing import Any
 
 from engine.connector.import_sources import Peers
 from engine.connector.offers import Offers
+from engine.connector.sequence import Import
 from engine.tiers.host_memory import HostMemory
 from engine.tiers.stores import Stores
+from transport.keys import Keys
 from transport.table.kept_table import KeptTable
 from transport.table.writer import TableWriter
 
-AHEAD_BLOCKS = 64
-"""Blocks at the head of vLLM's queue of free ones that are stored before it reallocates them."""
+AHEAD_BLOCKS_MIN, AHEAD_BLOCKS_MAX = 64, 1024
+"""Blocks at the head of vLLM's queue of free ones that are stored before it reallocates them: twice what it did in a step."""
 
 
 class Stored:
@@ -20,7 +23,7 @@ class Stored:
     def __init__(self, table: TableWriter, tier: KeptTable, sources: Peers, *, ranks: int) -> None:
         self._table = table
         self._memory = HostMemory(tier, ranks=ranks, elsewhere=sources.stored_elsewhere)
-        self._moved = False
+        self._moved = 0
         self.offers: Offers | None = None
         """Set once, as the two know each other."""
 
@@ -33,23 +36,36 @@ class Stored:
         """vLLM reallocated `blocks`, in the step that is being made: what is on offer of them is stored before that."""
         self._take(blocks)
         self._memory.overwritten(blocks)
-        self._moved = True
+        self._moved += len(blocks)
 
-    def close_step(self, pool: Any) -> Stores:
-        """Return what the workers have to store in a step, with what `pool` will reallocate next."""
+    def close_step(self, pool: Any, output: Any) -> Stores:
+        """Return what the workers have to store in the step that `output` is, with what `pool` will reallocate next."""
+        # the GPU's runner (vLLM 0.33, v1/worker/gpu/model_runner.py, update_requests) does both before it tells a connector
+        self._memory.lost(output.new_block_ids_to_zero or ())
+        self._memory.lost(copy.dst_block_id for copy in output.kv_cache_block_copies or ())
         if self._moved and pool is not None:
-            self._moved = False
-            self._take(_next_free(pool))
+            self._take(_next_free(pool, min(AHEAD_BLOCKS_MAX, max(AHEAD_BLOCKS_MIN, 2 * self._moved))))
+            self._moved = 0
         return self._memory.take_stores()
 
-    def copied(self, slots: dict[int, int]) -> None:
-        """So many workers have filled these slots."""
+    def asked(self, keys: Keys) -> None:
+        """A request has the blocks of these keys, computed or found: that is how popular each is."""
+        self._memory.asked(keys)
+
+    def copied(self, slots: dict[int, int], lost: Iterable[int]) -> None:
+        """So many workers are done with these slots, and could not fill those that are `lost`."""
         if slots:
-            self._memory.copied(slots)
+            self._memory.copied(slots, lost)
 
     def restored(self, slots: Blocks[int]) -> None:
-        """These slots are being read."""
+        """These slots are being read, until `read` is told of them."""
         self._memory.restored(slots)
+
+    def read(self, ended: Iterable[Import]) -> None:
+        """These imports ended, from here or from elsewhere."""
+        for each in ended:
+            if each.source == self.name:
+                self._memory.read(each.source_blocks.tolist())
 
     def clear(self) -> None:
         """Give up all that is stored."""
@@ -58,14 +74,14 @@ class Stored:
     def _take(self, blocks: Blocks[int]) -> None:
         held, keys = self._table.offered(blocks)
         if held and self.offers is not None:
-            self._memory.take(held, keys, self.offers.groups(held))
+            self._memory.take(held, keys, self.offers.groups(held), self._table.quality(held))
 
 
-def _next_free(pool: Any) -> list[int]:
-    """Return the blocks that vLLM's pool will reallocate next, as far as they hold something that can be used again."""
+def _next_free(pool: Any, most: int) -> list[int]:
+    """Return the blocks that vLLM's pool will reallocate next."""
     found: list[int] = []
     block = pool.free_block_queue.fake_free_list_head.next_free_block
-    while block is not None and block.block_id >= 0 and len(found) < AHEAD_BLOCKS:
+    while block is not None and block.block_id >= 0 and len(found) < most:
         found.append(block.block_id)
         block = block.next_free_block
     return found

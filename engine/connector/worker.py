@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.connector.compat import allow_amx
 from engine.connector.step_messages import Handshake, ImportReport, StepMetadata, WorkerReport
 from engine.host_process.kept_memory import KeptMemory
 from engine.tiers.slot_writer import SlotWriter
 from engine.tiers.slots import NoSlots, Slots, cut
+from engine.tiers.stores import Writer
 from transport.backends.base import ImportJob, ImportResult, Transport
 from transport.backends.shared_memory import SharedMemoryTransport
 from transport.errors import MemoryUnreachable, TransportError
+from transport.node.fetches import Fetches, StagedReader, staging_of
+from transport.node.messages import NodeError
+from transport.node.names import node_of
 from transport.table.directory import TableDirectory
 
 _logger = logging.getLogger(__name__)
@@ -32,9 +37,10 @@ class WorkerHalf:
         self._kept = kept
         self._ranks = ranks
         self._slots: Slots | str = ""
-        self._slot_writer: SlotWriter | None = None
+        self._slot_writer: Writer | None = None
         self._peers = TableDirectory(table_dir, replica)
         self._rank = rank
+        self._fetches = Fetches(table_dir, rank)
         self._transport: Transport | None = None
         self._status = "the engine registered no KV cache"
         self._ended: dict[str, ImportReport] = {}
@@ -73,8 +79,7 @@ class WorkerHalf:
     def _open_slots(self, transport: Transport, kept: KeptMemory) -> None:
         try:
             slots = cut(kept.region, transport.memory(), self._ranks)
-            assert isinstance(transport, SharedMemoryTransport)
-            self._slot_writer = SlotWriter(transport, slots)
+            self._slot_writer = _slot_writer(transport, slots)
             self._slots = slots
         except (NoSlots, TransportError, OSError, ValueError) as error:
             self._slots = str(error)
@@ -105,6 +110,8 @@ class WorkerHalf:
                         self._start(job, gently=metadata.computes)
                     except MemoryUnreachable as error:
                         self._fail(job, str(error))
+                    except NodeError as error:
+                        self._fail(job, str(error), early=True)
         except Exception as error:
             self.fail_all(f"a fault in the transport: {error!r}")
             raise
@@ -112,22 +119,41 @@ class WorkerHalf:
     def _start(self, job: ImportJob, *, gently: bool) -> None:
         reader = self._peers.tables().get(job.source)
         if self._transport is None or reader is None or reader.epoch != job.epoch:
-            self._fail(job, f"{job.source or 'no source'} is gone")
-            return
-        self._transport.start(job, reader, gently=gently)
+            self._fail(job, f"{job.source or 'no source'} is gone", early=True)  # a mirror comes back in the same epoch
+        elif node_of(job.source):
+            self._fetches.begin(job, reader)
+        else:
+            self._transport.start(job, reader, gently=gently)
 
     def poll(self) -> set[str]:
         """Return the ids of the requests whose import ended since the last call."""
-        if self._transport is not None and self._transport.pending():
+        if self._transport is not None and (self._transport.pending() or self._fetches.pending()):
             with self._lock:
+                for job, source, reason in self._fetches.poll() if self._fetches.pending() else ():
+                    self._fetched(self._transport, job, source, reason)
                 for result in self._transport.poll():
+                    self._fetches.release(result.job.request_id)
                     self._end(result)
         return set(self._ended)
+
+    def _fetched(self, transport: Transport, job: ImportJob, source: StagedReader | None, reason: str) -> None:
+        """Copy what this node's agent fetched from another node; what the other node failed to give may work the next time."""
+        if source is None:
+            self._fail(job, reason, early=True)
+            return
+        if reason:
+            _logger.info("of %s not all came for %s: %s", job.source, job.request_id, reason)
+        try:
+            transport.start(job, source, gently=True)
+        except MemoryUnreachable as error:
+            self._fetches.release(job.request_id)
+            self._fail(job, str(error))
 
     def fail_all(self, reason: str) -> set[str]:
         """Give up the transport and every import under way, once nothing writes any more; return the ids of all that ended."""
         self._end_stores()
         with self._lock:
+            self._fetches.close()
             broken, self._transport = self._transport, None
             if broken is not None:
                 try:
@@ -165,14 +191,17 @@ class WorkerHalf:
         ended, self._ended = self._ended, {}
         for request_id in ended:
             self._jobs.pop(request_id, None)
-        copied = dict.fromkeys(self._slot_writer.take_copied(), 1) if self._slot_writer is not None else {}
-        return WorkerReport(self._step, ended, dict.fromkeys(ended, 1), self._unmapped, copied)
+        writer = self._slot_writer
+        copied, lost = (writer.take_copied(), writer.take_lost()) if writer is not None else ([], [])
+        done = dict.fromkeys(copied + lost, 1)
+        return WorkerReport(self._step, ended, dict.fromkeys(ended, 1), self._unmapped, done, frozenset(lost))
 
     def close(self) -> None:
         """Release peers' memory and tables."""
         self._closing.set()
         self._end_stores()
         with self._lock:
+            self._fetches.close()
             if self._transport is not None:
                 self._transport.close()
             self._peers.close()
@@ -191,8 +220,12 @@ class WorkerHalf:
         peers = self._peers.tables()
         transport.retain({(name, table.epoch) for name, table in peers.items()})
         for table in peers.values():
-            if (table.status, table.transport) == ("ok", transport.name):
+            if (table.status, table.transport) != ("ok", transport.name):
+                continue
+            if not node_of(table.name):
                 transport.prepare(table)
+            elif (staged := staging_of(table, self._rank)) is not None:
+                transport.prepare(staged)
 
     def _end(self, result: ImportResult) -> None:
         if not result.job.counts:
@@ -200,20 +233,32 @@ class WorkerHalf:
         elif result.reason:
             self._failed.add(result.job.request_id)
         self._ended[result.job.request_id] = ImportReport(
-            frozenset(result.failed_blocks), result.stale_blocks, result.bytes, result.nanoseconds, result.reason
+            frozenset(result.failed_blocks), result.stale_blocks, result.bytes, result.nanoseconds, result.reason, result.early
         )
 
-    def _fail(self, job: ImportJob, reason: str) -> None:
-        self._end(ImportResult(job, tuple(job.target_blocks.tolist()), 0, 0, 0, reason))
+    def _fail(self, job: ImportJob, reason: str, *, early: bool = False) -> None:
+        self._end(ImportResult(job, tuple(job.target_blocks.tolist()), 0, 0, 0, reason, early))
 
 
 def _transport(kv_caches: Mapping[str, Any], num_blocks: int, rank: int, groups: Mapping[str, int] | None = None) -> Transport:
     """Return the transport that fits the device of the KV tensors. Raises MemoryUnreachable if none does."""
     devices = {str(tensor.device.type) for tensor in kv_caches.values()}
     if devices == {"cpu"}:
+        allow_amx()
         return SharedMemoryTransport(kv_caches, num_blocks, rank, groups)
     if devices == {"cuda"}:
         from transport.backends.cuda_ipc import CudaIpcTransport
 
         return CudaIpcTransport(kv_caches, num_blocks, rank, groups)
     raise MemoryUnreachable(f"no transport for KV memory on {', '.join(sorted(devices)) or 'no device'}")
+
+
+def _slot_writer(transport: Transport, slots: Slots) -> Writer:
+    """Return what copies blocks of the transport's own memory into slots."""
+    if isinstance(transport, SharedMemoryTransport):
+        return SlotWriter(transport, slots)
+    from engine.tiers.cuda_slot_writer import CudaSlotWriter
+    from transport.backends.cuda_ipc import CudaIpcTransport
+
+    assert isinstance(transport, CudaIpcTransport)
+    return CudaSlotWriter(transport, slots)

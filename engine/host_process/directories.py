@@ -53,7 +53,7 @@ def claim(path: Path, wait_seconds: float) -> Claim:
             _empty(path)
             return Claim(path, lock_fd)
         if time.monotonic() >= deadline:
-            raise DirectoryRefused(f"{path} is in use by another running peerkv: stop it, or choose another port")
+            raise DirectoryRefused(f"{path} is in use by another running peerkv: stop it, or choose another run_dir or port")
         time.sleep(CLAIM_POLL_SECONDS)
 
 
@@ -117,19 +117,23 @@ def _make_private(path: Path) -> None:
 
 
 def _try_lock(path: Path) -> int | None:
-    """The descriptor of the locked marker, or None when another holds it or removed it meanwhile."""
+    """The descriptor of the locked marker, or None when another holds it or removed it meanwhile. Raises DirectoryRefused."""
     try:
         lock_fd = os.open(path / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileNotFoundError:
         return None
+    locked = False
     try:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock_fd).st_ino == os.lstat(path / MARKER).st_ino:
-            return lock_fd
+        locked = os.fstat(lock_fd).st_ino == os.lstat(path / MARKER).st_ino
     except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(lock_fd)
-    return None
+        return None
+    except OSError as error:  # as on a file system without locks
+        raise DirectoryRefused(f"{path} cannot be locked: {error.strerror}: choose another") from error
+    finally:
+        if not locked:
+            os.close(lock_fd)
+    return lock_fd if locked else None
 
 
 def _empty(path: Path) -> None:

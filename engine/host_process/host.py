@@ -191,7 +191,7 @@ class Host:
 
     def _run(self, spawn: Spawn) -> int:
         """Become the server. Returns its exit status, unless this process is replaced by another program."""
-        if not self._preloaded:
+        if spawn.program or not self._preloaded:
             try:
                 os.execvpe(spawn.argv[0], spawn.argv, spawn.env)
             except OSError as error:

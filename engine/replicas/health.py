@@ -1,11 +1,14 @@
-"""Checks a replica's health: GET /health on its socket."""
+"""Checks a replica: GET /health on its socket, and how many requests it has."""
 
+import re
 from dataclasses import dataclass
 from http import HTTPStatus
 
 import aiohttp
 
 from transport.errors import SHORTAGES
+
+_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}\n]*\})? ([0-9.e+]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,8 @@ class HealthProbe:
 
     async def ask(self) -> Health:
         """Return the replica's health; never raises for anything the replica does."""
-        if self._session is None:
-            connector = aiohttp.UnixConnector(path=self._socket, force_close=True)
-            self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
         try:
-            async with self._session.get("http://replica/health") as answer:
+            async with self._opened().get("http://replica/health") as answer:
                 if answer.status == HTTPStatus.OK:
                     return Health("")
                 dead = answer.status == HTTPStatus.SERVICE_UNAVAILABLE
@@ -49,8 +49,28 @@ class HealthProbe:
         except (aiohttp.ClientError, OSError) as error:
             return Health(f"cannot ask /health: {error}", unknown=getattr(error, "errno", None) in SHORTAGES)
 
+    async def requests(self) -> int | None:
+        """Return how many requests vLLM says that it has; None if it does not say so, or not at all."""
+        try:
+            async with self._opened().get("http://replica/metrics") as answer:
+                return requests_in(await answer.text()) if answer.status == HTTPStatus.OK else None
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            return None
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.UnixConnector(path=self._socket, force_close=True)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
+        return self._session
+
     async def close(self) -> None:
         """Close the connections."""
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+
+def requests_in(metrics: str) -> int | None:
+    """The requests that vLLM's metrics count as running or waiting; None if they do not say."""
+    found = _REQUESTS.findall(metrics)
+    return round(sum(map(float, found))) if found else None

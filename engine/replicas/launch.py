@@ -5,10 +5,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.fleet import FleetError
+from engine.frame_tiers.secrecy import SecretRefused, read_secret
+from engine.frame_tiers.vault.address import AddressRefused, parse, with_secrets
 from engine.host_process.preload import server_module
 from engine.replicas.devices import assign_devices
 from engine.replicas.lifecycle import RestartPolicy
@@ -21,6 +23,8 @@ CPU_KV_BYTES = 512 << 20
 CPU_SEQUENCES_MAX = 16
 GPU_MEMORY_SHARE = 0.9
 """Share of a GPU's memory that its replicas take together; the rest is for each one's CUDA context."""
+WAY_DOWN_BYTES = 128 << 20
+"""Host memory of a replica that has a disk or a vault below it, where none is asked for."""
 CPU_WORKER = "engine.connector.cpu_worker.CpuWorker"
 
 
@@ -39,15 +43,29 @@ class EngineSettings(RestartPolicy):
     run_dir: Path
     table_dir: Path
     log_dir: Path
+    name: str = ""  # where there are several fleets, what its replicas' names begin with
     served_model_name: str = ""  # empty: the same as `model`
+    model_aliases: tuple[str, ...] = ()  # further names of the model
     replicas: int = 2
     replicas_per_gpu: int = 1
+    replicas_beside: int = 0  # of other fleets of this machine
     devices: tuple[str, ...] = ()  # GPU ids as CUDA_VISIBLE_DEVICES takes them; empty: CPU
     vllm_args: tuple[str, ...] = ()  # the user's own; they override ours
     namespace: str = ""  # replicas in different namespaces exchange nothing
     hash_name: str = "xxh3_128"
     pin_share_max: float = 0.25  # of a replica's KV cache, for pinned prefixes
     host_memory: int = 0  # bytes of all replicas together, for blocks that left their KV caches; 0: none
+    disk: Path | None = None  # a directory that keeps what host memory does not; None: none
+    disk_bytes: int = 10 << 30
+    disk_ttl_seconds: float = 0.0  # 0: without end
+    vault: str = field(default="", repr=False)  # the URL of a Valkey server, maybe with a password; empty: none
+    vault_password_file: Path | None = None
+    vault_ca_file: Path | None = None
+    vault_ttl_seconds: float = 0.0  # 0: until the server needs the room
+    tier_codec: str = "raw-z"
+    lossy: str = ""  # a codec with loss for callers who accept that; empty: none
+    tier_secret_file: Path | None = None  # with it, what disk and vault keep is encrypted
+    tier_staging_bytes: int = 256 << 20  # for what comes up from the disk, and as much for the vault
     connector: bool = True  # False: plain vLLM without our connector
     preload: bool = False  # import vllm once, fork the replicas (CPU)
     launcher: tuple[str, ...] | None = None  # run this in place of vLLM's server
@@ -63,8 +81,15 @@ class EngineSettings(RestartPolicy):
 
     @property
     def host_memory_bytes_each(self) -> int:
-        """The host memory of one replica; 0 where nothing could be stored."""
-        return self.host_memory // self.replicas if self.connector else 0
+        """The host memory of one replica; 0 where nothing could be stored. To disk and vault it is the way."""
+        if not self.connector:
+            return 0
+        return self.host_memory // self.replicas or (WAY_DOWN_BYTES if self.frame_tiers else 0)
+
+    @property
+    def frame_tiers(self) -> bool:
+        """Whether there is a disk or a vault."""
+        return self.connector and (self.disk is not None or self.vault != "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +108,7 @@ class ReplicaLaunch:
 def plan_launches(settings: EngineSettings, environ: Mapping[str, str], cores: int) -> tuple[ReplicaLaunch, ...]:
     """The start of every replica. Raises LaunchRefused, NotEnoughDevices."""
     check_user_args(settings.vllm_args)
-    if settings.host_memory and settings.devices:
-        raise LaunchRefused("host_memory is for replicas on the CPU so far: leave it out on GPUs")
+    _check_tiers(settings)
     devices = assign_devices(settings.devices, settings.replicas, devices_each(settings.vllm_args), settings.replicas_per_gpu)
     shared = replica_env(settings, environ, cores)
     return tuple(_plan_launch(settings, i, own, shared) for i, own in enumerate(devices))
@@ -104,7 +128,7 @@ def replica_env(settings: EngineSettings, environ: Mapping[str, str], cores: int
     }
     if not settings.devices:
         tunables |= {
-            "OMP_NUM_THREADS": str(max(1, cores // settings.replicas)),
+            "OMP_NUM_THREADS": str(max(1, cores // (settings.replicas + settings.replicas_beside))),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine and worker in one process
             "TORCHDYNAMO_DISABLE": "1",  # otherwise the first request for logprobs compiles for many seconds
@@ -137,7 +161,7 @@ def devices_each(args: Sequence[str]) -> int:
 def server_args(settings: EngineSettings, name: str, socket: str) -> tuple[str, ...]:
     """Return the arguments of one vLLM server; the user's come last and therefore win."""
     args = ["--model", settings.model, "--uds", socket]
-    args += ["--served-model-name", settings.served_model_name or settings.model]
+    args += ["--served-model-name", settings.served_model_name or settings.model, *settings.model_aliases]
     args += ["--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
     args += ["--no-log-error-stack"]  # dev mode turns it on: some 30 lines in the log for each 4xx
     if not settings.devices:
@@ -152,7 +176,7 @@ def server_args(settings: EngineSettings, name: str, socket: str) -> tuple[str, 
 
 
 def _plan_launch(settings: EngineSettings, index: int, devices: tuple[str, ...], shared: Mapping[str, str]) -> ReplicaLaunch:
-    name = f"replica-{index}"
+    name = f"{settings.name or 'replica'}-{index}"
     socket = str(settings.run_dir / f"{name}.sock")
     scratch = str(settings.run_dir / f"ipc{index}")
     _check_socket_path(socket, len(os.fsencode(socket)))
@@ -181,6 +205,17 @@ def _transfer_config(settings: EngineSettings, name: str) -> dict[str, object]:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": extra,
     }
+
+
+def _check_tiers(settings: EngineSettings) -> None:
+    """Raise LaunchRefused for a vault whose address or files cannot be, and for a secret that is none."""
+    try:
+        if settings.vault:
+            with_secrets(parse(settings.vault), settings.vault_password_file, settings.vault_ca_file)
+        if settings.tier_secret_file is not None:
+            read_secret(settings.tier_secret_file)
+    except (AddressRefused, SecretRefused) as refused:
+        raise LaunchRefused(str(refused)) from None
 
 
 def _check_socket_path(path: str, length: int) -> None:

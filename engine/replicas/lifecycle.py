@@ -9,6 +9,9 @@ from math import inf
 
 from engine.fleet import ReplicaState
 
+LOADING = "loading the model"
+"""Why a replica that starts is not ready, unless something else is known."""
+
 
 class LifecycleAction(Enum):
     """What the shell does to the replica's process. A replica that ends is reported by `exited`."""
@@ -57,6 +60,7 @@ class Lifecycle:
         self._policy = policy
         self._goal = Goal.RUN
         self._running = False
+        self._drained = False  # until somebody says otherwise, also if it ends meanwhile
         self._due: float | None = None  # when `tick` has something to do
         self._failures = 0  # in a row, of any kind
         self._start_failures = 0  # in a row, without getting ready
@@ -100,7 +104,7 @@ class Lifecycle:
 
     def let_go(self, now: float) -> None:
         """It starts now."""
-        self.reason = "loading the model"
+        self.reason = LOADING
         self._due = now + self._policy.startup_seconds_max
 
     def spawned(self, pid: int) -> None:
@@ -116,6 +120,9 @@ class Lifecycle:
             self.reason = "draining" if self.state is ReplicaState.DRAINING else ""
         if self.state is ReplicaState.STARTING:
             self._start_failures = 0
+            if self._drained:
+                self._enter(ReplicaState.DRAINING, "draining")
+                return
             self._enter(ReplicaState.READY, "")
             self._due = now + self._policy.healthy_seconds_reset
 
@@ -207,12 +214,21 @@ class Lifecycle:
         return None
 
     def drain(self) -> None:
-        """No new requests from now on, until `restart` or `stop`; no effect unless it is READY."""
+        """No new requests from now on, until `resume`, `restart` or `stop`; no effect unless it is READY."""
         if self.state is ReplicaState.READY:
+            self._drained = True
             self._enter(ReplicaState.DRAINING, "draining")
+
+    def resume(self, now: float) -> None:
+        """Take requests again after `drain`, once it is ready; no effect on one that is being stopped or restarted."""
+        self._drained = False
+        if self.state is ReplicaState.DRAINING and self._goal is Goal.RUN:
+            self._enter(ReplicaState.READY, "")
+            self._due = now + self._policy.healthy_seconds_reset
 
     def restart(self, now: float) -> LifecycleAction | None:
         """Stop it and start it again; a FAILED, STOPPED or waiting one starts at once."""
+        self._drained = False
         if not self._running:
             self.restarts += 1
             return self.start(now)
@@ -232,7 +248,7 @@ class Lifecycle:
         self._misses = 0
         self._missed_at = -inf
         self._still = False
-        self._enter(ReplicaState.STARTING, "loading the model")
+        self._enter(ReplicaState.STARTING, LOADING)
         self._due = now + self._policy.startup_seconds_max
         return LifecycleAction.SPAWN
 

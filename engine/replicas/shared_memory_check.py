@@ -11,6 +11,7 @@ from engine.replicas.launch import CPU_KV_BYTES, EngineSettings
 SHARED_MEMORY = Path("/dev/shm")
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+HOST_MEMORY_SHARE, HOST_MEMORY_MIN, HOST_MEMORY_MAX = 0.25, 256 << 20, 64 << 30
 KV_FLAG = "--kv-cache-memory-bytes"
 # vLLM's own suffixes: small ones are decimal, capital ones binary.
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -24,38 +25,52 @@ class HostMemoryTooLarge(FleetError):
     """More host memory is asked for than there is; the message says how much that is."""
 
 
-def check_room(settings: EngineSettings) -> None:
-    """Raise SharedMemoryTooSmall if even an empty file system could not hold the replicas' KV.
+def check_room(*fleets: EngineSettings) -> None:
+    """Raise SharedMemoryTooSmall if even an empty file system could not hold the KV of all fleets' replicas.
 
     If it fills up later, a replica says so and serves without sharing.
     """
-    need = shared_kv_bytes(settings)
+    need, replicas = sum(map(shared_kv_bytes, fleets)), sum(each.replicas for each in fleets)
     status = os.statvfs(SHARED_MEMORY)
     size = status.f_blocks * status.f_frsize
     if need > size:
         raise SharedMemoryTooSmall(
-            f"{SHARED_MEMORY} has {size >> 20} MiB, and the KV of {settings.replicas} replicas takes {need >> 20}: make it"
+            f"{SHARED_MEMORY} has {size >> 20} MiB, and the KV of {replicas} replicas takes {need >> 20}: make it"
             f" larger (mount -o remount,size={(need >> 30) + 1}g {SHARED_MEMORY}; in a container --shm-size, SHM_SIZE for"
             f" compose.yaml, the volume's sizeLimit in Kubernetes), or give vLLM a smaller {KV_FLAG}"
         )
 
 
-def check_host_memory(settings: EngineSettings) -> None:
-    """Raise HostMemoryTooLarge if the host memory asked for is more than is free: its pages are taken one by one, later."""
-    if settings.host_memory and settings.host_memory > (free := free_bytes()):
-        raise HostMemoryTooLarge(
-            f"host_memory asks for {settings.host_memory >> 20} MiB, and {free >> 20} MiB are free here: ask for less"
-        )
+def check_host_memory(*fleets: EngineSettings) -> None:
+    """Raise HostMemoryTooLarge if the host memory of all fleets is more than is free: its pages are taken one by one, later."""
+    asked = sum(each.host_memory_bytes_each * each.replicas for each in fleets)
+    if asked > (free := free_bytes()):
+        raise HostMemoryTooLarge(f"host_memory asks for {asked >> 20} MiB, and {free >> 20} MiB are free here: ask for less")
+
+
+def safe_host_memory(*fleets: EngineSettings) -> int:
+    """Return how much host memory all fleets together can have and leave room for all else, in bytes.
+
+    It is HOST_MEMORY_SHARE of what is free and not for their KV; 0 where that is less than HOST_MEMORY_MIN.
+    """
+    left = free_bytes() - sum(map(shared_kv_bytes, fleets))
+    size = min(int(left * HOST_MEMORY_SHARE), HOST_MEMORY_MAX) >> 20 << 20
+    return size if size >= HOST_MEMORY_MIN else 0
 
 
 def free_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
-    """Return how much memory this process may still take, in bytes: the machine's, or its control group's if that is less."""
+    """Return how much memory this process may still take, in bytes: the machine's, or its control group's if that is less.
+
+    What the group's files take of the page cache counts as free, as it does for the machine: reading weights fills it.
+    """
     found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
     free = int(found[1]) << 10 if found else 0
     try:
         most, used = (cgroup / "memory.max").read_text().strip(), int((cgroup / "memory.current").read_text())
+        cached = re.search(r"^inactive_file (\d+)$", (cgroup / "memory.stat").read_text(), re.MULTILINE)
     except (OSError, ValueError):  # the root group, or version 1
         return free
+    used -= int(cached[1]) if cached else 0
     return min(free, max(0, int(most) - used)) if most.isdigit() else free
 
 

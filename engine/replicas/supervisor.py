@@ -15,6 +15,7 @@ from engine.host_process.directories import Claim, claim_all, release
 from engine.host_process.logs import LOG_TAIL_LINES, describe_exit, full_disk, is_final, prepare_log_dir, root_cause
 from engine.host_process.messages import Event, Exited, Hello, Kill, Preloaded, Spawned, Terminate
 from engine.replicas.devices import usable_cores
+from engine.replicas.draining import idle_in
 from engine.replicas.health import Health
 from engine.replicas.host_link import HostLink
 from engine.replicas.launch import EngineSettings, plan_launches, replica_env
@@ -23,6 +24,8 @@ from engine.replicas.member import Member, narrate
 from engine.replicas.model_check import check_model
 from engine.replicas.shared_memory_check import check_host_memory, check_room
 from engine.replicas.start_turns import StartTurns
+from engine.replicas.tier_process import NAME as TIERS
+from engine.replicas.tier_process import TierProcess
 from transport.table.directory import TableDirectory
 
 log = logging.getLogger("peerkv.supervisor")
@@ -55,6 +58,7 @@ class Supervisor:
         self._turns = StartTurns(self._members.values())
         self._tables = TableDirectory(settings.table_dir)
         self._host_life = Lifecycle(settings)
+        self._tiers = TierProcess(settings, self._host_env) if settings.frame_tiers else None
         self._link: HostLink | None = None
         self._claims: tuple[Claim, ...] = ()
         self._tasks: list[asyncio.Task[None]] = []
@@ -62,6 +66,8 @@ class Supervisor:
         self._stopping = False
         self._cleanup = asyncio.Lock()
         self._snapshot = self._look()
+
+    restarts = True
 
     def snapshot(self) -> FleetSnapshot:
         """The replicas now."""
@@ -110,9 +116,33 @@ class Supervisor:
         return now
 
     async def drain(self, name: str) -> None:
-        """Send `name` no new requests until `restart`. Raises FleetError for an unknown name."""
+        """Send `name` no new requests until `resume` or `restart`. Raises FleetError for an unknown name."""
         self._member(name).life.drain()
         self._publish()
+
+    async def resume(self, name: str) -> None:
+        """Send `name` requests again after `drain`. Raises FleetError for an unknown name."""
+        self._member(name).life.resume(self._now())
+        self._publish()
+
+    async def idle_in(self, name: str, seconds: float) -> bool:
+        """Wait until `name` has no requests, `seconds` at most; tell whether that is so. Raises FleetError."""
+        return await idle_in([self._member(name)], self._tables.tables, seconds)
+
+    async def drain_all(self, seconds: float) -> bool:
+        """Send nobody new requests, and wait until they have none, `seconds` at most; tell whether that is so.
+
+        To be followed by `stop`: what is not ready is stopped at once.
+        """
+        draining = []
+        for member in self._members.values():
+            member.life.drain()
+            if member.life.state is ReplicaState.DRAINING:
+                draining.append(member)
+            else:
+                self._perform(member, member.life.stop(self._now(), self._settings.terminate_seconds))
+        self._publish()
+        return await idle_in(draining, self._tables.tables, seconds)
 
     async def restart(self, name: str) -> None:
         """Stop `name` and start it again; does not wait. Raises FleetError for an unknown name."""
@@ -130,12 +160,14 @@ class Supervisor:
             await self._link.kill()  # it is importing, and would only listen when done
         for member in self._members.values():
             self._perform(member, member.life.stop(self._now(), drain_seconds))
+        if self._link is not None and self._tiers is not None:
+            self._link.tell(Terminate(TIERS))  # it writes what it has taken
         self._publish()
         self._wake()
         async with self._cleanup:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(drain_seconds + self._settings.terminate_seconds):
-                    while self._link is not None and any(m.life.running for m in self._members.values()):
+                    while self._link is not None and self._any_running():
                         await self._moved.wait()
             await self._end()
             release(self._claims)
@@ -155,6 +187,9 @@ class Supervisor:
             await member.probe.close()
         self._tables.close()
         self._publish()
+
+    def _any_running(self) -> bool:
+        return any(m.life.running for m in self._members.values()) or (self._tiers is not None and self._tiers.running)
 
     def _member(self, name: str) -> Member:
         if name not in self._members:
@@ -188,6 +223,7 @@ class Supervisor:
             link = self._link = await HostLink.open(self._settings, held, self._host_env)
         except OSError as error:
             return f"cannot be started: {error}"
+        self._start_tiers(link)
         if self._settings.preloads:
             self._progress("importing vLLM, once for all replicas")
         if self._host_life.restarts == 0:
@@ -205,6 +241,8 @@ class Supervisor:
     def _host_ended(self) -> None:
         """All replicas ended with their host."""
         self._link = None
+        if self._tiers is not None:
+            self._tiers.running = False
         why = f"{HOST_GONE}: {self._host_life.reason}"
         if not self._stopping:
             self._progress(why)
@@ -223,11 +261,26 @@ class Supervisor:
             case Preloaded(seconds):
                 self._host_life.answered(self._now())
                 self._progress(f"vLLM is imported ({seconds:.1f} s)")
-            case Spawned(name, pid):
+            case Exited(name, _, code) if name == TIERS:
+                self._tiers_ended(code)
+            case Spawned(name, pid) if name != TIERS:
                 self._members[name].life.spawned(pid)
             case Exited(name, _, code):
                 self._replica_ended(self._members[name], code)
         self._publish()
+
+    def _start_tiers(self, link: HostLink) -> None:
+        if self._tiers is not None and link is self._link and not self._stopping:
+            link.tell(self._tiers.spawn(self._now()))
+
+    def _tiers_ended(self, code: int) -> None:
+        if self._tiers is None:
+            return
+        wait, link = self._tiers.ended(self._now()), self._link
+        if not self._stopping and link is not None:
+            log.error("the process of disk and vault ended (%s) and is started again", describe_exit(code))
+            asyncio.get_running_loop().call_later(wait, self._start_tiers, link)
+        self._wake()
 
     def _replica_ended(self, member: Member, code: int) -> None:
         starting = member.life.state is ReplicaState.STARTING

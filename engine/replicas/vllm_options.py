@@ -7,7 +7,7 @@ tests/unit/engine/replicas/test_vllm_options.py checks every front-end option of
 from collections.abc import Iterator, Mapping, Sequence
 
 _OURS = "replicas listen on unix sockets only; peerkv has --host and --port"
-_TLS = "replicas listen on unix sockets only: put a proxy that speaks TLS before peerkv"
+_TLS = "replicas listen on unix sockets only: the front door speaks TLS with --tls-cert and --tls-key of peerkv"
 _CORS = "the front door answers browsers: set cors_origins of peerkv"
 _REPLICAS = "peerkv runs the replicas itself, see its number of replicas"
 _NOT_SERVED = "it is about an endpoint that the front door does not serve"
@@ -44,7 +44,6 @@ REFUSED: Mapping[str, str] = {
     "--enable-flash-late-interaction": _NOT_SERVED,
     "--tool-server": _NOT_SERVED,
     "--cohere-is-reasoning-model": _NOT_SERVED,
-    "--anthropic-disabled-thinking-effort": _NOT_SERVED,
     "--headless": "a replica needs its HTTP server",
     "--tokens-only": "a replica needs its OpenAI endpoints",
     "--grpc": "a replica needs its HTTP server",
@@ -95,6 +94,15 @@ def refusals(words: Sequence[str]) -> Iterator[str]:
             said = word.partition("=")[0]
             meant = "" if said.replace("_", "-") == full else f" ({full})"
             yield f"vLLM option {said}{meant} cannot be passed on: {REFUSED[full]}"
+
+
+def schedules_by_priority(words: Sequence[str]) -> bool:
+    """Whether vLLM is told to let requests of a lower priority value go first; the last word on it counts."""
+    found = ""
+    for at, word in enumerate(words):
+        if option_name(word) == "--scheduling-policy":
+            found = word.partition("=")[2] if "=" in word else "".join(words[at + 1 : at + 2])
+    return found == "priority"
 
 
 def _abbreviated(name: str) -> str:

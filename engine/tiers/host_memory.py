@@ -4,26 +4,28 @@ Plain code without a clock. A block is on offer in the tier's table only from wh
 given to another: the same protocol as an engine's table.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.tiers.ask_counts import AskCounts
+from engine.tiers.giving_way import GivingWay
 from engine.tiers.stores import NO_STORES, Store, Stores
 from transport.keys import Keys
 from transport.table.kept_table import KeptTable
 
-UNDER_WAY_MAX = 1024
-"""Blocks being stored at once; what is given up beyond that is lost, and counted."""
+UNDER_WAY_MAX = 4096
+"""Blocks being stored at once: those of two steps that compute 32k tokens each, as the workers tell of a step's when the next
+is begun already. What is given up beyond that is lost, and counted."""
 
 
 class HostMemory:
     """Keeps `table` true. `ranks` are the workers that must have copied a block; `elsewhere` tells which of some keys (n, 2)
     another tier of this node holds.
 
-    The least recently stored or restored block gives way. What the table offers already, from before a restart, is kept, in no
-    known order.
+    The least popular block gives way (`GivingWay`), by how often requests asked for it, whether it was here or not. What the
+    table offers already, from before a restart, is kept, as if all of it had been asked for once.
     """
 
     def __init__(self, table: KeptTable, *, ranks: int, elsewhere: Callable[[Keys], npt.NDArray[np.bool_]]) -> None:
@@ -31,49 +33,66 @@ class HostMemory:
         self._ranks = ranks
         self._elsewhere = elsewhere
         slots, keys = table.all_offered()
-        self._stored: OrderedDict[bytes, int] = OrderedDict(zip(map(bytes, keys), slots, strict=True))
-        self._keys = {slot: key for key, slot in self._stored.items()}
-        kept = set(self._stored.values())
+        found = dict(zip(map(bytes, keys), slots, strict=True))
+        self._stored = GivingWay(found)
+        self._asks = AskCounts(table.layout.blocks)
+        kept = set(found.values())
         table.invalidate([slot for slot in slots if slot not in kept])  # a second slot under the same key
         self._free = [slot for slot in reversed(range(table.layout.blocks)) if slot not in kept]
         self._under_way: dict[int, tuple[Store, int]] = {}
-        self._coming: set[bytes] = set()
+        self._coming: dict[bytes, int] = {}
+        """Keys of what is being stored, and how often each was asked for."""
         self._void: set[int] = set()
         self._read: dict[int, int] = {}
         self._begun: list[Store] = []
         self._overwritten: set[int] = set()
+        self._lost: set[int] = set()
 
     @property
     def name(self) -> str:
         """The name under which its blocks are imported."""
         return self._table.path.stem
 
-    def take(self, blocks: Sequence[int], keys: Keys, groups: Sequence[int]) -> None:
+    def asked(self, keys: Keys) -> None:
+        """A request asked for the blocks of these keys, (n, 2), which are all different, and had or computed them."""
+        self._asks.add(keys)
+
+    def take(self, blocks: Sequence[int], keys: Keys, groups: Sequence[int], quality: Sequence[int]) -> None:
         """Store what `blocks` hold under `keys`, (n, 2): they are likely to be reallocated soon. Those of one that is here
         already, or in another tier, are not copied."""
         if not blocks:
             return
-        known = [self._known(key) for key in map(bytes, keys)]
+        asks = self._asks.of(keys).tolist()
+        known = [self._known(key, asked) for key, asked in zip(map(bytes, keys), asks, strict=True)]
         fresh = [place for place, each in enumerate(known) if not each]
         if fresh:
             held = self._elsewhere(keys[fresh])
             for place in (place for place, other in zip(fresh, held.tolist(), strict=True) if not other):
-                self._begin(blocks[place], keys[place].tobytes(), groups[place])
+                self._begin(blocks[place], keys[place].tobytes(), groups[place], quality[place], asks[place])
 
     def overwritten(self, blocks: Iterable[int]) -> None:
         """The next step overwrites `blocks`: those that are being stored must have been copied before."""
         self._overwritten.update(block for block in blocks if block in self._read)
 
+    def lost(self, blocks: Iterable[int]) -> None:
+        """Some workers overwrite `blocks` before they can copy them in the next step."""
+        self._lost.update(block for block in blocks if block in self._read)
+
     def take_stores(self) -> Stores:
         """Return what the workers have to do in this step, once."""
-        if not self._begun and not self._overwritten:
+        if not (self._begun or self._overwritten or self._lost):
             return NO_STORES
-        stores = Stores(tuple(self._begun), frozenset(self._overwritten))
-        self._begun, self._overwritten = [], set()
+        stores = Stores(tuple(self._begun), frozenset(self._overwritten), frozenset(self._lost))
+        self._begun, self._overwritten, self._lost = [], set(), set()
         return stores
 
-    def copied(self, slots: Mapping[int, int]) -> None:
-        """So many more workers have copied what goes into these slots: offer those that all have."""
+    def copied(self, slots: Mapping[int, int], lost: Iterable[int] = ()) -> None:
+        """So many more workers are done with what goes into these slots: offer those that all have copied, none of `lost`."""
+        for slot in lost:
+            if slot in self._under_way and slot not in self._void:
+                self._void.add(slot)
+                self._coming.pop(self._under_way[slot][0].key, None)
+                self._table.count("tier_dropped_blocks")
         for slot, ranks in slots.items():
             entry = self._under_way.get(slot)
             if entry is None:
@@ -89,55 +108,58 @@ class HostMemory:
                 self._void.discard(slot)
                 self._free.append(slot)
                 continue
-            self._coming.discard(store.key)
-            self._table.publish([slot], np.frombuffer(store.key, np.uint64).reshape(1, 2))
-            self._stored[store.key] = slot
-            self._keys[slot] = store.key
+            asked = self._coming.pop(store.key)
+            self._table.publish([slot], np.frombuffer(store.key, np.uint64).reshape(1, 2), store.quality)
+            self._stored.put(store.key, slot, asked)
 
     def restored(self, slots: Iterable[int]) -> None:
-        """These slots are being read: they give way last."""
+        """These slots are being read for a request: they do not give way before `read` is told of them."""
+        keys = {slot: key for slot in slots if (key := self._stored.key(slot)) is not None}
+        if not keys:
+            return
+        asks = self._asks.of(np.frombuffer(b"".join(keys.values()), np.uint64).reshape(-1, 2)).tolist()
+        for (slot, key), asked in zip(keys.items(), asks, strict=True):
+            self._stored.used(key, asked + 1)  # by now, but it is counted only when the request has them
+            self._stored.hold(slot)
+
+    def read(self, slots: Iterable[int]) -> None:
+        """A read of these slots ended."""
         for slot in slots:
-            key = self._keys.get(slot)
-            if key is not None:
-                self._stored.move_to_end(key)
+            self._stored.release(slot)
 
     def clear(self) -> None:
         """Give up everything that is stored or being stored."""
         self._table.count("evictions", self._table.clear())
-        self._free += self._stored.values()
-        self._stored.clear()
-        self._keys.clear()
+        self._free += self._stored.clear()
         self._void.update(self._under_way)
         self._coming.clear()
 
-    def _known(self, key: bytes) -> bool:
+    def _known(self, key: bytes, asked: int) -> bool:
         if key in self._stored:
-            self._stored.move_to_end(key)
+            self._stored.used(key, asked)
             return True
         return key in self._coming
 
-    def _begin(self, block: int, key: bytes, group: int) -> None:
+    def _begin(self, block: int, key: bytes, group: int, quality: int, asked: int) -> None:
         if key in self._coming:  # twice among the blocks that are taken together
             return
         slot = self._room()
         if slot is None:
             self._table.count("tier_dropped_blocks")
             return
-        store = Store(block, slot, group, key)
+        store = Store(block, slot, group, key, quality)
         self._under_way[slot] = (store, 0)
-        self._coming.add(key)
+        self._coming[key] = asked
         self._read[block] = slot
         self._begun.append(store)
 
     def _room(self) -> int | None:
-        """Return a slot that may be written, withdrawing what gives way; None if too much is under way."""
+        """Return a slot that may be written, withdrawing what gives way; None if too much is under way or being read."""
         if len(self._under_way) >= UNDER_WAY_MAX:
             return None
         if self._free:
             return self._free.pop()
-        if not self._stored:
-            return None
-        _, slot = self._stored.popitem(last=False)
-        del self._keys[slot]
-        self._table.count("evictions", self._table.invalidate([slot]))
+        slot = self._stored.pop()
+        if slot is not None:
+            self._table.count("evictions", self._table.invalidate([slot]))
         return slot

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transport.table.layout import CHECKSUM_BYTES, Checksums, Layer, Memory, Region
 
 SHARED_MEMORY = "shared_memory"
+CUDA_IPC = "cuda_ipc"
 ALIGNED_BYTES = 64
 
 
@@ -23,15 +24,17 @@ class Slots:
 def cut(region: Region, own: Memory, ranks: int) -> Slots:
     """Return the slots of one of `ranks` ranks, whose KV memory is `own`: each has an equal part of the region.
 
-    Raises NoSlots if the KV memory is not of a kind that is stored, or a part has no room for a single block.
+    Slots that GPUs write have no checksums: the copy does not pass through a core that could compute them. Raises NoSlots if
+    the KV memory is not of a kind that is stored, or a part has no room for a single block.
     """
-    if own.transport != SHARED_MEMORY:
+    if own.transport not in (SHARED_MEMORY, CUDA_IPC):
         raise NoSlots(f"host memory is not handled yet for KV that is read by {own.transport}")
     sizes: dict[int, int] = {}
     for layer in own.layers:
         sizes[layer.group] = sizes.get(layer.group, 0) + layer.bytes
     content = max(sizes.values(), default=0)
-    stride = _aligned(content + CHECKSUM_BYTES)
+    checked = own.transport == SHARED_MEMORY
+    stride = _aligned(content + CHECKSUM_BYTES * checked)
     part = region.size // ranks // ALIGNED_BYTES * ALIGNED_BYTES
     count = part // stride
     if not content or not count:
@@ -41,7 +44,7 @@ def cut(region: Region, own: Memory, ranks: int) -> Slots:
     for layer in own.layers:
         layers.append(Layer(0, filled[layer.group], stride, layer.bytes, layer.group))
         filled[layer.group] += layer.bytes
-    checksums = Checksums(0, start + stride - CHECKSUM_BYTES, stride)
+    checksums = Checksums(0, start + stride - CHECKSUM_BYTES, stride) if checked else None
     return Slots(Memory(own.rank, SHARED_MEMORY, (region,), tuple(layers), checksums), count)
 
 

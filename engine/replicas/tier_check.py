@@ -1,0 +1,29 @@
+"""Whether disk and vault can be used as they are asked for, as far as that is known before anything starts."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from engine.replicas.launch import EngineSettings, LaunchRefused
+
+
+def check_tiers(*fleets: EngineSettings) -> None:
+    """Raise LaunchRefused for a disk that cannot be had, and for loss without anything that keeps it."""
+    sharing = [each for each in fleets if each.connector]
+    for each in sharing:
+        if each.disk is not None and (why := _unusable(each.disk)):
+            raise LaunchRefused(f"disk: {each.disk} cannot be used: {why}")
+    if any(each.lossy for each in sharing) and not any(each.frame_tiers for each in sharing):
+        raise LaunchRefused("lossy: disk and vault keep blocks with loss, and there is neither: give disk or vault")
+
+
+def _unusable(directory: Path) -> str:
+    """What keeps it from being made, or written to; "" if nothing does."""
+    there = next(each for each in (directory, *directory.parents) if os.path.exists(each))
+    if not there.is_dir():
+        return f"{there} is no directory"
+    try:
+        with tempfile.TemporaryDirectory(prefix=".peerkv-", dir=there):
+            return ""
+    except OSError as error:  # /proc, say, is writable to root by its mode
+        return f"{there} cannot be written to ({error.strerror})"

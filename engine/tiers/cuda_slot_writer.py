@@ -1,0 +1,123 @@
+"""The host-memory tier as a GPU's worker sees it: the kernel of imports copies blocks into slots, on a stream of its own.
+
+A copy waits for what the engine enqueued before its store was begun, and the engine's stream, before a step, for the copies of
+what the step overwrites: no others, and as blocks are stored ahead, mostly for none. A slot is told to be filled once the
+copy's event says so.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Set
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from engine.tiers.slots import Slots
+from engine.tiers.stores import Store, Stores
+from transport.backends.cuda_ipc import CudaIpcTransport, Enqueued, Opened
+
+_logger = logging.getLogger(__name__)
+
+LAUNCH_BLOCKS_MIN = 16
+"""So many blocks that no step waits for are copied by one launch, which takes the step that it falls into some 0.1 ms."""
+LAUNCH_BLOCKS_MAX, LAUNCHES_MAX = 256, 4
+"""So many of them go into a launch, and so many launches into a step: a step waits for all of a launch and for those before."""
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A copy that was begun; what is `lost` of it was overwritten before it was known to have ended."""
+
+    stores: list[Store]
+    copy: Enqueued
+    lost: set[int] = field(default_factory=set)
+
+
+class CudaSlotWriter:
+    """Writes one rank's part of a region, from when it is open; what is overwritten before that is lost."""
+
+    def __init__(self, own: CudaIpcTransport, slots: Slots) -> None:
+        self._own = own
+        self._slots: Future[Opened] = own.open_slots(slots.memory, slots.count)
+        self._groups = 1 + max(layer.group for layer in slots.memory.layers)
+        self._waiting: list[Store] = []
+        self._launched: deque[_Launched] = deque()
+        self._lost: list[int] = []
+        self._refused = False
+        self._closed = False
+
+    def begin(self, stores: Stores) -> None:
+        """Take in what a step brings, and have the engine's stream wait for what the step overwrites."""
+        if self._closed or not (stores.begun or stores.overwritten or stores.lost):
+            return
+        self._waiting += stores.begun
+        if stores.lost:
+            self._lose(stores.lost)
+        slots = self._opened()
+        urgent = self._take_waiting(stores.overwritten)
+        if slots is None:
+            self._lost += [store.slot for store in urgent]
+            return
+        if urgent:
+            self._launch(slots, urgent)
+        for launched in reversed(self._launched):  # one stream: the last of them ends last
+            if any(store.block in stores.overwritten for store in launched.stores):
+                self._own.hold_up(launched.copy)
+                break
+        for _ in range(LAUNCHES_MAX):
+            if len(self._waiting) < LAUNCH_BLOCKS_MIN:
+                break
+            ahead, self._waiting = self._waiting[:LAUNCH_BLOCKS_MAX], self._waiting[LAUNCH_BLOCKS_MAX:]
+            self._launch(slots, ahead)
+
+    def take_copied(self) -> list[int]:
+        """Return the slots that were filled since the last call."""
+        copied: list[int] = []
+        while self._launched and self._launched[0].copy.end.query():
+            launched = self._launched.popleft()
+            copied += [store.slot for store in launched.stores if store.slot not in launched.lost]
+            self._lost += launched.lost
+        return copied
+
+    def take_lost(self) -> list[int]:
+        """Return the slots that will not be filled, once."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    def close(self) -> None:
+        """Wait for the copies under way, and begin none any more."""
+        if not self._closed:
+            self._closed = True
+            self._own.close_slots(self._slots)
+
+    def _opened(self) -> Opened | None:
+        """Return the slots once they are open; while they cannot be, nothing that waits can be stored."""
+        if not self._slots.done():
+            return None
+        error = self._slots.exception()
+        if error is None:
+            return self._slots.result()
+        if not self._refused:
+            self._refused = True
+            _logger.warning("nothing is stored in host memory: %s", error)
+        self._lost += [store.slot for store in self._waiting]
+        self._waiting = []
+        return None
+
+    def _take_waiting(self, blocks: Set[int]) -> list[Store]:
+        taken = [store for store in self._waiting if store.block in blocks]
+        if taken:
+            self._waiting = [store for store in self._waiting if store.block not in blocks]
+        return taken
+
+    def _lose(self, blocks: Set[int]) -> None:
+        """These blocks are being overwritten already: what is not known to be copied is lost."""
+        self._lost += [store.slot for store in self._take_waiting(blocks)]
+        for launched in self._launched:
+            launched.lost.update(store.slot for store in launched.stores if store.block in blocks)
+
+    def _launch(self, slots: Opened, stores: list[Store]) -> None:
+        groups: list[tuple[list[int], list[int]]] = [([], []) for _ in range(self._groups)]
+        for store in stores:
+            groups[store.group][0].append(store.block)
+            groups[store.group][1].append(store.slot)
+        self._launched.append(_Launched(stores, self._own.store(slots, groups)))
