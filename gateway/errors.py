@@ -237,6 +237,34 @@ class UnknownRequest(ApiError):
         super().__init__(f"No request '{request_id}' is in the ledger: it was never received, or newer ones displaced it.")
 
 
+class UnknownResponse(ApiError):
+    """No replica can have the response that a request goes on from."""
+
+    status = 404
+    type = INVALID
+    code = "previous_response_not_found"
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(
+            f"Previous response '{response_id}' is not kept here: it was made with the API key of another tenant, or by a "
+            "replica that is gone. Send the conversation so far as 'input'.",
+            param="previous_response_id",
+        )
+
+
+class NotForTenants(ApiError):
+    """The endpoint has no place for a salt, so tenants would share a cache."""
+
+    status = 403
+    type = "permission_error"
+    code = "unsupported_endpoint"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"{path} is served only where no tenants are configured: the engine could not keep their caches apart on it."
+        )
+
+
 class ReplicaLost(ApiError):
     """Replicas died while serving the request and all attempts are used up; the client may send it again."""
 

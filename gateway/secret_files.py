@@ -26,6 +26,9 @@ def read_secret_files() -> dict[str, Any]:
     found: dict[str, Any] = {}
     if key := _read(Path(directory) / f"{_PREFIX}admin_key"):
         found["admin_key"] = key
+    for name in ("vault_password", "limits_valkey_password", "salt_secret"):
+        if _read(path := Path(directory) / f"{_PREFIX}{name}"):
+            found[f"{name}_file"] = path
     if tenants := _read(path := Path(directory) / f"{_PREFIX}tenants"):
         try:
             found["tenants"] = json.loads(tenants)

@@ -6,45 +6,42 @@ An unknown key is an error that names it, wherever it comes from. `load` is the 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import os
 import re
-import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
 from engine.replicas.devices import CPU_REPLICAS_DEFAULT, resolve_replicas
 from engine.replicas.launch import EngineSettings, devices_each
-from engine.replicas.vllm_options import refusals
 from gateway.errors import SettingsError
 from gateway.secret_files import SECRETS_DIR_VARIABLE, read_secret_files
-from gateway.settings_errors import in_words, not_json
+from gateway.settings_errors import in_words, is_of_a_service, not_json
+from gateway.settings_limits import SharedLimitSettings
+from gateway.settings_models import ModelSettings, SeveralModels, check_models
+from gateway.settings_nodes import OtherNodes
+from gateway.settings_tiers import Tiers
+from gateway.settings_types import AbsolutePath, ReplicaCount, VllmArgs, Words
+from gateway.table_errors import Tables
+from transport.table.quality import is_lossy_salt
 
 ENV_PREFIX = "PEERKV_"
 CONFIG_VARIABLE = "PEERKV_CONFIG"
 # Variables with our prefix that are not settings, and are read elsewhere.
 OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, SECRETS_DIR_VARIABLE, "PEERKV_CACHE"})
-# What Kubernetes sets for each service whose name begins with peerkv, such as PEERKV_PORT=tcp://10.0.0.1:8000.
-SERVICE_VARIABLE = re.compile(r"PEERKV_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
-SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 # sun_path holds 108 bytes with the final zero; "/replica-999.sock" needs 17 of them.
 RUN_DIR_BYTES_MAX = 90
-REPLICAS_MAX = 256
 # As browsers send it: no path, lower case, a port only where it is not the scheme's own.
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 _ENGINE: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(EngineSettings)}
 """The defaults of what the supervisor is given, stated there."""
-
-Words = Annotated[tuple[str, ...], NoDecode]
 
 
 def default_run_dir(port: int) -> Path:
@@ -85,11 +82,22 @@ class Tenant(BaseModel):
         default=None,
         min_length=1,
         max_length=512,
-        description="Isolates the tenant's prefix cache; by default a digest keyed with its API key.",
+        description="Isolates the tenant's prefix cache; by default made of its name with the server's secret.",
     )
+    group: str | None = Field(
+        default=None, min_length=1, max_length=128, description="Tenants of one group share a prefix cache."
+    )
+    accepts_loss: bool = Field(False, description="Its prompts may be served with KV that disk or vault kept with loss.")
+
+    @field_validator("salt")
+    @classmethod
+    def _check_salt(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and is_lossy_salt(value.get_secret_value()):
+            raise ValueError("ends as those do that peerkv makes for callers who accept loss")
+        return value
 
 
-class Settings(BaseSettings):
+class Settings(OtherNodes, Tiers, SharedLimitSettings, SeveralModels):
     """Every setting with its default; sizes in bytes, times in seconds."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
@@ -97,13 +105,18 @@ class Settings(BaseSettings):
     # What is served.
     model: str = Field("", description="directory or hub id of the model that vLLM loads; empty: the default model")
     served_model_name: str = Field("", description="model name that clients use; empty: the model as given")
-    replicas: int | Literal["auto"] = Field(
+    model_aliases: Words = Field(
+        _ENGINE["model_aliases"], description="further names of the model, separated by spaces; /v1/models lists them all"
+    )
+    replicas: ReplicaCount = Field(
         "auto", description=f"number of replicas; auto: one per GPU, or {CPU_REPLICAS_DEFAULT} on the CPU"
     )
     replicas_per_gpu: int = Field(
         _ENGINE["replicas_per_gpu"], ge=1, le=16, description="replicas that share a GPU and its memory, for small models"
     )
-    vllm_args: Words = Field(_ENGINE["vllm_args"], description="additional arguments for each vLLM server; they override ours")
+    vllm_args: VllmArgs = Field(
+        _ENGINE["vllm_args"], description="additional arguments for each vLLM server; they override ours"
+    )
     preload: bool | None = Field(
         None, description="import vLLM once and fork the replicas from that process; unset: on the CPU only"
     )
@@ -119,31 +132,39 @@ class Settings(BaseSettings):
         lt=1,
         description="share of a replica's KV cache that pinned prefixes may take; 0 disables pinning",
     )
-    host_memory: ByteSize = Field(
-        _ENGINE["host_memory"],
-        ge=0,
-        description="memory, such as 16GiB, that keeps what left the KV caches, for all replicas, on the CPU so far; 0: none",
-    )
 
     # The front door.
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=1, le=65535, description="port to listen on")
+    tls_cert: AbsolutePath | None = Field(
+        None, description="certificate in PEM, with its chain: the gateway speaks HTTPS; read again whenever the file changes"
+    )
+    tls_key: AbsolutePath | None = Field(None, description="the certificate's private key in PEM, without a password")
+    allow_anyone: bool = Field(
+        False,
+        description="where no tenants or keys are configured, answer callers on other machines too, and not this one's only",
+    )
     reuse_port: bool = Field(False, description="share the port with other gateways that also set this")
     admin_key: SecretStr | None = Field(
         None,
         min_length=8,
-        description="protects /metrics, /kv/* and the choice of a replica, 8 characters at least; "
+        description="protects /metrics, /kv/*, /replicas and the choice of a replica, 8 characters at least; "
         "unset: callers on this machine only",
     )
     tenants: tuple[Tenant, ...] = Field(
         (), description="who may call, each with an API key of 8 characters at least; none: open to all"
     )
-    keys_file: Path | None = Field(
+    keys_file: AbsolutePath | None = Field(
         None, description="file of API keys, which `peerkv keys` writes; changes are taken up while the gateway runs"
     )
-    limits_file: Path = Field(
+    limits_file: AbsolutePath = Field(
         default_factory=lambda data: default_limits_file(data.get("port", 0)),
         description="file that keeps what was used up of the keys' limits across restarts; one gateway's alone",
+    )
+    salt_secret_file: AbsolutePath | None = Field(
+        None,
+        description="file with the secret that keeps tenants' caches apart; gateways that share blocks need the same; unset: "
+        "that of the keys file, else one that is made beside the limits file",
     )
     cached_token_price: float = Field(
         0.1, ge=0, le=1, description="what a prompt token from a cache counts towards limits; a computed one counts 1"
@@ -160,18 +181,25 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
     access_log: bool = Field(False, description="log one line per request")
+    otlp_traces_endpoint: str = Field(
+        "",
+        description="OpenTelemetry collector that gets a span of each request, parent of vLLM's (the extra otel); empty: none",
+    )
+    audit_log: AbsolutePath | None = Field(
+        None, description="file of what admins did, a line of JSON each, chained by hashes (`peerkv audit verify`)"
+    )
     request_log: str = Field(
         "", description="file that gets a line of JSON for each request, without prompts, answers and keys; -: standard output"
     )
 
     # Where things are; created with mode 0700.
-    run_dir: Path = Field(
+    run_dir: AbsolutePath = Field(
         default_factory=lambda data: default_run_dir(data.get("port", 0)), description="directory for sockets and fleet.json"
     )
-    table_dir: Path = Field(
+    table_dir: AbsolutePath = Field(
         default_factory=lambda data: default_table_dir(data.get("port", 0)), description="directory for block tables"
     )
-    log_dir: Path = Field(
+    log_dir: AbsolutePath = Field(
         default_factory=lambda data: default_log_dir(data.get("port", 0)), description="directory for replica logs"
     )
 
@@ -211,6 +239,10 @@ class Settings(BaseSettings):
         1024, ge=1, description="concurrent requests whose bodies are still arriving; beyond that the stalest is ended"
     )
     retry_attempts_max: int = Field(2, ge=0, le=16, description="other replicas to try when one dies while serving a request")
+    continue_streams: bool = Field(
+        True,
+        description="go on with a stream whose replica died on another one, from the tokens sent; greedy streams alone",
+    )
     eject_failures_max: int = Field(
         3,
         ge=0,
@@ -219,6 +251,9 @@ class Settings(BaseSettings):
     )
     eject_seconds_min: float = Field(1.0, gt=0, description="first ejection of a replica; each further one lasts twice as long")
     eject_seconds_max: float = Field(30.0, gt=0, description="longest ejection of a replica")
+    slow_start_seconds: float = Field(
+        10.0, ge=0, description="time in which the share of requests of a replica that was restarted grows; 0: at once"
+    )
     overdue_seconds_min: float = Field(
         5.0, gt=0, description="requests that wait this long, and far beyond their expected time, make a silent replica suspect"
     )
@@ -243,7 +278,11 @@ class Settings(BaseSettings):
     upstream_idle_seconds: float = Field(
         3.0, gt=0, description="how long an idle connection to a replica is kept open; vLLM closes it after 5 s"
     )
-    drain_seconds: float = Field(30.0, ge=0, description="time for running requests to finish after a stop signal")
+    drain_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="time for running requests to finish after a stop signal, and before a replica is restarted on request",
+    )
 
     # Steering and figures.
     replica_metrics: bool = Field(
@@ -326,35 +365,6 @@ class Settings(BaseSettings):
         _ENGINE["log_bytes_max"], ge=4096, description="a replica log larger than this is rotated, even while the replica runs"
     )
 
-    @field_validator("replicas", mode="before")
-    @classmethod
-    def _check_replicas(cls, value: object) -> object:
-        if isinstance(value, str) and value.strip().isdecimal():
-            value = int(value)
-        if value == "auto" or (type(value) is int and 1 <= value <= REPLICAS_MAX):
-            return value
-        raise ValueError(f"must be 'auto' or a whole number from 1 to {REPLICAS_MAX}")
-
-    @field_validator("vllm_args", "launcher", "cors_origins", mode="before")
-    @classmethod
-    def _split_words(cls, value: object) -> object:
-        """Split a string as a shell would, or read it as a JSON list. Both forms come from the environment."""
-        if not isinstance(value, str):
-            return value
-        if value.lstrip().startswith("["):
-            try:
-                return tuple(json.loads(value))
-            except ValueError:
-                raise ValueError('begins with [ but is not a JSON list, such as ["one", "two"]') from None
-        return tuple(shlex.split(value))
-
-    @field_validator("vllm_args")
-    @classmethod
-    def _check_vllm_args(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for refusal in refusals(value):
-            raise ValueError(refusal)
-        return value
-
     @field_validator("cors_origins")
     @classmethod
     def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -370,23 +380,23 @@ class Settings(BaseSettings):
     def _make_path_absolute(cls, value: str) -> str:
         return value if value in ("", "-") else os.path.abspath(os.path.expanduser(value))
 
-    @field_validator("run_dir", "table_dir", "log_dir", "keys_file", "limits_file")
-    @classmethod
-    def _make_absolute(cls, value: Path | None) -> Path | None:
-        return None if value is None else Path(os.path.abspath(value.expanduser()))
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(os.fsencode(self.run_dir)) > RUN_DIR_BYTES_MAX:
             raise ValueError(f"run_dir: longer than the {RUN_DIR_BYTES_MAX} bytes that fit into the path of a unix socket")
+        if (self.tls_cert is None) is not (self.tls_key is None):
+            raise ValueError("tls_cert, tls_key: give both or none")
         for what in ("name", "api_key"):
             seen = [getattr(tenant, what) for tenant in self.tenants]
             if len(set(seen)) != len(seen):
                 raise ValueError(f"tenants: two have the same {what}")
+        if both := next((tenant.name for tenant in self.tenants if tenant.salt and tenant.group), None):
+            raise ValueError(f"tenants: '{both}' has a salt and a group: give one of them")
         if 0 < self.sse_keep_alive_seconds < SSE_KEEP_ALIVE_SECONDS_MIN:
             raise ValueError(f"sse_keep_alive_seconds: 0, or at least {SSE_KEEP_ALIVE_SECONDS_MIN}")
         if self.admin_key is not None and any(tenant.api_key == self.admin_key for tenant in self.tenants):
             raise ValueError("tenants: one has the admin key as its api_key")
+        check_models(self.models, frozenset(self.model_fields_set), self.node_name)
         return self
 
 
@@ -399,7 +409,8 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
     in_environment = _environment_names()
     if config is None and os.environ.get(CONFIG_VARIABLE):
         config = Path(os.environ[CONFIG_VARIABLE])
-    in_file = {**(read_config(config) if config is not None else {}), **read_secret_files()}
+    secrets = read_secret_files()
+    in_file = {**(read_config(config) if config is not None else {}), **secrets}
     if "port" not in in_environment:  # else PEERKV_PORT of an orchestrator were taken for it
         in_file.setdefault("port", Settings.model_fields["port"].default)
     # A constructor's values beat the environment, so of the file only what nobody else says is handed in.
@@ -407,7 +418,9 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
     try:
         return Settings(**given, **rest)
     except ValidationError as error:
-        raise SettingsError(in_words(error)) from None
+        places = {name: f"the file {ENV_PREFIX.lower()}{name}:" for name in secrets}
+        places |= {name: f"{ENV_PREFIX}{name.upper()}:" for name in in_environment}
+        raise SettingsError(in_words(error, _tables({**given, **rest}, config, places))) from None
     except PydanticSettingsError as error:
         raise SettingsError(not_json(error, ENV_PREFIX)) from None
 
@@ -415,7 +428,8 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
 def engine_settings(settings: Settings, *, model: str, devices: tuple[str, ...]) -> EngineSettings:
     """What the supervisor gets: `model` is resolved, `devices` are the GPUs' ids (none: CPU).
 
-    `replicas="auto"` becomes as many as the GPUs allow, or CPU_REPLICAS_DEFAULT. Raises engine.fleet.FleetError.
+    `replicas="auto"` becomes as many as the GPUs allow, or CPU_REPLICAS_DEFAULT; `host_memory="auto"` is for
+    serve.fleets.with_host_memory. Raises engine.fleet.FleetError.
     """
     same = {field.name for field in dataclasses.fields(EngineSettings)} & set(Settings.model_fields)
     values: dict[str, Any] = {name: getattr(settings, name) for name in same}
@@ -423,8 +437,10 @@ def engine_settings(settings: Settings, *, model: str, devices: tuple[str, ...])
         "model": model,
         "devices": devices,
         "replicas": resolve_replicas(settings.replicas, devices, devices_each(settings.vllm_args), settings.replicas_per_gpu),
+        "host_memory": 0 if settings.host_memory == "auto" else settings.host_memory,
         "preload": not devices if settings.preload is None else settings.preload,
         "served_model_name": settings.served_model_name or model,
+        "vault": settings.vault.get_secret_value() if settings.vault is not None else "",
     }
     return EngineSettings(**values)
 
@@ -447,7 +463,7 @@ def _environment_names() -> frozenset[str]:
     names = set()
     for variable in os.environ:
         upper = variable.upper()
-        if not upper.startswith(ENV_PREFIX) or upper in OTHER_VARIABLES or _is_of_a_service(upper, os.environ[variable]):
+        if not upper.startswith(ENV_PREFIX) or upper in OTHER_VARIABLES or is_of_a_service(upper, os.environ[variable]):
             continue
         name = upper.removeprefix(ENV_PREFIX).lower()
         _must_be_known(name, f"in the environment ({variable})")
@@ -456,19 +472,19 @@ def _environment_names() -> frozenset[str]:
     return frozenset(names)
 
 
-def _is_of_a_service(variable: str, value: str) -> bool:
-    """Whether an orchestrator set it to say where a service is."""
-    return bool(SERVICE_VARIABLE.fullmatch(variable) or (variable.endswith("_PORT") and SERVICE_ADDRESS.fullmatch(value)))
-
-
 def _must_be_known(name: str, where: str) -> None:
     if name not in Settings.model_fields:
-        near = difflib.get_close_matches(name, Settings.model_fields, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise SettingsError(f"unknown setting '{name}' {where}{hint}")
+        raise SettingsError(f"unknown setting '{name}' {where}{_tables().hint(name)}")
+
+
+def _tables(values: Mapping[str, Any] = {}, config: Path | None = None, places: Mapping[str, str] = {}) -> Tables:
+    """What can be said of tables that are wrong."""
+    kinds = {"tenants": Tenant.model_fields, "models": ModelSettings.model_fields}
+    return Tables(kinds, Settings.model_fields, values, str(config or ""), places)
 
 
 def address(settings: Settings) -> str:
     """The URL under which this machine reaches the gateway."""
     host = _EVERYWHERE.get(settings.host, settings.host)
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    scheme = "http" if settings.tls_cert is None else "https"
+    return f"{scheme}://[{host}]:{settings.port}" if ":" in host else f"{scheme}://{host}:{settings.port}"

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_settings import SettingsError as PydanticSettingsError
 
+from gateway.table_errors import Tables
+
 _TENANTS = '[{"name": "acme", "api_key": "…"}]'
+# What Kubernetes sets for each service whose name begins with peerkv, such as PEERKV_PORT=tcp://10.0.0.1:8000.
+_SERVICE_VARIABLE = re.compile(r"PEERKV_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 _FIELD = re.compile(r'field "(\w+)"')
 
 
-def in_words(error: ValidationError) -> str:
+def in_words(error: ValidationError, tables: Tables) -> str:
     """One line for all that is wrong."""
     parts = []
     for detail in error.errors(include_url=False):
         if detail["type"] == "default_factory_not_called":  # follows from another error in the list
+            continue
+        if (words := tables.in_words(detail, _message)) is not None:
+            parts.append(words)
             continue
         place = ".".join(str(part) for part in detail["loc"])
         parts.append(f"{place}: {_message(detail)}" if place else _message(detail))
@@ -32,7 +41,7 @@ def not_json(error: PydanticSettingsError, prefix: str) -> str:
     return f"{prefix}{found[1].upper()} is not JSON{example}"
 
 
-def _message(detail: Any) -> str:
+def _message(detail: Mapping[str, Any]) -> str:
     kind, given = detail["type"], detail.get("ctx", {})
     if kind in ("byte_size", "byte_size_unit"):
         return f"'{detail['input']}' is not a size: write bytes, or such as 512MiB, 4GiB"
@@ -41,3 +50,8 @@ def _message(detail: Any) -> str:
     if kind == "tuple_type" and detail["loc"] == ("tenants",):
         return f"must be a list, for example {_TENANTS}"
     return str(detail["msg"]).removeprefix("Value error, ")
+
+
+def is_of_a_service(variable: str, value: str) -> bool:
+    """Whether an orchestrator set a variable to say where a service is: no error, and no setting."""
+    return bool(_SERVICE_VARIABLE.fullmatch(variable) or (variable.endswith("_PORT") and _SERVICE_ADDRESS.fullmatch(value)))

@@ -1,27 +1,24 @@
-"""`/metrics` and `/kv/*`, which follow the admin rule of gateway/tenants/access.py."""
+"""`/metrics` and `/kv/*`, under the admin rule."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Protocol
 
 import msgspec
-from fastapi import Depends, FastAPI, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from engine.fleet import FleetView, Replica
-from gateway.admin.health import Outlook
+from gateway.admin.health import OfModel, Outlook
 from gateway.admin.prefix_routes import PrefixKeeper
 from gateway.api.shapes import ErrorAnswer
-from gateway.errors import (
-    NoReplicaReady,
-    UnknownRequest,
-)
+from gateway.errors import NoReplicaReady, UnknownRequest
 from gateway.kept_prefixes.shapes import FlushedPrefixes, PrefixReport
 from gateway.stats.explain import ID_CHARS_MAX, Explanation
 from gateway.stats.shapes import KvStats
-from gateway.tenants.access import AdminAccess
 from gateway.upstream.pool import Upstream, UpstreamLost
 
 PREFIXES_SHOWN_MAX = 1000
@@ -30,12 +27,12 @@ PREFIXES_SHOWN_MAX = 1000
 class Figures(Outlook, Protocol):
     """What there is to see of the replicas' caches."""
 
-    def stats(self) -> KvStats:
-        """The body of /kv/stats."""
+    def stats(self, model: str = "") -> KvStats:
+        """The body of /kv/stats, of the first model if none is named. Raises UnknownModel."""
         ...
 
-    def prefixes(self, limit: int) -> PrefixReport:
-        """The body of /kv/prefixes: the `limit` most used ones."""
+    def prefixes(self, limit: int, model: str = "") -> PrefixReport:
+        """The body of /kv/prefixes: the `limit` most used ones of a model, the first if none is named. Raises UnknownModel."""
         ...
 
     def explain(self, request_id: str) -> Explanation | None:
@@ -47,64 +44,60 @@ class Figures(Outlook, Protocol):
         ...
 
 
+_NO_SUCH_MODEL: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "description": "There is no such model"}}
+
+FlushTiers = Callable[[], Awaitable[dict[str, str]]]
+
+
+async def nothing_below() -> dict[str, str]:
+    """There is neither disk nor vault."""
+    return {}
+
+
 class Flushed(BaseModel):
-    """Which replicas emptied their prefix caches, and why the others did not."""
+    """Which replicas emptied their prefix caches, disk and vault among them, and why the others did not."""
 
     flushed: list[str]
     failed: dict[str, str]
     prefixes: FlushedPrefixes = Field(default_factory=FlushedPrefixes)
 
 
-class _Guard:
-    """The admin rule: `guarded` goes to a route, `refusals` into its responses."""
+def add_figure_routes(router: APIRouter, figures: Figures) -> None:
+    """Add what only reads to the admin router."""
 
-    def __init__(self, access: AdminAccess) -> None:
-        async def admin(request: Request) -> None:
-            access.check(request.scope)
-
-        self.refusals: dict[int | str, dict[str, Any]] = {
-            401: {"model": ErrorAnswer, "description": "The admin key is missing or wrong"},
-            403: {"model": ErrorAnswer, "description": "There is no admin key, and the caller is not on this machine"},
-        }
-        self.guarded: dict[str, Any] = {"tags": ["admin"], "dependencies": [Depends(admin)]}
-
-
-def _add_figures(app: FastAPI, figures: Figures, guard: _Guard) -> None:
-    refusals, guarded = guard.refusals, guard.guarded
-
-    @app.get(
+    @router.get(
         "/metrics",
         summary="Prometheus metrics, vLLM's own of all replicas among them",
         response_class=PlainTextResponse,
-        responses=refusals,
-        **guarded,
     )
     async def metrics() -> Response:
         body, content_type = await figures.metrics()
         return Response(body, headers={"content-type": content_type})
 
-    @app.get("/kv/stats", summary="Where prompt tokens came from, by replica and in all", responses=refusals, **guarded)
-    async def stats() -> KvStats:
-        return figures.stats()
+    @router.get("/kv/stats", summary="Where prompt tokens came from, by replica and in all", responses=_NO_SUCH_MODEL)
+    async def stats(model: OfModel = "") -> KvStats:
+        return figures.stats(model)
 
-    @app.get(
+    @router.get(
         "/kv/prefixes",
         summary="The most used prefixes and who holds them, and those that are kept",
-        responses=refusals,
-        **guarded,
+        responses=_NO_SUCH_MODEL,
     )
-    async def prefixes(limit: Annotated[int, Query(ge=1, le=PREFIXES_SHOWN_MAX)] = 50) -> PrefixReport:
-        return figures.prefixes(limit)
+    async def prefixes(limit: Annotated[int, Query(ge=1, le=PREFIXES_SHOWN_MAX)] = 50, model: OfModel = "") -> PrefixReport:
+        return figures.prefixes(limit, model)
 
-    @app.get(
+    @router.get(
         "/kv/explain/{request_id}",
         summary="What was decided for a recent request, what was delivered, and why it was not more",
-        responses={**refusals, 404: {"model": ErrorAnswer, "description": "The ledger knows no such request (any more)"}},
-        **guarded,
+        responses={404: {"model": ErrorAnswer, "description": "The ledger knows no such request (any more)"}},
     )
     async def explain(
         request_id: Annotated[
-            str, Path(description="of its answer: the header x-request-id, or the body's id", max_length=ID_CHARS_MAX)
+            str,
+            Path(
+                description="of its answer: the header x-request-id, or the body's id (not that of a Responses answer)",
+                max_length=ID_CHARS_MAX,
+            ),
         ],
     ) -> Explanation:
         found = figures.explain(request_id)
@@ -113,28 +106,35 @@ def _add_figures(app: FastAPI, figures: Figures, guard: _Guard) -> None:
         return found
 
 
-def _add_flush(app: FastAPI, fleet: FleetView, upstream: Upstream, keeper: PrefixKeeper, guard: _Guard) -> None:
-    @app.post(
+def add_flush_route(
+    router: APIRouter, fleets: Sequence[FleetView], upstream: Upstream, keeper: PrefixKeeper, flush_tiers: FlushTiers
+) -> None:
+    """Add the route to the admin router."""
+
+    @router.post(
         "/kv/flush",
-        summary="Empty the prefix caches of all ready replicas; of pinned prefixes only renewed ones are put back",
+        summary="Empty all prefix caches, disk and vault too; of pinned prefixes only renewed ones are put back",
         responses={
-            **guard.refusals,
             502: {"model": Flushed, "description": "Not all of them were emptied"},
             503: {"model": ErrorAnswer, "description": "No replica is ready"},
         },
-        **guard.guarded,
     )
     async def flush(response: Response) -> Flushed:
-        flushed = await flush_caches(fleet, upstream)
+        flushed = await flush_caches(fleets, upstream)
         flushed.prefixes = keeper.flushed(flushed.flushed, flushed.failed)
+        for name, why in (await flush_tiers()).items():  # last: what is above them goes down no more
+            if why:
+                flushed.failed[name] = why
+            else:
+                flushed.flushed.append(name)
         if flushed.failed:
             response.status_code = 502
         return flushed
 
 
-async def flush_caches(fleet: FleetView, upstream: Upstream) -> Flushed:
+async def flush_caches(fleets: Sequence[FleetView], upstream: Upstream) -> Flushed:
     """Have every ready replica forget its cached blocks. Raises NoReplicaReady."""
-    replicas = fleet.snapshot().ready()
+    replicas = [replica for fleet in fleets for replica in fleet.snapshot().ready()]
     if not replicas:
         raise NoReplicaReady
     reasons = await asyncio.gather(*(_flush(replica, upstream) for replica in replicas))

@@ -10,12 +10,13 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from gateway import __version__
+from gateway.api.endpoints import ADMIN_PATHS, PATHS
 from gateway.errors import GatewayError
 
 _METHODS = ("get", "post", "delete")
 _DESCRIPTION = (
-    "OpenAI's API over vLLM replicas that import each other's KV cache. "
-    "`/v1/*` takes and gives what vLLM does; fields that are not listed are passed on."
+    "OpenAI's API, and what vLLM has beside it, over vLLM replicas that import each other's KV cache. "
+    "These endpoints take and give what vLLM does; fields that are not listed are passed on."
 )
 _FASTAPI_ERRORS = ("HTTPValidationError", "ValidationError")
 
@@ -31,9 +32,9 @@ def describe(app: FastAPI) -> dict[str, Any]:
         for method in _METHODS:
             if method in operations:
                 operations[method]["responses"].pop("422", None)
-                if path.startswith("/v1/"):
+                if path in PATHS or path.startswith("/v1/"):
                     operations[method]["security"] = [{"apiKey": []}, {}]
-                elif path == "/metrics" or path.startswith("/kv/"):
+                elif path.startswith(ADMIN_PATHS):
                     operations[method]["security"] = [{"adminKey": []}, {}]
     components = document["components"]
     for name in _FASTAPI_ERRORS:

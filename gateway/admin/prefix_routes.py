@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Protocol
 
-from fastapi import FastAPI, Path, Request
+from fastapi import APIRouter, Path, Request
 from pydantic import ValidationError
 
 from gateway.api.shapes import ErrorAnswer
@@ -33,21 +33,13 @@ class PrefixKeeper(Protocol):
         ...
 
 
-def add_prefix_routes(
-    app: FastAPI,
-    keeper: PrefixKeeper,
-    body_bytes_max: int,
-    *,
-    refusals: dict[int | str, dict[str, Any]],
-    guarded: dict[str, Any],
-) -> None:
-    """Add the routes to the admin application; `guarded` has its admin rule, `refusals` what that answers."""
+def add_prefix_routes(router: APIRouter, keeper: PrefixKeeper, body_bytes_max: int) -> None:
+    """Add the routes to the admin router."""
 
     def errors(**why: str) -> dict[int | str, dict[str, Any]]:
-        found = {int(status.removeprefix("s")): text for status, text in why.items()}
-        return {**refusals, **{status: {"model": ErrorAnswer, "description": text} for status, text in found.items()}}
+        return {int(status.removeprefix("s")): {"model": ErrorAnswer, "description": text} for status, text in why.items()}
 
-    @app.post(
+    @router.post(
         "/kv/prefixes",
         status_code=201,
         summary="Keep a prefix in the caches of some replicas, pinned or not",
@@ -63,16 +55,14 @@ def add_prefix_routes(
                 "content": {"application/json": {"schema": PrefixRequest.model_json_schema()}},
             }
         },
-        **guarded,
     )
     async def keep(request: Request) -> KeptPrefixAnswer:
         return await keeper.keep(_wanted(await _read(request, body_bytes_max)))
 
-    @app.delete(
+    @router.delete(
         "/kv/prefixes/{prefix_id}",
         summary="Keep a prefix no longer",
         responses=errors(s404="No such prefix is kept (any more)"),
-        **guarded,
     )
     async def undo(prefix_id: Annotated[str, Path(max_length=64)]) -> PrefixRemoved:
         return await keeper.undo(prefix_id)

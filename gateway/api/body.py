@@ -6,14 +6,13 @@ Only what the gateway itself uses or must refuse is looked at; every other field
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from gateway.api.encodings import decode_half_pairs, is_whole
+from gateway.api.endpoints import Endpoint
 from gateway.errors import InvalidJson, InvalidRequest, UnsupportedParameter
-
-Endpoint = Literal["completions", "chat", "embeddings"]
 
 # Fields of vLLM's request models (0.32 and 0.33) that reach past a request: into the KV transfer, another
 # tenant's cache, the scheduler's order, other requests' ids, or code that is loaded by name; and those that only
@@ -30,9 +29,11 @@ FORBIDDEN_FIELDS: Mapping[str, str] = {
     "return_mm_kwargs": "it is for a router of its own, and the gateway is one",
     "routed_experts_prompt_start": "it is for a trainer beside the engine",
     "request_id": "send the header x-request-id instead",
-    "priority": "all requests have the same priority",
+    "priority": "it follows from the API key",
     "data_parallel_rank": "the gateway picks the replica",
     "logits_processors": "it would load code by name",
+    "background": "an answer that is made without a client is not supported",
+    "data": "what the engine's plugins make of it is not known here",
 }
 # With such a value a forbidden field says nothing: it is vLLM's default, and clients send all that they know.
 _SAYS_NOTHING: Mapping[str, object] = {
@@ -40,8 +41,12 @@ _SAYS_NOTHING: Mapping[str, object] = {
     "routed_experts_prompt_start": 0,
     "return_mm_kwargs": False,
     "mm_payload": "tensors",
+    "background": False,
 }
-_TOKENISED = ("prompt", "messages", "input")
+_TOKENISED = ("prompt", "messages", "input", "system", "instructions")
+_SCORED = ("query", "documents", "queries", "items", "text_1", "text_2", "data_1", "data_2")
+"""Fields of a score's or a rerank's texts, or messages' contents."""
+_WITH_PARTS = ("input", "system", "previous_input_messages", *_SCORED)
 
 _FORBIDDEN = frozenset(FORBIDDEN_FIELDS)
 _PLAIN_PART = {"type", "text"}
@@ -82,10 +87,10 @@ def check_body(endpoint: Endpoint, body: dict[str, Any]) -> bool:
         prompt = body.get("prompt")
         if not isinstance(prompt, str | list):
             raise _wrong_type("prompt", "a string, or a list of strings or token ids", prompt)
-    elif endpoint == "chat" or "messages" in body:
+    elif endpoint in ("chat", "messages", "count_tokens") or "messages" in body:
         _check_messages(body)
-    elif isinstance(body.get("input"), list):
-        _check_parts(body["input"])
+    if endpoint not in ("completions", "chat"):
+        _check_other_fields(endpoint, body)
     return is_as_it_was
 
 
@@ -117,18 +122,45 @@ def _check_messages(body: dict[str, Any]) -> None:
     messages = body.get("messages")
     if not isinstance(messages, list):
         raise _wrong_type("messages", "a list of messages", messages)
-    _check_parts(messages)
+    _check_all_parts(messages)
 
 
-def _check_parts(messages: list[Any]) -> None:
-    """Refuse what reaches into the engine: tensors, and a `uuid`, which names a cached image, perhaps another tenant's."""
-    for message in messages:
-        if isinstance(message, list):  # a batch of conversations
-            _check_parts(message)
-        elif isinstance(message, dict) and isinstance(message.get("content"), list):
-            for part in message["content"]:
-                if isinstance(part, dict) and (part.get("type") != "text" or part.keys() != _PLAIN_PART):
-                    _check_part(part)
+def _check_other_fields(endpoint: Endpoint, body: dict[str, Any]) -> None:
+    for name in _WITH_PARTS:
+        value = body.get(name)
+        if isinstance(value, list | dict):
+            _check_all_parts(value if isinstance(value, list) else [value], are_parts=True)
+    if endpoint == "responses":
+        _check_response(body)
+
+
+def _check_response(body: dict[str, Any]) -> None:
+    former = body.get("previous_response_id")
+    if former is not None and not isinstance(former, str):
+        raise _wrong_type("previous_response_id", "the id of a response", former)
+
+
+def _check_all_parts(items: list[Any], *, are_parts: bool = False) -> None:
+    try:
+        _check_parts(items, are_parts=are_parts)
+    except RecursionError:
+        raise InvalidJson("The body is nested too deeply.") from None
+
+
+def _check_parts(items: list[Any], *, are_parts: bool = False) -> None:
+    """Refuse what reaches into the engine: tensors, and a `uuid`, which names a cached image, perhaps another tenant's.
+
+    `items` are messages, or the parts of one's content, which may have parts in turn.
+    """
+    for item in items:
+        if isinstance(item, list):  # a batch of conversations
+            _check_parts(item, are_parts=are_parts)
+        elif isinstance(item, dict):
+            content = item.get("content")
+            if are_parts and (item.get("type") != "text" or item.keys() != _PLAIN_PART):
+                _check_part(item)
+            if isinstance(content, list | dict):
+                _check_parts(content if isinstance(content, list) else [content], are_parts=True)
 
 
 def _check_part(part: dict[str, Any]) -> None:

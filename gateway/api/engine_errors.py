@@ -18,6 +18,14 @@ _TYPES = {
     504: "upstream_error",
 }
 _LENGTH_PARAMS = frozenset(("input_tokens", "input_text"))  # vLLM's names of a prompt that is too long
+_ANSWER_PARAMS = frozenset(("max_tokens", "max_completion_tokens", "max_output_tokens"))
+_CONTEXT = "max_model_len"
+"""Named in vLLM's message where the answer alone exceeds the context. One that does so with its prompt is shortened instead."""
+_RESPONSE_PARAM = "response_id"
+_RESPONSE_HINT = (
+    "Replicas keep responses until they end, if they were started with VLLM_ENABLE_RESPONSES_API_STORE=1. "
+    "Else send the conversation so far as 'input'."
+)
 _EVENT = b"data: "
 _EVENT_END = b"\n\n"
 ERROR_EVENT = b'data: {"error"'
@@ -68,11 +76,15 @@ def _translated(status: int, error: dict[str, Any]) -> bytes:
     message, code, param = error.get("message"), error.get("code"), error.get("param")
     param = param.removeprefix("body.") if isinstance(param, str) and param != "body" else None
     words = code if isinstance(code, str) else None
+    text = message if isinstance(message, str) else f"The replica answered with status {status}."
     if param in _LENGTH_PARAMS:
         words, param = words or "context_length_exceeded", None
+    elif param in _ANSWER_PARAMS and _CONTEXT in text:
+        words = words or "context_length_exceeded"
     elif status == 404 and words is None:
         words = "model_not_found" if param == "model" else "not_found"
-    text = message if isinstance(message, str) else f"The replica answered with status {status}."
+    if param == _RESPONSE_PARAM:
+        words, param, text = "previous_response_not_found", "previous_response_id", f"{text} {_RESPONSE_HINT}"
     return error_body(text, type=_type(status), code=words, param=param)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from gateway.api.body import FORBIDDEN_FIELDS, Endpoint, check_body, decode_body
+from gateway.api.body import FORBIDDEN_FIELDS, check_body, decode_body
+from gateway.api.endpoints import Endpoint
 from gateway.api.fields import PASSED_FIELDS
 from gateway.errors import InvalidJson
 

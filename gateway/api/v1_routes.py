@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Path
+from fastapi import APIRouter, Depends, Header, Path
 
 from gateway.api.shapes import (
     ChatCompletionAnswer,
@@ -20,25 +20,42 @@ from gateway.api.shapes import (
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-RequestId = Annotated[
-    str | None, Header(description="1 to 128 of A-Z a-z 0-9 . _ -; comes back in the answer", alias="x-request-id")
-]
-Timeout = Annotated[
-    str | None,
-    Header(description="seconds that the request may wait for room at a replica", alias="x-request-timeout", examples=["5"]),
-]
-Pin = Annotated[
-    str | None, Header(description="serve on this replica and no other (needs admin rights)", alias="x-peerkv-replica")
-]
 
+async def _relayed_headers(
+    request_id: Annotated[
+        str | None, Header(description="1 to 128 of A-Z a-z 0-9 . _ -; comes back in the answer", alias="x-request-id")
+    ] = None,
+    replica: Annotated[
+        str | None, Header(description="serve on this replica and no other (needs admin rights)", alias="x-peerkv-replica")
+    ] = None,
+    patience: Annotated[
+        str | None,
+        Header(
+            description="seconds that the request may wait for room at a replica", alias="x-request-timeout", examples=["5"]
+        ),
+    ] = None,
+    quality: Annotated[
+        Literal["exact", "lossy"] | None,
+        Header(description="exact: no KV that was kept with loss, although the key accepts it", alias="x-peerkv-quality"),
+    ] = None,
+) -> None:
+    """The headers of every request that is passed on."""
+
+
+TAKES_HEADERS = [Depends(_relayed_headers)]
 
 _REQUEST_ID = {"schema": {"type": "string"}, "description": "as sent, or a new one; the gateway's log names it"}
 _REPLICA = {"schema": {"type": "string"}, "description": "the replica that answered; absent when none did"}
 _CACHE = {
     "schema": {"type": "string"},
     "description": "where the KV of the prompt's tokens came from, as structured fields: `local`, `peer`, `computed` "
-    "(tokens), `source` (the replica that was imported from) and `reason` (why it was not more); absent when not known in time",
+    "(tokens), `source` (the replica, host memory, disk or vault that `peer` came from) and `reason` (why it was not more; "
+    "`none` too for prompts shorter than a block); absent when not known in time",
     "example": 'local=0, peer=1984, computed=16, source="replica-1", reason=none',
+}
+_QUALITY = {
+    "schema": {"type": "string", "enum": ["lossy"]},
+    "description": "there if the answer may rest on KV that was kept with loss; absent otherwise",
 }
 _LIMITS = {
     f"x-ratelimit-{what}-{of}": {
@@ -51,13 +68,13 @@ _LIMITS = {
 _BEFORE_ANY_REQUEST = 431  # refused while its head comes in, before it has an id
 
 
-def _headers(status: int, *, relayed: bool) -> dict[str, Any]:
+def headers_of(status: int, *, relayed: bool) -> dict[str, Any]:
     """The headers of an answer; `relayed` ones may come from a replica."""
     if status == _BEFORE_ANY_REQUEST:
         return {}
     headers = {"x-request-id": _REQUEST_ID} | ({"x-peerkv-replica": _REPLICA} if relayed else {})
     if relayed and status == 200:
-        headers["x-peerkv-cache"] = _CACHE
+        headers |= {"x-peerkv-cache": _CACHE, "x-peerkv-quality": _QUALITY}
     if status != 401:
         headers |= _LIMITS
     if status in (429, 502, 503):
@@ -69,7 +86,7 @@ def _errors(*statuses: int, relayed: bool) -> dict[int | str, dict[str, Any]]:
     why = {
         400: "The request is malformed",
         401: "No or a wrong API key, or one that has expired or was revoked",
-        403: "The caller may not choose the replica (`x-peerkv-replica`)",
+        403: "The caller may not choose the replica (`x-peerkv-replica`), or use this endpoint",
         404: "Unknown model, or one that the API key may not use, or an endpoint that the served model does not have",
         408: "The body did not come in time",
         413: "The body is too large",
@@ -83,23 +100,23 @@ def _errors(*statuses: int, relayed: bool) -> dict[int | str, dict[str, Any]]:
         504: "The replica did not begin its answer in time",
     }
     return {
-        status: {"model": ErrorAnswer, "description": why[status], "headers": _headers(status, relayed=relayed)}
+        status: {"model": ErrorAnswer, "description": why[status], "headers": headers_of(status, relayed=relayed)}
         for status in statuses
     }
 
 
-_RELAYED = _errors(400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 502, 503, 504, relayed=True)
-_GENERATION: dict[int | str, dict[str, Any]] = {
+RELAYED = _errors(400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 502, 503, 504, relayed=True)
+GENERATION: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer, or with `stream` server-sent events that end with `data: [DONE]`",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
-        "headers": _headers(200, relayed=True),
+        "content": {"text/event-stream": {}},
+        "headers": headers_of(200, relayed=True),
     },
-    **_RELAYED,
+    **RELAYED,
 }
-_EMBEDDINGS: dict[int | str, dict[str, Any]] = {200: {"headers": _headers(200, relayed=True)}, **_RELAYED}
+_EMBEDDINGS: dict[int | str, dict[str, Any]] = {200: {"headers": headers_of(200, relayed=True)}, **RELAYED}
 _MODELS: dict[int | str, dict[str, Any]] = {
-    200: {"headers": _headers(200, relayed=False)},
+    200: {"headers": headers_of(200, relayed=False)},
     **_errors(401, 429, 431, 500, 503, relayed=False),
 }
 _MODEL = _MODELS | _errors(404, relayed=False)
@@ -109,17 +126,13 @@ class ServedElsewhere(RuntimeError):
     """These functions are never called."""
 
 
-@router.post("/completions", summary="Complete a prompt", responses=_GENERATION)
-async def completions(
-    body: CompletionRequest, request_id: RequestId = None, replica: Pin = None, patience: Timeout = None
-) -> CompletionAnswer:
+@router.post("/completions", summary="Complete a prompt", responses=GENERATION, dependencies=TAKES_HEADERS)
+async def completions(body: CompletionRequest) -> CompletionAnswer:
     raise ServedElsewhere
 
 
-@router.post("/chat/completions", summary="Answer a chat", responses=_GENERATION)
-async def chat_completions(
-    body: ChatCompletionRequest, request_id: RequestId = None, replica: Pin = None, patience: Timeout = None
-) -> ChatCompletionAnswer:
+@router.post("/chat/completions", summary="Answer a chat", responses=GENERATION, dependencies=TAKES_HEADERS)
+async def chat_completions(body: ChatCompletionRequest) -> ChatCompletionAnswer:
     raise ServedElsewhere
 
 
@@ -127,10 +140,9 @@ async def chat_completions(
     "/embeddings",
     summary="Embed texts, where the model can",
     responses=_EMBEDDINGS,
+    dependencies=TAKES_HEADERS,
 )
-async def embeddings(
-    body: EmbeddingRequest, request_id: RequestId = None, replica: Pin = None, patience: Timeout = None
-) -> EmbeddingAnswer:
+async def embeddings(body: EmbeddingRequest) -> EmbeddingAnswer:
     raise ServedElsewhere
 
 

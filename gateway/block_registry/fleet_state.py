@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 
 import msgspec
 
-from engine.fleet import FleetSnapshot, Replica
+from engine.fleet import FleetSnapshot, Replica, ReplicaState
 from gateway.block_registry.tables import Table
 from transport.fingerprint import fingerprint_difference
 from transport.groups import Group, plain
@@ -53,6 +53,8 @@ class TableKind(msgspec.Struct, frozen=True, eq=False):
 class FleetState(msgspec.Struct, frozen=True, eq=False):
     """Immutable: whatever changes makes another state, and only `FleetWatch` makes them.
 
+    `draining` replicas take no requests any more, but have live tables, so that others can import from them.
+
     `tables` are the replicas', `tiers` those of what is kept of them elsewhere. `sources` names, for each table, the others
     whose blocks its replica can import; `places` the place of its kind in `kinds`. `ready` replicas are in the fleet's order,
     their `names` sorted.
@@ -66,6 +68,7 @@ class FleetState(msgspec.Struct, frozen=True, eq=False):
     ready: Mapping[str, ReadyReplica]
     names: Sequence[str]
     tiers: Mapping[str, Table] = {}
+    draining: Mapping[str, ReadyReplica] = {}
 
     def without(self, names: Set[str]) -> FleetState:
         """The same fleet if these were not ready."""
@@ -82,11 +85,16 @@ def make_state(
     """Return the state of these; `refused` are importers with sources that they do not read, without `imports` nobody does."""
     tiers = {name: table for name, table in tables.items() if is_tier(name)}
     tables = {name: table for name, table in tables.items() if name not in tiers}
-    sources = {ours: _sources(ours, tables[ours], tables, refused) if imports else NOBODY for ours in tables}
+    sources = _exchanging(tables, refused) if imports else dict.fromkeys(tables, NOBODY)
     kinds = _kinds(tables, tiers if imports else {}, refused)
     places = {name: place for place, kind in enumerate(kinds) for name in kind.tables}
     ready = {replica.name: _ready(replica, tables.get(replica.name), sources) for replica in snapshot.ready()}
-    return FleetState(snapshot, tables, sources, kinds, places, ready, sorted(ready), tiers)
+    draining = {
+        replica.name: _ready(replica, tables[replica.name], sources)
+        for replica in snapshot.replicas
+        if replica.state is ReplicaState.DRAINING and replica.name in tables
+    }
+    return FleetState(snapshot, tables, sources, kinds, places, ready, sorted(ready), tiers, draining)
 
 
 def _ready(replica: Replica, table: Table | None, sources: Mapping[str, frozenset[str]]) -> ReadyReplica:
@@ -101,6 +109,26 @@ def _ready(replica: Replica, table: Table | None, sources: Mapping[str, frozense
         blocks=table.num_blocks - 1,
         sources=sources[replica.name],
     )
+
+
+def _exchanging(tables: Mapping[str, Table], refused: Set[tuple[Epoch, Epoch]]) -> dict[str, frozenset[str]]:
+    """Return for each table the others that it has no obstacle with: those that say the same, compared once for all of them."""
+    alike: dict[tuple[bytes, int, str, str], set[str]] = {}
+    for name, table in tables.items():
+        if table.status == STATUS_OK:
+            alike.setdefault(_identity(table), set()).add(name)
+    found = {}
+    for name, table in tables.items():
+        others = alike.get(_identity(table), NOBODY) if table.status == STATUS_OK else NOBODY
+        found[name] = frozenset(others - {name})
+    for (ours, epoch), (theirs, their_epoch) in refused:
+        if theirs in found.get(ours, NOBODY) and tables[ours].epoch == epoch and tables[theirs].epoch == their_epoch:
+            found[ours] -= {theirs}
+    return found
+
+
+def _identity(table: Table) -> tuple[bytes, int, str, str]:
+    return table.fingerprint, table.block_size, table.hash_name, table.transport
 
 
 def _sources(ours: str, table: Table, others: Mapping[str, Table], refused: Set[tuple[Epoch, Epoch]]) -> frozenset[str]:

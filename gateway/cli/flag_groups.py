@@ -11,6 +11,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "replicas": "4",
         "replicas_per_gpu": "2",
         "served_model_name": "my-model",
+        "model_aliases": '"gpt-4o small"',
         "connector": "no",
         "preload": "no",
         "namespace": "blue",
@@ -20,13 +21,21 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     "where it listens, and for whom": {
         "host": "0.0.0.0",
         "port": "9000",
+        "tls_cert": "/etc/peerkv/cert.pem",
+        "tls_key": "/etc/peerkv/key.pem",
+        "allow_anyone": "yes",
         "reuse_port": "yes",
         "admin_key": '"$ADMIN_KEY"',
         "keys_file": "/etc/peerkv/keys.toml",
+        "salt_secret_file": "/etc/peerkv/salt-secret",
         "cors_origins": "https://chat.example",
     },
     "limits of keys": {
         "limits_file": "/var/lib/peerkv/limits.json",
+        "limits_valkey": "valkey://limits.lan:6379",
+        "limits_valkey_password_file": "/run/secrets/limits",
+        "limits_valkey_ca_file": "/etc/peerkv/limits-ca.pem",
+        "limits_valkey_wait_seconds_max": "0.1",
         "cached_token_price": "0.5",
         "generated_token_price": "4",
         "answer_tokens_default": "1024",
@@ -34,9 +43,31 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     "caches, and steering by them": {
         "imports": "no",
         "host_memory": "16GiB",
+        "disk": "/var/cache/peerkv",
+        "disk_bytes": "500GiB",
+        "disk_ttl_seconds": "604800",
+        "vault": "valkey://vault.lan:6379",
+        "vault_password_file": "/run/secrets/vault",
+        "vault_ca_file": "/etc/peerkv/vault-ca.pem",
+        "vault_ttl_seconds": "86400",
+        "tier_codec": "raw",
+        "lossy": "int8",
+        "tier_secret_file": "/etc/peerkv/tier-secret",
+        "tier_staging_bytes": "4GiB",
+        "tier_wait_seconds_max": "0.2",
         "pin_share_max": "0.5",
         "prefixes_kept_max": "64",
+        "slow_start_seconds": "60",
         "hash_name": "sha256",
+    },
+    "other nodes": {
+        "node_name": "node-a",
+        "node_address": "10.0.0.1:7710",
+        "node_keys": "/etc/peerkv/node-a",
+        "node_peers": "node-b=10.0.0.2:7710",
+        "join": "valkeys://10.0.0.9:6379",
+        "staging_memory": "4GiB",
+        "node_transport": "tcp",
     },
     "limits on requests": {
         "requests_in_flight_max": "4096",
@@ -51,6 +82,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "large_body_workers": "2",
         "response_head_seconds_max": "600",
         "retry_attempts_max": "1",
+        "continue_streams": "no",
         "eject_failures_max": "5",
         "drain_seconds": "120",
         "sse_keep_alive_seconds": "15",
@@ -58,6 +90,8 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     "logs and figures": {
         "log_level": "warning",
         "access_log": "yes",
+        "otlp_traces_endpoint": "http://127.0.0.1:4317",
+        "audit_log": "/var/log/peerkv/audit.jsonl",
         "request_log": "/var/log/peerkv/requests.jsonl",
         "log_bytes_max": "104857600",
         "replica_metrics": "no",
@@ -77,14 +111,24 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Names of settings by group, each with an example; that of a switch is "yes" or "no"."""
-OF_REPLICAS = frozenset(GROUPS["replicas"]) - {"startup_seconds_max"} | {
+OF_REPLICAS = frozenset({**GROUPS["replicas"], **GROUPS["other nodes"]}) - {"startup_seconds_max"} | {
     "host_memory",
+    "disk",
+    "disk_bytes",
+    "disk_ttl_seconds",
+    "vault",
+    "vault_password_file",
+    "vault_ca_file",
+    "vault_ttl_seconds",
+    "tier_codec",
+    "tier_secret_file",
+    "tier_staging_bytes",
     "pin_share_max",
     "hash_name",
     "log_bytes_max",
 }
 """Settings of the replicas alone: `peerkv gateway` has no flag for them."""
-_OF_BOTH = frozenset({"port", "startup_seconds_max", "log_level", "run_dir", "table_dir", "log_dir"})
+_OF_BOTH = frozenset({"port", "lossy", "startup_seconds_max", "log_level", "run_dir", "table_dir", "log_dir", "drain_seconds"})
 OF_GATEWAY = frozenset(name for names in GROUPS.values() for name in names) - OF_REPLICAS - _OF_BOTH
 """Settings of the gateway alone: `peerkv engine` has no flag for them."""
 UNITS = {"seconds": "SECONDS", "bytes": "BYTES", "share": "SHARE", "memory": "SIZE"}

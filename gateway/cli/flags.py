@@ -17,6 +17,7 @@ from gateway.settings import Settings
 
 WITHOUT_FLAG = frozenset(
     {
+        "models",  # structured
         "tenants",  # structured, and hold secrets
         "vllm_args",  # follow "--"
         "launcher",  # for tests
@@ -58,7 +59,7 @@ PATH_DEFAULTS = {
     "limits_file": "~/.local/state/peerkv/limits/PORT.json",
 }
 _METAVARS: dict[Any, str] = {int: "N", float: "N", Path: "DIR"}
-_METAVARS_OF = {"replicas": "N|auto", "request_log": "FILE|-"}
+_METAVARS_OF = {"replicas": "N|auto", "request_log": "FILE|-", "vault": "URL", "limits_valkey": "URL"}
 
 
 def add_settings_flags(parser: argparse.ArgumentParser, *, leave_out: Iterable[str] = ()) -> None:
@@ -93,7 +94,7 @@ def _add(parser: Any, name: str, field: FieldInfo, value: str) -> None:
     text = f"{field.description} (default: {_default(name, field)}{shown})".replace("%", "%%")
     options: dict[str, Any] = {"dest": name, "default": None, "help": text}
     kinds = _kinds(field.annotation)
-    if name.endswith("_file"):
+    if name.endswith(("_file", "tls_cert", "tls_key", "audit_log")):
         parser.add_argument(flag, metavar="FILE", **options)
     elif kinds == {bool}:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)

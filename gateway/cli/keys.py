@@ -28,15 +28,19 @@ Work = Callable[[argparse.Namespace, Path, datetime], int]
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `keys` and its commands."""
-    summary = "make, show, end and replace API keys, and limit what they may use"
+    summary = "add, list, revoke and rotate API keys, and limit what they may use"
     parser = commands.add_parser("keys", help=summary, description=summary)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     add = _add(verbs, "add", _add_key, "make a key, and show it once", "keys add alice --requests-per-minute 60 --expires 90d")
     add.add_argument("name", metavar="NAME", help=f"what the key is called, in this file and in figures; {_FREE}")
     add.add_argument("--tenant", help="whose it is; the keys of a tenant share one prefix cache (default: NAME)")
+    text = "a group whose tenants share one prefix cache, and can tell by the time what others sent (default: none)"
+    add.add_argument("--group", help=text)
     add.add_argument("--model", action="append", default=[], help="a model that it may name; repeat for more (default: all)")
     text = "its requests' class where they wait for their turn (default: normal)"
     add.add_argument("--priority", choices=CLASSES, default="normal", help=text)
+    text = "its requests may be served with KV that was kept with loss, where the server has --lossy (default: exact KV alone)"
+    add.add_argument("--accepts-loss", action="store_true", help=text)
     add.add_argument("--expires", metavar="WHEN", help=f"a span, {SPANS}, or a date (default: never)")
     for name, field in KeyLimits.model_fields.items():
         flag = "--" + name.replace("_", "-")
@@ -44,7 +48,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add(verbs, "list", _list, "show the keys and their limits", "keys list --json")
     revoke = _add(verbs, "revoke", _revoke, "end a key for good", "keys revoke alice")
     revoke.add_argument("name", metavar="NAME", help="as `keys list` shows it")
-    rotate = _add(verbs, "rotate", _rotate, "replace a key by a new one with the same limits", "keys rotate alice --grace 24h")
+    rotate = _add(
+        verbs, "rotate", _rotate, "replace a key with a new one that has the same limits", "keys rotate alice --grace 24h"
+    )
     rotate.add_argument("name", metavar="NAME", help="as `keys list` shows it")
     text = f"how long the old key works too, {SPANS}; 0s ends it at once (default: {GRACE_DEFAULT})"
     rotate.add_argument("--grace", default=GRACE_DEFAULT, metavar="SPAN", help=text)
@@ -78,16 +84,22 @@ def _add_key(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
         former = keys.named(arguments.name)
         if former is not None and former.state(now) == "active":
             raise KeyFileError(f"there is a key '{arguments.name}' already; `peerkv keys rotate` replaces it")
+        tenant = arguments.tenant or arguments.name
+        others = keys.model_copy(update={"keys": tuple(key for key in keys.keys if key.name != arguments.name)})
         key = _checked(
             name=arguments.name,
-            tenant=arguments.tenant or arguments.name,
+            tenant=tenant,
+            group=arguments.group or others.group_of(tenant),
             sha256=_hex(token),
             created=now,
             expires=_moment(arguments.expires, now),
             models=tuple(arguments.model),
             priority=arguments.priority,
+            accepts_loss=arguments.accepts_loss,
             **given,
         )
+        if any(each.tenant == tenant and each.group != key.group for each in others.keys):
+            raise KeyFileError(f"the tenant '{tenant}' has keys of {_group_in_words(others.group_of(tenant))}, and one cache")
         write_keys(path, keys.with_key(key))
     instead = f"it takes the place of one that was {former.state(now)}; " if former is not None else ""
     _show_once(arguments, key, token, f"{instead}the key is shown this once; only its digest is kept")
@@ -120,6 +132,10 @@ def _rotate(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
     return 0
 
 
+def _group_in_words(group: str | None) -> str:
+    return "no group" if group is None else f"the group '{group}'"
+
+
 _FORMER = ("former_sha256", "former_expires")
 
 
@@ -134,6 +150,8 @@ def _list(arguments: argparse.Namespace, path: Path, now: datetime) -> int:
     for key in keys:
         limits = [f"{name}={value:,}" for name in KeyLimits.model_fields if (value := getattr(key, name)) is not None]
         limits += [f"priority={key.priority}"] * (key.priority != "normal")
+        limits += ["accepts loss"] * key.accepts_loss
+        limits += [f"group={key.group}"] * (key.group is not None)
         ends = key.expires.date().isoformat() if key.expires else "never"
         table.add_row(key.name, key.tenant, key.state(now), ends, " ".join(key.models) or "all", " ".join(limits) or "none")
     Console().print(table if keys else "there are no keys yet; `peerkv keys add NAME` makes one")

@@ -6,22 +6,23 @@ import sys
 from urllib.parse import quote
 
 import httpx
-from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gateway.cli.kv_stats import StatsNotRead, add_gateway_flags, ask, client_for
+from gateway.cli.asking import CommandFailed, add_gateway_flags, ask, client_for, read
 from gateway.ledger import ledger
 from gateway.ledger.misses import MissReason
-from gateway.stats.explain import Attempt, Delivered, Explanation, OptionConsidered
+from gateway.stats.explain import Attempt, Delivered, Explanation, OptionConsidered, Promoted
 from gateway.stats.shapes import GroupStats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to `parser`."""
-    parser.add_argument("request_id", metavar="ID", help="the x-request-id of the answer, or the id in its body (cmpl-…)")
+    parser.add_argument(
+        "request_id", metavar="ID", help="the x-request-id of the answer, or the id in its body (cmpl-…, not resp_…)"
+    )
     add_gateway_flags(parser)
     parser.add_argument("--json", action="store_true", help="print /kv/explain as JSON")
 
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace, console: Console | None = None, transport
     with client_for(arguments, transport) as client:
         try:
             found = read_explanation(client, arguments.request_id)
-        except StatsNotRead as error:
+        except CommandFailed as error:
             print(f"peerkv: {error}", file=sys.stderr)
             return 1
     if arguments.json:
@@ -44,12 +45,9 @@ def run(arguments: argparse.Namespace, console: Console | None = None, transport
 
 
 def read_explanation(client: httpx.Client, request_id: str) -> Explanation:
-    """Fetch /kv/explain. Raises StatsNotRead."""
-    answer = ask(client, f"/kv/explain/{quote(request_id, safe='')}", missing=f"the ledger knows no request '{request_id}'")
-    try:
-        return Explanation.model_validate_json(answer)
-    except ValidationError as error:
-        raise StatsNotRead(f"the server is not a peerkv of this version: {error.error_count()} fields do not match") from error
+    """Fetch /kv/explain. Raises CommandFailed."""
+    missing = f"the ledger knows no request '{request_id}'"
+    return read(Explanation, ask(client, f"/kv/explain/{quote(request_id, safe='')}", missing=missing))
 
 
 def render(attempt: Attempt) -> RenderableType:
@@ -70,12 +68,19 @@ def render(attempt: Attempt) -> RenderableType:
         Text(f"{attempt.action} on {where}: {'the caller chose the replica; ' if attempt.pinned else ''}{attempt.why}"),
         Text(f"longest prefix that any replica held: {expected.best_available_tokens} tokens"),
     ]
+    if attempt.promoted is not None:
+        lines.append(Text(f"disk and vault, {attempt.promoted.seconds:.3f} s: {_brought(attempt.promoted)}"))
     if attempt.options:
         lines.append(Text("considered: " + "; ".join(map(_considered, attempt.options))))
     if any(group.kind != "full" for group in attempt.groups):
         lines.append(Text("an import brings: " + "; ".join(map(_brings, attempt.groups))))
     lost = f", {attempt.lost_tokens} tokens lost" if attempt.lost_tokens else ""
     return Group(*lines, table, Text(_loss(attempt) + lost + ("" if attempt.settled else " (not final)")))
+
+
+def _brought(promoted: Promoted) -> str:
+    """What disk and vault did for a request."""
+    return f"{promoted.tokens} tokens are up from {promoted.source}" if promoted.source else promoted.why
 
 
 def _brings(group: GroupStats) -> str:

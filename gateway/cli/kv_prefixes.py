@@ -4,19 +4,17 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import httpx
-from pydantic import TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gateway.cli.kv_stats import StatsNotRead, add_gateway_flags, ask, client_for
+from gateway.cli.asking import CommandFailed, add_command, ask, read, show
 from gateway.cli.spans import SPANS, span_of
 from gateway.kept_prefixes.book import KeptPrefixAnswer, PlaceState, PrefixPlace
 from gateway.kept_prefixes.shapes import TTL_SECONDS_DEFAULT, FlushedPrefixes, PrefixRemoved, PrefixReport
@@ -26,18 +24,18 @@ PIN_TIMEOUT_SECONDS = 600.0
 """A long prefix is computed on each of its replicas before the gateway answers; see prefix_seconds_max."""
 _KEY_DIGITS_SHOWN = 8
 _PINS_TOO = "pinned prefixes go too, and only those pinned with --renew are computed and pinned again"
-ShapeT = TypeVar("ShapeT")
 
 
 def add_views(views: "argparse._SubParsersAction[Any]") -> None:
     """Add the commands to those of `peerkv kv`."""
-    prefixes = _add(
+    prefixes = add_command(
         views, "prefixes", _prefixes, "show the most requested prefixes, the replicas that hold them, and those kept on request"
     )
     prefixes.add_argument(
         "--limit", type=int, default=PREFIXES_SHOWN, metavar="N", help=f"prefixes to show (default: {PREFIXES_SHOWN})"
     )
-    pin = _add(views, "pin", _pin, "keep a prefix in the caches of one or more replicas")
+    prefixes.add_argument("--model", default="", help="one of several models (default: the first)")
+    pin = add_command(views, "pin", _pin, "keep a prefix in the caches of one or more replicas")
     what = pin.add_mutually_exclusive_group(required=True)
     what.add_argument("text", nargs="?", metavar="TEXT", help="the beginning of completions' prompts")
     what.add_argument("--file", type=Path, metavar="FILE", help="read TEXT from a file; -: from standard input")
@@ -54,49 +52,24 @@ def add_views(views: "argparse._SubParsersAction[Any]") -> None:
     pin.add_argument(
         "--tenant", help="name of the tenant whose cache keeps it; required if tenants are configured (default: none)"
     )
-    pin.add_argument("--model", help="a LoRA adapter (default: the served model)")
-    unpin = _add(views, "unpin", _unpin, "stop keeping a prefix")
+    pin.add_argument("--model", help="one of several models, or a LoRA adapter (default: the first)")
+    unpin = add_command(views, "unpin", _unpin, "stop keeping a prefix")
     unpin.add_argument("id", metavar="ID", help="as `kv pin` and `kv prefixes` show it")
-    _add(views, "flush", _flush, f"empty the prefix caches of all ready replicas; {_PINS_TOO}")
-
-
-def _add(
-    views: "argparse._SubParsersAction[Any]",
-    name: str,
-    work: Callable[[argparse.Namespace, httpx.Client, Console], int],
-    summary: str,
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = views.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-    add_gateway_flags(parser)
-    parser.add_argument("--json", action="store_true", help="print the gateway's answer as JSON (default: in words)")
-    parser.set_defaults(run=run, work=work)
-    return parser
-
-
-def run(arguments: argparse.Namespace, console: Console | None = None, transport: httpx.BaseTransport | None = None) -> int:
-    """Run one of the commands; return its exit status, 1 when it was not done. Raises SettingsError."""
-    console = console or Console()
-    with client_for(arguments, transport) as client:
-        try:
-            status: int = arguments.work(arguments, client, console)
-        except StatsNotRead as error:
-            print(f"peerkv: {error}", file=sys.stderr)
-            return 1
-    return status
+    add_command(views, "flush", _flush, f"empty the prefix caches of all ready replicas, disk and vault; {_PINS_TOO}")
 
 
 def _prefixes(arguments: argparse.Namespace, client: httpx.Client, console: Console) -> int:
-    answer = ask(client, f"/kv/prefixes?limit={arguments.limit}")
-    report = _read(PrefixReport, answer)
-    _show(arguments, console, answer, render(report, time.time()))
+    answer = ask(client, "/kv/prefixes", query={"limit": arguments.limit, "model": arguments.model})
+    report = read(PrefixReport, answer)
+    show(arguments, console, answer, render(report, time.time()))
     return 0
 
 
 def _pin(arguments: argparse.Namespace, client: httpx.Client, console: Console) -> int:
     answer = ask(client, "/kv/prefixes", method="POST", body=_wanted(arguments), seconds_max=PIN_TIMEOUT_SECONDS)
-    kept = _read(KeptPrefixAnswer, answer)
+    kept = read(KeptPrefixAnswer, answer)
     places = "; ".join(map(_place, kept.places))
-    _show(
+    show(
         arguments, console, answer, Text(f"{kept.id}: {kept.whole_tokens} of {kept.tokens} tokens for {kept.ttl:g} s: {places}")
     )
     return 1 if kept.pin and not any(place.state is PlaceState.PINNED for place in kept.places) else 0
@@ -112,12 +85,12 @@ def _seconds(text: str) -> float:
 
 
 def _wanted(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The body of POST /kv/prefixes. Raises StatsNotRead."""
+    """The body of POST /kv/prefixes. Raises CommandFailed."""
     if arguments.messages is not None:
         try:
             wanted: dict[str, Any] = {"messages": json.loads(_content(arguments.messages))}
         except ValueError as error:
-            raise StatsNotRead(f"{arguments.messages} is not JSON: {error}") from None
+            raise CommandFailed(f"{arguments.messages} is not JSON: {error}") from None
     else:
         wanted = {"text": arguments.text if arguments.file is None else _content(arguments.file)}
     given = {name: getattr(arguments, name) for name in ("replicas", "ttl", "tenant", "model")}
@@ -126,20 +99,20 @@ def _wanted(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _content(path: Path) -> str:
-    """Raises StatsNotRead."""
+    """Raises CommandFailed."""
     try:
         return sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise StatsNotRead(f"cannot read {path}: {error}") from None
+        raise CommandFailed(f"cannot read {path}: {error}") from None
 
 
 def _unpin(arguments: argparse.Namespace, client: httpx.Client, console: Console) -> int:
     missing = f"no prefix '{arguments.id}' is kept (any more)"
     answer = ask(client, f"/kv/prefixes/{quote(arguments.id, safe='')}", method="DELETE", missing=missing)
-    removed = _read(PrefixRemoved, answer)
+    removed = read(PrefixRemoved, answer)
     lines = [f"{removed.id} is no longer kept; unpinned on {', '.join(removed.unpinned) or 'no replica'}"]
     lines += [f"{name} could not be told, so its pin ends when its time is up: {why}" for name, why in removed.failed.items()]
-    _show(arguments, console, answer, Group(*map(Text, lines)))
+    show(arguments, console, answer, Group(*map(Text, lines)))
     return 0
 
 
@@ -150,29 +123,13 @@ def _flush(arguments: argparse.Namespace, client: httpx.Client, console: Console
         flushed, failed = outcome["flushed"], outcome["failed"]
         lost = FlushedPrefixes.model_validate(outcome.get("prefixes", {}))
     except (ValueError, KeyError, TypeError) as error:
-        raise StatsNotRead("the answer is not from a peerkv of this version") from error
+        raise CommandFailed("the answer is not from a peerkv of this version") from error
     lines = [f"emptied: {', '.join(flushed) or 'none'}", *(f"{name} was not emptied: {why}" for name, why in failed.items())]
     if lost.kept:
         gone = lost.kept - lost.renewed
         lines.append(f"kept prefixes that were there: {lost.kept}; put back, as they are renewed: {lost.renewed}; gone: {gone}")
-    _show(arguments, console, answer, Group(*map(Text, lines)))
+    show(arguments, console, answer, Group(*map(Text, lines)))
     return 1 if failed else 0
-
-
-def _read(shape: type[ShapeT], answer: bytes) -> ShapeT:
-    try:
-        return TypeAdapter(shape).validate_json(answer)
-    except ValidationError as error:
-        raise StatsNotRead(
-            f"the answer is not from a peerkv of this version: {error.error_count()} fields do not fit"
-        ) from error
-
-
-def _show(arguments: argparse.Namespace, console: Console, answer: bytes, words: RenderableType) -> None:
-    if arguments.json:
-        console.file.write(json.dumps(json.loads(answer), indent=2) + "\n")
-    else:
-        console.print(words)
 
 
 def render(report: PrefixReport, now: float) -> RenderableType:

@@ -4,24 +4,21 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Callable
 
 import httpx
-from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from gateway.cli.asking import CommandFailed, add_gateway_flags, ask, client_for, read
 from gateway.ledger.stats import LedgerStats
-from gateway.settings import address, load
 from gateway.stats.shapes import KvStats, ReplicaStats, TokenCounts, Totals
-from gateway.tenants.loopback import is_loopback_url
 
+GIB = 1 << 30
 INTERVAL_SECONDS = 1.0
-ANSWER_SECONDS_MAX = 10.0
 _COLUMNS = ("replica", "state", "busy", "blocks", "local", "peers", "computed", "hit", "MiB", "ms", "lost")
 _LEGEND = (
     "tokens from the replica's own cache, from peers, computed; MiB imported, ms per import; "
@@ -29,26 +26,15 @@ _LEGEND = (
 )
 
 
-class StatsNotRead(Exception):
-    """The gateway's figures could not be read; the message says what to do."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to `parser`."""
     add_gateway_flags(parser)
     parser.add_argument("--once", action="store_true", help="print the table once and exit")
     parser.add_argument("--json", action="store_true", help="print /kv/stats as JSON and exit")
+    parser.add_argument("--model", default="", help="one of several models (default: the first)")
     parser.add_argument(
         "--interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS", help="time between updates (default: 1)"
     )
-
-
-def add_gateway_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which gateway is meant, as `client_for` reads them."""
-    parser.add_argument("--url", default=None, help="URL of the gateway (default: from the host and port in the settings)")
-    parser.add_argument("--port", default=None, metavar="N", help="its port on this machine (default: from the settings)")
-    parser.add_argument("--admin-key", default=None, help="the admin key (default: from the settings)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
 
 
 def run(arguments: argparse.Namespace, console: Console | None = None, transport: httpx.BaseTransport | None = None) -> int:
@@ -56,14 +42,14 @@ def run(arguments: argparse.Namespace, console: Console | None = None, transport
     console = console or Console()
     with client_for(arguments, transport) as client:
         try:
-            stats = read_stats(client)
+            stats = read_stats(client, arguments.model)
             if arguments.json:
                 console.file.write(json.dumps(stats.model_dump(), indent=2) + "\n")
             elif arguments.once or not console.is_terminal:
                 console.print(render(stats, None, 0.0))
             else:
                 _follow(client, console, stats, max(0.1, arguments.interval))
-        except StatsNotRead as error:
+        except CommandFailed as error:
             print(f"peerkv: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
@@ -71,62 +57,9 @@ def run(arguments: argparse.Namespace, console: Console | None = None, transport
     return 0
 
 
-def client_for(arguments: argparse.Namespace, transport: httpx.BaseTransport | None) -> httpx.Client:
-    """Return a client for the gateway that the flags or the settings name. Raises SettingsError."""
-    settings = load({"port": arguments.port}, arguments.config)
-    key = arguments.admin_key or (settings.admin_key.get_secret_value() if settings.admin_key else "")
-    url = arguments.url or address(settings)
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    by_proxy = not is_loopback_url(url)  # which could not reach the gateway, and would get the admin key
-    return httpx.Client(base_url=url, headers=headers, timeout=ANSWER_SECONDS_MAX, transport=transport, trust_env=by_proxy)
-
-
-def ask(
-    client: httpx.Client,
-    path: str,
-    *,
-    missing: str = "",
-    method: str = "GET",
-    body: object = None,
-    also: Collection[int] = (),
-    seconds_max: float = ANSWER_SECONDS_MAX,
-) -> bytes:
-    """Return the body of the gateway's answer, 2xx or a status in `also`; `missing` says what a 404 means.
-
-    Raises StatsNotRead.
-    """
-    try:
-        answer = client.request(method, path, json=body, timeout=seconds_max)
-    except httpx.HTTPError as error:
-        why = f"no gateway is answering at {client.base_url}: {error}"
-        raise StatsNotRead(f"{why}; start one by `peerkv serve`, or name its --port") from error
-    if answer.status_code in (401, 403):
-        if "authorization" in client.headers:
-            raise StatsNotRead("the gateway refuses this admin key")
-        raise StatsNotRead("the gateway requires the admin key: pass --admin-key or set PEERKV_ADMIN_KEY")
-    if answer.status_code == 404 and missing:
-        raise StatsNotRead(missing)
-    if not answer.is_success and answer.status_code not in also:
-        why = _message(answer)
-        raise StatsNotRead(f"the gateway answered {answer.status_code} to {client.base_url}{path}{f': {why}' if why else ''}")
-    return answer.content
-
-
-def _message(answer: httpx.Response) -> str:
-    """What an answer in OpenAI's error form says, "" for any other."""
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return ""
-
-
-def read_stats(client: httpx.Client) -> KvStats:
-    """Fetch /kv/stats. Raises StatsNotRead."""
-    answer = ask(client, "/kv/stats")
-    try:
-        return KvStats.model_validate_json(answer)
-    except ValidationError as error:
-        raise StatsNotRead(f"the server is not a peerkv of this version: {error.error_count()} fields do not match") from error
+def read_stats(client: httpx.Client, model: str = "") -> KvStats:
+    """Fetch /kv/stats, of one of several models if it is named. Raises CommandFailed."""
+    return read(KvStats, ask(client, "/kv/stats", query={"model": model}))
 
 
 def _follow(
@@ -143,7 +76,7 @@ def _follow(
         while True:
             sleep(interval_seconds)
             before, since = stats, seen
-            stats, seen = read_stats(client), clock()
+            stats, seen = read_stats(client, stats.model if len(stats.models) > 1 else ""), clock()
             live.update(render(stats, before, seen - since), refresh=True)
 
 
@@ -212,6 +145,20 @@ def _losses(ledger: LedgerStats) -> list[Text]:
     ]
 
 
+def _below(stats: KvStats) -> list[Text]:
+    """A line for disk and vault each, and one for what is wrong with it."""
+    notes = []
+    for store in stats.tiers.stores:
+        restored = short(getattr(stats.totals.tokens, store.name))
+        size = f"{store.bytes / GIB:,.1f}" + (f" of {store.bytes_max / GIB:,.1f}" if store.bytes_max else "")
+        notes.append(Text(f"{store.name}: {store.frames:,} blocks, {size} GiB, {restored} tokens restored"))
+        if store.state != "ok":
+            notes.append(Text(f"{store.name}: {store.state}", style="yellow"))
+    if lost := stats.tiers.lost_blocks:
+        notes.append(Text(f"{lost:,} blocks left host memory before they were written"))
+    return notes
+
+
 def _notes(stats: KvStats, before: KvStats | None, seconds: float) -> list[Text]:
     notes = []
     if before is not None and seconds > 0:
@@ -222,10 +169,13 @@ def _notes(stats: KvStats, before: KvStats | None, seconds: float) -> list[Text]
         if parity.parity != "exact":
             notes.append(Text(f"token ids of {kind}: {parity.parity} {parity.reason}".rstrip(), style="yellow"))
     notes += _losses(stats.ledger)
+    if others := [model for model in stats.models if model != stats.model]:
+        notes.append(Text(f"other models (--model): {', '.join(others)}"))
     if stats.host_memory:
         stored, slots = (sum(getattr(tier, name) for tier in stats.host_memory) for name in ("stored_blocks", "blocks"))
         restored = short(stats.totals.tokens.host_memory)
         notes.append(Text(f"host memory: {stored:,} of {slots:,} blocks used, {restored} tokens restored"))
+    notes += _below(stats)
     for replica in stats.replicas:
         if replica.state != "ready" and replica.reason:
             notes.append(Text(f"{replica.name} is {replica.state}: {replica.reason}", style="yellow"))

@@ -1,4 +1,4 @@
-"""The command line: `peerkv serve`, `engine`, `gateway`, `doctor`, `bench`, `quality`, `kv`, `keys`, `openapi`.
+"""The command line: every command of `peerkv`; `build_parser` lists them.
 
 Exit status: 0 after a clean end, 1 if something failed, 2 for wrong usage or settings, 130 when interrupted.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Coroutine, Sequence, Set
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gateway import __version__
-from gateway.cli import keys, kv_explain, kv_prefixes, quality
+from gateway.cli import audit, keys, kv_explain, kv_frames, kv_prefixes, node_keys, quality, replicas, vault
 from gateway.cli import kv_stats as kv_live
+from gateway.cli.asking import add_gateway_flags
 from gateway.cli.bench import flags as bench_flags
 from gateway.cli.flag_groups import OF_GATEWAY, OF_REPLICAS, WholeFlags
 from gateway.cli.flags import add_settings_flags, given_settings
@@ -26,6 +28,7 @@ from gateway.settings import Settings, load
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+_NEGATIVE_SIZE = re.compile(r"-[0-9.]+[A-Za-z]+")
 _PORTS = {"http": 80, "https": 443}
 _BENCH_ABOUT = (
     "Measure a running installation from the outside: the time to the first token of prompts that no replica has (cold), that "
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--" in given:
         cut = given.index("--")
         given, vllm_args = given[:cut], given[cut + 1 :]
-    parsed, unknown = build_parser().parse_known_args(given)
+    parsed, unknown = build_parser().parse_known_args(_with_negative_sizes(given))
     if unknown:
         return _fail(unknown_words(parsed.parser, unknown, takes_vllm_args=parsed.takes_vllm_args), EXIT_USAGE)
     if vllm_args is not None and not parsed.takes_vllm_args:
@@ -59,6 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), EXIT_FAILED)
     except KeyboardInterrupt:
         return 130
+
+
+def _with_negative_sizes(words: Sequence[str]) -> list[str]:
+    """The same with a flag and such as -1GiB in one word: argparse takes it for another flag, and misses a value."""
+    found: list[str] = []
+    for word in words:
+        if _NEGATIVE_SIZE.match(word) and found and found[-1].startswith("--") and "=" not in found[-1]:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _settle_home() -> None:
@@ -88,7 +102,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_quality(commands)
     _add_kv(commands)
+    replicas.add_commands(commands)
+    audit.add_commands(commands)
     keys.add_commands(commands)
+    node_keys.add_commands(commands)
+    vault.add_command(commands)
     _add_openapi(commands)
     return parser
 
@@ -115,14 +133,13 @@ def _add_runner(
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     summary = "show what this machine has, what the replicas can exchange, and what should be fixed"
-    parser = commands.add_parser("doctor", help=summary, description=summary, allow_abbrev=False)
+    about = f"{summary[0].upper()}{summary[1:]}. With an admin key or --cacert, a gateway that runs is asked with them, too."
+    parser = commands.add_parser("doctor", help=summary, description=about, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print JSON (default: text)")
     parser.add_argument("--quick", action="store_true", help="skip measuring the links between GPUs, which takes about 10 s")
-    parser.add_argument("--url", help="URL of the gateway, in place of --host and --port (default: as for serve)")
+    add_gateway_flags(parser)
     parser.add_argument("--host", help="the gateway's host (default: as for serve)")
-    parser.add_argument("--port", help="the gateway's port (default: as for serve)")
     parser.add_argument("--run-dir", help="the gateway's run_dir (default: as for serve)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
     parser.set_defaults(run=_doctor, parser=parser)
 
 
@@ -153,6 +170,7 @@ def _add_kv(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     kv_explain.add_arguments(explained)
     explained.set_defaults(run=kv_explain.run, parser=explained)
     kv_prefixes.add_views(views)
+    kv_frames.add_views(views)
 
 
 def _add_openapi(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -179,25 +197,33 @@ def _settings(parsed: argparse.Namespace) -> Settings:
 def _serve(parsed: argparse.Namespace) -> int:
     from gateway.serve.run import serve
 
-    return _run(serve, _settings(parsed))
+    return _run(serve, _settings(parsed), _again(parsed))
 
 
 def _engine(parsed: argparse.Namespace) -> int:
     from gateway.serve.run import engine
 
-    return _run(engine, _settings(parsed))
+    return _run(engine, _settings(parsed), _again(parsed))
 
 
 def _gateway(parsed: argparse.Namespace) -> int:
     from gateway.serve.run import gateway
 
-    return _run(gateway, _settings(parsed))
+    return _run(gateway, _settings(parsed), _again(parsed))
 
 
-def _run(work: Callable[[Settings], Coroutine[None, None, None]], settings: Settings) -> int:
+def _again(parsed: argparse.Namespace) -> Callable[[], Settings]:
+    return lambda: load(given_settings(parsed), parsed.config)
+
+
+def _run(
+    work: Callable[[Settings, Callable[[], Settings]], Coroutine[None, None, None]],
+    settings: Settings,
+    again: Callable[[], Settings],
+) -> int:
     from gateway.serve.signals import run_until_stopped
 
-    return run_until_stopped(lambda: work(settings))
+    return run_until_stopped(lambda: work(settings, again))
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
@@ -205,7 +231,7 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
     if parsed.url is not None:
         parsed.host, parsed.port = _address_of(parsed.url)
-    return doctor.run(_settings(parsed), as_json=parsed.json, measure_links=not parsed.quick)
+    return doctor.run(_settings(parsed), as_json=parsed.json, measure_links=not parsed.quick, cacert=parsed.cacert)
 
 
 def _address_of(url: str) -> tuple[str, int]:

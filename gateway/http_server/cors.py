@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
 
+from gateway.api.endpoints import ADMIN_PATHS
 from gateway.http_server.request_cycle import Asgi, Receive, Scope, Send, cycle_of
 
 ANY = "*"
 PREFLIGHT_SECONDS = 600
 """A browser asks again after so long; none remembers an answer for less than 5 s, or Chrome's for more than 2 hours."""
 _METHODS = b"GET, HEAD, POST, OPTIONS"
-_SHOWN = b"x-request-id, x-peerkv-replica, x-peerkv-cache, retry-after, " + b", ".join(
+_SHOWN = b"x-request-id, x-peerkv-replica, x-peerkv-cache, x-peerkv-quality, retry-after, " + b", ".join(
     b"x-ratelimit-%b-%b" % (what, of) for what in (b"limit", b"remaining", b"reset") for of in (b"requests", b"tokens")
 )
-_ADMIN = ("/kv/", "/metrics")
 _VARY = b"vary: origin\r\n"
 
 
@@ -31,7 +31,7 @@ class Cors:
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """ASGI entry."""
         origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
-        if scope["path"].startswith(_ADMIN):
+        if scope["path"].startswith(ADMIN_PATHS):
             return self._app(scope, receive, send)
         cycle = cycle_of(scope)
         cycle.extra_lines = b"" if self._any else _VARY

@@ -17,9 +17,9 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 
 class HeadFields(msgspec.Struct, frozen=True):
-    """Those that say who calls and what the body is occur once (head_rules.py). `is_json` tells of the body's type,
-    `passed_lines` are for the replica, `request_id` the client's own if it is harmless; `encoding` is how the body is
-    compressed, if it is."""
+    """Those that say who calls and what the body is occur once (head_rules.py). `authorization` may have come as x-api-key.
+    `is_json` tells of the body's type, `passed_lines` are for the replica, `request_id` is the client's own if it is harmless;
+    `encoding` is how the body is compressed, if it is."""
 
     authorization: bytes | None
     is_json: bool
@@ -29,6 +29,8 @@ class HeadFields(msgspec.Struct, frozen=True):
     encoding: bytes | None
     host: bytes | None
     timeout: bytes | None
+    traceparent: bytes | None = None
+    quality: bytes | None = None
 
     @classmethod
     def of(cls, headers: Headers) -> HeadFields:
@@ -36,7 +38,7 @@ class HeadFields(msgspec.Struct, frozen=True):
         header = dict(headers).get
         kind, wanted = header(b"content-type", b""), header(b"x-peerkv-replica")
         return cls(
-            header(b"authorization"),
+            header(b"authorization") or _as_bearer(header(b"x-api-key")),
             kind == _JSON or kind.partition(b";")[0].strip().lower() == _JSON,
             b"".join([b"%b: %b\r\n" % (name, value) for name in _PASSED if (value := header(name))]),
             None if wanted is None else wanted.decode("latin-1"),
@@ -44,7 +46,14 @@ class HeadFields(msgspec.Struct, frozen=True):
             None if (encoding := header(b"content-encoding")) in (None, b"", b"identity") else encoding,
             header(b"host"),
             header(b"x-request-timeout"),
+            header(b"traceparent"),
+            header(b"x-peerkv-quality"),
         )
+
+
+def _as_bearer(key: bytes | None) -> bytes | None:
+    """The header by which clients of Anthropic's API send their key, as the one by which those of OpenAI's do."""
+    return None if not key else b"Bearer " + key
 
 
 def content_length(headers: Headers) -> int:

@@ -8,7 +8,7 @@ from gateway.http_server.request_cycle import RawHeaders
 OF_CONNECTION = frozenset({b"connection", b"proxy-connection"})
 """Headers from which llhttp concludes whether another message follows."""
 
-_ONCE = (b"authorization", b"content-type", b"x-peerkv-replica")
+_ONCE = (b"authorization", b"x-api-key", b"content-type", b"x-peerkv-replica", b"x-peerkv-quality")
 
 VERSIONS = frozenset({"1.0", "1.1"})
 """The versions of HTTP that are spoken here. llhttp also accepts 0.9 and 2.0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import Generator
@@ -10,6 +11,7 @@ from typing import Any
 import uvicorn
 
 from gateway.errors import SettingsError
+from gateway.http_server.certificate import Certificate
 from gateway.http_server.cors import Cors
 from gateway.http_server.protocol import DoorProtocol
 from gateway.settings import Settings
@@ -17,6 +19,8 @@ from gateway.settings import Settings
 BACKLOG = 2048
 # Beyond drain_seconds, for connections whose clients do not read their last bytes.
 SHUTDOWN_GRACE_SECONDS = 5
+HANDSHAKE_SECONDS_MAX = 10.0
+"""Until then a connection is none of those that are counted, and has no request that could be answered."""
 
 
 class DoorServer(uvicorn.Server):
@@ -26,9 +30,33 @@ class DoorServer(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which does not bound TLS handshakes."""
+        if self.config.ssl is None:
+            await super().startup(sockets)
+            return
+        await super().startup([])
+        loop = asyncio.get_running_loop()
+        for listener in sockets or ():
+            self.servers.append(
+                await loop.create_server(
+                    self._protocol,
+                    sock=listener,
+                    ssl=self.config.ssl,
+                    ssl_handshake_timeout=HANDSHAKE_SECONDS_MAX,
+                    backlog=self.config.backlog,
+                )
+            )
 
-def build_server(app: Any, settings: Settings) -> DoorServer:
-    """A server for `app`; run it with `serve(sockets=[…])`."""
+    def _protocol(self) -> asyncio.Protocol:
+        found: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return found
+
+
+def build_server(app: Any, settings: Settings, certificate: Certificate | None = None) -> DoorServer:
+    """A server for `app`, that speaks TLS if it has a `certificate`; run it with `serve(sockets=[…])`."""
     protocol = type(
         "BoundDoorProtocol",
         (DoorProtocol,),
@@ -54,6 +82,9 @@ def build_server(app: Any, settings: Settings) -> DoorServer:
         timeout_keep_alive=max(1, round(settings.keep_alive_seconds)),
         timeout_graceful_shutdown=round(settings.drain_seconds) + SHUTDOWN_GRACE_SECONDS,
     )
+    if certificate is not None:
+        config.load()
+        config.ssl = certificate.context
     return DoorServer(config)
 
 

@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 
-from gateway.errors import ApiError, BodyTooLarge, InvalidRequest, error_body
+from gateway.api.dialects import error_answer, error_event
+from gateway.api.endpoints import Dialect
+from gateway.errors import ApiError, BodyTooLarge, InvalidRequest
 from gateway.http_server.content_encoding import decoded
 from gateway.http_server.head_fields import HeadFields, content_length, fresh_id
 from gateway.http_server.request_cycle import Scope, cycle_of
@@ -30,8 +32,9 @@ class Transaction:
     whoever serves the transaction calls `on_end` when it is over.
     """
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, dialect: Dialect = "openai") -> None:
         self.scope = scope
+        self.dialect = dialect
         self.replica = b""
         self.answering: Callable[[], bytes] | None = None
         self.more_lines: Callable[[], bytes] | None = None
@@ -46,8 +49,8 @@ class Transaction:
         """While it waits for a stream's first event: when it, or the last comment, was sent. In time.perf_counter's seconds."""
         self.body_bytes = 0
         self._head_left = False
-        self.has_turn = False
-        """Whether it was let in to the replicas, of which each gets so many at once."""
+        self.leave_turn: Callable[[], None] | None = None
+        """To be called at its end if it was let in to replicas of which each gets so many at once."""
         self.has_slot = False
         """Whether it counts as being served."""
         self._cycle = cycle = cycle_of(scope)
@@ -161,7 +164,8 @@ class Transaction:
         self.status = status
         self.begun_at = time.perf_counter()
         if self._head_left:
-            self.finish(b"data: %b\n\n" % body)
+            name = b"" if self.dialect == "openai" else b"event: error\n"
+            self.finish(b"%bdata: %b\n\n" % (name, body))
             return
         self._cycle.answer(status, b"%bcontent-length: %d\r\n%b" % (lines, len(body), self._own_lines()), body)
 
@@ -185,10 +189,10 @@ class Transaction:
         """
         self.unwatch()
         if not self.begun:
-            self.answer(error.status, JSON_LINE + header_lines(error.headers), error.body())
+            body = error_answer(self.dialect, error.status, error.body())
+            self.answer(error.status, JSON_LINE + header_lines(error.headers), body)
         elif self.is_event_stream:
-            event = error_body(error.message, type=error.type, code=error.code, param=error.param)
-            self.finish(b"data: " + event + b"\n\n")
+            self.finish(error_event(self.dialect, error))
 
 
 def header_lines(headers: Mapping[str, str]) -> bytes:

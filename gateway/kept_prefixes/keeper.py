@@ -20,20 +20,18 @@ from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, Unavailable
 from gateway.kept_prefixes.book import KeptPrefix, KeptPrefixBook, PlaceState, PrefixPlace
 from gateway.kept_prefixes.pin_room import PinRoom, PinTooLarge, pin_room
 from gateway.kept_prefixes.prefix_reader import Callers, PrefixReader
+from gateway.kept_prefixes.prewarm import Prewarmer, body_for
 from gateway.kept_prefixes.shapes import FlushedPrefixes, PrefixRemoved, PrefixRequest
 from gateway.ledger.attempts import Attempt, RequestInfo
-from gateway.ledger.ledger import LOST_STATUS
 from gateway.ledger.recorder import Recorder
-from gateway.planner.plan import Plan
 from gateway.planner.planner import Planner
 from gateway.token_ids import TokenIds
-from gateway.upstream.pool import Upstream, UpstreamLost
+from gateway.upstream.pool import Upstream
 from transport.hint import PinWish, read_hint, write_hint
 
 _logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-_PATH = "/v1/completions"
 _REFUSED = "pins_refused"
 
 
@@ -61,11 +59,9 @@ class Keeper:
         self.book = book
         self._fleet = fleet
         self._planner = planner
-        self._upstream = upstream
+        self._prewarmer = Prewarmer(fleet, upstream, recorder, seconds_max)
         self._reader = reader
         self._tenants = tenants
-        self._recorder = recorder
-        self._seconds_max = seconds_max
         self._pin_share_max = pin_share_max
         self._wall_clock = wall_clock
         self._placing = asyncio.Lock()
@@ -227,36 +223,13 @@ class Keeper:
         tenant = self._tenants.named(kept.tenant)
         if tenant is None:
             raise InvalidRequest(f"There is no tenant '{kept.tenant}' any more.")
-        body: dict[str, Any] = {"prompt": ids.tolist(), "max_tokens": 1, "temperature": 0, "ignore_eos": True}
-        if kept.model:
-            body["model"] = kept.model
+        body = body_for(ids, kept.model)
         plan = await self._planner.plan("completions", body, tenant, wanted_replica=replica)
         if plan.kv_transfer_params is None:
             raise Unavailable(f"{replica} has no block table.")
         body["kv_transfer_params"] = write_hint(msgspec.structs.replace(read_hint(plan.kv_transfer_params), **pins))
-        if plan.cache_salt is not None:
-            body["cache_salt"] = plan.cache_salt
-        attempt = self._recorder.begin(plan, RequestInfo(f"prefix-{kept.id}", "completions", kept.tenant, kept.model))
-        status = LOST_STATUS
-        try:
-            status = await self._send(plan, body)
-            self._recorder.first_byte(attempt)
-        finally:
-            self._recorder.ended(attempt, status)
-        return attempt
-
-    async def _send(self, plan: Plan, body: dict[str, Any]) -> int:
-        """Return the status of the replica's answer, which is 200. Raises ApiError."""
-        name = plan.replica.name
-        try:
-            status, answer = await self._upstream.post_json(plan.replica, _PATH, msgspec.json.encode(body), self._seconds_max)
-        except UpstreamLost as error:
-            self._fleet.suspect(name)
-            raise Unavailable(f"{error}.") from error
-        if status != 200:
-            _logger.warning("%s answered %d to a prefix: %s", name, status, answer[:200])
-            raise InvalidRequest(f"{name} refused it with status {status}.")
-        return status
+        info = RequestInfo(f"prefix-{kept.id}", "completions", kept.tenant, kept.model)
+        return await self._prewarmer.send(plan, body, info)
 
     def _refusals(self, replica: str) -> int:
         table = self._planner.fleet.now().tables.get(replica)

@@ -2,8 +2,9 @@
 
 import msgspec
 
-from gateway.api.body import Endpoint
+from gateway.api.endpoints import Endpoint
 from gateway.ledger.misses import Miss
+from gateway.planner.promotions import Promotion
 from gateway.steering.choices import Choice, Decision, Option
 from gateway.steering.in_flight import Flight
 from transport.table.deliveries import Delivery
@@ -43,6 +44,7 @@ class Attempt(msgspec.Struct, eq=False, gc=False, kw_only=True):
     reports: bool = True
     why_unknown: str = ""
     pinned: bool = False  # the caller chose the replica
+    promotion: Promotion | None = None  # what disk and vault were asked for it
 
     flight: Flight | None = None
     deliveries: tuple[Delivery, ...] = ()

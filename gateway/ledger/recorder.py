@@ -19,6 +19,7 @@ from gateway.prompts.parity import Parity
 from transport.table.deliveries import Delivery
 
 _EXACT = Parity.EXACT
+_CHATS = frozenset(("chat", "messages", "responses"))
 _REASONS = {reason: f", reason={reason}".encode() for reason in MissReason}
 
 
@@ -65,6 +66,7 @@ class Recorder:
             reports=table is not None,
             why_unknown=known.why_unknown,
             pinned=plan.request.wanted_replica is not None,
+            promotion=plan.request.promotion,
             flight=plan.flight,
         )
         self.ledger.open(attempt)
@@ -122,7 +124,7 @@ class Recorder:
     def _exact(self, info: RequestInfo) -> bool:
         """Whether our token ids are known to be the engine's at this moment."""
         parity = self._planner.prompts.parity
-        return (parity.chat if info.endpoint == "chat" else parity.completions).parity is _EXACT
+        return (parity.chat if info.endpoint in _CHATS else parity.completions).parity is _EXACT
 
 
 def cache_header(attempt: Attempt) -> bytes:

@@ -112,10 +112,10 @@ class Account:
         return None
 
     def charge(self, tokens: int, now: float) -> int:
-        """Count tokens as used; returns the second that they are counted in."""
+        """Count tokens as used; returns the second that they are counted in: that of the last `roll` if `now` is before it."""
         self.state.day.spent += tokens
         self.state.month.spent += tokens
-        return self.state.tokens.add(tokens, now)
+        return self.state.tokens.add(tokens, max(now, self._second))
 
     def request_rate(self, limits: KeyLimits, now: float) -> Rate | None:
         """Of the limits on requests the one with the least left; None without any."""

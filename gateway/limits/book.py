@@ -2,13 +2,14 @@
 
 What a request may come to is held before it is served, so that requests that run at once cannot overshoot together. Each
 reservation ends once: it is settled with what was used, withdrawn, or runs out. A crash leaves none behind, since they are in
-memory alone. Several gateways that share their limits would have this interface in front of a store (Valkey) of them all.
+memory alone. Where several gateways share their limits, `shared/` asks a server of them all as well.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import msgspec
 
@@ -21,7 +22,7 @@ LATE_KEPT_MAX = 4096
 
 class Reservation(msgspec.Struct, eq=False):
     """One request's part of its account. `tokens` are held; `second`, `day` and `month` are where they were charged, once
-    the reservation has run out."""
+    the reservation has run out. `shared`: a server of several gateways has counted it ("there"), or could not ("here")."""
 
     id: int
     key: Key
@@ -31,6 +32,7 @@ class Reservation(msgspec.Struct, eq=False):
     second: int = 0
     day: int = 0
     month: int = 0
+    shared: Literal["", "here", "there"] = ""
 
 
 class LimitBook:
@@ -46,6 +48,10 @@ class LimitBook:
     def __len__(self) -> int:
         """How many reservations are held."""
         return len(self._open)
+
+    def under_way(self) -> list[Reservation]:
+        """The reservations that are held."""
+        return list(self._open.values())
 
     def account(self, key: Key, now: float) -> Account:
         """The account of a key as it is now."""

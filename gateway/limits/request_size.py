@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gateway.api.body import Endpoint
+from gateway.api.endpoints import ENDPOINTS, Endpoint
 from gateway.errors import InvalidRequest
 from gateway.tenants.keys import KeyLimits
 
@@ -13,6 +13,8 @@ NUMBER_MAX = 1 << 31
 """Of what a request may ask for: far more than any model gives."""
 COMPLETION_TOKENS = 16
 """vLLM's, as OpenAI's, for completions without `max_tokens`."""
+
+_ONE_CHOICE = frozenset(("responses", "messages"))
 
 
 class PromptSize(NamedTuple):
@@ -42,29 +44,35 @@ def size_of(
 ) -> RequestSize:
     """The size of a request. Raises InvalidRequest if it wants more than its key may.
 
-    Where nothing bounds tokens the body stays as it is. A chat without `max_tokens` may go on to the end of the context: it is
-    given `answer_tokens_default`, or what is left of the context if that is less, as else its key could not have two under way.
+    Where nothing bounds tokens the body stays as it is. A chat without a bound on its answer may go on to the end of the
+    context: it is given `answer_tokens_default`, or what is left of the context if that is less, as else its key could not have
+    two under way.
     """
+    traits = ENDPOINTS[endpoint]
+    if traits.work == "counts":
+        return RequestSize(0, 0, {})
     prompts = prompt.tokens * (prompt.prompts if prompt.certain else 1)
     if context_tokens is not None:
         prompts = min(prompts, context_tokens * prompt.prompts)
         prompt = prompt._replace(tokens=min(prompt.tokens, context_tokens))
-    if endpoint == "embeddings":
+    if not traits.generates:
         return RequestSize(prompts, 0, {})
-    choices = _number(body, "n", limits.n_max) or 1
-    name = "max_completion_tokens" if endpoint == "chat" and body.get("max_completion_tokens") is not None else "max_tokens"
+    choices = 1 if endpoint in _ONE_CHOICE else _number(body, "n", limits.n_max) or 1
+    name = traits.bound
+    if endpoint == "chat" and body.get(name) is None:
+        name = "max_tokens"
     answer = _number(body, name, limits.max_tokens_max)
     changes: dict[str, Any] = {}
     if answer is None:
         answer = COMPLETION_TOKENS if endpoint == "completions" else answer_tokens_default
         if limits.max_tokens_max is not None:
             answer = min(answer, limits.max_tokens_max)
-        if context_tokens is not None and endpoint == "chat":
+        if context_tokens is not None and endpoint != "completions":
             left = max(1, context_tokens - prompt.tokens)
             # A bound on the prompt says little of what is left: the engine would refuse an answer that does not fit.
             answer = min(answer, left) if prompt.certain else min(answer, max(left, context_tokens // 4))
         if limits.bounds_tokens:
-            changes["max_completion_tokens" if endpoint == "chat" else "max_tokens"] = answer
+            changes[traits.bound] = answer
     return RequestSize(prompts, answer * choices * prompt.prompts, changes)
 
 

@@ -50,3 +50,15 @@ class QueueStats(BaseModel):
     waited_requests: int = Field(0, description="requests that had to wait, also those that gave up")
     waited_seconds: float = Field(0.0, description="how long they waited, together")
     refused_requests: int = Field(0, description="requests that found no place, or whose turn did not come in time")
+
+
+class SharedLimitStats(BaseModel):
+    """The server that counts limits for several gateways (`limits_valkey`), as this one found it since its start."""
+
+    up: int = Field(0, description="1 while there is a connection, else 0")
+    alone_requests: int = Field(0, description="requests let in by this gateway's own count, as the server gave no answer")
+    failures: int = Field(0, description="connections that could not be made or broke, and answers that were errors")
+    waiting_settlements: int = Field(
+        0, description="settlements that the server has not confirmed, added up by key while it is gone"
+    )
+    lost_settlements: int = Field(0, description="settlements that the server refused: what they were for is not counted there")

@@ -53,8 +53,9 @@ class MinuteWindow(msgspec.Struct):
         for second, amount in self.slots.items():
             if needed <= 0:
                 break
-            needed -= amount
-            seconds = second + WINDOW_SECONDS + 1 - now
+            if amount:
+                needed -= amount
+                seconds = second + WINDOW_SECONDS + 1 - now
         return seconds
 
     def empties(self, now: float) -> float:

@@ -8,6 +8,7 @@ import msgspec
 from pydantic import Field
 
 from engine.fleet import Replica
+from gateway.planner.promotions import Promotion
 from gateway.prompts.prompt_reader import KnownPrompt
 from gateway.steering.in_flight import Flight
 from gateway.steering.steer import Decision
@@ -15,7 +16,11 @@ from gateway.token_ids import TokenIds
 
 
 class PlanningRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
-    """What planning needs to know of a request, also for another attempt. `wanted_replica` is the one that it names."""
+    """What planning needs to know of a request, also for another attempt. `wanted_replica` is the one that it names.
+
+    `hinted` and `salted` tell whether its endpoint has fields for a hint and for a salt, `stepless` that the engine makes no
+    step for it, `promotion` what disk and vault were asked for it.
+    """
 
     known: KnownPrompt
     salt: str = ""
@@ -23,7 +28,10 @@ class PlanningRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
     affinity: str = ""
     wanted_replica: str | None = None
     streamed: bool = False
-    embeds: bool = False
+    hinted: bool = True
+    salted: bool = True
+    stepless: bool = False
+    promotion: Promotion | None = None
 
 
 class Plan(msgspec.Struct, frozen=True, eq=False):
@@ -82,7 +90,9 @@ class SteeringStats:
     ] = 0
     to_holder: Annotated[int, Field(description="sent to a replica that holds their longest prefix")] = 0
     with_source: Annotated[int, Field(description="sent elsewhere, with a replica to import from")] = 0
-    pinned: Annotated[int, Field(description="sent to the replica that the request named")] = 0
+    pinned: Annotated[
+        int, Field(description="sent to the replica that the request named (x-peerkv-replica); unrelated to pinned prefixes")
+    ] = 0
     prompt_tokens: Annotated[int, Field(description="tokens of all prompts with known ids")] = 0
     predicted_tokens: Annotated[int, Field(description="of these, tokens expected from a cache, own or imported")] = 0
 

@@ -8,6 +8,7 @@ from gateway.block_registry.tables import Table
 from gateway.prompts.prompt_reader import KnownPrompt
 from gateway.steering.steer import Decision
 from transport.hint import Hint
+from transport.node.names import as_seen_by, node_of
 
 CHAT_IDS = "prompt_token_ids"
 """The key in kv_transfer_params under which vLLM's server takes a chat's token ids."""
@@ -16,14 +17,15 @@ CHAT_IDS_SINCE = (0, 32)
 VERSIONS_MAX = 64
 
 
-def hint(known: KnownPrompt, decision: Decision, tag: int, held_tokens: int, *, imports: bool) -> Hint:
-    """Tell the connector what to import, nothing where `imports` is off.
+def hint(known: KnownPrompt, decision: Decision, tag: int, held_tokens: int, *, imports: bool, here: str = "") -> Hint:
+    """Tell the connector what to import, nothing where `imports` is off; `here` is what other nodes call this one.
 
     Without a source, it is told to look no further only if we know for certain what the replica holds: what it is still
     computing or importing may not be there in time, and then another replica may have it.
     """
     if decision.source is not None and known.cacheable:
-        return Hint(decision.source, tag, decision.import_tokens_max)
+        source = as_seen_by(node_of(decision.replica), decision.source, here)
+        return Hint(source, tag, decision.import_tokens_max)
     if not imports or (known.certain and known.count == 1 and held_tokens >= decision.expected.local_tokens):
         return Hint("", tag)
     return Hint(tag=tag)

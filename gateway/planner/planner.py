@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import msgspec
 
 from engine.fleet import FleetView
-from gateway.api.body import Endpoint
+from gateway.api.endpoints import ENDPOINTS, Endpoint
 from gateway.block_registry.chain import Chain
 from gateway.block_registry.delivery_feed import DeliveryFeed
 from gateway.block_registry.fleet_state import FleetState, ReadyReplica
@@ -21,19 +21,27 @@ from gateway.limits.request_size import PromptSize
 from gateway.planner.plan import Plan, PlanningRequest, SteeringStats
 from gateway.planner.plan_hint import CHAT_IDS, Tags, hint, takes_chat_ids
 from gateway.planner.prefix_counts import PrefixCounts
+from gateway.planner.promotions import NoTiers, Promotion, Promotions, Tiers
 from gateway.planner.ready import with_ready
+from gateway.planner.recent_prompts import RecentPrompts
+from gateway.planner.shortlist import ALL_MAX, best_first, shortlist, window
 from gateway.prompts.prompt_reader import CHARS_PER_TOKEN, KnownPrompt, PromptReader
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.steering.costs.model import CostModel, ModelKey
+from gateway.steering.costs.priors import REMOTE_TRANSPORT
 from gateway.steering.evictions import Evictions
 from gateway.steering.in_flight import Flight, Flights
 from gateway.steering.load import FleetLoad
 from gateway.steering.outliers import Outliers
 from gateway.steering.popularity import Popularity
+from gateway.steering.slow_start import SlowStart
 from gateway.steering.steer import Candidate, Decision, PromptView, steer
 from gateway.tenants.tenants import TenantContext
+from gateway.token_ids import TokenIds
 from gateway.upstream.served_models import ServedModels
 from transport.hint import write_hint
+from transport.node.names import node_of
+from transport.table.quality import is_lossy_salt
 
 AFFINITY_CHARS_MAX = 512
 
@@ -51,6 +59,10 @@ class PlannerSettings(Protocol):
     def send_chat_ids(self) -> bool: ...
     @property
     def imports(self) -> bool: ...
+    @property
+    def slow_start_seconds(self) -> float: ...
+    @property
+    def tier_wait_seconds_max(self) -> float: ...
 
 
 class Planner:
@@ -68,10 +80,13 @@ class Planner:
         models: Callable[[], ServedModels | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         outliers: Outliers | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         self.fleet = FleetWatch(fleet, tables, imports=settings.imports)
         self.outliers = Outliers(0, 1.0, 1.0) if outliers is None else outliers
+        self.slow_start = SlowStart(settings.slow_start_seconds)
         self._pids: Mapping[str, int | None] = {}
+        self._served: dict[str, int | None] = {}
         self._doubted: Mapping[str, str] = {}
         self._overdue: Mapping[str, str] = {}
         self._send_chat_ids = settings.send_chat_ids
@@ -84,6 +99,7 @@ class Planner:
         self._tags = Tags()
         self._model_keys: dict[str, ModelKey] = {}
         self.costs = CostModel()
+        self.promotions = Promotions(tiers or NoTiers(), self.costs, settings.tier_wait_seconds_max, clock)
         self.load = FleetLoad()
         self.flights = Flights(self.load, self.costs, self.fleet.refused)
         self.feed = DeliveryFeed()
@@ -93,6 +109,7 @@ class Planner:
         self._popularity = Popularity(settings.prefixes_tracked_max)
         self.counts = SteeringStats()
         self.prefixes = PrefixCounts(settings.prefixes_tracked_max)
+        self.recent = RecentPrompts()
         self.fleet.on_change(self._fleet_changed)
 
     async def plan(
@@ -118,15 +135,33 @@ class Planner:
         with_ready(self.fleet.now(), wanted_replica)
         if known is None:
             known = await self.prompts.read(endpoint, body, tenant.salt)
+        lora = self.prompts.adapter(body)
+        promotion = None
+        if self.promotions.active and self._imports and known.cacheable:
+            promotion = await self._bring_up(known, tenant.salt, lora, wanted_replica)
         return PlanningRequest(
             known=known,
             salt=tenant.salt,
-            lora=self.prompts.adapter(body),
+            lora=lora,
+            promotion=promotion,
             affinity=_affinity(body, tenant.salt),
             wanted_replica=wanted_replica,
             streamed=body.get("stream") is True,
-            embeds=endpoint == "embeddings",
+            hinted=ENDPOINTS[endpoint].takes_hint,
+            salted=ENDPOINTS[endpoint].takes_salt,
+            stepless=ENDPOINTS[endpoint].work == "counts",
         )
+
+    async def _bring_up(self, known: KnownPrompt, salt: str, lora: str, wanted: str | None) -> Promotion | None:
+        """Have what disk and vault hold of a prompt brought up."""
+        state = self.fleet.now()
+        if known.ids is None:
+            return None
+        look_up = self.registry.look_up(state, known.ids, salt, lora)
+        came = await self.promotions.bring_up(state, look_up, known.tokens, self._model_keys, wanted, lossy=is_lossy_salt(salt))
+        if came is not None and came.source:
+            self.registry.look_again()
+        return came
 
     def prompt_size(self, request: PlanningRequest) -> PromptSize:
         """Return how long the prompts of what was read are. Without ids, they are taken for as many tokens as characters."""
@@ -151,6 +186,35 @@ class Planner:
         """Return another plan for the same request, on none of the replicas in `exclude`. Raises NoReplicaReady."""
         return self._decide(plan.request, exclude, plan)
 
+    def knows_prompt(self, plan: Plan) -> bool:
+        """Whether the ids of the plan's prompt are known to be the engine's."""
+        known = plan.request.known
+        return known.ids is not None and known.certain and known.count == 1
+
+    def go_on(
+        self, plan: Plan, output: Sequence[int], *, chat: bool, prompt: Sequence[int] | None, exclude: Set[str]
+    ) -> Plan | None:
+        """Return a plan to go on behind the `output` that the plan's replica made, on none of those in `exclude`.
+
+        `prompt` are the ids of its prompt as an engine told them, None if ours are known to be the same. None if the engine
+        would not take the ids of a chat. Raises NoReplicaReady.
+        """
+        former = plan.request.known
+        ids = former.ids if prompt is None else TokenIds.of(prompt)
+        if ids is None or (chat and not (former.chat_ids and self._send_chat_ids)):
+            return None
+        whole = TokenIds.joined([ids, TokenIds.of(output)])
+        known = KnownPrompt(
+            *(whole, None if chat else whole),
+            certain=True,
+            cacheable=former.cacheable,
+            tokens=len(whole),
+            chat_ids=former.chat_ids,
+        )
+        request = msgspec.structs.replace(plan.request, known=known, wanted_replica=None)
+        found = self._decide(request, exclude, plan)
+        return None if chat and CHAT_IDS not in (found.kv_transfer_params or {}) else found
+
     def waiting(self) -> Mapping[str, Sequence[Flight]]:
         """For each replica, its requests without a first token so far; replicas without any are left out.
 
@@ -171,6 +235,10 @@ class Planner:
         pids = {replica.name: replica.pid for replica in state.snapshot.replicas}
         self.outliers.keep([name for name, pid in pids.items() if self._pids.get(name) == pid])
         self._pids = pids
+        for name in state.ready:
+            if self._served.setdefault(name, pids[name]) != pids[name]:
+                self._served[name] = pids[name]
+                self.slow_start.began(name, self._clock())
         self._doubted = {name: one.replica.reason for name, one in state.ready.items() if one.replica.reason}
         self.overdue(self._overdue)
         self.lifetime_counters.observe(state.tables)
@@ -179,7 +247,8 @@ class Planner:
         self.evictions.caches({name: table.num_blocks * table.block_size for name, table in state.tables.items()})
         for name, table in state.tables.items():
             self.evictions.appeared(name, table)
-        self._model_keys = {name: _model_key(one) for name, one in state.ready.items()}
+        self._model_keys = {name: _model_key(one) for name, one in (*state.ready.items(), *state.draining.items())}
+        self.costs.transport_measured(REMOTE_TRANSPORT, state.snapshot.network_bytes_per_second)
         for name, one in state.ready.items():
             if one.table is not None:
                 self.costs.size_imports(self._model_keys[name].device, *one.table.import_bytes())
@@ -189,8 +258,8 @@ class Planner:
         return self.load.in_flight()
 
     def _decide(self, request: PlanningRequest, exclude: Set[str], former: Plan | None = None) -> Plan:
-        self.flights.listen_to(self.fleet.now().tables)
-        self.feed.refresh()
+        turn = next(self._turns)
+        looked_at = self._listen(self.fleet.now(), turn)
         state = with_ready(self.fleet.latest, request.wanted_replica, exclude)
         now, known = self._clock(), request.known
         look_up = usable = NOTHING
@@ -198,32 +267,69 @@ class Planner:
             look_up = self.registry.look_up(state, known.ids, request.salt, request.lora)
             if known.cacheable:
                 usable = look_up
-        candidates, held, computed = self._candidates(state, request, usable, now)
+        candidates, held, computed = self._candidates(state, request, usable, now, looked_at)
         formerly = 0
         if former is not None:
             formerly = former.formerly_tokens
         elif look_up.chains:
             formerly = self._note(*look_up.chains[0], max(look_up.held_tokens_max, computed), now, missed=known.cacheable)
+            if known.cacheable and known.count == 1:
+                self.recent.note(look_up.chains[0][0], request)
         view = self._view(request, usable, held, now)
-        decision = steer(view, candidates, self.costs, now, next(self._turns), state.names)
+        decision = steer(view, candidates, self.costs, now, turn, state.names)
         plan = self._plan(request, state.ready[decision.replica], decision, usable, formerly, now)
         self.counts.count(plan)
         return plan
 
+    def _listen(self, state: FleetState, turn: int) -> Sequence[str] | None:
+        """Take in what engines say of their load and delivered: all of them, None, or the named ones of very many."""
+        if len(state.ready) <= ALL_MAX:
+            self.flights.listen_to(state.tables)
+            self.feed.refresh()
+            return None
+        looked_at = window(state.names, turn)
+        self._hear(state, looked_at)
+        return looked_at
+
+    def _hear(self, state: FleetState, names: Sequence[str]) -> None:
+        for name in names:
+            if (table := state.tables.get(name)) is not None:
+                self.flights.listen(name, table)
+                self.feed.poll(name)
+
+    def _weighed(
+        self, state: FleetState, request: PlanningRequest, look_up: LookUp, promises: Mapping[str, int], now: float,
+        looked_at: Sequence[str],
+    ) -> Mapping[str, ReadyReplica]:  # fmt: skip
+        """Return those of very many ready replicas that are weighed."""
+        wanted = () if request.wanted_replica is None else (request.wanted_replica,)
+        holders = best_first(wanted, promises, look_up.blocks)
+        names = shortlist(state.ready, holders, looked_at, lambda name: self.load.load(name, now))
+        self._hear(state, names)
+        return {name: state.ready[name] for name in names}
+
     def _candidates(
-        self, state: FleetState, request: PlanningRequest, look_up: LookUp, now: float
+        self, state: FleetState, request: PlanningRequest, look_up: LookUp, now: float, looked_at: Sequence[str] | None
     ) -> tuple[list[Candidate], int, int]:
-        """Return the ready replicas, and how many tokens of the prompt one of them holds and one of them computes at most."""
-        takers = self.outliers.takers(state.names, now)
+        """Return the ready replicas, and how many tokens of the prompt one of them holds and one of them computes at most.
+
+        Draining ones get no request, but others may import from them. Of very many ready ones, whose load was `looked_at` for
+        this request, only those that are weighed.
+        """
         promises: Mapping[str, int] = {}
         for chain, block_size in look_up.chains:
             promised = self.load.promised(chain, block_size)
             promises = {**promises, **promised} if promises else promised
+        ready, names = state.ready, state.names
+        if looked_at is not None:
+            ready = self._weighed(state, request, look_up, promises, now, looked_at)
+            names = list(ready)
+        takers = self.slow_start.takers(self.outliers.takers(names, now), now, self.load.in_flight)
         blocks, load, wanted, keys = look_up.blocks, self.load.load, request.wanted_replica, self._model_keys
         tiers = look_up.tiers
         found = []
         held_most = computed_most = 0
-        for name, one in state.ready.items():
+        for name, one in (*ready.items(), *state.draining.items()) if state.draining else ready.items():
             held, promise, ahead = blocks.get(name, 0), promises.get(name, 0), load(name, now)
             if held:
                 held *= one.block_size
@@ -231,7 +337,8 @@ class Planner:
                     held_most = held
             if promise > computed_most:
                 computed_most = promise
-            takes = (takers is state.names or name in takers) if wanted is None else wanted == name
+            able = (takers is names or name in takers) if wanted is None else wanted == name
+            takes = able and name not in state.draining
             room, table = inf, one.table
             if table is not None:  # each request that is being decoded has a block without a key
                 room = (one.blocks - table.cached_blocks() - ahead.decoding) * one.block_size
@@ -244,10 +351,11 @@ class Planner:
                 transport=one.transport,
                 promised_tokens=promise,
                 takes=takes,
+                node=node_of(name),
                 room_tokens=room,
             )
-            if name in tiers:
-                tier, reached = tiers[name]
+            if (found_tier := tiers.get(name)) is not None:
+                tier, reached = found_tier
                 candidate = msgspec.structs.replace(candidate, tier=tier, tier_tokens=reached * one.block_size)
             found.append(candidate)
         return found, held_most, computed_most
@@ -300,13 +408,16 @@ class Planner:
             decided_at=now,
             expected_seconds=seconds,
             streamed=request.streamed,
-            teaches=known.count == 1 and not request.embeds,
-            reports=table is not None and not request.embeds,
+            teaches=known.count == 1 and request.hinted,
+            reports=table is not None and request.hinted,
+            stepless=request.stepless,
         )
         params = None
         if flight.reports:
             held = look_up.blocks.get(name, 0) * block_size
-            params = write_hint(hint(known, decision, flight.tag, held, imports=self._imports))
+            params = write_hint(
+                hint(known, decision, flight.tag, held, imports=self._imports, here=self.fleet.latest.snapshot.node)
+            )
             if known.chat_ids and self._send_chat_ids and table is not None and takes_chat_ids(table):
                 params[CHAT_IDS] = known.ids
         return Plan(
@@ -315,7 +426,7 @@ class Planner:
             tag=flight.tag,
             prompt=known.sent,
             kv_transfer_params=params,
-            cache_salt=request.salt or None,
+            cache_salt=(request.salt if request.salted else "") or None,
             prompt_tokens=known.tokens if known.ids is not None else 0,
             predicted_tokens=cached,
             held_tokens_max=look_up.held_tokens_max,

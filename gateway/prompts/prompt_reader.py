@@ -7,8 +7,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from gateway.api.body import Endpoint
+from gateway.api.endpoints import ENDPOINTS, Endpoint
 from gateway.errors import PromptTooLong
+from gateway.prompts.chat.conversation import ChatNotRendered
+from gateway.prompts.chat.other_apis import CHATS
 from gateway.prompts.chat.request_fields import all_known, ids_suffice
 from gateway.prompts.forms import depends_on_text, ids_are_the_prompt, is_plain, reads_no_cache, split_prompts
 from gateway.prompts.parity import Parity, ParityCounts, ParityVerdict
@@ -26,8 +28,13 @@ SHORT_CHARS_MAX = 64 << 10
 SHORT_THREADS = LONG_THREADS = 2
 CHARS_PER_TOKEN = 4
 """Roughly that of English text: for the weight of a prompt whose ids are not known."""
+MEDIA_TOKENS = 4096
+"""The weight of an image and the like, whose address says nothing of its size."""
 Result = TypeVar("Result")
 _EXACT = Parity.EXACT  # a global is faster than a class attribute
+_MADE_HERE = "\0chat"
+"""Stands in a chat's body that was made of another API's: no field of anybody, so that its ids are never taken for certain."""
+_OF_CHATS = ("messages", "system", "tools", "input", "instructions")
 
 
 class KnownPrompt(msgspec.Struct, frozen=True, gc=False, eq=False):
@@ -62,8 +69,11 @@ class PromptReader:
 
     async def read(self, endpoint: Endpoint, body: Mapping[str, Any], tenant: str = "") -> KnownPrompt:
         """Return what is known about the prompt of a tenant, named by its salt. Raises InvalidRequest, PromptTooLong."""
-        if endpoint == "embeddings":
-            return _embedded(body)
+        if endpoint != "completions" and endpoint != "chat":
+            found = _looked_at(endpoint, body)
+            if isinstance(found, KnownPrompt):
+                return found
+            endpoint, body = "chat", found
         param, read = ("prompt", self._completion) if endpoint == "completions" else ("messages", self._chat)
         given = body.get(param)
         characters = len(given) if type(given) is str else characters_in(given)
@@ -81,8 +91,11 @@ class PromptReader:
 
     def read_here(self, endpoint: Endpoint, body: Mapping[str, Any], tenant: str = "") -> KnownPrompt:
         """As `read`, however long it takes. Raises what that does."""
-        if endpoint == "embeddings":
-            return _embedded(body)
+        if endpoint != "completions" and endpoint != "chat":
+            found = _looked_at(endpoint, body)
+            if isinstance(found, KnownPrompt):
+                return found
+            endpoint, body = "chat", found
         given = body.get("prompt" if endpoint == "completions" else "messages")
         read = self._completion if endpoint == "completions" else self._chat
         return read(body, characters_in(given), None, tenant)
@@ -163,12 +176,14 @@ class PromptReader:
         cacheable = not reads_no_cache(body)
         parity = self.parity.chat.parity
         if parity is Parity.OFF:
+            characters = _characters_of_chat(body, characters)
             return self._unknown("chats are not tokenised as the engine does", characters, None, cacheable=cacheable)
         limit, certain = self.context_tokens(), parity is _EXACT and all_known(body)
         refused = limit if certain else None
         try:
             ids = self._tokens.encode_chat(body, limit, new_chars_max, tenant)
         except NoTokenIds as error:
+            characters = _characters_of_chat(body, characters)
             return self._unknown(error, characters, refused, "messages", cacheable=cacheable)
         tokens = len(ids)
         _check_length("messages", tokens, refused)
@@ -182,11 +197,42 @@ class PromptReader:
         return self.parity.context_tokens if known is None else known
 
 
-def _embedded(body: Mapping[str, Any]) -> KnownPrompt:
-    given = body.get("input")
+def _looked_at(endpoint: Endpoint, body: Mapping[str, Any]) -> KnownPrompt | dict[str, Any]:
+    """The chat that the engine makes of a body, or what is known of a prompt that is not tokenised here."""
+    if endpoint in CHATS:
+        try:
+            return {**CHATS[endpoint](body), _MADE_HERE: None}
+        except ChatNotRendered as error:
+            told = [body.get(name) for name in _OF_CHATS]
+            tokens = characters_in(told) // CHARS_PER_TOKEN + media_in(told) * MEDIA_TOKENS
+            return KnownPrompt(None, tokens=tokens, why_unknown=str(error))
+    if ENDPOINTS[endpoint].work == "counts":
+        return KnownPrompt(None, cacheable=False, why_unknown="nothing is computed")
+    if endpoint == "audio":
+        return KnownPrompt(None, cacheable=False, why_unknown="only the engine hears audio")
+    if endpoint in ("score", "rerank"):
+        return _scored(body)
+    given = body.get("messages") if body.get("input") is None else body["input"]
     tokens = characters_in(given) // CHARS_PER_TOKEN
     count = len(given) if isinstance(given, list) and given and not isinstance(given[0], int) else 1
-    return KnownPrompt(None, cacheable=False, count=count, tokens=tokens, why_unknown="embeddings are computed whole")
+    return KnownPrompt(None, cacheable=False, count=count, tokens=tokens, why_unknown="what is pooled is computed whole")
+
+
+def _characters_of_chat(body: Mapping[str, Any], characters: int) -> int:
+    """To how many characters a chat comes whose messages have so many, with its tools and media."""
+    more = [body[name] for name in ("tools", "documents") if body.get(name) is not None]
+    return characters + characters_in(more) + media_in(body.get("messages")) * MEDIA_TOKENS * CHARS_PER_TOKEN
+
+
+def _scored(body: Mapping[str, Any]) -> KnownPrompt:
+    """Each of the first texts goes with each of the second ones, or with the one in its place."""
+    first = next((body[name] for name in ("query", "queries", "text_1", "data_1") if name in body), None)
+    second = next((body[name] for name in ("documents", "items", "text_2", "data_2") if name in body), None)
+    ones, others = (len(value) if isinstance(value, list) else 1 for value in (first, second))
+    pairs = max(1, ones, others)
+    characters = characters_in(first) * -(-pairs // max(1, ones)) + characters_in(second) * -(-pairs // max(1, others))
+    tokens = characters // CHARS_PER_TOKEN
+    return KnownPrompt(None, cacheable=False, count=pairs, tokens=tokens, why_unknown="what is scored is computed whole")
 
 
 def _check_length(param: str, tokens: int, refused: int | None) -> None:
@@ -210,4 +256,18 @@ def characters_in(value: object) -> int:
                 waiting.extend(item)
         elif isinstance(item, dict):
             waiting.extend(item.values())
+    return total
+
+
+def media_in(value: object) -> int:
+    """Return how many images, recordings and the like are in a list of messages, at any depth."""
+    total, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting.extend(item)
+        elif isinstance(item, dict):
+            kind = item.get("type")
+            total += isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video", "file"))
+            waiting.extend(each for each in (item.get("content"), item.get("output")) if isinstance(each, list | dict))
     return total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway.api.body import Endpoint
+from gateway.api.endpoints import Endpoint
 from gateway.errors import InvalidRequest
 from gateway.http_server.transaction import Transaction
 from gateway.ledger.attempts import Attempt
@@ -14,7 +14,6 @@ from gateway.limits.refusals import NoSuchModel
 from gateway.limits.request_size import PromptSize, RequestSize, size_of
 from gateway.relay.request_record import RequestRecord
 from gateway.tenants.keys import Key
-from gateway.upstream.served_models import ServedModels
 
 
 class Charge:
@@ -32,17 +31,16 @@ class Charge:
         self._record = record
         self._size = RequestSize(0, 0, {})
         self._event_tokens = 1
+        self._assumed: int | None = None
         transaction.more_lines = lambda: limiter.header_lines(key)
         self._reservation = limiter.begin(key)
         transaction.on_end = self.settle
 
-    def check_model(self, name: str, models: ServedModels) -> None:
-        """Raises NoSuchModel if the key may not use it; "" is the served one."""
-        if self._key.models:
-            wanted = name or next(iter(models.cards), "")
-            if wanted not in self._key.models:
-                self._limiter.count_refusal(self._key, "model")
-                raise NoSuchModel(wanted)
+    def check_model(self, name: str) -> None:
+        """Raises NoSuchModel if the key may not use it."""
+        if self._key.models and name not in self._key.models:
+            self._limiter.count_refusal(self._key, "model")
+            raise NoSuchModel(name)
 
     def reserve(
         self,
@@ -65,15 +63,19 @@ class Charge:
             self._limiter.count_refusal(self._key, "size")
             raise
         prompt_tokens, answer_tokens, changes = self._size
-        assumed = changes.get("max_completion_tokens", changes.get("max_tokens"))
-        self._limiter.hold(self._reservation, Usage(prompt_tokens, 0, answer_tokens), assumed)
-        if body.get("stream") is True and endpoint != "embeddings":
+        self._assumed = next(iter(changes.values()), None)
+        self._limiter.hold(self._reservation, Usage(prompt_tokens, 0, answer_tokens), self._assumed)
+        if body.get("stream") is True and endpoint in ("completions", "chat"):  # the others always tell
             options, interval = body.get("stream_options"), body.get("stream_interval")
             self.hides_usage = not (isinstance(options, dict) and options.get("include_usage") is True)
             if self.hides_usage:
                 changes["stream_options"] = {"include_usage": True}
             self._event_tokens = interval or 1
         return changes
+
+    async def agree(self) -> None:
+        """Where several gateways share limits, have the others' requests counted too. Raises ApiError."""
+        await self._limiter.agree(self._reservation, self._assumed)
 
     def settle(self) -> None:
         """The request has ended, or its whole answer is about to be sent. Only the first call counts."""
@@ -83,7 +85,7 @@ class Charge:
         """What the request used: nothing if an error is all that its client gets."""
         record, left = self._record, self._transaction.left
         record.read_counts()
-        attempt, told = record.attempt, record.usage
+        attempt, told = record.prompt_attempt or record.attempt, record.usage
         if attempt is None or not (told is not None or left or self._transaction.begun_well):
             return Usage()
         if told is not None:

@@ -9,6 +9,7 @@ import msgspec
 
 from gateway.api.encodings import encode_half_pairs
 from gateway.errors import InvalidJson
+from gateway.http_server.transaction import JSON_LINE
 from gateway.token_ids import TokenIds
 
 
@@ -48,6 +49,11 @@ class EngineBody(msgspec.Struct, frozen=True, gc=False, eq=False):
 
     pieces: Sequence[Buffer]
     is_empty: bool = False
+
+    @property
+    def type_line(self) -> bytes:
+        """The header that says what it is."""
+        return JSON_LINE
 
     def parts(self, changes: Mapping[str, Any]) -> list[Buffer]:
         """The request for the engine with `changes`, in parts to be sent one behind the other. Raises InvalidJson.

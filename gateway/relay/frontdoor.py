@@ -1,4 +1,4 @@
-"""The ASGI application: `/v1/*` goes to the relay, everything else to the admin application."""
+"""The ASGI application: `/v1/*`, and what vLLM has beside it, goes to the relay, everything else to the admin application."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 import msgspec
 
+from gateway.api.endpoints import PATHS
 from gateway.errors import InternalError, MethodNotAllowed, UnknownPath
 from gateway.http_server.request_cycle import Asgi, Receive, Scope, Send
 from gateway.http_server.transaction import JSON_LINE, Transaction
 from gateway.limits.limiter import Limiter
 from gateway.limits.refusals import NoSuchModel
-from gateway.relay.relay import PATHS, Relay
+from gateway.relay.relay import Relay
 from gateway.relay.request_record import RequestRecord
+from gateway.relay.served_fleets import ServedFleets
 from gateway.tenants.access import caller
 from gateway.tenants.tenants import Tenants
-from gateway.upstream.served_models import ModelsCache
 
 _logger = logging.getLogger(__name__)
 
@@ -29,9 +30,11 @@ OTHER_LABEL = "models"
 class FrontDoor:
     """Dispatches by path. Serves the list of models itself, from the replicas' own answer."""
 
-    def __init__(self, *, relay: Relay[Any], models: ModelsCache, tenants: Tenants, limiter: Limiter, admin: Asgi) -> None:
+    def __init__(
+        self, *, relay: Relay[Any], fleets: ServedFleets[Any], tenants: Tenants, limiter: Limiter, admin: Asgi
+    ) -> None:
         self._relay = relay
-        self._models = models
+        self._fleets = fleets
         self._tenants = tenants
         self._limiter = limiter
         self._admin = admin
@@ -47,7 +50,7 @@ class FrontDoor:
             endpoint = PATHS.get(path)
         if endpoint is not None and scope["method"] == "POST":
             return self._relay(endpoint, scope)
-        if path == "/v1" or path.startswith("/v1/"):
+        if endpoint is not None or path == "/v1" or path.startswith("/v1/"):
             transaction = Transaction(scope)
             return self._relay.guard(RequestRecord(OTHER_LABEL), transaction, self._serve_v1(transaction))
         return self._serve_admin(scope, receive, send)
@@ -70,17 +73,15 @@ class FrontDoor:
         if path != MODELS_PATH:
             if allowed and name not in allowed:
                 raise NoSuchModel(name)
-            body = msgspec.json.encode(await self._models.card(name))
-        elif allowed:
-            cards = (await self._models.current()).cards
-            body = msgspec.json.encode({"object": "list", "data": [card for id, card in cards.items() if id in allowed]})
+            body = msgspec.json.encode(await (await self._fleets.find(name)).models.card(name))
         else:
-            body = (await self._models.current()).raw
+            body = await self._fleets.listed(allowed)
         transaction.answer(200, JSON_LINE, body)
 
     async def _serve_admin(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The admin application answers its own errors. Anything else that it raises is a defect."""
         transaction = Transaction(scope)
+        scope["request_id"] = transaction.request_id
 
         async def send_with_id(message: Any) -> None:
             if message["type"] == "http.response.start":

@@ -6,7 +6,7 @@ from collections.abc import Sequence, Set
 from typing import Any, Protocol, TypeVar
 
 from engine.fleet import Replica
-from gateway.api.body import Endpoint
+from gateway.api.endpoints import Endpoint
 from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.limits.request_size import PromptSize
 from gateway.prompts.prompt_reader import KnownPrompt
@@ -27,6 +27,11 @@ class Plan(Protocol):
     def kv_transfer_params(self) -> dict[str, Any] | None: ...
     @property
     def cache_salt(self) -> str | None: ...
+    @property
+    def prompt_tokens(self) -> int:
+        """Of a prompt whose ids are known, else 0."""
+        ...
+
     @property
     def held_bytes(self) -> int:
         """Held beside the body as long as the request is under way."""
@@ -68,6 +73,19 @@ class PlannerLike(Protocol[PlanT]):
 
     def replan(self, plan: PlanT, *, exclude: Set[str]) -> PlanT:
         """Another plan for the same request, on none of the excluded replicas. Raises NoReplicaReady."""
+        ...
+
+    def knows_prompt(self, plan: PlanT) -> bool:
+        """Whether the ids of the plan's prompt are known to be the engine's."""
+        ...
+
+    def go_on(
+        self, plan: PlanT, output: Sequence[int], *, chat: bool, prompt: Sequence[int] | None, exclude: Set[str]
+    ) -> PlanT | None:
+        """A plan to go on behind the `output` of the plan's replica; `prompt` are its prompt's ids, None if they are known.
+
+        None if that cannot be asked of an engine. Raises NoReplicaReady.
+        """
         ...
 
 

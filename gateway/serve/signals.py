@@ -1,7 +1,7 @@
 """Signals: the first one requests an orderly stop, the second one ends the process at once.
 
-SIGHUP says that the terminal is gone, which is a stop too, or, without one, asks to reload what can be: the keys file. Logs are
-rotated by size, or opened anew as soon as somebody moved them.
+SIGHUP says that the terminal is gone, which is a stop too, or, without one, asks to reload what can be: the keys file, the
+certificate and some settings. Logs are rotated by size, or opened anew as soon as somebody moved them.
 """
 
 from __future__ import annotations
@@ -69,10 +69,9 @@ async def _supervise(work: Callable[[], Coroutine[None, None, None]]) -> int:
         if has_terminal and not os.isatty(STDERR):
             stop()
             return
+        say("SIGHUP: keys, certificate and settings are read again, logs that were moved are opened anew")
         for reload in _reloads:
             reload()
-        read = "the keys file is read again, other" if _reloads else "nothing changes:"
-        say(f"SIGHUP: {read} settings are read only at the start, logs that were moved are opened anew")
 
     loop.add_signal_handler(signal.SIGHUP, hang_up)
     try:

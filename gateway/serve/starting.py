@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 
-import msgspec
-
+from gateway.admin.health import READY_RETRY_SECONDS, Health, Readiness
 from gateway.errors import Unavailable
 from gateway.http_server.request_cycle import Asgi, Receive, Scope, Send
 from gateway.http_server.transaction import JSON_LINE, Transaction
-
-RETRY_SECONDS = 5
 
 
 class StartingDoor:
@@ -22,12 +19,12 @@ class StartingDoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Transaction(scope)
         if scope["path"] == "/health":
-            exchange.answer(200, JSON_LINE, msgspec.json.encode({"status": "ok"}))
+            exchange.answer(200, JSON_LINE, Health().model_dump_json().encode())
         elif scope["path"] == "/ready":
-            body = {"ready": False, "reason": self.reason, "model": "", "replicas": []}
-            exchange.answer(503, JSON_LINE + b"retry-after: %d\r\n" % RETRY_SECONDS, msgspec.json.encode(body))
+            body = Readiness(ready=False, reason=self.reason, model="", warnings=[], replicas=[]).model_dump_json().encode()
+            exchange.answer(503, JSON_LINE + b"retry-after: %d\r\n" % READY_RETRY_SECONDS, body)
         else:
-            exchange.fail(Unavailable(f"The gateway is {self.reason}.", retry_after_seconds=RETRY_SECONDS))
+            exchange.fail(Unavailable(f"The gateway is {self.reason}.", retry_after_seconds=READY_RETRY_SECONDS))
 
 
 class Switch:

@@ -1,44 +1,64 @@
-"""Assembles the parts of the front door."""
+"""Assembles the parts of the front door: those of each fleet (fleet_parts.py), and what all share."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import NamedTuple
 
-from engine.fleet import FleetView
+from gateway import __version__
 from gateway.admin.app import build_app
-from gateway.block_registry.fleet_watch import HOLD_SECONDS
-from gateway.kept_prefixes.book import KeptPrefixBook
-from gateway.kept_prefixes.keeper import Keeper
-from gateway.kept_prefixes.prefix_reader import PrefixReader
-from gateway.ledger.ledger import Ledger
-from gateway.ledger.recorder import Recorder
+from gateway.admin.audit import Audited
+from gateway.admin.audit_chain import AuditLog
+from gateway.admin.kv_routes import FlushTiers
+from gateway.file_watch import FileWatch
+from gateway.http_server.request_cycle import Asgi
+from gateway.kept_prefixes.keepers import Keepers
 from gateway.limits.limiter import Limiter
 from gateway.limits.prices import Prices
 from gateway.limits.shapes import QueueStats
+from gateway.limits.shared.shared_limits import SharedLimits
 from gateway.limits.state_file import StateFile
-from gateway.planner.overdue_watch import OverdueWatch
 from gateway.planner.plan import Plan
-from gateway.planner.planner import Planner
-from gateway.prompts.tokenizer.engine_options import source_from_arguments
-from gateway.prompts.tokenizer.model_files import TokenizerSource
-from gateway.prompts.tokenizer.service import TokenService
 from gateway.relay.frontdoor import FrontDoor
 from gateway.relay.large_bodies.pool import LargeBodies
 from gateway.relay.relay import Relay
+from gateway.relay.served_fleets import ServedFleets
+from gateway.replica_control.controls import ReplicaControls
+from gateway.serve.fleet_parts import FleetParts, GivenFleet, fleet_parts
 from gateway.settings import Settings
+from gateway.settings_limits import limits_address
+from gateway.stats.all_figures import AllFigures
+from gateway.stats.node_stats import node_stats
+from gateway.stats.process_figures import ProcessFigures
+from gateway.stats.prometheus import Metrics
 from gateway.stats.replica_metrics import ReplicaMetrics
 from gateway.stats.request_log import RequestLog
+from gateway.stats.traces import Traces
 from gateway.stats.view import FleetFigures
-from gateway.steering.outliers import Outliers
 from gateway.tenants.access import AdminAccess
 from gateway.tenants.key_file import read_keys
-from gateway.tenants.key_watch import KeyWatch
+from gateway.tenants.key_watch import watch_keys
+from gateway.tenants.salts import kept_salt_secret, read_salt_secret
 from gateway.tenants.tenants import Tenants
 from gateway.ui.routes import add_page
 from gateway.upstream.pool import Upstream
-from gateway.upstream.served_models import ModelsCache
-from transport.table.directory import TableDirectory
+
+_logger = logging.getLogger(__name__)
+
+SALT_SECRET = "salt-secret"
+"""The file beside that of the limits with a secret of our own, where tenants need one and nobody gave one."""
+
+
+class Logs(NamedTuple):
+    """Where requests and acts are written down, if that is wanted."""
+
+    requests: RequestLog | None = None
+    audit: AuditLog | None = None
+    traces: Traces | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,131 +67,175 @@ class Door:
 
     app: FrontDoor
     relay: Relay[Plan]
-    models: ModelsCache
+    fleets: tuple[FleetParts, ...]
     upstream: Upstream
-    planner: Planner
-    tokens: TokenService
-    tables: TableDirectory
-    keeper: Keeper
-    overdue: OverdueWatch
-    figures: FleetFigures
+    figures: AllFigures
     large_bodies: LargeBodies
-    keys: KeyWatch | None
+    keys: FileWatch | None
     limiter: Limiter
+    tenants: Tenants
+    access: AdminAccess
+
+    def use(self, settings: Settings) -> None:
+        """Go by these settings from now on, as far as serve/reloading.py says that they take effect.
+
+        Raises SettingsError before any of them does.
+        """
+        self.tenants.configure(settings.tenants, settings.admin_key)
+        self.relay.use(settings)
+        self.upstream.use(settings)
+        self.access.use(settings.admin_key)
+        self.limiter.prices = Prices(settings.cached_token_price, settings.generated_token_price)
+        for fleet in self.fleets:
+            fleet.use(settings)
 
     async def close(self) -> None:
         """Measure the last requests, close connections and tables."""
         self.relay.records.flush()
         await self.large_bodies.close()
-        await self.models.close()
+        for fleet in self.fleets:
+            await fleet.close()
         await self.upstream.close()
-        self.tables.close()
-        self.limiter.close()
+        await self.limiter.close()
 
 
-def build_door(
-    settings: Settings,
-    fleet: FleetView,
-    *,
-    model: str,
-    vllm_args: tuple[str, ...],
-    table_dir: Path,
-    pin_share_max: float | None,
-    request_log: RequestLog | None = None,
-) -> Door:
-    """Build the front door for `fleet`, which serves `model` with `vllm_args`. Raises KeyFileError.
-
-    `pin_share_max` is that of its replicas; None: not known, as somebody else started them.
-    """
-    upstream = Upstream(settings)
-    models = ModelsCache(fleet, upstream)
-    tables = TableDirectory(table_dir, hold_seconds=HOLD_SECONDS)
-    tenants, keys, limiter = _accounts(settings)
-    source = source_from_arguments(model, vllm_args)
-    tokens = TokenService(source, settings.token_cache_bytes_max, settings.text_cache_bytes_max, tenants=len(tenants))
-    outliers = Outliers(settings.eject_failures_max, settings.eject_seconds_min, settings.eject_seconds_max)
-    planner = Planner(fleet, tables, tokens, settings, lambda: models.known, outliers=outliers)
-    access = AdminAccess(settings.admin_key)
-    recorder = Recorder(Ledger(settings.ledger_requests_max), planner)
-    large_bodies = _large_bodies(settings, source, planner, len(tenants))
-    relay: Relay[Plan] = Relay(
-        settings,
-        fleet=fleet,
-        upstream=upstream,
-        models=models,
-        planner=planner,
-        recorder=recorder,
-        tenants=tenants,
-        access=access,
-        limiter=limiter,
-        large_bodies=large_bodies,
+def build_door(settings: Settings, given: Sequence[GivenFleet], logs: Logs | None = None) -> Door:
+    """Build the front door for the fleets `given`. Raises KeyFileError and SettingsError."""
+    upstream, access, (tenants, keys, limiter) = Upstream(settings), AdminAccess(settings.admin_key), _accounts(settings)
+    parts = tuple(fleet_parts(each, upstream, tenants) for each in given)
+    fleets = ServedFleets([each.served for each in parts])
+    bodies = _large_bodies(settings, parts, fleets, len(tenants))
+    relay = Relay(
+        settings, fleets=fleets, upstream=upstream, tenants=tenants, access=access, limiter=limiter, large_bodies=bodies
     )
-    keeper = Keeper(
-        KeptPrefixBook(settings.prefixes_kept_max, settings.prefixes_kept_tokens_max),
-        fleet=fleet,
-        planner=planner,
-        upstream=upstream,
-        reader=PrefixReader(planner, tokens, tenants, models),
-        tenants=tenants,
-        recorder=recorder,
-        seconds_max=settings.prefix_seconds_max,
-        pin_share_max=pin_share_max,
-    )
-    figures = FleetFigures(
-        fleet=fleet,
-        planner=planner,
-        tokens=tokens,
-        relay_counts=lambda: (relay.counters, relay.in_flight),
-        recorder=recorder,
-        keeper=keeper,
-        limit_uses=limiter.uses,
-        queue=QueueStats if relay.admission is None else relay.admission.shown,
-        measure=relay.records.flush,
-        replica_metrics=ReplicaMetrics(fleet, upstream) if settings.replica_metrics else None,
-    )
-    _measure(relay, figures, request_log)
+    figures = _figures(settings, parts, fleets, relay, limiter, upstream)
+    logs = Logs() if logs is None else logs
+    relay.records.meters = (figures.measured, *(log for log in (logs.requests, logs.traces) if log is not None))
+    if logs.requests is not None:
+        figures.measured.registry.register(logs.requests)
     admin = build_app(
-        fleet=fleet,
+        fleets=[each.fleet for each in parts],
         upstream=upstream,
         figures=figures,
         access=access,
-        keeper=keeper,
+        keeper=Keepers([each.keeper for each in parts], fleets.find_place),
+        replicas=ReplicaControls([each.replicas for each in parts]),
         body_bytes_max=settings.body_bytes_max,
+        flush_tiers=_flush_tiers(parts),
         draining=lambda: relay.draining,
     )
     add_page(admin, access)
-    app = FrontDoor(relay=relay, models=models, tenants=tenants, limiter=limiter, admin=admin)
-    overdue = OverdueWatch(planner, fleet, upstream.give_up, seconds_min=settings.overdue_seconds_min)
-    return Door(app, relay, models, upstream, planner, tokens, tables, keeper, overdue, figures, large_bodies, keys, limiter)
+    audited = admin if logs.audit is None else _audited(admin, logs.audit, access)
+    app = FrontDoor(relay=relay, fleets=fleets, tenants=tenants, limiter=limiter, admin=audited)
+    return Door(app, relay, parts, upstream, figures, bodies, keys, limiter, tenants, access)
 
 
-def _measure(relay: Relay[Plan], figures: FleetFigures, request_log: RequestLog | None) -> None:
-    """Have what is recorded of each request counted, and logged if that is wanted."""
-    relay.records.meters = (figures.measured,)
-    if request_log is not None:
-        relay.records.meters += (request_log,)
-        figures.measured.registry.register(request_log)
+def _figures(
+    settings: Settings,
+    parts: Sequence[FleetParts],
+    fleets: ServedFleets[Plan],
+    relay: Relay[Plan],
+    limiter: Limiter,
+    upstream: Upstream,
+) -> AllFigures:
+    shown = [
+        FleetFigures(
+            fleet=each.fleet,
+            planner=each.planner,
+            tokens=each.tokens,
+            recorder=each.recorder,
+            keeper=each.keeper,
+            queue=QueueStats if each.served.admission is None else each.served.admission.shown,
+        )
+        for each in parts
+    ]
+    process = ProcessFigures(
+        lambda: (relay.counters, relay.in_flight),
+        limit_uses=limiter.uses,
+        shared_limits=limiter.shared,
+        nodes=lambda: node_stats(settings.run_dir),
+    )
+    measured = Metrics()
+    for each in parts:
+        each.recorder.feed.add(measured.imports.delivered)
+    return AllFigures(
+        shown,
+        fleets.place,
+        process,
+        measured=measured,
+        measure=relay.records.flush,
+        replica_metrics=ReplicaMetrics([each.fleet for each in parts], upstream) if settings.replica_metrics else None,
+    )
 
 
-def _accounts(settings: Settings) -> tuple[Tenants, KeyWatch | None, Limiter]:
-    """Who may call, and how much. Raises KeyFileError."""
+def _large_bodies(settings: Settings, parts: Sequence[FleetParts], fleets: ServedFleets[Plan], tenants: int) -> LargeBodies:
+    return LargeBodies(
+        [(each.source, each.planner.prompts) for each in parts],
+        workers=settings.large_body_workers,
+        cache_bytes_max=settings.token_cache_bytes_max,
+        texts_bytes_max=settings.text_cache_bytes_max,
+        tenants=tenants,
+        names=fleets.names if len(parts) > 1 else None,
+    )
+
+
+def _flush_tiers(parts: Sequence[FleetParts]) -> FlushTiers:
+    """What empties disk and vault of all fleets; where there are several, it says whose."""
+
+    async def flush() -> dict[str, str]:
+        found = await asyncio.gather(*(each.tiers.flush() for each in parts))
+        if len(parts) == 1:
+            return found[0]
+        models = [each.fleet.snapshot().served_model_name for each in parts]
+        return {f"{name} of {model}": why for model, each in zip(models, found, strict=True) for name, why in each.items()}
+
+    return flush
+
+
+def _audited(admin: Asgi, log: AuditLog, access: AdminAccess) -> Audited:
+    """The admin application with its acts written down. Raises OSError."""
+    audited = Audited(admin, log, access)
+    audited.write({"act": "start", "version": __version__})
+    return audited
+
+
+def _accounts(settings: Settings) -> tuple[Tenants, FileWatch | None, Limiter]:
+    """Who may call, and how much. Raises KeyFileError, SettingsError."""
     file = settings.keys_file
-    tenants = Tenants(settings.tenants, settings.admin_key, None if file is None else read_keys(file))
+    keys = None if file is None else read_keys(file)
+    secret = settings.salt_secret_file
+    tenants = Tenants(
+        settings.tenants,
+        settings.admin_key,
+        keys,
+        allow_anyone=settings.allow_anyone,
+        salt_secret=None if secret is None else read_salt_secret(secret),
+        make_secret=partial(_own_salt_secret, settings),
+    )
     limiter = Limiter(
         Prices(settings.cached_token_price, settings.generated_token_price),
         reservation_seconds=settings.reservation_seconds_max,
         keys=lambda: tenants.keys,
         file=None if file is None else StateFile(settings.limits_file),
+        shared=_shared_limits(settings),
     )
-    return tenants, None if file is None else KeyWatch(file, tenants), limiter
+    return tenants, None if file is None else watch_keys(file, tenants), limiter
 
 
-def _large_bodies(settings: Settings, source: TokenizerSource, planner: Planner, tenants: int) -> LargeBodies:
-    return LargeBodies(
-        source,
-        planner.prompts,
-        workers=settings.large_body_workers,
-        cache_bytes_max=settings.token_cache_bytes_max,
-        texts_bytes_max=settings.text_cache_bytes_max,
-        tenants=tenants,
-    )
+def _shared_limits(settings: Settings) -> SharedLimits | None:
+    """What counts for several gateways, if there is such a server. Raises SettingsError."""
+    address = limits_address(settings)
+    if address is not None and settings.keys_file is None:
+        _logger.warning("limits_valkey is not used: there are limits for the keys of a keys_file alone")
+        return None
+    return None if address is None else SharedLimits(address, wait_seconds_max=settings.limits_valkey_wait_seconds_max)
+
+
+def _own_salt_secret(settings: Settings) -> bytes:
+    """A secret that is ours alone, for tenants of the settings. Raises SettingsError."""
+    if settings.node_name or settings.vault:
+        _logger.warning(
+            "other nodes' gateways do not find blocks of this one's tenants, unless all have the same secret for their salts: "
+            "give each the same salt_secret_file"
+        )
+    return kept_salt_secret(settings.limits_file.with_name(SALT_SECRET))

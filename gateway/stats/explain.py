@@ -8,13 +8,14 @@ from gateway.block_registry.tables import Table
 from gateway.ledger import attempts
 from gateway.ledger.judging import judge
 from gateway.ledger.misses import MissReason
+from gateway.planner.promotions import Promotion
 from gateway.stats.shapes import GroupStats, group_stats
 from gateway.steering.choices import Option
 from transport.table.deliveries import Delivery
 
 _NS = 1e-9
-_ANSWER_IDS = ("chatcmpl-", "cmpl-", "embd-")
-"""How vLLM begins the id in an answer's body, before the request's."""
+_ANSWER_IDS = ("chatcmpl-", "cmpl-", "embd-", "score-", "pooling-")
+"""How vLLM begins the id in an answer's body, before the request's; a Responses answer has another id."""
 ID_CHARS_MAX = 128 + max(map(len, _ANSWER_IDS))
 
 
@@ -30,6 +31,15 @@ class OptionConsidered(BaseModel):
     source: str = Field(description="replica to import from; empty if none")
     action: str = Field(description="hit, pull, split or recompute")
     seconds: float = Field(description="expected seconds to the first token")
+
+
+class Promoted(BaseModel):
+    """What disk and vault brought up before the request was planned."""
+
+    source: str = Field(description="the table that it came into, named after the disk or the vault; empty if nothing came")
+    tokens: int = Field(description="up to where the prompt was there then")
+    seconds: float = Field(description="how long the request waited for it")
+    why: str = Field(description="why nothing came, in words")
 
 
 class Expected(BaseModel):
@@ -83,6 +93,7 @@ class Attempt(BaseModel):
     prompt_tokens: int = Field(description="0 when the token ids were not known")
     expected: Expected
     options: list[OptionConsidered]
+    promoted: Promoted | None = Field(None, description="null if disk and vault were not asked")
     delivered: list[Delivered] = Field(description="one per prompt and choice; empty until something is known")
     status: int | None = Field(description="HTTP status; null while it runs, 0 without an answer, 499 if the client left")
     first_byte_seconds: float | None = Field(description="from sending to the answer's first byte")
@@ -122,6 +133,7 @@ def _attempt(kept: attempts.Attempt, table: Table | None) -> Attempt:
         prompt_tokens=kept.prompt_tokens,
         expected=_expected(kept),
         options=[_option(option) for option in kept.options],
+        promoted=_promoted(kept.promotion),
         delivered=[_delivered(delivery) for delivery in kept.deliveries],
         status=kept.status,
         first_byte_seconds=kept.first_byte_seconds,
@@ -146,6 +158,12 @@ def _expected(kept: attempts.Attempt) -> Expected:
         prefill_seconds=expected.prefill_seconds,
         first_token_seconds=expected.seconds,
     )
+
+
+def _promoted(promotion: Promotion | None) -> Promoted | None:
+    if promotion is None:
+        return None
+    return Promoted(source=promotion.source, tokens=promotion.tokens, seconds=promotion.seconds, why=promotion.why)
 
 
 def _option(option: Option) -> OptionConsidered:

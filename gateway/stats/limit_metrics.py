@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from gateway.limits.shapes import QueueStats, TenantUse
+from gateway.limits.shapes import QueueStats, SharedLimitStats, TenantUse
 from gateway.stats.shapes import descriptions
 
 _TOKENS: tuple[tuple[str, Callable[[TenantUse], float]], ...] = (
@@ -36,6 +36,13 @@ def limit_metrics(uses: Sequence[TenantUse]) -> Iterator[Metric]:
         for kind, read in _TOKENS:
             tokens.add_metric((use.tenant, kind), read(use))
     yield from (requests, refused, tokens, charged, running)
+
+
+def shared_limit_metrics(stats: SharedLimitStats) -> Iterator[Metric]:
+    """Yield how it goes with the server that counts for several gateways."""
+    for field, about in descriptions(SharedLimitStats).items():
+        family = GaugeMetricFamily if field in ("up", "waiting_settlements") else CounterMetricFamily
+        yield family(f"peerkv_shared_limits_{field}", f"Limits of several gateways: {about}.", value=getattr(stats, field))
 
 
 def admission_metrics(queue: QueueStats) -> Iterator[Metric]:

@@ -1,6 +1,6 @@
 """Prometheus metrics: what the front door measures itself, and all that /kv/stats counts, read when somebody asks."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -12,10 +12,11 @@ from gateway.planner.plan import SteeringStats
 from gateway.prompts.parity import Parity, ParityCounts
 from gateway.relay.request_record import RequestRecord
 from gateway.stats.ledger_metrics import ImportTimes, ledger_metrics
-from gateway.stats.limit_metrics import admission_metrics, limit_metrics
+from gateway.stats.limit_metrics import admission_metrics, limit_metrics, shared_limit_metrics
 from gateway.stats.request_metrics import RequestMetrics
 from gateway.stats.shapes import GatewayStats, HostMemoryStats, KvStats, ReplicaStats, descriptions
 from gateway.stats.tallies import Histogram, Tally
+from gateway.stats.tier_metrics import tier_metrics
 from gateway.steering.costs.model import CostStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -64,12 +65,6 @@ _TIER_GAUGES: tuple[_Figure[HostMemoryStats], ...] = (
 )
 
 
-_FIGURES = (
-    ("gateway", descriptions(GatewayStats)),
-    ("steering", descriptions(SteeringStats)),
-)
-
-
 class Metrics:
     """What the front door measures for each request. One per process; `attach` adds everything that /kv/stats counts."""
 
@@ -99,9 +94,9 @@ class Metrics:
             self._first.add(endpoint, record.first_byte_seconds)
         self._requests.add(record)
 
-    def attach(self, snapshot: Callable[[], KvStats]) -> None:
-        """Also show what `snapshot` counts, read at each scrape."""
-        self.registry.register(_StatsCollector(snapshot))
+    def attach(self, snapshots: Callable[[], Sequence[KvStats]]) -> None:
+        """Also show what `snapshots` returns at each scrape: one for each fleet."""
+        self.registry.register(_StatsCollector(snapshots))
 
     def render(self) -> bytes:
         """Return the body of GET /metrics, of type CONTENT_TYPE."""
@@ -109,31 +104,64 @@ class Metrics:
 
 
 class _StatsCollector(Collector):
-    """Turns a snapshot into metrics; those of a replica have a `replica` label."""
+    """Turns snapshots into metrics; those of a replica have a `replica` label, those of several fleets a `model` label too."""
 
-    def __init__(self, snapshot: Callable[[], KvStats]) -> None:
-        self._snapshot = snapshot
+    def __init__(self, snapshots: Callable[[], Sequence[KvStats]]) -> None:
+        self._snapshots = snapshots
 
     def describe(self) -> Iterable[Metric]:
         return ()  # else registering would take a snapshot
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._snapshot()
-        yield from _gateway_metrics(stats)
-        yield from _replica_metrics(stats)
-        yield from ledger_metrics(stats)
-        yield from cost_metrics(stats.costs)
-        yield from limit_metrics(stats.limits)
-        yield from admission_metrics(stats.queue)
+        found = self._snapshots()
+        yield from _gateway_metrics(found[0].gateway)
+        if len(found) == 1:
+            yield from _fleet_metrics(found[0])
+        else:
+            yield from _by_model({stats.model: _fleet_metrics(stats) for stats in found})
+        yield from limit_metrics(found[0].limits)
+        if found[0].shared_limits is not None:
+            yield from shared_limit_metrics(found[0].shared_limits)
 
 
-def _gateway_metrics(stats: KvStats) -> Iterator[Metric]:
-    for part, fields in _FIGURES:
-        for field, text in fields.items():
-            if field not in ("version", "uptime_seconds", "in_flight"):
-                yield CounterMetricFamily(f"peerkv_{part}_{field}", text, value=getattr(getattr(stats, part), field))
-    yield GaugeMetricFamily("peerkv_gateway_in_flight_requests", "Requests being served.", value=stats.gateway.in_flight)
-    yield GaugeMetricFamily("peerkv_gateway_uptime_seconds", "Age of the gateway.", value=stats.gateway.uptime_seconds)
+def _by_model(found: Mapping[str, Iterable[Metric]]) -> Iterable[Metric]:
+    """The metrics of several fleets, each with its model as a label.
+
+    A label of that name becomes `exported_model`, as Prometheus would name it: two fleets may have one model, by two names.
+    """
+    families: dict[str, Metric] = {}
+    for model, metrics in found.items():
+        for metric in metrics:
+            family = families.setdefault(metric.name, metric)
+            labelled = [sample._replace(labels={"model": model, **_exported(sample.labels)}) for sample in metric.samples]
+            family.samples = labelled if family is metric else family.samples + labelled
+    return families.values()
+
+
+def _exported(labels: Mapping[str, str]) -> dict[str, str]:
+    return {"exported_model" if name == "model" else name: value for name, value in labels.items()}
+
+
+def _fleet_metrics(stats: KvStats) -> Iterator[Metric]:
+    yield from _steering_metrics(stats)
+    yield from _replica_metrics(stats)
+    yield from ledger_metrics(stats)
+    yield from cost_metrics(stats.costs)
+    yield from tier_metrics(stats.tiers)
+    yield from admission_metrics(stats.queue)
+
+
+def _gateway_metrics(gateway: GatewayStats) -> Iterator[Metric]:
+    for field, text in descriptions(GatewayStats).items():
+        if field not in ("version", "uptime_seconds", "in_flight"):
+            yield CounterMetricFamily(f"peerkv_gateway_{field}", text, value=getattr(gateway, field))
+    yield GaugeMetricFamily("peerkv_gateway_in_flight_requests", "Requests being served.", value=gateway.in_flight)
+    yield GaugeMetricFamily("peerkv_gateway_uptime_seconds", "Age of the gateway.", value=gateway.uptime_seconds)
+
+
+def _steering_metrics(stats: KvStats) -> Iterator[Metric]:
+    for field, text in descriptions(SteeringStats).items():
+        yield CounterMetricFamily(f"peerkv_steering_{field}", text, value=getattr(stats.steering, field))
     for count, about in descriptions(ParityCounts).items():
         text = f"Token ids compared with an engine's: {about}."
         yield CounterMetricFamily(f"peerkv_parity_{count}", text, value=getattr(stats.parity, count))

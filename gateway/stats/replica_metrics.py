@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
@@ -23,13 +24,13 @@ _logger = logging.getLogger(__name__)
 class ReplicaMetrics:
     """Belongs to one event loop."""
 
-    def __init__(self, fleet: FleetView, upstream: Upstream) -> None:
-        self._fleet = fleet
+    def __init__(self, fleets: Sequence[FleetView], upstream: Upstream) -> None:
+        self._fleets = fleets
         self._upstream = upstream
 
     async def render(self) -> bytes:
         """What the replicas say, in Prometheus' text format. One that does not answer in time is left out."""
-        replicas = [replica for replica in self._fleet.snapshot().replicas if replica.state in _ASKED]
+        replicas = [each for fleet in self._fleets for each in fleet.snapshot().replicas if each.state in _ASKED]
         found = await asyncio.gather(*map(self._ask, replicas))
         registry = CollectorRegistry()
         answered = Gauge(

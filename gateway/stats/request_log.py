@@ -21,8 +21,9 @@ class RequestLine(msgspec.Struct, gc=False):
 
     `time` is when the request came. Seconds are since then, but for `queue_seconds`, which it waited in the engine. `replica`
     is the last one that was tried, of `attempts`. Of the prompt's tokens, `cached_tokens` were not computed: they are the sum
-    of the local ones, those imported from a peer and those restored from host memory, out of `source`. `estimated` says that
-    completion tokens are counted by a stream's events. `status` is 499 if the client left, 0 if it got nothing.
+    of the local ones, those imported from a peer and those restored from host memory, disk or vault, out of `source`.
+    `estimated` says that completion tokens are counted by a stream's events. `status` is 499 if the client left, 0 if it got
+    nothing.
     """
 
     time: datetime
@@ -40,6 +41,8 @@ class RequestLine(msgspec.Struct, gc=False):
     local_tokens: int | None = None
     peer_tokens: int | None = None
     host_memory_tokens: int | None = None
+    disk_tokens: int | None = None
+    vault_tokens: int | None = None
     computed_tokens: int | None = None
     source: str | None = None
     completion_tokens: int | None = None
@@ -103,8 +106,9 @@ def request_line(record: RequestRecord, ended_at: float) -> RequestLine:
         return line
     sources = token_sources(attempt)
     if sources is not None:
-        line.local_tokens, line.peer_tokens, line.host_memory_tokens, line.computed_tokens, source = sources
-        line.source, line.cached_tokens = source or None, sources.cached
+        line.local_tokens, line.peer_tokens, line.computed_tokens = sources.local, sources.peer, sources.computed
+        line.host_memory_tokens, line.disk_tokens, line.vault_tokens = sources.host_memory, sources.disk, sources.vault
+        line.source, line.cached_tokens = sources.source or None, sources.cached
     if usage is not None:
         line.prompt_tokens = usage.prompt_tokens
     else:

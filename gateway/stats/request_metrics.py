@@ -23,7 +23,7 @@ FIRST_TOKEN_SECONDS = (
 TOKEN_SECONDS = (0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 QUEUE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _PAIR = ("tenant", "model")
-_SOURCES = ("local", "peer", "host_memory", "computed", "unknown")
+_SOURCES = ("local", "peer", "host_memory", "disk", "vault", "computed", "unknown")
 
 
 class _Series:
@@ -71,12 +71,10 @@ class RequestMetrics(Collector):
         series.generated_tokens += record.completion_tokens
         counts, sources = series.prompt_tokens, token_sources(record.attempt)
         if sources is not None:
-            counts[0] += sources.local
-            counts[1] += sources.peer
-            counts[2] += sources.host_memory
-            counts[3] += sources.computed
+            for place, tokens in enumerate(sources[:-1]):  # they are in the order of _SOURCES
+                counts[place] += tokens
         elif record.usage is not None:
-            counts[4] += record.usage.prompt_tokens
+            counts[-1] += record.usage.prompt_tokens
 
     def _new(self, *pair: str) -> _Series:
         if len(self._series) >= PAIRS_MAX:

@@ -6,12 +6,15 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, TypeAdapter
 
+from engine.frame_tiers.store import StoreStats
 from gateway.ledger.stats import LedgerStats
-from gateway.limits.shapes import QueueStats, TenantUse
+from gateway.limits.shapes import QueueStats, SharedLimitStats, TenantUse
 from gateway.planner.plan import SteeringStats
+from gateway.planner.promotions import PromotionCounts
 from gateway.prompts.parity import KindVerdict, ParityCounts
 from gateway.prompts.tokenizer.service import TokenizerStats
 from gateway.relay.counters import RelayCounters
+from gateway.stats.node_stats import NodeStats
 from gateway.steering.costs.model import CostStats
 from gateway.steering.outliers import OutlierState
 from transport.groups import Group
@@ -33,6 +36,8 @@ class TokenCounts(BaseModel):
     peer_shared_memory: int = Field(0, description="from another replica, through shared memory")
     peer_cuda_ipc: int = Field(0, description="from another replica, through CUDA IPC")
     host_memory: int = Field(0, description="restored from host memory")
+    disk: int = Field(0, description="restored from the disk")
+    vault: int = Field(0, description="restored from the vault")
     computed: int = Field(0, description="computed")
 
     def by_source(self) -> dict[str, int]:
@@ -132,6 +137,20 @@ class HostMemoryStats(BaseModel):
     import_failures: int = Field(0, description="imports from it that fell short")
 
 
+class TiersBelow(BaseModel):
+    """The tiers below host memory: disk and vault."""
+
+    stores: list[StoreStats] = Field([], description="none where neither is set, or their process is not there")
+    lost_blocks: int = Field(0, description="blocks that gave way in host memory before they were written")
+    unknown_blocks: int = Field(0, description="blocks in host memory that are not what their keys say, and are not written")
+    promotions: int = Field(0, description="prompts that something was brought up for, by all gateways")
+    promotions_late: int = Field(0, description="prompts for which not all came up in time")
+    staged_blocks: int = Field(0, description="blocks brought up into memory that replicas import from")
+    import_blocks: int = Field(0, description="blocks that replicas imported of these")
+    import_failures: int = Field(0, description="imports of these that fell short")
+    asked: PromotionCounts = PromotionCounts()
+
+
 class Totals(BaseModel):
     """Totals of the fleet, including replicas that are gone."""
 
@@ -163,9 +182,10 @@ class GatewayStats(RelayCounters):
 
 
 class KvStats(BaseModel):
-    """The body of GET /kv/stats."""
+    """The body of GET /kv/stats: of one model and its replicas, but for `gateway` and `limits`, which are those of all."""
 
     model: str
+    models: list[str] = Field([], description="all models that have replicas of their own here, each with figures of its own")
     gateway: GatewayStats
     steering: SteeringStats
     costs: CostStats
@@ -175,8 +195,11 @@ class KvStats(BaseModel):
     totals: Totals
     replicas: list[ReplicaStats]
     host_memory: list[HostMemoryStats] = Field(description="none where no host memory is set")
+    tiers: TiersBelow = TiersBelow()
     queue: QueueStats = Field(QueueStats(), description="all 0 where requests do not wait (replica_requests_max)")
     limits: list[TenantUse] = Field([], description="tenants whose keys have limits")
+    shared_limits: SharedLimitStats | None = Field(None, description="null where each gateway counts by itself")
+    nodes: list[NodeStats] = Field([], description="other nodes")
 
 
 def descriptions(shape: type) -> Mapping[str, str]:

@@ -5,23 +5,24 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 
 from engine.fleet import FleetView, Replica, ReplicaState
-from gateway import __version__
+from engine.frame_tiers.messages import TierStats
 from gateway.block_registry.fleet_state import obstacles
 from gateway.block_registry.lifetime_counters import LifetimeCounters
 from gateway.block_registry.tables import Table
 from gateway.ledger.recorder import Recorder
-from gateway.limits.shapes import QueueStats, TenantUse
+from gateway.limits.shapes import QueueStats
 from gateway.planner.planner import Planner
+from gateway.planner.promotions import Promotions
 from gateway.prompts.parity import ParityCounts, ParityVerdict
 from gateway.prompts.tokenizer.service import TokenService
-from gateway.relay.counters import RelayCounters
+from gateway.stats.process_figures import ProcessStats
 from gateway.stats.shapes import (
-    GatewayStats,
     HostMemoryStats,
     KvStats,
     ParityStats,
     PeerStats,
     ReplicaStats,
+    TiersBelow,
     TokenCounts,
     Totals,
     TransferCounts,
@@ -29,14 +30,11 @@ from gateway.stats.shapes import (
 )
 from gateway.steering.outliers import Ejection
 from transport.table.deliveries import EngineLoad, PeerCounters
-from transport.table.tiers import HOST_MEMORY
+from transport.table.tiers import HOST_MEMORY, tier_kind
 
 
 class StatsView:
-    """Assembles the snapshot.
-
-    `door` gives the relay's counts and its requests in flight.
-    """
+    """Assembles the snapshot of one fleet."""
 
     def __init__(
         self,
@@ -44,23 +42,18 @@ class StatsView:
         planner: Planner,
         tokens: TokenService,
         recorder: Recorder,
-        door: Callable[[], tuple[RelayCounters, int]],
         clock: Callable[[], float] = time.monotonic,
-        limit_uses: Callable[[], list[TenantUse]] = list,
         queue: Callable[[], QueueStats] = QueueStats,
     ) -> None:
         self._fleet = fleet
         self._planner = planner
         self._tokens = tokens
         self._recorder = recorder
-        self._door = door
-        self._limit_uses = limit_uses
         self._queue = queue
         self._clock = clock
-        self._started = clock()
 
-    def snapshot(self) -> KvStats:
-        """Return the state of everything now."""
+    def snapshot(self, process: ProcessStats) -> KvStats:
+        """Return the state of everything now; `process` is that of the gateway itself."""
         fleet = self._fleet.snapshot()
         self._recorder.catch_up()
         ledger = self._recorder.ledger
@@ -73,7 +66,7 @@ class StatsView:
         ]
         return KvStats(
             model=fleet.served_model_name or fleet.model,
-            gateway=self._gateway(),
+            gateway=process.gateway,
             steering=replace(self._planner.counts),
             costs=self._planner.costs.report(),
             ledger=ledger.sums.shown(len(ledger), self._recorder.feed.missed),
@@ -82,14 +75,12 @@ class StatsView:
             totals=_totals(replicas, counters),
             replicas=replicas,
             host_memory=host_memory_stats(self._planner.fleet.latest.tiers, replicas),
+            tiers=_tier_stats(self._planner.promotions, replicas),
             queue=self._queue(),
-            limits=self._limit_uses(),
+            limits=process.limits,
+            shared_limits=process.shared_limits,
+            nodes=process.nodes,
         )
-
-    def _gateway(self) -> GatewayStats:
-        uptime = self._clock() - self._started
-        counters, in_flight = self._door()
-        return GatewayStats(version=__version__, uptime_seconds=uptime, in_flight=in_flight, **asdict(counters))
 
 
 def token_counts(counters: Mapping[str, int]) -> TokenCounts:
@@ -100,6 +91,8 @@ def token_counts(counters: Mapping[str, int]) -> TokenCounts:
         peer_shared_memory=counters.get("peer_tokens_shared_memory", 0),
         peer_cuda_ipc=counters.get("peer_tokens_cuda_ipc", 0),
         host_memory=counters.get("tier_tokens_host_memory", 0),
+        disk=counters.get("tier_tokens_disk", 0),
+        vault=counters.get("tier_tokens_vault", 0),
         computed=counters.get("computed_tokens", 0),
     )
 
@@ -165,6 +158,8 @@ def host_memory_stats(tiers: Mapping[str, Table], replicas: Iterable[ReplicaStat
     found = []
     read = [peer for replica in replicas for peer in replica.peers]
     for name, table in sorted(tiers.items()):
+        if tier_kind(name) != "host_memory":
+            continue
         counters, mine = table.counters(), [peer for peer in read if peer.name == name]
         found.append(
             HostMemoryStats(
@@ -183,6 +178,23 @@ def host_memory_stats(tiers: Mapping[str, Table], replicas: Iterable[ReplicaStat
             )
         )
     return found
+
+
+def _tier_stats(promotions: Promotions, replicas: Iterable[ReplicaStats]) -> TiersBelow:
+    """Return what disk and vault hold and did."""
+    heard = promotions.tiers.latest or TierStats()
+    read = [peer for replica in replicas for peer in replica.peers if tier_kind(peer.name) in ("disk", "vault")]
+    return TiersBelow(
+        stores=list(heard.stores),
+        lost_blocks=heard.lost_blocks,
+        unknown_blocks=heard.unknown_blocks,
+        promotions=heard.promotions,
+        promotions_late=heard.promotions_late,
+        staged_blocks=heard.staged_blocks,
+        import_blocks=sum(peer.blocks for peer in read),
+        import_failures=sum(peer.failures for peer in read),
+        asked=replace(promotions.counts),
+    )
 
 
 def _parity_stats(verdict: ParityVerdict, counts: ParityCounts) -> ParityStats:

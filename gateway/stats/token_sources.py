@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gateway.ledger.attempts import Attempt
-from transport.table.tiers import is_tier
+from transport.table.tiers import TierKind, tier_kind
 
 
 class TokenSources(NamedTuple):
@@ -14,26 +14,36 @@ class TokenSources(NamedTuple):
     local: int
     peer: int
     host_memory: int
+    disk: int
+    vault: int
     computed: int
     source: str
 
     @property
     def cached(self) -> int:
         """Those that were not computed."""
-        return self.local + self.peer + self.host_memory
+        return self.local + self.peer + self.host_memory + self.disk + self.vault
 
 
 def token_sources(attempt: Attempt) -> TokenSources | None:
     """None while the engine left no record of the attempt."""
-    local = peer = host_memory = computed = 0
+    local = computed = 0
+    imported: dict[TierKind | None, int] = {None: 0, "host_memory": 0, "disk": 0, "vault": 0}
     source = ""
     for delivery in attempt.deliveries:
         local += delivery.local_tokens
         computed += delivery.computed_tokens
         if delivery.peer_tokens:
             source = delivery.source
-            if is_tier(source):
-                host_memory += delivery.peer_tokens
-            else:
-                peer += delivery.peer_tokens
-    return TokenSources(local, peer, host_memory, computed, source) if attempt.deliveries else None
+            imported[tier_kind(source)] += delivery.peer_tokens
+    if not attempt.deliveries:
+        return None
+    return TokenSources(
+        local=local,
+        peer=imported[None],
+        host_memory=imported["host_memory"],
+        disk=imported["disk"],
+        vault=imported["vault"],
+        computed=computed,
+        source=source,
+    )

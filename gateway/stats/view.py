@@ -1,4 +1,4 @@
-"""The bodies of /kv/stats, /kv/prefixes, /kv/explain and /metrics."""
+"""What one fleet has to show: the bodies of /kv/stats, /kv/prefixes and /kv/explain."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,26 +11,19 @@ from gateway.kept_prefixes.book import KeptPrefixAnswer
 from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.shapes import Prefix, PrefixReport
 from gateway.ledger.recorder import Recorder
-from gateway.limits.shapes import QueueStats, TenantUse
+from gateway.limits.shapes import QueueStats
 from gateway.planner.planner import Planner
 from gateway.planner.prefix_counts import PrefixCounts
 from gateway.prompts.tokenizer.service import TokenService
-from gateway.relay.counters import RelayCounters
 from gateway.stats.explain import Explanation, explain, request_id_of
-from gateway.stats.prometheus import CONTENT_TYPE, Metrics
-from gateway.stats.replica_metrics import ReplicaMetrics
+from gateway.stats.process_figures import ProcessStats
 from gateway.stats.shapes import KvStats
 from gateway.stats.snapshot import StatsView
 from gateway.steering.outliers import Ejection
 
 
 class FleetFigures:
-    """Assembles them on request. Belongs to the event loop's thread, as the tables do.
-
-    `measured` takes what the front door measures for each request, and `measure` has it take what waits for that.
-    `relay_counts` returns the relay's counters and how many requests it is serving,
-    `limit_uses` what tenants used of their limits.
-    """
+    """Assembles them on request. Belongs to the event loop's thread, as the tables do."""
 
     def __init__(
         self,
@@ -38,28 +31,29 @@ class FleetFigures:
         fleet: FleetView,
         planner: Planner,
         tokens: TokenService,
-        relay_counts: Callable[[], tuple[RelayCounters, int]],
         recorder: Recorder,
         keeper: Keeper,
-        limit_uses: Callable[[], list[TenantUse]] = list,
         queue: Callable[[], QueueStats] = QueueStats,
-        measure: Callable[[], None] = lambda: None,
-        replica_metrics: ReplicaMetrics | None = None,
     ) -> None:
-        self.measured = Metrics()
-        recorder.feed.add(self.measured.imports.delivered)
         self._fleet = fleet
         self._planner = planner
         self._recorder = recorder
         self._keeper = keeper
-        self._measure = measure
-        self._replica_metrics = replica_metrics
-        self._view = StatsView(fleet, planner, tokens, recorder, relay_counts, limit_uses=limit_uses, queue=queue)
-        self.measured.attach(self.stats)
+        self._view = StatsView(fleet, planner, tokens, recorder, queue=queue)
 
-    def stats(self) -> KvStats:
-        """Return the body of GET /kv/stats."""
-        return self._view.snapshot()
+    @property
+    def model(self) -> str:
+        """The name of its model."""
+        snapshot = self._fleet.snapshot()
+        return snapshot.served_model_name or snapshot.model
+
+    def has(self, replica: str) -> bool:
+        """Whether it is a replica of this fleet."""
+        return self._fleet.snapshot().find(replica) is not None
+
+    def stats(self, process: ProcessStats) -> KvStats:
+        """Return the body of GET /kv/stats, with the figures of the gateway itself."""
+        return self._view.snapshot(process)
 
     def prefixes(self, limit: int) -> PrefixReport:
         """The body of GET /kv/prefixes: the `limit` most requested ones, and all that are kept."""
@@ -73,19 +67,14 @@ class FleetFigures:
                 return explain(name, entries, self._planner.fleet.now().tables)
         return None
 
-    async def metrics(self) -> tuple[bytes, str]:
-        """Return the body of GET /metrics, with the replicas' own metrics if they are wanted, and its content type."""
-        self._measure()
-        of_replicas = await self._replica_metrics.render() if self._replica_metrics is not None else b""
-        return self.measured.render() + of_replicas, CONTENT_TYPE
-
     def ejection(self, replica: str) -> Ejection:
         """Whether a replica gets requests, and why not."""
         return self._planner.outliers.seen(replica, time.monotonic())
 
     def warnings(self) -> list[str]:
-        """What keeps replicas that are ready from exchanging KV, and what to do."""
-        return exchange_warnings(self._fleet.snapshot(), self._planner.fleet.now().tables)
+        """What keeps replicas that are ready from exchanging KV, and disk or vault from being used, and what to do."""
+        found = exchange_warnings(self._fleet.snapshot(), self._planner.fleet.now().tables)
+        return [*found, *self._planner.promotions.tiers.warnings()]
 
     def _holders(self, keys: Sequence[bytes]) -> list[list[str]]:
         return holders(self._planner.fleet.now().tables, key_array(keys))

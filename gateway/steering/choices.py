@@ -9,6 +9,8 @@ import msgspec
 from gateway.steering.costs.model import ModelKey
 from gateway.steering.costs.replica_load import IDLE, ReplicaLoad
 from gateway.steering.evictions import NOTHING_AGAIN, Again
+from transport.node.names import node_of
+from transport.table.tiers import way
 
 CUDA = ModelKey("cuda")
 
@@ -63,7 +65,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 
     def stored(self) -> "Candidate":
         """Return its tier as a source of imports."""
-        return Candidate(self.tier, self.tier_tokens, transport=self.transport, node=self.node)
+        return Candidate(self.tier, self.tier_tokens, transport=way(self.transport, self.tier), node=node_of(self.tier))
 
 
 class Expected(msgspec.Struct, frozen=True, gc=False):

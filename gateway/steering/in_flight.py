@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping
 
 from gateway.block_registry.tables import Table
 from gateway.steering.costs.model import CostModel, ModelKey, Outcome
+from gateway.steering.costs.priors import REMOTE_TRANSPORT
 from gateway.steering.costs.replica_load import ReplicaLoad
 from gateway.steering.load import FleetLoad, Ticket
+from transport.node.names import node_of
 from transport.table.deliveries import Delivery, DeliveryReason, EngineLoad
+from transport.table.tiers import way
 
 REFUSALS = frozenset({DeliveryReason.SOURCE_UNREADABLE, DeliveryReason.NOT_EXCHANGING})
 """With these an engine says that it will not import from that source as long as both live."""
@@ -16,7 +19,7 @@ class Flight(Ticket, gc=False, eq=False):
     """A planned request, what `load` was ahead of it at `decided_at`, what was expected, and what came of it so far.
 
     `streamed` says that the replica's first byte is the first token; `teaches` that the plan speaks of all that the
-    request asks, `reports` that the engine tells when the first token came.
+    request asks, `reports` that the engine tells when the first token came, `stepless` that it makes no step for the request.
     """
 
     key: ModelKey
@@ -27,6 +30,7 @@ class Flight(Ticket, gc=False, eq=False):
     streamed: bool
     teaches: bool
     reports: bool
+    stepless: bool = False
     first_byte_at: float = 0.0
     delivery: Delivery | None = None
     taught: bool = False
@@ -75,10 +79,10 @@ class Flights:
             self._load.finished(flight, now)
 
     def waiting(self) -> Mapping[str, list[Flight]]:
-        """For each replica the requests of which no first token is known; those without any are left out."""
+        """For each replica the requests that wait for a step that brings their first token; those without any are left out."""
         found: dict[str, list[Flight]] = {}
         for flight in self._aloft.values():
-            if flight.delivery is None and not flight.first_byte_at:
+            if flight.delivery is None and not flight.first_byte_at and not flight.stepless:
                 found.setdefault(flight.replica, []).append(flight)
         return found
 
@@ -128,12 +132,18 @@ class Flights:
             self._costs.observe(_outcome(flight, source, delivery, came_at - flight.decided_at))
 
 
+def _way(flight: Flight, source: str) -> str:
+    """Return how an import comes: from another node than the replica's, or within the node."""
+    across = source and node_of(source) != node_of(flight.replica)
+    return REMOTE_TRANSPORT if across else way(flight.transport, source)
+
+
 def _outcome(flight: Flight, source: str | None, delivery: Delivery | None, seconds: float) -> Outcome:
     return Outcome(
         key=flight.key,
         replica=flight.replica,
         source=source,
-        transport=flight.transport,
+        transport=_way(flight, source or ""),
         load=flight.load,
         now=flight.decided_at,
         prompt_tokens=delivery.prompt_tokens if delivery else flight.prompt_tokens,

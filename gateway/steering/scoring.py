@@ -12,6 +12,7 @@ import msgspec
 
 from gateway.steering.choices import Candidate, Choice, Expected, Option, PromptView
 from gateway.steering.costs.model import CostModel, ModelKey
+from gateway.steering.costs.priors import REMOTE_TRANSPORT
 from gateway.steering.costs.replica_load import ReplicaLoad
 from gateway.steering.costs.times import ModelTimes, pairs
 from gateway.steering.popularity import FADE_SECONDS
@@ -27,7 +28,6 @@ SPLIT_GAIN_SECONDS_MIN = 5e-4
 BUSY_MAX = 0.95
 """A hot prefix is assumed to keep its holders at most this busy, so that the expected wait stays finite."""
 CHANCE_DEVIATIONS = 2.0
-REMOTE_TRANSPORT = "rdma"
 
 
 _HIT, _PULL, _SPLIT, _RECOMPUTE = (

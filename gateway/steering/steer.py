@@ -10,7 +10,8 @@ import xxhash
 
 from gateway.steering.choices import CUDA, SCORE, Candidate, Choice, Decision, Expected, Option, PromptView
 from gateway.steering.costs.model import CostModel
-from gateway.steering.scoring import HOLDERS_MAX, REMOTE_TRANSPORT, TAKERS_MAX, Scoring, Taker
+from gateway.steering.costs.priors import REMOTE_TRANSPORT
+from gateway.steering.scoring import HOLDERS_MAX, TAKERS_MAX, Scoring, Taker
 
 __all__ = [
     "CUDA",

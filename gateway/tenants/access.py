@@ -37,6 +37,10 @@ class AdminAccess:
     """The admin rule."""
 
     def __init__(self, admin_key: SecretStr | None) -> None:
+        self.use(admin_key)
+
+    def use(self, admin_key: SecretStr | None) -> None:
+        """Ask for this key from now on."""
         self._key = None if admin_key is None else _digest(admin_key.get_secret_value().encode())
 
     def check(self, scope: Mapping[str, Any]) -> None:
@@ -67,11 +71,18 @@ class AdminAccess:
 def caller(tenants: Tenants, scope: Mapping[str, Any], authorization: bytes | None, host: bytes | None) -> TenantContext:
     """The tenant that a request of this ASGI scope, with these headers, is of. Raises NotAuthenticated, Forbidden.
 
-    Where nobody needs a key it must not be that of a web page in a browser on this machine, whose name was made to point here.
+    Where nobody needs a key it must come from this machine, unless the settings allow anyone; and not from a web page in a
+    browser here, whose name was made to point here.
     """
-    if tenants.open and not is_loopback_host(host or b""):
+    if tenants.open:
         client = scope.get("client")
-        if client is not None and is_loopback(client[0]):
+        if client is not None and not is_loopback(client[0]):
+            if not tenants.allow_anyone:
+                raise Forbidden(
+                    "Where no tenants or keys are configured, only callers on the gateway's own machine are answered. Make a "
+                    "key with `peerkv keys add`, or let everybody in with --allow-anyone."
+                )
+        elif client is not None and not is_loopback_host(host or b""):
             raise Forbidden(
                 "Where no tenants are configured, the Host of a request from the gateway's machine has to be localhost or a "
                 "loopback address: else web pages in a browser here could use the model. Tenants may use other names."
@@ -80,10 +91,17 @@ def caller(tenants: Tenants, scope: Mapping[str, Any], authorization: bytes | No
 
 
 def open_to_others(settings: Settings) -> str:
-    """A warning if gateways with these settings may be used by whoever reaches them from other machines; else nothing."""
+    """A warning if other machines may use a gateway with these settings without a key, or reach it in vain; else nothing."""
     if settings.tenants or settings.keys_file or settings.host == "localhost" or is_loopback(settings.host):
         return ""
-    return f"no tenants are configured: whoever reaches {settings.host} port {settings.port} can use the model, without a key"
+    if settings.allow_anyone:
+        return (
+            f"no tenants are configured: whoever reaches {settings.host} port {settings.port} can use the model, without a key"
+        )
+    return (
+        f"it listens on {settings.host}, but no tenants or keys are configured: other machines' requests are refused. "
+        "`peerkv keys add` makes a key, --allow-anyone lets everybody in"
+    )
 
 
 def _is_of_another_page(name: bytes, value: bytes) -> bool:

@@ -8,13 +8,15 @@ import json
 import os
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from gateway.errors import GatewayError
+from gateway.table_errors import Tables
 from gateway.tenants.keys import Key, Keys, no_keys
 
 FILE_BYTES_MAX = 16 << 20  # tens of thousands of keys
@@ -47,7 +49,7 @@ def read_keys(path: Path) -> Keys:
     try:
         return Keys.model_validate(values)
     except ValidationError as error:
-        raise KeyFileError(f"the keys file {path} is wrong: {_in_words(error)}") from None
+        raise KeyFileError(f"the keys file {path} is wrong: {_in_words(error, values)}") from None
 
 
 def write_keys(path: Path, keys: Keys) -> None:
@@ -125,10 +127,15 @@ def _keep_owner(handle: int, path: Path) -> None:
             os.fchown(handle, found.st_uid, found.st_gid)
 
 
-def _in_words(error: ValidationError) -> str:
-    parts = []
+def _in_words(error: ValidationError, values: Mapping[str, Any]) -> str:
+    tables, parts = Tables({"keys": Key.model_fields}, Keys.model_fields, values), []
     for detail in error.errors(include_input=False, include_url=False, include_context=False):
-        place = ".".join(str(part + 1) if isinstance(part, int) else part for part in detail["loc"])
-        message = detail["msg"].removeprefix("Value error, ")
-        parts.append(f"{place}: {message}" if place else message)
+        words, place = tables.in_words(detail, _message), ".".join(map(str, detail["loc"]))
+        if words is None and detail["type"] == "extra_forbidden":
+            words = tables.unknown(place)
+        parts.append(words or (f"{place}: {_message(detail)}" if place else _message(detail)))
     return "; ".join(parts)
+
+
+def _message(detail: Mapping[str, Any]) -> str:
+    return str(detail["msg"]).removeprefix("Value error, ")

@@ -77,6 +77,12 @@ class KeyLimits(BaseModel):
         per_time = (self.tokens_per_minute, self.tokens_per_day, self.tokens_per_month)
         return any(most is not None for most in (*per_time, self.tokens_in_flight_max, self.max_tokens_max))
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether requests or tokens have to be counted, beside what a single request may ask for."""
+        per_time = (self.requests_per_minute, self.tokens_per_minute, self.tokens_per_day, self.tokens_per_month)
+        return any(most is not None for most in (*per_time, self.requests_in_flight_max, self.tokens_in_flight_max))
+
 
 class Key(KeyLimits):
     """One key: of itself only the digest is known. `former_sha256` is that of the key which it replaced."""
@@ -89,7 +95,9 @@ class Key(KeyLimits):
     created: Moment | None = None
     expires: Moment | None = None
     revoked: Moment | None = None
+    group: Name | None = Field(None, description="tenants of one group share a prefix cache; none: it is the tenant's alone")
     priority: Literal["high", "normal", "low"] = "normal"
+    accepts_loss: bool = False
     models: tuple[str, ...] = Field((), description="models that it may name; none: all")
 
     @model_validator(mode="before")
@@ -110,7 +118,7 @@ class Key(KeyLimits):
 
 
 class Keys(BaseModel):
-    """The content of a keys file. `salt_secret` is what the tenants' salts are derived from."""
+    """The content of a keys file. `salt_secret` is what salts are made with, where the settings have no secret for that."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -125,11 +133,19 @@ class Keys(BaseModel):
         digests = [digest for key in self.keys for digest in (key.sha256, key.former_sha256) if digest]
         if len(set(digests)) != len(digests):
             raise ValueError("two keys have the same sha256")
+        groups: dict[str, str | None] = {}
+        for key in self.keys:
+            if groups.setdefault(key.tenant, key.group) != key.group:
+                raise ValueError(f"keys of the tenant '{key.tenant}' are of different groups, and a tenant has one cache")
         return self
 
     def named(self, name: str) -> Key | None:
         """The key of that name."""
         return next((key for key in self.keys if key.name == name), None)
+
+    def group_of(self, tenant: str) -> str | None:
+        """The group of a tenant's keys."""
+        return next((key.group for key in self.keys if key.tenant == tenant), None)
 
     def with_key(self, key: Key) -> Keys:
         """The same with `key` in place of the one of its name, or added."""

@@ -45,6 +45,17 @@ def is_loopback_url(url: str) -> bool:
     return is_loopback_host(host.encode("utf-8"))
 
 
+def port_here(url: str) -> int | None:
+    """The port of a URL that leads to this machine by its loopback; None for any other URL."""
+    if not is_loopback_url(url):
+        return None
+    parts = urlsplit(url)
+    try:
+        return parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:  # it is no port
+        return None
+
+
 def names_loopback(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Whether a request's headers, names in lower case, name such a host, once."""
     hosts = [value for name, value in headers if name == b"host"]

@@ -1,24 +1,24 @@
 """Who calls: an API key becomes a tenant with the salt of its prefix cache.
 
-Tenants never share KV blocks: their salts differ, and a salt comes from the authenticated key alone, never from
-a request. Without any tenant configured the gateway is open to one anonymous tenant without a salt.
+Tenants never share KV blocks, unless they are of one group: their salts differ, and a salt comes from the authenticated key
+alone, never from a request. Without any tenant configured the gateway is open to one anonymous tenant without a salt.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from pydantic import SecretStr
 
 from gateway.errors import NotAuthenticated
 from gateway.settings import Tenant
 from gateway.tenants.keys import CLASSES, NORMAL, Key, Keys, digest_of
+from gateway.tenants.salts import given_salt, new_secret, salt_of
+from transport.table.quality import lossy_salt
 
-_SALT_CONTEXT = b"peerkv tenant salt v1"
 TENANTS_OF_A_FILE = 16
 """So many are reckoned with where a keys file may add some at any time (prompts/tokenizer/tenant_encoders.py)."""
 
@@ -28,28 +28,22 @@ class TenantContext:
     """What the rest of the gateway knows about a caller. `salt` is "" for the anonymous tenant.
 
     `key` is the one that was sent, if there is something to count or to check of what it is used for, `rank` the place of
-    its class in keys.CLASSES.
+    its class in keys.CLASSES. `accepts_loss`: the caller takes KV that lost something, if the operator keeps any so.
     """
 
     name: str
     salt: str
     key: Key | None = None
     rank: int = NORMAL
+    accepts_loss: bool = False
+
+    def with_loss(self) -> TenantContext:
+        """Return the caller with the salt of its cache of KV that may have lost something."""
+        return replace(self, salt=lossy_salt(self.salt))
 
 
 ADMIN = "admin"
-ANONYMOUS = TenantContext(name="anonymous", salt="")
-
-
-def default_salt(tenant: Tenant) -> str:
-    """HMAC-SHA256 of the name, keyed with the API key: 64 hex digits that only the key's holders can derive."""
-    key = tenant.api_key.get_secret_value().encode()
-    return hmac.new(key, _SALT_CONTEXT + tenant.name.encode(), hashlib.sha256).hexdigest()
-
-
-def derived_salt(secret: str, tenant: str) -> str:
-    """The salt of a tenant of a keys file: HMAC-SHA256 of its name, so that all its keys share a cache, and new ones too."""
-    return hmac.new(bytes.fromhex(secret), _SALT_CONTEXT + tenant.encode(), hashlib.sha256).hexdigest()
+ANONYMOUS = TenantContext(name="anonymous", salt="", accepts_loss=True)  # without keys, the operator speaks for all
 
 
 def bearer_token(authorization: bytes | None) -> bytes | None:
@@ -73,7 +67,9 @@ class _Entry:
 class Tenants:
     """The configured tenants, and those of a keys file once `use` was called; `authenticate` is called once per request.
 
-    If there are tenants, the holder of the admin key is one more. `clock` gives Unix time in seconds.
+    If there are tenants, the holder of the admin key is one more; if there are none, `allow_anyone` lets other machines call.
+    Salts are made with `salt_secret`, without it with that of the keys file, and without that with what `make_secret` returns.
+    `clock` gives Unix time in seconds.
     """
 
     def __init__(
@@ -82,33 +78,47 @@ class Tenants:
         admin_key: SecretStr | None = None,
         keys: Keys | None = None,
         clock: Callable[[], float] = time.time,
+        *,
+        allow_anyone: bool = False,
+        salt_secret: bytes | None = None,
+        make_secret: Callable[[], bytes] = new_secret,
     ) -> None:
-        callers = list(tenants)
-        if (callers or keys is not None) and admin_key is not None:
-            callers.append(Tenant(name=ADMIN, api_key=admin_key))
-        self._entries = tuple(
-            (
-                digest_of(tenant.api_key.get_secret_value().encode()),
-                TenantContext(
-                    name=tenant.name,
-                    salt=tenant.salt.get_secret_value() if tenant.salt else default_salt(tenant),
-                ),
-            )
-            for tenant in callers
-        )
+        self.allow_anyone = allow_anyone
+        self._given = (tuple(tenants), admin_key)
         self._clock = clock
-        self._keys: Keys | None = None
-        self._by_digest: dict[bytes, _Entry] = {}
-        if keys is not None:
-            self.use(keys)
+        self._keys = keys
+        self._salt_secret = salt_secret
+        self._make_secret = make_secret
+        self._made: bytes | None = None
+        self._take()
+
+    def configure(self, tenants: Sequence[Tenant], admin_key: SecretStr | None) -> None:
+        """Take these in place of those of the settings from now on; requests that were let in go on.
+
+        Raises what `make_secret` does; then all stays as it is.
+        """
+        before, self._given = self._given, (tuple(tenants), admin_key)
+        try:
+            self._take()
+        except Exception:
+            self._given = before
+            raise
 
     def use(self, keys: Keys) -> None:
         """Take these keys from now on, in place of those of the file before."""
+        self._keys = keys
+        self._take()
+
+    def _take(self) -> None:
+        """Make salts and contexts anew: tenants of the file may have salts in the settings."""
+        keys, secret = self._keys, self._secret()
+        self._entries = _entries(*self._given, secret, with_keys=keys is not None)
         salts = {context.name: context.salt for _, context in self._entries}
         found: dict[bytes, _Entry] = {}
-        for key in keys.keys:
-            salt = salts.get(key.tenant) or derived_salt(keys.salt_secret, key.tenant)
-            context = TenantContext(key.tenant, salt, key if key.is_limited else None, CLASSES.index(key.priority))
+        for key in () if keys is None else keys.keys:
+            salt = salts.get(key.tenant) or salt_of(secret, key.tenant, key.group)
+            rank = CLASSES.index(key.priority)
+            context = TenantContext(key.tenant, salt, key if key.is_limited else None, rank, key.accepts_loss)
             expires = None if key.expires is None else key.expires.timestamp()
             over = "This API key was revoked." if key.revoked is not None else ""
             for digest, end in ((key.sha256, None), (key.former_sha256, key.former_expires)):
@@ -116,7 +126,17 @@ class Tenants:
                     ends = [each for each in (expires, None if end is None else end.timestamp()) if each is not None]
                     raw = bytes.fromhex(digest)
                     found[raw] = _Entry(raw, context, min(ends, default=None), over)
-        self._keys, self._by_digest = keys, found
+        self._by_digest = found
+
+    def _secret(self) -> bytes:
+        """What salts are made with; nothing is made for callers that have none."""
+        if self._salt_secret is not None:
+            return self._salt_secret
+        if self._keys is not None:
+            return bytes.fromhex(self._keys.salt_secret)
+        if self._made is None and self._given[0]:
+            self._made = self._make_secret()
+        return self._made or b""
 
     @property
     def keys(self) -> Keys | None:
@@ -128,13 +148,21 @@ class Tenants:
         return len(self._entries) + (TENANTS_OF_A_FILE if self._keys is not None else 0) or 1
 
     def named(self, name: str) -> TenantContext | None:
-        """Return the tenant of that name, None if there is none; without configured tenants "" names the anonymous one."""
+        """Return the tenant of that name, None if there is none; without configured tenants "" names the anonymous one.
+
+        It accepts loss if all its keys do, those that were revoked aside.
+        """
         if self.open:
             return ANONYMOUS if name in ("", ANONYMOUS.name) else None
-        found = next((context for _, context in self._entries if context.name == name), None)
-        if found is None and self._keys is not None and any(key.tenant == name for key in self._keys.keys):
-            found = TenantContext(name, derived_salt(self._keys.salt_secret, name))
-        return found
+        found = [context for context in self._contexts() if context.name == name]
+        live = [entry.context for entry in self._by_digest.values() if not entry.over]
+        live += [context for _, context in self._entries]
+        accepts_loss = all(context.accepts_loss for context in live if context.name == name)
+        return TenantContext(name, found[0].salt, accepts_loss=accepts_loss) if found else None
+
+    def _contexts(self) -> Iterable[TenantContext]:
+        yield from (context for _, context in self._entries)
+        yield from (entry.context for entry in self._by_digest.values())
 
     @property
     def open(self) -> bool:
@@ -166,3 +194,27 @@ class Tenants:
         if found is None:
             raise NotAuthenticated
         return found
+
+
+def _entries(
+    tenants: Sequence[Tenant], admin_key: SecretStr | None, secret: bytes, *, with_keys: bool
+) -> tuple[tuple[bytes, TenantContext], ...]:
+    """The digests of the settings' keys, with whose they are."""
+    callers = list(tenants)
+    if (callers or with_keys) and admin_key is not None:
+        callers.append(Tenant(name=ADMIN, api_key=admin_key))
+    return tuple(
+        (
+            digest_of(tenant.api_key.get_secret_value().encode()),
+            TenantContext(
+                name=tenant.name,
+                salt=_salt(tenant, secret),
+                accepts_loss=tenant.accepts_loss,
+            ),
+        )
+        for tenant in callers
+    )
+
+
+def _salt(tenant: Tenant, secret: bytes) -> str:
+    return given_salt(tenant.salt.get_secret_value()) if tenant.salt else salt_of(secret, tenant.name, tenant.group)

@@ -51,6 +51,10 @@ class Upstream:
         self._idle: dict[str, list[EngineConnection]] = {}
         self._busy: dict[EngineConnection, tuple[str, Waiting | None]] = {}
 
+    def use(self, settings: Settings) -> None:
+        """Go by these settings from now on."""
+        self._settings = settings
+
     def post(
         self, replica: Replica, path: str, lines: bytes, payload: Payload, waiting: Waiting | None = None
     ) -> Awaitable[EngineConnection]:

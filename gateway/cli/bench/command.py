@@ -24,7 +24,9 @@ from gateway.cli.bench.lengths import choose_lengths
 from gateway.cli.bench.report import picture, print_results
 from gateway.cli.bench.results import Results, given_arguments
 from gateway.cli.bench.words import Words
+from gateway.cli.trust import trust
 from gateway.settings import address, load
+from gateway.tenants.loopback import port_here
 
 SUFFIX_TOKENS = 32
 WARM_TOKENS = 400
@@ -35,7 +37,8 @@ STOPPED = 130
 def run(given: argparse.Namespace, console: Console | None = None, progress_console: Console | None = None) -> int:
     """Measure and print; return the exit status. Raises SettingsError, and NotMeasured after printing what was measured."""
     console, shown = console or Console(), progress_console or Console(stderr=True)
-    settings = load({"port": given.port}, given.config)
+    # The port of a URL on this machine says which run_dir is meant.
+    settings = load({"port": given.port or (port_here(given.url) if given.url else None)}, given.config)
     key = given.admin_key or (settings.admin_key.get_secret_value() if settings.admin_key else "")
     _check_files(given)
     results = Results()
@@ -47,7 +50,8 @@ def run(given: argparse.Namespace, console: Console | None = None, progress_cons
                 with shown.status("starting replicas and a gateway; the first time this downloads the default model"):
                     own = stack.enter_context(StartedInstallation(given.start))
                 url, run_dir = own.url, own.run_dir
-            asyncio.run(_Bench(given, results, run_dir, shown).measure(Installation(url, given.api_key, key)))
+            verify = trust(url, given.cacert, settings.tls_cert)
+            asyncio.run(_Bench(given, results, run_dir, shown).measure(Installation(url, given.api_key, key, verify)))
         except KeyboardInterrupt:
             shown.print("stopped" + ("; nothing was measured" if results.empty else "; results so far:"))
             return STOPPED

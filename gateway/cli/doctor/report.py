@@ -6,35 +6,48 @@ findings.py judges the facts that machine.py and replica_pairs.py collect; it is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from engine.default_model.packaged import DEFAULT_NAME
 from engine.fleet import FleetError
 from gateway.cli.doctor.finding import Finding, in_words
-from gateway.cli.doctor.findings import judge
+from gateway.cli.doctor.findings import judge, judge_fleet
 from gateway.cli.doctor.links import LinkSpeeds, matrix_lines, measure
 from gateway.cli.doctor.machine import Machine, look
+from gateway.cli.doctor.other_nodes import ALONE, OtherNodes, judge_nodes, node_lines
+from gateway.cli.doctor.other_nodes import look as look_for_nodes
 from gateway.cli.doctor.replica_pairs import Fleet, Pair, pairs_of, path_in_words, read_fleet
+from gateway.serve.fleets import each_fleet
 from gateway.settings import Settings
 
+Running = tuple[Fleet | None, tuple[Pair, ...]]
+"""The replicas of a model, if they run, and what each two of them exchange."""
 
-def run(settings: Settings, *, as_json: bool = False, measure_links: bool = True) -> int:
-    """Print the report and return the exit status: 0 without problems, otherwise 1."""
-    machine = look(settings)
+
+def run(settings: Settings, *, as_json: bool = False, measure_links: bool = True, cacert: Path | None = None) -> int:
+    """Print the report and return the exit status: 0 without problems, otherwise 1. Raises SettingsError for `cacert`."""
+    machine = look(settings, cacert)
     speeds = measure(machine) if measure_links else None
+    (fleet, pairs), *others = [_running(each.run_dir, machine) for each in each_fleet(settings)]
+    nodes = look_for_nodes(settings.run_dir)
+    findings = (*judge(machine, fleet, pairs), *judge_nodes(nodes))
+    findings += tuple(finding for each, its_pairs in others if each for finding in judge_fleet(each, its_pairs))
+    if as_json:
+        print(_as_json(machine, speeds, fleet, pairs, findings, nodes, others))
+    else:
+        print("\n".join(report(machine, speeds, fleet, pairs, findings, nodes, others)))
+    return 1 if any(finding.problem for finding in findings) else 0
+
+
+def _running(run_dir: Path, machine: Machine) -> Running:
     try:
-        fleet = read_fleet(settings.run_dir)
+        fleet = read_fleet(run_dir)
     except FleetError as error:
         fleet = Fleet("", "", (), str(error))
-    pairs = pairs_of(fleet, machine.links) if fleet else ()
-    findings = tuple(judge(machine, fleet, pairs))
-    if as_json:
-        print(_as_json(machine, speeds, fleet, pairs, findings))
-    else:
-        print("\n".join(report(machine, speeds, fleet, pairs, findings)))
-    return 1 if any(finding.problem for finding in findings) else 0
+    return fleet, pairs_of(fleet, machine.links) if fleet else ()
 
 
 def report(
@@ -43,13 +56,19 @@ def report(
     fleet: Fleet | None,
     pairs: tuple[Pair, ...],
     findings: tuple[Finding, ...],
+    nodes: OtherNodes = ALONE,
+    others: Sequence[Running] = (),
 ) -> Iterator[str]:
-    """Return the report as lines of text."""
+    """Return the report as lines of text; `others` are what runs of further models."""
     yield from _machine_lines(machine)
     if speeds is not None:
         yield from matrix_lines(machine, speeds)
     yield ""
     yield from _fleet_lines(machine, fleet, pairs)
+    for each, its_pairs in others:
+        if each is not None and not each.error:
+            yield from _fleet_lines(machine, each, its_pairs)
+    yield from node_lines(nodes)
     for title, wanted in (("Problems", True), ("Notes", False)):
         chosen = [finding for finding in findings if finding.problem is wanted]
         if chosen:
@@ -129,6 +148,8 @@ def _as_json(
     fleet: Fleet | None,
     pairs: tuple[Pair, ...],
     findings: tuple[Finding, ...],
+    nodes: OtherNodes,
+    others: Sequence[Running],
 ) -> str:
     measured = (
         [{"reader": r, "owner": o, "gb_per_s": s.gb_per_s, "error": s.error} for (r, o), s in speeds.speeds.items()]
@@ -140,6 +161,10 @@ def _as_json(
         "links_measured": measured,
         "fleet": asdict(fleet) if fleet else None,
         "exchanges": [asdict(pair) for pair in pairs],
+        "other_models": [
+            {"fleet": asdict(each), "exchanges": [asdict(pair) for pair in its_pairs]} for each, its_pairs in others if each
+        ],
+        "other_nodes": asdict(nodes) if nodes.here else None,
         "problems": [asdict(finding) for finding in findings if finding.problem],
         "notes": [asdict(finding) for finding in findings if not finding.problem],
     }

@@ -16,7 +16,7 @@ CPU_REPLICA_BYTES = 1_300_000_000
 def judge_room(machine: Machine) -> Iterator[Finding]:
     """Before a start: is there enough room for the replicas?"""
     on_cpu = machine.cpu_only_vllm or not machine.gpus
-    kv_bytes = machine.replicas * machine.kv_bytes_each if on_cpu else 0
+    kv_bytes = machine.kv_bytes if on_cpu else 0
     need = TABLES_BYTES + kv_bytes
     if machine.shm_free_bytes < need:
         what = f"the block tables and the KV of {machine.replicas} replicas need" if on_cpu else "the block tables need"
@@ -30,9 +30,10 @@ def judge_room(machine: Machine) -> Iterator[Finding]:
     if on_cpu and machine.memory_free_bytes < wanted:
         free = in_words(machine.memory_free_bytes)
         what = f"{free} of memory are available; {machine.replicas} replicas take about {in_words(wanted)}"
-        yield Finding(True, what, "stop something, or start one replica: --replicas 1")
+        yield Finding(True, what, "stop something, or start fewer replicas: --replicas 1, or of several models in their tables")
     if on_cpu and machine.cores < machine.replicas:
-        yield Finding(False, f"{machine.cores} core for {machine.replicas} replicas", "--replicas 1")
+        what = f"{machine.cores} {'core' if machine.cores == 1 else 'cores'} for {machine.replicas} replicas"
+        yield Finding(False, what, "--replicas 1, or fewer in the tables of several models")
 
 
 def judge_directories(machine: Machine) -> Iterator[Finding]:
@@ -69,6 +70,9 @@ def judge_access(machine: Machine) -> Iterator[Finding]:
     if machine.keys_file_open:
         what = f"others than its owner may read the keys file {machine.keys_file_open}, and with it what salts are made of"
         yield Finding(True, what, f"chmod 600 {machine.keys_file_open}")
+    if machine.gateway_refuses:
+        what, _, remedy = machine.gateway_refuses.partition("; ")
+        yield Finding(False, what, remedy or "give the gateway's own: --admin-key, PEERKV_ADMIN_KEY")
     if machine.admin_key:
         return
     if machine.host == "localhost" or is_loopback(machine.host):

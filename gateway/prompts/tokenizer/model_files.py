@@ -95,8 +95,8 @@ def read_model_files(source: TokenizerSource, environment: Mapping[str, str] = o
     directory = find_directory(source, environment)
     if not (directory / "tokenizer.json").is_file():
         raise ModelFilesError(f"{directory} has no tokenizer.json")
-    config = _read_json(directory / "tokenizer_config.json")
-    named = {**_read_json(directory / "special_tokens_map.json"), **config}
+    config = read_json(directory / "tokenizer_config.json")
+    named = {**read_json(directory / "special_tokens_map.json"), **config}
     special = {name: text for name in NAMED_TOKENS if (text := token_text(named.get(name)))}
     given = source.chat_template
     templates = _given_template(given) if given else _find_templates(directory, config)
@@ -114,7 +114,7 @@ def renderer_of_its_own(source: TokenizerSource, environment: Mapping[str, str] 
         (*directory.glob("tekken.json"), *directory.glob("tokenizer.model.v*"))
     ):
         return "the engine renders chats with Mistral's own tokenizer"
-    config = _read_json(find_directory(replace(source, model=source.config_of or source.model), environment) / "config.json")
+    config = read_json(find_directory(replace(source, model=source.config_of or source.model), environment) / "config.json")
     architectures = config.get("architectures")
     names = [config.get("model_type"), *(architectures if isinstance(architectures, list) else ())]
     found = next((name for name in names if name in _OWN_RENDERERS), None)
@@ -137,7 +137,7 @@ def _find_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
         found[path.stem] = _read_text(path, TEMPLATE_BYTES_MAX)
     if found:
         return found
-    entry = config.get("chat_template") or _read_json(directory / "chat_template.json").get("chat_template")
+    entry = config.get("chat_template") or read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(entry, str):
         return {"default": entry}
     if isinstance(entry, list):
@@ -157,7 +157,7 @@ def _given_template(given: str) -> dict[str, str]:
     return {"default": given} if any(mark in given for mark in "{}\n") else {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:

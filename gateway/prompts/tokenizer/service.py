@@ -6,7 +6,7 @@ models' classes change more than that: gateway/prompts/parity.py compares the re
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ from gateway.token_ids import TokenIds
 _logger = logging.getLogger(__name__)
 
 CACHE_BYTES_MAX = 128 << 20
+CHARACTER_TOKENS_MAX = 8
+"""Tokens at the end of some text that tell whether it ends within a character: one has four bytes at most."""
 
 
 class NoTokenIds(Exception):
@@ -79,6 +81,7 @@ class TokenService:
         self._texts_bytes_max = texts_bytes_max
         self._tenants = tenants
         self._encoders: TenantEncoders | None = None
+        self._decoder: Tokenizer | None = None
         self._template: ChatTemplate | None = None
         self._chars_per_token_max = 1
         self.state = TokenizerStats(False, False, "", "not loaded yet", "not loaded yet")
@@ -123,12 +126,19 @@ class TokenService:
             self._encoders = TenantEncoders(make, self._tenants, self._cache_bytes_max, self._texts_bytes_max)
         except Exception as error:  # the tokenizers library raises the bare class: no unknown token where one is needed, say
             raise ModelFilesError(f"{files.tokenizer}: {error}") from error
+        self._decoder = tokenizer
         self.state = TokenizerStats(True, self._template is not None, str(files.directory), "", chat_reason)
 
     @property
     def chat_takes_tools(self) -> bool:
         """Whether the model's chat template looks at tools."""
         return self._template is not None and self._template.takes_tools
+
+    def ends_whole(self, ids: Sequence[int]) -> bool:
+        """Whether the text of `ids` is known to end with a whole character, and the last of them to have a part in it."""
+        if self._decoder is None or not self._decoder.decode([ids[-1]], skip_special_tokens=True):
+            return False
+        return not self._decoder.decode(list(ids[-CHARACTER_TOKENS_MAX:]), skip_special_tokens=False).endswith("\ufffd")
 
     def encode(
         self,

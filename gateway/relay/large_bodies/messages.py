@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.api.body import Endpoint
+from gateway.api.endpoints import Endpoint
 from gateway.api.partial_decode import Span
 from gateway.prompts.parity import Parity
 from gateway.prompts.prompt_reader import KnownPrompt
@@ -18,24 +18,34 @@ LENGTH_BYTES = 4
 
 
 class Setup(msgspec.Struct):
-    """The first frame: which tokenizer, and how much is remembered of what it did. `source` is a TokenizerSource's fields."""
+    """The first frame: which tokenizers, and how much is remembered of what each did.
 
-    source: dict[str, Any]
+    `sources` are each a TokenizerSource's fields, one for each fleet.
+    """
+
+    sources: list[dict[str, Any]]
     cache_bytes_max: int
     texts_bytes_max: int
     tenants: int
     memory_bytes_max: int
 
 
+class OfFleet(msgspec.Struct):
+    """What is known by now of one fleet's token ids and its longest prompt, and the names of its models if there are others."""
+
+    completions: Parity
+    chat: Parity
+    context_tokens: int | None
+    names: list[str] = []
+
+
 class Job(msgspec.Struct):
-    """A body of `size` bytes, which follow, with what is known by now of the engine's token ids and its longest prompt."""
+    """A body of `size` bytes, which follow, for one of the `fleets`: the one with its model, or the first."""
 
     endpoint: Endpoint
     tenant: str
     size: int
-    completions: Parity
-    chat: Parity
-    context_tokens: int | None
+    fleets: list[OfFleet]
 
 
 class Refusal(msgspec.Struct, tag=True, tag_field="kind"):
@@ -54,9 +64,11 @@ class Reading(msgspec.Struct, tag=True, tag_field="kind"):
 
     `steering` is the place of those that the request is steered by.
 
-    `fields` are those that the planner looks at, `span` is where the prompt's value is in the body. The rest as in KnownPrompt.
+    `fleet` is the place of the one that it was read for, `fields` are those that the planner looks at, `span` is where the
+    prompt's value is in the body. The rest as in KnownPrompt.
     """
 
+    fleet: int
     fields: dict[str, Any]
     span: Span
     ids: list[int]
@@ -70,7 +82,7 @@ class Reading(msgspec.Struct, tag=True, tag_field="kind"):
     chat_ids: bool
 
     @classmethod
-    def of(cls, fields: dict[str, Any], span: Span, known: KnownPrompt) -> tuple[Reading, list[bytes]]:
+    def of(cls, fleet: int, fields: dict[str, Any], span: Span, known: KnownPrompt) -> tuple[Reading, list[bytes]]:
         """The frame and what follows it."""
         sent, kind = [], "nothing"
         if isinstance(known.sent, TokenIds):
@@ -84,7 +96,7 @@ class Reading(msgspec.Struct, tag=True, tag_field="kind"):
         parts = [part for ids in sent for part in (ids.raw, ids.text)]
         lengths = list(map(len, parts))
         told = (known.certain, known.cacheable, known.count, known.tokens, known.why_unknown, known.chat_ids)
-        return cls(fields, span, lengths, place, kind, *told), parts
+        return cls(fleet, fields, span, lengths, place, kind, *told), parts
 
     def known(self, parts: Sequence[bytes]) -> KnownPrompt:
         """The prompt again, of what followed the frame."""

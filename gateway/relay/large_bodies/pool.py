@@ -6,32 +6,46 @@ Nothing that does so gives up the interpreter's lock: 31 MB of JSON take 0.1 to 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
-from gateway.api.body import Endpoint
+from gateway.api.endpoints import Endpoint
 from gateway.api.partial_decode import Span
 from gateway.errors import ApiError, Unavailable
 from gateway.prompts.prompt_reader import KnownPrompt, PromptReader
 from gateway.prompts.tokenizer.model_files import TokenizerSource
-from gateway.relay.large_bodies.messages import LENGTH_BYTES, Job, Reading, Refusal, Setup
+from gateway.relay.large_bodies.messages import LENGTH_BYTES, Job, OfFleet, Reading, Refusal, Setup
 
 SLICE_BYTES = 256 << 10
 """So much of a body is handed over at a time, for others to have their turn."""
-MEMORY_BYTES_MAX = 3 << 30
-"""Of such a process: 31 MB of JSON, decoded, take up to 1 GiB, and a tokenizer and its caches up to as much."""
+BODY_BYTES_MAX = 2 << 30
+"""Memory of such a process for a body: 31 MB of JSON, decoded, take up to 1 GiB."""
+TOKENIZER_BYTES_MAX = 1 << 30
+"""Memory of such a process for each fleet: a tokenizer and its caches."""
+READ_SECONDS_MAX = 180.0
+"""A process that takes longer for one body does not come back: it is ended, or the next bodies would wait for it for ever."""
 _WORKER = ("-m", "gateway.relay.large_bodies.worker")
 _logger = logging.getLogger(__name__)
 _answers = msgspec.msgpack.Decoder(Reading | Refusal)
 
 
-class LargeBody(NamedTuple):
-    """`fields` are those that the planner looks at, `span` is where the prompt's value is in the body."""
+def memory_bytes_max(fleets: int) -> int:
+    """How much memory such a process may take: it has a tokenizer for each of the fleets."""
+    return BODY_BYTES_MAX + fleets * TOKENIZER_BYTES_MAX
 
+
+class LargeBody(NamedTuple):
+    """`fleet` is the place of the one that it was read for, `fields` are those that the planner looks at, `span` is where the
+    prompt's value is in the body.
+    """
+
+    fleet: int
     fields: dict[str, Any]
     known: KnownPrompt
     span: Span
@@ -40,29 +54,32 @@ class LargeBody(NamedTuple):
 class LargeBodies:
     """At most `workers` processes, each started when it is first needed. Belongs to one event loop.
 
-    Bodies wait for one in turn, as the bytes that they are.
+    Bodies wait for one in turn, as the bytes that they are. `readers` are what reads the prompts of each fleet, with the same
+    tokenizer here and there; `names` gives the names of each fleet's models where there are several.
     """
 
     def __init__(
         self,
-        source: TokenizerSource,
-        prompts: PromptReader,
+        readers: Sequence[tuple[TokenizerSource, PromptReader]],
         *,
         workers: int,
         cache_bytes_max: int,
         texts_bytes_max: int,
         tenants: int,
+        names: Callable[[], Sequence[Sequence[str]]] | None = None,
     ) -> None:
-        self._setup = Setup(dataclasses.asdict(source), cache_bytes_max, texts_bytes_max, tenants, MEMORY_BYTES_MAX)
-        self._prompts = prompts
+        sources = [dataclasses.asdict(source) for source, _ in readers]
+        self._setup = Setup(sources, cache_bytes_max, texts_bytes_max, tenants, memory_bytes_max(len(sources)))
+        self._prompts = [prompts for _, prompts in readers]
+        self._names = names or (lambda: [()] * len(readers))
         self._free = asyncio.Semaphore(workers)
         self._idle: list[asyncio.subprocess.Process] = []
         self._running: set[asyncio.Task[Any]] = set()
 
     async def read(self, endpoint: Endpoint, raw: bytes | bytearray, tenant: str) -> LargeBody:
         """What is known of a body of a tenant, named by its salt. Raises ApiError: the client's errors, and Unavailable."""
-        parity = self._prompts.parity
-        job = Job(endpoint, tenant, len(raw), parity.completions.parity, parity.chat.parity, self._prompts.context_tokens())
+        fleets = [_of_fleet(prompts, names) for prompts, names in zip(self._prompts, self._names(), strict=True)]
+        job = Job(endpoint, tenant, len(raw), fleets)
         await self._free.acquire()
         task = asyncio.create_task(self._work(job, raw))
         self._running.add(task)
@@ -71,7 +88,7 @@ class LargeBodies:
         if isinstance(answer, Refusal):
             told = {name: getattr(answer, name) for name in ("status", "type", "code", "param", "headers")}
             raise ApiError(answer.message, **told)
-        return LargeBody(answer.fields, answer.known(parts), answer.span)
+        return LargeBody(answer.fleet, answer.fields, answer.known(parts), answer.span)
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
@@ -82,12 +99,14 @@ class LargeBodies:
     async def _work(self, job: Job, raw: bytes | bytearray) -> tuple[Reading | Refusal, list[bytes]]:
         process = self._idle.pop() if self._idle else await self._start()
         try:
-            answer = await _asked(process, job, raw)
+            async with asyncio.timeout(READ_SECONDS_MAX):
+                answer = await _asked(process, job, raw)
         except (OSError, EOFError, msgspec.MsgspecError) as error:
-            _logger.error("the process that reads large bodies ended: %s: %s", type(error).__name__, error)
+            _logger.error("a process that reads large bodies is of no more use: %s: %s", type(error).__name__, error)
+            _kill(process)
             raise Unavailable("The body could not be read. Send it again, or a smaller one.") from None
         except BaseException:
-            process.kill()
+            _kill(process)
             raise
         self._idle.append(process)
         return answer
@@ -112,6 +131,16 @@ class LargeBodies:
             process.kill()
             await process.wait()
         self._idle.clear()
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself
+        process.kill()
+
+
+def _of_fleet(prompts: PromptReader, names: Sequence[str]) -> OfFleet:
+    parity = prompts.parity
+    return OfFleet(parity.completions.parity, parity.chat.parity, prompts.context_tokens(), list(names))
 
 
 async def _asked(

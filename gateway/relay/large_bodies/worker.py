@@ -11,6 +11,7 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import msgspec
@@ -25,9 +26,12 @@ from gateway.relay.large_bodies.messages import LENGTH_BYTES, Job, Reading, Refu
 
 NICENESS = 5
 """Senders of large bodies wait, so that senders of small ones need not."""
-PLANNED_FIELDS = ("model", "stream", "prompt_cache_key")
+PLANNED_FIELDS = ("model", "stream", "prompt_cache_key", "previous_response_id")
 """What the planner looks at beside the prompt. Longer values than PLANNED_CHARS_MAX say nothing."""
 PLANNED_CHARS_MAX = 4096
+NUMBERS = ("n", "max_tokens", "max_completion_tokens", "max_output_tokens", "stream_interval")
+"""What an answer may come to is reckoned from. Where one of them is no number of 64 bits, some text stands for it."""
+NUMBER_MAX = 1 << 62
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -38,14 +42,16 @@ def main() -> None:
     os.nice(NICENESS)
     sys.stdout = sys.stderr  # a library's output must not be taken for a frame
     setup = msgspec.msgpack.decode(_frame(source), type=Setup)
-    tokens = TokenService(TokenizerSource(**setup.source), setup.cache_bytes_max, setup.texts_bytes_max, setup.tenants)
-    reader = PromptReader(tokens, 0, lambda: None)
+    services = [
+        TokenService(TokenizerSource(**source), setup.cache_bytes_max, setup.texts_bytes_max, setup.tenants)
+        for source in setup.sources
+    ]
+    readers = [(tokens, PromptReader(tokens, 0, lambda: None)) for tokens in services]
     resource.setrlimit(resource.RLIMIT_DATA, (setup.memory_bytes_max, setup.memory_bytes_max))
     jobs = msgspec.msgpack.Decoder(Job)
     while frame := _frame(source):
         job = jobs.decode(frame)
-        tokens.load()  # unless that was done
-        answer, parts = _answer(reader, job, _exactly(source, job.size))
+        answer, parts = _answer(readers, job, _exactly(source, job.size))
         content = _encode(answer)
         sink.writelines((len(content).to_bytes(LENGTH_BYTES, "little"), content, *parts))
         sink.flush()
@@ -53,14 +59,22 @@ def main() -> None:
         _give_memory_back()
 
 
-def _answer(reader: PromptReader, job: Job, raw: bytes) -> tuple[Reading | Refusal, list[bytes]]:
+def _answer(
+    readers: Sequence[tuple[TokenService, PromptReader]], job: Job, raw: bytes
+) -> tuple[Reading | Refusal, list[bytes]]:
     try:
         body, span = decode_partly(job.endpoint, raw)
-        completions, chat = KindVerdict(job.completions), KindVerdict(job.chat)
-        reader.parity = ParityVerdict(completions, chat, context_tokens=job.context_tokens)
+        fleet = next((place for place, each in enumerate(job.fleets) if body.get("model") in each.names), 0)
+        told, (tokens, reader) = job.fleets[fleet], readers[fleet]
+        tokens.load()  # unless that was done
+        reader.parity = ParityVerdict(KindVerdict(told.completions), KindVerdict(told.chat), context_tokens=told.context_tokens)
         known = reader.read_here(job.endpoint, body, job.tenant)
         fields = {name: body[name] for name in PLANNED_FIELDS if _is_short(body.get(name))}
-        return Reading.of(fields, span, known)
+        fields |= {name: _number(body[name]) for name in NUMBERS if body.get(name) is not None}
+        options = body.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage") is True:
+            fields["stream_options"] = {"include_usage": True}
+        return Reading.of(fleet, fields, span, known)
     except ApiError as error:
         return _refusal(error), []
     except MemoryError:
@@ -73,6 +87,10 @@ def _refusal(error: ApiError) -> Refusal:
 
 def _is_short(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, str) and len(value) <= PLANNED_CHARS_MAX)
+
+
+def _number(value: Any) -> int | str:
+    return max(-1, min(value, NUMBER_MAX)) if type(value) is int else "no number"
 
 
 def _frame(source: BinaryIO) -> bytes:

@@ -90,6 +90,17 @@ class Fit:
         if self.samples <= WARM_UP or self._unsolved >= SOLVE_EVERY:
             self._solve()
 
+    def rebase(self, prior: Sequence[float]) -> None:
+        """Begin from another prior, all above 0: what was learnt stays, and fades to that."""
+        ratios = [new / old for new, old in zip(prior, self._scale, strict=True)]
+        self._scale = tuple(prior)
+        self._z = [value / ratio for value, ratio in zip(self._z, ratios, strict=True)]
+        self._a = [
+            [value * own * other for value, other in zip(row, ratios, strict=True)]
+            for row, own in zip(self._a, ratios, strict=True)
+        ]
+        self._b = [value * ratio for value, ratio in zip(self._b, ratios, strict=True)]
+
     def faded(self, share: float) -> tuple[float, ...]:
         """Return the coefficients if only `share`, 0 to 1, of what was learnt still holds: part of the way back to the prior.
 

@@ -150,6 +150,14 @@ class CostModel:
         fixed_bytes, token_bytes = self._sizes.get(device) or (0.0, self.kv_token_bytes(device))
         return fixed + a_byte * fixed_bytes, a_byte * token_bytes
 
+    def transport_measured(self, transport: str, bytes_per_second: float) -> None:
+        """A transport moves so many bytes a second, as measured by others than requests. Raises KeyError for an unknown one."""
+        self._transfers.measured(transport, bytes_per_second)
+
+    def promotion_seconds(self, store: str, device: str, tokens: int) -> float:
+        """Bringing up `tokens` from a disk or a vault."""
+        return self.transfer_seconds("", store, store, tokens, device=device)
+
     def kv_token_bytes(self, device: str) -> float:
         """Bytes of KV that one token has; from the imports so far."""
         known = self._kv_token_bytes.get(device)
@@ -238,6 +246,10 @@ class CostModel:
         kv_bytes = self._import_bytes(device, outcome.peer_tokens) * max(1, outcome.load.importing + 1)
         assert outcome.source is not None
         self._transfers.observe((outcome.replica, outcome.source, outcome.transport), kv_bytes, seconds, outcome.now)
+
+    def observe_promotion(self, store: str, device: str, tokens: int, seconds: float, now: float) -> None:
+        """Learn that `tokens` came up from a disk or a vault in `seconds`."""
+        self._transfers.observe(("", store, store), self._import_bytes(device, tokens), seconds, now)
 
     def _fit(self, key: ModelKey) -> Fit:
         fit = self._prefill.get(key)

@@ -50,12 +50,19 @@ _CPU = DeviceKind(PrefillTerms(0.030, 2.5e-5, 1.3e-3, 8e-7, 1e-2), 16, 46080, 4)
 DEVICE_KINDS: Mapping[str, DeviceKind] = {"cuda": _CUDA, "cpu": _CPU}
 
 # (seconds for each import, seconds a byte): CUDA IPC from the 32k-token import of BENCHMARKS.md, shared memory from
-# `make bench`, a network of 200 Gbit/s at half its rate.
+# `make bench`, host memory to a GPU from a kernel that reads it by PCIe 5 (51 GB/s, H200), a network of 200 Gbit/s at half its
+# rate, disk and vault with `raw-z` from `bench.tiers`.
 TRANSPORT_PRIORS: Mapping[str, tuple[float, float]] = {
     "cuda_ipc": (3e-3, 1 / 300e9),
     "shared_memory": (1e-2, 1 / 1.5e9),
+    "host_memory": (3e-3, 1 / 50e9),
     "rdma": (1e-2, 1 / 12e9),
+    "disk": (3e-3, 1 / 0.8e9),
+    "vault": (5e-3, 1 / 0.4e9),
+    "tcp": (2e-2, 1 / 0.8e9),  # 10 Gbit/s with TLS, by way of two agents (BENCHMARKS.md has CPU seconds)
 }
+REMOTE_TRANSPORT = "tcp"
+"""How KV comes from another node."""
 
 
 def device_kind(device: str) -> DeviceKind:

@@ -50,6 +50,7 @@ class Transfers:
         self._memory = memory
         self._pairs: dict[Pair, _Known] = {}
         self._transports: dict[str, _Known] = {}
+        self._priors = dict(TRANSPORT_PRIORS)
         self._now = 0.0
 
     def pass_time(self, now: float) -> None:
@@ -58,6 +59,18 @@ class Transfers:
             self._now = now
             for known in self._transports.values():
                 known.terms = known.fit.faded(known.holds(now))
+
+    def measured(self, transport: str, bytes_per_second: float) -> None:
+        """A transport was measured before anything was imported by it: that is believed until something is, and again when
+        what imports told has faded."""
+        fixed, a_byte = self._priors[transport]
+        if bytes_per_second > 0 and a_byte != 1 / bytes_per_second:
+            prior = self._priors[transport] = (fixed, 1 / bytes_per_second)
+            known = self._transports.get(transport)
+            if known is not None and known.fit.samples:
+                known.fit.rebase(prior)
+            elif known is not None:
+                del self._transports[transport]
 
     def terms(self, taker: str, source: str, transport: str) -> tuple[float, float]:
         """Return the seconds per import and per byte of it, while no other import uses these replicas."""
@@ -97,6 +110,6 @@ class Transfers:
     def _transport(self, transport: str) -> _Known:
         known = self._transports.get(transport)
         if known is None:
-            prior = TRANSPORT_PRIORS.get(transport, TRANSPORT_PRIORS["rdma"])
+            prior = self._priors.get(transport, TRANSPORT_PRIORS["rdma"])
             known = self._transports[transport] = _Known(Fit(prior, self._memory), self._now, prior)
         return known

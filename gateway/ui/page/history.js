@@ -3,7 +3,7 @@
 export const SOURCES = [
   ["local", "own cache", (tokens) => tokens.local],
   ["peer", "other replicas", (tokens) => tokens.peer_shared_memory + tokens.peer_cuda_ipc],
-  ["memory", "host memory", (tokens) => tokens.host_memory],
+  ["memory", "tiers", (tokens) => tokens.host_memory + tokens.disk + tokens.vault],
   ["computed", "computed", (tokens) => tokens.computed],
 ];
 export const COLUMN_SECONDS = 10;

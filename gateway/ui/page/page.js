@@ -19,7 +19,7 @@ class Refused extends Error {
   }
 }
 
-const history = new History();
+let history = new History();
 let paused = false;
 let polls = 0;
 let timer = 0;
@@ -42,10 +42,12 @@ async function poll() {
   clearTimeout(timer);
   if (!paused && !document.hidden) {
     try {
-      const stats = await ask("/kv/stats");
-      if (polls % PREFIX_POLLS === 0) showPrefixes(await ask(`/kv/prefixes?limit=${PREFIXES_SHOWN}`));
+      const wanted = byId("models").value;
+      const model = wanted && `model=${encodeURIComponent(wanted)}`;
+      const stats = await ask(`/kv/stats?${model}`);
+      if (polls % PREFIX_POLLS === 0) showPrefixes(await ask(`/kv/prefixes?limit=${PREFIXES_SHOWN}&${model}`));
       polls += 1;
-      show(stats);
+      if (byId("models").value === wanted) show(stats); // else another was chosen meanwhile
     } catch (error) {
       if (failed(error)) return;
     }
@@ -61,6 +63,7 @@ function show(stats) {
   byId("main").hidden = false;
   byId("forget").hidden = !sessionStorage.getItem(KEY);
   setText(byId("model"), stats.model);
+  showModels(stats);
   connection(`Version ${stats.gateway.version}, up for ${seconds(stats.gateway.uptime_seconds)}`);
   showSummary(stats, history);
   showSources(stats, history, now);
@@ -69,6 +72,15 @@ function show(stats) {
   showTiers(stats);
   showLedger(stats);
   showLimits(stats);
+}
+
+// Of several models one is shown; which, is chosen.
+function showModels(stats) {
+  const choice = byId("models");
+  byId("models-label").hidden = stats.models.length < 2;
+  if (stats.models.length < 2) return choice.replaceChildren();
+  if (stats.models.join("\n") === [...choice.options].map(({ value }) => value).join("\n")) return;
+  choice.replaceChildren(...stats.models.map((name) => new Option(name, name, false, name === stats.model)));
 }
 
 // Say what went wrong. Returns whether there is no use in asking again.
@@ -82,6 +94,12 @@ function failed(error) {
     byId("refused").hidden = false;
     setText(byId("refused"), error.message);
     return true;
+  }
+  if (error instanceof Refused && error.status === 404 && byId("models").value) {
+    // A gateway that was started again with other models: the first of them, from now on.
+    byId("models").replaceChildren();
+    history = new History();
+    polls = 0;
   }
   connection(error instanceof Refused ? error.message : "The gateway does not answer. Figures are of when it last did.", true);
   return false;
@@ -116,6 +134,12 @@ byId("key-form").addEventListener("submit", (event) => {
 byId("forget").addEventListener("click", () => {
   clearTimeout(timer);
   wantKey("");
+});
+
+byId("models").addEventListener("change", () => {
+  history = new History();
+  polls = 0;
+  poll();
 });
 
 byId("pause").addEventListener("click", () => {

@@ -1,0 +1,63 @@
+"""The settings of the tiers below the replicas' own memory: host memory, disk, vault."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from pydantic import ByteSize, Field, SecretStr
+from pydantic_settings import BaseSettings
+
+from engine.replicas.launch import EngineSettings
+from gateway.settings_types import AbsolutePath, SizeOrAuto
+
+_ENGINE: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(EngineSettings)}
+"""The defaults of what the supervisor is given, stated there."""
+
+
+class Tiers(BaseSettings):
+    """Of the settings, those that say where blocks are kept that left the KV caches."""
+
+    host_memory: SizeOrAuto = Field(
+        _ENGINE["host_memory"],
+        description="memory, such as 16GiB, that keeps what left the KV caches, for all replicas;"
+        " auto: a quarter of what is free at the start; 0: none",
+    )
+    disk: AbsolutePath | None = Field(
+        _ENGINE["disk"], description="directory that keeps what leaves host memory, also across restarts; unset: none"
+    )
+    disk_bytes: ByteSize = Field(_ENGINE["disk_bytes"], ge=0, description="size of what the disk keeps at most")
+    disk_ttl_seconds: float = Field(
+        _ENGINE["disk_ttl_seconds"], ge=0, description="time that the disk keeps a block at most; 0: without end"
+    )
+    vault: SecretStr | None = Field(
+        None,
+        description="Valkey server that keeps what leaves host memory, for several nodes, such as valkey://user:password@host:6379;"
+        " valkeys: with TLS; unset: none",
+    )
+    vault_password_file: AbsolutePath | None = Field(None, description="file with the vault's password")
+    vault_ca_file: AbsolutePath | None = Field(
+        None, description="file of certificates that vouch for the vault; unset: the system's"
+    )
+    vault_ttl_seconds: float = Field(
+        _ENGINE["vault_ttl_seconds"], ge=0, description="time that the vault keeps a block at most; 0: until it is full"
+    )
+    tier_codec: Literal["raw-z", "raw"] = Field(
+        _ENGINE["tier_codec"], description="how disk and vault keep blocks, both exact: compressed, or as they are"
+    )
+    lossy: Literal["", "int8", "rot4", "rot3"] = Field(
+        _ENGINE["lossy"],
+        description="how disk and vault keep blocks of callers who accept loss: in half the space (int8), or with 4 or 3 bits a"
+        " number, which is seen in the answers; empty: as all others",
+    )
+    tier_secret_file: AbsolutePath | None = Field(
+        None, description="file with a secret: with it, what disk and vault keep is encrypted; nodes of a vault need the same"
+    )
+    tier_staging_bytes: ByteSize = Field(
+        _ENGINE["tier_staging_bytes"],
+        ge=1 << 20,
+        description="memory for what comes up from the disk, and as much for the vault",
+    )
+    tier_wait_seconds_max: float = Field(
+        1.0, ge=0, description="time that a request waits for disk and vault at most; 0: nothing is asked of them"
+    )
