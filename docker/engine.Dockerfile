@@ -31,7 +31,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends libnuma1 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home --shell /usr/sbin/nologin peerkv \
-    && install -d -o peerkv -g peerkv -m 0700 /run/peerkv /var/log/peerkv /models
+    && install -d -o peerkv -g peerkv -m 0700 /run/peerkv /var/log/peerkv /var/cache/peerkv /models
 ENV PATH=/opt/peerkv/bin:$PATH PYTHONUNBUFFERED=1 XDG_CACHE_HOME=/models XDG_CONFIG_HOME=/models/config
 COPY --from=build-cpu /opt/peerkv /opt/peerkv
 COPY --from=wheel /wheels /opt/dist
@@ -54,7 +54,7 @@ LABEL org.opencontainers.image.title="peerkv engine, CPU" \
 # vLLM's own image has the compiled kernels, and the compilers that Triton and FlashInfer call while they run.
 FROM ${VLLM_IMAGE} AS gpu
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin peerkv \
-    && install -d -o peerkv -g peerkv -m 0700 /run/peerkv /var/log/peerkv /models
+    && install -d -o peerkv -g peerkv -m 0700 /run/peerkv /var/log/peerkv /var/cache/peerkv /models
 # All that is compiled while it runs goes where it stays, and where a read-only root lets it.
 ENV PYTHONUNBUFFERED=1 XDG_CACHE_HOME=/models XDG_CONFIG_HOME=/models/config \
     TRITON_CACHE_DIR=/models/triton FLASHINFER_WORKSPACE_BASE=/models/flashinfer CUDA_CACHE_PATH=/models/cuda

@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# The front door alone: no torch, no vLLM. Build from the repository's root:
+# The front door, and the server of `peerkv vault`: no torch, no vLLM. Build from the repository's root:
 #   docker build -f docker/gateway.Dockerfile -t peerkv-gateway .
 ARG PYTHON_IMAGE=python:3.12.11-slim-bookworm@sha256:519591d6871b7bc437060736b9f7456b8731f1499a57e22e6c285135ae657bf7
 
@@ -7,7 +7,7 @@ FROM ${PYTHON_IMAGE} AS wheel
 WORKDIR /src
 COPY . .
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
-    && python docker/requirements.py pyproject.toml > /requirements.txt
+    && python docker/requirements.py pyproject.toml vault > /requirements.txt
 
 FROM ${PYTHON_IMAGE} AS build
 RUN python -m venv --without-pip /opt/peerkv
