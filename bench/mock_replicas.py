@@ -13,11 +13,13 @@ import msgspec
 
 from bench.arms import KEY, TENANT
 from bench.cases import CASES, MODEL, Endpoint, documents
+from bench.limits import LIMITS
 from engine.fleet import FleetSnapshot, Replica, ReplicaState, write_fleet
 from gateway.prompts.tokenizer.engine_options import source_from_arguments
 from gateway.prompts.tokenizer.service import TokenService
-from gateway.settings import Tenant
-from gateway.tenants.tenants import default_salt
+from gateway.tenants.key_file import write_keys
+from gateway.tenants.keys import Key, Keys, digest_of
+from gateway.tenants.salts import tenant_salt
 from transport.fingerprint import fingerprint_digest
 from transport.keys import chain_keys, root_key
 from transport.table.deliveries import Delivery
@@ -28,6 +30,7 @@ NAMES = ("replica-0", "replica-1")
 BLOCK_SIZE = 16
 BLOCKS = 1 << 17
 TRANSPORT = "shared_memory"
+SALT_SECRET = "what salts are made with in bench"
 _FIELDS = {"weights": "bench", "dtype": "bfloat16"}
 _TAG = re.compile(rb'"peerkv":\{[^}]*"tag":(\d+)')
 _PROMPT = re.compile(rb'"(?:prompt|content)":["\[]')
@@ -38,8 +41,21 @@ _TEXT_BYTES_PER_TOKEN = 4
 
 def write_config(directory: Path) -> Path:
     """Return a settings file with one tenant."""
-    path = directory / "peerkv.toml"
-    path.write_text(f'[[tenants]]\nname = "{TENANT}"\napi_key = "{KEY}"\n')
+    path, secret = directory / "peerkv.toml", directory / "salt-secret"
+    secret.write_text(SALT_SECRET)
+    path.write_text(f'salt_secret_file = "{secret}"\n[[tenants]]\nname = "{TENANT}"\napi_key = "{KEY}"\n')
+    return path
+
+
+def write_limited_config(directory: Path) -> Path:
+    """Return a settings file with the same tenant's key in a keys file, with every limit and none that is ever reached."""
+    path, keys, secret = directory / "limited.toml", directory / "keys.toml", directory / "salt-secret"
+    secret.write_text(SALT_SECRET)
+    write_keys(
+        keys,
+        Keys(salt_secret="ab" * 32, keys=(Key(name=TENANT, tenant=TENANT, sha256=digest_of(KEY.encode()).hex(), **LIMITS),)),
+    )
+    path.write_text(f'salt_secret_file = "{secret}"\nkeys_file = "{keys}"\nlimits_file = "{directory / "limits.json"}"\n')
     return path
 
 
@@ -60,7 +76,7 @@ class Holders:
     def __init__(self, table_dir: Path, model: str, endpoint: Endpoint) -> None:
         tokens = TokenService(source_from_arguments(model, ()))
         tokens.load()
-        salts = ("", default_salt(Tenant(name=TENANT, api_key=KEY)))
+        salts = ("", tenant_salt(SALT_SECRET.encode(), TENANT))
         fingerprint = fingerprint_digest(_FIELDS)
         self._writers = [
             TableWriter(table_dir, Description(name, os.getpid(), "xxh3_128", TRANSPORT, "ok", _FIELDS, ()), BLOCK_SIZE, BLOCKS)

@@ -33,7 +33,7 @@ from bench import load
 from bench.arms import ARMS, DIRECT, KEY, WITHOUT, Arm, Backends, launch
 from bench.cases import CASES, Case, bodies, documents
 from bench.machine import LOAD_CORE, PROXY_CORE, Pinned, StartFailed, end_on_sigterm, free_ports
-from bench.mock_replicas import write_config, write_run_dir
+from bench.mock_replicas import write_config, write_limited_config, write_run_dir
 from bench.report import Figures, as_json, markdown, medians, quantile, table
 
 START_SECONDS_MAX = 30.0
@@ -141,7 +141,8 @@ async def measure(given: argparse.Namespace, console: Console) -> tuple[list[Fig
         backend = Pinned(argv, LOAD_CORE, directory / "backend.log", {})
         stack.callback(backend.end)
         urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
-        backends = Backends(urls, directory / "run", write_config(directory), given.venv / "bin")
+        configs = write_config(directory), write_limited_config(directory)
+        backends = Backends(urls, directory / "run", *configs, given.venv / "bin")
         bench = Bench(given, backends, ports, directory)
         await bench._until_it_serves(backend, load.Target(ports[0]))
         columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

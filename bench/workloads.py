@@ -11,6 +11,8 @@ from gateway.cli.bench.words import Words
 
 HOT_RATE = 2.5
 """The hot workload's rate relative to the others: most of its prompts are cached."""
+KNOWN_SHARE = 0.6
+"""Total tokens of the prefixes that are known before the fleet changes, in parts of one replica's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +102,51 @@ def _single(at: float, text: str, size: Size) -> Talk:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A name and how its conversations are generated."""
+    """A name and how its conversations are generated.
+
+    A workload in which the fleet changes is for peerkv alone: `first` is posted to its admin API, the talks of `warm` are
+    played, and the run begins as `then` is posted.
+    """
 
     name: str
     talks: Callable[[Size, random.Random, Words], list[Talk]]
+    warm: Callable[[Size, Words], list[Talk]] | None = None
+    first: str = ""
+    then: str = ""
 
 
-WORKLOADS: Sequence[Workload] = (Workload("shared", shared), Workload("hot", hot), Workload("conversations", conversations))
+def _known_prefixes(size: Size, words: Words) -> list[str]:
+    """Return as many prefixes as KNOWN_SHARE of one replica's cache holds."""
+    return [words.text(size.prefix_tokens) for _ in range(max(2, round(KNOWN_SHARE * size.cache_tokens / size.prefix_tokens)))]
+
+
+def each_prefix(size: Size, words: Words) -> list[Talk]:
+    """Use each prefix once, all at the same time."""
+    return [_single(0.0, f"{prefix} {words.text(size.suffix_tokens)}", size) for prefix in _known_prefixes(size, words)]
+
+
+def grown(size: Size, shape: random.Random, words: Words) -> list[Talk]:
+    """Use the prefixes equally often, at HOT_RATE times the usual rate: more than one replica can serve."""
+    return _questions(size, shape, words, HOT_RATE * size.rate)
+
+
+def drained(size: Size, shape: random.Random, words: Words) -> list[Talk]:
+    """Use the prefixes equally often."""
+    return _questions(size, shape, words, size.rate)
+
+
+def _questions(size: Size, shape: random.Random, words: Words, rate: float) -> list[Talk]:
+    prefixes = _known_prefixes(size, words)
+    return [
+        _single(at, f"{shape.choice(prefixes)} {words.text(size.suffix_tokens)}", size)
+        for at in arrivals(shape, rate, size.seconds)
+    ]
+
+
+WORKLOADS: Sequence[Workload] = (
+    Workload("shared", shared),
+    Workload("hot", hot),
+    Workload("conversations", conversations),
+    Workload("grown", grown, each_prefix, "/replicas/replica-1/drain", "/replicas/replica-1/resume"),
+    Workload("drained", drained, each_prefix, "", "/replicas/replica-0/drain"),
+)

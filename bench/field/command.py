@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import json
 import random
 import tempfile
@@ -26,7 +27,7 @@ from bench.child_process import Started
 from bench.engines import Engines
 from bench.field.arms import FieldArm, command
 from bench.field.flags import NUMBERED, parse, write_chat_model
-from bench.field.report import Figures, about, as_json, figures_of, from_json, markdown
+from bench.field.report import Figures, about, as_json, figures_of, from_json, markdown, seconds_until_back
 from bench.machine import StartFailed, end_on_sigterm, free_ports
 from bench.open_loop import Player
 from bench.routers import install
@@ -60,7 +61,9 @@ class Field:
             self._engines.forget()
             self._play(arm, url, self._warm_up(), "warm")
             self._engines.forget()
+            self._fill(arm, url, workload, turn)
             before = self._engines.counts()
+            _post(url, workload.then)
             player, wall = self._play(arm, url, self._talks(arm, workload, turn), "run")
             counts = self._engines.counts().since(before)
             ledger = httpx.get(f"{url}/kv/stats", timeout=ARM_SECONDS_MAX).json()["ledger"] if arm.peerkv else None
@@ -68,7 +71,16 @@ class Field:
             process.end()
         if counts.peer and not arm.imports:
             raise ArmFailed(f"{counts.peer} tokens were imported though nothing should be")
-        return replace(figures_of(arm.name, workload.name, turn, player.samples, wall, counts), ledger=ledger)
+        back = seconds_until_back(player.samples) if workload.then else None
+        found = figures_of(arm.name, workload.name, turn, player.samples, wall, counts)
+        return replace(found, ledger=ledger, back_seconds=back)
+
+    def _fill(self, arm: FieldArm, url: str, workload: Workload, turn: int) -> None:
+        """Bring the fleet to where the workload begins."""
+        _post(url, workload.first)
+        if workload.warm is not None:
+            words = self._words(f"{self._given.seed} {workload.name} {turn} {arm.name}")
+            self._play(arm, url, workload.warm(self._given.size, words), "fill")
 
     def _wait(self, process: Started, url: str, arm: FieldArm) -> None:
         deadline = time.monotonic() + ARM_SECONDS_MAX
@@ -112,6 +124,11 @@ class Field:
         return workload.talks(self._given.size, shape, self._words(f"{self._given.seed} {workload.name} {turn} {arm.name}"))
 
 
+def _post(url: str, path: str) -> None:
+    if path:
+        httpx.post(url + path, timeout=ARM_SECONDS_MAX).raise_for_status()
+
+
 def measure(given: argparse.Namespace, console: Console, figures: list[Figures], failed: list[str]) -> None:
     """Run all rounds, reversing the order of the arms in every second one. Figures and failures go into the lists."""
     with ExitStack() as stack:
@@ -121,6 +138,9 @@ def measure(given: argparse.Namespace, console: Console, figures: list[Figures],
         stack.callback(engines.end)
         with console.status("starting the replicas"):
             engines.wait()
+        if given.turns is not None:
+            with console.status("waiting for other benches"):
+                fcntl.flock(stack.enter_context(given.turns.open("a")), fcntl.LOCK_EX)
         field = Field(given, engines, directory)
         columns = (TextColumn("{task.description:52}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as progress:
@@ -128,6 +148,8 @@ def measure(given: argparse.Namespace, console: Console, figures: list[Figures],
             for turn in range(given.rounds):
                 for workload in given.workloads:
                     for arm in given.arms if turn % 2 == 0 else reversed(given.arms):
+                        if workload.then and not arm.peerkv:
+                            continue
                         progress.update(bar, description=f"round {turn + 1}, {workload.name}: {arm.name}")
                         try:
                             figures.append(field.run(arm, workload, turn))

@@ -68,6 +68,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vllm-args", help=f"arguments for each replica (default cpu: {CPU_VLLM}; gpu: {GPU_VLLM})")
     parser.add_argument("--venv", type=Path, default=cache / "bench-routers", help="virtual environment of the other routers")
     parser.add_argument("--install", action="store_true", help="create that environment first")
+    parser.add_argument(
+        "--turns", type=Path, metavar="FILE", help="begin when no other bench (tests.gpu.bench) that was given FILE measures"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE after each run")
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing, print the tables of such a FILE")
     for field in fields(Size):

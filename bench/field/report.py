@@ -39,6 +39,8 @@ class Figures:
     counts: Counts
     ledger: Mapping[str, Any] | None = None
     """For peerkv: reasons why prompts were not cached, including the warm-up's."""
+    back_seconds: float | None = None
+    """Where the fleet changed: how long the first tokens' 90th percentile was out of its bounds."""
 
     def line(self) -> str:
         """Return the figures in one line, for people who are waiting."""
@@ -48,6 +50,22 @@ class Figures:
             f"p99 {self.p99:6.3f} s; {self.requests_per_second:5.2f} req/s; computed {counts.computed:,} "
             f"local {counts.local:,} peer {counts.peer:,}"
         )
+
+
+WINDOW, SLOWER_MAX = 12, 1.5
+
+
+def seconds_until_back(samples: Sequence[Sample]) -> float:
+    """Return when the p90 of first tokens is back: the time of sending of the last WINDOW requests in a row whose p90 is more
+    than SLOWER_MAX times that of the run's last third, in seconds from the start; 0 if there are none.
+    """
+    sent = sorted(samples, key=lambda sample: sample.sent_at)
+    firsts = [sample.first_seconds for sample in sent]
+    usual = quantile(firsts[2 * len(firsts) // 3 :], 0.9)
+    ends = range(WINDOW, len(firsts) + 1)
+    return max(
+        (sent[end - 1].sent_at for end in ends if quantile(firsts[end - WINDOW : end], 0.9) > SLOWER_MAX * usual), default=0.0
+    )
 
 
 def figures_of(arm: str, workload: str, turn: int, samples: Sequence[Sample], wall: float, counts: Counts) -> Figures:
@@ -85,13 +103,17 @@ def markdown(figures: Sequence[Figures], base: str, said: dict[str, Any]) -> str
     parts = [f"{said['date']}, {said['processor']}, {said['gpus'] or 'no GPU'}; {said['versions']}\n\n`{said['command']}`\n"]
     for workload in dict.fromkeys(run.workload for run in figures):
         mine = [run for run in figures if run.workload == workload]
-        heads = " | ".join(name for name, _ in _RATIOS)
-        parts.append(f"### {workload}\n\n| arm | {heads} | peer tokens |\n|---|{'---|' * (len(_RATIOS) + 1)}")
+        changed = any(run.back_seconds is not None for run in mine)
+        heads = [*(name for name, _ in _RATIOS), "peer tokens", *(["p90 back after, s"] if changed else [])]
+        parts.append(f"### {workload}\n\n| arm | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
         own = {run.round: run for run in mine if run.arm == base}
         for arm in dict.fromkeys(run.arm for run in mine):
             runs = [run for run in mine if run.arm == arm]
             cells = [_cell(runs, own, read, absolute=arm == base) for _, read in _RATIOS]
-            parts.append(f"| {arm} | {' | '.join(cells)} | {statistics.median(run.counts.peer for run in runs):,.0f} |")
+            cells.append(f"{statistics.median(run.counts.peer for run in runs):,.0f}")
+            if changed:
+                cells.append(_cell(runs, own, lambda run: run.back_seconds or 0.0, absolute=True))
+            parts.append(f"| {arm} | {' | '.join(cells)} |")
         parts.append("")
     parts.append(f"`{base}` in seconds, 1/s and tokens; the others as ratios to it in the same round: median (least to most).")
     return "\n".join(parts)

@@ -4,14 +4,18 @@ It sees what the gateway would see: exact block tables; what engines report abou
 and, at each first token, what was delivered.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from bench.simulate.jobs import Job, covered_tokens
 from bench.simulate.policies import Choice
 from bench.simulate.simulation import Fleet
 from gateway.block_registry.chain import Chain
+from gateway.planner.shortlist import ALL_MAX, HOLDERS_LOOKED_AT_MAX, best_first, shortlist, window
 from gateway.steering.costs.model import CostModel, ModelKey, Outcome, pairs
 from gateway.steering.evictions import Evictions
 from gateway.steering.load import FleetLoad, Ticket
@@ -19,6 +23,7 @@ from gateway.steering.popularity import Popularity
 from gateway.steering.steer import REMOTE_TRANSPORT, Candidate, Decision, PromptView, steer
 
 PREFIXES_MAX = 65536
+Reach = Literal["none", "host", "fleet"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +37,10 @@ class _Words:
 
 @dataclass(slots=True)
 class PeerKV:
-    """Steers `fleet`. Without `imports`, replicas exchange nothing; `device` selects the cost model's priors."""
+    """Steers `fleet`, whose replicas exchange KV as far as `reach`; `device` selects the cost model's priors."""
 
     fleet: Fleet
-    imports: bool = True
+    reach: Reach = "fleet"
     device: str = "cuda"
     costs: CostModel = field(default_factory=CostModel)
     load: FleetLoad = field(default_factory=FleetLoad)
@@ -45,7 +50,7 @@ class PeerKV:
     _turn: int = 0
     _names: list[str] = field(init=False)
     _nodes: list[str] = field(init=False)
-    _exchanges: frozenset[str] = field(init=False)
+    _exchanges: list[frozenset[str]] = field(init=False)
     _key: ModelKey = field(init=False)
     _transport: str = field(init=False)
     _numbers: dict[str, int] = field(init=False)
@@ -58,9 +63,15 @@ class PeerKV:
         self._names = [f"replica-{number}" for number in range(self.fleet.replicas)]
         self._nodes = [f"node-{number // links.profile.replicas_each_host}" for number in range(self.fleet.replicas)]
         self._numbers = {name: number for number, name in enumerate(self._names)}
-        self._exchanges = frozenset(self._names) if self.imports else frozenset()
+        hosts = self._nodes if self.reach == "host" else ["all"] * len(self._nodes)
+        within: dict[str, set[str]] = {}
+        for name, host in zip(self._names, hosts, strict=True):
+            within.setdefault(host, set()).add(name)
+        sets = {host: frozenset(names if self.reach != "none" else ()) for host, names in within.items()}
+        self._exchanges = [sets[host] for host in hosts]
         self._key = ModelKey(self.device)
         self._said = [(0, 0, 0)] * self.fleet.replicas
+        self.costs.transport_measured(REMOTE_TRANSPORT, links.profile.across_hosts_bytes_second)  # as nodes do at their start
         self.evictions.caches(dict.fromkeys(self._names, self.fleet.profile.engine.kv_tokens))
         self._transport = "cuda_ipc" if self.device == "cuda" else "shared_memory"
 
@@ -85,7 +96,8 @@ class PeerKV:
         expected = decision.expected
         cached = expected.local_tokens + expected.peer_tokens
         replica = self._numbers[decision.replica]
-        self._decisions[job.tag] = (decision, candidates[replica], now)
+        chosen = next(each for each in candidates if each.name == decision.replica)
+        self._decisions[job.tag] = (decision, chosen, now)
         tokens, ready_at = request.prompt_tokens, now + expected.seconds
         new = tokens - cached
         work = pairs(cached, new)
@@ -96,20 +108,43 @@ class PeerKV:
         return Choice(replica, source, decision.import_tokens_max, cached)
 
     def _candidates(self, job: Job, chain: Chain, now: float) -> tuple[list[Candidate], int]:
-        """Return every replica as steering sees it, in order, and the most blocks of the prompt that one of them holds."""
+        """Return the replicas that are weighed, as steering sees them, and the most blocks of the prompt that anybody holds.
+
+        Of very many that is the planner's short list.
+        """
         size, fleet = self.fleet.trace_block_tokens, self.fleet
         runs = fleet.published.runs(job.chain)
         whole = covered_tokens(len(job.chain), job.request.prompt_tokens, size, fleet.profile.engine.block_tokens)
         self._listen()
-        loads, promised = self.load.load, self.load.promised(chain, size).get
+        loads, promises = self.load.load, self.load.promised(chain, size)
         exchanges, key, transport = self._exchanges, self._key, self._transport
+        held, names, nodes = np.minimum(runs * size, whole), self._names, self._nodes
         candidates = [
-            Candidate(name, tokens, loads(name, now), exchanges, key, transport, promised(name, 0), True, node, room)
-            for name, node, tokens, room in zip(
-                self._names, self._nodes, np.minimum(runs * size, whole).tolist(), self._room(), strict=True
+            Candidate(
+                names[number],
+                int(held[number]),
+                loads(names[number], now),
+                exchanges[number],
+                key,
+                transport,
+                promises.get(names[number], 0),
+                True,
+                nodes[number],
+                self._room(number),
             )
+            for number in self._weighed(runs, promises, now)
         ]
         return candidates, int(runs.max(initial=0))
+
+    def _weighed(self, runs: npt.NDArray[np.int64], promises: Mapping[str, int], now: float) -> Iterable[int]:
+        """Return the numbers of the replicas that are weighed, as `gateway.planner.shortlist` has it."""
+        names = self._names
+        if len(names) <= ALL_MAX:
+            return range(len(names))
+        best = np.argsort(-runs, kind="stable")[:HOLDERS_LOOKED_AT_MAX]
+        holders = best_first((), promises, (names[number] for number in best.tolist() if runs[number]))
+        idle = window(names, self._turn)
+        return [self._numbers[name] for name in shortlist(self._numbers, holders, idle, lambda name: self.load.load(name, now))]
 
     def _note(self, chain: Chain, candidates: list[Candidate], held_most: int, now: float) -> None:
         """Count a request and learn what all caches evicted of its prompt: seen before, neither held nor being computed."""
@@ -120,10 +155,10 @@ class PeerKV:
         if formerly > held:
             self.evictions.missed((formerly - held) * size, held * size)
 
-    def _room(self) -> list[int]:
-        """Return the free tokens of each cache."""
-        caches = [engine.cache for engine in self.fleet.engines]
-        return [cache.capacity_tokens - cache.used_tokens for cache in caches]
+    def _room(self, number: int) -> int:
+        """Return the free tokens of a replica's cache."""
+        cache = self.fleet.engines[number].cache
+        return cache.capacity_tokens - cache.used_tokens
 
     def _listen(self) -> None:
         """Read every table's load and pass on what changed."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.simulate.peerkv import PeerKV
+from bench.simulate.peerkv import PeerKV, Reach
 from bench.simulate.policies import FIELD_POLICIES, Policy
 from bench.simulate.profiles import Profile
 from bench.simulate.report import Run, in_a_line
@@ -14,7 +14,8 @@ from bench.simulate.summary import Setting, decision_cost, summarize
 from bench.simulate.traces import Conversations, Trace, made_up, read_mooncake, scaled
 from bench.simulate.workloads import shape_for, workload
 
-OWN_POLICIES = ("peerkv", "peerkv-no-imports")
+OWN_POLICIES: dict[str, Reach] = {"peerkv": "fleet", "peerkv-within-hosts": "host", "peerkv-no-imports": "none"}
+"""How far each of our own policies exchanges KV."""
 REPLICAS_EACH_COPY = 8
 PROGRESS_SECONDS = 5.0
 WORKLOAD_REQUESTS = 300
@@ -55,7 +56,7 @@ def make_run(task: Task, say: Callable[[str], None]) -> Run:
 def build_policy(name: str, fleet: Fleet, seed: int) -> Policy:
     """Return the policy of that name for the fleet. Raises KeyError if there is none."""
     if name in OWN_POLICIES:
-        return PeerKV(fleet, imports=name == "peerkv", device="cpu" if fleet.profile.on_cpu else "cuda")
+        return PeerKV(fleet, OWN_POLICIES[name], device="cpu" if fleet.profile.on_cpu else "cuda")
     return FIELD_POLICIES[name](fleet.replicas, fleet.trace_block_tokens, seed)
 
 
