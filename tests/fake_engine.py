@@ -5,6 +5,7 @@ arguments are accepted and ignored. What it saw is at `GET /fake/seen`. A reques
 
     on            only the replica of this name (stem of its socket) obeys the rest
     delay         seconds before the answer's head
+    held          no answer before the test sets `let_go` (where the engine is in its own process)
     token_delay   seconds between tokens
     waits         with `--fake-core`: the request arrives there and never gets a step
     die           "before" | "mid": the process exits before the head, or after `after` tokens
@@ -15,6 +16,8 @@ arguments are accepted and ignored. What it saw is at `GET /fake/seen`. A reques
     body_bytes    length of the answer's text
     comments      keep-alive comments before a stream's first token, `token_delay` apart
     stream_error  an error event in vLLM's form after so many tokens, in place of the rest
+    engine_dies_at  vLLM's words that its engine has ended after so many tokens of a stream, in place of the rest
+    aborts_at     the end of a stream that vLLM gives up, as it is stopped, after so many tokens
     error         the error to answer, beside `status`, in place of vLLM's usual one
 
 Arguments of its own: `--fake-start-seconds S` before it listens, `--fake-exit-code N` ends it at start with a
@@ -22,7 +25,8 @@ message on stderr (with `--fake-exit-on NAME` only that replica), `--fake-exit-o
 exist yet, `--fake-reset-fails` has it answer
 so to /reset_prefix_cache, `--fake-core` puts the steps into a process of their own with a block table (`fake_core.py`), whose
 id is in /fake/seen, `--fake-status N` has every request answered so (with `--fake-exit-on NAME` only that replica),
-`--fake-no-embeddings` takes that endpoint away, and `--fake-deaf` lets it ignore SIGTERM.
+`--fake-no-embeddings` takes that endpoint away, `--fake-deaf` lets it ignore SIGTERM, and `--fake-strict` lets it
+answer 400 to what it cannot read, as vLLM does.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from typing import Any
 from aiohttp import web
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it is run as a file too
+from tests.fake_apis import OtherApis
 from tests.fake_core import CoreLink
 
 Json = dict[str, Any]
@@ -50,6 +55,9 @@ METRICS = """\
 # HELP vllm:request_success_total Count of successfully processed requests.
 # TYPE vllm:request_success_total counter
 vllm:request_success_total{engine="0",finished_reason="length",model_name="fake-model"} %d
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="fake-model"} %d
 # HELP process_open_fds Number of open file descriptors.
 # TYPE process_open_fds gauge
 process_open_fds 7.0
@@ -60,6 +68,16 @@ SSE_HEADERS = {"content-type": "text/event-stream; charset=utf-8"}
 def tokens_of(prompt: Any) -> list[int]:
     """The token ids of a text, or of the ids that stand in its place."""
     return list(prompt.encode()) if isinstance(prompt, str) else list(prompt)
+
+
+FIRST_WORD = 1000
+"""The token id of the first word that a fake makes: the next ones follow it, also behind such ids at a prompt's end."""
+
+
+def asked_of(body: Json) -> Json:
+    """What a request asks of the fake itself, in a field of its own or, where others have to look known, in `user`."""
+    user = body.get("user")
+    return body.get("fake") or (json.loads(user) if isinstance(user, str) and user.startswith("{") else {})
 
 
 def prompts_of(prompt: Any) -> list[Any]:
@@ -80,6 +98,15 @@ def failure(message: str, status: int, kind: str = "BadRequestError", param: str
     return web.json_response({"error": error}, status=status)
 
 
+@web.middleware
+async def strict(request: web.Request, handler: Any) -> Any:
+    """Refuse what a handler cannot read, as vLLM refuses it by its models."""
+    try:
+        return await handler(request)
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        return failure(f"not readable: {type(error).__name__}", 400)
+
+
 class FakeEngine:
     """State and handlers of one fake server."""
 
@@ -94,11 +121,15 @@ class FakeEngine:
         self.embeds = not args.fake_no_embeddings
         self.context_tokens = args.max_model_len
         self.metrics_text, self.metrics_delay = "", 0.0
+        self.prefix = ""  # of each word
+        self.let_go = asyncio.Event()
+        self.others = OtherApis(self)
+        self.strict = args.fake_strict
         self.seen: Json = {"requests": [], "aborted": [], "finished": 0, "running": 0, "resets": []}
 
     def app(self) -> web.Application:
         """The aiohttp application with vLLM's routes."""
-        app = web.Application(client_max_size=1 << 30)
+        app = web.Application(client_max_size=1 << 30, middlewares=[strict] if self.strict else [])
         app.add_routes(
             [
                 web.get("/health", self.health),
@@ -110,6 +141,7 @@ class FakeEngine:
                 web.post("/v1/embeddings", self.embeddings),
                 web.post("/tokenize", self.tokenize),
                 web.post("/reset_prefix_cache", self.reset),
+                *self.others.routes(),
             ]
         )
         return app
@@ -119,7 +151,7 @@ class FakeEngine:
 
     async def metrics(self, request: web.Request) -> web.Response:
         await asyncio.sleep(self.metrics_delay)
-        text = self.metrics_text or METRICS % self.seen["finished"]
+        text = self.metrics_text or METRICS % (self.seen["finished"], self.seen["running"])
         return web.Response(text=text, content_type="text/plain")
 
     async def show_seen(self, request: web.Request) -> web.Response:
@@ -179,12 +211,15 @@ class FakeEngine:
         return body
 
     async def _answer(self, request: web.Request, body: Json, prompts: list[Any], *, chat: bool) -> web.StreamResponse:
-        asked = body.get("fake") or {}
+        asked = asked_of(body)
+        asked = asked["by"].get(self.name, {}) if "by" in asked else asked
         asked = asked if asked.get("on", self.name) == self.name else {}
         self.seen["running"] += 1
         try:
             if asked.get("delay"):
                 await asyncio.sleep(asked["delay"])
+            if asked.get("held"):
+                await self.let_go.wait()
             if asked.get("engine_died"):
                 return failure("EngineCore encountered an issue. See stack trace (above) for the root cause.", 500)
             if status := asked.get("status", self.status):
@@ -214,7 +249,7 @@ class FakeEngine:
     def _end_here(self, asked: Json, when: str, request: web.Request) -> None:
         if asked.get("die") == when:
             os._exit(9)
-        if asked.get("drop") == when:
+        if asked.get("drop") == when and asked.get("drop_on", self.name) == self.name:
             assert request.transport is not None
             request.transport.abort()
 
@@ -234,12 +269,16 @@ class Answer:
         chat: bool,
     ) -> None:
         self.engine, self.request, self.body, self.asked, self.chat = engine, request, body, asked, chat
-        self.count = body.get("max_tokens") or body.get("max_completion_tokens") or 16
+        self.count = body.get("max_completion_tokens") or body.get("max_tokens") or 16
         self.choices = len(prompts) * (body.get("n") or 1)
         self.prompt_tokens = prompt_tokens
         self.tag = ((body.get("kv_transfer_params") or {}).get("peerkv") or {}).get("tag", 0)
         self.number = 0
-        self.prompt_ids = tokens_of(prompts[0])
+        self.prompt_ids = (body.get("kv_transfer_params") or {}).get("prompt_token_ids") or tokens_of(prompts[0])
+        if len(prompts) == 1:
+            self.prompt_tokens = len(self.prompt_ids)
+        last = self.prompt_ids[-1] if self.prompt_ids else 0
+        self.first_word = last - FIRST_WORD + 1 if last >= FIRST_WORD else 0
         self.id = ("chatcmpl-" if chat else "cmpl-") + request.headers.get("x-request-id", "none")
 
     def words(self) -> Iterator[str]:
@@ -247,8 +286,8 @@ class Answer:
         if "body_bytes" in self.asked:
             yield "x" * self.asked["body_bytes"]
             return
-        for i in range(self.count):
-            yield f"w{i} "
+        for i in range(self.first_word, self.first_word + self.count):
+            yield f"{self.engine.prefix}w{i} "
 
     def usage(self) -> Json:
         """vLLM's usage, with `cached_tokens`."""
@@ -297,13 +336,25 @@ class Answer:
         ids = {"prompt_token_ids": self.prompt_ids} if self.chat and self.body.get("return_token_ids") else {}
         return web.json_response(self.frame(choices, chunk=False) | {"usage": self.usage()} | ids)
 
+    def delta(self, index: int, word: str) -> Json:
+        """What a chat's event brings: text, or from a word on that was asked for a tool call's arguments."""
+        calls_from = self.asked.get("calls_from", self.count)
+        if index < calls_from:
+            return {"role": "assistant", "content": word}
+        call: Json = {"index": 0, "function": {"arguments": word}}
+        if index == calls_from:
+            call |= {"id": f"call-of-{self.engine.name}", "type": "function"}
+            call["function"]["name"] = "f"
+        return {"tool_calls": [call]}
+
     async def stream(self) -> web.StreamResponse:
         """The answer as server-sent events, closed by [DONE]."""
         response = web.StreamResponse(headers=SSE_HEADERS)
         await response.prepare(self.request)
 
         async def send(data: Json) -> None:
-            await response.write(b"data: " + json.dumps(data).encode() + b"\n\n")
+            compact = (",", ":") if self.body.get("return_token_ids") else None  # as vLLM does
+            await response.write(b"data: " + json.dumps(data, separators=compact).encode() + b"\n\n")
 
         for _ in range(self.asked.get("comments", 0)):
             await response.write(b": keep-alive\n\n")
@@ -314,14 +365,34 @@ class Answer:
                 error = {"message": "the engine failed", "type": "InternalServerError", "param": None, "code": 500}
                 await send({"error": error})
                 break
+            if index == self.asked.get("engine_dies_at"):
+                text = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+                await send({"error": {"message": text, "type": "InternalServerError", "param": None, "code": 500}})
+                break
+            if index == self.asked.get("aborts_at"):
+                given_up: Json = {"index": 0, "logprobs": None, "finish_reason": "abort", "token_ids": None}
+                nothing: Json = {"delta": {}} if self.chat else {"text": ""}
+                await send(self.frame([given_up | nothing], chunk=True))
+                break
             last = index == self.count - 1 or "body_bytes" in self.asked
             for i in range(self.choices):
                 choice: Json = {"index": i, "finish_reason": "length" if last else None, "logprobs": None}
-                choice |= {"delta": {"role": "assistant", "content": word}} if self.chat else {"text": word}
-                await send(self.frame([choice], chunk=True))
+                choice |= {"delta": self.delta(index, word)} if self.chat else {"text": word}
+                if self.body.get("return_token_ids"):
+                    choice["token_ids"] = [FIRST_WORD + self.first_word + index]
+                    choice |= {"prompt_token_ids": self.prompt_ids} if index == 0 and not self.chat else {}
+                chunk = self.frame([choice], chunk=True)
+                if self.chat and index == 0 and self.body.get("return_token_ids"):
+                    chunk["prompt_token_ids"] = self.prompt_ids
+                await send(chunk)
+        self.engine._end_here(self.asked, "last", self.request)
         if (self.body.get("stream_options") or {}).get("include_usage"):
             await send(self.frame([], chunk=True) | {"usage": self.usage()})
+        self.engine._end_here(self.asked, "usage", self.request)
         await response.write(b"data: [DONE]\n\n")
+        if self.asked.get("drop") == "done":
+            await asyncio.sleep(0.1)  # until that is sent
+        self.engine._end_here(self.asked, "done", self.request)
         return response
 
 
@@ -342,6 +413,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fake-reset-fails", action="store_true")
     parser.add_argument("--fake-no-embeddings", action="store_true")
     parser.add_argument("--fake-deaf", action="store_true")
+    parser.add_argument("--fake-strict", action="store_true")
     return parser.parse_known_args(argv)[0]
 
 

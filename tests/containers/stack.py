@@ -80,6 +80,8 @@ class Stack:
             "CONFIG_FILE": str(home / "peerkv.toml"),
             "PEERKV_ACCESS_LOG": "true",
             "PEERKV_HOST_MEMORY": "128MiB",
+            "PEERKV_DISK": "/var/cache/peerkv",
+            "PEERKV_DISK_BYTES": "1GiB",
             "PEERKV_KEYS_FILE": KEYS_FILE,
         }
         self.client = httpx.Client(base_url=self.url, timeout=ANSWER_SECONDS_MAX)

@@ -58,6 +58,7 @@ def pod(clone: Path, stack: Stack) -> Iterator[str]:
     try:
         start(made["engine"], "peerkv-engine:0.1.0-cpu", config, "--volume", f"{models}:/models")
         published = f"127.0.0.1:{port}:8000"
+        made["gateway"]["env"] = [*made["gateway"]["env"], {"name": "PEERKV_ALLOW_ANYONE", "value": "true"}]
         start(made["gateway"], "peerkv-gateway:0.1.0", config, "--volume", f"{models}:/models:ro", "--publish", published)
         yield f"http://127.0.0.1:{port}"
     finally:

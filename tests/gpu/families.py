@@ -1,9 +1,9 @@
-"""Every family of KV caches on one GPU, two engines on it that import from each other: exact, timed, raced, killed.
+"""Every family of KV caches, two engines on one GPU or two that import from each other: exact, timed, raced, killed.
 
-`python -m tests.gpu.families [FAMILY …] [--sections …] [--cache-dtype fp8] [--graphs] [--json FILE]`; `--dry` on a CPU.
-Each check prints one line as it ends, PASS or FAIL, and the last lines are a table of first tokens. Dummy weights: shapes are
-the models' own, with fewer layers where that saves minutes. Every wait has a deadline, and a family that fails leaves the
-others alone.
+`python -m tests.gpu.families [FAMILY …] [--sections …] [--cache-dtype fp8] [--graphs] [--devices 0 1] [--json FILE]`; `--dry`
+on a CPU. Each check prints one line as it ends, PASS or FAIL, and the last lines are a table of first tokens. Weights are
+vLLM's dummies in the models' own shapes, with fewer layers where that saves minutes; where owners churn or die they are those
+of a tiny model that tells contexts apart. Every wait has a deadline, and a family that fails leaves the others alone.
 """
 
 import argparse
@@ -24,12 +24,14 @@ from typing import Any
 
 from tests.gpu.races import race
 from tests.gpu.replica import Answer, Replica, median, prompt
+from tests.gpu.told_apart import told_apart
 from tests.tiny_models import WORDS_END, write_tiny_model
 from transport.groups import step
 from transport.table.deliveries import Delivery
 from transport.table.reader import TableReader
 
 READY_SECONDS_MAX = 200.0
+CHURN_SECONDS = 60.0
 ANSWER_SECONDS_MAX = 30.0
 GRAPHS: dict[str, Any] = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 WORDS = 100_000
@@ -103,7 +105,7 @@ class Run:
         self.given = given
         self.folder = folder
         self.tables = folder / "tables"
-        self.device = "" if given.dry else "0"
+        self.devices = ("", "") if given.dry else tuple(given.devices)
         self.tiny = given.dry or given.tiny
         self.words = WORDS_END if self.tiny else WORDS
         self.sizes = (600, 1300) if self.tiny else (2048, 8192, 32768)
@@ -130,7 +132,7 @@ class Run:
         if self.given.dry:
             blocks = {} if family == "qwen3next" else {"block_size": 32}
             return blocks | {"max_model_len": 4096, "kv_cache_memory_bytes": 64 << 20, "skip_tokenizer_init": True}
-        chosen: dict[str, Any] = {"max_model_len": 40960, "gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": 12 << 30}
+        chosen: dict[str, Any] = {"max_model_len": 40960, "gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 12 << 30}
         if self.tiny:
             chosen = {"max_model_len": 4096, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}
         chosen |= {"skip_tokenizer_init": True, "kv_cache_dtype": self.given.cache_dtype, **SHAPES[family].arguments}
@@ -141,23 +143,29 @@ class Run:
         changes = {} if self.tiny else {"max_position_embeddings": 131072} | shape.changes
         return write_tiny_model(self.folder / "models", shape.family, **changes)
 
+    def telling(self, family: str, tokens: int) -> tuple[Path, dict[str, Any]]:
+        """A tiny model with weights that make its answers tell the context, and how it is started for prompts of `tokens`."""
+        model = write_tiny_model(self.folder / "telling", SHAPES[family].family, weights=True, max_position_embeddings=65536)
+        space = {} if self.given.dry else {"kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.1}
+        return model, self.arguments(family) | space | {"load_format": "auto", "max_model_len": max(4096, tokens)}
+
     def engine(self, name: str, model: Path, programs: int = 0, **arguments: Any) -> Replica:
-        return Replica(name, self.device, model, self.tables, programs, **arguments)
+        """An engine: `b` imports and runs on the second device, all others own and run on the first."""
+        return Replica(name, self.devices[name == "b"], model, self.tables, programs, **arguments)
 
     @contextlib.contextmanager
-    def pair(self, family: str, **owner: Any) -> Iterator[tuple[Replica, Replica]]:
+    def pair(self, model: Path, base: dict[str, Any], programs: int = 0, **owner: Any) -> Iterator[tuple[Replica, Replica]]:
         """Two engines; `owner` changes the arguments of the first. The second starts behind it and finds compiled kernels."""
-        base, model = self.arguments(family), self.model(family)
+        words = self.words if base.get("load_format") != "auto" else WORDS_END
         engines: list[Replica] = []
         try:
             for name, changes in (("a", owner), ("b", {})):
-                engines.append(self.engine(name, model, **(base | changes)))
+                engines.append(self.engine(name, model, programs, **(base | changes)))
                 engines[-1].ready(READY_SECONDS_MAX)
             for engine in engines:
                 for seed in (1, 2):
-                    engine.ask(
-                        self.prompt(self.sizes[0], seed + (engine.process.pid or 0)), 4, logprobs=True, source="", seconds=90
-                    )
+                    ids = prompt(self.sizes[0], seed + (engine.process.pid or 0), words)
+                    engine.ask(ids, 4, logprobs=True, source="", seconds=90)
             yield engines[0], engines[1]
         finally:
             for engine in engines:
@@ -245,14 +253,16 @@ def races(run: Run) -> None:
 
 def churned(run: Run, family: str) -> None:
     """Imports out of an engine whose cache is far too small: what it holds of a prompt goes while it is asked for."""
-    tight = {"kv_cache_memory_bytes": (24 << 20) if run.given.dry else (700 << 20), "max_model_len": 4096}
-    with run.pair(family, **tight) as (a, b), closing(run.table("b")) as ours:
-        prompts = [run.prompt(run.sizes[0], 91 * number + 13) for number in range(8)]
+    size = 600 if run.given.dry else 2000
+    model, arguments = run.telling(family, size)
+    tight = {"kv_cache_memory_bytes": 24 << 20}
+    with run.pair(model, arguments, 0 if run.given.dry else 1, **tight) as (a, b), closing(run.table("b")) as ours:
+        prompts = [prompt(size, 91 * number + 13, WORDS_END) for number in range(8)]
         wanted = [ask(b, ids, source="") for ids in prompts]
         control = _distance(wanted[0], wanted[1])
         b.clear()
-        a.churn(run.sizes[0], True)
-        rng, worst, until = random.Random(3), 0.0, time.monotonic() + 90
+        a.churn(size, True)
+        rng, worst, until = random.Random(3), 0.0, time.monotonic() + CHURN_SECONDS
         before = ours.counters()
         target = 20 if run.given.dry else 500
         while ours.counters()["imports"] - before["imports"] < target and time.monotonic() < until:
@@ -281,10 +291,8 @@ def _distance(one: Answer, other: Answer) -> float:
 def kills(run: Run, family: str) -> None:
     """SIGKILL of owners while they are read, one after the other, of the tiny model: an owner starts in seconds."""
     count = 2 if run.given.dry else 20
-    model = write_tiny_model(run.folder / "tiny", SHAPES[family].family, max_position_embeddings=65536)
-    space = {} if run.given.dry else {"kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.2, "max_model_len": 32768}
-    arguments = run.arguments(family) | space
     size = run.sizes[-1] - 64
+    model, arguments = run.telling(family, run.sizes[-1])
     b = run.engine("b", model, programs=0 if run.given.dry else 1, **arguments)
     waiting: list[Replica] = []
     try:
@@ -320,12 +328,14 @@ def kills(run: Run, family: str) -> None:
 def one_family(run: Run, family: str, sections: list[str]) -> None:
     pairwise = [section for section in ("exact", "ttft") if section in sections]
     if pairwise:
-        with run.pair(family) as (a, b):
+        with run.pair(run.model(family), run.arguments(family)) as (a, b):
             run.note("INFO", f"{family}: both engines are ready", layers="tiny" if run.tiny else SHAPES[family].layers)
             for section in pairwise:
                 {"exact": exact, "ttft": ttft}[section](run, family, a, b)
     if "churned" in sections:
         churned(run, family)
+    if "told-apart" in sections:
+        told_apart(run, family)
     if "kills" in sections:
         kills(run, family)
 
@@ -334,10 +344,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"some of: {', '.join(SHAPES)} (default: all)")
     parser.add_argument(
-        "--sections", nargs="+", default=["exact", "ttft"], choices=["exact", "ttft", "races", "churned", "kills"]
+        "--sections",
+        nargs="+",
+        default=["exact", "ttft"],
+        choices=["exact", "ttft", "races", "churned", "told-apart", "kills"],
+        help="told-apart: two holders, salts, changed blocks, preemption",
     )
     parser.add_argument("--cache-dtype", default="auto", help="of the KV cache, as vLLM takes it")
     parser.add_argument("--graphs", action="store_true", help="with CUDA graphs")
+    parser.add_argument(
+        "--devices", nargs=2, default=["0", "0"], metavar="GPU", help="of the owner and of the importer (default: both on 0)"
+    )
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--tiny", action="store_true", help="tiny models: exactness on the GPU's own kernels, in seconds")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU, to see that the script runs")

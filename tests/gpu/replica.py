@@ -176,6 +176,17 @@ class Replica:
         self._pipe.send(("clear", None))
         assert self._take(60) == "cleared"
 
+    def trace(self) -> None:
+        """Time the parts of every request from now on (tests.gpu.step_times)."""
+        self._pipe.send(("trace", None))
+        assert self._take(20) == "tracing"
+
+    def traced(self) -> list[tuple[str, float, float]]:
+        """Return the last request's calls: (part, milliseconds after it was asked, milliseconds it took)."""
+        self._pipe.send(("traced", None))
+        calls: list[tuple[str, float, float]] = self._take(20)
+        return calls
+
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""
         if self.process.is_alive() and self.process.pid is not None:
@@ -347,6 +358,15 @@ class _Engine:
                 rows = output.prompt_logprobs or rows
         places = range(begin, len(ids))
         self.pipe.send(("ok", [max(v.logprob for v in rows[at].values()) - rows[at][ids[at]].logprob for at in places]))
+
+    def do_trace(self, _: Any) -> None:
+        from tests.gpu.step_times import trace_engine
+
+        self.tracing = trace_engine(self.engine)
+        self.pipe.send(("ok", "tracing"))
+
+    def do_traced(self, _: Any) -> None:
+        self.pipe.send(("ok", self.tracing.take(int(self.began * 1e9))))
 
     def do_load(self, value: Any) -> None:
         requests, prompt_tokens, tokens, seed = value

@@ -44,10 +44,10 @@ def test_an_import_equals_a_local_prefix_hit_bit_by_bit(bench, variant):
 
 
 @pytest.mark.parametrize("family", SHAPES)
-def test_an_import_of_every_family_equals_a_local_prefix_hit_bit_by_bit(tmp_path, family):
-    given = argparse.Namespace(dry=False, tiny=True, cache_dtype="auto", graphs=False)
+def test_an_import_of_every_family_equals_a_local_prefix_hit_and_what_must_not_be_shared_is_not(tmp_path, family):
+    given = argparse.Namespace(dry=False, tiny=True, cache_dtype="auto", graphs=False, devices=["0", str(GPUS - 1)])
     run = Run(given, tmp_path)
-    one_family(run, family, ["exact"])
+    one_family(run, family, ["exact", "told-apart"])
     assert run.failed == 0, json.dumps(run.rows, indent=1)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ ANSWER_SECONDS_MAX = 180.0
 STOP_SECONDS_MAX = 60.0
 LOG_LINES_SHOWN = 30
 LOG_LINE_CHARS_SHOWN = 300
+SALT_SECRET = "what salts are made with in tests"
 MARK = "REAL_FLEET_MARK"  # in the environment of every process of a fleet; replicas get no PEERKV_* variables
 REPLICAS = ("replica-0", "replica-1")
 
@@ -92,7 +94,8 @@ class Fleet:
         self.log_dir = self.home / "logs"
         self.key = key
         self._fleet = FileFleet(self.run_dir)
-        (self.home / "peerkv.toml").write_text(config)
+        (self.home / "salt-secret").write_text(SALT_SECRET)
+        (self.home / "peerkv.toml").write_text(f'salt_secret_file = "{self.home}/salt-secret"\n{config}')
         self.command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(self.port)]
         self.command += ["--config", str(self.home / "peerkv.toml")]
         self.command += ["--run-dir", str(self.run_dir), "--log-dir", str(self.log_dir), *flags]
@@ -183,6 +186,12 @@ class Fleet:
         found = self._fleet.snapshot().find(replica)
         return found is not None and found.pid not in (None, former)
 
+    def kill(self, replica: str) -> None:
+        """kill -9, and wait until the supervisor has started another in its place."""
+        former = self.pid(replica)
+        os.kill(former, signal.SIGKILL)
+        until(lambda: self.restarted(replica, former), RESTART_SECONDS_MAX, f"{replica} is started anew")
+
     def stats(self) -> dict[str, Any]:
         """/kv/stats."""
         stats: dict[str, Any] = self.client.get("/kv/stats").raise_for_status().json()
@@ -213,12 +222,12 @@ class Fleet:
         """A greedy completion through the gateway, on `replica` if given."""
         headers = self.headers(key) | ({"x-peerkv-replica": replica} if replica else {})
         response = self.client.post("/v1/completions", json=self.body(prompt, **more), headers=headers)
-        return _answer(response)
+        return answer_of(response)
 
     def direct(self, replica: str, prompt: str | list[int], **more: Any) -> Answer:
         """A greedy completion from a replica's own socket, past the gateway."""
         with self.socket_client(replica) as client:
-            return _answer(client.post("/v1/completions", json=self.body(prompt, **more)))
+            return answer_of(client.post("/v1/completions", json=self.body(prompt, **more)))
 
     @contextlib.contextmanager
     def decoding(self, prompts: list[str], replica: str) -> Iterator[list[Iterator[str]]]:
@@ -259,7 +268,8 @@ class Fleet:
         self.client.post("/kv/flush").raise_for_status()
 
 
-def _answer(response: httpx.Response) -> Answer:
+def answer_of(response: httpx.Response) -> Answer:
+    """What a completion says."""
     assert response.status_code == 200, response.text
     body = response.json()
     choice, usage = body["choices"][0], body["usage"]

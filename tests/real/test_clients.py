@@ -167,8 +167,9 @@ def test_too_long_a_prompt_is_refused_with_the_limit(client, fleet, words):
 
 
 def test_more_answer_than_the_context_holds_is_refused(client, fleet):
-    with pytest.raises(openai.BadRequestError, match="8192"):
+    with pytest.raises(openai.BadRequestError, match="8192") as error:
         complete(client, fleet, max_tokens=9000)
+    assert (error.value.code, error.value.param) == ("context_length_exceeded", "max_tokens")
 
 
 def test_embeddings_of_a_model_that_has_none_are_a_clear_error(client, fleet):

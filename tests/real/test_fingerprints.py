@@ -14,7 +14,7 @@ from tests.real.owner import held, keys_of, table_like
 FIELDS = (
     "vllm", "torch", "weights", "revision", "model config", "rope", "tokenizer", "dtype", "quantization", "kv dtype",
     "groups", "tensor parallel size", "pipeline parallel size", "hash", "device", "attention backend", "strides", "kv scales",
-    "namespace", "media", "layer names",
+    "namespace", "media", "layer names", "cpu layout",
 )  # fmt: skip
 LENGTH = 80
 WHOLE = 64

@@ -4,27 +4,23 @@ import mmap
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from engine.host_process.kept_memory import VARIABLE, KeptMemories, encode_kept
-from gateway.tenants.tenants import default_salt
+from gateway.tenants.salts import tenant_salt
 from tests.real.conftest import CONFIG, ONE, TWO, VLLM_ARGS, running
 from tests.real.families.engines import Family, tokens
-from tests.real.fleet import RESTART_SECONDS_MAX, Fleet, until
+from tests.real.fleet import RESTART_SECONDS_MAX, SALT_SECRET, Fleet, until
 from tests.real.prompts import Words
+from tests.real.small_caches import BLOCK, LENGTH, SMALL, WHOLE, chain_of, push_out, restoring
 from transport.backends.shared_memory import open_region
 from transport.keys import chain_keys, root_key
-from transport.table.group_look_up import GroupChain, held_tokens
-from transport.table.reader import TableReader
+from transport.table.group_look_up import held_tokens
 from transport.table.tiers import host_memory_of
 
-BLOCK = 32
-LENGTH = 300
-WHOLE = (LENGTH - 1) // BLOCK * BLOCK
-SMALL = ("--kv-cache-memory-bytes", "33554432", "--max-model-len", "512")  # 21 blocks, 672 tokens
 TIER = host_memory_of("replica-0")
 
 
@@ -45,37 +41,16 @@ def tier_stats(fleet: Fleet, replica: str = "replica-0") -> dict:
     return next(tier for tier in fleet.stats()["host_memory"] if tier["replica"] == replica)
 
 
-def lose(fleet: Fleet, words, replica: str) -> None:
-    """Make a replica give up every block that it holds, by three other prompts."""
-    for _ in range(3):
-        fleet.answer(words.ids(8 * BLOCK - 2), replica=replica, max_tokens=1)
-
-
-@contextmanager
-def restoring(fleet: Fleet, replica: str, tokens: int = WHOLE) -> Iterator[None]:
-    """The one request inside restores so many tokens from host memory, and computes the rest.
-
-    The canaries that the gateway sends after it replaced a replica may be counted too.
-    """
-    before = fleet.replica_stats(replica)["tokens"]
-    yield
-    after = fleet.replica_stats(replica)["tokens"]
-    moved = {name: after[name] - before[name] for name in after}
-    canaries = moved["prompt"] - LENGTH
-    assert tokens <= moved["host_memory"] <= tokens + canaries, moved
-    assert LENGTH - tokens <= moved["computed"] <= LENGTH - tokens + canaries, moved
-
-
 def test_what_left_a_cache_is_restored_there_and_elsewhere_to_the_last_bit(tiered, words):
     prompt = words.ids(LENGTH)
     cold, local = (tiered.answer(prompt, replica="replica-0") for _ in range(2))
     assert (cold.cached_tokens, local.cached_tokens) == (0, WHOLE)
-    lose(tiered, words, "replica-0")
-    with restoring(tiered, "replica-0"):
+    push_out(tiered, words, "replica-0")
+    with restoring(tiered, "replica-0", "host_memory"):
         restored = tiered.answer(prompt, replica="replica-0")
     assert restored.same_as(local)
-    lose(tiered, words, "replica-0")
-    with restoring(tiered, "replica-1"):
+    push_out(tiered, words, "replica-0")
+    with restoring(tiered, "replica-1", "host_memory"):
         elsewhere = tiered.answer(prompt, replica="replica-1")
     assert elsewhere.same_as(local)
     assert restored.close_to(cold)
@@ -108,13 +83,13 @@ def test_the_end_of_a_prefix_is_restored_behind_what_is_still_there(tiered, word
 def test_tenants_and_changed_bytes_are_misses(tiered, words):
     prompt = words.ids(LENGTH)
     cold = tiered.answer(prompt, replica="replica-0")
-    lose(tiered, words, "replica-0")
+    push_out(tiered, words, "replica-0")
     foreign = tiered.answer(prompt, replica="replica-0", key=TWO.api_key.get_secret_value())
     assert foreign.cached_tokens == 0
     assert foreign.close_to(cold)
     damage(tiered, prompt, block=3)
     failures = tiered.replica_stats("replica-1")["counts"]["check_failures"]
-    with restoring(tiered, "replica-1", tokens=3 * BLOCK):
+    with restoring(tiered, "replica-1", "host_memory", 3 * BLOCK):
         assert tiered.answer(prompt, replica="replica-1").close_to(cold)
     assert tiered.replica_stats("replica-1")["counts"]["check_failures"] == failures + 1
 
@@ -122,7 +97,7 @@ def test_tenants_and_changed_bytes_are_misses(tiered, words):
 def damage(fleet: Fleet, prompt: list[int], block: int) -> None:
     """Change one bit of a stored block."""
     with closing(fleet.table(TIER)) as table:
-        root = root_key(table.fingerprint, default_salt(ONE))
+        root = root_key(table.fingerprint, tenant_salt(SALT_SECRET.encode(), ONE.name))
         run = table.longest_run(chain_keys(root, prompt, BLOCK))
         assert len(run) == LENGTH // BLOCK
         memory = table.memories[0]
@@ -140,18 +115,18 @@ def test_a_killed_engines_blocks_are_restored_by_others_and_then_by_itself(tiere
     prompt = words.ids(LENGTH)
     tiered.answer(prompt, replica="replica-0")
     local = tiered.answer(prompt, replica="replica-0")
-    lose(tiered, words, "replica-0")
+    push_out(tiered, words, "replica-0")
     former = tiered.pid("replica-0")
     os.kill(former, signal.SIGKILL)
-    with restoring(tiered, "replica-1"):
+    with restoring(tiered, "replica-1", "host_memory"):
         assert tiered.answer(prompt, replica="replica-1").close_to(local, 1e-4)
     until(lambda: tiered.restarted("replica-0", former), RESTART_SECONDS_MAX, "replica-0 is started anew")
     tiered.wait_ready(RESTART_SECONDS_MAX)
     tiered.forget("replica-1")
-    with restoring(tiered, "replica-0"):
+    with restoring(tiered, "replica-0", "host_memory"):
         assert tiered.answer(prompt, replica="replica-0").close_to(local, 1e-4)
     tiered.flush()
-    with restoring(tiered, "replica-0", tokens=0):
+    with restoring(tiered, "replica-0", "host_memory", 0):
         tiered.answer(prompt, replica="replica-0")
 
 
@@ -186,8 +161,3 @@ def test_states_are_restored_and_outlive_their_engine(tmp_path):
         assert elsewhere.same_as(local)
     finally:
         family.close()
-
-
-def chain_of(table: TableReader, ids: list[int]) -> GroupChain:
-    keys = chain_keys(root_key(table.fingerprint), ids, table.block_size, table.hash_name)
-    return GroupChain(table.groups, keys)

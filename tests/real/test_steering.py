@@ -11,7 +11,7 @@ from statistics import median
 import pytest
 
 from tests.real.conftest import running
-from tests.real.fleet import REPLICAS, Fleet, until
+from tests.real.fleet import REPLICAS, RESTART_SECONDS_MAX, Fleet, until
 from tests.unit.gateway.prompts.tiny_model import LLAMA, make_llama
 
 TRIES_MAX = 4
@@ -170,6 +170,20 @@ def asked_again(fleet: Fleet, tokens: int, missing: int, place: int) -> tuple[fl
         stream(fleet, prompt[:known] + letters(BLOCK // 2), taker)
     again = stream(fleet, prompt, taker)
     return cold.seconds, again.seconds, explained(fleet, again.request_id)
+
+
+def test_a_fresh_replicas_first_step_may_be_the_few_tokens_behind_an_import(quick_fleet):
+    """It ended vLLM's engine on cores with AMX: the model computes in bfloat16, and nothing was computed before."""
+    fleet, prompt = quick_fleet, letters(100)
+    fleet.kill("replica-1")  # one of them computed the canaries
+    fleet.wait_ready(RESTART_SECONDS_MAX)
+    pid = fleet.pid("replica-1")
+    with fleet.socket_client("replica-0") as holder, fleet.socket_client("replica-1") as taker:
+        body = {"model": fleet.model, "prompt": prompt, "max_tokens": 2}
+        holder.post("/v1/completions", json=body).raise_for_status()
+        imported = taker.post("/v1/completions", json=body | {"kv_transfer_params": {"peerkv": {"source": "replica-0"}}})
+    assert imported.raise_for_status().json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 99 // BLOCK * BLOCK
+    assert fleet.pid("replica-1") == pid
 
 
 def test_a_small_miss_is_recomputed_and_a_large_one_pulled(quick_fleet):

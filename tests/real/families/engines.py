@@ -94,15 +94,20 @@ class Family:
             yield counted
             counted |= {counter: value - before[counter] for counter, value in table.counters().items()}
 
-    def supply(self, name: str, ids: list[int], begin: int = 0) -> Supply:
-        """What an engine can supply of a prompt: all that can be used, or the test is not what it says."""
+    def supply(self, name: str, ids: list[int]) -> Supply:
+        """What an engine can supply of a prompt: all that can be used."""
         with closing(self.table(name)) as table:
-            keys = chain_keys(root_key(table.fingerprint), ids, table.block_size, table.hash_name)
-            end = (len(ids) - 1) // table.block_size * table.block_size
-            found = supply(table, GroupChain(table.groups, keys), begin, end)
-            assert found is not None
-            assert found.tokens == end
-            return found
+            return supplied(table, ids)
+
+
+def supplied(table: TableReader, ids: list[int]) -> Supply:
+    """What a table's owner can supply of a prompt: all that can be used, or the test is not what it says."""
+    keys = chain_keys(root_key(table.fingerprint), ids, table.block_size, table.hash_name)
+    end = (len(ids) - 1) // table.block_size * table.block_size
+    found = supply(table, GroupChain(table.groups, keys), 0, end)
+    assert found is not None
+    assert found.tokens == end
+    return found
 
 
 def tokens(length: int, seed: int) -> list[int]:

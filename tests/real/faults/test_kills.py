@@ -25,13 +25,6 @@ WHOLE = (LENGTH - 1) // BLOCK * BLOCK
 KILLS = 2
 
 
-def kill(fleet, replica: str) -> None:
-    """kill -9, and wait until the supervisor has started another in its place."""
-    former = fleet.pid(replica)
-    os.kill(former, signal.SIGKILL)
-    until(lambda: fleet.restarted(replica, former), RESTART_SECONDS_MAX, f"{replica} is started anew")
-
-
 @dataclass
 class Stream:
     """What a client got of an event stream from a replica. `error` is the error event's object, `done` whether [DONE] came."""
@@ -76,7 +69,7 @@ def test_requests_of_a_killed_replica_end_in_a_right_answer_or_a_clear_error(fle
         until(lambda: fleet.replica_stats(replica)["in_flight"] > 2, ANSWER_SECONDS_MAX, "requests are with the replica")
         steps = [stream.events + 5 for stream in streams]  # in which the requests beside them have begun too
         until(lambda: all(s.events >= n for s, n in zip(streams, steps, strict=True)), ANSWER_SECONDS_MAX, "they are computed")
-        kill(fleet, replica)
+        fleet.kill(replica)
         answers = [future.result(ANSWER_SECONDS_MAX) for future in whole]
         ended = [future.result(ANSWER_SECONDS_MAX) for future in read]
 
@@ -100,7 +93,7 @@ def test_a_killed_replica_comes_back_and_exchanges_in_its_new_epoch(fleet, words
     held = words.text(LENGTH)
     cold = fleet.answer(held, replica="replica-1")
     with closing(fleet.table("replica-0")) as former:
-        kill(fleet, "replica-0")
+        fleet.kill("replica-0")
         until(lambda: not former.alive(), RESTART_SECONDS_MAX, "its engine has ended")  # a moment after its server
         fleet.wait_ready(RESTART_SECONDS_MAX)
         with closing(fleet.table("replica-0")) as table:
@@ -127,7 +120,7 @@ def test_imports_from_a_replica_that_is_killed_meanwhile_end_right(fleet, words)
 
 def killed_while_read(fleet, words) -> bool:
     """One round; tell whether at least one import fell short."""
-    kill(fleet, "replica-0")  # so that nobody has its memory open
+    fleet.kill("replica-0")  # so that nobody has its memory open
     fleet.wait_ready(RESTART_SECONDS_MAX)
     prompts = [words.text(LENGTH) for _ in range(6)]
     wanted = [fleet.answer(prompt, replica="replica-0") for prompt in prompts]

@@ -14,7 +14,7 @@ from aiohttp import web
 from bench.engines import Counts, parse_counts
 from bench.field.arms import CPU_ARMS, PEERKV, PEERKV_ALONE, ROUND_ROBIN
 from bench.field.flags import CPU_SIZE, NUMBERED, parse, write_chat_model
-from bench.field.report import about, as_json, figures_of, from_json, markdown
+from bench.field.report import WINDOW, about, as_json, figures_of, from_json, markdown, seconds_until_back
 from bench.machine import held_port
 from bench.open_loop import Player, Sample
 from bench.policy_relay import place
@@ -68,6 +68,30 @@ def test_conversations_have_their_turns_at_the_rate() -> None:
     made = conversations(SIZE, random.Random(1), Words(random.Random(1)))
     assert all(len(talk.turns) == TURNS and talk.chat for talk in made)
     assert 0.6 < sum(len(talk.turns) for talk in made) / SIZE.seconds / SIZE.rate < 1.5
+
+
+@pytest.mark.parametrize("workload", [each for each in WORKLOADS if each.warm is not None], ids=lambda each: each.name)
+def test_where_the_fleet_changes_the_prefixes_are_those_that_it_was_filled_with(workload: Workload) -> None:
+    def prefixes(made: list[Talk]) -> list[str]:
+        return [" ".join(talk.turns[0].text.split()[: SIZE.prefix_tokens]) for talk in made]
+
+    assert workload.warm is not None
+    known = prefixes(workload.warm(SIZE, Words(random.Random(7))))
+    assert len(set(known)) == len(known)
+    assert len(known) * SIZE.prefix_tokens < SIZE.cache_tokens
+    assert set(prefixes(talks(workload, 1, 7))) == set(known)
+
+
+def test_the_time_until_the_p90_is_back_is_that_of_the_last_slow_window() -> None:
+    def run(seconds_of: "list[float]") -> float:
+        return seconds_until_back([Sample(0.5 * place, first, first, 1, 1) for place, first in enumerate(seconds_of)])
+
+    steady = [0.1] * 30
+    assert run(steady) == 0.0
+    slow_until = 20
+    back = run([0.9] * slow_until + steady)
+    assert 0.5 * slow_until <= back < 0.5 * (slow_until + WINDOW)
+    assert run([0.14] * 60) == 0.0  # slow throughout is what it is like, not a change
 
 
 def test_the_numbered_vocabulary_is_known_to_the_dummy_model() -> None:

@@ -29,12 +29,13 @@ GATEWAY_CHECK = """
 import importlib, sys
 from gateway.http_server.known_head import KnownHead
 from gateway.relay import batching
+from gateway.relay.going_on import GoingOn
 from gateway.serve import memory
 from gateway.steering.costs.sampling import Sampling
 from gateway.upstream import answer_head
 
 places = [(KnownHead, "of"), (answer_head, "cut_head"), (batching, "WAITING_MAX"), (memory, "_spare_the_collector")]
-places += [(Sampling, "takes")]
+places += [(Sampling, "takes"), (GoingOn, "tape")]
 before = [getattr(*place) for place in places]
 importlib.import_module("bench.taken_out.gateway." + sys.argv[1])
 print(*(place[1] for place, was in zip(places, before) if getattr(*place) != was))
@@ -44,6 +45,7 @@ TAKEN_FROM_GATEWAY = {
     "batching": ["WAITING_MAX"],
     "collector": ["_spare_the_collector"],
     "sampling": ["takes"],
+    "continuity": ["tape"],
 }
 TAKEN = {"chains": "chain", "digests": "get", "hold": "HOLD_SECONDS", "prefixes": "leading", "words": "raw"}
 

@@ -88,3 +88,30 @@ def test_writing_leaves_nothing_but_the_file(tmp_path: Path) -> None:
     write_fleet(tmp_path, FLEET)
     write_fleet(tmp_path, FLEET)
     assert [p.name for p in tmp_path.iterdir()] == [FLEET_FILE]
+
+
+async def test_a_replica_of_a_file_is_drained_here_alone_until_another_process_serves(tmp_path: Path) -> None:
+    fleet, other = FileFleet(tmp_path), FileFleet(tmp_path)
+    write_fleet(tmp_path, FLEET)
+    await fleet.drain("replica-0")
+    drained = fleet.snapshot().find("replica-0")
+    assert drained is not None
+    assert (drained.state, fleet.snapshot().ready(), other.snapshot().ready()) == (ReplicaState.DRAINING, (), (ZERO,))
+    assert fleet.snapshot().version > FLEET.version
+    await fleet.resume("replica-0")
+    assert fleet.snapshot().ready() == (ZERO,)
+    await fleet.drain("replica-0")
+    write_fleet(tmp_path, replace(FLEET, version=6))
+    assert fleet.snapshot().ready() == ()
+    again = replace(ZERO, pid=8)
+    write_fleet(tmp_path, replace(FLEET, version=7, replicas=(again, ONE)))
+    assert fleet.snapshot().ready() == (again,)
+
+
+async def test_replicas_of_a_file_are_not_restarted_from_here(tmp_path: Path) -> None:
+    fleet = FileFleet(tmp_path)
+    write_fleet(tmp_path, FLEET)
+    with pytest.raises(FleetError, match="replica-0 is run by `peerkv engine` elsewhere"):
+        await fleet.restart("replica-0")
+    with pytest.raises(FleetError, match="there is no replica 'nobody'"):
+        await fleet.drain("nobody")

@@ -15,10 +15,12 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from engine.fleet import FleetSnapshot, Replica, ReplicaState
+from engine.fleet import FleetSnapshot, FleetView, Replica, ReplicaState
 from gateway.admin.app import build_app
 from gateway.admin.offline_document import NothingKept
+from gateway.api.endpoints import ENDPOINTS, Endpoint
 from gateway.errors import NoReplicaReady, ReplicaNotReady, UnknownReplica
+from gateway.http_server.request_cycle import Asgi
 from gateway.http_server.server import DoorServer, bind, build_server
 from gateway.kept_prefixes.shapes import PrefixReport
 from gateway.ledger.attempts import Attempt, RequestInfo
@@ -26,14 +28,20 @@ from gateway.ledger.stats import LedgerStats
 from gateway.limits.limiter import Limiter
 from gateway.limits.prices import Prices
 from gateway.limits.request_size import PromptSize
+from gateway.limits.shared.shared_limits import SharedLimits
 from gateway.planner.plan import SteeringStats
 from gateway.prompts.parity import KindVerdict
 from gateway.prompts.tokenizer.service import TokenizerStats
+from gateway.relay.admission import Admission
 from gateway.relay.frontdoor import FrontDoor
+from gateway.relay.going_on import GoingOn
 from gateway.relay.large_bodies.pool import LargeBodies
 from gateway.relay.relay import Relay
 from gateway.relay.request_record import Meter
+from gateway.relay.served_fleets import ServedFleet, ServedFleets
+from gateway.replica_control.shapes import ControlledReplica, ReplicaList, Step
 from gateway.settings import Settings
+from gateway.settings_limits import limits_address
 from gateway.stats.explain import Explanation, explain
 from gateway.stats.prometheus import Metrics
 from gateway.stats.shapes import (
@@ -48,6 +56,7 @@ from gateway.steering.costs.model import CostStats
 from gateway.steering.outliers import NEVER, Ejection
 from gateway.tenants.access import AdminAccess
 from gateway.tenants.key_file import read_keys
+from gateway.tenants.salts import read_salt_secret
 from gateway.tenants.tenants import TenantContext, Tenants
 from gateway.ui.routes import add_page
 from gateway.upstream.pool import Upstream
@@ -77,7 +86,8 @@ async def until(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS)
 class FakeFleet:
     """A fleet that the test changes by hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "fake-model") -> None:
+        self.model = model
         self.replicas: dict[str, Replica] = {}
         self.version = 0
         self.suspects: list[str] = []
@@ -91,7 +101,7 @@ class FakeFleet:
         self.replicas[name] = replace(self.replicas[name], state=state, reason=reason)
 
     def snapshot(self) -> FleetSnapshot:
-        return FleetSnapshot(self.version, "fake-model", "fake-model", "", tuple(self.replicas.values()))
+        return FleetSnapshot(self.version, self.model, self.model, "", tuple(self.replicas.values()))
 
     def suspect(self, name: str, *, overdue: bool = False) -> None:
         self.suspects.append(name)
@@ -104,6 +114,7 @@ class FakePlan:
     kv_transfer_params: dict[str, Any] | None = None
     cache_salt: str | None = None
     held_bytes: int = 0
+    prompt_tokens: int = 0
 
 
 @dataclass
@@ -116,10 +127,18 @@ class FakePlanner:
     error: Exception | None = None
     plans: list[FakePlan] = field(default_factory=list)
     size: PromptSize = field(default_factory=lambda: PromptSize(0, 1, certain=True))
+    endpoint: Endpoint = "completions"
 
     async def read(
-        self, endpoint: str, body: dict[str, Any], tenant: TenantContext, *, wanted_replica: str | None, known: object = None
+        self,
+        endpoint: Endpoint,
+        body: dict[str, Any],
+        tenant: TenantContext,
+        *,
+        wanted_replica: str | None,
+        known: object = None,
     ) -> tuple[Replica, str | None]:
+        self.endpoint = endpoint
         self.size = PromptSize(len(str(body.get("prompt"))), 1, certain=True)
         if self.error is not None:
             raise self.error
@@ -144,6 +163,21 @@ class FakePlanner:
     def replan(self, plan: FakePlan, *, exclude: Set[str]) -> FakePlan:
         return self._plan(self._first(exclude), plan.cache_salt)
 
+    def knows_prompt(self, plan: FakePlan) -> bool:
+        return False
+
+    def go_on(
+        self, plan: FakePlan, output: Sequence[int], *, chat: bool, prompt: Sequence[int] | None, exclude: Set[str]
+    ) -> FakePlan | None:
+        if prompt is None:
+            return None
+        found = self._plan(self._first(exclude), plan.cache_salt)
+        ids = [*prompt, *output]
+        if chat:
+            assert found.kv_transfer_params is not None
+            return replace(found, kv_transfer_params={**found.kv_transfer_params, "prompt_token_ids": ids})
+        return replace(found, prompt=ids)
+
     def _first(self, exclude: Set[str]) -> Replica:
         for found in self.fleet.snapshot().ready():
             if found.name not in exclude:
@@ -151,7 +185,9 @@ class FakePlanner:
         raise NoReplicaReady
 
     def _plan(self, chosen: Replica, salt: str | None) -> FakePlan:
-        plan = FakePlan(chosen, self.prompt, {"peerkv": {"source": "", "tag": "t"}}, salt, self.held_bytes)
+        traits = ENDPOINTS[self.endpoint]
+        hint = {"peerkv": {"source": "", "tag": "t"}} if traits.takes_hint else None
+        plan = FakePlan(chosen, self.prompt, hint, salt if traits.takes_salt else None, self.held_bytes)
         self.plans.append(plan)
         return plan
 
@@ -196,7 +232,7 @@ class FakeSight:
     def __init__(self) -> None:
         self.ejections: dict[str, Ejection] = {}
 
-    def stats(self) -> KvStats:
+    def stats(self, model: str = "") -> KvStats:
         tokens, counts = TokenCounts(), TransferCounts()
         return KvStats(
             model="fake-model",
@@ -211,11 +247,14 @@ class FakeSight:
             host_memory=[],
         )
 
-    def prefixes(self, limit: int) -> PrefixReport:
+    def prefixes(self, limit: int, model: str = "") -> PrefixReport:
         return PrefixReport(tracked_blocks=0, tracked_blocks_max=limit, prefixes=[])
 
     def explain(self, request_id: str) -> Explanation | None:
         return explain(request_id, (), {}) if request_id == "known" else None
+
+    def place(self, model: str) -> int:
+        return 0
 
     def ejection(self, replica: str) -> Ejection:
         return self.ejections.get(replica, NEVER)
@@ -227,15 +266,32 @@ class FakeSight:
         return b"peerkv_up 1\n", "text/plain; version=0.0.4"
 
 
+class FakeControl:
+    """Says what it is asked to do."""
+
+    def all(self) -> ReplicaList:
+        return ReplicaList(restartable=True, replicas=[])
+
+    async def drain(self, name: str, *, force: bool = False) -> ControlledReplica:
+        return self._done(name, "draining")
+
+    async def resume(self, name: str) -> ControlledReplica:
+        return self._done(name, "ready")
+
+    async def restart(self, name: str, *, force: bool = False) -> ControlledReplica:
+        return self._done(name, "draining", Step.RESTARTING)
+
+    def _done(self, name: str, state: str, step: Step = Step.NONE) -> ControlledReplica:
+        return ControlledReplica(name=name, state=state, reason="", device="cpu", restarts=0, requests=0, step=step)
+
+
 @dataclass
 class Door:
     """A running front door."""
 
     url: str
     port: int
-    fleet: FakeFleet
-    planner: FakePlanner
-    recorder: FakeRecorder
+    fleets: ServedFleets[FakePlan]
     relay: Relay[FakePlan]
     limiter: Limiter
     tenants: Tenants
@@ -245,8 +301,25 @@ class Door:
     session: aiohttp.ClientSession
     stack: contextlib.AsyncExitStack
 
-    async def add_engine(self, name: str, *arguments: str) -> Any:
-        """A fake engine in this process, ready."""
+    @property
+    def fleet(self) -> FakeFleet:
+        """The first fleet, as are the planner and the recorder."""
+        return fake_fleet(self.fleets.first)
+
+    @property
+    def planner(self) -> FakePlanner:
+        planner = self.fleets.first.planner
+        assert isinstance(planner, FakePlanner)
+        return planner
+
+    @property
+    def recorder(self) -> FakeRecorder:
+        recorder = self.fleets.first.recorder
+        assert isinstance(recorder, FakeRecorder)
+        return recorder
+
+    async def add_engine(self, name: str, *arguments: str, fleet: FakeFleet | None = None) -> Any:
+        """A fake engine in this process, ready, in the first fleet unless another one is given."""
         socket = self.directory / f"{name}.sock"
         args = fake_engine.arguments(["--uds", str(socket), *arguments])
         engine = fake_engine.FakeEngine(args)
@@ -254,7 +327,7 @@ class Door:
         await runner.setup()
         await web.UnixSite(runner, str(socket)).start()
         self.stack.push_async_callback(runner.cleanup)
-        self.fleet.put(name, socket)
+        (fleet or self.fleet).put(name, socket)
         return engine
 
     async def add_process(self, name: str, *arguments: str) -> asyncio.subprocess.Process:
@@ -268,7 +341,7 @@ class Door:
 
     async def seen(self, name: str) -> dict[str, Any]:
         """What the engine of that name saw."""
-        connector = aiohttp.UnixConnector(self.fleet.replicas[name].socket)
+        connector = aiohttp.UnixConnector(str(self.directory / f"{name}.sock"))
         async with aiohttp.ClientSession(connector=connector) as session, session.get("http://x/fake/seen") as answer:
             seen: dict[str, Any] = await answer.json()
             return seen
@@ -301,72 +374,118 @@ async def end(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
+def _tenants(settings: Settings) -> Tenants:
+    secret = None if settings.salt_secret_file is None else read_salt_secret(settings.salt_secret_file)
+    tenants = Tenants(settings.tenants, settings.admin_key, allow_anyone=settings.allow_anyone, salt_secret=secret)
+    if settings.keys_file is not None:
+        tenants.use(read_keys(settings.keys_file))
+    return tenants
+
+
+def _admin(
+    relay: Relay[FakePlan],
+    fleets: Sequence[FleetView],
+    upstream: Upstream,
+    access: AdminAccess,
+    figures: FakeSight,
+    body_bytes_max: int,
+) -> Asgi:
+    """The admin application, with fakes behind it."""
+    admin = build_app(
+        fleets=fleets,
+        upstream=upstream,
+        figures=figures,
+        access=access,
+        keeper=NothingKept(),
+        replicas=FakeControl(),
+        body_bytes_max=body_bytes_max,
+        draining=lambda: relay.draining,
+    )
+    add_page(admin, access)
+    return admin
+
+
+def fake_fleet(served: ServedFleet[FakePlan]) -> FakeFleet:
+    """The fleet that the test changes by hand."""
+    assert isinstance(served.fleet, FakeFleet)
+    return served.fleet
+
+
+def _served(fleet: FakeFleet, upstream: Upstream, settings: Settings, *, ranked: bool) -> ServedFleet[FakePlan]:
+    """What the relay sees of a fleet, with fakes behind it."""
+    planner = FakePlanner(fleet)
+    return ServedFleet(
+        fleet=fleet,
+        models=ModelsCache(fleet, upstream),
+        planner=planner,
+        recorder=FakeRecorder(),
+        going_on=GoingOn(planner) if settings.continue_streams else None,
+        admission=Admission(settings, lambda: len(fleet.snapshot().ready())) if settings.replica_requests_max else None,
+        ranked=ranked,
+        names=frozenset((fleet.model,)),
+    )
+
+
 @contextlib.asynccontextmanager
 async def running_door(
     directory: Path,
     large_bodies: LargeBodies | None = None,
     meters: Sequence[Meter] = (),
     sight: FakeSight | None = None,
+    ranked: bool = False,
+    models: Sequence[str] = ("fake-model",),
     **values: Any,
 ) -> AsyncIterator[Door]:
-    """Start a front door without engines; `values` are settings, `meters` measure beside the metrics, `sight` is what
-    the admin endpoints show."""
+    """A front door without engines, with a fleet for each of the `models`.
+
+    `values` are settings, `meters` measure too, `sight` is what the admin endpoints show.
+    """
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
     settings = Settings(run_dir=directory, control_seconds=2, drain_seconds=1, **values)
-    fleet, access, tenants = FakeFleet(), AdminAccess(settings.admin_key), Tenants(settings.tenants, settings.admin_key)
-    if settings.keys_file is not None:
-        tenants.use(read_keys(settings.keys_file))
-    limiter = Limiter(Prices(0.1, 1.0), reservation_seconds=3600, keys=lambda: tenants.keys, clock=lambda: MINUTE_OF_LIMITS)
-    planner, recorder, upstream = FakePlanner(fleet), FakeRecorder(), Upstream(settings)
-    models = ModelsCache(fleet, upstream)
+    access = AdminAccess(settings.admin_key)
+    tenants = _tenants(settings)
+    address = limits_address(settings)
+    limiter = Limiter(
+        Prices(0.1, 1.0),
+        reservation_seconds=3600,
+        keys=lambda: tenants.keys,
+        shared=None if address is None else SharedLimits(address, wait_seconds_max=settings.limits_valkey_wait_seconds_max),
+        clock=lambda: MINUTE_OF_LIMITS,
+    )
+    upstream = Upstream(settings)
+    fleets = ServedFleets([_served(FakeFleet(model), upstream, settings, ranked=ranked) for model in models])
     relay: Relay[FakePlan] = Relay(
         settings,
-        fleet=fleet,
+        fleets=fleets,
         upstream=upstream,
-        models=models,
-        planner=planner,
-        recorder=recorder,
         tenants=tenants,
         access=access,
         limiter=limiter,
         large_bodies=large_bodies,
     )
     relay.records.meters = (Metrics(), *meters)
-    admin = build_app(
-        fleet=fleet,
-        upstream=upstream,
-        figures=sight or FakeSight(),
-        access=access,
-        keeper=NothingKept(),
-        body_bytes_max=settings.body_bytes_max,
-        draining=lambda: relay.draining,
+    admin = _admin(
+        relay, [served.fleet for served in fleets.all], upstream, access, sight or FakeSight(), settings.body_bytes_max
     )
-    add_page(admin, access)
-    server = build_server(FrontDoor(relay=relay, models=models, tenants=tenants, limiter=limiter, admin=admin), settings)
+    server = build_server(FrontDoor(relay=relay, fleets=fleets, tenants=tenants, limiter=limiter, admin=admin), settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     async with contextlib.AsyncExitStack() as stack:
         await until(lambda: server.started)
         session = await stack.enter_async_context(aiohttp.ClientSession())
+        if limiter.shared is not None:
+            await limiter.shared.connect()
+            sharing = asyncio.create_task(limiter.shared.run(limiter.book.under_way))
+            stack.push_async_callback(limiter.close)
+            stack.callback(sharing.cancel)
         try:
             yield Door(
-                f"http://127.0.0.1:{port}",
-                port,
-                fleet,
-                planner,
-                recorder,
-                relay,
-                limiter,
-                tenants,
-                upstream,
-                server,
-                directory,
-                session,
-                stack,
+                f"http://127.0.0.1:{port}", port, fleets, relay, limiter, tenants, upstream, server, directory, session, stack
             )
         finally:
             await session.close()
             server.should_exit = True
             await serving
-            await models.close()
+            for served in fleets.all:
+                await served.models.close()
             await upstream.close()

@@ -42,6 +42,13 @@ def test_the_environment_may_name_the_file(tmp_path: Path, monkeypatch: pytest.M
     assert load().port == 1004
 
 
+@pytest.mark.parametrize("codec", ["mix", "rot2", "raw-z"])
+def test_lossy_takes_the_codecs_that_are_worth_their_loss_and_names_them(codec: str) -> None:
+    assert [load({"lossy": known}).lossy for known in ("", "int8", "rot4", "rot3")] == ["", "int8", "rot4", "rot3"]
+    with pytest.raises(SettingsError, match=r"^lossy: .*'int8', 'rot4' or 'rot3'"):
+        load({"lossy": codec})
+
+
 def test_an_unknown_key_in_the_file_is_named_with_the_one_meant(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"unknown setting 'prot' in .*peerkv\.toml; did you mean 'port'\?"):
         load(config=toml(tmp_path, "prot = 1"))
@@ -170,6 +177,18 @@ def test_a_run_dir_too_long_for_a_socket_is_refused() -> None:
         load({"run_dir": "/" + "x" * RUN_DIR_BYTES_MAX})
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, field in Settings.model_fields.items() if field.annotation in (Path, Path | None)]
+)
+def test_every_path_in_the_file_may_begin_with_the_home_directory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    both = ("tls_cert", "tls_key")
+    found = load({}, toml(tmp_path, "".join(f'{each} = "~/x"\n' for each in (both if name in both else (name,)))))
+    assert getattr(found, name) == Path("/home/somebody/x")
+
+
 def test_a_relative_directory_becomes_absolute() -> None:
     assert load({"log_dir": "logs"}).log_dir == Path.cwd() / "logs"
 
@@ -198,7 +217,9 @@ def test_every_bound_of_the_engines_is_a_setting() -> None:
 
     from engine.replicas.launch import EngineSettings
 
-    assert {field.name for field in dataclasses.fields(EngineSettings)} - set(Settings.model_fields) == {"devices"}
+    assert {field.name for field in dataclasses.fields(EngineSettings)} - set(Settings.model_fields) == {
+        *("devices", "name", "replicas_beside"),  # as the models and the machine have it
+    }
 
 
 @pytest.mark.parametrize(("given", "size"), [("16GiB", 16 << 30), ("512MB", 512_000_000), (4096, 4096), ("0", 0)])
@@ -206,21 +227,27 @@ def test_host_memory_is_given_with_its_unit(given: object, size: int) -> None:
     assert engine_settings(load({"host_memory": given}), model="m", devices=()).host_memory == size
 
 
-@pytest.mark.parametrize("given", ["-1", "much", "16 elephants"])
-def test_host_memory_that_is_no_size_is_refused(given: str) -> None:
+@pytest.mark.parametrize("given", ["-1", "-1GiB", "much", "16 elephants", True])
+def test_host_memory_that_is_no_size_is_refused(given: object) -> None:
     with pytest.raises(SettingsError) as raised:
         load({"host_memory": given})
-    assert str(raised.value) == f"host_memory: '{given}' is not a size: write bytes, or such as 512MiB, 4GiB"
+    assert str(raised.value) == f"host_memory: '{given}' is neither auto nor a size: write bytes, or such as 512MiB, 4GiB"
 
 
-def test_a_key_that_is_too_short_is_told_in_characters_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_is_too_short_is_told_in_characters_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError) as raised:
         load({"admin_key": "hidden"})
     assert str(raised.value) == "admin_key: must have at least 8 characters, has 6"
     monkeypatch.setenv("PEERKV_TENANTS", '[{"name": "a", "api_key": "tiny"}]')
     with pytest.raises(SettingsError) as raised:
         load()
-    assert str(raised.value) == "tenants.0.api_key: must have at least 8 characters, has 4"
+    assert str(raised.value) == "PEERKV_TENANTS: number 1: api_key: must have at least 8 characters, has 4"
+    monkeypatch.delenv("PEERKV_TENANTS")
+    monkeypatch.setenv("PEERKV_SECRETS_DIR", str(tmp_path))
+    (tmp_path / "peerkv_tenants").write_text('[{"name": "a", "api_key": "tiny"}]')
+    with pytest.raises(SettingsError) as raised:
+        load(config=toml(tmp_path, "port = 1"))
+    assert str(raised.value) == "the file peerkv_tenants: number 1 ('a'): api_key: must have at least 8 characters, has 4"
 
 
 @pytest.mark.parametrize(("text", "words"), [("acme:secret", "PEERKV_TENANTS is not JSON;"), ("{}", "must be a list,")])

@@ -19,6 +19,7 @@ COMPOSE: dict[str, Any] = read_yaml("compose.yaml")
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 ENGINES = ("engine-cpu", "engine-gpu")
 WORKERS = (*ENGINES, "gateway")
+COMMANDS = (*WORKERS, "vault")
 OBSERVERS = ("prometheus", "grafana")
 # Where the gateway listens and where files are is compose.yaml's own.
 FIXED = {"host", "port", "run_dir", "table_dir", "log_dir"}
@@ -26,7 +27,10 @@ SECRETS = {"admin_key", "tenants"}
 VERSION = (2, 20, 2)
 # The first version of Compose that knows a key.
 SINCE = {"depends_on required": (2, 20, 2), "profiles": (1, 28, 0), "create_host_path": (2, 0, 0)}
-ON_A_VOLUME = {"PEERKV_LIMITS_FILE": "${PEERKV_LIMITS_FILE:-/var/lib/peerkv/limits.json}"}
+OF_ITS_OWN = {
+    "PEERKV_ALLOW_ANYONE": "${PEERKV_ALLOW_ANYONE:-true}",  # whoever reaches what is published on loopback
+    "PEERKV_LIMITS_FILE": "${PEERKV_LIMITS_FILE:-/var/lib/peerkv/limits.json}",
+}
 """What has another default in a container."""
 
 
@@ -44,6 +48,7 @@ def test_a_plain_up_runs_the_cpu_profile() -> None:
     assert started("cpu") == {"engine-cpu", "gateway"}
     assert started("gpu") == {"engine-gpu", "gateway"}
     assert started("observability") == {"gateway", *OBSERVERS}
+    assert started("vault") == {"gateway", "vault"}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -65,7 +70,7 @@ def test_sockets_and_tables_are_in_one_volume_in_memory() -> None:
 
 
 def test_what_was_used_of_limits_outlives_the_gateways_container() -> None:
-    assert environment("gateway").items() >= ON_A_VOLUME.items()
+    assert environment("gateway").items() >= OF_ITS_OWN.items()
     assert "state:/var/lib/peerkv" in SERVICES["gateway"]["volumes"]
     assert " /var/lib/peerkv " in (DOCKER / "gateway.Dockerfile").read_text()  # else the volume would be root's
 
@@ -102,13 +107,26 @@ def test_the_gateway_is_published_where_the_user_says_and_on_loopback_else() -> 
         assert all(port.startswith("127.0.0.1:") for port in SERVICES[name]["ports"])
 
 
+def test_the_vault_is_published_on_loopback_unless_the_user_says_where_and_needs_a_password() -> None:
+    vault = SERVICES["vault"]
+    assert vault["ports"] == ["${VAULT_BIND_ADDRESS:-127.0.0.1}:${VAULT_PORT:-6379}:6379"]
+    assert "--password-file=/run/secrets/peerkv_vault_password" in vault["command"]
+    assert "python docker/requirements.py pyproject.toml vault " in (DOCKER / "gateway.Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_disk_is_a_volume_that_the_engine_may_write_to(engine: str) -> None:
+    assert "disk:/var/cache/peerkv" in SERVICES[engine]["volumes"]
+    assert (DOCKER / "engine.Dockerfile").read_text().count(" /var/cache/peerkv ") == 2  # else the volume would be root's
+
+
 def test_the_gpu_engine_sees_all_gpus() -> None:
     (device,) = SERVICES["engine-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
     assert "deploy" not in SERVICES["engine-cpu"]
 
 
-@pytest.mark.parametrize("name", WORKERS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_is_one_that_peerkv_knows(name: str) -> None:
     assert callable(build_parser().parse_args(SERVICES[name]["command"]).run)
 
@@ -121,7 +139,7 @@ def test_every_setting_reaches_the_containers(name: str) -> None:
     lines = "\n".join(f"  {variable}: ${{{variable}:-}}" for variable in sorted(variables - passed.keys()))
     assert not lines, f"add to x-settings in docker/compose.yaml:\n{lines}"
     empty = {variable: f"${{{variable}:-}}" for variable in variables}
-    assert {**passed, **ON_A_VOLUME} == {**empty, **ON_A_VOLUME}
+    assert {**passed, **OF_ITS_OWN} == {**empty, **OF_ITS_OWN}
 
 
 def test_an_empty_variable_means_that_it_is_not_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -141,9 +159,10 @@ def test_secrets_are_files_that_only_those_who_need_them_get() -> None:
     assert (DOCKER / "no-secret").read_bytes() == b""
     given = {name: SERVICES[name].get("secrets", []) for name in SERVICES}
     assert given == {
-        "engine-cpu": ["hf_token"],
-        "engine-gpu": ["hf_token"],
-        "gateway": ["peerkv_admin_key", "peerkv_tenants"],
+        "engine-cpu": ["hf_token", "peerkv_vault_password"],
+        "engine-gpu": ["hf_token", "peerkv_vault_password"],
+        "gateway": ["peerkv_admin_key", "peerkv_tenants", "peerkv_salt_secret", "peerkv_limits_valkey_password"],
+        "vault": ["peerkv_vault_password"],
         "prometheus": ["peerkv_admin_key"],
         "grafana": [],
     }
@@ -182,7 +201,7 @@ def test_the_version_of_compose_that_is_needed_is_said() -> None:
     assert max(SINCE[key] for key in used) == VERSION
     words = f"Compose {'.'.join(map(str, VERSION))} or later"
     assert words in (DOCKER / "compose.yaml").read_text()
-    assert words in (REPOSITORY / "README.md").read_text()
+    assert words in (REPOSITORY / "docs" / "operating.md").read_text()
 
 
 def test_images_have_the_projects_version() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 
 from engine.fleet import FleetSnapshot, Replica, ReplicaState, write_fleet
 from gateway.cli.main import build_parser
+from gateway.settings import load
 from tests.unit.packaging.files import DOCKER, DOCKERFILES, REPOSITORY, read_yaml
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -127,6 +129,62 @@ def test_the_engine_host_is_healthy_when_a_replica_is_ready(tmp_path: Path, monk
         assert (HEALTH["engine"]() == "") is healthy
 
 
+def test_the_engine_host_of_several_models_is_healthy_when_a_replica_of_one_is_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEERKV_RUN_DIR", str(tmp_path / "main"))
+    for name, state in (("large", ReplicaState.STARTING), ("small", ReplicaState.STARTING), ("small", ReplicaState.READY)):
+        directory = tmp_path / f"main-{name}"
+        directory.mkdir(exist_ok=True)
+        write_fleet(directory, FleetSnapshot(1, "m", "m", "t", (Replica(f"{name}-0", state, "s", 1, 0, "", "cpu", "l"),)))
+        assert (HEALTH["engine"]() == "") is (state is ReplicaState.READY)
+
+
+@pytest.mark.parametrize(
+    ("fleet", "said"),
+    [
+        (None, r"fleet\.json is not there: the engine host has not begun"),
+        ("{", r"fleet\.json cannot be read: JSONDecodeError"),
+        ("[]", r"fleet\.json cannot be read: TypeError"),
+        ('{"replicas": [7]}', r"fleet\.json cannot be read: TypeError"),
+        ('{"replicas": [{"name": "r"}]}', r"fleet\.json cannot be read: KeyError"),
+        ('{"replicas": []}', "no replica is ready: there is none"),
+        (
+            '{"replicas": [{"name": "a", "state": "starting"}, {"name": "b", "state": "failed", "reason": "no\\nmemory"}]}',
+            r"no replica is ready: a is starting; b is failed \(no memory\)",
+        ),
+    ],
+)
+def test_an_engine_host_that_does_not_serve_says_why_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fleet: str | None, said: str
+) -> None:
+    monkeypatch.setenv("PEERKV_RUN_DIR", str(tmp_path))
+    if fleet is not None:
+        (tmp_path / "fleet.json").write_text(fleet)
+    assert HEALTH["main"](["engine"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.search(said, line)
+
+
+def test_a_fleet_that_cannot_be_read_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_RUN_DIR", str(tmp_path / "main"))
+    for name, content in (("a", "{"), ("b", '{"replicas": [{"name": "b-0", "state": "ready"}]}')):
+        (tmp_path / f"main-{name}").mkdir()
+        (tmp_path / f"main-{name}" / "fleet.json").write_text(content)
+    assert HEALTH["engine"]() == ""
+
+
+def test_without_a_run_directory_or_a_question_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PEERKV_RUN_DIR", raising=False)
+    assert [HEALTH["main"](given) for given in (["engine"], [], ["vault"], ["engine", "gateway"])] == [1, 2, 2, 2]
+    assert capsys.readouterr().out.splitlines() == [
+        "PEERKV_RUN_DIR is not set",
+        *["say what is to be looked at: gateway or engine"] * 3,
+    ]
+
+
 @pytest.fixture
 def ready_status() -> Iterator[tuple[int, list[int]]]:
     """A server whose every answer has the status in the list."""
@@ -136,6 +194,8 @@ def ready_status() -> Iterator[tuple[int, list[int]]]:
         def do_GET(self) -> None:
             self.send_response(status[0] if self.path == "/ready" else 404)
             self.end_headers()
+            if status[0] == 503:
+                self.wfile.write(b'{"ready": false, "reason": "no replica is ready"}')
 
         def log_message(self, *arguments: object) -> None:
             pass
@@ -152,10 +212,48 @@ def test_the_gateway_is_healthy_when_it_is_ready(ready_status: tuple[int, list[i
     port, status = ready_status
     monkeypatch.setenv("PEERKV_PORT", str(port))
     assert HEALTH["gateway"]() == ""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # as docker gives every container
+    assert HEALTH["gateway"]() == ""
     status[0] = 503
-    assert "503" in HEALTH["gateway"]()
+    assert HEALTH["gateway"]() == f"http://127.0.0.1:{port}/ready: 503 no replica is ready"
+    status[0] = 500
+    assert HEALTH["gateway"]().endswith(": 500 Internal Server Error")
 
 
-def test_what_kubernetes_calls_a_port_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gateway_that_cannot_be_asked_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("PEERKV_PORT", str(server.getsockname()[1]))
+
+        def answer(said: bytes) -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(said)
+
+        for said in (b"", b"SSH-2.0\r\n", b"HTTP/1.1 503 x\r\ncontent-length: 9\r\n\r\n{"):
+            thread = threading.Thread(target=answer, args=(said,))
+            thread.start()
+            assert HEALTH["gateway"]()
+            thread.join()
+    assert HEALTH["gateway"]().endswith("/ready: [Errno 111] Connection refused")
+
+
+def test_what_the_settings_file_says_of_the_gateways_port_and_certificate_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PEERKV_PORT", raising=False)
+    monkeypatch.setenv("PEERKV_CONFIG", str(tmp_path / "peerkv.toml"))
+    assert HEALTH["port"]() == 8000  # it is not there
+    (tmp_path / "peerkv.toml").write_text('port = 1\ntls_cert = "/etc/peerkv/cert.pem"\n')
+    assert HEALTH["gateway"]().startswith("https://127.0.0.1:1/ready: ")
+    monkeypatch.setenv("PEERKV_PORT", "2")
+    assert HEALTH["port"]() == 2
+
+
+def test_what_kubernetes_calls_a_port_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PEERKV_CONFIG", raising=False)
     monkeypatch.setenv("PEERKV_PORT", "tcp://10.0.0.1:8000")
     assert HEALTH["port"]() == 8000
+    (tmp_path / "peerkv.toml").write_text("port = 9000\n")
+    monkeypatch.setenv("PEERKV_CONFIG", str(tmp_path / "peerkv.toml"))
+    assert HEALTH["port"]() == load().port == 9000

@@ -38,6 +38,9 @@ case "$*" in
   "-m pip install"*"torch=="*index-url*|"-m pip install"*index-url*) ;;
   "-m pip install"*"torch=="*) [ ! -e {state}/no-torch ] || {{ echo "ERROR: No matching distribution"; exit 1; }} ;;
   "-m pip install"*) [ ! -e {state}/broken ] || {{ echo "ERROR: the index is gone"; exit 1; }}
+    [ ! -e {state}/halting ] || {{ printf '  Looking in ind'
+      {real} -c 'import time; time.sleep(1.3)'
+      printf 'exes: one\\nthe end'; }}
     printf '#!/bin/sh\\n' > {tree}/.venv/bin/peerkv; chmod +x {tree}/.venv/bin/peerkv ;;
 esac
 """
@@ -124,6 +127,16 @@ def test_a_cpu_install_takes_the_cpu_torch_and_drops_cuda_builds(tree: Tree) -> 
     assert (tree.path / ".venv" / "constraints.txt").read_text() == "torch==2.13.0+cpu\n"
 
 
+def test_a_line_that_comes_in_two_parts_is_logged_whole_and_so_is_one_without_an_end(tree: Tree) -> None:
+    tree.say("halting")
+    done = tree.install()
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = (tree.path / ".venv" / "install.log").read_text().splitlines()
+    at = lines.index("  Looking in indexes: one")
+    assert lines[at + 1] == "the end"
+    assert not [line for line in lines if line.strip() in ("Looking in ind", "exes: one")]
+
+
 def test_a_second_install_does_and_says_nothing(tree: Tree) -> None:
     tree.install()
     done = tree.install()
@@ -178,7 +191,7 @@ def test_a_linters_settings_install_nothing(tree: Tree) -> None:
 def test_a_moved_tree_gets_a_new_environment(tree: Tree, tmp_path: Path) -> None:
     tree.install()
     tree.path = tree.path.rename(tmp_path / "moved")
-    values = {"state": tree.state, "tree": tree.path}
+    values = {"state": tree.state, "tree": tree.path, "real": sys.executable}
     tree._program(tree.state / "venv-python", VENV_PYTHON.format(**values))
     assert tree.install().returncode == 0
     assert made_anew(tree)

@@ -16,9 +16,12 @@ from engine.host_process.directories import claim_all, release
 from engine.host_process.host import SHUTDOWN_SECONDS_MAX
 from gateway.cli.main import build_parser
 from gateway.settings import Settings, load
+from gateway.settings_nodes import node_settings
 from tests.unit.packaging.files import DOCKER, REPOSITORY, read_manifests, read_yaml
+from transport.node.keys import make_keys
 
 BASE = "kubernetes/base"
+NODES = "kubernetes/nodes"
 FILES = ("statefulset.yaml", "services.yaml", "networkpolicy.yaml", "poddisruptionbudget.yaml")
 (STATEFUL_SET,) = read_manifests(f"{BASE}/statefulset.yaml")
 POD: dict[str, Any] = STATEFUL_SET["spec"]["template"]["spec"]
@@ -65,6 +68,37 @@ def test_the_component_for_the_prometheus_operator_adds_its_monitor(tmp_path: Pa
     file.write_text(file.read_text().replace("# components:", "components:"))
     made = subprocess.check_output(["kubectl", "kustomize", str(file.parent)], text=True)
     assert "PodMonitor" in [manifest["kind"] for manifest in yaml.safe_load_all(made)]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_several_pods_are_nodes_each_with_a_name_an_address_and_keys_of_its_own(version: str, tmp_path: Path) -> None:
+    made = list(yaml.safe_load_all(subprocess.check_output(["kubectl", "kustomize", str(DOCKER / NODES)], text=True)))
+    for manifest in made:
+        kubernetes_validate.validate(manifest, version, strict=True)
+    (stateful,) = [manifest for manifest in made if manifest["kind"] == "StatefulSet"]
+    pod = stateful["spec"]["template"]["spec"]
+    keys, engine = pod["initContainers"]  # in this order: the agent reads what the first one writes
+    assert keys["image"] == engine["image"]
+    environment = {each["name"]: each for each in engine["env"]}
+    assert environment["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+    assert environment["POD_IP"]["valueFrom"]["fieldRef"]["fieldPath"] == "status.podIP"
+    make_keys(tmp_path, ["peerkv-1"])
+    settings = Settings(
+        node_name=environment["PEERKV_NODE_NAME"]["value"].replace("$(POD_NAME)", "peerkv-1"),
+        node_address=environment["PEERKV_NODE_ADDRESS"]["value"].replace("$(POD_IP)", "10.0.0.7"),
+        node_keys=tmp_path / "peerkv-1",
+        join="valkey://:word@registry:6379",
+    )
+    told = node_settings(settings, settings, "")
+    assert (told.name, told.host, told.port) == ("peerkv-1", "10.0.0.7", 7710)
+    assert {told.port, told.port + 1} == {each["containerPort"] for each in engine["ports"]}
+    (policy,) = read_manifests(f"{NODES}/networkpolicy.yaml")
+    assert [each["port"] for each in policy["spec"]["ingress"][0]["ports"]] == [told.port, told.port + 1]
+    (volume,) = {m["name"] for m in engine["volumeMounts"] if m["mountPath"] == environment["PEERKV_NODE_KEYS"]["value"]}
+    (written,) = {m["mountPath"] for m in keys["volumeMounts"] if m["name"] == volume}
+    assert f"{written}/ca.pem" in keys["args"][0]
+    assert f'0600 "/run/secrets/nodes/$POD_NAME.pem" {written}/node.pem' in keys["args"][0]
 
 
 def test_the_engine_starts_before_the_gateway_and_ends_after_it() -> None:
@@ -120,7 +154,7 @@ def test_every_mount_is_of_a_volume_and_no_secret_is_where_it_is_not_needed(cont
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted <= volumes.keys() | claimed
     given = {item["key"] for name in mounted for item in volumes.get(name, {}).get("secret", {}).get("items", [])}
-    assert given == ({"hf_token"} if container is ENGINE else {"admin_key", "tenants"})
+    assert given == ({"hf_token"} if container is ENGINE else {"admin_key", "tenants", "salt_secret"})
 
 
 def test_secrets_are_called_what_peerkv_looks_for() -> None:
@@ -128,7 +162,8 @@ def test_secrets_are_called_what_peerkv_looks_for() -> None:
     (mount,) = [m["mountPath"] for m in GATEWAY["volumeMounts"] if m["name"] == "gateway-secrets"]
     assert environment["PEERKV_SECRETS_DIR"] == mount
     items = {item["key"]: item["path"] for v in POD["volumes"] if "secret" in v for item in v["secret"]["items"]}
-    assert items == {"admin_key": "peerkv_admin_key", "tenants": "peerkv_tenants", "hf_token": "hf_token"}
+    ours = ("admin_key", "tenants", "salt_secret")
+    assert items == {"hf_token": "hf_token", **{name: f"peerkv_{name}" for name in ours}}
 
 
 def test_a_stop_waits_for_the_drain_and_the_end_of_the_replicas() -> None:
@@ -174,7 +209,7 @@ def test_kustomize_lists_every_manifest_and_the_projects_version() -> None:
     assert {"name": generated["name"]} in [volume.get("configMap") for volume in POD["volumes"]]
     assert all((DOCKER / BASE / file).exists() for file in generated["files"])
     version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
-    for path, engine in ((BASE, "gpu"), ("kubernetes/cpu", "cpu")):
+    for path, engine in ((BASE, "gpu"), ("kubernetes/cpu", "cpu"), (NODES, "gpu")):
         tags = {image["name"]: image["newTag"] for image in read_yaml(f"{path}/kustomization.yaml")["images"]}
         assert tags["peerkv-engine"] == f"{version}-{engine}"
         assert tags.get("peerkv-gateway", version) == version

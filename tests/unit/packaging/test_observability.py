@@ -31,7 +31,8 @@ METRIC = re.compile(r"\b(?:peerkv_\w+|peerkv:[\w:]+)")
 def exposed(two_tables: ReplicaTables) -> set[str]:
     """The names that a gateway's /metrics has, those of histograms' parts among them."""
     metrics = Metrics()
-    metrics.attach(Scene(two_tables).view.snapshot)
+    scene = Scene(two_tables)
+    metrics.attach(lambda: [scene.snapshot()])
     metrics.answered(RequestRecord("chat", status=200, seconds=0.3, first_byte_seconds=0.05))
     families = list(text_string_to_metric_families(metrics.render().decode()))
     names = {sample.name for family in families for sample in family.samples}

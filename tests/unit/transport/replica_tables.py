@@ -78,11 +78,32 @@ class StandingFleet:
         )
         self._snapshot = replace(self._snapshot, version=self._snapshot.version + 1, replicas=replicas)
 
+    def measured(self, bytes_per_second: float) -> None:
+        """Blocks come from other nodes at this rate."""
+        self._snapshot = replace(self._snapshot, version=self._snapshot.version + 1, network_bytes_per_second=bytes_per_second)
+
     def snapshot(self) -> FleetSnapshot:
         return self._snapshot
 
     def suspect(self, name: str, *, overdue: bool = False) -> None:
         self.suspects.append(name)
+
+    restarts = True
+
+    async def drain(self, name: str) -> None:
+        self.set(name, ReplicaState.DRAINING)
+
+    async def resume(self, name: str) -> None:
+        self.set(name)
+
+    async def restart(self, name: str) -> None:
+        """Be another process, ready at once."""
+        found = self._snapshot.find(name)
+        assert found is not None
+        self.set(name, pid=(found.pid or 0) + 1000, restarts=found.restarts + 1)
+
+    async def idle_in(self, name: str, seconds: float) -> bool:
+        return True
 
     def set(self, name: str, state: ReplicaState = ReplicaState.READY, **changes: object) -> None:
         replicas = tuple(

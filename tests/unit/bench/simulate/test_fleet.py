@@ -94,6 +94,13 @@ def test_without_imports_nothing_is_moved(trace: Trace) -> None:
     assert (result.peer_share, result.imports, result.bytes_within_host) == (0.0, 0, 0)
 
 
+def test_within_hosts_nothing_crosses_them(trace: Trace) -> None:
+    halves = replace(SMALL, links=replace(SMALL.links, replicas_each_host=2))
+    inside, everywhere = (summary(name, trace, profile=halves) for name in ("peerkv-within-hosts", "peerkv"))
+    assert inside.bytes_across_hosts == 0 < inside.bytes_within_host
+    assert everywhere.bytes_across_hosts > 0
+
+
 def test_affinity_hits_more_than_chance(trace: Trace) -> None:
     chance, sticky, tree = (summary(name, trace) for name in ("random", "sticky-hash", "tree"))
     assert sticky.hit_share > 1.5 * chance.hit_share

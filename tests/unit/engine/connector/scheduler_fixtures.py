@@ -69,7 +69,7 @@ class Replica:
         self.reader = TableReader(self.half.table.path)
         self.held_blocks: dict[str, list[list[int]]] = {}
 
-    def schedule(self, new=(), cached=(), resumed=(), preempted=(), states=None, copies=()) -> StepMetadata:
+    def schedule(self, new=(), cached=(), resumed=(), preempted=(), states=None, copies=(), zeroed=()) -> StepMetadata:
         """`new`: (request, block ids, computed, scheduled); `cached`: (request, added blocks, computed, scheduled).
 
         Block ids are a list, or a tuple of one for each group; `states`: {request id: [(group, block, tokens)]}.
@@ -90,6 +90,7 @@ class Replica:
             ),
             preempted_req_ids=set(preempted),
             kv_cache_block_copies=[SimpleNamespace(dst_block_id=block) for block in copies],
+            new_block_ids_to_zero=list(zeroed),
             kv_connector_block_state=SimpleNamespace(boundary_state_offloads=states or {}, get_block_ids=self.held_blocks.get),
         )
         return self.half.step(output)
@@ -113,6 +114,12 @@ class Replica:
         meta = self.schedule(new=[(request, ids, computed, request.num_tokens - computed)])
         request.all_token_ids.append(1)
         self.done(meta.step)
+
+    def imports_and_computes(self, request, ids):
+        """Import what a peer has of a prompt, compute the rest, sample one token, report the steps."""
+        tokens, meta = import_all(self, request, ids)
+        self.done(meta.step, **{request.request_id: report()})
+        run_on(self, request, ids, tokens)
 
     def held(self, tokens, salt="", lora=""):
         return self.reader.longest_run(keys_of(tokens, salt, lora)).block_ids.tolist()

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
+from engine.connector import compat
 from engine.connector.fingerprint_fields import describe, worker_fields
 from transport.groups import Group
 
@@ -22,6 +23,24 @@ def test_the_names_of_layers_their_order_and_their_groups_are_compared():
     others = [layers_of("acb", {"a": 0, "b": 1, "c": 1}), layers_of("abd", {"a": 0, "b": 1, "d": 1})]
     others += [layers_of("abc", {"a": 0, "b": 0, "c": 1}), layers_of("abc", {"a": 1, "b": 0, "c": 1}), layers_of("abc", None)]
     assert len({same, *others}) == 6
+
+
+def test_how_cores_lay_blocks_out_is_compared_as_shapes_do_not_tell(monkeypatch):
+    """Two machines that share a vault: the same tensors, in other tiles."""
+
+    def layout(isa):
+        context = {"a": SimpleNamespace(isa=isa, get_attn_backend=lambda: SimpleNamespace(get_name=lambda: "CPU_ATTN"))}
+        config = SimpleNamespace(
+            compilation_config=SimpleNamespace(static_forward_context=context),
+            cache_config=SimpleNamespace(cache_dtype="auto"),
+        )
+        return worker_fields(config, {"a": torch.zeros(2, 4)})["cpu layout"]
+
+    assert [layout("amx"), layout("vec")] == ["amx", "vec"]
+    monkeypatch.setattr(compat, "_has_amx", lambda: True)
+    assert "with AMX" in layout("")
+    monkeypatch.setattr(compat, "_has_amx", lambda: False)
+    assert "without AMX" in layout("")
 
 
 def test_a_group_is_told_in_words():

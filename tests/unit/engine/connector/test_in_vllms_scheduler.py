@@ -18,8 +18,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from engine.connector.step_messages import Handshake, WorkerReport
-from engine.host_process.kept_memory import VARIABLE, KeptMemories, encode_kept
+from engine.host_process.kept_memory import VARIABLE, encode_kept
 from engine.tiers.slots import cut
+from tests.unit.engine.keeper import Keeper
 from transport.keys import chain_keys, root_key
 from transport.table.deliveries import EngineLoad
 from transport.table.layout import Layer, Memory
@@ -260,7 +261,8 @@ def test_an_engine_that_slept_begins_a_new_epoch_with_nothing_on_offer(engine):
 def storing(request, tmp_path, monkeypatch) -> Iterator[Engine]:
     """An engine with host memory for 64 blocks."""
     (tmp_path / "tables").mkdir(mode=0o700)
-    kept = KeptMemories(tmp_path / "tables").keep("replica-0", 1 << 16)
+    keeper = Keeper(tmp_path / "tables")
+    kept = keeper.keep("replica-0", 1 << 16)
     monkeypatch.setenv(VARIABLE, encode_kept(kept))
     slots = cut(kept.region, Memory(0, "shared_memory", (), (Layer(0, 0, 960, 960),)), 1)
     made = Engine(tmp_path, *request.param, handshake=Handshake(HANDSHAKE.memory, "ok", {}, slots))
@@ -287,6 +289,22 @@ def test_every_block_that_vllm_gives_away_was_stored(storing):
         assert there[0] == 8
         assert storing.scheduler.connector.reset_cache()
         assert tier.cached_blocks() == 0
+
+
+def test_on_gpus_the_table_of_host_memory_is_of_the_engines_kind_and_its_memory_of_another(tmp_path, monkeypatch):
+    (tmp_path / "tables").mkdir(mode=0o700)
+    keeper = Keeper(tmp_path / "tables")
+    kept = keeper.keep("replica-0", 1 << 16)
+    monkeypatch.setenv(VARIABLE, encode_kept(kept))
+    memory = Memory(0, "cuda_ipc", (), (Layer(0, 0, 1024, 1024),))
+    slots = cut(kept.region, memory, 1)
+    made = Engine(tmp_path, "v1", 0, handshake=Handshake(memory, "ok", {}, slots))
+    with closing(TableReader(made.tables / "replica-0.host-memory.table")) as tier:
+        assert (made.table.transport, tier.transport, tier.memories[0].transport) == ("cuda_ipc", "cuda_ipc", "shared_memory")
+        assert tier.memories[0].checksums is None
+        assert (tier.num_blocks, tier.slot_bytes()) == (64, 1024)  # none of the room is for checksums
+        assert made.table.slot_bytes() == 0
+    made.scheduler.connector.shutdown()
 
 
 def test_a_table_that_is_made_anew_as_after_a_sleep_goes_on_with_what_is_stored(storing):

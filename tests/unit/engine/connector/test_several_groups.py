@@ -60,7 +60,7 @@ def test_a_window_is_imported_from_its_tail_and_full_attention_whole(tmp_path):
 
 
 def test_of_a_state_group_one_block_is_imported_and_only_where_a_state_was_kept(tmp_path):
-    owner_of_states(tmp_path)
+    _owner = owner_of_states(tmp_path)
     b = Replica(tmp_path, "b", groups=STATES)
     tokens, meta = import_all(b, request(), ([1, 2, 3, 4], [0, 0, 0, 5]))
     (job,) = meta.imports
@@ -71,7 +71,7 @@ def test_of_a_state_group_one_block_is_imported_and_only_where_a_state_was_kept(
 
 
 def test_a_limit_in_the_hint_takes_an_import_to_where_every_group_has_what_it_needs(tmp_path):
-    owner_of_states(tmp_path)
+    _owner = owner_of_states(tmp_path)
     b = Replica(tmp_path, "b", groups=STATES)
     assert b.half.match(request(source="a", tokens=12), 0) == 8
     assert b.half.match(request("s", source="a", tokens=4), 0) == 0
@@ -86,7 +86,7 @@ def test_a_block_that_any_group_has_lost_shortens_what_is_supplied(tmp_path, los
 
 
 def test_a_partial_local_hit_is_completed_group_by_group(tmp_path):
-    owner_of_windows(tmp_path)
+    _owner = owner_of_windows(tmp_path)
     b = Replica(tmp_path, "b", groups=WINDOWS)
     asked = request()
     assert b.half.match(asked, 12) == 4
@@ -106,7 +106,7 @@ def test_of_two_holders_the_one_that_supplies_more_is_taken(tmp_path):
 
 
 def test_a_failed_import_of_several_groups_counts_for_nothing_and_is_not_tried_again(tmp_path):
-    owner_of_windows(tmp_path)
+    _owner = owner_of_windows(tmp_path)
     b = Replica(tmp_path, "b", groups=WINDOWS)
     asked = request()
     tokens, meta = import_all(b, asked, ([0, 0, 7, 8], [21, 22, 23, 24]))
@@ -127,7 +127,7 @@ def test_a_failed_import_of_several_groups_counts_for_nothing_and_is_not_tried_a
     "ids", [([0, 0, 0, 8], [21, 22, 23, 24]), ([0, 0, 7], [21, 22, 23, 24]), ([0, 0, 7, 8], [21, 22, 23])], ids=str
 )
 def test_blocks_that_do_not_fit_the_plan_are_an_import_that_failed(tmp_path, ids):
-    owner_of_windows(tmp_path)
+    _owner = owner_of_windows(tmp_path)
     b = Replica(tmp_path, "b", groups=WINDOWS)
     _, meta = import_all(b, request(), ids)
     (job,) = meta.imports

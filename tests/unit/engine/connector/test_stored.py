@@ -1,17 +1,20 @@
 """The scheduler half with host memory: what vLLM reallocates is stored before that, offered, and imported again."""
 
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from engine.connector.step_messages import WorkerReport
-from engine.host_process.kept_memory import KeptMemories
+from engine.connector.stored import AHEAD_BLOCKS_MIN
 from tests.unit.engine.connector.scheduler_fixtures import PLAIN, PROMPT, SIZE, Replica, Request, import_all, keys_of, report
 from tests.unit.engine.connector.test_several_groups import WINDOWS
+from tests.unit.engine.keeper import Keeper
 from tests.unit.transport.table_fixtures import description
 from transport.table.deliveries import DeliveryReason
 from transport.table.kept_table import KeptTable
+from transport.table.quality import CODED, LATER, LOSSY, QUALITY, lossy_salt
 from transport.table.reader import TableReader
 
 OTHER = list(range(500, 514))
@@ -19,7 +22,7 @@ OTHER = list(range(500, 514))
 
 @pytest.fixture
 def keeper(tmp_path):
-    return KeptMemories(tmp_path)
+    return Keeper(tmp_path)
 
 
 def stored(keeper, path, name, groups=PLAIN, **about):
@@ -64,6 +67,53 @@ def test_what_is_reallocated_is_stored_in_that_step_and_restored_by_its_replica_
         assert begun.imports[0].source == "a.host-memory"
 
 
+def quality_of(replica, table, salt):
+    """The bits of each block of PROMPT that a table offers."""
+    with closing(TableReader(replica.half.table.path.with_name(f"{table}.table"))) as reader:
+        held, _, states = reader.look_up(keys_of(PROMPT, salt))
+        return [int(state) & QUALITY for state in states[held]]
+
+
+def test_blocks_of_a_caller_who_accepts_loss_say_so_wherever_they_go(tmp_path, keeper):
+    a, b = stored(keeper, tmp_path, "a"), Replica(tmp_path, "b")
+    for salt, bits in (("s", [0, 0, 0]), (lossy_salt("s"), [LOSSY, LOSSY | LATER, LOSSY | LATER])):
+        a.prefill(Request(f"r{salt}", list(PROMPT), cache_salt=salt), [3, 4, 5, 6])
+        assert quality_of(a, "a", salt) == bits
+        copy(a, evict(a, [3, 4, 5, 7]))
+        assert quality_of(a, "a.host-memory", salt) == bits
+        request = Request(f"again{salt}", list(PROMPT), cache_salt=salt)
+        b.imports_and_computes(request, [10, 11, 12, 13])
+        assert quality_of(b, "b", salt) == bits
+
+
+def test_blocks_that_came_out_of_a_codec_are_remembered_until_they_are_given_away(tmp_path, keeper):
+    salt = lossy_salt("")
+    a, b = Replica(tmp_path, "a"), stored(keeper, tmp_path, "b")
+    a.half.table.publish([3, 4], keys_of(PROMPT, salt)[:2], LOSSY | CODED)
+    b.imports_and_computes(Request("r", list(PROMPT), cache_salt=salt), [10, 11, 12, 13])
+    bits = [LOSSY | CODED, LOSSY | CODED | LATER, LOSSY | LATER]
+    assert quality_of(b, "b", salt) == bits
+    copy(b, evict(b, [10, 11, 12, 14]))
+    assert quality_of(b, "b.host-memory", salt) == bits
+    b.prefill(Request("other", list(OTHER), cache_salt=salt), [10, 11, 12, 13])
+    states = b.reader.longest_run(keys_of(OTHER, salt)).states
+    assert [int(state) & QUALITY for state in states] == [LOSSY, LOSSY | LATER, LOSSY | LATER]
+
+
+def test_a_sequence_has_one_first_block_of_each_group_of_layers_in_however_many_steps_it_is_computed(tmp_path):
+    salt, ids = lossy_salt(""), ([3, 4, 5, 6], [13, 14, 15, 16])
+    a = Replica(tmp_path, "a", groups=WINDOWS)
+    request = Request("r", list(PROMPT), cache_salt=salt)
+    a.half.match(request, 0)
+    a.done(a.schedule(new=[(request, ids, 0, SIZE)]).step)
+    meta = a.schedule(cached=[(request, None, SIZE, len(PROMPT) - SIZE)])
+    request.all_token_ids.append(1)
+    a.done(meta.step)
+    for group, blocks in enumerate(ids):
+        assert a.half.table.offered(blocks)[0] == blocks[:3]
+        assert a.half.table.quality(blocks[:3]) == [LOSSY, LOSSY | LATER, LOSSY | LATER], group
+
+
 def test_what_has_no_key_or_is_stored_already_is_not_stored(tmp_path, keeper):
     a = stored(keeper, tmp_path, "a")
     assert not evict(a, [3, 4, 5, 6]).stores.begun
@@ -98,6 +148,19 @@ def pool_of(*ids):
     return SimpleNamespace(cached_block_hash_to_block={}, free_block_queue=SimpleNamespace(fake_free_list_head=head), blocks=[])
 
 
+def test_the_more_a_step_took_the_more_is_stored_ahead(tmp_path, keeper):
+    tier = KeptTable(tmp_path, description("a.host-memory"), SIZE, 300, Path(keeper.keep("a", 4096).draft))
+    a = Replica(tmp_path, "a", blocks=400, tier=tier)
+    ids = list(range(1000, 1000 + 200 * SIZE))
+    a.half.bind_pool(pool_of())
+    a.prefill(Request("r", ids), list(range(1, 201)))
+    a.half._pool.free_block_queue = pool_of(*range(1, 201)).free_block_queue
+    few = a.schedule(new=[(Request("few", list(OTHER)), [300, 301, 302, 303], 0, len(OTHER))])
+    assert len(few.stores.begun) == AHEAD_BLOCKS_MIN
+    many = a.schedule(new=[(Request("many", ids[: 80 * SIZE]), list(range(304, 384)), 0, 80 * SIZE)])
+    assert len(many.stores.begun) == 2 * 80 - AHEAD_BLOCKS_MIN
+
+
 def test_what_an_import_overwrites_is_stored_before_it_begins(tmp_path, keeper):
     a, b = stored(keeper, tmp_path, "a"), Replica(tmp_path, "b")
     b.prefill(Request("r", list(OTHER)), [3, 4, 5, 6])
@@ -106,6 +169,61 @@ def test_what_an_import_overwrites_is_stored_before_it_begins(tmp_path, keeper):
     assert meta.imports[0].target_blocks.tolist() == [3, 4, 5]
     assert [each.block for each in meta.stores.begun] == [3, 4, 5]
     assert meta.stores.overwritten == {3, 4, 5}
+
+
+def test_what_vllm_overwrites_before_it_tells_a_worker_of_the_step_is_lost_there(tmp_path, keeper):
+    a = stored(keeper, tmp_path, "a")
+    a.prefill(Request("r", list(PROMPT)), [3, 4, 5, 6])
+    meta = a.schedule(new=[(Request("evicting", list(OTHER)), [3, 4, 5, 7], 0, len(OTHER))], zeroed=[3, 7], copies=[4])
+    assert meta.stores.lost == {3, 4}
+    assert meta.stores.overwritten == {3, 4, 5}
+
+
+def test_what_a_worker_lost_is_not_offered(tmp_path, keeper):
+    a = stored(keeper, tmp_path, "a")
+    a.prefill(Request("r", list(PROMPT)), [3, 4, 5, 6])
+    meta = evict(a, [3, 4, 5, 7])
+    slots = {store.block: store.slot for store in meta.stores.begun}
+    a.half.report(WorkerReport(meta.step, copied=dict.fromkeys(slots.values(), 1), lost=frozenset({slots[4]})))
+    assert a.half.match(Request("again", list(PROMPT)), 0) == SIZE
+
+
+@pytest.mark.parametrize(("groups", "ids"), [(PLAIN, [3, 4, 5, 6]), (WINDOWS, ([3, 4, 5, 6], [13, 14, 15, 16]))])
+def test_a_prompt_that_was_found_here_again_outlives_one_that_was_not(tmp_path, keeper, groups, ids):
+    a = stored(keeper, tmp_path, "a", groups=groups, blocks=200)
+    a.prefill(Request("r", list(PROMPT)), ids)
+    for turn in range(3):
+        a.prefill(Request(f"again-{turn}", list(PROMPT)), ids, computed=3 * SIZE)
+    copy(a, evict(a, ids))
+    block, count = 20, 4 if groups is PLAIN else 8
+    for begin in range(1000, 1000 + 24 // count * 20, 20):  # more blocks than there are slots
+        own = list(range(block, block + count))
+        mine = own if groups is PLAIN else (own[:4], own[4:])
+        a.prefill(Request(f"once-{begin}", list(range(begin, begin + 14))), mine)
+        copy(a, evict(a, mine, list(range(begin + 5000, begin + 5014))))
+        block += count
+    assert a.half.match(Request("at last", list(PROMPT)), 0) == 3 * SIZE
+
+
+def test_what_an_import_reads_does_not_give_way_before_it_ended(tmp_path, keeper):
+    a = stored(keeper, tmp_path, "a", blocks=200)
+    a.prefill(Request("r", list(PROMPT)), [3, 4, 5, 6])
+    copy(a, evict(a, [3, 4, 5, 7]))
+    _, meta = import_all(a, Request("again", list(PROMPT)), [10, 11, 12, 13])
+    churn(a, 20)
+    assert a.half.match(Request("other", list(PROMPT)), 0) == 3 * SIZE
+    a.done(meta.step, again=report())
+    churn(a, 110)
+    assert a.half.match(Request("late", list(PROMPT)), 0) == 0
+
+
+def churn(replica, first):
+    """Have twenty blocks computed and reallocated, each prompt asked for several times, behind the blocks from `first`."""
+    for number in range(7):
+        begin, ids = 100 * (first + number), list(range(first + 4 * number, first + 4 * number + 4))
+        for turn in range(5):
+            replica.prefill(Request(f"{begin}-{turn}", list(range(begin, begin + 14))), ids, computed=3 * SIZE if turn else 0)
+        copy(replica, evict(replica, ids, list(range(begin + 50, begin + 64))))
 
 
 def test_a_salt_is_a_cache_of_its_own_there_too(tmp_path, keeper):
@@ -150,6 +268,16 @@ def test_what_another_replica_stored_is_not_stored_twice(tmp_path, keeper):
         replica.prefill(Request("r", list(PROMPT)), [3, 4, 5, 6])
     copy(a, evict(a, [3, 4, 5, 7]))
     assert not evict(b, [3, 4, 5, 7]).stores.begun
+
+
+def test_what_a_replica_of_another_kind_stored_is_not_read(tmp_path, keeper):
+    a, b = stored(keeper, tmp_path, "a"), Replica(tmp_path, "b")
+    draft = Path(keeper.keep("c", 4096).draft)
+    other = KeptTable(tmp_path, description("c.host-memory", transport="cuda_ipc"), PLAIN.unit, 16, draft)
+    other.publish([0, 1, 2], keys_of(PROMPT)[:3])
+    assert b.half.match(Request("r", list(PROMPT)), 0) == 0
+    a.prefill(Request("r", list(PROMPT)), [3, 4, 5, 6])
+    assert len(evict(a, [3, 4, 5, 7]).stores.begun) == 3  # nor does it spare storing them here
 
 
 def test_blocks_are_stored_with_the_group_that_they_are_of(tmp_path, keeper):

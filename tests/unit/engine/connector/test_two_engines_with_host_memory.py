@@ -5,6 +5,7 @@ every block of the prefix that vLLM takes for computed.
 """
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ import torch
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 from engine.connector.worker import WorkerHalf
-from engine.host_process.kept_memory import VARIABLE, KeptMemories, decode_kept, encode_kept
+from engine.host_process.kept_memory import VARIABLE, decode_kept, encode_kept
 from engine.tiers.slot_writer import SlotWriter
 from tests.unit.engine.connector.test_in_vllms_scheduler import BLOCKS, SIZE, Engine, output_end
+from tests.unit.engine.keeper import Keeper
 from transport.keys import chain_keys
 from transport.table.reader import TableReader
 from transport.table.tiers import host_memory_of
@@ -47,10 +49,17 @@ class Working(Engine):
             invalid_block_ids=self.worker.take_load_errors(),
             kv_connector_worker_meta=self.worker.take_report(),
         )
+        self._finish()
         names = list(output.num_scheduled_tokens)
         sampled = [[] if output_end(output, name) < self.scheduler.requests[name].num_prompt_tokens else [7] for name in names]
         index = {name: place for place, name in enumerate(names)}
         self.scheduler.update_from_output(output, ModelRunnerOutput(names, index, sampled, kv_connector_output=told))
+
+    def _enqueue(self, kernel) -> None:
+        kernel()
+
+    def _finish(self) -> None:
+        """Wait for all that was enqueued."""
 
     def _compute(self, output) -> None:
         """Look at what counts as computed, then write what this step computes."""
@@ -67,13 +76,18 @@ class Working(Engine):
         for name, count in output.num_scheduled_tokens.items():
             keys = chain_keys(ROOT, self.scheduler.requests[name].all_token_ids, SIZE)
             whole, end = starts[name] // SIZE, (starts[name] + count) // SIZE
-            for place in range(whole):
-                for number, layer in enumerate(self.layers.values()):
-                    assert torch.equal(layer[self.blocks[name][place]], content(keys[place], number)), (name, place)
-                self.checked += 1
-            for place in range(whole, end):
-                for number, layer in enumerate(self.layers.values()):
-                    layer[self.blocks[name][place]] = content(keys[place], number)
+            blocks = list(self.blocks[name])
+            for place in range(end):
+                self._enqueue(partial(self._touch, blocks[place], keys[place], place >= whole))
+
+    def _touch(self, block: int, key, computed: bool) -> None:
+        """Write a block that is computed, look at one that was."""
+        for number, layer in enumerate(self.layers.values()):
+            if computed:
+                layer[block] = content(key, number)
+            else:
+                assert torch.equal(layer[block], content(key, number)), block
+        self.checked += not computed
 
 
 def content(key, layer: int) -> torch.Tensor:
@@ -82,10 +96,23 @@ def content(key, layer: int) -> torch.Tensor:
     return torch.rand((2, SIZE, 2), generator=generator)
 
 
+def serve_at_random(engines, chance: random.Random, requests: int) -> None:
+    """Have engines serve requests whose prompts begin alike; the last of them are not done yet."""
+    prefixes = [[chance.randrange(900) for _ in range(chance.randrange(4, 10) * SIZE)] for _ in range(9)]
+    for number in range(requests):
+        engine, prefix = chance.choice(engines), chance.choice(prefixes)
+        ids = prefix[: chance.randrange(SIZE, len(prefix))] + [chance.randrange(900) for _ in range(chance.randrange(1, 40))]
+        engine.add_ids(f"r{number}", ids, chance.randrange(1, 20))
+        for _ in range(chance.randrange(12)):
+            for each in engines:
+                if each.scheduler.has_requests():
+                    each.step()
+
+
 @pytest.fixture
 def engines(tmp_path, monkeypatch):
     (tmp_path / "tables").mkdir(mode=0o700)
-    keeper = KeptMemories(tmp_path / "tables")
+    keeper = Keeper(tmp_path / "tables")
     made = []
     for name in ("a", "b"):
         kept = decode_kept(encode_kept(keeper.keep(name, 40 * 1024)))
@@ -100,17 +127,7 @@ def engines(tmp_path, monkeypatch):
 def test_whatever_is_restored_is_what_was_computed(engines, tmp_path, thread, monkeypatch):
     if thread != "copies":  # then each step has to wait for what it overwrites
         monkeypatch.setattr(SlotWriter, "_run", lambda self: None)
-    chance = random.Random(thread)
-    prefixes = [[chance.randrange(900) for _ in range(chance.randrange(4, 10) * SIZE)] for _ in range(9)]
-    for number in range(REQUESTS):
-        engine = chance.choice(engines)
-        prefix = chance.choice(prefixes)
-        ids = prefix[: chance.randrange(SIZE, len(prefix))] + [chance.randrange(900) for _ in range(chance.randrange(1, 40))]
-        engine.add_ids(f"r{number}", ids, chance.randrange(1, 20))
-        for _ in range(chance.randrange(12)):
-            for each in engines:
-                if each.scheduler.has_requests():
-                    each.step()
+    serve_at_random(engines, random.Random(thread), REQUESTS)
     for engine, other in (engines, engines[::-1]):
         engine.run()
         assert host_memory_of(other.table.name) in {peer.name for peer in engine.table.peers()}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import queue
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import numpy as np
 import pytest
@@ -45,9 +45,21 @@ def landing():
 
 
 @pytest.fixture
-def worker(tmp_path, landing):
-    half = WorkerHalf(tmp_path, "importer", 0)
-    half.register(landing, 8)
+def registered(tmp_path):
+    """Makes worker halves, and closes them."""
+    with ExitStack() as made:
+
+        def make(caches, name="importer", groups=None):
+            half = made.enter_context(closing(WorkerHalf(tmp_path, name, 0)))
+            half.register(caches, 8, groups)
+            return half
+
+        yield make
+
+
+@pytest.fixture
+def worker(registered, landing):
+    half = registered(landing)
     assert half.handshake({"a": "b"}).status == "ok"
     return half
 
@@ -84,23 +96,24 @@ def test_a_source_that_is_gone_fails_the_import_at_once(owner, worker, about):
     worker.start(StepMetadata(1, (job(owner, **about),)))
     assert worker.poll() == {"r"}
     assert worker.take_load_errors() == {4, 5}
-    assert worker.take_report().imports["r"].failed_blocks == {4, 5}
+    report = worker.take_report().imports["r"]
+    assert report.failed_blocks == {4, 5}
+    assert report.early  # or of another node's, in the same epoch after an interruption, nothing would be imported any more
 
 
-def test_memory_that_can_not_be_opened_fails_the_import(owner, tmp_path):
-    half = WorkerHalf(tmp_path, "importer", 0)
-    half.register({"layer": torch.zeros(8, 2, 4, 16)}, 8)
+def test_memory_that_can_not_be_opened_fails_the_import(owner, registered):
+    half = registered({"layer": torch.zeros(8, 2, 4, 16)})
     half.start(StepMetadata(1, (job(owner),)))
     assert half.poll() == {"r"}
     assert half.take_load_errors() == {4, 5}
 
 
-def test_an_import_of_several_groups_that_fails_is_reported_by_its_request(owner, worker):
+def test_an_import_of_several_groups_that_fails_is_reported_by_its_request(owner, worker, registered):
     whole = job(owner, "whole")
     failing = job(owner, "failing", epoch=1)
     jobs = tuple(dataclasses.replace(each, counts=(1, 1)) for each in (whole, failing))
-    half = WorkerHalf(worker._peers._path, "several", 0)
-    half.register({"full": torch.zeros(8, 2, 4, 8), "window": torch.zeros(8, 2, 4, 8)}, 8, {"full": 0, "window": 1})
+    layers = {"full": torch.zeros(8, 2, 4, 8), "window": torch.zeros(8, 2, 4, 8)}
+    half = registered(layers, "several", {"full": 0, "window": 1})
     half.start(StepMetadata(1, jobs))
     assert half.poll() == {"whole", "failing"}
     assert half.take_load_errors() == set()
@@ -153,9 +166,8 @@ def test_after_a_fault_in_the_transport_every_import_is_failed_not_forgotten(own
     assert set(worker.take_report().imports) == {"r", "s"}
 
 
-def test_kv_memory_on_an_unknown_device_is_refused_with_the_reason(tmp_path):
-    half = WorkerHalf(tmp_path, "importer", 0)
-    half.register({"layer": torch.zeros(8, 2, 4, 8, device="meta")}, 8)
+def test_kv_memory_on_an_unknown_device_is_refused_with_the_reason(registered):
+    half = registered({"layer": torch.zeros(8, 2, 4, 8, device="meta")})
     shake = half.handshake({})
     assert shake.memory is None
     assert "meta" in shake.status

@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -23,6 +24,19 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
         claim(tmp_path / "d", 0)
     release([held])
     release([claim(tmp_path / "d", 0)])
+
+
+def test_where_nothing_can_be_locked_that_is_said_and_no_descriptor_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("engine.host_process.directories.fcntl.flock", no_locks)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(DirectoryRefused, match="cannot be locked: No locks available"):
+        claim(tmp_path / "d", 0)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_what_a_killed_owner_left_is_cleared(tmp_path: Path) -> None:

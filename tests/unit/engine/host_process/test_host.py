@@ -195,6 +195,7 @@ def test_without_a_supervisor_nothing_is_left(host: RunningHost, how: str) -> No
 def test_a_killed_host_takes_its_replicas_along(host: RunningHost) -> None:
     pid = host.spawn("trap '' TERM HUP INT; echo > up; while :; do sleep 1; done")
     host.wait_file("up")
+    assert alive(pid)
     host.process.kill()
     until(lambda: not alive(pid))
 

@@ -191,6 +191,32 @@ def test_a_draining_replica_goes_on_until_it_is_restarted() -> None:
     assert life.state is ReplicaState.STARTING
 
 
+def test_a_drained_replica_takes_requests_again_when_it_is_resumed() -> None:
+    life = ready()
+    life.drain()
+    life.resume(1.0)
+    assert (life.state, life.reason) == (ReplicaState.READY, "")
+    life.restart(2.0)
+    life.resume(3.0)  # too late: it is being stopped
+    assert life.state is ReplicaState.DRAINING
+
+
+def test_a_drained_replica_that_ends_gets_no_requests_when_it_is_back_either() -> None:
+    life = ready()
+    life.drain()
+    crash_and_come_back(life, 1.0)
+    assert (life.state, life.reason) == (ReplicaState.DRAINING, "draining")
+    life.resume(5.0)
+    assert life.state is ReplicaState.READY
+    life.drain()
+    life.exited("killed by SIGKILL", 9.0)
+    life.resume(9.5)
+    assert life.state is ReplicaState.BACKOFF
+    assert life.tick(20.0) is LifecycleAction.SPAWN
+    life.answered(21.0)
+    assert life.state is ReplicaState.READY
+
+
 def test_only_a_ready_replica_can_drain() -> None:
     life = started()
     life.drain()

@@ -19,6 +19,7 @@ from engine.replicas.shared_memory_check import (
     check_room,
     free_bytes,
     kv_bytes_each,
+    safe_host_memory,
     shared_kv_bytes,
 )
 from engine.replicas.supervisor import Supervisor
@@ -81,15 +82,38 @@ def test_more_host_memory_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatc
         check_host_memory(replace(CPU, host_memory=4 << 30))
 
 
+@pytest.mark.parametrize(("free", "safe"), [(44, 10 << 30), (1000, 64 << 30), (5, 256 << 20), (4.9, 0), (1, 0)])
+def test_a_quarter_of_what_is_free_and_not_for_kv_is_safe(monkeypatch: pytest.MonkeyPatch, free: float, safe: int) -> None:
+    monkeypatch.setattr(shared_memory_check, "free_bytes", lambda: int(free * (1 << 30)))
+    assert safe_host_memory(replace(CPU, vllm_args=("--kv-cache-memory-bytes", "2G"))) == safe
+
+
+def test_several_fleets_need_room_together(monkeypatch: pytest.MonkeyPatch, small: None) -> None:
+    one = replace(CPU, replicas=1, vllm_args=("--kv-cache-memory-bytes", "30M"))
+    check_room(one, one)
+    with pytest.raises(SharedMemoryTooSmall, match="the KV of 3 replicas"):
+        check_room(one, one, one)
+    monkeypatch.setattr(shared_memory_check, "free_bytes", lambda: 3 << 30)
+    with pytest.raises(HostMemoryTooLarge, match="asks for 4096 MiB"):
+        check_host_memory(replace(CPU, host_memory=2 << 30), replace(CPU, host_memory=2 << 30))
+
+
 @pytest.mark.parametrize(
-    ("most", "used", "free"),
-    [("max", "5", 8 << 30), ("1073741824", "73741824", 1_000_000_000), ("5", "9", 0), (None, None, 8 << 30)],
+    ("most", "used", "cached", "free"),
+    [
+        ("max", "5", "0", 8 << 30),
+        ("1073741824", "73741824", "0", 1_000_000_000),
+        ("1073741824", "1073741824", "1000000000", 1_000_000_000),
+        ("5", "9", "0", 0),
+        (None, None, "0", 8 << 30),
+    ],
 )
 def test_free_memory_is_the_machines_or_what_the_control_group_leaves(
-    tmp_path: Path, most: str | None, used: str | None, free: int
+    tmp_path: Path, most: str | None, used: str | None, cached: str, free: int
 ) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\n")
     if most is not None and used is not None:
         (tmp_path / "memory.max").write_text(most + "\n")
         (tmp_path / "memory.current").write_text(used + "\n")
+        (tmp_path / "memory.stat").write_text(f"anon 7\ninactive_file {cached}\nactive_file 3\n")
     assert free_bytes(tmp_path / "meminfo", tmp_path) == free

@@ -175,12 +175,13 @@ async def test_a_replica_that_is_deaf_to_requests_is_killed_after_the_drain_time
 async def test_a_second_stop_does_not_wait_for_the_first_ones_drain_time(tmp_path: Path) -> None:
     supervisor = Supervisor(settings_in(tmp_path, "--fake-deaf"))
     await supervisor.start()
-    await all_ready(supervisor)
+    replicas = await all_ready(supervisor)
     slow = asyncio.create_task(supervisor.stop(500.0))
     await until(lambda: not supervisor.snapshot().ready())
     async with asyncio.timeout(DEADLINE_SECONDS):
         await supervisor.stop(0.0)
         await slow
+    assert not any(alive(r.pid) for r in replicas)
 
 
 async def test_stopping_at_once_after_the_start_leaves_nothing(tmp_path: Path) -> None:
@@ -285,6 +286,62 @@ async def test_a_drained_replica_takes_nothing_new_until_it_is_restarted(tmp_pat
         assert again.pid != zero.pid
         with pytest.raises(FleetError, match="there is no replica 'nobody'"):
             await supervisor.drain("nobody")
+
+
+async def ask(replica: Replica, **fake: object) -> int:
+    """The status of a completion of two tokens, sent to a replica itself."""
+    body = {"prompt": "hello", "max_tokens": 2, "fake": fake}
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(replica.socket)) as session,
+        session.post("http://replica/v1/completions", json=body) as answer,
+    ):
+        await answer.read()
+        return answer.status
+
+
+@pytest.mark.parametrize("tables", [(), ("--fake-core",)], ids=["by_metrics", "by_tables"])
+async def test_draining_waits_for_requests_and_no_longer(tmp_path: Path, tables: tuple[str, ...]) -> None:
+    async with running(settings_in(tmp_path, *tables)) as supervisor:
+        zero, one = await all_ready(supervisor)
+        slow = asyncio.create_task(ask(zero, token_delay=0.6))
+        await until_running(zero)
+        draining = asyncio.create_task(supervisor.drain_all(20.0))
+        await until(lambda: not supervisor.snapshot().ready())
+        assert {r.state for r in supervisor.snapshot().replicas} == {ReplicaState.DRAINING}
+        assert await draining is True
+        assert slow.done()
+        assert await slow == 200
+        assert alive(zero.pid)
+        assert alive(one.pid)
+
+
+async def test_draining_gives_up_after_its_time_and_a_resumed_replica_is_ready(tmp_path: Path) -> None:
+    async with running(settings_in(tmp_path)) as supervisor:
+        zero, _ = await all_ready(supervisor)
+        slow = asyncio.create_task(ask(zero, delay=60))
+        await until_running(zero)
+        await supervisor.drain("replica-0")
+        assert await supervisor.idle_in("replica-0", 0.2) is False
+        await supervisor.resume("replica-0")
+        assert len(supervisor.snapshot().ready()) == 2
+        slow.cancel()
+        await asyncio.gather(slow, return_exceptions=True)
+
+
+async def running_requests(replica: Replica) -> int:
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(replica.socket)) as session,
+        session.get("http://replica/fake/seen") as answer,
+    ):
+        seen = await answer.json()
+        return int(seen["running"])
+
+
+async def until_running(replica: Replica) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not await running_requests(replica):
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.01)
 
 
 async def test_directories_in_use_are_refused(tmp_path: Path) -> None:

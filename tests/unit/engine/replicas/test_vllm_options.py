@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 
-from engine.replicas.vllm_options import REFUSED, refusals
+from engine.replicas.vllm_options import REFUSED, refusals, schedules_by_priority
 
 # These do in a replica what they say, also for clients behind the front door, or they are the replica's own business.
 HONOURED = frozenset(
     [
+        "--anthropic-disabled-thinking-effort",
         "--chat-template",
         "--chat-template-content-format",
         "--cohere-format",
@@ -65,6 +66,20 @@ def test_every_front_end_option_of_the_installed_vllm_was_weighed(options: dict[
     assert {"--headless", "--config", "--grpc", "--api-server-count", "-asc"} <= options["options"] & REFUSED.keys()
     parallel = {word for word in options["ParallelConfig"] if "data-parallel" in word or word.startswith("-dp")}
     assert parallel <= REFUSED.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "by_priority"),
+    [
+        ((), False),
+        (("--scheduling-policy", "priority"), True),
+        (("--scheduling_policy=priority",), True),
+        (("--scheduling-policy", "priority", "--scheduling-policy=fcfs"), False),
+        (("--scheduling-policy",), False),
+    ],
+)
+def test_it_is_seen_whether_vllm_schedules_by_priority(words: tuple[str, ...], by_priority: bool) -> None:
+    assert schedules_by_priority(words) is by_priority
 
 
 def test_what_is_refused_exists(options: dict[str, set[str]]) -> None:

@@ -1,17 +1,17 @@
 """The host-memory tier: what is stored, in which slot, and what gives way."""
 
-import os
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from engine.host_process.kept_memory import KeptMemories, decode_kept, encode_kept
+from engine.host_process.kept_memory import decode_kept, encode_kept
 from engine.tiers.host_memory import UNDER_WAY_MAX, HostMemory
 from engine.tiers.only_writer import become_only_writer
 from engine.tiers.slots import NoSlots, cut
 from engine.tiers.stores import NO_STORES
+from tests.unit.engine.keeper import Keeper
 from tests.unit.transport.table_fixtures import description
 from transport.errors import MemoryUnreachable, TableError
 from transport.keys import chain_keys, root_key
@@ -19,14 +19,14 @@ from transport.table.kept_table import KeptTable
 from transport.table.layout import Layer, Memory, Region
 from transport.table.reader import TableReader
 
-KEYS = chain_keys(root_key(b"f" * 16), range(4 * 2048), 4)
+KEYS = chain_keys(root_key(b"f" * 16), range(4 * (UNDER_WAY_MAX + 64)), 4)
 NAME = "replica-0.host-memory"
 REGION = 1 << 16
 
 
 @pytest.fixture
 def keeper(tmp_path):
-    return KeptMemories(tmp_path)
+    return Keeper(tmp_path)
 
 
 def table_of(keeper, path: Path, slots=4, **about) -> KeptTable:
@@ -46,7 +46,7 @@ def tier(keeper, tmp_path):
 
 
 def take(memory, *places):
-    memory.take([10 + place for place in places], KEYS[list(places)], [0] * len(places))
+    memory.take([10 + place for place in places], KEYS[list(places)], [0] * len(places), [0] * len(places))
 
 
 def store(memory, *places):
@@ -83,7 +83,7 @@ def test_every_rank_must_have_copied(keeper, tmp_path):
         assert held(reader) == [0]
 
 
-def test_the_least_recently_stored_or_asked_for_gives_way_before_its_slot_is_written(tier):
+def test_of_equally_popular_blocks_the_least_recently_used_gives_way_before_its_slot_is_written(tier):
     memory, reader = tier
     store(memory, 0, 1, 2, 3)
     take(memory, 0)  # about to be lost once more, and here already
@@ -99,6 +99,42 @@ def test_the_least_recently_stored_or_asked_for_gives_way_before_its_slot_is_wri
     assert reader.counters()["evictions"] == 1
 
 
+def test_the_least_popular_gives_way_whether_it_was_asked_for_before_it_was_stored_or_after(tier):
+    memory, reader = tier
+    memory.asked(KEYS[[0, 1]])
+    memory.asked(KEYS[[0]])
+    store(memory, 0, 1, 2, 3)
+    memory.asked(KEYS[[1]])
+    take(memory, 1)
+    store(memory, 4, 5)
+    assert held(reader) == [0, 1, 4, 5]
+
+
+def test_what_is_asked_for_while_it_is_nowhere_is_popular_when_it_is_stored(tier):
+    memory, reader = tier
+    for _ in range(3):
+        memory.asked(KEYS[[0]])
+    store(memory, 0, 1, 2, 3, 4)
+    assert held(reader) == [0, 2, 3, 4]
+
+
+def test_what_is_being_read_does_not_give_way_before_the_read_ended(tier):
+    memory, reader = tier
+    store(memory, 0)
+    slot = reader.look_up(KEYS[:1])[1].tolist()
+    for _ in range(5):
+        memory.asked(KEYS[1:4])
+    store(memory, 1, 2, 3)
+    memory.restored([*slot, 1 << 40])
+    take(memory, *range(4, 9))  # more than there are others
+    assert held(reader) == [0]
+    assert reader.counters()["tier_dropped_blocks"] == 2
+    memory.copied({each.slot: 1 for each in memory.take_stores().begun})
+    memory.read([*slot, 1 << 40])
+    store(memory, *range(9, 13))
+    assert 0 not in held(reader)
+
+
 def test_what_is_being_stored_keeps_its_slot_and_more_than_fits_is_dropped_and_counted(tier):
     memory, reader = tier
     take(memory, *range(7))
@@ -107,7 +143,7 @@ def test_what_is_being_stored_keeps_its_slot_and_more_than_fits_is_dropped_and_c
 
 
 def test_stores_under_way_are_bounded(keeper, tmp_path):
-    memory = HostMemory(table_of(keeper, tmp_path, slots=2048), ranks=1, elsewhere=nowhere)
+    memory = HostMemory(table_of(keeper, tmp_path, slots=UNDER_WAY_MAX + 64), ranks=1, elsewhere=nowhere)
     take(memory, *range(UNDER_WAY_MAX + 5))
     assert len(memory.take_stores().begun) == UNDER_WAY_MAX
 
@@ -115,7 +151,7 @@ def test_stores_under_way_are_bounded(keeper, tmp_path):
 def test_a_key_that_comes_twice_is_stored_once_and_nothing_gives_way_for_the_second(tier):
     memory, reader = tier
     store(memory, 0, 1, 2)
-    memory.take([20, 21], KEYS[[3, 3]], [0, 0])
+    memory.take([20, 21], KEYS[[3, 3]], [0, 0], [0, 0])
     (begun,) = memory.take_stores().begun
     memory.copied({begun.slot: 1})
     assert held(reader) == [0, 1, 2, 3]
@@ -138,11 +174,37 @@ def test_only_what_is_being_stored_is_waited_for(tier):
     assert memory.take_stores() is NO_STORES
 
 
+def test_what_a_worker_lost_is_not_offered_counts_as_dropped_and_gives_its_slot_back(keeper, tmp_path):
+    table = table_of(keeper, tmp_path)
+    memory = HostMemory(table, ranks=2, elsewhere=nowhere)
+    with closing(TableReader(table.path)) as reader:
+        take(memory, 0, 1)
+        first, second = (each.slot for each in memory.take_stores().begun)
+        memory.copied({first: 1, second: 2}, [first])
+        take(memory, 0)  # its slot is being written by the other worker: another one is taken
+        (again,) = memory.take_stores().begun
+        memory.copied({first: 1, again.slot: 2}, [first])
+        assert held(reader) == [0, 1]
+        assert reader.counters()["tier_dropped_blocks"] == 1
+        take(memory, 2, 3)
+        assert first in [each.slot for each in memory.take_stores().begun]
+
+
+def test_workers_are_told_what_is_overwritten_before_they_hear_of_the_step(tier):
+    memory, _ = tier
+    take(memory, 0)
+    memory.lost([10, 11])
+    assert memory.take_stores().lost == {10}
+    memory.lost([10])
+    assert memory.take_stores().lost == {10}  # it is not known to be copied yet
+
+
 def test_a_flush_gives_up_what_is_stored_and_what_is_under_way(tier):
     memory, reader = tier
     store(memory, 0, 1)
     take(memory, 2)
     under_way = memory.take_stores().begun[0].slot
+    memory.restored(reader.look_up(KEYS[:1])[1].tolist())
     memory.clear()
     memory.copied({under_way: 1})
     assert held(reader) == []
@@ -175,8 +237,7 @@ def test_a_table_of_another_fingerprint_is_withdrawn_and_replaced(tier, keeper, 
 def test_a_table_ends_with_its_keeper(tier, keeper):
     _, reader = tier
     assert reader.alive()
-    for fd in keeper.descriptors():
-        os.close(fd)
+    keeper.end()
     assert not reader.alive()
 
 
@@ -229,7 +290,7 @@ def test_slots_lie_apart_and_within_the_ranks_part(rank):
 
 
 @pytest.mark.parametrize(
-    ("size", "transport", "why"), [(100, "shared_memory", "less than one block"), (10_000, "cuda_ipc", "cuda_ipc")]
+    ("size", "transport", "why"), [(100, "shared_memory", "less than one block"), (10_000, "rdma", "rdma")]
 )
 def test_there_are_no_slots_for_too_little_memory_or_another_kind(size, transport, why):
     with pytest.raises(NoSlots, match=why):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.host_process.kept_memory import KeptMemories
 from engine.tiers import slot_writer
 from engine.tiers.slot_writer import SlotWriter
 from engine.tiers.slots import cut
 from engine.tiers.stores import Store, Stores
 from tests.real.fleet import until
+from tests.unit.engine.keeper import Keeper
 from tests.unit.transport.table_fixtures import description
 from transport.backends.base import ImportJob
 from transport.backends.shared_memory import SharedMemoryTransport, open_region
@@ -46,7 +46,7 @@ class Tier:
         self.tensors = caches(1)
         self.before = {name: tensor.clone() for name, tensor in self.tensors.items()}
         self.own = SharedMemoryTransport(self.tensors, BLOCKS, 0, GROUPS)
-        self.keeper = KeptMemories(path)
+        self.keeper = Keeper(path)
         kept = self.keeper.keep("r", REGION)
         self.slots = cut(kept.region, self.own.memory(), 1)
         self.writer = SlotWriter(self.own, self.slots)

@@ -12,6 +12,8 @@ import pytest
 import uvloop
 
 from engine.fleet import ReplicaState
+from gateway.api.endpoints import ADMIN_PATHS
+from gateway.errors import UnknownModel
 from gateway.stats.shapes import KvStats
 from tests.unit.gateway.running_door import Door, FakeSight, running_door, until
 
@@ -21,6 +23,10 @@ ADMIN = [
     ("GET", "/kv/stats"),
     ("GET", "/kv/prefixes"),
     ("POST", "/kv/flush"),
+    ("GET", "/replicas"),
+    ("POST", "/replicas/replica-0/drain"),
+    ("POST", "/replicas/replica-0/resume"),
+    ("POST", "/replicas/replica-0/restart"),
 ]
 
 
@@ -67,6 +73,32 @@ async def test_ready_with_one_replica_says_why_not_the_others(door: Door) -> Non
     ]
 
 
+async def test_what_keeps_replicas_apart_is_asked_once_for_all_models(tmp_path: Path) -> None:
+    class Warned(FakeSight):
+        asked = 0
+
+        def warnings(self) -> list[str]:
+            self.asked += 1
+            return ["no table"]
+
+    sight = Warned()
+    async with running_door(tmp_path, sight=sight, models=("large", "small")) as door:
+        _, body, _ = await door.get("/ready")
+    assert ([each["model"] for each in body["models"]], body["warnings"]) == (["large", "small"], ["no table"])
+    assert sight.asked == 1
+
+
+async def test_whoever_asks_for_a_model_that_there_is_not_learns_of_no_other(tmp_path: Path) -> None:
+    class Placed(FakeSight):
+        def place(self, model: str) -> int:
+            raise UnknownModel(model, ["large", "poet"])
+
+    async with running_door(tmp_path, sight=Placed()) as door:
+        status, body, _ = await door.get("/ready?model=none")
+    assert (status, body["error"]["code"]) == (404, "model_not_found")
+    assert "poet" not in body["error"]["message"]
+
+
 async def test_not_ready_while_stopping(door: Door) -> None:
     await door.add_engine("replica-0")
     await door.relay.drain(1)
@@ -77,7 +109,7 @@ async def test_not_ready_while_stopping(door: Door) -> None:
 @pytest.mark.parametrize(("method", "path"), ADMIN)
 async def test_admin_endpoints_are_open_to_callers_on_this_machine(door: Door, method: str, path: str) -> None:
     await door.add_engine("replica-0")
-    assert await status_of(door, method, path) == 200
+    assert await status_of(door, method, path) in (200, 202)
 
 
 @pytest.mark.parametrize(("method", "path"), ADMIN)
@@ -91,7 +123,20 @@ async def test_admin_endpoints_want_the_admin_key_where_there_is_one(tmp_path: P
         await door.add_engine("replica-0")
         assert await status_of(door, method, path) == 401
         assert await status_of(door, method, path, authorization="Bearer the-admin-kez") == 401
-        assert await status_of(door, method, path, authorization="Bearer the-admin-key") == 200
+        assert await status_of(door, method, path, authorization="Bearer the-admin-key") in (200, 202)
+
+
+async def test_no_admin_endpoint_of_the_document_lacks_the_rule(door: Door) -> None:
+    _, document, _ = await door.get("/openapi.json")
+    found = [
+        (method.upper(), path.format(request_id="x", prefix_id="x", name="x"))
+        for path, operations in document["paths"].items()
+        for method, told in operations.items()
+        if "admin" in told["tags"] and path not in ("/health", "/ready")
+    ]
+    assert {method for method, _ in found} == {"GET", "POST", "DELETE"}
+    assert all(path.startswith(ADMIN_PATHS) for _, path in found)
+    assert {each: await status_of(door, *each, via="1.1 proxy") for each in found} == dict.fromkeys(found, 403)
 
 
 async def test_flush_resets_every_ready_replica_and_its_shared_blocks(door: Door) -> None:
@@ -127,7 +172,7 @@ async def test_an_unknown_path_has_openais_error_form(door: Door, path: str) -> 
         ("GET", "/v1/completions", "POST"),
         ("GET", "/v1/completions/", "POST"),
         ("DELETE", "/v1/models/x", "GET"),
-        ("POST", "/health", "GET"),
+        ("POST", "/health", "GET, HEAD"),
         ("GET", "/kv/flush", "POST"),
     ],
 )

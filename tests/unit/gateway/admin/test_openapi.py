@@ -9,6 +9,7 @@ import pytest
 
 from gateway.admin import openapi
 from gateway.admin.offline_document import document
+from gateway.api.endpoints import PATHS
 from gateway.cli.main import main
 from tests.unit.gateway.running_door import running_door
 
@@ -29,9 +30,7 @@ def test_the_kept_document_is_up_to_date_to_the_letter() -> None:
 def test_every_endpoint_is_described() -> None:
     described = {(method, path) for path, operations in document()["paths"].items() for method in operations}
     assert described == {
-        ("post", "/v1/completions"),
-        ("post", "/v1/chat/completions"),
-        ("post", "/v1/embeddings"),
+        *(("post", path) for path in PATHS),
         ("get", "/v1/models"),
         ("get", "/v1/models/{model}"),
         ("get", "/health"),
@@ -43,6 +42,10 @@ def test_every_endpoint_is_described() -> None:
         ("post", "/kv/prefixes"),
         ("delete", "/kv/prefixes/{prefix_id}"),
         ("post", "/kv/flush"),
+        ("get", "/replicas"),
+        ("post", "/replicas/{name}/drain"),
+        ("post", "/replicas/{name}/resume"),
+        ("post", "/replicas/{name}/restart"),
     }
 
 
@@ -57,7 +60,7 @@ def test_every_v1_answer_names_its_request_and_the_errors_are_complete() -> None
     everywhere = {"200", "401", "429", "431", "500", "503"}
     relayed = everywhere | {"400", "403", "404", "408", "413", "415", "502", "504"}
     wanted = {"/v1/models": everywhere, "/v1/models/{model}": everywhere | {"404"}}
-    for path in [path for path in paths if path.startswith("/v1/")]:
+    for path in [path for path in paths if path in PATHS or path.startswith("/v1/")]:
         (operation,) = paths[path].values()
         answers = operation["responses"]
         assert set(answers) == wanted.get(path, relayed), path

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from gateway.api.body import FORBIDDEN_FIELDS, Endpoint, check_body, decode_body
+from gateway.api.body import FORBIDDEN_FIELDS, check_body, decode_body
+from gateway.api.endpoints import Endpoint
 from gateway.errors import ApiError, UnsupportedParameter
 from gateway.prompts.forms import split_prompts
 
@@ -21,6 +22,10 @@ MODELS: list[tuple[str, str, Endpoint, dict[str, Any]]] = [
     ("openai.chat_completion", "ChatCompletionRequest", "chat", {"messages": [HI]}),
     ("pooling.embed", "EmbeddingCompletionRequest", "embeddings", {"input": "x"}),
     ("pooling.embed", "EmbeddingChatRequest", "embeddings", {"messages": [HI]}),
+    ("openai.responses", "ResponsesRequest", "responses", {"input": "x"}),
+    ("anthropic", "AnthropicMessagesRequest", "messages", {"model": "m", "messages": [HI], "max_tokens": 4096}),
+    ("pooling.scoring", "RerankRequest", "rerank", {"query": "x", "documents": ["y"]}),
+    ("pooling.pooling", "PoolingCompletionRequest", "pooling", {"input": "x"}),
 ]
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 7, 2**31, 1.5, -0.5, "", "x", "1", "none", "auto", "text"),

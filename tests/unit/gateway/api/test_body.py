@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from gateway.api.body import FORBIDDEN_FIELDS, check_body, decode_body
 from gateway.api.encodings import HALF_PAIRS_BYTES_MAX, as_utf8
+from gateway.api.endpoints import ENDPOINTS
 from gateway.api.fields import PASSED_FIELDS
 from gateway.errors import ApiError, UnsupportedParameter
 from gateway.relay.engine_body import engine_body
+from gateway.relay.forms import FIELDS as FORM_FIELDS
 from gateway.token_ids import TokenIds
 
 JSON = st.recursive(
@@ -23,8 +25,10 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-NAMES = st.sampled_from([*sorted(FORBIDDEN_FIELDS), "prompt", "messages", "input", "model", "content", "uuid", "n"])
-ENDPOINTS = st.sampled_from(["completions", "chat", "embeddings"])
+NAMES = st.sampled_from(
+    [*sorted(FORBIDDEN_FIELDS), "prompt", "messages", "input", "system", "documents", "model", "content", "uuid", "n"]
+)
+ANY_ENDPOINT = st.sampled_from([*ENDPOINTS])
 
 
 # The machine may be busy with engines, and the first text that is drawn builds tables.
@@ -47,7 +51,7 @@ def test_any_bytes_are_a_body_or_the_clients_error(raw: bytes) -> None:
 
 
 @PATIENT
-@given(ENDPOINTS, st.dictionaries(NAMES, JSON, max_size=5))
+@given(ANY_ENDPOINT, st.dictionaries(NAMES, JSON, max_size=5))
 def test_any_object_passes_without_forbidden_fields_or_is_the_clients_error(endpoint: Any, body: dict[str, Any]) -> None:
     status, _ = statuses(check_body, endpoint, body)
     assert status == 400 or (status == 200 and not FORBIDDEN_FIELDS.keys() & body.keys())
@@ -194,6 +198,20 @@ def test_every_kind_of_part_of_the_installed_vllm_was_weighed() -> None:
         ("openai.completion", ["CompletionRequest"]),
         ("openai.chat_completion", ["ChatCompletionRequest"]),
         ("pooling.embed", ["EmbeddingCompletionRequest", "EmbeddingChatRequest", "EmbeddingChatInputRequest"]),
+        ("pooling.pooling", ["PoolingCompletionRequest", "PoolingChatRequest", "IOProcessorRequest"]),
+        (
+            "pooling.scoring",
+            [
+                "RerankRequest",
+                "ScoreTextRequest",
+                "ScoreDataRequest",
+                "ScoreQueriesItemsRequest",
+                "ScoreQueriesDocumentsRequest",
+            ],
+        ),
+        ("openai.responses", ["ResponsesRequest"]),
+        ("anthropic", ["AnthropicMessagesRequest", "AnthropicCountTokensRequest"]),
+        ("serve.tokenize", ["TokenizeCompletionRequest", "TokenizeChatRequest", "DetokenizeRequest"]),
     ],
 )
 def test_every_field_of_the_installed_vllm_was_weighed(module: str, models: list[str]) -> None:
@@ -205,6 +223,16 @@ def test_every_field_of_the_installed_vllm_was_weighed(module: str, models: list
         names = set(model.model_fields)
         aliases = {str(alias) for info in model.model_fields.values() for alias in (info.alias, info.validation_alias) if alias}
         assert names | aliases <= PASSED_FIELDS | FORBIDDEN_FIELDS.keys(), model
+
+
+@pytest.mark.parametrize(
+    ("module", "model"), [("transcription", "TranscriptionRequest"), ("translation", "TranslationRequest")]
+)
+def test_every_field_of_the_installed_vllms_forms_was_weighed(module: str, model: str) -> None:
+    pytest.importorskip("vllm")
+    found = getattr(importlib.import_module(f"vllm.entrypoints.speech_to_text.{module}.protocol"), model)
+    names = {str(info.alias or name) for name, info in found.model_fields.items()}
+    assert names <= FORM_FIELDS | FORBIDDEN_FIELDS.keys()
 
 
 def test_no_field_is_both_allowed_and_forbidden() -> None:

@@ -35,6 +35,14 @@ def test_an_error_keeps_its_message_and_gets_a_type_and_a_word(
     assert error.keys() == {"type", "param", "code"}
 
 
+@pytest.mark.parametrize("param", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
+def test_an_answer_that_the_context_cannot_hold_is_told_from_other_wrong_lengths(param: str) -> None:
+    too_long = f"{param}=9000 cannot be greater than max_model_len=8192. Please request fewer output tokens."
+    for message, code in ((too_long, "context_length_exceeded"), (f"{param} must be at least 1, got 0.", None)):
+        error = json.loads(error_in_our_form(400, theirs(message, "BadRequestError", 400, param)))["error"]
+        assert (error["message"], error["param"], error["code"]) == (message, param, code)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

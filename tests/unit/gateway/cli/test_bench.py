@@ -20,7 +20,8 @@ from gateway.cli.bench.command import run
 from gateway.cli.bench.installation import NotMeasured
 from gateway.cli.main import build_parser
 from gateway.settings import Tenant
-from gateway.tenants.tenants import ADMIN, default_salt
+from gateway.tenants.loopback import port_here
+from gateway.tenants.tenants import ADMIN
 from tests.unit.gateway.cli.caching_gateway import CachingGateway, serving
 from tests.unit.gateway.running_door import DEADLINE_SECONDS, running_door, until
 
@@ -115,7 +116,8 @@ async def test_with_tenants_and_an_admin_key_replicas_are_chosen_in_the_admins_n
         status, _ = await bench(*arguments, "--only", "first-token", "throughput", "--admin-key", "admin-key-1")
         assert status == 0
         asked = [request["body"] for request in engine.seen["requests"]]
-        assert {body["cache_salt"] for body in asked} == {default_salt(tenant), default_salt(admin)}
+        salts = {door.tenants.named(name).salt for name in (tenant.name, ADMIN)}  # type: ignore[union-attr]
+        assert {body["cache_salt"] for body in asked} == salts
 
 
 async def test_errors_say_what_to_do(tmp_path: Path) -> None:
@@ -149,6 +151,35 @@ async def test_a_real_front_door_is_measured_through_and_past_it(tmp_path: Path)
     assert set(written["first_token"][0]["seconds"]) == {"cold"}
     assert "no local hit of 64 tokens was measured" in output
     assert "no imports were measured: there is only one replica" in output
+
+
+async def test_the_replicas_of_a_url_on_this_machine_are_found_by_its_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.settings.default_run_dir", lambda port: tmp_path / str(port))
+    async with running_door(tmp_path) as door:
+        await door.add_engine("replica-0")
+        (tmp_path / str(door.port)).mkdir()
+        write_fleet(tmp_path / str(door.port), door.fleet.snapshot())
+        status, output = await bench("--url", door.url, *SMALL, "--only", "overhead")
+    assert status == 0
+    assert "the gateway adds (in pairs)" in output
+    assert "not measured" not in output
+
+
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [
+        ("http://127.0.0.1:22100", 22100),
+        ("http://localhost:1/", 1),
+        ("https://[::1]", 443),
+        ("http://127.0.0.1", 80),
+        ("http://127.0.0.1:99999", None),
+        ("http://gateway.lan:8000", None),
+    ],
+)
+def test_the_port_of_a_loopback_url(url: str, port: int | None) -> None:
+    assert port_here(url) == port
 
 
 async def test_ctrl_c_ends_it_with_what_was_measured() -> None:

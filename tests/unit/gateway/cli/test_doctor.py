@@ -25,6 +25,8 @@ from gateway.cli.doctor.replica_pairs import Fleet, FleetMember, pairs_of, path_
 from gateway.cli.doctor.report import report
 from gateway.serve.descriptors import fitted, in_words
 from gateway.settings import Settings
+from gateway.settings_models import ModelSettings
+from tests.unit.gateway.serve.test_run import free_port
 from transport.table.layout import Description
 from transport.table.writer import TableWriter
 
@@ -56,9 +58,10 @@ CPU_MACHINE = Machine(
     port=8000,
     port_error="",
     gateway_answers=False,
+    gateway_refuses="",
     driver_gpus=0,
     replicas=2,
-    kv_bytes_each=512 << 20,
+    kv_bytes=1 << 30,
     user=10001,
     unwritable=(),
     admin_key=False,
@@ -128,11 +131,11 @@ def test_a_good_machine_has_no_problem(facts: Machine) -> None:
         ),
         (replace(CPU_MACHINE, shm_free_bytes=64 << 20), "/dev/shm has 64 MiB free", "shm-size"),
         (
-            replace(CPU_MACHINE, replicas=32, cores=64, memory_free_bytes=256 * GIB),
+            replace(CPU_MACHINE, replicas=32, kv_bytes=16 * GIB, cores=64, memory_free_bytes=256 * GIB),
             "the KV of 32 replicas need 16.1 GiB",
             "SHM_SIZE",
         ),
-        (replace(CPU_MACHINE, kv_bytes_each=8 * GIB, memory_free_bytes=64 * GIB), "2 replicas need 16.1 GiB", "SHM_SIZE"),
+        (replace(CPU_MACHINE, kv_bytes=16 * GIB, memory_free_bytes=64 * GIB), "2 replicas need 16.1 GiB", "SHM_SIZE"),
         (
             replace(CPU_MACHINE, unwritable=(("log_dir", "/var/log/peerkv"),)),
             "user 10001 may not write to /var/log/peerkv (log_dir)",
@@ -258,7 +261,7 @@ def test_directories_that_this_user_can_not_make_are_found(tmp_path: Path, monke
 
 def test_what_a_start_takes_comes_from_the_settings() -> None:
     found = machine.look(Settings(port=1, replicas=3, vllm_args=("--kv-cache-memory-bytes", "2G")))
-    assert (found.replicas, found.kv_bytes_each) == (3, 2 << 30)
+    assert (found.replicas, found.kv_bytes) == (3, 6 << 30)
     assert machine.look(Settings(port=1)).replicas == 2
 
 
@@ -333,13 +336,13 @@ def test_a_waiting_gateway_is_told_from_a_foreign_program(tmp_path: Path, capsys
 def test_the_json_form_says_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "look", lambda settings: replace(CPU_MACHINE, cores=1))
+    monkeypatch.setattr(doctor, "look", lambda settings, cacert: replace(CPU_MACHINE, cores=1))
     assert doctor.run(settings_for(tmp_path, 8000), as_json=True) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["machine"]["cores"] == 1
     assert answer["fleet"] is None
     assert answer["problems"] == []
-    assert "--replicas 1" in [note["remedy"] for note in answer["notes"]]
+    assert any("--replicas 1" in note["remedy"] for note in answer["notes"])
 
 
 def test_a_damaged_fleet_file_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -482,3 +485,24 @@ def test_what_is_stored_in_host_memory_is_shown() -> None:
     fleet = fleet_of(replace(MEMBER, stored=(7, 900)), replace(MEMBER, name="replica-1"))
     assert "replica-0   ready, cpu, 3 of 1000 blocks cached, 7 of 900 stored in host memory\n" in words(CPU_MACHINE, fleet)
     assert "replica-1   ready, cpu, 3 of 1000 blocks cached\n" in words(CPU_MACHINE, fleet)
+
+
+def test_the_replicas_of_several_models_are_all_shown_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ("--kv-cache-memory-bytes", "2G")
+    models = (ModelSettings(model="one", replicas=3), ModelSettings(model="two", replicas=1, vllm_args=own))
+    settings = settings_for(tmp_path, free_port()).model_copy(update={"models": models})
+    for name, state in (("one", ReplicaState.READY), ("two", ReplicaState.FAILED)):
+        directory = tmp_path / f"run-{name}"
+        directory.mkdir()
+        member = Replica(f"{name}-0", state, "s", os.getpid(), 0, "out of memory", "cpu", f"log of {name}")
+        write_fleet(directory, FleetSnapshot(1, name, name, str(tmp_path / f"tables-{name}"), (member,)))
+    found = machine.look(settings)
+    assert (found.replicas, found.kv_bytes) == (4, 3 * (512 << 20) + (2 << 30))
+    assert doctor.run(settings, measure_links=False) == 1
+    shown = capsys.readouterr().out
+    assert "Replicas of one\n  one-0   ready" in shown
+    assert "Replicas of two\n  two-0   failed" in shown
+    assert "two-0 is failed: out of memory" in shown
+    doctor.run(settings, as_json=True, measure_links=False)
+    answer = json.loads(capsys.readouterr().out)
+    assert [answer["fleet"]["model"], *(each["fleet"]["model"] for each in answer["other_models"])] == ["one", "two"]

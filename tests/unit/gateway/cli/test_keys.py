@@ -160,3 +160,23 @@ def test_limits_are_kept_with_the_key_and_outlive_its_rotation(path: Path, capsy
     capsys.readouterr()
     assert main(["keys", "add", "bob", "--requests-per-minute", "0"]) == 2
     assert "requests-per-minute" in capsys.readouterr().err
+
+
+def test_tenants_of_a_group_share_a_cache_and_a_tenants_keys_stay_in_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "add", "alice", "--group", "team"]) == 0
+    assert main(["keys", "add", "bob", "--group", "team"]) == 0
+    assert main(["keys", "add", "carol"]) == 0
+    assert main(["keys", "add", "alice-too", "--tenant", "alice"]) == 0
+    assert [key.group for key in read_keys(path).keys] == ["team", "team", None, "team"]
+    tenants = Tenants([], keys=read_keys(path))
+    alice, bob, carol = (tenants.named(name).salt for name in ("alice", "bob", "carol"))  # type: ignore[union-attr]
+    assert alice == bob != carol
+    capsys.readouterr()
+    assert main(["keys", "add", "carol-too", "--tenant", "carol", "--group", "team"]) == 1
+    assert "the tenant 'carol' has keys of no group, and one cache" in capsys.readouterr().err
+    assert main(["keys", "list"]) == 0
+    assert "group=team" in capsys.readouterr().out
+    main(["keys", "revoke", "carol"])
+    assert main(["keys", "add", "carol", "--group", "team"]) == 0
+    assert main(["keys", "rotate", "carol"]) == 0
+    assert read_keys(path).group_of("carol") == "team"

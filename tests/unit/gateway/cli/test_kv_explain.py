@@ -11,6 +11,7 @@ from gateway.cli import kv_explain
 from gateway.cli.main import build_parser
 from gateway.ledger.attempts import Attempt
 from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS, Ledger
+from gateway.planner.promotions import Promotion
 from gateway.stats.explain import Explanation, explain, request_id_of
 from gateway.steering.choices import Choice, Expected, Option
 from tests.unit.gateway.ledger.begun_attempts import begun
@@ -98,6 +99,18 @@ def test_an_attempt_shows_what_each_group_of_its_replicas_cache_makes_an_import_
     assert "4,096 bytes for 1 layers of window of 128 tokens" in written.getvalue()
 
 
+def test_what_disk_and_vault_brought_up_is_told() -> None:
+    attempt = settled()
+    attempt.promotion = Promotion("disk", 640, 0.25)
+    (shown,) = explain("r-1", [attempt], {}).attempts
+    assert (shown.promoted.source, shown.promoted.tokens, shown.promoted.seconds) == ("disk", 640, 0.25)
+    written = io.StringIO()
+    Console(file=written, width=200).print(kv_explain.render(shown))
+    assert "disk and vault, 0.250 s: 640 tokens are up from disk" in written.getvalue()
+    attempt.promotion = Promotion("", 0, 0.01, "not stored")
+    assert "disk and vault, 0.010 s: not stored" in ended(200, promoted=explain("r-1", [attempt], {}).attempts[0].promoted)
+
+
 def test_a_running_attempt_is_not_final() -> None:
     ledger = Ledger(10)
     running = opened(ledger)
@@ -138,7 +151,7 @@ def test_a_replica_that_the_caller_chose_is_told_to_be_so() -> None:
     assert "the caller chose" not in ended(200)
 
 
-@pytest.mark.parametrize("prefix", ["", "cmpl-", "chatcmpl-", "embd-"])
+@pytest.mark.parametrize("prefix", ["", "cmpl-", "chatcmpl-", "embd-", "score-", "pooling-"])
 def test_the_id_in_an_answers_body_names_the_request_too(prefix: str) -> None:
     assert request_id_of(f"{prefix}r-1") == "r-1"
 

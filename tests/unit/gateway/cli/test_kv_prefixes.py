@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from gateway.cli import kv_prefixes
+from gateway.cli.asking import run
 from gateway.cli.main import build_parser
 from gateway.kept_prefixes.book import KeptPrefixAnswer, PlaceState, PrefixPlace
 from gateway.kept_prefixes.shapes import Prefix, PrefixRemoved, PrefixReport
@@ -49,7 +49,7 @@ class Gateway:
     def run(self, *words: str) -> tuple[int, str]:
         output = io.StringIO()
         parsed = build_parser().parse_args(["kv", *words, "--url", "http://gateway:1"])
-        status = kv_prefixes.run(parsed, Console(file=output, width=120), httpx.MockTransport(self))
+        status = run(parsed, Console(file=output, width=120), httpx.MockTransport(self))
         return status, output.getvalue()
 
 

@@ -13,17 +13,18 @@ from typing import Any
 
 import httpx
 import pytest
-from pydantic import ByteSize
+from pydantic import ByteSize, SecretStr
 from rich.console import Console
 
 from engine.fleet import ReplicaState
+from engine.frame_tiers.store import StoreStats
 from gateway.cli import kv_explain, kv_stats
 from gateway.cli.kv_stats import add_arguments, render, run, short
 from gateway.cli.main import build_parser
 from gateway.ledger.stats import LedgerStats
 from gateway.serve.banner import banner, command
 from gateway.settings import Settings
-from gateway.stats.shapes import KvStats
+from gateway.stats.shapes import KvStats, TiersBelow
 from tests.unit.gateway.stats.test_snapshot import Scene
 from tests.unit.transport.replica_tables import FIELDS, replica_tables
 
@@ -109,11 +110,11 @@ def test_a_gateway_elsewhere_is_asked_by_the_proxy_of_the_environment(proxy: lis
 
 
 def body(scene: Scene) -> httpx.Response:
-    return httpx.Response(200, content=scene.view.snapshot().model_dump_json())
+    return httpx.Response(200, content=scene.snapshot().model_dump_json())
 
 
 def test_the_table_shows_tokens_hit_rate_imports_and_what_differs(scene: Scene) -> None:
-    output = shown(lambda console: console.print(render(scene.view.snapshot(), None, 0.0)))
+    output = shown(lambda console: console.print(render(scene.snapshot(), None, 0.0)))
     row = next(line for line in output.splitlines() if line.strip().startswith("a "))
     assert row.split() == ["a", "ready", "0", "0/256", "200", "700", "100", "90%", "3", "125.0", "1"]
     assert "a does not import from b: dtype: bfloat16 here, float32 there" in output
@@ -123,7 +124,7 @@ def test_the_table_shows_tokens_hit_rate_imports_and_what_differs(scene: Scene) 
 def test_a_fleet_of_usual_names_fits_into_eighty_columns(scene: Scene) -> None:
     scene.count("a", prompt_tokens=9_000_000, local_tokens=9_000_000)
     console = Console(file=io.StringIO(), width=80, no_color=True)
-    console.print(render(scene.view.snapshot(), None, 0.0))
+    console.print(render(scene.snapshot(), None, 0.0))
     assert "…" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -134,14 +135,14 @@ def test_large_counts_are_written_short() -> None:
 
 def test_a_replica_that_is_not_ready_says_why(scene: Scene) -> None:
     scene.fleet.set("b", ReplicaState.BACKOFF, reason="killed by signal 9")
-    output = shown(lambda console: console.print(render(scene.view.snapshot(), None, 0.0)))
+    output = shown(lambda console: console.print(render(scene.snapshot(), None, 0.0)))
     assert "b is backoff: killed by signal 9" in output
 
 
 def test_rates_come_from_two_looks(scene: Scene) -> None:
-    before = scene.view.snapshot()
+    before = scene.snapshot()
     scene.count("a", prompt_tokens=50, peer_tokens_shared_memory=40, computed_tokens=10)
-    output = shown(lambda console: console.print(render(scene.view.snapshot(), before, 2.0)))
+    output = shown(lambda console: console.print(render(scene.snapshot(), before, 2.0)))
     assert "25 prompt tokens/s, 20 of them from peers" in output
 
 
@@ -183,7 +184,7 @@ def test_json_is_the_body_itself(scene: Scene) -> None:
         (httpx.Response(401), "--admin-key"),
         (httpx.Response(403), "--admin-key"),
         (httpx.Response(500), "answered 500"),
-        (httpx.Response(200, content=b"{}"), "not a peerkv of this version"),
+        (httpx.Response(200, content=b"{}"), "not from a peerkv of this version"),
     ],
 )
 def test_a_gateway_that_can_not_be_read_is_an_error_that_says_what_to_do(
@@ -215,7 +216,7 @@ def test_on_a_terminal_the_table_follows_until_the_gateway_ends(scene: Scene, ca
 
 
 def test_the_banner_gives_the_url_when_it_is_not_the_usual_one(scene: Scene) -> None:
-    shown_at = {port: banner(Settings(port=port), scene.fleet.snapshot(), None) for port in (8000, 8001)}
+    shown_at = {port: banner(Settings(port=port), [scene.fleet.snapshot()], None) for port in (8000, 8001)}
     assert f"{command()} kv stats\n" in shown_at[8000]
     assert f"{command()} kv stats --url http://127.0.0.1:8001\n" in shown_at[8001]
 
@@ -238,17 +239,23 @@ def test_the_banner_names_the_program_by_its_path_where_the_shell_would_not_find
     assert command() == f"'{own}'"
 
 
-def test_the_figures_line_works_when_pasted_and_shows_no_key(scene: Scene) -> None:
-    text = banner(Settings(admin_key="secret-admin-key"), scene.fleet.snapshot(), None)
+@pytest.mark.parametrize(("in_shell", "shown"), [("secret-admin-key", "$PEERKV_ADMIN_KEY"), (None, "…"), ("another", "…")])
+def test_the_figures_line_works_when_pasted_and_shows_no_key(
+    in_shell: str | None, shown: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PEERKV_ADMIN_KEY", raising=False)
+    if in_shell:
+        monkeypatch.setenv("PEERKV_ADMIN_KEY", in_shell)
+    text = banner(Settings(admin_key="secret-admin-key"), [scene.fleet.snapshot()], None)
     (line,) = [line for line in text.splitlines() if "figures" in line]
     words = shlex.split(line.removeprefix("  figures "))
     parsed = build_parser().parse_args(words[words.index("kv") :])
-    assert parsed.admin_key == "$PEERKV_ADMIN_KEY"
+    assert parsed.admin_key == shown
     assert "secret" not in text
 
 
 def test_the_notes_say_why_prompts_were_not_cached(scene: Scene) -> None:
-    stats = scene.view.snapshot()
+    stats = scene.snapshot()
     ledger = LedgerStats(requests={"none": 5, "load": 1200, "cold": 0}, lost_tokens={"load": 3_000_000}, predicted_tokens=70)
     output = shown(lambda console: console.print(render(stats.model_copy(update={"ledger": ledger}), None, 0.0)))
     assert "none 5, load 1,200 (-3.0M)" in output
@@ -256,14 +263,34 @@ def test_the_notes_say_why_prompts_were_not_cached(scene: Scene) -> None:
 
 
 def test_the_banner_names_host_memory_where_there_is_some(scene: Scene, tmp_path: Path) -> None:
-    text = banner(Settings(host_memory=ByteSize(2 << 30)), scene.fleet.snapshot(), tmp_path)
+    text = banner(Settings(host_memory=ByteSize(2 << 30)), [scene.fleet.snapshot()], tmp_path)
     assert "  tiers      host memory 2048 MiB, shared by all replicas\n" in text
-    assert "host memory" not in banner(Settings(), scene.fleet.snapshot(), tmp_path)
+    assert "host memory" not in banner(Settings(), [scene.fleet.snapshot()], tmp_path)
 
 
 def test_what_host_memory_holds_is_shown(scene: Scene) -> None:
-    assert "host memory" not in shown(lambda console: console.print(render(scene.view.snapshot(), None, 0.0)))
+    assert "host memory" not in shown(lambda console: console.print(render(scene.snapshot(), None, 0.0)))
     scene.tables.start("a.host-memory", blocks=64)
     scene.tables.hold("a.host-memory", range(40))
-    text = shown(lambda console: console.print(render(scene.view.snapshot(), None, 0.0)))
+    text = shown(lambda console: console.print(render(scene.snapshot(), None, 0.0)))
     assert "host memory: 10 of 64 blocks used, 0 tokens restored" in text
+
+
+def test_what_disk_and_vault_hold_and_what_is_wrong_with_them_is_shown(scene: Scene) -> None:
+    stores = [
+        StoreStats("disk", state="read-only: /cache is full", frames=1200, bytes=3 << 30, bytes_max=4 << 30),
+        StoreStats("vault", frames=7, bytes=1 << 29),
+    ]
+    below = TiersBelow(stores=stores, lost_blocks=5)
+    text = shown(lambda console: console.print(render(scene.snapshot().model_copy(update={"tiers": below}), None, 0.0)))
+    assert "disk: 1,200 blocks, 3.0 of 4.0 GiB, 0 tokens restored" in text
+    assert "disk: read-only: /cache is full" in text
+    assert "vault: 7 blocks, 0.5 GiB, 0 tokens restored" in text
+    assert "5 blocks left host memory before they were written" in text
+
+
+def test_the_banner_names_disk_and_vault_without_a_password(scene: Scene, tmp_path: Path) -> None:
+    settings = Settings(disk=Path("/cache"), disk_bytes=ByteSize(2 << 30), vault=SecretStr("valkey://:secret@h"))
+    text = banner(settings, [scene.fleet.snapshot()], tmp_path)
+    assert "  tiers      disk /cache, 2 GiB; a vault\n" in text
+    assert "secret" not in text

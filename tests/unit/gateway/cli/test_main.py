@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from engine.replicas.launch import EngineSettings
 from gateway.cli import main as cli
@@ -31,7 +33,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Settings]]:
     """What would have been run, with which settings."""
     found: list[tuple[str, Settings]] = []
 
-    def run(work: Any, settings: Settings) -> int:
+    def run(work: Any, settings: Settings, again: Any) -> int:
         found.append((work.__name__, settings))
         return 0
 
@@ -79,7 +81,7 @@ def test_every_setting_has_a_flag_but_those_that_are_named() -> None:
 def test_each_half_has_its_own_flags_and_both_have_those_that_both_read() -> None:
     serve, engine, gateway = (vars(build_parser().parse_args([command])) for command in ("serve", "engine", "gateway"))
     both = Settings.model_fields.keys() & engine.keys() & gateway.keys()
-    assert both == {"port", "startup_seconds_max", "log_level", "run_dir", "table_dir", "log_dir"}
+    assert both == {"port", "lossy", "startup_seconds_max", "log_level", "run_dir", "table_dir", "log_dir", "drain_seconds"}
     assert serve.keys() & Settings.model_fields.keys() == (engine.keys() | gateway.keys()) & Settings.model_fields.keys()
 
 
@@ -96,7 +98,8 @@ def test_every_flag_of_a_setting_is_in_one_group_and_has_an_example() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [item for names in GROUPS.values() for item in names.items()])
 def test_every_example_is_taken(name: str, value: str, runs: list[tuple[str, Settings]]) -> None:
-    assert main(["serve", *example(name, value).split(" ", 1)]) == 0
+    both = ["--tls-cert", "c.pem", "--tls-key", "k.pem"] if name.startswith("tls_") else []  # neither works alone
+    assert main(["serve", *both, *example(name, value).split(" ", 1)]) == 0
     assert getattr(runs[0][1], name) != Settings.model_fields[name].get_default(call_default_factory=False)
 
 
@@ -153,6 +156,7 @@ def test_the_halves_can_be_run_alone(command: str, runs: list[tuple[str, Setting
         (["engine", "--keys-file=k.toml"], "--keys-file is for `peerkv gateway`; this command runs only the replicas"),
         (["engine", "m", "--no-imports"], "--no-imports is for `peerkv gateway`"),
         (["kv", "stats", "--onec"], "peerkv kv stats does not take --onec: did you mean --once?"),
+        (["kv", "flush", "--quiet"], "peerkv kv flush does not take --quiet; see peerkv kv flush --help"),
         (["serve", "--terminate-seconds", "3"], "it has no flag, but the variable PEERKV_TERMINATE_SECONDS"),
         (["doctor", "extra"], "peerkv doctor does not take extra"),
         (["doctor", "--url", "http://"], "is no URL of a gateway"),
@@ -171,6 +175,18 @@ def test_an_error_is_one_line_on_stderr(arguments: list[str], words: str, capsys
     assert words in captured.err
 
 
+def commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parsers that have no commands of their own."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [found for action in below for each in action.choices.values() for found in commands(each)] or [parser]
+
+
+def test_every_command_can_say_what_it_does_not_take() -> None:
+    found = commands(build_parser())
+    assert len(found) > 20
+    assert [parser.prog for parser in found if parser.get_default("parser") is not parser] == []
+
+
 @pytest.mark.parametrize("arguments", [[], ["nope"], ["serve", "--hash-name", "md5"]])
 def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -182,14 +198,14 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
 def test_doctor_gets_the_settings_and_gives_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def run(settings: Settings, *, as_json: bool, measure_links: bool) -> int:
-        seen.append((settings.port, as_json, measure_links))
+    def run(settings: Settings, *, as_json: bool, measure_links: bool, cacert: Path | None) -> int:
+        seen.append((settings.port, as_json, measure_links, cacert, settings.admin_key))
         return 1
 
     monkeypatch.setattr(doctor, "run", run)
     assert main(["doctor", "--json", "--port", "9001"]) == 1
-    assert main(["doctor", "--quick"]) == 1
-    assert seen == [(9001, True, True), (8000, False, False)]
+    assert main(["doctor", "--quick", "--admin-key", "the-admin-key", "--cacert", "/c.pem"]) == 1
+    assert seen == [(9001, True, True, None, None), (8000, False, False, Path("/c.pem"), SecretStr("the-admin-key"))]
 
 
 @pytest.mark.parametrize(
@@ -215,3 +231,12 @@ def test_kv_commands_take_a_port(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_kv_stats_without_a_gateway_is_status_1() -> None:
     assert main(["kv", "stats", "--url", "http://127.0.0.1:1", "--once"]) == 1
+
+
+@pytest.mark.parametrize("words", [["--host-memory", "-1GiB"], ["--host-memory=-1GiB"]])
+def test_a_negative_size_is_told_to_be_none_however_it_is_written(
+    words: list[str], runs: list[tuple[str, Settings]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "model", *words]) == 2
+    assert "host_memory: '-1GiB' is neither auto nor a size" in capsys.readouterr().err
+    assert runs == []

@@ -55,7 +55,8 @@ async def test_a_page_may_read_answers_and_errors(door: Door, method: str, path:
         async with door.session.request(method, door.url + path, json=body, headers=headers) as answer:
             assert answer.status == status
             assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
-            assert "x-request-id" in answer.headers["access-control-expose-headers"]
+            shown = answer.headers["access-control-expose-headers"].split(", ")
+            assert {"x-request-id", "x-peerkv-cache", "x-peerkv-quality"} <= set(shown)
 
 
 async def test_a_streamed_answer_may_be_read_too(door: Door) -> None:
@@ -74,7 +75,7 @@ async def test_other_pages_are_not_told_that_they_may(door: Door, headers: dict[
         assert (answer.status == 204) == (not headers)
 
 
-@pytest.mark.parametrize("path", ["/kv/stats", "/kv/flush", "/metrics"])
+@pytest.mark.parametrize("path", ["/kv/stats", "/kv/flush", "/metrics", "/replicas", "/replicas/replica-0/drain"])
 async def test_what_the_admin_rule_guards_is_for_no_page(tmp_path: Path, path: str) -> None:
     async with running_door(tmp_path, cors_origins=["*"]) as door:
         async with door.session.options(door.url + path, headers=PREFLIGHT) as answer:

@@ -48,7 +48,7 @@ async def said_later(door: Door, begin: bytes, rest: bytes) -> bytes:
     return answer
 
 
-@pytest.mark.parametrize("name", ["Authorization", "Content-Type", "x-peerkv-replica"])
+@pytest.mark.parametrize("name", ["Authorization", "Content-Type", "x-peerkv-replica", "x-peerkv-quality"])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/health", "/kv/flush"])
 async def test_a_header_of_which_there_is_one_is_not_sent_twice(door: Door, name: str, path: str) -> None:
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n"

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from engine.fleet import ReplicaState
 from gateway.admin.app import build_app
+from gateway.admin.offline_document import NobodyControlled
 from gateway.kept_prefixes.book import KeptPrefixBook
 from gateway.kept_prefixes.keeper import Keeper
 from gateway.kept_prefixes.prefix_reader import PrefixReader
@@ -26,7 +27,8 @@ from gateway.prompts.tokenizer.service import TokenService
 from gateway.settings import Settings, Tenant
 from gateway.stats.view import prefix_report
 from gateway.tenants.access import AdminAccess
-from gateway.tenants.tenants import ANONYMOUS, Tenants, default_salt
+from gateway.tenants.salts import tenant_salt
+from gateway.tenants.tenants import ANONYMOUS, Tenants
 from gateway.upstream.pool import Upstream
 from gateway.upstream.served_models import ModelsCache
 from tests.unit.gateway.planner.planned_fleet import EXACT, Bounds
@@ -38,7 +40,8 @@ from transport.table.directory import TableDirectory
 
 IDS = list(range(2, 42))
 ONE, TWO = Tenant(name="one", api_key="key-of-one"), Tenant(name="two", api_key="key-of-two")
-SALT = default_salt(ONE)
+SECRET = b"a secret of tests"
+SALT = tenant_salt(SECRET, ONE.name)
 WANTED = {"ids": IDS, "tenant": "one"}
 
 
@@ -87,13 +90,13 @@ class Scene:
         self.engines = {name: Engine(name, tables) for name in ("a", "b")}
         tokens = TokenService(TokenizerSource(str(make_model(directory / "model"))))
         tokens.load()
-        upstream, tenants = Upstream(settings), Tenants([ONE, TWO])
+        upstream, tenants = Upstream(settings), Tenants([ONE, TWO], salt_secret=SECRET)
         self.upstream = upstream
         models = ModelsCache(self.fleet, upstream)
         self.planner = Planner(self.fleet, TableDirectory(tables.directory), tokens, Bounds(), lambda: models.known)
         self.planner.prompts.parity = EXACT
         recorder = Recorder(Ledger(10), self.planner)
-        self.ledger = recorder.ledger
+        self.recorder, self.ledger = recorder, recorder.ledger
         self.now = 1000.0
         self.keeper = Keeper(
             KeptPrefixBook(settings.prefixes_kept_max, settings.prefixes_kept_tokens_max),
@@ -108,11 +111,12 @@ class Scene:
             wall_clock=lambda: self.now,
         )
         app = build_app(
-            fleet=self.fleet,
+            fleets=[self.fleet],
             upstream=upstream,
             figures=FakeSight(),
             access=AdminAccess(settings.admin_key),
             keeper=self.keeper,
+            replicas=NobodyControlled(),
             body_bytes_max=settings.body_bytes_max,
             draining=lambda: False,
         )

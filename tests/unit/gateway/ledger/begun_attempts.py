@@ -1,6 +1,6 @@
 """Attempts as they are begun, by what matters to a test."""
 
-from gateway.api.body import Endpoint
+from gateway.api.endpoints import Endpoint
 from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.steering.choices import Choice, Decision, Expected, Option
 

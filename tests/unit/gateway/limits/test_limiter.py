@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
+from engine.frame_tiers.vault.address import VaultAddress
 from gateway.errors import ApiError
 from gateway.limits import limiter as at_work
+from gateway.limits.book import Reservation
 from gateway.limits.limiter import OTHERS, Limiter
 from gateway.limits.prices import Prices, Usage
+from gateway.limits.shared.shared_limits import SharedLimits
 from gateway.limits.state_file import StateFile
 from gateway.tenants.keys import Key, Keys
 from tests.unit.gateway.limits.limited_keys import limited
+from tests.unit.gateway.running_door import until
 
 NOW = 1_800_000_000.0
 
@@ -131,20 +137,50 @@ def test_so_many_tenants_are_shown_apart_and_no_more(monkeypatch: pytest.MonkeyP
     assert len(made(*keys).uses()) == 3
 
 
-def test_what_was_used_up_survives_a_restart_and_reservations_do_not(tmp_path: Path) -> None:
+async def test_what_was_used_up_survives_a_restart_and_reservations_do_not(tmp_path: Path) -> None:
     key, clock = limited(tokens_per_day=100, requests_in_flight_max=1), Clock()
     before = made(key, file=StateFile(tmp_path / "there" / "limits.json"), clock=clock)
     reservation = before.begin(key)
     before.settle(reservation, Usage(70))
     before.begin(key)
-    before.close()
+    await before.close()
     clock.now += 5
     after = made(key, file=StateFile(tmp_path / "there" / "limits.json"), clock=clock)
     [use] = after.uses()
     assert use.keys[0].requests_in_flight == 0
     assert use.keys[0].limits["tokens_per_day"].used == 70
     assert refused(after, key, Usage(31)).code == "insufficient_quota"
-    after.close()
+    await after.close()
+
+
+async def test_what_goes_wrong_at_the_server_of_limits_does_not_end_what_is_counted_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(at_work, "WRITE_SECONDS", 0.01)
+    monkeypatch.setattr(at_work, "DEFECT_SECONDS", 0.01)
+
+    class Broken(SharedLimits):
+        runs = 0
+
+        async def run(self, under_way: Callable[[], Iterable[Reservation]]) -> None:
+            self.runs += 1
+            if self.runs == 1:
+                raise ZeroDivisionError
+            await asyncio.Event().wait()
+
+    shared, path, key = Broken(VaultAddress("127.0.0.1", 1), wait_seconds_max=1.0), tmp_path / "limits.json", limited(n_max=1)
+    limiter = Limiter(Prices(0.1, 1.0), reservation_seconds=60, file=StateFile(path), shared=shared)
+    running = asyncio.create_task(limiter.run())
+    await until(lambda: shared.runs == 2)
+    limiter.begin(key)
+    await until(path.exists)
+    assert not running.done()
+    [record] = caplog.records
+    assert record.levelname == "ERROR"
+    assert "the server of limits failed" in record.message
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await limiter.close()
 
 
 def test_a_file_that_cannot_be_read_begins_anew_and_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -56,6 +56,17 @@ def test_it_is_empty_after_the_time_it_says(steps: list[tuple[float, int]]) -> N
     assert window.total == 0
 
 
+def test_what_came_to_nothing_is_not_waited_for() -> None:
+    window = MinuteWindow()
+    window.add(0, 1000.0)
+    assert window.frees(1, 1000.0) == 0.0
+    taken = window.add(5, 1001.0)
+    window.take_back(taken, 5)
+    window.add(3, 1002.0)
+    assert window.frees(3, 1002.0) == WINDOW_SECONDS + 1
+    assert window.frees(9, 1010.0) == WINDOW_SECONDS - 7
+
+
 def test_a_clock_that_is_set_back_keeps_nothing_longer_than_a_minute() -> None:
     window = MinuteWindow()
     window.roll(10_000)

@@ -28,6 +28,8 @@ class Bounds:
     tokenize_inline_chars_max: int = 100
     key_cache_bytes_max: int = 1 << 20
     send_chat_ids: bool = True
+    slow_start_seconds: float = 10.0
+    tier_wait_seconds_max: float = 1.0
 
 
 class Place:

@@ -1,5 +1,6 @@
 """The planner: from a body to a replica, a source and token ids, over real tables and a tiny tokenizer."""
 
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from gateway.planner.ready import with_ready
 from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
 from gateway.prompts.prompt_reader import PromptReader
 from gateway.relay.engine_body import engine_body
+from gateway.steering.costs.priors import TRANSPORT_PRIORS
 from gateway.tenants.tenants import ANONYMOUS
 from gateway.upstream.served_models import ServedModels
 from tests.unit.gateway.planner.planned_fleet import EXACT, IDS, LONG, TENANT, Bounds, Place
@@ -397,3 +399,31 @@ async def test_a_replica_that_holds_all_of_it_restores_nothing(place: Place) -> 
     place.tables.hold("b", LONG)
     plan = await place.plan(LONG)
     assert (plan.replica.name, plan.source) == ("b", None)
+
+
+async def test_a_replica_that_was_restarted_starts_slowly_and_one_that_is_new_does_not(place: Place) -> None:
+    names = ["a", "b"]
+
+    def takers() -> list[str]:
+        place.planner.fleet.now()
+        return list(place.planner.slow_start.takers(names, time.monotonic(), lambda: {"a": 1}))
+
+    await place.plan(IDS)
+    assert takers() == names
+    place.fleet.set("a", ReplicaState.STARTING, pid=999)
+    assert takers() == names
+    place.fleet.set("a", pid=999)
+    assert takers() == ["b"]
+    place.fleet.set("a", ReplicaState.DRAINING, pid=999)
+    plan = await place.plan(IDS)
+    assert plan.replica.name == "b"
+
+
+async def test_imports_from_other_nodes_are_expected_to_take_what_the_network_was_measured_at(place: Place) -> None:
+    costs = place.planner.costs
+    size, (fixed, before) = costs.kv_token_bytes("cpu"), TRANSPORT_PRIORS["tcp"]
+    place.planner.fleet.now()
+    assert costs.transfer_terms("a", "n:a", "tcp", "cpu") == pytest.approx((fixed, before * size))
+    place.fleet.measured(40e9)
+    place.planner.fleet.now()
+    assert costs.transfer_terms("a", "n:a", "tcp", "cpu") == pytest.approx((fixed, size / 40e9))

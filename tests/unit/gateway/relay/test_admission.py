@@ -46,7 +46,7 @@ async def post(door: Door, token: str, *, delay: float = 0.0, **sent: Any) -> in
 
 async def occupied(door: Door, count: int) -> Admission:
     """The queue of a door whose room is taken until `leave` is called so often."""
-    admission = door.relay.admission
+    admission = door.fleets.first.admission
     assert admission is not None
     for _ in range(count):
         await admission.enter("somebody", NORMAL, 1)

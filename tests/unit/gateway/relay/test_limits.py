@@ -54,6 +54,17 @@ async def statuses(door: Door, count: int, body: dict[str, Any], token: str = "a
     return Counter(await asyncio.gather(*(one() for _ in range(count))))
 
 
+@pytest.mark.parametrize(("path", "told"), [("/v1/completions", True), ("/v1/messages", False)])
+async def test_engines_that_schedule_by_priority_are_told_the_class_of_the_key(tmp_path: Path, path: str, told: bool) -> None:
+    keys = [limited(name, tokens_per_minute=10_000, priority=name) for name in ("high", "normal", "low")]
+    async with limited_door(tmp_path, *keys, ranked=True) as door:
+        for key in keys:
+            body = {**COMPLETION, "messages": [{"role": "user", "content": "x"}], "model": "fake-model"}
+            assert (await door.post(path, body, headers=headers(key.name)))[0] == 200
+        seen = [request["body"].get("priority") for request in (await door.seen("replica-0"))["requests"]]
+    assert seen == ([0, 1, 2] if told else [None, None, None])
+
+
 def used(door: Door, limit: str) -> int:
     return door.limiter.uses()[0].keys[0].limits[limit].used
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,20 @@ async def test_a_stream_with_usage_tells_it(door: Door, kept: Kept) -> None:
     assert (record.endpoint, record.streamed, record.status) == ("chat", True, 200)
     assert record.usage is not None
     assert (record.usage.completion_tokens, record.events) == (3, 0)
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)])
+async def test_a_stream_that_goes_on_elsewhere_has_as_many_events_as_an_undisturbed_one(
+    door: Door, kept: Kept, path: str, body: dict[str, Any]
+) -> None:
+    await door.add_engine("replica-1")
+    for asked in ({}, {"on": "replica-0", "drop": "mid", "after": 3}):
+        await stream(door, path, body | {"max_tokens": 8, "temperature": 0, "user": json.dumps(asked)})
+    await until(lambda: len(kept.records) == 2)
+    assert door.relay.counters.streams_continued == 1
+    whole, cut = kept.records
+    assert whole.usage is None
+    assert (cut.attempts, cut.events) == (2, whole.events)
 
 
 async def test_the_tokens_of_a_stream_without_usage_are_estimated_by_its_events(door: Door, kept: Kept) -> None:

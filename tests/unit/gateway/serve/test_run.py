@@ -128,6 +128,7 @@ async def peerkv(
         "PEERKV_RUN_DIR": str(directory / "run"),
         "PEERKV_TABLE_DIR": str(directory / "tables"),
         "PEERKV_LOG_DIR": str(directory / "logs"),
+        "PEERKV_LIMITS_FILE": str(directory / "limits.json"),
         "PEERKV_PORT": str(port),
         "PEERKV_REPLICAS": "2",
         "PEERKV_BACKOFF_SECONDS_MIN": "0.05",
@@ -309,10 +310,57 @@ async def test_shared_memory_that_is_too_small_is_said_before_a_model_is_fetched
     assert made == []
 
 
+async def test_a_disk_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    async with peerkv(tmp_path, "--disk", str(tmp_path / "file" / "disk")) as gateway:
+        assert await gateway.ended() == 1
+        assert f"disk: {tmp_path}/file/disk cannot be used: {tmp_path}/file is no directory" in gateway.err[-1]
+
+
 async def test_a_reserved_argument_of_vllm_is_refused(tmp_path: Path) -> None:
     async with peerkv(tmp_path, "--", "--port", "1") as gateway:
         assert await gateway.ended() == 2
         assert "--port" in gateway.err[-1]
+
+
+async def test_replicas_of_a_stopping_engine_finish_their_requests_and_get_no_others(tmp_path: Path) -> None:
+    async with peerkv(tmp_path, command="gateway") as gateway, peerkv(tmp_path, command="engine") as engine:
+        await gateway.ready()
+        slow = asyncio.create_task(gateway.complete(fake={"token_delay": 0.5}))
+        await until(lambda: _in_flight(gateway))
+        engine.signal(signal.SIGTERM)
+
+        async def drains() -> bool:
+            _, body = await gateway.get("/ready")
+            return {replica["state"] for replica in body["replicas"]} == {"draining"}
+
+        await until(drains)
+        assert not slow.done()
+        assert (await gateway.complete())[0] == 503
+        status, text = await slow
+        assert (status, json.loads(text)["choices"][0]["text"]) == (200, "w0 w1 w2 ")
+        assert await engine.ended() == 0
+        assert _says(engine, "waiting up to 30 s for the replicas' requests to finish")
+
+
+async def test_replicas_of_a_stopping_engine_have_drain_seconds_and_a_second_signal_ends_them_at_once(tmp_path: Path) -> None:
+    endless = COMPLETION | {"max_tokens": 1_000_000, "stream": True, "fake": {"token_delay": 0.05}}
+    for seconds, status in (("0.3", 0), ("300", 130)):
+        async with (
+            peerkv(tmp_path, command="gateway") as gateway,
+            peerkv(tmp_path, command="engine", PEERKV_DRAIN_SECONDS=seconds) as engine,
+        ):
+            await gateway.ready()
+            async with gateway.session.post(gateway.url + "/v1/completions", json=endless) as answer:
+                assert (await answer.content.readline()).startswith(b"data: ")
+                engine.signal(signal.SIGTERM)
+                if status:
+                    await until(lambda engine=engine: _says(engine, "waiting up to 300 s"))
+                    engine.signal(signal.SIGTERM)
+                last = [line for line in (await answer.text()).splitlines() if line][-1]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
+            assert await engine.ended() == status
+            await engine.nothing_is_left()
 
 
 async def test_gateway_and_engine_run_as_two_processes(tmp_path: Path) -> None:

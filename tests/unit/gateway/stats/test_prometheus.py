@@ -3,10 +3,11 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.limits.shapes import KeyUse, LimitUse, QueueStats, TenantUse
+from gateway.limits.shapes import KeyUse, LimitUse, QueueStats, SharedLimitStats, TenantUse
 from gateway.prompts.parity import ParityCounts
 from gateway.relay.request_record import RequestRecord
 from gateway.stats.prometheus import Metrics
+from gateway.steering.costs.model import CostStats, PrefillStats
 from tests.unit.gateway.ledger.begun_attempts import begun
 from tests.unit.gateway.stats.test_snapshot import Scene
 from tests.unit.transport.replica_tables import ReplicaTables
@@ -42,7 +43,7 @@ def test_answers_are_counted_and_timed_by_endpoint() -> None:
 
 def test_the_replicas_counters_are_read_at_each_scrape(scene: Scene) -> None:
     metrics = Metrics()
-    metrics.attach(scene.view.snapshot)
+    metrics.attach(lambda: [scene.snapshot()])
     before = samples(metrics)
     scene.count("a", peer_tokens_shared_memory=30, import_bytes=1 << 20, check_failures=2, import_nanoseconds=500_000_000)
     scene.tables.hold("b", list(range(8)))
@@ -63,7 +64,7 @@ def test_limits_are_told_by_tenant(scene: Scene) -> None:
     use.refused["requests_per_minute"] = 2
     use.keys += [KeyUse(key=key, requests_in_flight=2, limits=limits) for key in ("a", "b")]
     metrics = Metrics()
-    metrics.attach(lambda: scene.view.snapshot().model_copy(update={"limits": [use]}))
+    metrics.attach(lambda: [scene.snapshot().model_copy(update={"limits": [use]})])
     found = samples(metrics)
     assert found["peerkv_limit_requests_total", ("t",)] == 3
     assert found["peerkv_limit_refused_requests_total", ("requests_per_minute", "t")] == 2
@@ -75,7 +76,7 @@ def test_limits_are_told_by_tenant(scene: Scene) -> None:
 def test_waiting_for_room_is_told(scene: Scene) -> None:
     metrics = Metrics()
     queue = QueueStats(waiting_requests=3, waited_requests=9, waited_seconds=4.5, refused_requests=2)
-    metrics.attach(lambda: scene.view.snapshot().model_copy(update={"queue": queue}))
+    metrics.attach(lambda: [scene.snapshot().model_copy(update={"queue": queue})])
     found = samples(metrics)
     assert found["peerkv_admission_waiting_requests", ()] == 3
     assert found["peerkv_admission_waited_requests_total", ()] == 9
@@ -85,7 +86,7 @@ def test_waiting_for_room_is_told(scene: Scene) -> None:
 
 def test_a_replica_without_a_table_exchanges_nothing(scene: Scene) -> None:
     metrics = Metrics()
-    metrics.attach(scene.view.snapshot)
+    metrics.attach(lambda: [scene.snapshot()])
     scene.tables.stop("a")
     found = samples(metrics)
     assert [found["peerkv_replica_exchanges", (name,)] for name in ("a", "b")] == [0, 1]
@@ -93,7 +94,7 @@ def test_a_replica_without_a_table_exchanges_nothing(scene: Scene) -> None:
 
 def test_counters_do_not_fall_when_a_replica_restarts(scene: Scene) -> None:
     metrics = Metrics()
-    metrics.attach(scene.view.snapshot)
+    metrics.attach(lambda: [scene.snapshot()])
     scene.count("a", imports=4)
     seen = [samples(metrics)["peerkv_imports_total", ("a",)]]
     scene.tables.stop("a")
@@ -106,7 +107,7 @@ def test_counters_do_not_fall_when_a_replica_restarts(scene: Scene) -> None:
 
 def test_the_gateways_counts_and_parity_are_metrics_too(scene: Scene) -> None:
     metrics = Metrics()
-    metrics.attach(scene.view.snapshot)
+    metrics.attach(lambda: [scene.snapshot()])
     scene.planner.prompts.parity_counts = ParityCounts(checks=3, failures=1, differences_found=2)
     found = samples(metrics)
     assert [found[f"peerkv_parity_{name}_total", ()] for name in ("checks", "failures", "differences_found")] == [3, 1, 2]
@@ -118,7 +119,7 @@ def test_the_gateways_counts_and_parity_are_metrics_too(scene: Scene) -> None:
 
 def test_losses_peers_load_costs_and_verdicts_have_metrics(scene: Scene) -> None:
     metrics = Metrics()
-    metrics.attach(scene.view.snapshot)
+    metrics.attach(lambda: [scene.snapshot()])
     scene.recorder.feed.add(metrics.imports.delivered)
     writer = scene.tables.writers["a"]
     writer.imported("b", "shared_memory", blocks=3, size=6_000_000, nanoseconds=2_000_000, failed=True)
@@ -148,3 +149,37 @@ def test_losses_peers_load_costs_and_verdicts_have_metrics(scene: Scene) -> None
     assert found["peerkv_cost_samples_total", ()] == 0
     assert found["peerkv_parity_verdict", ("chat", "unknown")] == 1
     assert found["peerkv_parity_verdict", ("chat", "exact")] == 0
+
+
+def test_the_server_of_shared_limits_is_told_of_where_there_is_one(scene: Scene) -> None:
+    metrics, alone = Metrics(), Metrics()
+    shared = SharedLimitStats(up=1, alone_requests=3, failures=2, waiting_settlements=4)
+    metrics.attach(lambda: [scene.snapshot().model_copy(update={"shared_limits": shared})])
+    alone.attach(lambda: [scene.snapshot().model_copy(update={"shared_limits": None})])
+    text = metrics.render().decode()
+    for line in (
+        "up 1.0",
+        "alone_requests_total 3.0",
+        "failures_total 2.0",
+        "waiting_settlements 4.0",
+        "lost_settlements_total 0.0",
+    ):
+        assert f"\npeerkv_shared_limits_{line}\n" in text
+    assert "peerkv_shared_limits" not in alone.render().decode()
+
+
+def test_two_names_of_one_model_are_told_apart_wherever_it_is_learnt_what_the_model_takes(scene: Scene) -> None:
+    learnt = PrefillStats("cpu", "3f2a", 20, 0.1, 1.0, 0.01, 1e-6, 1e-4, 1e-9, 1e-3)
+    costs = CostStats(prefill=(learnt,))
+    metrics = Metrics()
+    found = [scene.snapshot().model_copy(update={"model": name, "costs": costs}) for name in ("quick", "long")]
+    metrics.attach(lambda: found)
+    families = list(text_string_to_metric_families(metrics.render().decode()))
+    shown = [(each.name, tuple(sorted(each.labels.items()))) for family in families for each in family.samples]
+    assert len(set(shown)) == len(shown)
+    [fixed] = [
+        dict(labels)
+        for name, labels in shown
+        if name == "peerkv_cost_prefill_seconds" and ("model", "long") in labels and ("term", "fixed_seconds") in labels
+    ]
+    assert fixed == {"model": "long", "exported_model": "3f2a", "device": "cpu", "term": "fixed_seconds"}

@@ -23,7 +23,7 @@ async def door(tmp_path: Path) -> AsyncIterator[Door]:
 
 async def shown(door: Door, name: str) -> dict[str, float]:
     """The values of a metric by replica."""
-    text = (await ReplicaMetrics(door.fleet, door.upstream).render()).decode()
+    text = (await ReplicaMetrics([door.fleet], door.upstream).render()).decode()
     return {
         sample.labels["replica"]: sample.value
         for family in text_string_to_metric_families(text)

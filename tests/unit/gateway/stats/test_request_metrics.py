@@ -100,7 +100,7 @@ def test_further_tenants_are_counted_together(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus")
 def test_prometheus_finds_nothing_to_object_to_in_names_and_units(two_tables: ReplicaTables) -> None:
     metrics = measured(of("t", usage=Usage(10, 5)))
-    metrics.attach(Scene(two_tables).view.snapshot)
+    metrics.attach(lambda: [Scene(two_tables).snapshot()])
     two_tables.start("a.host-memory", blocks=64)
 
     class File:

@@ -35,10 +35,11 @@ class Sky:
         self.feed.add(self.flights.delivered)
         self.sent: dict[int, Flight] = {}
 
-    def start(self, tag: int, *, streamed: bool = True, reports: bool = True, teaches: bool = True) -> None:
-        flight = Flight(
-            tag, "a", None, 1000, 0, 1000, 5e5, 1.0, None, 0, KEY, IDLE, "cuda_ipc", 0.0, 0.5, streamed, teaches, reports
-        )
+    def start(
+        self, tag: int, *, streamed: bool = True, reports: bool = True, teaches: bool = True, stepless: bool = False
+    ) -> None:
+        told = (streamed, teaches, reports, stepless)
+        flight = Flight(tag, "a", None, 1000, 0, 1000, 5e5, 1.0, None, 0, KEY, IDLE, "cuda_ipc", 0.0, 0.5, *told)
         self.sent[tag] = flight
         self.flights.started(flight, 0.0)
 
@@ -66,6 +67,14 @@ class Sky:
 @pytest.fixture
 def sky() -> Sky:
     return Sky()
+
+
+def test_only_what_an_engines_step_brings_is_waited_for(sky: Sky) -> None:
+    sky.start(1)
+    sky.start(2, stepless=True)  # of /tokenize, say: the engine may rest meanwhile, and is not to be suspected for that
+    assert {name: [flight.tag for flight in found] for name, found in sky.flights.waiting().items()} == {"a": [1]}
+    sky.first_byte(1, 0.8)
+    assert sky.flights.waiting() == {}
 
 
 def test_a_streams_first_byte_teaches_once_what_was_delivered_is_known(sky: Sky) -> None:
@@ -168,3 +177,25 @@ def test_an_import_that_fell_short_does_not_teach_how_large_a_tokens_kv_is(sky: 
     sky.listen()
     assert (sky.learnt, sky.costs.kv_token_bytes("cuda")) == (1, before)
     assert sky.costs.report().transfers == ()
+
+
+def test_an_import_from_host_memory_does_not_teach_what_a_peers_takes(sky: Sky) -> None:
+    before = sky.costs.transfer_terms("x", "y", "cuda_ipc", "cuda")
+    tier = sky.costs.transfer_terms("x", "y.host-memory", "host_memory", "cuda")
+    sky.start(1)
+    sky.listen()
+    sky.table.written.append(
+        Delivery(
+            tag=1,
+            first_token_ns=int(9e8),
+            prompt_tokens=1000,
+            peer_tokens=1000,
+            source="b.host-memory",
+            import_wait_ns=int(8e8),
+            import_bytes=1000 * 131072,
+        )
+    )
+    sky.first_byte(1, 0.9)
+    sky.listen()
+    assert sky.costs.transfer_terms("x", "y", "cuda_ipc", "cuda") == before
+    assert sky.costs.transfer_terms("x", "y.host-memory", "host_memory", "cuda")[0] > tier[0]

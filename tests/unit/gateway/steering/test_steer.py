@@ -386,3 +386,15 @@ def test_a_pace_changes_what_is_expected_and_no_decision(fleet: list[Candidate],
     assert (slow.replica, slow.source, slow.action) == (usual.replica, usual.source, usual.action)
     assert slow.expected.seconds == pytest.approx(1.75 * usual.expected.seconds)
     assert [option.score for option in slow.options] == pytest.approx([1.75 * option.score for option in usual.options])
+
+
+def test_on_gpus_a_peers_memory_is_preferred_to_host_memory_and_that_to_computing() -> None:
+    stored = {"tier": "a.host-memory", "tier_tokens": 12_000}
+    holder = replica("b", 12_000, 60_000)
+    assert decide([replica("a", others=frozenset("b"), **stored), holder]).source == "b"
+    assert decide([replica("a", others=frozenset(), **stored), holder]).source == "a.host-memory"
+    on_peer, on_tier = (
+        decide([replica("a", others=others, **stored), holder]).expected.transfer_seconds
+        for others in (frozenset("b"), frozenset[str]())
+    )
+    assert 0.02 < on_tier - on_peer < 0.04  # 12,000 tokens are 1.6 GB: at 50 GB/s or 300

@@ -125,7 +125,7 @@ def test_where_nobody_needs_a_key_this_machine_is_served_by_its_own_name(host: b
 
 @pytest.mark.parametrize("host", FOREIGN_HOSTS)
 def test_other_machines_and_tenants_may_call_by_any_name(host: bytes) -> None:
-    assert caller(Tenants([]), scope("10.0.0.1"), None, host) is ANONYMOUS
+    assert caller(Tenants([], allow_anyone=True), scope("10.0.0.1"), None, host) is ANONYMOUS
     assert caller(Tenants([A]), scope(), b"Bearer key-number-1", host).name == "a"
 
 
@@ -134,8 +134,22 @@ def test_a_loopback_address_to_listen_on_is_no_reason_to_warn(host: str) -> None
     assert not open_to_others(Settings(host=host))
 
 
+@pytest.mark.parametrize("host", [*FOREIGN_HOSTS, *LOCAL_HOSTS])
+@pytest.mark.parametrize("address", ["10.0.0.1", "fe80::1", "::ffff:10.0.0.1", "", "nonsense"])
+def test_where_nobody_needs_a_key_other_machines_are_refused(host: bytes, address: str) -> None:
+    with pytest.raises(Forbidden, match="--allow-anyone"):
+        caller(Tenants([]), scope(address), None, host)
+    assert caller(Tenants([A]), scope(address), b"Bearer key-number-1", host).name == "a"
+
+
+def test_letting_anyone_in_does_not_let_in_web_pages_of_this_machines_browser() -> None:
+    with pytest.raises(Forbidden, match="localhost"):
+        caller(Tenants([], allow_anyone=True), scope(), None, b"evil.example")
+
+
 def test_whoever_listens_for_others_without_tenants_is_warned() -> None:
-    assert "without a key" in open_to_others(Settings(host="0.0.0.0"))
+    assert "without a key" in open_to_others(Settings(host="0.0.0.0", allow_anyone=True))
+    assert "are refused" in open_to_others(Settings(host="0.0.0.0"))
     assert not open_to_others(Settings(host="0.0.0.0", tenants=(A,)))
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from gateway.errors import NotAuthenticated
 from gateway.tenants.key_file import read_keys, write_keys
-from gateway.tenants.key_watch import KeyWatch
-from gateway.tenants.keys import Key, digest_of, no_keys
+from gateway.tenants.key_watch import watch_keys
+from gateway.tenants.keys import Key, Keys, digest_of, no_keys
 from gateway.tenants.tenants import Tenants
 from tests.unit.gateway.running_door import until
 
@@ -47,7 +47,7 @@ def tenants(path: Path) -> Tenants:
 
 
 async def test_a_new_file_is_taken_up(path: Path, tenants: Tenants) -> None:
-    watch = KeyWatch(path, tenants)
+    watch = watch_keys(path, tenants)
     await watch.look()
     write_keys(path, NONE.with_key(key("two")))
     await watch.look()
@@ -59,7 +59,7 @@ async def test_a_broken_file_keeps_the_old_keys_and_is_told_of_once(
     path: Path, tenants: Tenants, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    watch = KeyWatch(path, tenants)
+    watch = watch_keys(path, tenants)
     await watch.look()
     put(path, "broken")
     await watch.look()
@@ -77,33 +77,49 @@ async def test_a_broken_file_keeps_the_old_keys_and_is_told_of_once(
     assert "read again: 1 keys" in caplog.records[-1].message
 
 
-async def test_the_watch_looks_by_itself_and_at_once_when_it_is_asked(path: Path, tenants: Tenants) -> None:
-    watch = KeyWatch(path, tenants, poll_seconds=0.01)
+async def test_the_watch_looks_by_itself_again_and_again(path: Path, tenants: Tenants) -> None:
+    watch = watch_keys(path, tenants, poll_seconds=0.01)
     task = asyncio.create_task(watch.run())
-    write_keys(path, NONE.with_key(key("two")))
-    await until(lambda: may_call(tenants, "two"))
-    task.cancel()
-    slow = KeyWatch(path, tenants, poll_seconds=3600)
-    task = asyncio.create_task(slow.run())
-    write_keys(path, NONE.with_key(key("three")))
-    slow.reload()
-    await until(lambda: may_call(tenants, "three"))
+    for token in ("two", "three"):
+        write_keys(path, NONE.with_key(key(token)))
+        await until(lambda token=token: may_call(tenants, token))
     task.cancel()
 
 
-async def test_the_watch_goes_on_whatever_happens(path: Path, tenants: Tenants, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = KeyWatch(path, tenants, poll_seconds=0.01)
-    looks, look = 0, watch.look
+async def test_the_watch_looks_at_once_when_it_is_asked_and_not_before(path: Path, tenants: Tenants) -> None:
+    watch = watch_keys(path, tenants, poll_seconds=3600)
+    await watch.look()
+    looked, look = asyncio.Event(), watch.look
 
-    async def failing_once() -> None:
-        nonlocal looks
-        looks += 1
-        if looks == 1:
-            raise ZeroDivisionError
+    async def looks() -> None:
+        looked.set()
         await look()
 
-    monkeypatch.setattr(watch, "look", failing_once)
+    watch.look = looks  # type: ignore[method-assign]
     task = asyncio.create_task(watch.run())
     write_keys(path, NONE.with_key(key("two")))
+    for _ in range(10):  # turns of the event loop
+        await asyncio.to_thread(path.read_bytes)
+    assert not looked.is_set()
+    watch.reload()
     await until(lambda: may_call(tenants, "two"))
+    task.cancel()
+
+
+async def test_the_watch_goes_on_whatever_happens(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Tenants):
+        uses = 0
+
+        def use(self, keys: Keys) -> None:
+            self.uses += 1
+            if self.uses == 1:
+                raise ZeroDivisionError
+            super().use(keys)
+
+    tenants = Failing([], keys=read_keys(path))
+    write_keys(path, NONE.with_key(key("two")))
+    task = asyncio.create_task(watch_keys(path, tenants, poll_seconds=0.01).run())
+    await until(lambda: may_call(tenants, "two"))
+    assert [record.message for record in caplog.records if record.exc_info] == [f"{path} could not be looked at"]
+    assert not task.done()
     task.cancel()

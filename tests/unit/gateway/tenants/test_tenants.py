@@ -11,6 +11,7 @@ from gateway.errors import NotAuthenticated
 from gateway.settings import Tenant
 from gateway.tenants.keys import Key, Keys, digest_of
 from gateway.tenants.tenants import ANONYMOUS, Tenants, bearer_token
+from transport.table.quality import lossy_salt
 
 A = Tenant(name="a", api_key=SecretStr("key-number-1"))
 B = Tenant(name="b", api_key=SecretStr("key-number-2"), salt=SecretStr("given"))
@@ -29,7 +30,8 @@ def test_salts_differ_and_do_not_show_the_key() -> None:
 
 
 def test_a_salt_survives_a_restart() -> None:
-    assert Tenants([A]).authenticate(b"Bearer key-number-1") == Tenants([A]).authenticate(b"Bearer key-number-1")
+    first, again = (Tenants([A], salt_secret=b"a secret of tests") for _ in range(2))
+    assert first.authenticate(b"Bearer key-number-1") == again.authenticate(b"Bearer key-number-1")
 
 
 def test_a_given_salt_is_used() -> None:
@@ -40,6 +42,16 @@ def test_a_given_salt_is_used() -> None:
 def test_nobody_else_gets_in(header: bytes | None) -> None:
     with pytest.raises(NotAuthenticated):
         Tenants([A]).authenticate(header)
+
+
+@pytest.mark.parametrize("given", ["s" * 512, "s" * 125, "c2FsdA/with@marks"])
+def test_a_given_salt_that_vllm_would_refuse_is_used_as_a_digest(given: str) -> None:
+    tenant = B.model_copy(update={"salt": SecretStr(given)})
+    found = {Tenants([tenant]).authenticate(b"Bearer key-number-2").salt for _ in range(2)}
+    salt = lossy_salt(found.pop())
+    assert not found
+    assert len(salt) <= 128
+    assert not set("@/\\\0") & set(salt)
 
 
 def test_the_admin_is_a_tenant_with_a_salt_of_its_own() -> None:
@@ -63,6 +75,24 @@ def keys(*found: Key) -> Keys:
 
 def of_file(token: str, name: str, tenant: str, **values: object) -> Key:
     return Key(name=name, tenant=tenant, sha256=digest_of(token.encode()).hex(), **values)
+
+
+def test_who_accepts_loss_is_said_with_the_key_and_without_keys_the_operator_speaks_for_all() -> None:
+    given = [A, Tenant(name="c", api_key=SecretStr("key-number-3"), accepts_loss=True)]
+    tenants = Tenants(given, keys=keys(of_file("one", "x", "t"), of_file("two", "y", "t", accepts_loss=True)))
+    sent = ("key-number-1", "key-number-3", "one", "two")
+    found = [tenants.authenticate(f"Bearer {token}".encode()).accepts_loss for token in sent]
+    assert found == [False, True, False, True]
+    assert ANONYMOUS.accepts_loss
+    assert [getattr(tenants.named(name), "accepts_loss", None) for name in ("a", "c", "t")] == [False, True, False]
+    revoked = of_file("one", "x", "t", revoked=datetime(2026, 1, 1, tzinfo=UTC))
+    tenants.use(keys(revoked, of_file("two", "y", "t", accepts_loss=True)))
+    assert getattr(tenants.named("t"), "accepts_loss", None)
+
+
+def test_no_salt_may_end_as_that_of_a_cache_of_what_lost_something() -> None:
+    with pytest.raises(ValueError, match="who accept loss"):
+        Tenant(name="d", api_key=SecretStr("key-number-4"), salt=SecretStr(lossy_salt("x")))
 
 
 def test_keys_of_one_tenant_share_a_salt_that_a_new_key_does_not_change() -> None:

@@ -23,7 +23,7 @@ class Fleet(FakeSight):
         super().__init__()
         self.count, self.host_memory, self.looks = count, host_memory, 0
 
-    def stats(self) -> KvStats:
+    def stats(self, model: str = "") -> KvStats:
         self.looks += 1
         replicas = [self._replica(place) for place in range(self.count)]
         tokens = TokenCounts(
@@ -111,7 +111,7 @@ class Fleet(FakeSight):
             bytes=1 << 33,
         )
 
-    def prefixes(self, limit: int) -> PrefixReport:
+    def prefixes(self, limit: int, model: str = "") -> PrefixReport:
         now = time.time()
         top = [
             Prefix(

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from gateway.errors import UnknownModel
+from gateway.kept_prefixes.shapes import PrefixReport
 from gateway.limits.shapes import KeyUse, LimitUse, TenantUse
 from gateway.stats.explain import Explanation, explain
 from gateway.stats.shapes import KvStats
@@ -81,19 +83,65 @@ async def test_the_page_shows_replicas_transfers_prefixes_and_reasons(tmp_path: 
         assert not await page.is_visible("#limits-section")
 
 
+async def test_of_several_models_one_is_shown_and_another_can_be_chosen(tmp_path: Path) -> None:
+    class Several(Fleet):
+        def stats(self, model: str = "") -> KvStats:
+            return super().stats().model_copy(update={"model": model or "one", "models": ["one", "two"]})
+
+        def prefixes(self, limit: int, model: str = "") -> PrefixReport:
+            return super().prefixes(12 if model == "two" else 1)
+
+    async with page_over(tmp_path, Several(1)) as page:
+        await page.wait_for_selector(SHOWN)
+        assert await page.text_content("#model") == "one"
+        assert len(await rows(page, "prefixes")) == 1
+        await page.select_option("#models", "two")
+        await says(page, "#model", "two")
+        assert len(await rows(page, "prefixes")) == 12
+        assert await page.get_by_label("Model").input_value() == "two"
+
+
+async def test_a_gateway_that_comes_back_with_other_models_has_these_to_choose_from(tmp_path: Path) -> None:
+    class Several(Fleet):
+        models = ("one", "two")
+
+        def stats(self, model: str = "") -> KvStats:
+            if model and model not in self.models:
+                raise UnknownModel(model, self.models)
+            return super().stats().model_copy(update={"model": model or self.models[0], "models": list(self.models)})
+
+    fleet = Several(1)
+    async with page_over(tmp_path, fleet) as page:
+        await page.wait_for_selector(SHOWN)
+        await page.select_option("#models", "two")
+        await says(page, "#model", "two")
+        fleet.models = ("three", "two")
+        await page.wait_for_selector("#models option[value=three]", state="attached")
+        assert await page.get_by_label("Model").input_value() == "two"
+        fleet.models = ("four", "five")
+        await says(page, "#model", "four")
+        assert await page.locator("#models option").all_text_contents() == ["four", "five"]
+
+
+async def test_with_one_model_there_is_nothing_to_choose(tmp_path: Path) -> None:
+    async with page_over(tmp_path, Fleet(1)) as page:
+        await page.wait_for_selector(SHOWN)
+        assert not await page.is_visible("#models")
+
+
 async def test_shares_by_source_and_rates_come_with_time(tmp_path: Path) -> None:
     async with page_over(tmp_path, Fleet(2)) as page:
         await page.wait_for_selector("#sources-chart rect.peer")
         label = await page.get_attribute("#sources-chart svg", "aria-label")
         assert label == (
-            "Prompt tokens since this page was opened: own cache 50 %, other replicas 20 %, host memory 10 %, computed 20 %"
+            "Prompt tokens since this page was opened: own cache 50 %, other replicas 20 %, tiers 10 %, computed 20 %"
         )
         assert all(now.endswith("/s") for now in await column(page, "transfers", 3))
 
 
 async def test_tenants_are_shown_with_what_is_left_of_their_limits(tmp_path: Path) -> None:
     class Limited(Fleet):
-        def stats(self) -> KvStats:
+        def stats(self, model: str = "") -> KvStats:
             keys = [KeyUse(key="batch", requests_in_flight=2, limits={"tokens_per_minute": LimitUse(limit=1000, used=250)})]
             use = TenantUse(tenant="team-a", requests=7, uncached_tokens=10, cached_tokens=90, keys=keys)
             use.refused["tokens_per_minute"] = 3
@@ -176,7 +224,7 @@ async def test_the_admin_key_is_asked_for_kept_in_the_tab_and_forgotten(tmp_path
 
 async def test_what_the_gateway_says_is_never_markup(tmp_path: Path) -> None:
     class Hostile(Fleet):
-        def stats(self) -> KvStats:
+        def stats(self, model: str = "") -> KvStats:
             stats = super().stats()
             stats.model = "<img src=x onerror=alert(1)>"
             stats.replicas[0].reason = "<b id=injected>bold</b>"
@@ -246,7 +294,7 @@ async def test_a_gateway_that_fails_is_told_and_comes_back(tmp_path: Path) -> No
     class Failing(Fleet):
         fails = False
 
-        def stats(self) -> KvStats:
+        def stats(self, model: str = "") -> KvStats:
             if self.fails:
                 raise RuntimeError("as the test wants it")
             return super().stats()

@@ -1,4 +1,4 @@
-"""Every transport keeps the same contract: what an import delivers is right or reported as failed."""
+"""Shared memory, beyond what every way of reading has to do (`tests/unit/engine/connector/test_ways_of_reading.py`)."""
 
 import os
 import signal
@@ -14,7 +14,9 @@ from transport.backends.geometry import layer_geometries
 from transport.backends.shared_memory import SharedMemoryTransport
 from transport.errors import MemoryUnreachable
 from transport.keys import chain_keys, root_key
+from transport.node.fetches import StagedReader
 from transport.table.directory import TableDirectory
+from transport.table.reader import TableReader
 
 BLOCKS, LAYERS = 16, 3
 KEYS = chain_keys(root_key(b"f" * 16), range(BLOCKS * 4), 4)
@@ -79,54 +81,6 @@ def rows(tensor, block):
     return tensor[block * ratio : (block + 1) * ratio]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("blocks", "targets"), [([3, 9, 4], [0, 15, 7]), ([2, 3, 4, 5, 8], [6, 7, 8, 9, 0]), ([1], [1])])
-def test_an_import_copies_exactly_the_blocks_asked_for(tmp_path, layout, blocks, targets):
-    owner, caches = Owner(tmp_path, layout), layout()
-    fill(caches, 2)
-    importer = SharedMemoryTransport(caches, BLOCKS)
-    before = {name: tensor.clone() for name, tensor in caches.items()}
-    with closing(owner.table):
-        importer.start(owner.job(blocks, targets), owner.reader, gently=False)
-        (result,) = drain(importer)
-    assert (result.failed_blocks, result.stale_blocks, result.reason) == ((), 0, "")
-    moved = dict(zip(targets, blocks, strict=True))
-    for name, tensor in caches.items():
-        for block in range(BLOCKS):
-            expected = rows(owner.caches[name], moved[block]) if block in moved else rows(before[name], block)
-            assert torch.equal(rows(tensor, block), expected)
-    assert result.bytes == sum(rows(t, 0).numel() * t.element_size() for t in caches.values()) * len(blocks)
-
-
-def test_blocks_of_each_group_are_copied_in_that_groups_layers_alone(tmp_path):
-    """Layers of different groups lie over the same memory, as in vLLM."""
-    groups = {"layer.0": 0, "layer.1": 1, "layer.2": 1, "again": 1}
-
-    def overlaid():
-        whole = torch.zeros(2, BLOCKS, 2, 4, 8)
-        return {"layer.0": whole[0], "layer.1": whole[0], "layer.2": whole[1], "again": whole[1]}
-
-    caches, theirs = overlaid(), overlaid()
-    fill(theirs, 1)
-    owner_transport = SharedMemoryTransport(theirs, BLOCKS, groups=groups)
-    table = writer(tmp_path, "owner", BLOCKS, memories=(owner_transport.memory(),))
-    importer = SharedMemoryTransport(caches, BLOCKS, groups=groups)
-    with closing(table):
-        table.publish([3, 9, 4], KEYS[:3])
-        reader = TableDirectory(tmp_path).tables()["owner"]
-        run = reader.longest_run(KEYS[:3])
-        job = ImportJob("r", "owner", reader.epoch, run.block_ids, run.states, np.array([0, 15, 7], np.int32), (1, 2))
-        importer.start(job, reader, gently=False)
-        (result,) = drain(importer)
-    block = 2 * 4 * 8 * 4
-    assert (result.failed_blocks, result.bytes) == ((), block * (1 + 2 * 2))
-    assert torch.equal(caches["layer.0"][0], theirs["layer.0"][3])
-    assert not caches["layer.2"][0].any()
-    for target, source in ((15, 9), (7, 4)):
-        assert torch.equal(caches["layer.1"][target], theirs["layer.1"][source])
-        assert torch.equal(caches["layer.2"][target], theirs["layer.2"][source])
-
-
 def test_layers_that_are_in_no_group_are_not_shared():
     with pytest.raises(MemoryUnreachable, match=r"layer\.1 is in no KV cache group"):
         layer_geometries(one_allocation(), BLOCKS, {"layer.0": 0})
@@ -164,11 +118,26 @@ def test_an_owner_that_ends_before_the_check_fails_the_whole_import(tmp_path):
     assert "ended" in result.reason
 
 
-def test_memory_of_another_shape_is_refused(tmp_path):
-    owner, importer = Owner(tmp_path, own_allocations), SharedMemoryTransport(one_allocation(), BLOCKS)
-    with closing(owner.table), pytest.raises(MemoryUnreachable, match="other sizes"):
-        importer.start(owner.job([3], [0]), owner.reader, gently=False)
-    assert importer.pending() == 0
+def test_a_mirror_whose_blocks_come_to_other_memory_in_the_same_epoch_is_read_there(tmp_path):
+    """The agent that fetches for a mirror was started again: its owner, and so the epoch, is the same."""
+    target = own_allocations()
+    importer = SharedMemoryTransport(target, BLOCKS)
+    for seed in (1, 2):
+        fetched = own_allocations()
+        fill(fetched, seed)
+        memory = SharedMemoryTransport(fetched, BLOCKS).memory()
+        with closing(writer(tmp_path / str(seed), "node-b:owner", BLOCKS, memories=(memory,))) as mirror:
+            reader = StagedReader(TableReader(mirror.path), memory, np.ones(2, np.bool_), BLOCKS)
+            reader.epoch = 7
+            ids = np.array([3, 4], np.int32)
+            job = ImportJob("r", reader.name, reader.epoch, ids, np.zeros(2, np.uint64), np.array([8, 9], np.int32))
+            importer.start(job, reader, gently=True)
+            (result,) = drain(importer)
+        assert result.failed_blocks == ()
+        for name, tensor in fetched.items():
+            assert torch.equal(target[name][8:10], tensor[3:5])
+        importer.retain({(reader.name, reader.epoch)})
+    assert len(importer._peers) == 1
 
 
 def test_memory_whose_process_is_gone_is_unreachable_not_a_crash(tmp_path):

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import numpy as np
 import pytest
 
@@ -127,6 +128,28 @@ def test_states_and_quantised_caches_come_back_from_lossless_codecs(name):
 def test_a_block_takes_the_room_that_the_codec_says(codec):
     given = block(layouts.attention(4, 4, 16, 64, Number.BFLOAT16), position=64, behind=1000)
     assert len(codec.encode(given)) * 8 / (given.shape.nbytes / 2) < BITS_MAX[codec.name]
+
+
+@lossy_codecs
+def test_what_is_compiled_at_the_start_is_all_that_blocks_need(codec, monkeypatch):
+    used: list[tuple[object, ...]] = []
+
+    def noted(kernel):
+        return lambda *given: used.append((kernel, *map(numba.typeof, given))) or kernel(*given)
+
+    for module, names in ((int8_kernels, ("quantise", "restore")), (rotation_kernels, ("rotate", "rotate_back"))):
+        for name in names:
+            monkeypatch.setattr(module, name, noted(getattr(module, name)))
+    codecs.compile_codec(codec.name)
+    compiled = set(used)
+    used.clear()
+    for number in NUMBERS:
+        for shape in SHAPES.values():
+            for position in (0, 64):
+                given = block(shape(number), position=position)
+                frame = memoryview(bytearray(codec.encode(given)))  # as it comes from a socket
+                codec.decode(frame, given.shape, np.empty(given.shape.nbytes, np.uint8))
+    assert compiled == set(used)
 
 
 def test_byte_planes_of_normal_numbers_take_seven_tenths_of_their_room():

@@ -119,6 +119,15 @@ def test_frames_of_other_versions_and_codecs_are_left_alone():
             read(signed(bytes(data)))
 
 
+@pytest.mark.parametrize("secret", [None, SECRET], ids=["plain", "encrypted"])
+def test_a_block_that_lost_something_before_is_lossy_though_its_codec_is_exact(secret):
+    made = block(SHAPE, position=8)
+    data = write(codecs.named("raw-z"), made, fingerprint=FINGERPRINT, key=KEY, group=3, secret=secret, lossy=True)
+    header, out = read(data, secret)
+    assert (header.codec.quality, header.quality) == (Quality.EXACT, Quality.LOSSY)
+    assert (out == made.content).all()
+
+
 def test_a_lossy_frame_that_calls_itself_exact_is_damage():
     data = bytearray(frame("int8"))
     data[6] = 0

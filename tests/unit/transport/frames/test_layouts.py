@@ -33,6 +33,69 @@ def test_a_shape_that_cannot_be_is_damage():
             unpacked(good[:length])
 
 
+def about(layout, backend="CPU_ATTN", isa="vec", dtype="auto"):
+    return {"strides": layout, "attention backend": backend, "cpu layout": isa, "kv dtype": dtype}
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "shape"),
+    [
+        (about("torch.float32 (2, 128, 64) (16384, 8192, 64, 1)"), layouts.cpu_attention(3, 2, 128, 32, Number.FLOAT32)),
+        (
+            about("torch.bfloat16 (2, 128, 64) (16384, 8192, 64, 1)", isa="vec16"),
+            layouts.cpu_attention(3, 2, 128, 32, Number.BFLOAT16),
+        ),
+        (about("torch.bfloat16 (2, 128, 64) (16384, 8192, 64, 1)", isa="amx"), layouts.cpu_tiled_attention(3, 2, 128, 32)),
+        (
+            about("torch.bfloat16 (8, 16, 256) (32768, 4096, 256, 1)", "FLASH_ATTN", ""),
+            layouts.attention(3, 8, 16, 128, Number.BFLOAT16),
+        ),
+    ],
+    ids=["vec", "vec16", "amx", "gpu"],
+)
+def test_a_replicas_fingerprint_tells_the_shape(fingerprint, shape):
+    assert layouts.told(fingerprint, shape.nbytes // 3, 3) == shape
+    assert layouts.told(fingerprint, shape.nbytes // 3 + 1, 3) is None
+    both = f"{fingerprint['strides']}; torch.uint8 (77,) (77, 1)"
+    assert layouts.told(fingerprint | {"strides": both}, shape.nbytes // 3, 3) == shape
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "torch.uint8 (65536,) (65536, 1)",
+        "torch.float8_e4m3fn (2, 128, 256) (65536, 32768, 256, 1)",
+        "torch.float32 (2, 128, 64) (8192, 16384, 64, 1)",  # tokens outermost
+        "torch.float32 (2, 128, 64) (32768, 8192, 64, 1)",  # with gaps between blocks
+        "somebody's layout",
+    ],
+)
+def test_layers_of_one_size_of_which_only_some_are_known_have_no_shape(other):
+    known = "torch.float32 (2, 128, 64) (16384, 8192, 64, 1)"
+    assert layouts.told(about(known), 65536, 3) is not None
+    assert layouts.told(about(f"{known}; {other}"), 65536, 3) is None
+
+
+@pytest.mark.parametrize(
+    "fingerprint",
+    [
+        {},
+        about(""),
+        about("torch.float32 (2, 128, 64) (8192, 16384, 64, 1)"),  # tokens outermost
+        about("torch.float32 (2, 128, 64) (32768, 8192, 64, 1)"),  # with gaps between blocks
+        about("torch.uint8 (2, 128, 64) (16384, 8192, 64, 1)"),
+        about("torch.float32 (2, 128, 64) (16384, 8192, 64, 1)", dtype="fp8"),
+        about("torch.float32 (2, 128, 64) (16384, 8192, 64, 1)", isa="neon"),
+        about("torch.float32 (2, 128, 64) (16384, 8192, 64, 1)", "TRITON_MLA", ""),
+        about("torch.float32 (2, 24, 64) (3072, 1536, 64, 1)", isa="amx"),
+        about("torch.float32 (2, 128, 63) (16128, 8064, 63, 1)"),
+    ],
+)
+def test_a_layout_that_is_not_known_has_no_shape(fingerprint):
+    for size in (65536, 16384, 12288, 64512):
+        assert layouts.told(fingerprint, size, 3) is None
+
+
 def test_parts_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="KV of 2"):
         Part(Role.PAIRS, Number.FLOAT16, ((Axis.TOKEN, 4), (Axis.DIM, 8)))

@@ -1,5 +1,6 @@
 """The block table: what one writer offers, readers find; in any doubt they find nothing."""
 
+import gc
 import os
 import resource
 import signal
@@ -34,6 +35,19 @@ def test_a_published_run_is_found_up_to_the_first_gap(tmp_path):
         assert (run.states % 2 == 0).all()
         assert reader.longest_run(KEYS[3:]).block_ids.tolist() == [1]
         assert reader.longest_run(KEYS[:0]).block_ids.tolist() == []
+
+
+def test_a_table_without_a_writer_looks_dead_and_a_reader_that_is_let_go_leaves_no_descriptor(tmp_path):
+    table = writer(tmp_path)
+    before = set(os.listdir("/proc/self/fd"))
+    reader = TableReader(table.path)
+    assert reader.alive()
+    del table
+    gc.collect()
+    assert not reader.alive()
+    del reader
+    gc.collect()
+    assert set(os.listdir("/proc/self/fd")) < before
 
 
 def test_a_state_never_returns_to_a_former_value(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import resource
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,22 @@ from typing import Any
 
 import pytest
 
-from gateway.api.body import Endpoint
+from gateway.api.endpoints import Endpoint
 from gateway.errors import ApiError, PromptTooLong, Unavailable
 from gateway.prompts.parity import KindVerdict, Parity
 from gateway.prompts.prompt_reader import KnownPrompt, PromptReader
 from gateway.prompts.tokenizer import encoder as encoders
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TextTooLong, TokenService
+from gateway.relay.large_bodies import pool
 from gateway.relay.large_bodies.pool import LargeBodies
+from gateway.tenants.key_file import write_keys
+from gateway.tenants.keys import no_keys
 from gateway.token_ids import TokenIds
+from tests.unit.gateway.limits.limited_keys import limited
 from tests.unit.gateway.prompts.tiny_model import make_model
 from tests.unit.gateway.prompts.tokenizer.tokenizer_kinds import tokenizer_of
-from tests.unit.gateway.running_door import running_door
+from tests.unit.gateway.running_door import fake_fleet, running_door
 
 EXACT = KindVerdict(Parity.EXACT)
 CONTEXT_TOKENS = 4096
@@ -38,7 +43,7 @@ class Place:
         assert self.tokens.load().loaded
         self.here = PromptReader(self.tokens, 1 << 20, lambda: None)
         self.here.parity = replace(self.here.parity, completions=EXACT, chat=EXACT, context_tokens=CONTEXT_TOKENS)
-        self.there = LargeBodies(source, self.here, workers=1, cache_bytes_max=1 << 20, texts_bytes_max=1 << 20, tenants=1)
+        self.there = LargeBodies([(source, self.here)], workers=1, cache_bytes_max=1 << 20, texts_bytes_max=1 << 20, tenants=1)
 
     @property
     def pids(self) -> list[int]:
@@ -76,6 +81,9 @@ BODIES: list[tuple[Endpoint, dict[str, Any]]] = [
     ("chat", {"messages": [{"role": "user", "content": "how are you?"}]}),
     ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}),
     ("embeddings", {"input": "some text " * 20}),
+    ("responses", {"input": "how are you?", "instructions": "be short"}),
+    ("messages", {"messages": [{"role": "user", "content": "how are you?"}], "system": "be short", "max_tokens": 1}),
+    ("rerank", {"query": "q", "documents": ["one", "two"]}),
 ]
 
 
@@ -83,8 +91,42 @@ async def test_what_is_known_of_a_large_body_is_what_would_be_known_here(place: 
     for endpoint, body in BODIES:
         found = await place.read(endpoint, body)
         assert in_words(found.known) == in_words(await place.here.read(endpoint, body)), body
-        assert found.fields == {name: body[name] for name in ("model", "stream", "prompt_cache_key") if name in body}
+        looked_at = ("model", "stream", "prompt_cache_key", "max_tokens")
+        assert found.fields == {name: body[name] for name in looked_at if name in body}
     assert len(place.pids) == 1
+
+
+async def test_of_several_models_the_one_that_is_named_reads_the_body(tmp_path: Path) -> None:
+    places = [
+        Place(make_model(tmp_path / "tiny")),
+        Place(make_model(tmp_path / "llama", tokenizer=tokenizer_of("Llama 3"))),
+    ]
+    both = LargeBodies(
+        [(TokenizerSource(str(tmp_path / name)), place.here) for name, place in zip(("tiny", "llama"), places, strict=True)],
+        workers=1,
+        cache_bytes_max=1 << 20,
+        texts_bytes_max=1 << 20,
+        tenants=1,
+        names=lambda: [["tiny"], ["llama", "other"]],
+    )
+    try:
+        for model, fleet in (("tiny", 0), ("llama", 1), ("other", 1), ("none", 0), ("tiny", 0)):
+            body = {"prompt": "something that is said", "model": model}
+            found = await both.read("completions", json.dumps(body).encode(), "")
+            assert found.fleet == fleet
+            assert in_words(found.known) == in_words(await places[fleet].here.read("completions", body))
+        [process] = both._idle
+        assert resource.prlimit(process.pid, resource.RLIMIT_DATA) == (4 << 30, 4 << 30)  # a tokenizer more than for one
+    finally:
+        await both.close()
+
+
+async def test_a_body_that_was_read_for_another_model_is_not_served(place: Place, tmp_path: Path) -> None:
+    async with running_door(tmp_path, place.there, body_inline_bytes_max=1024, models=("one", "fake-model")) as door:
+        await door.add_engine("two-0", fleet=fake_fleet(door.fleets.all[1]))
+        status, answer, _ = await door.post("/v1/completions", {"model": "fake-model", "prompt": "some words " * 150})
+        assert (status, answer["error"]["code"]) == (503, "unavailable")
+        assert not (await door.seen("two-0"))["requests"]
 
 
 async def test_a_clients_error_is_the_same_there(place: Place) -> None:
@@ -112,6 +154,30 @@ async def test_a_process_that_dies_costs_the_body_that_it_read_and_no_other(plac
         await place.read("completions", {"prompt": "x"})
     assert (await place.read("completions", {"prompt": "x"})).known.tokens > 0
     assert place.pids != [process.pid]
+
+
+@pytest.mark.parametrize(
+    "says", ["", "sys.stdout.buffer.write(b'\\x01' + bytes(7) + b'?')"], ids=["says nothing", "says what is no answer"]
+)
+async def test_a_process_that_is_of_no_use_is_ended_and_another_reads_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch, says: str
+) -> None:
+    begun = []
+    start = place.there._start
+
+    async def noted() -> Any:
+        begun.append(await start())
+        return begun[-1]
+
+    monkeypatch.setattr(place.there, "_start", noted)
+    with monkeypatch.context() as broken:
+        broken.setattr(pool, "READ_SECONDS_MAX", 1.0 if not says else 60.0)
+        broken.setattr(pool, "_WORKER", ("-c", f"import sys, time; {says}; sys.stdout.flush(); time.sleep(600)"))
+        with pytest.raises(Unavailable):
+            await place.read("completions", {"prompt": "x"})
+    async with asyncio.timeout(20):
+        await begun[0].wait()
+    assert (await place.read("completions", {"prompt": "x"})).known.tokens > 0
 
 
 async def test_a_client_that_leaves_costs_no_process(place: Place) -> None:
@@ -144,6 +210,22 @@ async def test_a_large_body_reaches_the_replica_as_a_small_one_does(place: Place
         status, answer, _ = await door.post("/v1/completions", {**body, "priority": 5})
         assert (status, answer["error"]["code"]) == (400, "unsupported_parameter")
     assert len(place.pids) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [({"n": 2}, 200), ({"n": 3}, 400), ({"n": [3]}, 400), ({"max_tokens": 10**30}, 400), ({"max_tokens": 9}, 200)],
+)
+async def test_what_a_key_may_ask_for_is_seen_in_a_large_body_too(
+    place: Place, tmp_path: Path, asked: dict[str, Any], status: int
+) -> None:
+    keys = tmp_path / "keys.toml"
+    write_keys(keys, no_keys().with_key(limited("a", n_max=2, max_tokens_max=10)))
+    async with running_door(tmp_path, place.there, body_inline_bytes_max=1024, keys_file=keys) as door:
+        await door.add_engine("replica-0")
+        body = {"prompt": "some words " * 150, "max_tokens": 1, **asked}
+        found, answer, _ = await door.post("/v1/completions", body, headers={"authorization": "Bearer a"})
+        assert found == status, answer
 
 
 def test_a_text_beyond_the_limit_is_tokenised_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What imports are expected to take, and that a wrong estimate does not keep itself wrong by keeping anybody from importing."""
 
 import random
+from operator import mul
 
 import pytest
 
@@ -97,3 +98,33 @@ def test_a_slow_start_does_not_end_imports_for_ever() -> None:
 def test_imports_that_stay_slow_are_tried_now_and_then() -> None:
     counts = pulls_in_each_period(slow_until=1e9)
     assert all(1 <= count <= 8 for count in counts)
+
+
+def test_what_was_measured_beforehand_is_expected_until_imports_tell() -> None:
+    transfers = Transfers(64)
+    fixed, a_byte = TRANSPORT_PRIORS["tcp"]
+    assert transfers.terms("a", "b", "tcp") == (fixed, a_byte)
+    transfers.measured("tcp", 40e9)
+    assert transfers.terms("a", "b", "tcp") == (fixed, 1 / 40e9)
+    transfers.measured("tcp", 0.0)
+    assert transfers.terms("a", "b", "tcp") == (fixed, 1 / 40e9)
+    for _ in range(20):
+        transfers.observe(("a", "b", "tcp"), 1e9, 1.0, 0.0)
+    learnt = transfers.terms("a", "b", "tcp")
+    assert fixed + 0.9 < learnt[0] + learnt[1] * 1e9 < 1.1
+    transfers.measured("tcp", 20e9)
+    assert transfers.terms("a", "b", "tcp") == learnt
+
+
+def test_what_was_measured_is_what_remains_when_what_imports_told_has_faded() -> None:
+    transfers = Transfers(64)
+    fixed, _ = TRANSPORT_PRIORS["tcp"]
+    for _ in range(20):
+        transfers.observe(("a", "b", "tcp"), 1e9, 1.0, 0.0)
+    learnt = transfers.terms("a", "c", "tcp")
+    transfers.measured("tcp", 40e9)
+    assert transfers.terms("a", "c", "tcp") == learnt
+    transfers.observe(("a", "b", "tcp"), 1e9, 1.0, 0.0)
+    assert sum(map(mul, transfers.terms("a", "c", "tcp"), (1, 1e9))) == pytest.approx(1.0, rel=0.1)
+    transfers.pass_time(20 * FADE_SECONDS)
+    assert transfers.terms("a", "c", "tcp") == pytest.approx((fixed, 1 / 40e9), rel=0.01)

@@ -1,0 +1,45 @@
+"""A disk that cannot be had, and loss that nothing keeps, are found before anything starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.replicas.launch import EngineSettings, LaunchRefused
+from engine.replicas.tier_check import check_tiers
+
+CPU = EngineSettings("org/model", Path("/run/p"), Path("/dev/shm/p"), Path("/log/p"))
+
+
+def test_a_disk_below_a_file_is_refused_and_one_that_can_be_made_is_not(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for disk in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(LaunchRefused, match=rf"^disk: {disk} cannot be used: {tmp_path}/file is no directory$"):
+            check_tiers(CPU, replace(CPU, disk=disk))
+        check_tiers(replace(CPU, disk=disk, connector=False))
+    check_tiers(replace(CPU, disk=tmp_path), replace(CPU, disk=tmp_path / "a" / "b"))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_disk_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LaunchRefused, match="/proc cannot be written to"):  # although root may, by its mode
+        check_tiers(replace(CPU, disk=Path("/proc/x")))
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    with pytest.raises(LaunchRefused, match=rf"{tmp_path} cannot be written to \(Permission denied\)"):
+        check_tiers(replace(CPU, disk=tmp_path / "a"))
+
+
+def test_loss_needs_a_disk_or_a_vault_of_one_of_the_models(tmp_path: Path) -> None:
+    lossy = replace(CPU, lossy="int8")
+    with pytest.raises(LaunchRefused, match=r"^lossy: .* give disk or vault$"):
+        check_tiers(lossy, lossy)
+    check_tiers(lossy, replace(lossy, disk=tmp_path))
+    check_tiers(replace(lossy, vault="valkey://h"))
+    check_tiers(CPU)

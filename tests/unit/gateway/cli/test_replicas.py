@@ -1,0 +1,71 @@
+"""`peerkv replicas` against a gateway that answers from memory, with another node's replicas among its own."""
+
+import argparse
+import io
+import json
+
+import httpx
+import pytest
+from rich.console import Console
+
+from gateway.cli.asking import run
+from gateway.cli.replicas import add_commands
+from gateway.replica_control.shapes import ControlledReplica, ReplicaList
+
+
+def shape(name: str, node: str = "", reason: str = "ready") -> ControlledReplica:
+    return ControlledReplica(name=name, node=node, state="ready", reason=reason, device="cpu", restarts=0, requests=0)
+
+
+THERE = ReplicaList(restartable=True, replicas=[shape("replica-0"), shape("replica-1"), shape("node-b:replica-0", "node-b")])
+
+
+def replicas(*flags: str) -> tuple[int, str, list[str]]:
+    """Status, output, and what was asked for by POST."""
+    posted: list[str] = []
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        path = request.url.raw_path.decode()
+        if request.method == "GET":
+            return httpx.Response(200, content=THERE.model_dump_json())
+        posted.append(path)
+        if "node-b" in path:
+            message = "node-b:replica-0 is a replica of node-b"
+            return httpx.Response(409, json={"error": {"message": message, "type": "invalid_request_error"}})
+        return httpx.Response(202, content=shape(path.split("/")[2]).model_dump_json())
+
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    console = Console(file=io.StringIO(), width=200, no_color=True)
+    status = run(parser.parse_args(["replicas", *flags]), console, httpx.MockTransport(reply))
+    assert isinstance(console.file, io.StringIO)
+    return status, console.file.getvalue(), posted
+
+
+def test_all_are_those_of_this_node_and_the_others_are_named() -> None:
+    status, output, posted = replicas("restart", "--all")
+    assert (status, posted) == (0, ["/replicas/replica-0/restart", "/replicas/replica-1/restart"])
+    assert "this node alone: node-b:replica-0 are for a gateway of their node" in output
+    assert "replica-1: ready again" in output
+
+
+def test_as_json_nothing_but_json_is_printed() -> None:
+    _, output, _ = replicas("restart", "--all", "--json")
+    assert [json.loads(part + "}")["name"] for part in output.split("}\n") if part] == ["replica-0", "replica-1"]
+
+
+def test_the_list_marks_another_nodes_replicas() -> None:
+    _, output, _ = replicas("list")
+    assert [line.split()[0] for line in output.splitlines() if "of node-b" in line] == ["node-b:replica-0"]
+
+
+@pytest.mark.parametrize("command", ["drain", "resume", "restart"])
+def test_another_nodes_replica_is_refused_with_the_gateways_words(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, posted = replicas(command, "node-b:replica-0")
+    assert (status, posted) == (1, [f"/replicas/node-b%3Areplica-0/{command}"])
+    assert "is a replica of node-b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["drain", "restart"])
+def test_force_is_passed_on(command: str) -> None:
+    assert replicas(command, "replica-0", "--force")[2] == [f"/replicas/replica-0/{command}?force=true"]
