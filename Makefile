@@ -1,6 +1,6 @@
 # Two commands do everything: `make serve` runs peerkv, `make test` passes its tests. Both install what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test containers bench bench-gpu quality lint clean
+.PHONY: help install serve test fuzz clients containers bench bench-gpu quality lint clean
 BIN := .venv/bin
 
 help: ## this list
@@ -16,6 +16,12 @@ test: install ## run every test, real vLLM replicas included, GPU tests where tw
 	@command -v curl >/dev/null || { echo 'the tests use curl: apt-get install curl' >&2; exit 1; }
 	@failed=; for tests in 'tests/unit -n 2 --dist worksteal' tests/gpu 'tests/real -n 2 --dist loadgroup'; do \
 		$(BIN)/python -m pytest $$tests $(ARGS) || [ $$? = 5 ] || failed=1; done; [ -z "$$failed" ]  # 5: ARGS chose none of these
+
+fuzz: install ## thousands of generated requests, valid and not, against a gateway over fake engines (ARGS='--url URL --key KEY --examples 200')
+	@$(BIN)/python -m tests.fuzz $(ARGS)
+
+clients: install ## stock clients (openai, anthropic, litellm, …), installed apart, against a gateway (ARGS='--url URL --key KEY --node')
+	@$(BIN)/python -m tests.clients $(ARGS)
 
 containers: install ## build the images with podman, run them by compose.yaml and try them out (as root; ARGS='-k import' to choose)
 	@tests/containers/run.sh $(ARGS)
@@ -36,7 +42,7 @@ lint: install ## format check, lint, types, import rules; shell scripts, images,
 	@$(BIN)/lint-imports
 	@$(BIN)/shellcheck install.sh .ci/run tests/containers/*.sh
 	@$(BIN)/hadolint docker/*.Dockerfile tests/containers/*.Dockerfile
-	@$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	@$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.nodes.yaml
 
 clean: ## remove .venv and caches (not the model in the user's cache directory)
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

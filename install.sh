@@ -62,13 +62,14 @@ check_disk() {
 
 # Runs a command, its whole output to the log, and shows what takes long: one changing line on a terminal, else few lines.
 watched() {
-    local label=$1 line status=0 now shown=-1 start=$SECONDS detail=""; shift
+    local label=$1 line part="" status=0 now shown=-1 start=$SECONDS detail=""; shift
     echo "\$ $*" >>"$LOG"
     exec 3< <(exec "$@" 2>&1)
     local child=$!
     trap 'kill "$child" 2>/dev/null || true; exit 130' INT TERM
     while true; do
-        if read -r -t 1 line <&3; then
+        if IFS= read -r -t 1 line <&3; then
+            line=$part$line part=""
             printf '%s\n' "$line" >>"$LOG"
             case "$line" in
                 *Downloading*\([0-9.]*\ [MG]B\)*) detail="downloading ${line#*Downloading }" ;;
@@ -76,7 +77,10 @@ watched() {
                 "Installing collected packages"*) detail="installing $(tr -cd , <<<"$line" | wc -c) packages and one more" ;;
                 *) continue ;;
             esac
-        elif [ $? -le 128 ]; then break; fi
+        elif [ $? -le 128 ]; then
+            [ -z "$part$line" ] || printf '%s\n' "$part$line" >>"$LOG"
+            break
+        else part+=$line; fi  # the beginning of a line, of which the rest is to come
         now=$((SECONDS - start))
         if [ -t 1 ]; then
             printf '\r\033[Kpeerkv install: %s (%ds) %.70s' "$label" "$now" "$detail"
