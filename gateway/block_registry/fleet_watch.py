@@ -31,8 +31,10 @@ class FleetWatch:
 
     def now(self) -> FleetState:
         """Return the state of the fleet, the latest one if nothing changed. Raises FleetError as the fleet's view does."""
-        snapshot, tables, latest = self._fleet.snapshot(), self._tables.tables(), self.latest
-        if (snapshot is not latest.snapshot and snapshot != latest.snapshot) or tables != self._found:
+        snapshot, latest = self._fleet.snapshot(), self.latest
+        changed = snapshot is not latest.snapshot and snapshot != latest.snapshot
+        tables = self._tables.tables(anew=changed)  # a replica that has just become ready has a table since just now
+        if changed or tables != self._found:
             self._make(snapshot, dict(tables))
             for listener in self._listeners:
                 listener(self.latest)

@@ -52,6 +52,6 @@ class Table(Protocol):
 
 
 class Tables(Protocol):
-    """What is needed of a `transport.directory.TableDirectory`: the live tables by replica name."""
+    """What is needed of a `transport.table.directory.TableDirectory`: the live tables by replica name."""
 
-    def tables(self) -> Mapping[str, Table]: ...
+    def tables(self, anew: bool = False) -> Mapping[str, Table]: ...

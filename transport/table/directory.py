@@ -71,11 +71,14 @@ class TableDirectory:
         self._broken: dict[str, int] = {}
         self._turn = 0
 
-    def tables(self) -> Mapping[str, TableReader]:
-        """Return the readers of all live tables by replica name. A dead owner's table is closed and left out."""
+    def tables(self, anew: bool = False) -> Mapping[str, TableReader]:
+        """Return the readers of all live tables by replica name, with `anew` whatever the kernel was asked lately.
+
+        A dead owner's table is closed and left out.
+        """
         if self._hold_seconds:
             now = self._clock()
-            if now < self._held_until:
+            if now < self._held_until and not anew:
                 return self._readers
             self._held_until = now + self._hold_seconds
         try:

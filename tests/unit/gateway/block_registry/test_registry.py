@@ -206,6 +206,16 @@ def test_a_state_stays_the_same_until_the_fleet_or_a_table_changes_and_then_ever
     assert len(told) == 3  # whom somebody reads changes neither the replicas nor their tables
 
 
+def test_a_replica_that_has_just_become_ready_has_its_table_at_once(tables: ReplicaTables) -> None:
+    fleet = StandingFleet()
+    watch = FleetWatch(fleet, TableDirectory(tables.directory, hold_seconds=3600.0))
+    assert not watch.now().tables
+    tables.start("a")
+    assert not watch.now().tables  # the kernel was asked a moment ago
+    fleet.become("a")
+    assert list(watch.now().tables) == ["a"]
+
+
 def test_a_state_without_some_replicas_still_has_their_tables(tables: ReplicaTables, registry: Place) -> None:
     tables.start("a")
     tables.start("b")
