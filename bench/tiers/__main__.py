@@ -1,11 +1,11 @@
-"""`python -m bench.tiers stores|restore|sessions|policies`."""
+"""`python -m bench.tiers stores|restore|sessions|policies|scheduling`."""
 
 import argparse
 import os
 from pathlib import Path
 
 from bench.machine import end_on_sigterm
-from bench.tiers import policies, restore, sessions, stores
+from bench.tiers import policies, restore, scheduling, sessions, stores
 
 
 def main() -> None:
@@ -29,12 +29,15 @@ def main() -> None:
     kept.add_argument("--tier-bytes", type=int, default=256 << 20, metavar="N", help="host memory or disk (default: 256 MiB)")
     replayed = commands.add_parser("policies", description=policies.__doc__, help="what a tier should keep, by recorded traces")
     replayed.add_argument("traces", type=Path, nargs="+", metavar="TRACE", help="JSON lines with hash_ids, as Mooncake's")
+    commands.add_parser("scheduling", description=scheduling.__doc__, help="what host memory takes of a scheduler's step")
     given = parser.parse_args()
     end_on_sigterm()
     if given.what == "stores":
         stores.run(given.directory, given.frames, given.rounds)
     elif given.what == "policies":
         policies.run(given.traces)
+    elif given.what == "scheduling":
+        scheduling.run()
     elif given.what == "sessions":
         sessions.run(given.model, given.tokens, given.kv_bytes, given.tier_bytes, given.directory)
     else:

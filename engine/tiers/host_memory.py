@@ -45,6 +45,7 @@ class HostMemory:
         self._void: set[int] = set()
         self._read: dict[int, int] = {}
         self._begun: list[Store] = []
+        self._gave_way: list[int] = []
         self._overwritten: set[int] = set()
         self._lost: set[int] = set()
 
@@ -69,6 +70,9 @@ class HostMemory:
             held = self._elsewhere(keys[fresh])
             for place in (place for place, other in zip(fresh, held.tolist(), strict=True) if not other):
                 self._begin(blocks[place], keys[place].tobytes(), groups[place], quality[place], asks[place])
+        if self._gave_way:  # together: most of what the table takes is a call's own
+            self._table.count("evictions", self._table.invalidate(self._gave_way))
+            self._gave_way = []
 
     def overwritten(self, blocks: Iterable[int]) -> None:
         """The next step overwrites `blocks`: those that are being stored must have been copied before."""
@@ -93,6 +97,7 @@ class HostMemory:
                 self._void.add(slot)
                 self._coming.pop(self._under_way[slot][0].key, None)
                 self._table.count("tier_dropped_blocks")
+        filled: list[Store] = []
         for slot, ranks in slots.items():
             entry = self._under_way.get(slot)
             if entry is None:
@@ -108,9 +113,16 @@ class HostMemory:
                 self._void.discard(slot)
                 self._free.append(slot)
                 continue
-            asked = self._coming.pop(store.key)
-            self._table.publish([slot], np.frombuffer(store.key, np.uint64).reshape(1, 2), store.quality)
-            self._stored.put(store.key, slot, asked)
+            filled.append(store)
+        if filled:
+            self._offer(filled)
+
+    def _offer(self, filled: list[Store]) -> None:
+        """These stores are complete."""
+        keys = np.frombuffer(b"".join(store.key for store in filled), np.uint64).reshape(-1, 2)
+        self._table.publish([store.slot for store in filled], keys, np.array([store.quality for store in filled], np.uint64))
+        for store in filled:
+            self._stored.put(store.key, store.slot, self._coming.pop(store.key))
 
     def restored(self, slots: Iterable[int]) -> None:
         """These slots are being read for a request: they do not give way before `read` is told of them."""
@@ -154,12 +166,12 @@ class HostMemory:
         self._begun.append(store)
 
     def _room(self) -> int | None:
-        """Return a slot that may be written, withdrawing what gives way; None if too much is under way or being read."""
+        """Return a slot that may be written once what gave way is withdrawn; None if too much is under way or being read."""
         if len(self._under_way) >= UNDER_WAY_MAX:
             return None
         if self._free:
             return self._free.pop()
         slot = self._stored.pop()
         if slot is not None:
-            self._table.count("evictions", self._table.invalidate([slot]))
+            self._gave_way.append(slot)
         return slot

@@ -99,6 +99,23 @@ def test_of_equally_popular_blocks_the_least_recently_used_gives_way_before_its_
     assert reader.counters()["evictions"] == 1
 
 
+def test_however_many_blocks_a_step_stores_the_table_is_told_once_of_what_gives_way_and_once_of_what_is_there(
+    tier, monkeypatch
+):
+    """A call takes the table as long for one block as for hundreds."""
+    memory, reader = tier
+    store(memory, 0, 1, 2, 3)
+    calls = []
+    for name in ("publish", "invalidate"):
+        call = getattr(KeptTable, name)
+        monkeypatch.setattr(KeptTable, name, lambda *given, call=call, name=name: (calls.append(name), call(*given))[1])
+    take(memory, 4, 5, 6)
+    assert (calls, held(reader)) == (["invalidate"], [3])
+    memory.copied({each.slot: 1 for each in memory.take_stores().begun})
+    assert (calls, held(reader)) == (["invalidate", "publish"], [3, 4, 5, 6])
+    assert reader.counters()["evictions"] == 3
+
+
 def test_the_least_popular_gives_way_whether_it_was_asked_for_before_it_was_stored_or_after(tier):
     memory, reader = tier
     memory.asked(KEYS[[0, 1]])
