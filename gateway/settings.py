@@ -310,7 +310,10 @@ class Settings(OtherNodes, Tiers, SharedLimitSettings, SeveralModels):
         32 << 20, ge=0, description="cache of block keys of earlier prompts; a million keys take 19 MB"
     )
     text_cache_bytes_max: int = Field(
-        64 << 20, ge=0, description="cache of earlier texts (words and long prompts), kept verbatim to recognise them"
+        64 << 20,
+        ge=0,
+        description="cache of earlier texts (words and long prompts), kept verbatim to recognise them; tenants have equal"
+        " shares, of which there are 1, 2, 4, 8 or 16; a long prompt that does not fit into one is tokenised anew",
     )
     token_cache_bytes_max: int = Field(
         128 << 20, ge=0, description="cache of token ids of earlier texts; a million ids take 11 MB"

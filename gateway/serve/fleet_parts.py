@@ -102,7 +102,7 @@ def fleet_parts(given: GivenFleet, upstream: Upstream, tenants: Tenants) -> Flee
     models = ModelsCache(fleet, upstream)
     tables = TableDirectory(Path(given.found.table_dir), hold_seconds=HOLD_SECONDS)
     source = source_from_arguments(given.found.model, vllm_args)
-    tokens = TokenService(source, settings.token_cache_bytes_max, settings.text_cache_bytes_max, tenants=len(tenants))
+    tokens = TokenService(source, settings.token_cache_bytes_max, settings.text_cache_bytes_max, tenants=lambda: len(tenants))
     outliers = Outliers(settings.eject_failures_max, settings.eject_seconds_min, settings.eject_seconds_max)
     stores: tuple[tuple[StoreName, object], ...] = (("disk", settings.disk), ("vault", settings.vault))
     tiers = TierClient(settings.run_dir / SOCKET, [name for name, where in stores if where])

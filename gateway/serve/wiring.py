@@ -104,7 +104,7 @@ def build_door(settings: Settings, given: Sequence[GivenFleet], logs: Logs | Non
     upstream, access, (tenants, keys, limiter) = Upstream(settings), AdminAccess(settings.admin_key), _accounts(settings)
     parts = tuple(fleet_parts(each, upstream, tenants) for each in given)
     fleets = ServedFleets([each.served for each in parts])
-    bodies = _large_bodies(settings, parts, fleets, len(tenants))
+    bodies = _large_bodies(settings, parts, fleets, tenants)
     relay = Relay(
         settings, fleets=fleets, upstream=upstream, tenants=tenants, access=access, limiter=limiter, large_bodies=bodies
     )
@@ -168,13 +168,13 @@ def _figures(
     )
 
 
-def _large_bodies(settings: Settings, parts: Sequence[FleetParts], fleets: ServedFleets[Plan], tenants: int) -> LargeBodies:
+def _large_bodies(settings: Settings, parts: Sequence[FleetParts], fleets: ServedFleets[Plan], tenants: Tenants) -> LargeBodies:
     return LargeBodies(
         [(each.source, each.planner.prompts) for each in parts],
         workers=settings.large_body_workers,
         cache_bytes_max=settings.token_cache_bytes_max,
         texts_bytes_max=settings.text_cache_bytes_max,
-        tenants=tenants,
+        tenants=lambda: len(tenants),
         names=fleets.names if len(parts) > 1 else None,
     )
 

@@ -19,9 +19,6 @@ from gateway.tenants.keys import CLASSES, NORMAL, Key, Keys, digest_of
 from gateway.tenants.salts import given_salt, new_secret, salt_of
 from transport.table.quality import lossy_salt
 
-TENANTS_OF_A_FILE = 16
-"""So many are reckoned with where a keys file may add some at any time (prompts/tokenizer/tenant_encoders.py)."""
-
 
 @dataclass(frozen=True, slots=True)
 class TenantContext:
@@ -127,6 +124,8 @@ class Tenants:
                     raw = bytes.fromhex(digest)
                     found[raw] = _Entry(raw, context, min(ends, default=None), over)
         self._by_digest = found
+        live = [entry.context for entry in found.values() if not entry.over]
+        self._count = len({context.salt for context in (*live, *(context for _, context in self._entries))})
 
     def _secret(self) -> bytes:
         """What salts are made with; nothing is made for callers that have none."""
@@ -144,8 +143,8 @@ class Tenants:
         return self._keys
 
     def __len__(self) -> int:
-        """How many there may be; where nobody needs a key, the anonymous one."""
-        return len(self._entries) + (TENANTS_OF_A_FILE if self._keys is not None else 0) or 1
+        """How many there are with caches of their own; those whose keys have all been revoked do not count."""
+        return self._count
 
     def named(self, name: str) -> TenantContext | None:
         """Return the tenant of that name, None if there is none; without configured tenants "" names the anonymous one.

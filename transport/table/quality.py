@@ -23,6 +23,11 @@ def lossy_salt(salt: str) -> str:
     return salt + _SUFFIX
 
 
+def exact_salt(salt: str) -> str:
+    """Return the salt of a caller's exact cache, given that of either."""
+    return salt.removesuffix(_SUFFIX)
+
+
 def is_lossy_salt(salt: str | None) -> bool:
     """Whether a salt is that of a cache of KV that may have lost something."""
     return salt is not None and salt.endswith(_SUFFIX)

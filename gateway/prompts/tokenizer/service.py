@@ -6,8 +6,9 @@ models' classes change more than that: gateway/prompts/parity.py compares the re
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -63,7 +64,8 @@ class NotAtOnce(Exception):
 class TokenService:
     """Tokenises prompts and chats for one model. Its methods may be called from several threads.
 
-    Of what it has seen it remembers for each of the `tenants` apart, of whom there are so many; a tenant is named by its salt.
+    Of what it has seen it remembers for each tenant apart, named by its salt; `tenants` says how many there are, 0 where nobody
+    needs a key.
 
     The files may not be there yet when the service is made (an engine is still fetching the model): `load` is called again
     when a replica is ready. Until then every request raises NoTokenIds.
@@ -74,7 +76,7 @@ class TokenService:
         source: TokenizerSource,
         cache_bytes_max: int = CACHE_BYTES_MAX,
         texts_bytes_max: int = TEXTS_BYTES_MAX,
-        tenants: int = 1,
+        tenants: Callable[[], int] = lambda: 0,
     ) -> None:
         self._source = source
         self._cache_bytes_max = cache_bytes_max
@@ -121,9 +123,8 @@ class TokenService:
             _logger.warning("chats are steered by load alone: %s", error)
         try:
             make = EncoderMaker(tokenizer)
-            if self._tenants > 1:
-                freeze_words(tokenizer)
-            self._encoders = TenantEncoders(make, self._tenants, self._cache_bytes_max, self._texts_bytes_max)
+            sizes, freeze = (self._cache_bytes_max, self._texts_bytes_max), partial(freeze_words, tokenizer)
+            self._encoders = TenantEncoders(make, self._tenants, *sizes, freeze)
         except Exception as error:  # the tokenizers library raises the bare class: no unknown token where one is needed, say
             raise ModelFilesError(f"{files.tokenizer}: {error}") from error
         self._decoder = tokenizer

@@ -9,6 +9,7 @@ from threading import Lock
 from tokenizers import Tokenizer
 
 from gateway.prompts.tokenizer.encoder import Encoder
+from transport.table.quality import exact_salt
 
 TENANTS_KEPT_MAX = 16
 """Each has an equal share of the caches' bytes; of more tenants the one that was away for longest begins anew."""
@@ -22,31 +23,57 @@ MakeEncoder = Callable[[int, int], Encoder]
 class TenantEncoders:
     """Thread safe. `make` gives an encoder whose caches may hold so many bytes of ids and so many of texts.
 
-    `tenants` is how many there may be. The shares are fixed and not what others leave over, for that could be measured too:
-    what one tenant does changes another's share in nothing, and of more than TENANTS_KEPT_MAX tells only that others are there.
+    `tenants` says how many there are by the operator's settings, 0 where nobody needs a key. The shares depend on that alone,
+    and not on what others leave over, for that could be measured too: what one tenant does changes another's share in nothing,
+    and of more than TENANTS_KEPT_MAX tells only that others are there. There is a power of two of shares; when tenants become
+    more than that, all begin anew with smaller ones. `freeze` is called before the first of them.
     """
 
-    def __init__(self, make: MakeEncoder, tenants: int, cache_bytes_max: int, texts_bytes_max: int) -> None:
+    def __init__(
+        self,
+        make: MakeEncoder,
+        tenants: Callable[[], int],
+        cache_bytes_max: int,
+        texts_bytes_max: int,
+        freeze: Callable[[], None] = lambda: None,
+    ) -> None:
         self._make = make
-        self._kept_max = max(1, min(tenants, TENANTS_KEPT_MAX))
-        self._bytes = cache_bytes_max // self._kept_max, texts_bytes_max // self._kept_max
+        self._tenants = tenants
+        self._bytes_max = cache_bytes_max, texts_bytes_max
+        self._freeze = freeze
         self._encoders: OrderedDict[str, Encoder] = OrderedDict()
         self._lock = Lock()
-        self._only = make(*self._bytes) if tenants <= 1 else None
+        self._shares = 0
+        self._divide(tenants())
 
     def of(self, tenant: str) -> Encoder:
-        """Return the tenant's own encoder."""
-        if self._only is not None:
-            return self._only
+        """Return the encoder of a tenant, named by its salt: it has one, whether its caller accepts loss or not.
+
+        "" is everybody where nobody needs a key; else the gateway itself, whose few texts are in no tenant's share.
+        """
+        tenant = exact_salt(tenant)
         with self._lock:
+            if self._shares < TENANTS_KEPT_MAX and (count := self._tenants()) > self._shares:
+                self._divide(count)
+            if not tenant:
+                return self._of_nobody
             encoder = self._encoders.get(tenant)
             if encoder is None:
-                encoder = self._encoders[tenant] = self._make(*self._bytes)
-                if len(self._encoders) > self._kept_max:
+                encoder = self._encoders[tenant] = self._make(*self._share)
+                if len(self._encoders) > max(1, self._shares):
                     self._encoders.popitem(last=False)
             else:
                 self._encoders.move_to_end(tenant)
         return encoder
+
+    def _divide(self, tenants: int) -> None:
+        if tenants and not self._shares:
+            self._freeze()
+        self._shares = min(1 << (tenants - 1).bit_length(), TENANTS_KEPT_MAX) if tenants else 0
+        ids, texts = self._bytes_max
+        self._share = ids // max(1, self._shares), texts // max(1, self._shares)
+        self._encoders.clear()
+        self._of_nobody = self._make(*self._share)
 
 
 def freeze_words(tokenizer: Tokenizer) -> None:
@@ -54,9 +81,10 @@ def freeze_words(tokenizer: Tokenizer) -> None:
 
     A BPE keeps the first words that it meets in a cache of its own, which all who use it share.
     """
-    resize = getattr(tokenizer.model, "_resize_cache", None)
-    if resize is None:
+    resize, clear = (getattr(tokenizer.model, name, None) for name in ("_resize_cache", "_clear_cache"))
+    if resize is None or clear is None:
         return
+    clear()
     resize(2 * WORDS_KEPT)
     entries = sorted(tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda entry: entry[1])
     words = [text[1:] for text, _ in entries if text.startswith(_SPACES) and text[1:].isalpha()][:WORDS_KEPT]

@@ -26,7 +26,6 @@ class Setup(msgspec.Struct):
     sources: list[dict[str, Any]]
     cache_bytes_max: int
     texts_bytes_max: int
-    tenants: int
     memory_bytes_max: int
 
 
@@ -40,10 +39,14 @@ class OfFleet(msgspec.Struct):
 
 
 class Job(msgspec.Struct):
-    """A body of `size` bytes, which follow, for one of the `fleets`: the one with its model, or the first."""
+    """A body of `size` bytes, which follow, for one of the `fleets`: the one with its model, or the first.
+
+    It is from a `tenant`, named by its salt, of so many `tenants`.
+    """
 
     endpoint: Endpoint
     tenant: str
+    tenants: int
     size: int
     fleets: list[OfFleet]
 

@@ -55,7 +55,8 @@ class LargeBodies:
     """At most `workers` processes, each started when it is first needed. Belongs to one event loop.
 
     Bodies wait for one in turn, as the bytes that they are. `readers` are what reads the prompts of each fleet, with the same
-    tokenizer here and there; `names` gives the names of each fleet's models where there are several.
+    tokenizer here and there; `names` gives the names of each fleet's models where there are several. `tenants` says how many
+    there are, 0 where nobody needs a key.
     """
 
     def __init__(
@@ -65,12 +66,13 @@ class LargeBodies:
         workers: int,
         cache_bytes_max: int,
         texts_bytes_max: int,
-        tenants: int,
+        tenants: Callable[[], int] = lambda: 0,
         names: Callable[[], Sequence[Sequence[str]]] | None = None,
     ) -> None:
         sources = [dataclasses.asdict(source) for source, _ in readers]
-        self._setup = Setup(sources, cache_bytes_max, texts_bytes_max, tenants, memory_bytes_max(len(sources)))
+        self._setup = Setup(sources, cache_bytes_max, texts_bytes_max, memory_bytes_max(len(sources)))
         self._prompts = [prompts for _, prompts in readers]
+        self._tenants = tenants
         self._names = names or (lambda: [()] * len(readers))
         self._free = asyncio.Semaphore(workers)
         self._idle: list[asyncio.subprocess.Process] = []
@@ -79,7 +81,7 @@ class LargeBodies:
     async def read(self, endpoint: Endpoint, raw: bytes | bytearray, tenant: str) -> LargeBody:
         """What is known of a body of a tenant, named by its salt. Raises ApiError: the client's errors, and Unavailable."""
         fleets = [_of_fleet(prompts, names) for prompts, names in zip(self._prompts, self._names(), strict=True)]
-        job = Job(endpoint, tenant, len(raw), fleets)
+        job = Job(endpoint, tenant, self._tenants(), len(raw), fleets)
         await self._free.acquire()
         task = asyncio.create_task(self._work(job, raw))
         self._running.add(task)

@@ -42,8 +42,9 @@ def main() -> None:
     os.nice(NICENESS)
     sys.stdout = sys.stderr  # a library's output must not be taken for a frame
     setup = msgspec.msgpack.decode(_frame(source), type=Setup)
+    tenants = 0
     services = [
-        TokenService(TokenizerSource(**source), setup.cache_bytes_max, setup.texts_bytes_max, setup.tenants)
+        TokenService(TokenizerSource(**source), setup.cache_bytes_max, setup.texts_bytes_max, lambda: tenants)
         for source in setup.sources
     ]
     readers = [(tokens, PromptReader(tokens, 0, lambda: None)) for tokens in services]
@@ -51,6 +52,7 @@ def main() -> None:
     jobs = msgspec.msgpack.Decoder(Job)
     while frame := _frame(source):
         job = jobs.decode(frame)
+        tenants = job.tenants
         answer, parts = _answer(readers, job, _exactly(source, job.size))
         content = _encode(answer)
         sink.writelines((len(content).to_bytes(LENGTH_BYTES, "little"), content, *parts))

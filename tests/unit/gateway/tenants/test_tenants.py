@@ -139,4 +139,15 @@ def test_with_a_keys_file_nobody_calls_without_a_key_even_if_it_is_empty() -> No
     with pytest.raises(NotAuthenticated):
         tenants.authenticate(None)
     assert tenants.authenticate(b"Bearer the-admin-key").name == "admin"
-    assert len(tenants) > 1
+
+
+def test_those_who_have_caches_of_their_own_are_counted_once_each() -> None:
+    now = datetime(2027, 1, 1, tzinfo=UTC)
+    assert len(Tenants([])) == 0
+    found = [of_file("1", "a", "t"), of_file("2", "b", "t"), of_file("3", "c", "u"), of_file("4", "d", "gone", revoked=now)]
+    tenants = Tenants([], keys=keys(*found))
+    assert len(tenants) == 2
+    tenants.use(keys(*found, of_file("5", "e", "v", group="g"), of_file("6", "f", "w", group="g")))
+    assert len(tenants) == 3
+    tenants.configure([], SecretStr("the-admin-key"))
+    assert len(tenants) == 4

@@ -9,11 +9,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from gateway.prompts.tokenizer import encoder as encoders
+from gateway.prompts.tokenizer.encoder import Encoder
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TokenService
 from gateway.prompts.tokenizer.tenant_encoders import TENANTS_KEPT_MAX, TenantEncoders, freeze_words
 from tests.unit.gateway.prompts.tiny_model import make_model
 from tests.unit.gateway.prompts.tokenizer.tokenizer_kinds import tokenizer_of
+from transport.table.quality import lossy_salt
 
 VICTIM, PROBER = "salt of a", "salt of b"
 BATCH = 10
@@ -22,10 +24,21 @@ Cost = Callable[[Callable[[], object]], float]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
+class Sizes:
+    """Makes stand-ins for encoders; `made` are the bytes that each was given."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[int, int]] = []
+
+    def __call__(self, ids: int, texts: int) -> Encoder:
+        self.made.append((ids, texts))
+        return object()  # type: ignore[return-value]
+
+
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> TokenService:
     model = make_model(tmp_path_factory.mktemp("model"), tokenizer=tokenizer_of("Llama 3"))
-    made = TokenService(TokenizerSource(str(model)), tenants=2)
+    made = TokenService(TokenizerSource(str(model)), tenants=lambda: 2)
     assert made.load().loaded
     return made
 
@@ -136,25 +149,68 @@ def test_a_tokenizer_whose_words_are_frozen_remembers_no_others(frozen: bool) ->
     assert abs(found - 0.5) <= 0.08 if frozen else found > 0.65
 
 
-def test_one_tenant_alone_has_all_of_the_bytes() -> None:
-    asked: list[tuple[int, int]] = []
-    alone = TenantEncoders(lambda *sizes: asked.append(sizes), 1, 1000, 500)  # type: ignore[arg-type, return-value]
-    assert asked == [(1000, 500)]
-    assert alone.of("") is alone.of("anybody")
+def test_a_tenant_alone_has_all_of_the_bytes() -> None:
+    sizes = Sizes()
+    alone = TenantEncoders(sizes, lambda: 1, 1000, 500)
+    first = alone.of("a")
+    assert alone.of("a") is first is alone.of(lossy_salt("a"))
+    assert alone.of("b") is not first  # who came in the place of a
+    assert sizes.made == [(1000, 500)] * 3
+
+
+def test_where_nobody_needs_a_key_all_have_the_same_encoder() -> None:
+    sizes = Sizes()
+    everybody = TenantEncoders(sizes, lambda: 0, 1000, 500)
+    assert everybody.of("") is everybody.of(lossy_salt(""))
+    assert sizes.made == [(1000, 500)]
 
 
 def test_tenants_share_the_bytes_and_the_one_away_for_longest_begins_anew() -> None:
-    asked: list[tuple[int, int]] = []
-
-    def make(*sizes: int) -> object:
-        asked.append(sizes)  # type: ignore[arg-type]
-        return object()
-
-    many = TenantEncoders(make, 1000, 1600, 800)  # type: ignore[arg-type]
+    sizes = Sizes()
+    many = TenantEncoders(sizes, lambda: 1000, 1600, 800)
     first = many.of("0")
     kept = [many.of(str(number)) for number in range(TENANTS_KEPT_MAX)]
     assert kept[0] is first is many.of("0")
-    assert set(asked) == {(1600 // TENANTS_KEPT_MAX, 800 // TENANTS_KEPT_MAX)}
+    assert set(sizes.made) == {(1600 // TENANTS_KEPT_MAX, 800 // TENANTS_KEPT_MAX)}
     many.of("one more")
     assert many.of("0") is first
     assert many.of("1") is not kept[1]
+
+
+def test_when_tenants_become_more_than_the_shares_all_begin_anew_with_smaller_ones() -> None:
+    sizes, tenants = Sizes(), 1
+    shared = TenantEncoders(sizes, lambda: tenants, 1600, 800)
+    alone = shared.of("a")
+    tenants = 2
+    halves = shared.of("a"), shared.of("b")
+    assert alone not in halves
+    assert sizes.made[-2:] == [(800, 400)] * 2
+    tenants = 4
+    quarters = shared.of("a"), shared.of("b")
+    assert sizes.made[-2:] == [(400, 200)] * 2
+    tenants = 3  # one has left: nobody's share says so
+    assert (shared.of("a"), shared.of("b")) == quarters
+
+
+def test_the_gateways_own_texts_take_no_tenants_share() -> None:
+    shared = TenantEncoders(Sizes(), lambda: 1, 1000, 500)
+    first = shared.of("a")
+    assert shared.of("") is not first
+    assert shared.of("a") is first
+
+
+def test_words_are_frozen_before_the_first_tenant_has_an_encoder() -> None:
+    frozen, tenants = [], 0
+
+    def freeze() -> None:
+        frozen.append(tenants)
+
+    shared = TenantEncoders(Sizes(), lambda: tenants, 1000, 500, freeze)
+    before = shared.of("")
+    assert not frozen
+    tenants = 1
+    shared.of("a")
+    tenants = 8
+    shared.of("a")
+    assert frozen == [1]
+    assert shared.of("") is not before

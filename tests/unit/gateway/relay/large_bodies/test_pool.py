@@ -21,6 +21,7 @@ from gateway.prompts.tokenizer import encoder as encoders
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TextTooLong, TokenService
 from gateway.relay.large_bodies import pool
+from gateway.relay.large_bodies.messages import Job
 from gateway.relay.large_bodies.pool import LargeBodies
 from gateway.tenants.key_file import write_keys
 from gateway.tenants.keys import no_keys
@@ -43,7 +44,7 @@ class Place:
         assert self.tokens.load().loaded
         self.here = PromptReader(self.tokens, 1 << 20, lambda: None)
         self.here.parity = replace(self.here.parity, completions=EXACT, chat=EXACT, context_tokens=CONTEXT_TOKENS)
-        self.there = LargeBodies([(source, self.here)], workers=1, cache_bytes_max=1 << 20, texts_bytes_max=1 << 20, tenants=1)
+        self.there = LargeBodies([(source, self.here)], workers=1, cache_bytes_max=1 << 20, texts_bytes_max=1 << 20)
 
     @property
     def pids(self) -> list[int]:
@@ -106,7 +107,6 @@ async def test_of_several_models_the_one_that_is_named_reads_the_body(tmp_path: 
         workers=1,
         cache_bytes_max=1 << 20,
         texts_bytes_max=1 << 20,
-        tenants=1,
         names=lambda: [["tiny"], ["llama", "other"]],
     )
     try:
@@ -258,3 +258,20 @@ def test_a_long_text_has_the_same_ids_in_groups(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(encoders, "GROUP_CHARS", 10_000)
     for _ in range(4):  # then its pages are known
         assert grouped.encode(text).tolist() == expected
+
+
+async def test_a_process_hears_with_each_body_how_many_tenants_share_its_caches(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, heard, tenants = pool._asked, [], 1
+
+    async def hearing(process: Any, job: Job, raw: bytes | bytearray) -> Any:
+        heard.append(job.tenants)
+        return await asked(process, job, raw)
+
+    monkeypatch.setattr(pool, "_asked", hearing)
+    place.there._tenants = lambda: tenants
+    await place.read("completions", {"prompt": "hello there"})
+    tenants = 3
+    await place.read("completions", {"prompt": "hello there"})
+    assert heard == [1, 3]
