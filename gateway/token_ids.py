@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from array import array
 from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import overload
 
 import msgspec
 import numpy as np
+
+from transport.keys import raw_ids
 
 _encode = msgspec.json.Encoder().encode
 _BIG_ENDIAN = sys.byteorder == "big"
@@ -40,10 +41,7 @@ class TokenIds(Sequence[int]):
     @classmethod
     def of(cls, ids: Iterable[int]) -> TokenIds:
         """Return `ids` in this form. Raises TypeError for anything but integers, OverflowError for integers outside int32."""
-        numbers = array("i", ids)
-        if _BIG_ENDIAN:
-            numbers.byteswap()
-        return cls(numbers.tobytes())
+        return cls(raw_ids(ids if isinstance(ids, Sequence) else list(ids)))
 
     @classmethod
     def joined(cls, parts: Sequence[TokenIds]) -> TokenIds:
