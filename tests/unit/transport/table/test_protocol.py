@@ -33,6 +33,10 @@ class Interleaved:
         self.advance()
         return self.array[place].copy()
 
+    def take(self, places, axis=None):
+        self.advance()
+        return self.array.take(places, axis=axis)
+
 
 @dataclass
 class Case:
