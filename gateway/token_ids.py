@@ -10,7 +10,7 @@ from typing import overload
 import msgspec
 import numpy as np
 
-from transport.keys import raw_ids
+from transport.int32 import int32_bytes
 
 _encode = msgspec.json.Encoder().encode
 _BIG_ENDIAN = sys.byteorder == "big"
@@ -41,7 +41,7 @@ class TokenIds(Sequence[int]):
     @classmethod
     def of(cls, ids: Iterable[int]) -> TokenIds:
         """Return `ids` in this form. Raises TypeError for anything but integers, OverflowError for integers outside int32."""
-        return cls(raw_ids(ids if isinstance(ids, Sequence) else list(ids)))
+        return cls(int32_bytes(ids if isinstance(ids, Sequence) else list(ids)))
 
     @classmethod
     def joined(cls, parts: Sequence[TokenIds]) -> TokenIds:

@@ -12,8 +12,6 @@ group's mask laid over it. The first group's mask is 0: a model of one group has
 
 import hashlib
 import struct
-import sys
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -21,13 +19,13 @@ import numpy.typing as npt
 import xxhash
 
 from transport.groups import GROUPS_MAX
+from transport.int32 import int32_bytes
 
 KEY_BYTES = 16
 Keys = npt.NDArray[np.uint64]
 """Keys as an array of shape (n, 2) and dtype uint64: row i is the 16 bytes of key i."""
 
 Hash = Callable[[bytes], bytes]
-_MANY_IDS = 64
 
 
 def _sha256(data: bytes) -> bytes:
@@ -73,23 +71,6 @@ def hash_blocks(last: bytes, raw: bytes, block_size: int, hash_name: str = "xxh3
     return b"".join([last := hash_(last + block) for (block,) in struct.iter_unpack(f"{width}s", full)])
 
 
-def _many_ids(tokens: Sequence[int]) -> "array[int]":
-    """Return token ids as an array of int32, or of uint32 that int32 can hold: CPython fills that in a third of the time."""
-    try:
-        ids = array("I", tokens)
-    except OverflowError:  # a negative one, or one that is too large
-        return array("i", tokens)
-    return ids if np.frombuffer(ids, np.int32).min() >= 0 else array("i", tokens)
-
-
-def raw_ids(tokens: Sequence[int]) -> bytes:
-    """Return token ids as little-endian int32. Raises OverflowError for one outside int32, TypeError for what is no integer."""
-    ids = _many_ids(tokens) if len(tokens) >= _MANY_IDS else array("i", tokens)
-    if sys.byteorder == "big":
-        ids.byteswap()
-    return ids.tobytes()
-
-
 def as_keys(data: bytes) -> Keys:
     """Return keys of 16 bytes each as an array that cannot be written to."""
     return np.frombuffer(data, dtype="<u8").reshape(-1, 2)
@@ -126,7 +107,7 @@ class KeyChain:
 
         Raises OverflowError for an id outside int32 and TypeError for one that is no integer.
         """
-        raw = self._rest + raw_ids(tokens)
+        raw = self._rest + int32_bytes(tokens)
         width = self._block_size * 4
         full = len(raw) - len(raw) % width
         hash_, last, data = HASHES[self._hash_name], self._last, self._data

@@ -11,6 +11,7 @@ from engine.connector.sequence import Import, Sequence
 from engine.connector.step_messages import ImportReport, WorkerReport
 from engine.connector.vllm_groups import ModelGroups
 from transport.backends.base import ImportJob
+from transport.int32 import int32_array
 from transport.table.tiers import way
 from transport.table.writer import TableWriter
 
@@ -42,7 +43,7 @@ class Imports:
     def begin(self, sequence: Sequence, plan: Import, targets: list[int], now_ns: int) -> None:
         """Import the first blocks of `plan` into `targets`."""
         request_id, count = sequence.request.request_id, len(targets)
-        plan.target_blocks = np.array(targets, np.int32)
+        plan.target_blocks = int32_array(targets)
         plan.source_blocks, plan.states = plan.source_blocks[:count], plan.states[:count]
         self._under_way[request_id] = (sequence, plan)
         self._accounts.import_begun(sequence.account, plan.source, now_ns)
@@ -54,7 +55,7 @@ class Imports:
         """Make the workers report an import of `tokens` tokens as failed: it cannot begin without a source."""
         plain = self._groups.plain
         targets = block_ids[0][-(tokens // self._groups.unit) :] if plain else [block for ids in block_ids for block in ids]
-        blocks, count = np.array(targets, np.int32), len(targets)
+        blocks, count = int32_array(targets), len(targets)
         none, counts = np.zeros(count, np.int32), () if plain else tuple(map(len, block_ids))
         self._starting.append(ImportJob(request_id, "", 0, none, np.zeros(count, np.uint64), blocks, counts))
 
@@ -113,6 +114,8 @@ class Imports:
 
     def _good_tokens(self, plan: Import, report: ImportReport) -> int:
         """Return how many tokens it brought: of several groups all or none, as vLLM computes such a request from its begin."""
+        if not report.failed_blocks:
+            return plan.tokens if plan.counts else len(plan.target_blocks) * self._groups.unit
         targets = plan.target_blocks.tolist()
         good = next((place for place, block in enumerate(targets) if block in report.failed_blocks), len(targets))
         if plan.counts:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from engine.connector.sequence import NULL_BLOCK, Sequence
 from engine.connector.vllm_groups import ModelGroups
+from transport.int32 import int32_array
 from transport.keys import Keys, group_keys
 from transport.table.quality import CODED, LATER
 from transport.table.writer import TableWriter
@@ -35,7 +36,7 @@ class Offers:
         self._ratios = [
             (number, group.block_size // groups.unit) for number, group in enumerate(groups.groups) if group.kind != "state"
         ]
-        self._allocated = array("q", bytes(8 * table.layout.blocks))
+        self._allocated = np.zeros(table.layout.blocks, np.int64)
         self._leaving = leaving
         self._asked = asked
         self._coded: set[int] = set()  # blocks that came out of a codec with loss
@@ -46,11 +47,11 @@ class Offers:
         if blocks:
             if self._leaving is not None:
                 self._leaving(blocks)
-            for block in blocks:
-                self._allocated[block] = step
             if self._coded:
                 self._coded.difference_update(blocks)
-            self._table.count("evictions", self._table.invalidate(blocks))
+            ids = int32_array(blocks)
+            self._allocated[ids] = step
+            self._table.count("evictions", self._table.invalidate(ids))
 
     def imported(self, blocks: Blocks[int], states: npt.NDArray[np.uint64]) -> None:
         """`blocks` are copied from where these are the states of what they become."""
@@ -80,7 +81,7 @@ class Offers:
 
     def unchanged(self, blocks: Blocks[int], step: int) -> bool:
         """Tell whether all `blocks` still hold what they did when `step` was done."""
-        return all(self._allocated[block] <= step for block in blocks)
+        return bool((self._allocated[int32_array(blocks)] <= step).all())
 
     def publish(self, sequence: Sequence, full_keys: int, step: int, kept: Callable[[int], bool]) -> None:
         """Offer the blocks of a sequence's first `full_keys` keys, as far as `step` filled them and nobody has them since.
@@ -94,22 +95,21 @@ class Offers:
         if last <= first:
             return
         keys = sequence.keys(last)
-        last, allocated = min(last, len(keys)), self._allocated
+        last = min(last, len(keys))
         self._count(keys, first, last)
         for number, ratio in self._ratios:
             begin, end = first // ratio, last // ratio
             blocks = sequence.block_ids[number][begin:end]
             own = group_keys(keys[begin * ratio : end * ratio], number, ratio)
+            ids = int32_array(blocks)
+            ours = self._allocated[ids] <= step  # others were reallocated while the step was under way
             if self._groups.groups[number].kind != "full":
-                places = [
-                    at for at, block in enumerate(blocks) if block != NULL_BLOCK and allocated[block] <= step and kept(block)
-                ]
-                blocks, own = [blocks[place] for place in places], own[places]
-            elif any(allocated[block] > step for block in blocks):  # reallocated while the step was under way
-                places = [place for place, block in enumerate(blocks) if allocated[block] <= step]
-                blocks, own = [blocks[place] for place in places], own[places]
+                ours &= np.array([block != NULL_BLOCK and kept(block) for block in blocks], np.bool_)
+            if not ours.all():
+                ids, own = ids[ours], own[ours]
+                blocks = ids.tolist()
             self._mark(blocks, number)
-            self._table.publish(blocks, own, self._quality(sequence, blocks, sequence.block_ids[number][0]))
+            self._table.publish(ids, own, self._quality(sequence, blocks, sequence.block_ids[number][0]))
         sequence.published = last
 
     def _count(self, keys: Keys, first: int, last: int) -> None:

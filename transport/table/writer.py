@@ -7,12 +7,14 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from transport.errors import TableError
+from transport.int32 import int32_array
 from transport.keys import Keys
 from transport.table import liveness
 from transport.table.deliveries import Delivery
@@ -42,6 +44,8 @@ from transport.table.waiting_area import WaitingArea
 _COUNTER_INDEX = {name: index for index, name in enumerate(COUNTERS)}
 _ONE = np.uint64(1)
 _QUALITY = np.uint64(QUALITY)
+Blocks = Sequence[int] | npt.NDArray[np.integer[Any]]
+"""Block ids; as an array they are taken as they are."""
 
 
 class TableWriter:
@@ -117,16 +121,16 @@ class TableWriter:
         found: list[int] = (self._states[np.asarray(blocks, np.int64)] & _QUALITY).tolist()
         return found
 
-    def publish(self, blocks: Sequence[int], keys: Keys, quality: int | npt.NDArray[np.uint64] = 0) -> None:
+    def publish(self, blocks: Blocks, keys: Keys, quality: int | npt.NDArray[np.uint64] = 0) -> None:
         """Offer `blocks`, all different, under `keys`, shape (len(blocks), 2): their content is complete until `invalidate`.
 
         `quality` are the bits of `quality.py`, of all blocks or of each; 0: exact.
         """
-        ids = np.asarray(blocks, np.int64)
+        ids = _ids(blocks)
         offered = self._states[ids] & _ONE == 0
         if offered.any():
             same = offered & (self._keys[ids] == keys).all(axis=1)
-            self.invalidate(ids[offered & ~same].tolist())
+            self.invalidate(ids[offered & ~same])
             lost = same & ~self._indexed(ids, keys)
             self._index_add(ids[lost], keys[lost])
             ids, keys = ids[~same], keys[~same]
@@ -139,40 +143,46 @@ class TableWriter:
         self._words[VALID_OFFSET // 8] += len(ids)
         self.count("published_blocks", len(ids))
 
-    def invalidate(self, blocks: Sequence[int]) -> int:
+    def invalidate(self, blocks: Blocks) -> int:
         """Withdraw `blocks` before their memory is written again; return how many had been on offer."""
-        ids = np.unique(np.asarray(blocks, np.int64))
+        ids = _ids(blocks)
         ids = ids[self._states[ids] & _ONE == 0]
         if len(ids):
+            ids, _ = np.unique(
+                ids, return_index=True
+            )  # sorts; without the index numpy 2.3 hashes, which takes four times as long
             self._states[ids] += _ONE
             fence()
-            buckets = self._keys[ids, 0] & self._mask
-            rows = self._index[buckets] == (ids + 1)[:, None]
-            found = rows.any(axis=1)
-            self._index[buckets[found], rows[found].argmax(axis=1)] = 0
+            buckets = (self._keys[ids, 0] & self._mask).view(np.int64)
+            way, found = _first(self._index.take(buckets, axis=0) == (ids + 1)[:, None])
+            self._index[buckets[found], way[found]] = 0
             self._words[VALID_OFFSET // 8] -= len(ids)
             self._journal.note(ids)
         return len(ids)
 
     def clear(self) -> int:
         """Withdraw every block; return how many had been on offer."""
-        return self.invalidate(np.flatnonzero(self._states & _ONE == 0).tolist())
+        return self.invalidate(np.flatnonzero(self._states & _ONE == 0))
 
     def _indexed(self, ids: npt.NDArray[np.int64], keys: Keys) -> npt.NDArray[np.bool_]:
-        entered: npt.NDArray[np.bool_] = (self._index[keys[:, 0] & self._mask] == (ids + 1)[:, None]).any(axis=1)
-        return entered
+        buckets = (keys[:, 0] & self._mask).view(np.int64)
+        return _first(self._index.take(buckets, axis=0) == (ids + 1)[:, None])[1]
 
     def _index_add(self, ids: npt.NDArray[np.int64], keys: Keys) -> None:
         """Enter blocks in their buckets; if one is full, `_displaced` says which entry makes room."""
-        buckets = keys[:, 0] & self._mask
+        buckets = (keys[:, 0] & self._mask).view(np.int64)
         while len(ids):
-            _, first = np.unique(buckets, return_index=True)  # one per bucket each time around
-            free = self._index[buckets[first]] == 0
-            way = free.argmax(axis=1)
-            for place in np.flatnonzero(~free.any(axis=1)).tolist():
-                way[place] = self._displaced(int(buckets[first[place]]), int(ids[first[place]]))
-            self._index[buckets[first], way] = ids[first] + 1
-            ids, buckets = np.delete(ids, first), np.delete(buckets, first)
+            first: Any = (
+                slice(1) if len(ids) == 1 else np.unique(buckets, return_index=True)[1]
+            )  # one per bucket each time around
+            some, into = ids[first], buckets[first]
+            way, found = _first(self._index.take(into, axis=0) == 0)
+            for place in np.flatnonzero(~found).tolist():
+                way[place] = self._displaced(int(into[place]), int(some[place]))
+            self._index[into, way] = some + 1
+            left = np.ones(len(ids), np.bool_)
+            left[first] = False
+            ids, buckets = ids[left], buckets[left]
 
     def _displaced(self, bucket: int, block: int) -> int:
         """Return which entry of a full bucket makes room for `block`: one whose key another entry has too, if there is one.
@@ -237,6 +247,16 @@ class TableWriter:
             if os.stat(self.path).st_ino == os.fstat(self._lock).st_ino:
                 os.unlink(self.path)
         self._forget()
+
+
+def _first(rows: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Return the place of the first that is true in each of the rows, and whether any is."""
+    place = rows.argmax(axis=1)
+    return place, rows[np.arange(len(rows)), place]
+
+
+def _ids(blocks: Blocks) -> npt.NDArray[np.int64]:
+    return (blocks if isinstance(blocks, np.ndarray) else int32_array(blocks)).astype(np.int64)
 
 
 def _forget_in_child(table: "weakref.ref[TableWriter]") -> None:

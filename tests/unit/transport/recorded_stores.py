@@ -18,6 +18,9 @@ class RecordedStores:
     def __getitem__(self, place: Any) -> Any:
         return self.own[place]
 
+    def take(self, places: Any, axis: int | None = None) -> Any:
+        return self.own.take(places, axis=axis)
+
     def __setitem__(self, place: Any, value: Any) -> None:
         self.own[place] = value
         written = self.own.reshape(-1)
