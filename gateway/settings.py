@@ -387,6 +387,8 @@ class Settings(OtherNodes, Tiers, SharedLimitSettings, SeveralModels):
     def _check(self) -> Self:
         if len(os.fsencode(self.run_dir)) > RUN_DIR_BYTES_MAX:
             raise ValueError(f"run_dir: longer than the {RUN_DIR_BYTES_MAX} bytes that fit into the path of a unix socket")
+        if self.host_memory_dir is not None and "auto" in (self.host_memory, *(one.host_memory for one in self.models)):
+            raise ValueError("host_memory_dir: give host_memory a size, as files of another size are begun anew")
         if (self.tls_cert is None) is not (self.tls_key is None):
             raise ValueError("tls_cert, tls_key: give both or none")
         for what in ("name", "api_key"):

@@ -23,6 +23,11 @@ class Tiers(BaseSettings):
         description="memory, such as 16GiB, that keeps what left the KV caches, for all replicas;"
         " auto: a quarter of what is free at the start; 0: none",
     )
+    host_memory_dir: AbsolutePath | None = Field(
+        _ENGINE["host_memory_dir"],
+        description="directory in shared memory, such as /dev/shm/kept, in whose files host memory outlives a restart of"
+        " everything but the machine; unset: it ends with peerkv",
+    )
     disk: AbsolutePath | None = Field(
         _ENGINE["disk"], description="directory that keeps what leaves host memory, also across restarts; unset: none"
     )

@@ -188,7 +188,8 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         count = min(BLOCKS_MAX, *(each.count for each in slots))
         if self._writer_lock < 0:
             self._writer_lock = become_only_writer(kept.region)
-        table = KeptTable(self._table_dir, description, groups.unit, count, Path(kept.draft))
+        second_name = Path(kept.second_name) if kept.second_name else None
+        table = KeptTable(self._table_dir, description, groups.unit, count, Path(kept.draft), second_name)
         _logger.info("%s stores up to %d blocks in host memory, %d are there", self._replica, count, table.valid())
         return table
 

@@ -153,7 +153,8 @@ class Host:
         """Tell a replica what memory is kept for it, if any is."""
         if spawn.host_memory_bytes:
             try:
-                spawn.env[VARIABLE] = encode_kept(self._memories.keep(spawn.name, spawn.host_memory_bytes))
+                named = Path(spawn.host_memory_dir) if spawn.host_memory_dir else None
+                spawn.env[VARIABLE] = encode_kept(self._memories.keep(spawn.name, spawn.host_memory_bytes, named))
             except OSError as error:
                 log.error("%s has no host memory: %s", spawn.name, error)
 

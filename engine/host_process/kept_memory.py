@@ -1,7 +1,7 @@
 """Memory that the replica host keeps for the replicas' host-memory tiers: it outlives them, and ends with the host.
 
 It has no name: replicas open it as /proc/<pid>/fd/<fd>, so nothing is left behind however the host ends. Pages are taken from
-the system when something is stored in them.
+the system when something is stored in them. With a directory it is in named files there instead (named_memory.py).
 """
 
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from engine.host_process.named_memory import open_named_memory
 from transport.backends.shared_memory import region_of
 from transport.table import liveness
 from transport.table.layout import Region
@@ -19,11 +20,15 @@ VARIABLE = "PEERKV_KEPT_MEMORY"
 
 
 class KeptMemory(msgspec.Struct, frozen=True):
-    """What process `pid` keeps for a replica: memory, and an empty file that it has locked, from which the table is made."""
+    """What process `pid` keeps for a replica: memory, and an empty file that it has locked, from which the table is made.
+
+    Named memory is no process's, so `pid` is 0; its table gets a second name, that of a file from which a later host has it.
+    """
 
     pid: int
     region: Region
     draft: str
+    second_name: str = ""
 
 
 class KeptMemories:
@@ -31,27 +36,38 @@ class KeptMemories:
 
     def __init__(self, table_dir: Path) -> None:
         self._table_dir = table_dir
-        self._memory: dict[str, tuple[int, Region]] = {}
+        self._memory: dict[str, tuple[tuple[int, ...], Region, str]] = {}
         self._locks: dict[str, list[int]] = {}
         self._drafts = 0
 
-    def keep(self, name: str, size: int) -> KeptMemory:
-        """Return what is kept for the replica `name`: the memory of its first start, `size` bytes. Raises OSError."""
+    def keep(self, name: str, size: int, directory: Path | None = None) -> KeptMemory:
+        """Return what is kept for the replica `name`: the memory of its first start, `size` bytes, in files of `directory` if
+        one is given. Raises OSError."""
         if name not in self._memory:
-            fd = os.memfd_create(f"peerkv-{name}", os.MFD_CLOEXEC)
-            os.ftruncate(fd, size)
-            self._memory[name] = (fd, region_of(fd, size))
+            self._memory[name] = self._open(name, size, directory)
         self._release(name)
         self._drafts += 1
         draft = self._table_dir / f".{host_memory_of(name)}.{os.getpid()}.{self._drafts}"
         lock = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         liveness.claim(lock)
         self._locks.setdefault(name, []).append(lock)
-        return KeptMemory(os.getpid(), self._memory[name][1], str(draft))
+        _, region, second_name = self._memory[name]
+        return KeptMemory(0 if second_name else os.getpid(), region, str(draft), second_name)
+
+    def _open(self, name: str, size: int, directory: Path | None) -> tuple[tuple[int, ...], Region, str]:
+        if directory is None:
+            fd = os.memfd_create(f"peerkv-{name}", os.MFD_CLOEXEC)
+            os.ftruncate(fd, size)
+            return (fd,), region_of(fd, size), ""
+        named = open_named_memory(directory, name, size, self._table_dir)
+        if named.table >= 0:
+            self._locks.setdefault(name, []).append(named.table)
+        return named.descriptors, named.region, str(named.second_name)
 
     def descriptors(self) -> tuple[int, ...]:
         """Return all that is open here: a forked replica must close them, or the tables would outlive the host."""
-        return (*(fd for fd, _ in self._memory.values()), *(lock for locks in self._locks.values() for lock in locks))
+        memory = (fd for fds, _, _ in self._memory.values() for fd in fds)
+        return (*memory, *(lock for locks in self._locks.values() for lock in locks))
 
     def _release(self, name: str) -> None:
         """Let go of the files that are gone, and remove the drafts that no replica made a table of."""

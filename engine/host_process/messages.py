@@ -16,6 +16,7 @@ class Spawn(msgspec.Struct, tag="spawn", tag_field="op", frozen=True):
     log: str
     log_bytes_max: int
     host_memory_bytes: int = 0  # kept for its host-memory tier; 0: none
+    host_memory_dir: str = ""  # in files of this directory; empty: without a name
     program: bool = False  # no replica: `argv` is a whole command line in any host
 
 

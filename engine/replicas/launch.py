@@ -55,6 +55,7 @@ class EngineSettings(RestartPolicy):
     hash_name: str = "xxh3_128"
     pin_share_max: float = 0.25  # of a replica's KV cache, for pinned prefixes
     host_memory: int = 0  # bytes of all replicas together, for blocks that left their KV caches; 0: none
+    host_memory_dir: Path | None = None  # where it is kept in named files, which outlive everything; None: without a name
     disk: Path | None = None  # a directory that keeps what host memory does not; None: none
     disk_bytes: int = 10 << 30
     disk_ttl_seconds: float = 0.0  # 0: without end

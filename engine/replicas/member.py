@@ -28,7 +28,7 @@ class Member:
         self.overdue_until = 0.0  # of the event loop's clock: until then requests of it are known to be overdue
         self._interval_seconds = settings.health_interval_seconds
         self._log_bytes_max = settings.log_bytes_max
-        self._host_memory_bytes = settings.host_memory_bytes_each
+        self._host_memory = (settings.host_memory_bytes_each, str(settings.host_memory_dir or ""))
         self._log_start = 0
 
     @property
@@ -45,7 +45,7 @@ class Member:
         """Return the command to start it; what it logs from here on belongs to this run."""
         at = self.launch
         self._log_start = log_size(Path(at.log))
-        return Spawn(at.name, at.argv, at.env, at.socket, at.scratch, at.log, self._log_bytes_max, self._host_memory_bytes)
+        return Spawn(at.name, at.argv, at.env, at.socket, at.scratch, at.log, self._log_bytes_max, *self._host_memory)
 
     def run_log(self) -> list[str]:
         """Return the last lines that this run logged."""

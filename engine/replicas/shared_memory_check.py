@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.fleet import FleetError
+from engine.host_process.named_memory import named_bytes, prepare
 from engine.replicas.launch import CPU_KV_BYTES, EngineSettings
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -25,6 +26,10 @@ class HostMemoryTooLarge(FleetError):
     """More host memory is asked for than there is; the message says how much that is."""
 
 
+class HostMemoryDirRefused(FleetError):
+    """Host memory cannot be kept in files of the directory that was asked for; the message says why."""
+
+
 def check_room(*fleets: EngineSettings) -> None:
     """Raise SharedMemoryTooSmall if even an empty file system could not hold the KV of all fleets' replicas.
 
@@ -42,9 +47,19 @@ def check_room(*fleets: EngineSettings) -> None:
 
 
 def check_host_memory(*fleets: EngineSettings) -> None:
-    """Raise HostMemoryTooLarge if the host memory of all fleets is more than is free: its pages are taken one by one, later."""
+    """Raise HostMemoryTooLarge if the host memory of all fleets is more than is free: its pages are taken one by one, later.
+
+    What named files took at an earlier start counts as free. Raises HostMemoryDirRefused if there can be none.
+    """
     asked = sum(each.host_memory_bytes_each * each.replicas for each in fleets)
-    if asked > (free := free_bytes()):
+    free = free_bytes()
+    for directory, table_dir in {each.host_memory_dir: each.table_dir for each in fleets if each.host_memory_dir}.items():
+        try:
+            prepare(directory, table_dir)
+        except OSError as error:
+            raise HostMemoryDirRefused(f"host_memory_dir {directory}: {error.strerror}") from error
+        free += named_bytes(directory)
+    if asked > free:
         raise HostMemoryTooLarge(f"host_memory asks for {asked >> 20} MiB, and {free >> 20} MiB are free here: ask for less")
 
 

@@ -43,6 +43,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     "caches, and steering by them": {
         "imports": "no",
         "host_memory": "16GiB",
+        "host_memory_dir": "/dev/shm/kept",
         "disk": "/var/cache/peerkv",
         "disk_bytes": "500GiB",
         "disk_ttl_seconds": "604800",
@@ -113,6 +114,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
 """Names of settings by group, each with an example; that of a switch is "yes" or "no"."""
 OF_REPLICAS = frozenset({**GROUPS["replicas"], **GROUPS["other nodes"]}) - {"startup_seconds_max"} | {
     "host_memory",
+    "host_memory_dir",
     "disk",
     "disk_bytes",
     "disk_ttl_seconds",

@@ -3,6 +3,7 @@
 import mmap
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -30,10 +31,21 @@ def words(tiered) -> Words:
 
 
 @pytest.fixture(scope="module")
-def tiered() -> Iterator[Fleet]:
-    """A fleet with small KV caches and much host memory."""
-    host_memory, key = ("--host-memory", "400MiB"), ONE.api_key.get_secret_value()
-    with running(Fleet(CONFIG, flags=host_memory, vllm_args=(*VLLM_ARGS, *SMALL), key=key)) as fleet:
+def files() -> Iterator[Path]:
+    """A directory in shared memory."""
+    with tempfile.TemporaryDirectory(prefix="peerkv-kept-", dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+def fleet_of(files: Path) -> Fleet:
+    """A fleet with small KV caches and much host memory, in named files."""
+    flags = ("--host-memory", "400MiB", "--host-memory-dir", str(files))
+    return Fleet(CONFIG, flags=flags, vllm_args=(*VLLM_ARGS, *SMALL), key=ONE.api_key.get_secret_value())
+
+
+@pytest.fixture(scope="module")
+def tiered(files) -> Iterator[Fleet]:
+    with running(fleet_of(files)) as fleet:
         yield fleet
 
 
@@ -133,6 +145,17 @@ def test_a_killed_engines_blocks_are_restored_by_others_and_then_by_itself(tiere
 def test_it_says_what_it_keeps(tiered):
     assert "host memory 400 MiB" in Path(tiered.home / "peerkv.log").read_text()
     assert tier_stats(tiered)["blocks"] * tier_stats(tiered)["bytes"] > 0
+
+
+def test_after_everything_was_started_anew_named_files_give_it_back(tiered, words, files):
+    """The last test of `tiered`: it ends that."""
+    prompt = words.ids(LENGTH)
+    tiered.answer(prompt, replica="replica-0")
+    local = tiered.answer(prompt, replica="replica-0")
+    push_out(tiered, words, "replica-0")
+    assert tiered.stop() == 0
+    with running(fleet_of(files)) as fleet, restoring(fleet, "replica-1", "host_memory"):
+        assert fleet.answer(prompt, replica="replica-1").close_to(local, 1e-4)
 
 
 def test_states_are_restored_and_outlive_their_engine(tmp_path):

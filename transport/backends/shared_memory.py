@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
@@ -29,11 +30,14 @@ SLICE_SECONDS = 0.010
 PIECE_BYTES_MAX = 4 << 20
 
 
-class _Handle(msgspec.Struct, frozen=True):
+class _Handle(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Memory behind a descriptor of a process, or, with a `path`, a file, whoever has it open."""
+
     pid: int
     fd: int
     device: int
     inode: int
+    path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +207,12 @@ def region_of(fd: int, size: int) -> Region:
     return Region(msgspec.json.encode(_Handle(os.getpid(), fd, found.st_dev, found.st_ino)).decode(), size)
 
 
+def named_region(path: Path, size: int) -> Region:
+    """Return how others open the first `size` bytes of a file: the same from every process. Raises OSError."""
+    found = os.stat(path, follow_symlinks=False)
+    return Region(msgspec.json.encode(_Handle(0, -1, found.st_dev, found.st_ino, str(path))).decode(), size)
+
+
 def _checked(memory: Memory, reader: BlockSource, maps: tuple[mmap.mmap, ...]) -> _Checked:
     """Return the blocks of memory with checksums. Raises MemoryUnreachable if they do not lie as `Checksums` says."""
     sums = memory.checksums
@@ -234,13 +244,17 @@ def open_region(region: Region, *, writable: bool = False) -> int:
     try:
         handle = msgspec.json.decode(region.handle, type=_Handle)
         mode = os.O_RDWR if writable else os.O_RDONLY
-        fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", mode | os.O_CLOEXEC)
+        if handle.path:
+            fd = os.open(handle.path, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
+        else:
+            fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", mode | os.O_CLOEXEC)
     except (msgspec.MsgspecError, OSError) as error:
         raise MemoryUnreachable(f"shared memory of another replica: {error}; share the PID namespace and the user") from error
     found = os.fstat(fd)
     if (found.st_dev, found.st_ino) != (handle.device, handle.inode) or not 0 < region.size <= found.st_size:
         os.close(fd)
-        raise MemoryUnreachable(f"process {handle.pid} no longer holds the memory that its table names")
+        holder = handle.path or f"process {handle.pid}"
+        raise MemoryUnreachable(f"{holder} no longer holds the memory that its table names")
     return fd
 
 

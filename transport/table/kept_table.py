@@ -35,13 +35,23 @@ _ONE = np.uint64(1)
 class KeptTable(TableWriter):
     """`draft` is an empty file that its keeper has locked, in the same directory: it becomes the table if there is none yet.
 
+    With a `second_name`, a path on the same file system, a table that is made is to be had by that as well, for a later keeper.
     A table of the same description under the keeper's lock is taken over with all it offers; any other is withdrawn and
     replaced. The caller sees to it that there is one writer. Raises TableError if the draft is not as described, OSError if
     memory is short.
     """
 
-    def __init__(self, directory: Path, description: Description, block_size: int, blocks: int, draft: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        description: Description,
+        block_size: int,
+        blocks: int,
+        draft: Path,
+        second_name: Path | None = None,
+    ) -> None:
         self._draft = draft
+        self._second_name = second_name
         super().__init__(directory, description, block_size, blocks)
 
     def _open(self, directory: Path, description: Description, block_size: int, encoded: bytes) -> None:
@@ -60,6 +70,9 @@ class KeptTable(TableWriter):
             os.close(fd)
         self._fill(block_size, encoded)
         os.rename(self._draft, self.path)
+        if self._second_name is not None:
+            self._second_name.unlink(missing_ok=True)
+            os.link(self.path, self._second_name)
 
     def _take_over(self, block_size: int, encoded: bytes) -> bool:
         """Go on with the table that is there, if it is one of ours; withdraw what any other offers."""

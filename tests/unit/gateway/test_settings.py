@@ -227,6 +227,13 @@ def test_host_memory_is_given_with_its_unit(given: object, size: int) -> None:
     assert engine_settings(load({"host_memory": given}), model="m", devices=()).host_memory == size
 
 
+def test_files_of_host_memory_need_a_size_that_stays() -> None:
+    kept = engine_settings(load({"host_memory": "1GiB", "host_memory_dir": "/dev/shm/kept"}), model="m", devices=())
+    assert kept.host_memory_dir == Path("/dev/shm/kept")
+    with pytest.raises(SettingsError, match="host_memory_dir: give host_memory a size"):
+        load({"host_memory": "auto", "host_memory_dir": "/dev/shm/kept"})
+
+
 @pytest.mark.parametrize("given", ["-1", "-1GiB", "much", "16 elephants", True])
 def test_host_memory_that_is_no_size_is_refused(given: object) -> None:
     with pytest.raises(SettingsError) as raised:

@@ -13,6 +13,7 @@ import pytest
 from engine.replicas import shared_memory_check
 from engine.replicas.launch import CPU_KV_BYTES, EngineSettings
 from engine.replicas.shared_memory_check import (
+    HostMemoryDirRefused,
     HostMemoryTooLarge,
     SharedMemoryTooSmall,
     check_host_memory,
@@ -117,3 +118,18 @@ def test_free_memory_is_the_machines_or_what_the_control_group_leaves(
         (tmp_path / "memory.current").write_text(used + "\n")
         (tmp_path / "memory.stat").write_text(f"anon 7\ninactive_file {cached}\nactive_file 3\n")
     assert free_bytes(tmp_path / "meminfo", tmp_path) == free
+
+
+def test_named_host_memory_takes_what_it_took_before_and_its_directory_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = tmp_path / "files"
+    asked = replace(CPU, table_dir=tmp_path / "tables", host_memory=4 << 20, host_memory_dir=files)
+    monkeypatch.setattr(shared_memory_check, "free_bytes", lambda: 1 << 20)
+    with pytest.raises(HostMemoryTooLarge, match="asks for 4 MiB, and 1 MiB are free"):
+        check_host_memory(asked)
+    (files / "replica-0.memory").write_bytes(bytes(3 << 20))
+    check_host_memory(asked)
+    files.chmod(0o755)
+    with pytest.raises(HostMemoryDirRefused, match=r"host_memory_dir .*/files: it must be a directory of yours"):
+        check_host_memory(asked)

@@ -1,0 +1,125 @@
+"""Host memory in named files: what was stored is there for the next keeper, unless anything about it is in doubt."""
+
+import os
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from engine.host_process import named_memory
+from engine.host_process.named_memory import named_bytes
+from tests.unit.engine.keeper import Keeper
+from tests.unit.transport.table_fixtures import description
+from transport.backends.shared_memory import map_region
+from transport.keys import chain_keys, root_key
+from transport.table.kept_table import KeptTable
+from transport.table.reader import TableReader
+from transport.table.tiers import host_memory_of
+
+NAME, SIZE = "replica-0", 1 << 16
+KEYS = chain_keys(root_key(b"f" * 16), range(16), 4)
+
+
+class Start:
+    """One start of everything: block tables in a directory of its own, `files` those that stay."""
+
+    def __init__(self, place: Path, number: int, size: int = SIZE, **about: object) -> None:
+        self.table_dir = place / f"tables-{number}"
+        self.table_dir.mkdir()
+        self.keeper = Keeper(self.table_dir)
+        self.kept = self.keeper.keep(NAME, size, place / "files")
+        self.table = self.make_table(**about)
+
+    def make_table(self, **about: object) -> KeptTable:
+        """As a replica does, at each of its starts."""
+        told = description(host_memory_of(NAME), **about)
+        return KeptTable(self.table_dir, told, 4, 4, Path(self.kept.draft), Path(self.kept.second_name))
+
+    def store(self) -> None:
+        with map_region(self.kept.region, writable=True) as memory:
+            memory[:5] = b"block"
+        self.table.publish([2], KEYS[:1])
+
+    def end(self) -> None:
+        """As at the end of everything: its tables are removed."""
+        self.keeper.end()
+        for path in self.table_dir.iterdir():
+            path.unlink()
+
+    def held(self) -> bool:
+        with closing(TableReader(self.table.path)) as reader:
+            return reader.alive() and bool(reader.look_up(KEYS[:1])[0].any())
+
+
+@pytest.fixture
+def first(tmp_path):
+    start = Start(tmp_path, 1)
+    start.store()
+    start.end()
+    return start
+
+
+def test_what_was_stored_is_there_after_a_restart_of_everything_and_after_one_more(first, tmp_path):
+    for number in (2, 3):
+        again = Start(tmp_path, number)
+        assert again.held()
+        with map_region(again.kept.region) as memory:
+            assert memory[:5] == b"block"
+        assert again.kept.region == first.kept.region
+        again.end()
+
+
+def test_a_replica_that_starts_again_meanwhile_goes_on_with_it(first, tmp_path):
+    again = Start(tmp_path, 2)
+    again.kept = again.keeper.keep(NAME, SIZE, tmp_path / "files")
+    again.table = again.make_table()
+    assert again.held()
+
+
+def test_of_another_model_nothing_is_believed_and_its_own_is_there_after_the_next_restart(first, tmp_path):
+    other = Start(tmp_path, 2, fields={"weights": "w2"})
+    assert not other.held()
+    other.store()
+    other.end()
+    assert Start(tmp_path, 3, fields={"weights": "w2"}).held()
+
+
+def test_of_another_size_or_another_start_of_the_machine_nothing_is_believed(first, tmp_path, monkeypatch):
+    larger = Start(tmp_path, 2, size=2 * SIZE)
+    assert not larger.held()
+    larger.store()
+    larger.end()
+    (tmp_path / "boot").write_text("another")
+    monkeypatch.setattr(named_memory, "BOOT_ID", tmp_path / "boot")
+    assert not Start(tmp_path, 3, size=2 * SIZE).held()
+
+
+def test_files_in_use_are_refused(tmp_path):
+    using = Start(tmp_path, 1)
+    with pytest.raises(BlockingIOError, match="another peerkv keeps host memory of replica-0 there"):
+        Start(tmp_path, 2)
+    using.store()
+    using.end()
+    assert Start(tmp_path, 3).held()
+
+
+def test_memory_that_there_is_not_is_refused_and_not_found_out_by_a_signal(tmp_path, monkeypatch):
+    def full(fd: int, begin: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        Start(tmp_path, 1)
+
+
+def test_the_directory_must_be_ours_alone_and_in_the_memory_of_the_tables(tmp_path):
+    (tmp_path / "open").mkdir(mode=0o755)
+    with pytest.raises(PermissionError, match="nobody else can enter"):
+        named_memory.prepare(tmp_path / "open", tmp_path)
+    with pytest.raises(OSError, match=r"must be on the file system of the block tables, /proc/self"):
+        named_memory.prepare(tmp_path / "files", Path("/proc/self"))
+
+
+def test_what_the_files_take_is_told(first, tmp_path):
+    assert named_bytes(tmp_path / "files") >= SIZE
+    assert named_bytes(tmp_path / "none") == 0
