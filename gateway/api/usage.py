@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 import msgspec
 
@@ -18,7 +17,7 @@ _CACHED = re.compile(rb'"cached_tokens": ?(\d+)')
 _COMPLETION = re.compile(rb'"completion_tokens": ?(\d+)')
 
 
-class Usage(NamedTuple):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of all prompts of a request, and of all its choices; of the prompts' those that the engine had cached."""
 
     prompt_tokens: int

@@ -40,7 +40,7 @@ class Shortage(NamedTuple):
     spent: bool = False
 
 
-class Rate(NamedTuple):
+class Rate(msgspec.Struct, frozen=True, gc=False):
     """A limit as clients see it: so much, so much of it left, and so many seconds until all of it is."""
 
     limit: int
@@ -58,22 +58,24 @@ class AccountState(msgspec.Struct):
 
 
 class Account:
-    """`running` requests are under way, and may come to `held_tokens`. Call `roll` before the rest, with the same `now`."""
+    """`running` requests are under way, and may come to `held_tokens`. Call `roll` before the rest, with the same `now`, unless
+    that was done in the same `second`.
+    """
 
-    __slots__ = ("_second", "held_tokens", "running", "state")
+    __slots__ = ("held_tokens", "running", "second", "state")
 
     def __init__(self, state: AccountState | None = None) -> None:
         self.state = AccountState() if state is None else state
         self.running = 0
         self.held_tokens = 0
-        self._second = -1
+        self.second = -1
 
     def roll(self, now: float) -> None:
         """Forget what no longer counts: minutes, days and months end with a second, so once in each is enough."""
         second, state = int(now), self.state
-        if second == self._second:
+        if second == self.second:
             return
-        self._second = second
+        self.second = second
         state.requests.roll(now)
         state.tokens.roll(now)
         if now >= state.day.ends or now < state.day.ends - 86400:
@@ -89,59 +91,66 @@ class Account:
         most = limits.requests_per_minute
         if most is not None and (used := state.requests.total) >= most:
             return Shortage(Limit.REQUESTS_PER_MINUTE, most, used, 1, state.requests.frees(used + 1 - most, now))
-        for limit, most, budget in self._budgets(limits):
-            if budget.spent >= most:
-                return Shortage(limit, most, budget.spent, 1, budget.ends - now, spent=True)
+        most = limits.tokens_per_day
+        if most is not None and (used := state.day.spent) >= most:
+            return Shortage(Limit.TOKENS_PER_DAY, most, used, 1, state.day.ends - now, spent=True)
+        most = limits.tokens_per_month
+        if most is not None and (used := state.month.spent) >= most:
+            return Shortage(Limit.TOKENS_PER_MONTH, most, used, 1, state.month.ends - now, spent=True)
         return None
 
     def token_shortage(self, limits: KeyLimits, asked: int, now: float) -> Shortage | None:
         """What keeps a request of `asked` tokens from being served."""
-        held = self.held_tokens
+        state, held = self.state, self.held_tokens
         most = limits.tokens_in_flight_max
         if most is not None and held + asked > most:
             return Shortage(Limit.TOKENS_IN_FLIGHT, most, held, asked, SOON_SECONDS if asked <= most else None)
-        most, window = limits.tokens_per_minute, self.state.tokens
+        most, window = limits.tokens_per_minute, state.tokens
         if most is not None and (used := window.total + held) + asked > most:
             seconds = max(window.frees(used + asked - most, now), SOON_SECONDS) if asked <= most else None
             return Shortage(Limit.TOKENS_PER_MINUTE, most, used, asked, seconds)
-        for limit, most, budget in self._budgets(limits):
-            if (used := budget.spent + held) + asked > most:
-                if budget.spent + asked <= most:  # only others stand in the way, and may come to less
-                    return Shortage(limit, most, used, asked, SOON_SECONDS)
-                return Shortage(limit, most, used, asked, budget.ends - now if asked <= most else None, spent=True)
+        most = limits.tokens_per_day
+        if most is not None and state.day.spent + held + asked > most:
+            return self._budget_shortage(Limit.TOKENS_PER_DAY, most, state.day, asked, now)
+        most = limits.tokens_per_month
+        if most is not None and state.month.spent + held + asked > most:
+            return self._budget_shortage(Limit.TOKENS_PER_MONTH, most, state.month, asked, now)
         return None
 
     def charge(self, tokens: int, now: float) -> int:
         """Count tokens as used; returns the second that they are counted in: that of the last `roll` if `now` is before it."""
         self.state.day.spent += tokens
         self.state.month.spent += tokens
-        return self.state.tokens.add(tokens, max(now, self._second))
+        return self.state.tokens.add(tokens, max(now, self.second))
 
     def request_rate(self, limits: KeyLimits, now: float) -> Rate | None:
         """Of the limits on requests the one with the least left; None without any."""
-        found = None
-        most, window = limits.requests_per_minute, self.state.requests
-        if most is not None:
-            found = Rate(most, max(0, most - window.total), window.empties(now))
+        limit, left, reset = limits.requests_per_minute, 0, 0.0
+        if limit is not None:
+            window = self.state.requests
+            left, reset = limit - window.total, window.empties(now)
         most = limits.requests_in_flight_max
-        if most is not None and (found is None or most - self.running < found.remaining):
-            found = Rate(most, max(0, most - self.running), SOON_SECONDS if self.running else 0.0)
-        return found
+        if most is not None and (limit is None or most - self.running < left):
+            limit, left, reset = most, most - self.running, SOON_SECONDS if self.running else 0.0
+        return None if limit is None else Rate(limit, max(0, left), reset)
 
     def token_rate(self, limits: KeyLimits, now: float) -> Rate | None:
         """Of the limits on tokens the one with the least left; None without any."""
-        found, held = None, self.held_tokens
-        most, window = limits.tokens_per_minute, self.state.tokens
-        if most is not None:
-            reset = max(window.empties(now), SOON_SECONDS if held else 0.0)
-            found = Rate(most, max(0, most - window.total - held), reset)
+        state, held = self.state, self.held_tokens
+        waits = SOON_SECONDS if held else 0.0
+        limit, left, reset = limits.tokens_per_minute, 0, waits
+        if limit is not None:
+            left, reset = limit - state.tokens.total - held, max(state.tokens.empties(now), waits)
         most = limits.tokens_in_flight_max
-        if most is not None and (found is None or most - held < found.remaining):
-            found = Rate(most, max(0, most - held), SOON_SECONDS if held else 0.0)
-        for _, most, budget in self._budgets(limits):
-            if found is None or most - budget.spent - held < found.remaining:
-                found = Rate(most, max(0, most - budget.spent - held), budget.ends - now)
-        return found
+        if most is not None and (limit is None or most - held < left):
+            limit, left, reset = most, most - held, waits
+        most = limits.tokens_per_day
+        if most is not None and (limit is None or most - state.day.spent - held < left):
+            limit, left, reset = most, most - state.day.spent - held, state.day.ends - now
+        most = limits.tokens_per_month
+        if most is not None and (limit is None or most - state.month.spent - held < left):
+            limit, left, reset = most, most - state.month.spent - held, state.month.ends - now
+        return None if limit is None else Rate(limit, max(0, left), reset)
 
     def used(self, limit: Limit) -> int:
         """What counts towards a limit now."""
@@ -155,10 +164,8 @@ class Account:
             Limit.TOKENS_PER_MONTH: state.month.spent + held,
         }[limit]
 
-    def _budgets(self, limits: KeyLimits) -> list[tuple[Limit, int, Budget]]:
-        found = []
-        if limits.tokens_per_day is not None:
-            found.append((Limit.TOKENS_PER_DAY, limits.tokens_per_day, self.state.day))
-        if limits.tokens_per_month is not None:
-            found.append((Limit.TOKENS_PER_MONTH, limits.tokens_per_month, self.state.month))
-        return found
+    def _budget_shortage(self, limit: Limit, most: int, budget: Budget, asked: int, now: float) -> Shortage:
+        used = budget.spent + self.held_tokens
+        if budget.spent + asked <= most:  # only others stand in the way, and may come to less
+            return Shortage(limit, most, used, asked, SOON_SECONDS)
+        return Shortage(limit, most, used, asked, budget.ends - now if asked <= most else None, spent=True)

@@ -22,7 +22,9 @@ LATE_KEPT_MAX = 4096
 
 class Reservation(msgspec.Struct, eq=False):
     """One request's part of its account. `tokens` are held; `second`, `day` and `month` are where they were charged, once
-    the reservation has run out. `shared`: a server of several gateways has counted it ("there"), or could not ("here")."""
+    the reservation has run out. `shared`: a server of several gateways has counted it ("there"), or could not ("here").
+    `account` is the key's in the book.
+    """
 
     id: int
     key: Key
@@ -33,6 +35,7 @@ class Reservation(msgspec.Struct, eq=False):
     day: int = 0
     month: int = 0
     shared: Literal["", "here", "there"] = ""
+    account: Account | None = None
 
 
 class LimitBook:
@@ -42,6 +45,7 @@ class LimitBook:
         self._seconds = reservation_seconds
         self._accounts: dict[str, Account] = {}
         self._open: dict[int, Reservation] = {}  # in the order in which they run out
+        self._none_expires_before = 0.0
         self._late: dict[int, Reservation] = {}
         self._numbers = itertools.count(1)
 
@@ -58,12 +62,14 @@ class LimitBook:
         found = self._accounts.get(key.name)
         if found is None:
             found = self._accounts[key.name] = Account()
-        found.roll(now)
+        if int(now) != found.second:
+            found.roll(now)
         return found
 
     def begin(self, key: Key, now: float) -> Reservation | Shortage:
         """Count a request and hold its place; its tokens follow with `hold`."""
-        self.expire(now)
+        if now >= self._none_expires_before:
+            self.expire(now)
         account = self.account(key, now)
         short = account.request_shortage(key, now)
         if short is not None:
@@ -71,7 +77,7 @@ class LimitBook:
         account.running += 1
         number = next(self._numbers)
         began = account.state.requests.add(1, now)
-        made = self._open[number] = Reservation(number, key, 0, began, now + self._seconds)
+        made = self._open[number] = Reservation(number, key, 0, began, now + self._seconds, account=account)
         return made
 
     def hold(self, number: int, tokens: int, now: float) -> Shortage | None:
@@ -79,7 +85,7 @@ class LimitBook:
         made = self._open.get(number)
         if made is None or made.tokens:
             return None
-        account = self.account(made.key, now)
+        account = self._of(made, now)
         short = account.token_shortage(made.key, tokens, now)
         if short is None:
             made.tokens = tokens
@@ -90,8 +96,9 @@ class LimitBook:
         """The request ended and used so many tokens. False if it was settled or withdrawn before: nothing changes then."""
         made = self._open.pop(number, None)
         if made is not None:
-            account = self.account(made.key, now)
-            self._release(made, account)
+            account = self._of(made, now)
+            account.running -= 1
+            account.held_tokens -= made.tokens
             account.charge(tokens, now)
             return True
         made = self._late.pop(number, None)
@@ -112,8 +119,9 @@ class LimitBook:
         made = self._open.pop(number, None)
         if made is None:
             return False
-        account = self.account(made.key, now)
-        self._release(made, account)
+        account = self._of(made, now)
+        account.running -= 1
+        account.held_tokens -= made.tokens
         account.state.requests.take_back(made.began, 1)
         return True
 
@@ -122,15 +130,18 @@ class LimitBook:
         while self._open:
             number, made = next(iter(self._open.items()))
             if made.expires_at > now:
-                break
+                self._none_expires_before = made.expires_at
+                return
             del self._open[number]
-            account = self.account(made.key, now)
-            self._release(made, account)
+            account = self._of(made, now)
+            account.running -= 1
+            account.held_tokens -= made.tokens
             made.second = account.charge(made.tokens, now)
             made.day, made.month = account.state.day.period, account.state.month.period
             self._late[number] = made
             if len(self._late) > LATE_KEPT_MAX:
                 del self._late[next(iter(self._late))]
+        self._none_expires_before = now + self._seconds
 
     def keep(self, names: Iterable[str]) -> None:
         """Forget the accounts of all other keys, unless requests of theirs are under way."""
@@ -148,6 +159,10 @@ class LimitBook:
         self._accounts = {name: Account(each) for name, each in state.items()}
 
     @staticmethod
-    def _release(made: Reservation, account: Account) -> None:
-        account.running -= 1
-        account.held_tokens -= made.tokens
+    def _of(made: Reservation, now: float) -> Account:
+        """The account of a reservation that is held: it is not forgotten meanwhile."""
+        account = made.account
+        assert account is not None
+        if int(now) != account.second:
+            account.roll(now)
+        return account

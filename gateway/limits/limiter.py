@@ -6,13 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import lru_cache
+from math import ceil
+
+import msgspec
 
 from gateway.errors import ApiError
 from gateway.limits.account import Limit, Rate, Shortage
 from gateway.limits.book import LimitBook, Reservation
 from gateway.limits.prices import Prices, Usage
 from gateway.limits.refusals import refusal
-from gateway.limits.shapes import KeyUse, LimitUse, TenantUse
+from gateway.limits.shapes import KeyUse, LimitUse, TenantUse, by_limit
 from gateway.limits.shared.shared_limits import SharedLimits
 from gateway.limits.state_file import StateFile
 from gateway.tenants.keys import Key, Keys
@@ -23,6 +27,11 @@ DEFECT_SECONDS = 60.0
 TENANTS_SHOWN_MAX = 256
 OTHERS = "(others)"
 """Stands for the tenants beyond TENANTS_SHOWN_MAX, which no tenant's name can be."""
+DURATIONS_KEPT = 1024
+_REQUESTS, _TOKENS = (
+    b"x-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n" % (kind, kind, kind)
+    for kind in (b"requests", b"tokens")
+)
 _logger = logging.getLogger(__name__)
 
 
@@ -48,7 +57,7 @@ class Limiter:
         self._file = file
         self.shared = shared
         self._clock = clock
-        self._uses: dict[str, TenantUse] = {}
+        self._uses: dict[str, _Use] = {}
         self._changed = False
         if file is not None:
             self.book.restore(file.open())
@@ -106,11 +115,12 @@ class Limiter:
             account, now = known
             requests = _less(account.request_rate(key, now), requests)
             tokens = _less(account.token_rate(key, now), tokens)
-        return _lines(b"requests", requests) + _lines(b"tokens", tokens)
+        return _lines(_REQUESTS, requests) + _lines(_TOKENS, tokens)
 
     def uses(self) -> list[TenantUse]:
         """What each tenant used, with its keys that have limits."""
-        now, found = self._clock(), {name: use.model_copy(update={"keys": []}) for name, use in self._uses.items()}
+        now = self._clock()
+        found = {name: TenantUse(tenant=name, **msgspec.structs.asdict(use)) for name, use in self._uses.items()}
         keys = self._keys()
         for key in keys.keys if keys is not None else ():
             if key.is_limited and key.revoked is None:
@@ -169,12 +179,23 @@ class Limiter:
         self.count_refusal(key, short.limit)
         return refusal(key.name, short, assumed)
 
-    def _use(self, key: Key) -> TenantUse:
+    def _use(self, key: Key) -> _Use:
         use = self._uses.get(key.tenant)
         if use is None:
             name = key.tenant if len(self._uses) < TENANTS_SHOWN_MAX else OTHERS
-            use = self._uses.setdefault(name, TenantUse(tenant=name))
+            use = self._uses.setdefault(name, _Use())
         return use
+
+
+class _Use(msgspec.Struct):
+    """The counts of a TenantUse, cheap to change."""
+
+    requests: int = 0
+    uncached_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    charged_tokens: int = 0
+    refused: dict[str, int] = msgspec.field(default_factory=by_limit)
 
 
 async def _for_ever(what: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -192,22 +213,18 @@ def _less(first: Rate | None, second: Rate | None) -> Rate | None:
     return second if first is None or (second is not None and second.remaining < first.remaining) else first
 
 
-def _lines(kind: bytes, rate: Rate | None) -> bytes:
-    if rate is None:
-        return b""
-    reset = _duration(rate.reset_seconds)
-    return b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n" % (
-        *(kind, rate.limit, kind, rate.remaining),
-        *(kind, reset),
-    )
+def _lines(form: bytes, rate: Rate | None) -> bytes:
+    return b"" if rate is None else form % (rate.limit, rate.remaining, _duration(rate.reset_seconds))
 
 
 def _duration(seconds: float) -> bytes:
     """As OpenAI writes them: 20ms, 7s, 6m0s, 23h59m59s."""
-    if seconds < 1:
-        return b"%dms" % round(seconds * 1000)
-    whole = int(-(-seconds // 1))
-    hours, minutes = whole // 3600, whole // 60 % 60
+    return b"%dms" % round(seconds * 1000) if seconds < 1 else _whole_seconds(ceil(seconds))
+
+
+@lru_cache(DURATIONS_KEPT)
+def _whole_seconds(seconds: int) -> bytes:
+    hours, minutes = seconds // 3600, seconds // 60 % 60
     if hours:
-        return b"%dh%dm%ds" % (hours, minutes, whole % 60)
-    return b"%dm%ds" % (minutes, whole % 60) if minutes else b"%ds" % whole
+        return b"%dh%dm%ds" % (hours, minutes, seconds % 60)
+    return b"%dm%ds" % (minutes, seconds % 60) if minutes else b"%ds" % seconds

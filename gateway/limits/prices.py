@@ -5,10 +5,12 @@ from __future__ import annotations
 from math import ceil
 from typing import NamedTuple
 
+import msgspec
+
 _DIGITS = 6  # beyond that a product of prices is no more than rounding
 
 
-class Usage(NamedTuple):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one request, of all its prompts and choices."""
 
     uncached_tokens: int = 0
@@ -25,4 +27,5 @@ class Prices(NamedTuple):
     def charge(self, usage: Usage) -> int:
         """What a request counts for, in whole tokens, rounded up."""
         priced = usage.cached_tokens * self.cached_token + usage.generated_tokens * self.generated_token
-        return usage.uncached_tokens + ceil(round(priced, _DIGITS))
+        whole = int(priced)
+        return usage.uncached_tokens + (whole if whole == priced else ceil(round(priced, _DIGITS)))

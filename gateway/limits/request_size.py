@@ -51,11 +51,11 @@ def size_of(
     traits = ENDPOINTS[endpoint]
     if traits.work == "counts":
         return RequestSize(0, 0, {})
-    prompts = prompt.tokens * (prompt.prompts if prompt.certain else 1)
+    tokens, count, certain = prompt
+    prompts = tokens * count if certain else tokens
     if context_tokens is not None:
-        prompts = min(prompts, context_tokens * prompt.prompts)
-        prompt = prompt._replace(tokens=min(prompt.tokens, context_tokens))
-    if not traits.generates:
+        prompts, tokens = min(prompts, context_tokens * count), min(tokens, context_tokens)
+    if traits.work != "generates":
         return RequestSize(prompts, 0, {})
     choices = 1 if endpoint in _ONE_CHOICE else _number(body, "n", limits.n_max) or 1
     name = traits.bound
@@ -68,12 +68,12 @@ def size_of(
         if limits.max_tokens_max is not None:
             answer = min(answer, limits.max_tokens_max)
         if context_tokens is not None and endpoint != "completions":
-            left = max(1, context_tokens - prompt.tokens)
+            left = max(1, context_tokens - tokens)
             # A bound on the prompt says little of what is left: the engine would refuse an answer that does not fit.
-            answer = min(answer, left) if prompt.certain else min(answer, max(left, context_tokens // 4))
+            answer = min(answer, left) if certain else min(answer, max(left, context_tokens // 4))
         if limits.bounds_tokens:
             changes[traits.bound] = answer
-    return RequestSize(prompts, answer * choices * prompt.prompts, changes)
+    return RequestSize(prompts, answer * choices * count, changes)
 
 
 def _number(body: Mapping[str, Any], name: str, most: int | None) -> int | None:

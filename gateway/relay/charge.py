@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from gateway.api.endpoints import Endpoint
@@ -14,6 +15,8 @@ from gateway.limits.refusals import NoSuchModel
 from gateway.limits.request_size import PromptSize, RequestSize, size_of
 from gateway.relay.request_record import RequestRecord
 from gateway.tenants.keys import Key
+
+_NOTHING = RequestSize(0, 0, {})
 
 
 class Charge:
@@ -29,10 +32,10 @@ class Charge:
         self._key = key
         self._transaction = transaction
         self._record = record
-        self._size = RequestSize(0, 0, {})
+        self._size = _NOTHING
         self._event_tokens = 1
         self._assumed: int | None = None
-        transaction.more_lines = lambda: limiter.header_lines(key)
+        transaction.more_lines = partial(limiter.header_lines, key)
         self._reservation = limiter.begin(key)
         transaction.on_end = self.settle
 
@@ -73,12 +76,18 @@ class Charge:
             self._event_tokens = interval or 1
         return changes
 
+    @property
+    def has_to_agree(self) -> bool:
+        """Whether several gateways share limits."""
+        return self._limiter.shared is not None
+
     async def agree(self) -> None:
         """Where several gateways share limits, have the others' requests counted too. Raises ApiError."""
         await self._limiter.agree(self._reservation, self._assumed)
 
     def settle(self) -> None:
         """The request has ended, or its whole answer is about to be sent. Only the first call counts."""
+        self._transaction.on_end = None
         self._limiter.settle(self._reservation, self._usage())
 
     def _usage(self) -> Usage:
@@ -104,7 +113,8 @@ class Charge:
 
 def _check_types(body: dict[str, Any]) -> None:
     """vLLM takes 1 and "true" for true, and "5" for 5; what is charged depends on these. Raises InvalidRequest."""
-    if type(body.get("stream")) not in (bool, type(None)):
+    stream = body.get("stream")
+    if stream is not None and type(stream) is not bool:
         raise InvalidRequest("'stream' must be true or false.", param="stream", code="invalid_type")
     interval = body.get("stream_interval")
     if interval is not None and (type(interval) is not int or interval < 1):
@@ -113,5 +123,8 @@ def _check_types(body: dict[str, Any]) -> None:
 
 def _computed(attempt: Attempt, prompt_tokens: int) -> int | None:
     """Of a prompt's tokens those that the engine computed, as its records in the ledger say; None without one."""
-    records = [delivery for delivery in attempt.deliveries if delivery.scheduled_ns]
-    return min(prompt_tokens, sum(delivery.computed_tokens for delivery in records)) if records else None
+    computed = None
+    for delivery in attempt.deliveries:
+        if delivery.scheduled_ns:
+            computed = (computed or 0) + delivery.computed_tokens
+    return None if computed is None else min(prompt_tokens, computed)

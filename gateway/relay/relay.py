@@ -254,7 +254,7 @@ class Relay(Generic[PlanT]):
             wanted = self._keeper(served, body["previous_response_id"], owner, wanted)
         read = await served.planner.read(endpoint, body, tenant, wanted_replica=wanted, known=known)
         bounds = None if charge is None else self._reserve(charge, served, endpoint, body, read)
-        if charge is not None:
+        if charge is not None and charge.has_to_agree:
             await charge.agree()
         if served.ranked and traits.takes_priority:
             bounds = {**(bounds or {}), "priority": tenant.rank}

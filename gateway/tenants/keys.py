@@ -74,14 +74,25 @@ class KeyLimits(BaseModel):
     @property
     def bounds_tokens(self) -> bool:
         """Whether there is a limit on tokens, so that it has to be known beforehand how many a request may come to."""
-        per_time = (self.tokens_per_minute, self.tokens_per_day, self.tokens_per_month)
-        return any(most is not None for most in (*per_time, self.tokens_in_flight_max, self.max_tokens_max))
+        return (
+            self.tokens_per_minute is not None
+            or self.tokens_per_day is not None
+            or self.tokens_per_month is not None
+            or self.tokens_in_flight_max is not None
+            or self.max_tokens_max is not None
+        )
 
     @property
     def is_counted(self) -> bool:
         """Whether requests or tokens have to be counted, beside what a single request may ask for."""
-        per_time = (self.requests_per_minute, self.tokens_per_minute, self.tokens_per_day, self.tokens_per_month)
-        return any(most is not None for most in (*per_time, self.requests_in_flight_max, self.tokens_in_flight_max))
+        return (
+            self.requests_per_minute is not None
+            or self.tokens_per_minute is not None
+            or self.tokens_per_day is not None
+            or self.tokens_per_month is not None
+            or self.requests_in_flight_max is not None
+            or self.tokens_in_flight_max is not None
+        )
 
 
 class Key(KeyLimits):

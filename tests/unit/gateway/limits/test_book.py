@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.limits.account import Limit, Shortage
+from gateway.limits.account import Limit, Rate, Shortage
 from gateway.limits.book import LATE_KEPT_MAX, LimitBook, Reservation
 from gateway.tenants.keys import Key
 from tests.unit.gateway.limits.limited_keys import limited
@@ -146,12 +146,12 @@ def test_the_rate_that_is_shown_is_the_one_with_the_least_left() -> None:
     book = LimitBook(3600)
     key = limited(requests_per_minute=100, requests_in_flight_max=2, tokens_per_minute=1000, tokens_per_day=500)
     account = book.account(key, NOW)
-    assert account.request_rate(key, NOW) == (2, 2, 0.0)
-    assert account.token_rate(key, NOW) == (500, 500, DAY_ENDS - NOW)
+    assert account.request_rate(key, NOW) == Rate(2, 2, 0.0)
+    assert account.token_rate(key, NOW) == Rate(500, 500, DAY_ENDS - NOW)
     made = begun(book, key)
     book.hold(made.id, 100, NOW)
-    assert account.request_rate(key, NOW) == (2, 1, 1.0)
-    assert account.token_rate(key, NOW) == (500, 400, DAY_ENDS - NOW)
-    assert account.token_rate(limited(tokens_per_minute=200), NOW) == (200, 100, 1.0)
+    assert account.request_rate(key, NOW) == Rate(2, 1, 1.0)
+    assert account.token_rate(key, NOW) == Rate(500, 400, DAY_ENDS - NOW)
+    assert account.token_rate(limited(tokens_per_minute=200), NOW) == Rate(200, 100, 1.0)
     assert account.request_rate(limited(), NOW) is None
     assert account.token_rate(limited(), NOW) is None
