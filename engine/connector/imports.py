@@ -82,6 +82,16 @@ class Imports:
             ended.append(entry[1])
         return ended
 
+    def checked(self, report: WorkerReport) -> list[tuple[Sequence, int]]:
+        """Return of which requests more leading blocks are good than before, on all workers, and how many tokens they hold."""
+        found = []
+        for request_id, blocks in report.checked.items() if report.workers == self._ranks else ():
+            sequence, plan = self._under_way.get(request_id, (None, None))
+            if sequence is not None and plan is not None and plan.entered < blocks and not plan.counts:
+                plan.entered = blocks
+                found.append((sequence, plan.begin + blocks * self._groups.unit))
+        return found
+
     def forget(self) -> None:
         """Settle none of the imports that are under way now."""
         self._under_way.clear()

@@ -28,7 +28,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from engine.connector import compat, fingerprint_fields
 from engine.connector.pins import unpin_before_reset
-from engine.connector.scheduler import SchedulerHalf
+from engine.connector.scheduler import CacheBlocks, SchedulerHalf
 from engine.connector.step_messages import Handshake, StepMetadata, WorkerReport
 from engine.connector.vllm_groups import GroupNotHandled, ModelGroups, model_groups
 from engine.connector.worker import WorkerHalf
@@ -75,6 +75,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._kv_caches: dict[str, Any] = {}
         self._groups: ModelGroups | None = None
         self._bound: Any = None
+        self._cache_blocks: CacheBlocks | None = None
         # a failed import must be computed, not reported to the client; vLLM reads this after it made the connector
         vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
         _end_with_parent()
@@ -160,6 +161,8 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         )
         if self._bound is not None:
             self._scheduler.bind_pool(self._bound)
+        if self._cache_blocks is not None:
+            self._scheduler.bind_cache(self._cache_blocks)
         _logger.info("%s shares KV blocks under %s: %s", self._replica, self._table_dir, status)
 
     def _open_tier(
@@ -193,11 +196,17 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         _logger.info("%s stores up to %d blocks in host memory, %d are there", self._replica, count, table.valid())
         return table
 
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        self._cache_blocks = kv_cache_manager.cache_blocks
+        super().bind_kv_cache_manager(kv_cache_manager)  # which binds the block pool
+
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         self._bound = gpu_block_pool
         self._guard("make way for resets", lambda: unpin_before_reset(gpu_block_pool, self._unpin), None)
         if self._scheduler is not None:
             self._guard("bind the block pool", lambda: self._half.bind_pool(gpu_block_pool), None)
+            if self._cache_blocks is not None:
+                self._half.bind_cache(self._cache_blocks)
 
     def _unpin(self) -> None:
         if self._scheduler is not None:

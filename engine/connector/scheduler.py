@@ -34,6 +34,10 @@ from transport.table.writer import TableWriter
 
 GroupBlocks = Blocks[Blocks[int]]
 """Block ids, a list for each KV cache group, in vLLM's order."""
+CacheBlocks = Callable[[Any, int], None]
+"""vLLM's `KVCacheManager.cache_blocks`: enters the blocks of a request's first tokens, those that it has not entered yet."""
+_IMPORTING = "WAITING_FOR_REMOTE_KVS"
+"""vLLM's status of a request that has blocks and waits for what fills them."""
 
 
 @dataclass(slots=True)
@@ -89,6 +93,7 @@ class SchedulerHalf:
         self._clock_ns = clock_ns
         self._pool: BlockPool | None = None
         self._pool_map: Any = None
+        self._cache_blocks: CacheBlocks | None = None
         if self._stored is None:
             self._offers = Offers(table, groups)
         else:
@@ -108,6 +113,10 @@ class SchedulerHalf:
         self._pool = pool
         self._pool_map = pool.cached_block_hash_to_block
         self._pins.bind_pool(pool)
+
+    def bind_cache(self, cache_blocks: CacheBlocks) -> None:
+        """Remember how vLLM enters the blocks of a request in its prefix cache."""
+        self._cache_blocks = cache_blocks
 
     def arrived(self, request: Any) -> None:
         """Take note of a request that vLLM was given."""
@@ -268,11 +277,23 @@ class SchedulerHalf:
                 if sequence.pin is not None and end >= sequence.account.prompt_tokens:
                     self._pin(sequence, sequence.pin, step, now_ns)
             self._accounts.computed(prompts, now_ns)
+        if report.checked:
+            self._enter(report)
         ended = self._imports.settle(report, now_ns)
         if self._stored is not None:
             self._stored.read(ended)
             self._stored.copied(report.copied, report.lost)
         self._tell()
+
+    def _enter(self, report: WorkerReport) -> None:
+        """Have vLLM enter the blocks that are good in its prefix cache while the rest of an import is on its way.
+
+        vLLM does that when an import has ended, before the step that everybody waits for, and then has only the rest to enter.
+        """
+        self._notice_reset()
+        for sequence, tokens in self._imports.checked(report):
+            if self._cache_blocks is not None and str(sequence.request.status) == _IMPORTING:
+                self._cache_blocks(sequence.request, tokens)
 
     def finished(self, request_id: str, *, aborted: bool = False) -> None:
         """Forget a request; what its last step computed is still offered when that step is reported."""

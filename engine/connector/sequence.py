@@ -21,7 +21,8 @@ NULL_BLOCK = 0
 class Import:
     """An import that is planned or under way, from table `source` in `epoch`: `begin` tokens that we hold become `end`.
 
-    `counts` tells how many of the blocks are of each KV cache group; empty if the model has one, of full attention.
+    `counts` tells how many of the blocks are of each KV cache group; empty if the model has one, of full attention. `entered`
+    are the leading blocks that vLLM may already use.
     """
 
     source: str
@@ -33,6 +34,7 @@ class Import:
     counts: tuple[int, ...] = ()
     target_blocks: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     ranks_done: int = 0
+    entered: int = 0
 
     @property
     def tokens(self) -> int:

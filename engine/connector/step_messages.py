@@ -56,7 +56,8 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """Workers to scheduler: the work of `step` is done; the imports that ended, by request id, and on how many ranks.
 
     `unmapped`: the KV memory that was shared is gone, as after vLLM's sleep. `copied`: the slots of host memory that are done
-    with, and on how many ranks; those that are `lost` were not filled on all.
+    with, and on how many ranks; those that are `lost` were not filled on all. `checked`: how many leading blocks of imports
+    under way are good on all of the `workers` that report together.
     """
 
     step: int
@@ -65,12 +66,16 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     unmapped: bool = False
     copied: dict[int, int] = field(default_factory=dict)
     lost: frozenset[int] = frozenset()
+    checked: dict[str, int] = field(default_factory=dict)
+    workers: int = 1
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
         assert isinstance(other, WorkerReport)
         unmapped = self.unmapped or other.unmapped
         step, lost = min(self.step, other.step), self.lost | other.lost
         merged = WorkerReport(step, dict(self.imports), dict(self.ranks), unmapped, dict(self.copied), lost)
+        merged.checked = {each: min(self.checked[each], other.checked[each]) for each in self.checked.keys() & other.checked}
+        merged.workers = self.workers + other.workers
         for slot, ranks in other.copied.items():
             merged.copied[slot] = merged.copied.get(slot, 0) + ranks
         for request_id, report in other.imports.items():

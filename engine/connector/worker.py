@@ -194,7 +194,8 @@ class WorkerHalf:
         writer = self._slot_writer
         copied, lost = (writer.take_copied(), writer.take_lost()) if writer is not None else ([], [])
         done = dict.fromkeys(copied + lost, 1)
-        return WorkerReport(self._step, ended, dict.fromkeys(ended, 1), self._unmapped, done, frozenset(lost))
+        checked = self._transport.checked() if self._transport is not None else {}
+        return WorkerReport(self._step, ended, dict.fromkeys(ended, 1), self._unmapped, done, frozenset(lost), checked)
 
     def close(self) -> None:
         """Release peers' memory and tables."""

@@ -70,10 +70,14 @@ def trace_engine(engine: Any) -> Trace:
         ("update_connector_output", "connector: take the report"),
     ):
         trace.wrap(connector, method, part)
+    trace.wrap(connector._scheduler, "_enter", "connector: enter checked blocks beside the copy")
     worker = get_kv_transfer_group()
+    transport = worker._worker._transport
     trace.wrap(worker, "start_load_kv", "worker: begin imports")
+    trace.wrap(transport, "start", "worker: start the copy")
+    trace.wrap(transport, "_enqueue", "worker: enqueue the copy")
     trace.wrap(worker, "get_transfer_results", "worker: poll")
-    trace.wrap(worker._worker._transport, "_finish", "worker: check the copy")
+    trace.wrap(transport, "_finish", "worker: check the copy")
     return trace
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -34,6 +34,13 @@ class ImportJob:
         """Return where each group's blocks are."""
         ends = list(itertools.accumulate(self.counts or (len(self),)))
         return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+    def part(self, begin: int, end: int) -> "ImportJob":
+        """Return the job of some of the blocks; of a model with one KV cache group."""
+        some = slice(begin, end)
+        return replace(
+            self, source_blocks=self.source_blocks[some], states=self.states[some], target_blocks=self.target_blocks[some]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +123,12 @@ class Transport(Protocol):
 
     def pending(self) -> int:
         """Return how many imports are under way."""
+
+    def checked(self) -> dict[str, int]:
+        """Return how many leading blocks of imports under way are copied and passed the check, by request id.
+
+        They are good whatever becomes of the rest: `poll` does not report them as failed.
+        """
 
     def retain(self, live: set[tuple[str, int]]) -> None:
         """Close the memory of all owners but those (replica, epoch) that are `live` or being read."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,6 +38,9 @@ decode step 2 % more (two H200s, `make bench-gpu`, sections interference and int
 PROGRAMS_ALONE = 32
 PROGRAMS_FROM_HOST, PROGRAMS_TO_HOST = 16, 8
 """Each keeps 64 KiB on the way, for which a read of host memory waits and a write to it does not."""
+PART_BLOCKS_MIN = 512
+"""Longer imports are copied in parts, so that what vLLM does with checked blocks is done while the rest is on its way."""
+_PARTS = (1 / 2, 7 / 8)
 OPEN_SECONDS_MAX = 5.0
 
 
@@ -50,16 +54,25 @@ class Opened:
 
 @dataclass(slots=True)
 class Enqueued:
-    """A copy on its way. The tensors in `held` are read by the kernel: they must outlive it."""
+    """A copy on its way, of which `parts` are the ends of the parts. The tensors in `held` are read by the kernel: they must
+    outlive it."""
 
     begin: torch.cuda.Event
-    end: torch.cuda.Event
+    parts: tuple[torch.cuda.Event, ...]
     held: tuple[torch.Tensor, ...]
+
+    @property
+    def end(self) -> torch.cuda.Event:
+        """The end of the last part."""
+        return self.parts[-1]
 
 
 @dataclass(slots=True)
 class _Copy:
-    """An import under way, `from_host` if that is where its blocks are."""
+    """An import under way, `from_host` if that is where its blocks are.
+
+    `ends` tells behind how many blocks each part ends that is not checked yet, `checked` how many leading blocks are good.
+    """
 
     job: ImportJob
     reader: BlockSource
@@ -68,6 +81,8 @@ class _Copy:
     from_host: bool
     programs: int
     open_until: float
+    ends: list[int]
+    checked: int = 0
     enqueued: Enqueued | None = None
 
 
@@ -118,7 +133,7 @@ class CudaIpcTransport:
         peer, from_host = self._peer(reader), self._in_host_memory(reader.memories)
         programs = PROGRAMS_FROM_HOST if from_host else PROGRAMS_BESIDE_DECODES if gently else PROGRAMS_ALONE
         wait = 0.0 if from_host else OPEN_SECONDS_MAX  # pinning takes longer than computing a prompt
-        copy = _Copy(job, reader, place_of(reader), peer, from_host, programs, time.monotonic() + wait)
+        copy = _Copy(job, reader, place_of(reader), peer, from_host, programs, time.monotonic() + wait, _part_ends(job))
         self._copies.append(copy)
         if peer.done() and peer.exception() is None:
             self._launch(copy, peer.result())
@@ -137,6 +152,8 @@ class CudaIpcTransport:
                 results.append(_failed(copy, f"the memory of {copy.job.source} is not open yet", early=copy.from_host))
                 continue
             if copy.enqueued is None or not copy.enqueued.end.query():
+                if copy.enqueued is not None:
+                    _check_parts(copy, copy.enqueued)
                 going.append(copy)
                 continue
             results.append(self._finish(copy, copy.enqueued))
@@ -145,6 +162,9 @@ class CudaIpcTransport:
 
     def pending(self) -> int:
         return len(self._copies)
+
+    def checked(self) -> dict[str, int]:
+        return {copy.job.request_id: copy.checked for copy in self._copies if copy.checked}
 
     def retain(self, live: set[tuple[str, int]]) -> None:
         for place in outdated(self._peers, live) - {copy.place for copy in self._copies}:
@@ -175,7 +195,7 @@ class CudaIpcTransport:
         ends = list(itertools.accumulate(len(blocks) for blocks, _ in groups))
         parts = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
         self._to_host.wait_stream(torch.cuda.current_stream(self._device))
-        return self._enqueue(self._to_host, (self._own, slots.layers), (sources, targets), parts, PROGRAMS_TO_HOST)
+        return self._enqueue(self._to_host, (self._own, slots.layers), (sources, targets), [parts], PROGRAMS_TO_HOST)
 
     def hold_up(self, copy: Enqueued) -> None:
         """Have all that the engine enqueues from now on wait for a copy."""
@@ -209,30 +229,38 @@ class CudaIpcTransport:
         stream = self._from_host if copy.from_host else self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         blocks = (job.source_blocks, job.target_blocks)
-        copy.enqueued = self._enqueue(stream, (peer.layers, self._own), blocks, job.groups(), copy.programs)
+        parts = [[slice(*each)] for each in pairwise([0, *copy.ends])] if len(copy.ends) > 1 else [job.groups()]
+        copy.enqueued = self._enqueue(stream, (peer.layers, self._own), blocks, parts, copy.programs)
 
     def _enqueue(
         self,
         stream: torch.cuda.Stream,
         tables: tuple[torch.Tensor, torch.Tensor],
         blocks: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]],
-        groups: list[slice],
+        parts: list[list[slice]],
         programs: int,
     ) -> Enqueued:
-        """Have `stream` copy blocks between the memories of two address tables, both told source first."""
-        rows, pieces = plan(self._segments, groups)
-        numbers = torch.from_numpy(np.concatenate((*blocks, rows.ravel()))).pin_memory()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        """Have `stream` copy blocks between the memories of two address tables, both told source first.
+
+        `parts` are copied one after the other; each says where every group's blocks lie.
+        """
+        plans = [plan(self._segments, groups) for groups in parts]
+        numbers = torch.from_numpy(np.concatenate((*blocks, *(rows.ravel() for rows, _ in plans)))).pin_memory()
+        begin, *ends = (torch.cuda.Event(enable_timing=True) for _ in range(1 + len(plans)))
         count = 2 * len(blocks[0])
         with torch.cuda.stream(stream):
             on_device = numbers.to(self._device, non_blocking=True)
+            ids = on_device[:count].view(2, -1)
             begin.record()
-            gather(*tables, self._segments, on_device[count:], pieces, on_device[:count].view(2, -1), programs)
-            end.record()
-        return Enqueued(begin, end, (numbers, on_device, *tables))
+            for (rows, pieces), end in zip(plans, ends, strict=True):
+                gather(*tables, self._segments, on_device[count : count + rows.size], pieces, ids, programs)
+                end.record()
+                count += rows.size
+        return Enqueued(begin, tuple(ends), (numbers, on_device, *tables))
 
     def _finish(self, copy: _Copy, enqueued: Enqueued) -> ImportResult:
-        failed, stale, reason = check(copy.job, copy.reader)
+        rest = copy.job.part(copy.checked, len(copy.job)) if copy.checked else copy.job
+        failed, stale, reason = check(rest, copy.reader)
         nanoseconds = int(enqueued.begin.elapsed_time(enqueued.end) * 1e6)
         parts = copy.job.groups()
         size = sum(size * (parts[group].stop - parts[group].start) for group, size in self._shape)
@@ -278,6 +306,23 @@ class CudaIpcTransport:
             with torch.cuda.stream(self._stream):
                 table = self._table(rows)
             return Opened(table, mapped.pop_all())
+
+
+def _part_ends(job: ImportJob) -> list[int]:
+    """Return behind how many blocks of an import each of its parts ends."""
+    count = len(job)
+    cuts = _PARTS if count >= PART_BLOCKS_MIN and not job.counts else ()
+    return [*(int(count * cut) for cut in cuts), count]
+
+
+def _check_parts(copy: _Copy, enqueued: Enqueued) -> None:
+    """Check the parts that are copied since the last time, up to one that fails: that is left to the last check."""
+    while len(copy.ends) > 1 and enqueued.parts[-len(copy.ends)].query():
+        failed, _, _ = check(copy.job.part(copy.checked, copy.ends[0]), copy.reader)
+        if failed:
+            copy.ends = copy.ends[-1:]
+        else:
+            copy.checked = copy.ends.pop(0)
 
 
 def _settle_in(device: torch.device) -> None:

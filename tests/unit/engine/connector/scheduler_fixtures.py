@@ -34,6 +34,7 @@ class Request:
     pooling_params: object = None
     prompt_embeds: object = None
     num_prompt_tokens: int = 0
+    status: str = "WAITING_FOR_REMOTE_KVS"
 
     def __post_init__(self):
         self.num_prompt_tokens = len(self.all_token_ids)

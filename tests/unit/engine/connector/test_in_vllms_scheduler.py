@@ -17,7 +17,7 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from engine.connector.step_messages import Handshake, WorkerReport
+from engine.connector.step_messages import Handshake, StepMetadata, WorkerReport
 from engine.host_process.kept_memory import VARIABLE, encode_kept
 from engine.tiers.slots import cut
 from tests.unit.engine.keeper import Keeper
@@ -119,11 +119,15 @@ class Engine:
             request = self.scheduler.requests.get(name)
             partial = request is not None and output_end(output, name) < request.num_prompt_tokens
             sampled.append([] if partial else [7])
-        step = output.kv_connector_metadata
-        report = WorkerReport(step.step, copied={store.slot: 1 for store in step.stores.begun})
-        told = KVConnectorOutput(kv_connector_worker_meta=report)
         index = {name: place for place, name in enumerate(names)}
+        told = self._tell(output.kv_connector_metadata)
         self.scheduler.update_from_output(output, ModelRunnerOutput(names, index, sampled, kv_connector_output=told))
+
+    def _tell(self, step: StepMetadata) -> KVConnectorOutput:
+        """What the connector's worker says of a step."""
+        return KVConnectorOutput(
+            kv_connector_worker_meta=WorkerReport(step.step, copied={store.slot: 1 for store in step.stores.begun})
+        )
 
     def run(self, steps_max: int = 400) -> None:
         """Step until nothing is left to do."""

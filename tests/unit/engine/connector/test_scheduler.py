@@ -130,6 +130,60 @@ def test_a_prefix_that_a_peer_holds_is_imported_and_offered_onward(pair):
     assert "fallbacks" not in counted
 
 
+def early(pair, local=0, ranks=1):
+    """A replica that imports PROMPT's three blocks, the list of what vLLM was told to enter, and the request."""
+    a, b = pair
+    entered: list[tuple[str, int]] = []
+    b.half.bind_cache(lambda request, tokens: entered.append((request.request_id, tokens)))
+    a.prefill(Request("a", list(PROMPT)), [1, 2, 3, 4])
+    request = Request("b", list(PROMPT))
+    import_all(b, request, [7, 8, 9], local)
+    return b, entered, request
+
+
+def checked(b, blocks, workers=1, **imports):
+    b.half.report(WorkerReport(1, imports, dict.fromkeys(imports, 1), checked={"b": blocks}, workers=workers))
+
+
+def test_blocks_that_are_good_are_entered_in_vllms_cache_once_while_the_rest_is_on_its_way(pair):
+    b, entered, _ = early(pair)
+    for blocks in (1, 1, 2):
+        checked(b, blocks)
+    assert entered == [("b", 4), ("b", 8)]
+    b.done(2, b=report())
+    checked(b, 3)  # its import has ended: vLLM enters the rest
+    assert entered == [("b", 4), ("b", 8)]
+
+
+def test_blocks_behind_a_local_hit_are_entered_behind_it(pair):
+    b, entered, _ = early(pair, local=4)
+    checked(b, 1)
+    assert entered == [("b", 8)]
+
+
+def test_blocks_that_not_all_workers_call_good_are_not_entered(tmp_path):
+    pair = Replica(tmp_path, "replica-0"), Replica(tmp_path, "replica-1", ranks=2)
+    b, entered, _ = early(pair)
+    checked(b, 1, workers=1)
+    assert entered == []
+    checked(b, 1, workers=2)
+    assert entered == [("b", 4)]
+    for each in pair:
+        each.half.close()
+
+
+def test_nothing_is_entered_for_a_request_that_ended_or_after_a_reset(pair):
+    b, entered, request = early(pair)
+    request.status = "FINISHED_ABORTED"
+    checked(b, 1)
+    request.status = "WAITING_FOR_REMOTE_KVS"
+    pool = SimpleNamespace(cached_block_hash_to_block={}, blocks=[])
+    b.half.bind_pool(pool)
+    pool.cached_block_hash_to_block = {}
+    checked(b, 2)
+    assert entered == []
+
+
 def test_a_partial_local_hit_is_completed_by_a_partial_import(pair):
     a, b = pair
     a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])

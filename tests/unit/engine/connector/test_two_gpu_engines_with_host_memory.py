@@ -32,7 +32,7 @@ class WorkingGpu(Working):
 
     def step(self, *given, **about):
         self.gpu.compute = self.stream
-        self.gpu.some(12)
+        self.gpu.some(3)
         return super().step(*given, **about)
 
     def _enqueue(self, kernel) -> None:
@@ -52,6 +52,7 @@ def engines(request, tmp_path, monkeypatch):
     with simulated(monkeypatch, request.param) as (gpu, cuda_ipc):
         monkeypatch.setattr(worker, "_transport", cuda_ipc.CudaIpcTransport)
         monkeypatch.setattr(f"{WRITER}.LAUNCH_BLOCKS_MIN", 3)
+        monkeypatch.setattr(cuda_ipc, "PART_BLOCKS_MIN", 2)
         for name in ("a", "b"):
             kept = decode_kept(encode_kept(keeper.keep(name, 40 * 1024)))
             made.append(WorkingGpu(gpu, tmp_path, name, kept, monkeypatch))

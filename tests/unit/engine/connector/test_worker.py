@@ -177,4 +177,10 @@ def test_reports_of_several_ranks_add_up_to_the_worse():
     good = WorkerReport(4, {"r": ImportReport(frozenset(), 0, 10, 5, "")}, {"r": 1})
     bad = WorkerReport(4, {"r": ImportReport(frozenset({4}), 1, 10, 9, "changed")}, {"r": 1})
     for merged in (good.aggregate(bad), bad.aggregate(good)):
-        assert merged == WorkerReport(4, {"r": ImportReport(frozenset({4}), 1, 20, 9, "changed")}, {"r": 2})
+        assert merged == WorkerReport(4, {"r": ImportReport(frozenset({4}), 1, 20, 9, "changed")}, {"r": 2}, workers=2)
+
+
+def test_of_several_ranks_blocks_are_good_that_all_of_them_call_so():
+    one, other, third = (WorkerReport(4, checked=good) for good in ({"r": 8, "s": 4}, {"r": 14, "t": 4}, {"r": 9}))
+    for merged in (one.aggregate(other).aggregate(third), third.aggregate(other.aggregate(one))):
+        assert (merged.checked, merged.workers) == ({"r": 8}, 3)
