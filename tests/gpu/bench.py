@@ -19,6 +19,7 @@ from pathlib import Path
 from tests.gpu.engine_pair import GRAPHS, Bench, dry_scale, gpu_scale, with_pair
 from tests.gpu.host_memory import interception, restore
 from tests.gpu.import_times import busy_owner, exact, interference, link_peak, ttft
+from tests.gpu.offloading import offloading
 from tests.gpu.races_and_kills import churned, kills, races, races_dir
 from tests.gpu.replica import write_model
 from tests.gpu.step_times import steps
@@ -39,6 +40,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "interference": interference,
     "interference-32": lambda bench: interference(bench, 32),
     "restore": restore,
+    "offloading": offloading,
     "interception": interception,
     "races": races,
     "churned": churned,

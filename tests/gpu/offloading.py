@@ -1,0 +1,55 @@
+"""vLLM's own connectors that keep evicted KV in host memory, by the same prompts as `restore`: run both in one command."""
+
+from typing import Any
+
+from tests.gpu.engine_pair import Bench
+from tests.gpu.replica import Replica, median, prompt
+
+REPEATS = 3
+CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+
+
+def offloading(bench: Bench) -> None:
+    """Time to the first token: computed, from the local cache, and from host memory after two other prompts took all blocks."""
+    for name in CONNECTORS:
+        with_connector(bench, name)
+
+
+def with_connector(bench: Bench, name: str) -> None:
+    tokens, block = bench.scale.restores[-1], bench.scale.arguments.get("block_size", 16)
+    length = tokens + tokens // 4
+    config: dict[str, Any] = {
+        "kv_connector": name,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": bench.scale.host_memory},
+    }
+    small = {"max_model_len": length, "num_gpu_blocks_override": length // block + 8, "kv_transfer_config": config}
+    if not bench.scale.devices[0]:  # theirs need a GPU
+        name, small["kv_transfer_config"] = f"none in place of {name}", None
+    engine = Replica(name, bench.scale.devices[1], bench.scale.model, bench.tables, **(bench.scale.arguments | small)).ready()
+    try:
+        engine.ask(prompt(bench.scale.restores[0], 3))
+        for size in bench.scale.restores:
+            times: dict[str, list[float]] = {"cold": [], "hit": [], "restore": []}
+            restored = []
+            for turn in range(REPEATS):
+                ids = prompt(size, 77 * size + turn)
+                times["cold"].append(engine.ask(ids).first_seconds)
+                times["hit"].append(engine.ask(ids).first_seconds)
+                for other in (1, 2):
+                    engine.ask(prompt(tokens, 77 * size + 100 * turn + 1000 * other))
+                engine.ask(prompt(20, turn), 4)
+                answer = engine.ask(ids)
+                times["restore"].append(answer.first_seconds)
+                restored.append(answer.cached)
+            ms = {f"{kind}_ms": median(found) * 1e3 for kind, found in times.items()}
+            bench.row(
+                "offloading",
+                connector=name,
+                tokens=size,
+                **ms,
+                cold_over_restore=ms["cold_ms"] / ms["restore_ms"],
+                cached=restored,
+            )
+    finally:
+        engine.stop()
