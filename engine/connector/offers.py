@@ -14,7 +14,7 @@ from transport.keys import Keys, group_keys
 from transport.table.quality import CODED, LATER
 from transport.table.writer import TableWriter
 
-Leaving = Callable[[Blocks[int]], None]
+Leaving = Callable[[Blocks[int], bool], None]
 Asked = Callable[[Keys], None]
 NEVER = 1 << 60
 """As a sequence's `published`: what it computes is never offered."""
@@ -24,8 +24,8 @@ _CODED = np.uint64(CODED)
 class Offers:
     """Keeps `table` truthful. It remembers in which step each block was last reallocated: older content is not offered.
 
-    `leaving` is told of blocks before their offer ends because vLLM reallocated them, `asked` of all keys of a sequence,
-    whether their blocks are on offer already or not.
+    `leaving` is told of blocks before their offer ends because vLLM reallocated them, and whether an import will write them;
+    `asked` of all keys of a sequence, whether their blocks are on offer already or not.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class Offers:
         self._coded: set[int] = set()  # blocks that came out of a codec with loss
         self._group = array("b", bytes(0 if leaving is None or groups.plain else table.layout.blocks))
 
-    def end(self, blocks: Blocks[int], step: int) -> None:
+    def end(self, blocks: Blocks[int], step: int, *, by_import: bool = False) -> None:
         """vLLM reallocated `blocks` in `step`: what they held is no longer offered."""
         if blocks:
             if self._leaving is not None:
-                self._leaving(blocks)
+                self._leaving(blocks, by_import)
             if self._coded:
                 self._coded.difference_update(blocks)
             ids = int32_array(blocks)

@@ -156,7 +156,7 @@ class SchedulerHalf:
             return True
         if self._stored is not None and plan.source == self._stored.name:
             self._stored.restored(plan.source_blocks[: len(targets)].tolist())
-        self._offers.end(targets, self._step + 1)
+        self._offers.end(targets, self._step + 1, by_import=True)
         self._offers.imported(targets, plan.states)
         self._imports.begin(sequence, plan, targets, self._clock_ns())
         return True

@@ -32,10 +32,10 @@ class Stored:
         """The name under which its blocks are imported."""
         return self._memory.name
 
-    def leaving(self, blocks: Blocks[int]) -> None:
+    def leaving(self, blocks: Blocks[int], by_import: bool) -> None:
         """vLLM reallocated `blocks`, in the step that is being made: what is on offer of them is stored before that."""
         self._take(blocks)
-        self._memory.overwritten(blocks)
+        self._memory.overwritten(blocks, by_import=by_import)
         self._moved += len(blocks)
 
     def close_step(self, pool: Any, output: Any) -> Stores:

@@ -85,7 +85,12 @@ class WorkerHalf:
             self._slots = str(error)
 
     def store(self, metadata: StepMetadata) -> None:
-        """Copy into host memory what this step is about to overwrite, and go on with the rest beside it."""
+        """Copy into host memory what this step is about to overwrite, and go on with the rest beside it.
+
+        Called before the engine enqueues the step.
+        """
+        if metadata.imports and self._transport is not None:
+            self._transport.before_step()
         if self._slot_writer is None:
             return
         try:

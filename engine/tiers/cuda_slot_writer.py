@@ -1,8 +1,8 @@
 """The host-memory tier as a GPU's worker sees it: the kernel of imports copies blocks into slots, on a stream of its own.
 
 A copy waits for what the engine enqueued before its store was begun, and the engine's stream, before a step, for the copies of
-what the step overwrites: no others, and as blocks are stored ahead, mostly for none. A slot is told to be filled once the
-copy's event says so.
+what the step overwrites: no others, and as blocks are stored ahead, mostly for none. Imports wait by themselves for copies of
+what they overwrite (`CudaIpcTransport`). A slot is told to be filled once the copy's event says so.
 """
 
 import logging
@@ -47,18 +47,19 @@ class CudaSlotWriter:
 
     def begin(self, stores: Stores) -> None:
         """Take in what a step brings, and have the engine's stream wait for what the step overwrites."""
-        if self._closed or not (stores.begun or stores.overwritten or stores.lost):
+        if self._closed or not (stores.begun or stores.overwritten or stores.imported or stores.lost):
             return
         self._waiting += stores.begun
         if stores.lost:
             self._lose(stores.lost)
         slots = self._opened()
-        urgent = self._take_waiting(stores.overwritten)
+        urgent = self._take_waiting(stores.overwritten), self._take_waiting(stores.imported)
         if slots is None:
-            self._lost += [store.slot for store in urgent]
+            self._lost += [store.slot for waited in urgent for store in waited]
             return
-        if urgent:
-            self._launch(slots, urgent)
+        for waited in urgent:
+            for begin in range(0, len(waited), LAUNCH_BLOCKS_MAX):
+                self._launch(slots, waited[begin : begin + LAUNCH_BLOCKS_MAX])
         for launched in reversed(self._launched):  # one stream: the last of them ends last
             if any(store.block in stores.overwritten for store in launched.stores):
                 self._own.hold_up(launched.copy)

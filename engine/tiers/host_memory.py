@@ -47,6 +47,7 @@ class HostMemory:
         self._begun: list[Store] = []
         self._gave_way: list[int] = []
         self._overwritten: set[int] = set()
+        self._imported: set[int] = set()
         self._lost: set[int] = set()
 
     @property
@@ -74,9 +75,10 @@ class HostMemory:
             self._table.count("evictions", self._table.invalidate(self._gave_way))
             self._gave_way = []
 
-    def overwritten(self, blocks: Iterable[int]) -> None:
-        """The next step overwrites `blocks`: those that are being stored must have been copied before."""
-        self._overwritten.update(block for block in blocks if block in self._read)
+    def overwritten(self, blocks: Iterable[int], *, by_import: bool = False) -> None:
+        """The next step, or an import that begins in it, overwrites `blocks`: those that are being stored must have been copied
+        before."""
+        (self._imported if by_import else self._overwritten).update(block for block in blocks if block in self._read)
 
     def lost(self, blocks: Iterable[int]) -> None:
         """Some workers overwrite `blocks` before they can copy them in the next step."""
@@ -84,10 +86,11 @@ class HostMemory:
 
     def take_stores(self) -> Stores:
         """Return what the workers have to do in this step, once."""
-        if not (self._begun or self._overwritten or self._lost):
+        if not (self._begun or self._overwritten or self._imported or self._lost):
             return NO_STORES
-        stores = Stores(tuple(self._begun), frozenset(self._overwritten), frozenset(self._lost))
-        self._begun, self._overwritten, self._lost = [], set(), set()
+        imported = frozenset(self._imported - self._overwritten)
+        stores = Stores(tuple(self._begun), frozenset(self._overwritten), frozenset(self._lost), imported)
+        self._begun, self._overwritten, self._imported, self._lost = [], set(), set(), set()
         return stores
 
     def copied(self, slots: Mapping[int, int], lost: Iterable[int] = ()) -> None:

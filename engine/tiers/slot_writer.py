@@ -50,7 +50,8 @@ class SlotWriter:
 
     def begin(self, stores: Stores) -> None:
         """Take in what a step brings; when this returns, what it overwrites has been copied."""
-        if stores is NO_STORES or not (stores.begun or stores.overwritten):
+        overwritten = stores.overwritten | stores.imported
+        if stores is NO_STORES or not (stores.begun or overwritten):
             return
         self._calling = True  # or the thread, which lets go of the lock for an instant, would mostly get it again
         with self._changed:
@@ -58,7 +59,7 @@ class SlotWriter:
             if self._closed:
                 return
             self._waiting.extend(stores.begun)
-            self._flush(stores.overwritten)
+            self._flush(overwritten)
             if self._waiting:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run, name="peerkv-host-memory", daemon=True)

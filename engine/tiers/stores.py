@@ -22,12 +22,14 @@ class Store:
 class Stores:
     """Of one step: blocks to copy in the background, and those that the step overwrites, which are copied before it.
 
-    Of the latter `lost` cannot be on a GPU: vLLM overwrites them there before it tells of the step.
+    Of the latter `lost` cannot be on a GPU: vLLM overwrites them there before it tells of the step. `imported` are overwritten
+    by imports that begin in the step, and by nothing else in it: the imports alone wait for their copies.
     """
 
     begun: tuple[Store, ...] = ()
     overwritten: frozenset[int] = frozenset()
     lost: frozenset[int] = frozenset()
+    imported: frozenset[int] = frozenset()
 
 
 NO_STORES = Stores()

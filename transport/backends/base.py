@@ -112,6 +112,12 @@ class Transport(Protocol):
         Memory that cannot be opened or has another shape is not an error here: `start` reports it.
         """
 
+    def before_step(self) -> None:
+        """The engine is about to enqueue a step in which imports will be started: they wait for what it enqueued until now.
+
+        Not for the step itself: nothing in it touches their targets.
+        """
+
     def start(self, job: ImportJob, reader: BlockSource, *, gently: bool) -> None:
         """Begin an import; `gently` if other requests are being computed beside it.
 

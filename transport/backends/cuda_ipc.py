@@ -9,6 +9,7 @@ takes seconds.
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -42,6 +43,8 @@ PART_BLOCKS_MIN = 512
 """Longer imports are copied in parts, so that what vLLM does with checked blocks is done while the rest is on its way."""
 _PARTS = (1 / 2, 7 / 8)
 OPEN_SECONDS_MAX = 5.0
+PIECE_BLOCKS = 256
+"""An import into blocks that are still being stored is cut into such pieces: while one is copied, the next one's are stored."""
 
 
 @dataclass(slots=True)
@@ -65,6 +68,14 @@ class Enqueued:
     def end(self) -> torch.cuda.Event:
         """The end of the last part."""
         return self.parts[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Where a launch finds its blocks of each KV cache group, and what it waits for."""
+
+    groups: list[slice]
+    after: torch.cuda.Event | None = None
 
 
 @dataclass(slots=True)
@@ -121,6 +132,9 @@ class CudaIpcTransport:
         self._host = HostRegions()  # the pinner's
         self._peers: dict[Place, tuple[ThreadPoolExecutor, Future[Opened]]] = {}
         self._copies: list[_Copy] = []
+        self._storing: deque[tuple[list[int], torch.cuda.Event]] = deque()
+        """Blocks that may still be read by copies into host memory, and the end of each copy, which come in this order."""
+        self._enqueued: torch.cuda.Event | None = None
         self._compile()
 
     def memory(self) -> Memory:
@@ -128,6 +142,10 @@ class CudaIpcTransport:
 
     def prepare(self, reader: BlockSource) -> None:
         self._peer(reader)
+
+    def before_step(self) -> None:
+        self._enqueued = torch.cuda.Event()
+        self._enqueued.record(torch.cuda.current_stream(self._device))
 
     def start(self, job: ImportJob, reader: BlockSource, *, gently: bool) -> None:
         peer, from_host = self._peer(reader), self._in_host_memory(reader.memories)
@@ -189,13 +207,16 @@ class CudaIpcTransport:
     def store(self, slots: Opened, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Enqueued:
         """Copy blocks of each KV cache group, told with the slots that they go into, behind all that the engine enqueued.
 
-        Nothing waits for the copy: the caller sees to that.
+        Imports into these blocks wait for the copy, nothing else does: the caller sees to that.
         """
         sources, targets = (np.array([n for group in groups for n in group[side]], np.int32) for side in (0, 1))
         ends = list(itertools.accumulate(len(blocks) for blocks, _ in groups))
         parts = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
         self._to_host.wait_stream(torch.cuda.current_stream(self._device))
-        return self._enqueue(self._to_host, (self._own, slots.layers), (sources, targets), [parts], PROGRAMS_TO_HOST)
+        tables = (self._own, slots.layers)
+        enqueued = self._enqueue(self._to_host, tables, (sources, targets), [[_Piece(parts)]], PROGRAMS_TO_HOST)
+        self._storing.append((sources.tolist(), enqueued.end))
+        return enqueued
 
     def hold_up(self, copy: Enqueued) -> None:
         """Have all that the engine enqueues from now on wait for a copy."""
@@ -224,39 +245,74 @@ class CudaIpcTransport:
         return next((m for m in memories if m.rank == self._memory.rank and m.transport in ways), None)
 
     def _launch(self, copy: _Copy, peer: Opened) -> None:
-        """Enqueue the gather behind all that the engine enqueued before: the target blocks may still be read by it."""
+        """Enqueue the gather behind what the engine enqueued before the import's step: it may still read the target blocks.
+
+        Or before a later step in which other imports began: that comes to the same.
+        """
         job = copy.job
         stream = self._from_host if copy.from_host else self._stream
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        if self._enqueued is None:
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+        else:
+            stream.wait_event(self._enqueued)
         blocks = (job.source_blocks, job.target_blocks)
         parts = [[slice(*each)] for each in pairwise([0, *copy.ends])] if len(copy.ends) > 1 else [job.groups()]
-        copy.enqueued = self._enqueue(stream, (peer.layers, self._own), blocks, parts, copy.programs)
+        stored = self._stored_by(job)
+        pieces = [self._pieces(groups, stored) for groups in parts]
+        copy.enqueued = self._enqueue(stream, (peer.layers, self._own), blocks, pieces, copy.programs)
+
+    def _stored_by(self, job: ImportJob) -> npt.NDArray[np.int64] | None:
+        """Return for each target block which copy in `_storing` reads it last, -1 if none does; None if none reads any."""
+        while self._storing and self._storing[0][1].query():
+            self._storing.popleft()
+        last = {block: number for number, (blocks, _) in enumerate(self._storing) for block in blocks}
+        stored = np.array([last.get(block, -1) for block in job.target_blocks.tolist()] if last else [], np.int64)
+        return stored if stored.max(initial=-1) >= 0 else None
+
+    def _pieces(self, groups: list[slice], stored: npt.NDArray[np.int64] | None) -> list[_Piece]:
+        """Cut a part of an import so that each piece waits only for those of its target blocks that are still being stored."""
+        if stored is None:
+            return [_Piece(groups)]
+        pieces, cuts = [], max(1, -(-sum(group.stop - group.start for group in groups) // PIECE_BLOCKS))
+        for cut in range(cuts):
+            piece = [
+                slice(*(group.start + (group.stop - group.start) * end // cuts for end in (cut, cut + 1))) for group in groups
+            ]
+            number = max(int(stored[each].max(initial=-1)) for each in piece)
+            pieces.append(_Piece(piece, self._storing[number][1] if number >= 0 else None))
+        return pieces
 
     def _enqueue(
         self,
         stream: torch.cuda.Stream,
         tables: tuple[torch.Tensor, torch.Tensor],
         blocks: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]],
-        parts: list[list[slice]],
+        parts: list[list[_Piece]],
         programs: int,
     ) -> Enqueued:
         """Have `stream` copy blocks between the memories of two address tables, both told source first.
 
-        `parts` are copied one after the other; each says where every group's blocks lie.
+        `parts` are copied one after the other, and so are the pieces of each.
         """
-        plans = [plan(self._segments, groups) for groups in parts]
-        numbers = torch.from_numpy(np.concatenate((*blocks, *(rows.ravel() for rows, _ in plans)))).pin_memory()
+        plans = [[plan(self._segments, piece.groups) for piece in pieces] for pieces in parts]
+        numbers = np.concatenate((*blocks, *(rows.ravel() for part in plans for rows, _ in part)))
+        pinned = torch.from_numpy(numbers).pin_memory()
         begin, *ends = (torch.cuda.Event(enable_timing=True) for _ in range(1 + len(plans)))
         count = 2 * len(blocks[0])
         with torch.cuda.stream(stream):
-            on_device = numbers.to(self._device, non_blocking=True)
-            ids = on_device[:count].view(2, -1)
+            on_device = pinned.to(self._device, non_blocking=True)
+            ids, first = on_device[:count].view(2, -1), parts[0][0].after
+            if first is not None:
+                stream.wait_event(first)
             begin.record()
-            for (rows, pieces), end in zip(plans, ends, strict=True):
-                gather(*tables, self._segments, on_device[count : count + rows.size], pieces, ids, programs)
+            for pieces, part, end in zip(parts, plans, ends, strict=True):
+                for piece, (rows, chunks) in zip(pieces, part, strict=True):
+                    if piece.after is not None:
+                        stream.wait_event(piece.after)
+                    gather(*tables, self._segments, on_device[count : count + rows.size], chunks, ids, programs)
+                    count += rows.size
                 end.record()
-                count += rows.size
-        return Enqueued(begin, tuple(ends), (numbers, on_device, *tables))
+        return Enqueued(begin, tuple(ends), (pinned, on_device, *tables))
 
     def _finish(self, copy: _Copy, enqueued: Enqueued) -> ImportResult:
         rest = copy.job.part(copy.checked, len(copy.job)) if copy.checked else copy.job

@@ -116,6 +116,9 @@ class SharedMemoryTransport:
         """Return for each of the memory's layers the address of block 0 and the stride; they last as long as this object."""
         return self._layers
 
+    def before_step(self) -> None:
+        """What a CPU's engine was to do is done."""
+
     def prepare(self, reader: BlockSource) -> None:
         """Nothing is gained ahead: memory is mapped in microseconds."""
 

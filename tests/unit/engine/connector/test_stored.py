@@ -168,7 +168,19 @@ def test_what_an_import_overwrites_is_stored_before_it_begins(tmp_path, keeper):
     _, meta = import_all(a, Request("t", list(OTHER)), [3, 4, 5, 6])
     assert meta.imports[0].target_blocks.tolist() == [3, 4, 5]
     assert [each.block for each in meta.stores.begun] == [3, 4, 5]
-    assert meta.stores.overwritten == {3, 4, 5}
+    assert meta.stores.imported == {3, 4, 5}
+    assert meta.stores.overwritten == frozenset()  # the step itself waits for nothing
+
+
+def test_what_an_import_that_failed_left_to_be_computed_is_still_stored_before_that(tmp_path, keeper):
+    a, b = stored(keeper, tmp_path, "a"), Replica(tmp_path, "b")
+    b.prefill(Request("r", list(OTHER)), [3, 4, 5, 6])
+    a.prefill(Request("s", list(PROMPT)), [3, 4, 5, 6])
+    request = Request("t", list(OTHER))
+    _, meta = import_all(a, request, [3, 4, 5, 6])
+    a.done(meta.step, t=report(failed=[4, 5]))
+    again = a.schedule(new=[(request, [3, 4, 5, 6], SIZE, len(OTHER) - SIZE)])
+    assert again.stores.overwritten == {4, 5}
 
 
 def test_what_vllm_overwrites_before_it_tells_a_worker_of_the_step_is_lost_there(tmp_path, keeper):

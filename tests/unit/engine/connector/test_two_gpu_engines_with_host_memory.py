@@ -53,6 +53,8 @@ def engines(request, tmp_path, monkeypatch):
         monkeypatch.setattr(worker, "_transport", cuda_ipc.CudaIpcTransport)
         monkeypatch.setattr(f"{WRITER}.LAUNCH_BLOCKS_MIN", 3)
         monkeypatch.setattr(cuda_ipc, "PART_BLOCKS_MIN", 2)
+        monkeypatch.setattr(f"{WRITER}.LAUNCH_BLOCKS_MAX", 3)
+        monkeypatch.setattr(cuda_ipc, "PIECE_BLOCKS", 2)
         for name in ("a", "b"):
             kept = decode_kept(encode_kept(keeper.keep(name, 40 * 1024)))
             made.append(WorkingGpu(gpu, tmp_path, name, kept, monkeypatch))

@@ -154,6 +154,96 @@ def test_whatever_is_told_to_be_filled_is_what_the_block_held_when_its_store_was
     assert stored > 100
 
 
+def overwriting_import(tier, monkeypatch):
+    """Restore slots 0 to 7 into blocks 0 to 7, whose content is being stored in eight others; return what both will hold."""
+    tier.opened()
+    monkeypatch.setattr(tier.cuda_ipc, "PIECE_BLOCKS", 3)
+    monkeypatch.setattr(importlib.import_module(WRITER), "LAUNCH_BLOCKS_MAX", 2)
+    tier.writer.begin(Stores(tuple(Store(8 + n % 4, n, 0, key(n)) for n in range(8)), frozenset(range(BLOCKS))))
+    tier.gpu.all()
+    assert len(tier.writer.take_copied()) == 8
+    tier.table.publish(list(range(8)), KEYS[:8])
+    reader = TableReader(tier.table.path)
+    tier.own.prepare(reader)
+    until(tier.own._peer(reader).done, 20, "the memory is open", 0.001)
+    run = reader.longest_run(KEYS[:8])
+    targets = np.arange(8, dtype=np.int32)
+    job = ImportJob("q", reader.name, reader.epoch, run.block_ids, run.states, targets, (8, 0, 0))
+    slots = {8 + n: tier.read(n, 0) for n in range(8)}
+    restored = {n: tier.read(8 + n % 4, 0) for n in range(8)}
+    tier.own.before_step()
+    tier.writer.begin(Stores(tuple(Store(n, 8 + n, 0, key(8 + n)) for n in range(8)), imported=frozenset(range(8))))
+    tier.own.start(job, reader, gently=True)
+    return slots, restored
+
+
+def test_an_import_waits_for_copies_of_what_it_overwrites_piece_by_piece(tier, monkeypatch):
+    """Eight blocks in three pieces, stored by four launches: the first piece is here while the last is still to be stored."""
+    slots, restored = overwriting_import(tier, monkeypatch)
+    to_host, from_host = tier.own._to_host, tier.own._from_host
+    run(tier.gpu.compute)
+    run(from_host)
+    assert arrived(tier, restored) == []  # all of them are still to be stored
+    while arrived(tier, restored) != [0, 1]:
+        to_host.run_one()
+        run(from_host)
+    assert to_host.queue
+    tier.gpu.all()
+    assert sorted(tier.writer.take_copied()) == sorted(slots)
+    for slot, content in slots.items():
+        check(tier, slot, 0, content)
+    assert arrived(tier, restored) == list(range(8))
+    (result,) = tier.own.poll()
+    assert result.failed_blocks == ()
+    assert tier.own._stored_by(result.job) is None  # nothing is being stored any more
+
+
+def run(stream):
+    """Let a stream run until it waits for another."""
+    while stream.runnable():
+        stream.run_one()
+
+
+def arrived(tier, restored):
+    """Which blocks hold what is restored into them, whole."""
+    return [
+        block
+        for block, content in restored.items()
+        if all(torch.equal(tier.tensors[name][block], each) for name, each in zip(("a.0", "a.1"), content, strict=True))
+    ]
+
+
+def test_neither_the_engine_nor_what_it_computes_beside_an_import_waits_for_those_copies(tier, monkeypatch):
+    slots, _ = overwriting_import(tier, monkeypatch)
+    done = []
+    tier.gpu.compute.enqueue(lambda: done.append(1))
+    run(tier.gpu.compute)
+    assert done
+    assert tier.writer.take_copied() == []
+    tier.gpu.all()
+    assert sorted(tier.writer.take_copied()) == sorted(slots)
+
+
+def test_an_import_does_not_wait_for_the_step_that_it_begins_in(tier):
+    tier.opened()
+    tier.writer.begin(Stores((Store(1, 5, 0, key(0)),), frozenset({1})))
+    tier.gpu.all()
+    job, reader = job_of(tier, 5)
+    tier.own.prepare(reader)
+    until(tier.own._peer(reader).done, 20, "the memory is open", 0.001)
+    tier.own.before_step()
+    tier.overwrite(3)  # what the step computes
+    tier.own.start(job, reader, gently=True)
+    before = {name: tensor[1].clone() for name, tensor in tier.tensors.items()}
+    stream = tier.own._from_host
+    tier.gpu.compute.run_one()  # what was enqueued before the step, but not the step
+    run(stream)
+    assert not stream.queue
+    assert tier.gpu.compute.queue
+    assert torch.equal(tier.tensors["a.0"][7], before["a.0"])
+    tier.gpu.all()
+
+
 def check(tier, slot, group, content):
     mapping = next(iter(tier.own._host._mapped.values())).mapping
     layers = [layer for layer in tier.slots.memory.layers if layer.group == group]
