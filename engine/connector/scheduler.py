@@ -11,6 +11,7 @@ from collections.abc import Sequence as Blocks
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.connector.ahead import Pace
 from engine.connector.import_sources import Peers
 from engine.connector.imports import Imports
 from engine.connector.offers import NEVER, Offers
@@ -183,18 +184,26 @@ class SchedulerHalf:
         self._step_cached(output.scheduled_cached_reqs, scheduled, work, now_ns)
         if not self._groups.plain:
             self._step_groups(output, work)
-        self._steps.append((self._step, work, self._accounts.close_step()))
+        prompts = self._accounts.close_step()
+        self._steps.append((self._step, work, prompts))
         self._pins.expire(now_ns)
         asked, running = self._accounts.asked, self._accounts.running
         self._pins.make_room(dry=not scheduled and not running and any(each not in self._imports for each in asked))
         self.table.beat(now_ns)
         self._tell()
-        stores = self._stored.close_step(self._pool, output) if self._stored is not None else NO_STORES
+        pace = self._pace(bool(scheduled), prompts)
+        stores = self._stored.close_step(self._pool, output, pace) if self._stored is not None else NO_STORES
         return StepMetadata(self._step, self.take_starting(), bool(scheduled), stores)
 
     def take_starting(self) -> tuple[ImportJob, ...]:
         """Return the imports to begin in this step, each once."""
         return self._imports.take_starting()
+
+    def _pace(self, scheduled: bool, prompts: PromptWork) -> Pace:
+        if prompts.tokens or self._accounts.prefilling or len(self._imports):
+            return Pace.BUSY
+        waiting, running, _, _ = self._accounts.load()
+        return Pace.CALM if scheduled or waiting or running else Pace.IDLE
 
     def _given(self, sequence: Sequence | None, block_ids: GroupBlocks, computed: int, *, again: bool) -> None:
         """vLLM gave a request blocks: behind those it has, or, `again`, all it has, the first with `computed` tokens."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Blocks
 from typing import Any
 
+from engine.connector.ahead import Ahead, Pace
 from engine.connector.import_sources import Peers
 from engine.connector.offers import Offers
 from engine.connector.sequence import Import
@@ -13,9 +14,6 @@ from transport.keys import Keys
 from transport.table.kept_table import KeptTable
 from transport.table.writer import TableWriter
 
-AHEAD_BLOCKS_MIN, AHEAD_BLOCKS_MAX = 64, 1024
-"""Blocks at the head of vLLM's queue of free ones that are stored before it reallocates them: twice what it did in a step."""
-
 
 class Stored:
     """The tier of the engine that owns `table`, whose workers are `ranks`; its blocks are offered in `tier`."""
@@ -23,7 +21,7 @@ class Stored:
     def __init__(self, table: TableWriter, tier: KeptTable, sources: Peers, *, ranks: int) -> None:
         self._table = table
         self._memory = HostMemory(tier, ranks=ranks, elsewhere=sources.stored_elsewhere)
-        self._moved = 0
+        self._ahead = Ahead(tier.layout.blocks)
         self.offers: Offers | None = None
         """Set once, as the two know each other."""
 
@@ -36,17 +34,18 @@ class Stored:
         """vLLM reallocated `blocks`, in the step that is being made: what is on offer of them is stored before that."""
         self._take(blocks)
         self._memory.overwritten(blocks, by_import=by_import)
-        self._moved += len(blocks)
+        self._ahead.moved(blocks)
 
-    def close_step(self, pool: Any, output: Any) -> Stores:
+    def close_step(self, pool: Any, output: Any, pace: Pace) -> Stores:
         """Return what the workers have to store in the step that `output` is, with what `pool` will reallocate next."""
         # the GPU's runner (vLLM 0.33, v1/worker/gpu/model_runner.py, update_requests) does both before it tells a connector
         self._memory.lost(output.new_block_ids_to_zero or ())
         self._memory.lost(copy.dst_block_id for copy in output.kv_cache_block_copies or ())
-        if self._moved and pool is not None:
-            self._take(_next_free(pool, min(AHEAD_BLOCKS_MAX, max(AHEAD_BLOCKS_MIN, 2 * self._moved))))
-            self._moved = 0
-        return self._memory.take_stores()
+        if pool is not None:
+            blocks, most = self._ahead.candidates(pool, pace)
+            if blocks:
+                self._ahead.chosen(*self._take(blocks, most))
+        return self._memory.take_stores(idle=pace is Pace.IDLE)
 
     def asked(self, keys: Keys) -> None:
         """A request has the blocks of these keys, computed or found: that is how popular each is."""
@@ -70,18 +69,13 @@ class Stored:
     def clear(self) -> None:
         """Give up all that is stored."""
         self._memory.clear()
+        self._ahead.clear()
 
-    def _take(self, blocks: Blocks[int]) -> None:
-        held, keys = self._table.offered(blocks)
+    def _take(self, blocks: Blocks[int], most: int | None = None) -> tuple[list[int], bool]:
+        """Store blocks that are on offer, the first `most` of them ahead of time; return which, and whether there are more."""
+        offered, keys = self._table.offered(blocks)
+        held = offered[:most]
         if held and self.offers is not None:
-            self._memory.take(held, keys, self.offers.groups(held), self._table.quality(held))
-
-
-def _next_free(pool: Any, most: int) -> list[int]:
-    """Return the blocks that vLLM's pool will reallocate next."""
-    found: list[int] = []
-    block = pool.free_block_queue.fake_free_list_head.next_free_block
-    while block is not None and block.block_id >= 0 and len(found) < most:
-        found.append(block.block_id)
-        block = block.next_free_block
-    return found
+            groups, quality = self.offers.groups(held), self._table.quality(held)
+            self._memory.take(held, keys[:most], groups, quality, ahead=most is not None)
+        return held, len(held) < len(offered)

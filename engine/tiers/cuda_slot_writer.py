@@ -20,7 +20,8 @@ _logger = logging.getLogger(__name__)
 LAUNCH_BLOCKS_MIN = 16
 """So many blocks that no step waits for are copied by one launch, which takes the step that it falls into some 0.1 ms."""
 LAUNCH_BLOCKS_MAX, LAUNCHES_MAX = 256, 4
-"""So many of them go into a launch, and so many launches into a step: a step waits for all of a launch and for those before."""
+"""So many of them go into a launch, and so many launches into a step that is not the last one: a step waits for all of a launch
+and for those before."""
 
 
 @dataclass(slots=True)
@@ -64,8 +65,9 @@ class CudaSlotWriter:
             if any(store.block in stores.overwritten for store in launched.stores):
                 self._own.hold_up(launched.copy)
                 break
-        for _ in range(LAUNCHES_MAX):
-            if len(self._waiting) < LAUNCH_BLOCKS_MIN:
+        launches, least = (len(self._waiting), 1) if stores.idle else (LAUNCHES_MAX, LAUNCH_BLOCKS_MIN)
+        for _ in range(launches):
+            if len(self._waiting) < least:
                 break
             ahead, self._waiting = self._waiting[:LAUNCH_BLOCKS_MAX], self._waiting[LAUNCH_BLOCKS_MAX:]
             self._launch(slots, ahead)

@@ -15,9 +15,9 @@ from engine.tiers.stores import NO_STORES, Store, Stores
 from transport.keys import Keys
 from transport.table.kept_table import KeptTable
 
-UNDER_WAY_MAX = 4096
+UNDER_WAY_MAX = 8192
 """Blocks being stored at once: those of two steps that compute 32k tokens each, as the workers tell of a step's when the next
-is begun already. What is given up beyond that is lost, and counted."""
+is begun already, beside as many that an idle engine stores ahead. What is given up beyond that is lost, and counted."""
 
 
 class HostMemory:
@@ -59,11 +59,14 @@ class HostMemory:
         """A request asked for the blocks of these keys, (n, 2), which are all different, and had or computed them."""
         self._asks.add(keys)
 
-    def take(self, blocks: Sequence[int], keys: Keys, groups: Sequence[int], quality: Sequence[int]) -> None:
-        """Store what `blocks` hold under `keys`, (n, 2): they are likely to be reallocated soon. Those of one that is here
-        already, or in another tier, are not copied."""
+    def take(
+        self, blocks: Sequence[int], keys: Keys, groups: Sequence[int], quality: Sequence[int], *, ahead: bool = False
+    ) -> None:
+        """Store what `blocks` hold under `keys`, (n, 2): they are being reallocated, or, `ahead`, will be. Those of one that is
+        here already, or in another tier, are not copied."""
         if not blocks:
             return
+        before = len(self._begun)
         asks = self._asks.of(keys).tolist()
         known = [self._known(key, asked) for key, asked in zip(map(bytes, keys), asks, strict=True)]
         fresh = [place for place, each in enumerate(known) if not each]
@@ -74,6 +77,8 @@ class HostMemory:
         if self._gave_way:  # together: most of what the table takes is a call's own
             self._table.count("evictions", self._table.invalidate(self._gave_way))
             self._gave_way = []
+        if ahead:
+            self._table.count("tier_ahead_blocks", len(self._begun) - before)
 
     def overwritten(self, blocks: Iterable[int], *, by_import: bool = False) -> None:
         """The next step, or an import that begins in it, overwrites `blocks`: those that are being stored must have been copied
@@ -84,12 +89,12 @@ class HostMemory:
         """Some workers overwrite `blocks` before they can copy them in the next step."""
         self._lost.update(block for block in blocks if block in self._read)
 
-    def take_stores(self) -> Stores:
-        """Return what the workers have to do in this step, once."""
+    def take_stores(self, *, idle: bool = False) -> Stores:
+        """Return what the workers have to do in this step, once; `idle`: it may be the last one for long."""
         if not (self._begun or self._overwritten or self._imported or self._lost):
             return NO_STORES
         imported = frozenset(self._imported - self._overwritten)
-        stores = Stores(tuple(self._begun), frozenset(self._overwritten), frozenset(self._lost), imported)
+        stores = Stores(tuple(self._begun), frozenset(self._overwritten), frozenset(self._lost), imported, idle)
         self._begun, self._overwritten, self._imported, self._lost = [], set(), set(), set()
         return stores
 

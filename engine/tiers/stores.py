@@ -23,13 +23,15 @@ class Stores:
     """Of one step: blocks to copy in the background, and those that the step overwrites, which are copied before it.
 
     Of the latter `lost` cannot be on a GPU: vLLM overwrites them there before it tells of the step. `imported` are overwritten
-    by imports that begin in the step, and by nothing else in it: the imports alone wait for their copies.
+    by imports that begin in the step, and by nothing else in it: the imports alone wait for their copies. `idle`: the step
+    computes nothing and may be the last one for long, so all copies are begun in it.
     """
 
     begun: tuple[Store, ...] = ()
     overwritten: frozenset[int] = frozenset()
     lost: frozenset[int] = frozenset()
     imported: frozenset[int] = frozenset()
+    idle: bool = False
 
 
 NO_STORES = Stores()

@@ -52,6 +52,11 @@ _REPLICA_GAUGES: tuple[_Figure[ReplicaStats], ...] = (
 _TIER_COUNTERS: tuple[_Figure[HostMemoryStats], ...] = (
     ("peerkv_host_memory_stores", "Blocks stored in host memory.", lambda t: t.stores),
     ("peerkv_host_memory_evictions", "Stored blocks that gave way or were flushed.", lambda t: t.evictions),
+    (
+        "peerkv_host_memory_ahead_blocks",
+        "Blocks that began to be stored before they were reallocated.",
+        lambda t: t.ahead_blocks,
+    ),
     ("peerkv_host_memory_dropped_blocks", "Blocks lost as too many were being stored.", lambda t: t.dropped_blocks),
     ("peerkv_host_memory_imports", "Imports from host memory.", lambda t: t.imports),
     ("peerkv_host_memory_import_blocks", "Blocks restored.", lambda t: t.import_blocks),

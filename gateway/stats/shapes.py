@@ -130,6 +130,7 @@ class HostMemoryStats(BaseModel):
     bytes: int = Field(description="size of the slots on all ranks")
     stores: int = Field(0, description="blocks stored")
     evictions: int = Field(0, description="stored blocks that gave way to others or were flushed")
+    ahead_blocks: int = Field(0, description="blocks that began to be stored before they were reallocated")
     dropped_blocks: int = Field(0, description="blocks lost because too many were being stored")
     imports: int = Field(0, description="imports from it, by all replicas that are known")
     import_blocks: int = Field(0, description="blocks restored from it")

@@ -170,6 +170,7 @@ def host_memory_stats(tiers: Mapping[str, Table], replicas: Iterable[ReplicaStat
                 bytes=table.slot_bytes() * table.num_blocks,
                 stores=counters["published_blocks"],
                 evictions=counters["evictions"],
+                ahead_blocks=counters["tier_ahead_blocks"],
                 dropped_blocks=counters["tier_dropped_blocks"],
                 imports=sum(peer.imports for peer in mine),
                 import_blocks=sum(peer.blocks for peer in mine),

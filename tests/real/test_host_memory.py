@@ -77,6 +77,13 @@ def metrics(fleet: Fleet) -> str:
     return fleet.client.get("/metrics").raise_for_status().text
 
 
+def test_a_replica_with_nothing_to_do_stores_what_it_would_give_away_next(tiered, words):
+    tiered.answer(words.ids(8 * BLOCK - 2), replica="replica-0", max_tokens=1)
+    before = tier_stats(tiered)["ahead_blocks"]
+    tiered.answer(words.ids(LENGTH), replica="replica-0", max_tokens=1)
+    until(lambda: tier_stats(tiered)["ahead_blocks"] >= before + WHOLE // BLOCK, 20, "the last prompt is stored")
+
+
 def test_the_end_of_a_prefix_is_restored_behind_what_is_still_there(tiered, words):
     prompt = words.ids(LENGTH)
     tiered.answer(prompt, replica="replica-0")

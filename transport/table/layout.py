@@ -73,13 +73,14 @@ COUNTERS = (
     "tier_dropped_blocks",
     "tier_tokens_disk",
     "tier_tokens_vault",
+    "tier_ahead_blocks",
 )
 """Counted by the owner's scheduler since its epoch began. A prompt's tokens are counted once, when it is first scheduled:
 prompt_tokens = local_tokens + peer_tokens_* + tier_tokens_* + computed_tokens. `check_failures` are blocks that changed under a
 copy or do not match their checksum, `fallbacks` requests whose import failed and that computed instead, `evictions` published
 blocks that were reallocated, `pins` prefixes that were pinned, `hints_malformed` fields of the gateway's hints that were
-ignored. In a tier's own table `published_blocks` were stored, `evictions` gave their room to others, and `tier_dropped_blocks`
-were lost because too many were being stored."""
+ignored. In a tier's own table `published_blocks` were stored, `evictions` gave their room to others, `tier_dropped_blocks`
+were lost because too many were being stored, and `tier_ahead_blocks` began to be stored before they were reallocated."""
 
 HEADER = struct.Struct("<8sIIQIIIII")  # magic, version, page, epoch, block size, blocks, buckets, ways, description bytes
 

@@ -17,6 +17,7 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from engine.connector import ahead
 from engine.connector.step_messages import Handshake, StepMetadata, WorkerReport
 from engine.host_process.kept_memory import VARIABLE, encode_kept
 from engine.tiers.slots import cut
@@ -293,6 +294,39 @@ def test_every_block_that_vllm_gives_away_was_stored(storing):
         assert there[0] == 8
         assert storing.scheduler.connector.reset_cache()
         assert tier.cached_blocks() == 0
+
+
+def test_the_step_with_which_vllm_becomes_idle_stores_what_it_will_give_away_next(storing, monkeypatch):
+    """Sixteen blocks: a quarter of the tier. A prompt that takes as many has none of them stored, and waits for none."""
+    monkeypatch.setattr(ahead, "AHEAD_BLOCKS_MIN", 1)
+    monkeypatch.setattr(ahead, "AHEAD_BLOCKS_MAX", 1)
+    made = []
+    build = type(storing.scheduler.connector).build_connector_meta
+
+    def built(connector, output):
+        made.append((output.total_num_scheduled_tokens, build(connector, output)))
+        return made[-1][1]
+
+    monkeypatch.setattr(type(storing.scheduler.connector), "build_connector_meta", built)
+    for name, first in (("a", 0), ("b", 200), ("c", 400)):
+        storing.add(name, first, 130, 3)
+        storing.run()
+    assert not storing.scheduler.has_requests()
+    tokens, meta = made[-1]
+    assert (tokens, meta.stores.idle) == (0, True)
+    with closing(TableReader(storing.tables / "replica-0.host-memory.table")) as tier:
+        before = tier.counters()
+        assert 8 <= len(meta.stores.begun) <= before["tier_ahead_blocks"] <= before["published_blocks"]
+        lost = storing.table.counters()["evictions"]
+        made.clear()
+        storing.add("d", 600, 15 * SIZE - 4, 2)
+        storing.run()
+        assert storing.table.counters()["evictions"] - lost > 8
+        assert not any(meta.stores.overwritten for _, meta in made[:1])
+        after = tier.counters()
+        assert (
+            after["published_blocks"] - before["published_blocks"] == after["tier_ahead_blocks"] - before["tier_ahead_blocks"]
+        )
 
 
 def test_on_gpus_the_table_of_host_memory_is_of_the_engines_kind_and_its_memory_of_another(tmp_path, monkeypatch):

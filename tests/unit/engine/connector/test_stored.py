@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.connector.ahead import AHEAD_BLOCKS_MIN, CALM_BLOCKS, CALM_STEPS
 from engine.connector.step_messages import WorkerReport
-from engine.connector.stored import AHEAD_BLOCKS_MIN
 from tests.unit.engine.connector.scheduler_fixtures import PLAIN, PROMPT, SIZE, Replica, Request, import_all, keys_of, report
 from tests.unit.engine.connector.test_several_groups import WINDOWS
 from tests.unit.engine.keeper import Keeper
@@ -159,6 +159,85 @@ def test_the_more_a_step_took_the_more_is_stored_ahead(tmp_path, keeper):
     assert len(few.stores.begun) == AHEAD_BLOCKS_MIN
     many = a.schedule(new=[(Request("many", ids[: 80 * SIZE]), list(range(304, 384)), 0, 80 * SIZE)])
     assert len(many.stores.begun) == 2 * 80 - AHEAD_BLOCKS_MIN
+
+
+def idle_with(replica, pool):
+    """The empty step that vLLM takes when the last request has ended; `pool` is what it would give away next."""
+    for name in list(replica.half._sequences):
+        replica.half.finished(name)
+    replica.half.bind_pool(pool)
+    return replica.schedule()
+
+
+def test_an_engine_that_becomes_idle_stores_what_it_would_give_away_next_once(tmp_path, keeper):
+    a = stored(keeper, tmp_path, "a")
+    a.prefill(Request("r", list(PROMPT)), [3, 4, 5, 6])
+    meta = idle_with(a, pool_of(7, 5, 4, 3))
+    assert [each.block for each in meta.stores.begun] == [5, 4, 3]
+    assert (meta.stores.idle, meta.stores.overwritten) == (True, frozenset())
+    assert not a.schedule().stores.begun
+    copy(a, meta)
+    late = evict(a, [3, 4, 5, 7])
+    assert not late.stores.begun
+    assert late.stores.overwritten == frozenset()
+    with closing(TableReader(tmp_path / "a.host-memory.table")) as tier:
+        counters = tier.counters()
+        assert (counters["tier_ahead_blocks"], counters["published_blocks"]) == (3, 3)
+
+
+def test_what_is_reallocated_while_an_idle_engine_stores_it_is_waited_for_and_not_stored_twice(tmp_path, keeper):
+    a = stored(keeper, tmp_path, "a")
+    a.prefill(Request("r", list(PROMPT)), [3, 4, 5, 6])
+    meta = idle_with(a, pool_of(5, 4, 3))
+    late = evict(a, [4, 9, 10, 11])
+    assert (late.stores.begun, late.stores.overwritten) == ((), {4})
+    copy(a, meta)
+    assert a.half.match(Request("again", list(PROMPT)), 0) == 3 * SIZE
+
+
+def test_nothing_is_stored_far_ahead_beside_imports(tmp_path, keeper):
+    a, b = stored(keeper, tmp_path, "a"), Replica(tmp_path, "b")
+    b.prefill(Request("r", list(OTHER)), [3, 4, 5, 6])
+    a.prefill(Request("s", list(PROMPT)), [3, 4, 5, 6])
+    a.half.finished("s")
+    a.half.bind_pool(pool_of())
+    _, meta = import_all(a, Request("t", list(OTHER)), [10, 11, 12, 13])
+    a.half.bind_pool(pool_of(3, 4, 5))
+    for _ in range(2 * CALM_STEPS):  # as vLLM does while it waits
+        assert not a.schedule().stores.begun
+    a.done(meta.step, t=report())
+    assert [each.block for each in idle_with(a, pool_of(3, 4, 5)).stores.begun] == [3, 4, 5]
+
+
+def test_nothing_is_stored_far_ahead_beside_prompts(tmp_path, keeper):
+    a = stored(keeper, tmp_path, "a", blocks=200)
+    a.prefill(Request("s", list(PROMPT)), [3, 4, 5, 6])
+    a.half.finished("s")
+    long = Request("long", list(range(1000, 1400)))
+    a.half.match(long, 0)
+    a.half.bind_pool(pool_of())
+    a.schedule(new=[(long, list(range(10, 110)), 0, 8)])
+    a.half.bind_pool(pool_of(3, 4, 5))
+    for step in range(1, 2 * CALM_STEPS):
+        assert not a.schedule(cached=[(long, None, 8 * step, 8)]).stores.begun
+    assert [each.block for each in idle_with(a, pool_of(3, 4, 5)).stores.begun] == [3, 4, 5]
+
+
+def test_steps_that_only_decode_store_a_few_at_a_time(tmp_path, keeper):
+    tier = KeptTable(tmp_path, description("a.host-memory"), SIZE, 4000, Path(keeper.keep("a", 4096).draft))
+    a = Replica(tmp_path, "a", blocks=800, tier=tier)
+    request = Request("r", list(range(1000, 1000 + 300 * SIZE)))
+    a.half.bind_pool(pool_of())
+    a.prefill(request, list(range(1, 301)))
+    a.half.bind_pool(pool_of(*range(1, 301)))
+    begun = []
+    for step in range(4 * CALM_STEPS):
+        meta = a.schedule(cached=[(request, None, 300 * SIZE + step, 1)])
+        begun.append(len(meta.stores.begun))
+        assert not meta.stores.idle
+        a.done(meta.step)
+    assert [count for count in begun if count] == [CALM_BLOCKS, CALM_BLOCKS, 300 - 2 * CALM_BLOCKS]
+    assert [step % CALM_STEPS for step, count in enumerate(begun) if count] == [CALM_STEPS - 1] * 3
 
 
 def test_what_an_import_overwrites_is_stored_before_it_begins(tmp_path, keeper):

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from engine.connector import stored, worker
+from engine.connector import ahead, worker
 from engine.host_process.kept_memory import decode_kept, encode_kept
 from tests.real.fleet import until
 from tests.unit.engine.connector.test_in_vllms_scheduler import BLOCKS, SIZE
@@ -47,8 +47,9 @@ def engines(request, tmp_path, monkeypatch):
     (tmp_path / "tables").mkdir(mode=0o700)
     keeper = Keeper(tmp_path / "tables")
     made = []
-    monkeypatch.setattr(stored, "AHEAD_BLOCKS_MIN", request.param)
-    monkeypatch.setattr(stored, "AHEAD_BLOCKS_MAX", request.param)
+    for bound in ("AHEAD_BLOCKS_MIN", "AHEAD_BLOCKS_MAX", "FAR_BLOCKS_MAX"):
+        monkeypatch.setattr(ahead, bound, request.param)
+    monkeypatch.setattr(ahead, "CALM_STEPS", 2)
     with simulated(monkeypatch, request.param) as (gpu, cuda_ipc):
         monkeypatch.setattr(worker, "_transport", cuda_ipc.CudaIpcTransport)
         monkeypatch.setattr(f"{WRITER}.LAUNCH_BLOCKS_MIN", 3)

@@ -64,6 +64,15 @@ def worker(registered, landing):
     return half
 
 
+def test_a_transport_is_told_before_a_step_that_imports_will_begin_in_it_and_of_no_other(owner, worker, monkeypatch):
+    told = []
+    monkeypatch.setattr(SharedMemoryTransport, "before_step", lambda _: told.append(1))
+    worker.store(StepMetadata(2))
+    assert told == []
+    worker.store(StepMetadata(3, (job(owner),)))
+    assert len(told) == 1
+
+
 def test_an_import_is_reported_once_with_what_it_cost(owner, worker, landing):
     worker.start(StepMetadata(3, (job(owner),)))
     assert worker.poll() == {"r"}

@@ -374,3 +374,15 @@ def test_few_blocks_that_nothing_overwrites_wait_for_more_and_many_go_in_bounded
     tier.writer.begin(Stores((), frozenset({11})))
     tier.gpu.all()
     assert sorted(tier.writer.take_copied()) == [4, 5, 6, 7, 11]
+
+
+def test_all_copies_are_begun_in_a_step_that_may_be_the_last_one_for_long(tier, monkeypatch):
+    tier.opened()
+    monkeypatch.setattr(importlib.import_module(WRITER), "LAUNCH_BLOCKS_MAX", 2)
+    monkeypatch.setattr(importlib.import_module(WRITER), "LAUNCHES_MAX", 1)
+    stores = [Store(block, block, block % 3, key(block)) for block in range(7)]
+    tier.writer.begin(Stores(tuple(stores), idle=True))
+    tier.gpu.all()  # without another step
+    assert sorted(tier.writer.take_copied()) == list(range(7))
+    for store in stores:
+        check(tier, store.slot, store.group, tier.read(store.block, store.group))

@@ -83,7 +83,7 @@ def test_other_nodes_are_shown_with_how_their_blocks_come(tmp_path: Path) -> Non
 
 def test_every_counter_of_the_tables_is_shown() -> None:
     tokens = {"prompt_tokens", "local_tokens", "computed_tokens", "peer_tokens_shared_memory", "peer_tokens_cuda_ipc"}
-    tokens |= {"tier_tokens_host_memory", "tier_tokens_disk", "tier_tokens_vault", "tier_dropped_blocks"}
+    tokens |= {"tier_tokens_host_memory", "tier_tokens_disk", "tier_tokens_vault", "tier_dropped_blocks", "tier_ahead_blocks"}
     shown = {name.replace("import_seconds", "import_nanoseconds") for name in TransferCounts.model_fields}
     assert set(COUNTERS) == tokens | shown
 
@@ -207,6 +207,7 @@ def test_host_memory_is_shown_with_what_all_replicas_restored(scene: Scene) -> N
     stored = scene.tables.start("a.host-memory", blocks=64)
     scene.tables.hold("a.host-memory", range(40))
     stored.count("tier_dropped_blocks", 3)
+    stored.count("tier_ahead_blocks", 7)
     for name, blocks in (("a", 5), ("b", 2)):
         scene.tables.writers[name].imported(
             "a.host-memory", "shared_memory", blocks=blocks, size=100 * blocks, nanoseconds=1, failed=name == "b"
@@ -215,7 +216,7 @@ def test_host_memory_is_shown_with_what_all_replicas_restored(scene: Scene) -> N
     stats = scene.snapshot()
     (tier,) = stats.host_memory
     assert (tier.name, tier.replica, tier.blocks, tier.stored_blocks) == ("a.host-memory", "a", 64, 10)
-    assert (tier.stores, tier.evictions, tier.dropped_blocks) == (10, 0, 3)
+    assert (tier.stores, tier.evictions, tier.ahead_blocks, tier.dropped_blocks) == (10, 0, 7, 3)
     assert (tier.imports, tier.import_blocks, tier.import_bytes, tier.import_failures) == (2, 7, 700, 1)
     assert stats.totals.tokens.host_memory == 16
     assert [replica.name for replica in stats.replicas] == ["a", "b"]
