@@ -171,6 +171,12 @@ class Replica:
         self._pipe.send(("churn", prompt_tokens if on else 0))
         assert self._take(60) == "churning"
 
+    def rest(self, seconds: float) -> None:
+        """Have the engine become idle, as a server's does by itself when its last request has ended, and stay so."""
+        self._pipe.send(("rest", None))
+        assert self._take(20) == "resting"
+        time.sleep(seconds)
+
     def clear(self) -> None:
         """End the background requests and empty the prefix cache."""
         self._pipe.send(("clear", None))
@@ -387,9 +393,17 @@ class _Engine:
         deadline = time.monotonic() + 20
         while self.engine.has_unfinished_requests() and time.monotonic() < deadline:
             self.step()
+        self.become_idle()
+
+    def become_idle(self) -> None:
+        """Take the steps behind the last request's end."""
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":  # a core of its own runs on by itself, and a step waits for it
             for _ in range(4):
                 self.engine.step()
+
+    def do_rest(self, _: Any) -> None:
+        self.become_idle()
+        self.pipe.send(("ok", "resting"))
 
     def do_clear(self, _: Any) -> None:
         self.churn_tokens = 0
