@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from gateway.api.endpoints import ENDPOINTS, Endpoint
 from gateway.errors import InvalidRequest
@@ -17,7 +19,7 @@ COMPLETION_TOKENS = 16
 _ONE_CHOICE = frozenset(("responses", "messages"))
 
 
-class PromptSize(NamedTuple):
+class PromptSize(msgspec.Struct, frozen=True, gc=False):
     """`prompts` prompts of so many `tokens` each, by the engine's count; if not `certain`, a bound of all of them together."""
 
     tokens: int
@@ -25,7 +27,7 @@ class PromptSize(NamedTuple):
     certain: bool
 
 
-class RequestSize(NamedTuple):
+class RequestSize(msgspec.Struct, frozen=True):
     """Tokens of all prompts and of all answers at most, and fields to put into the body."""
 
     prompt_tokens: int
@@ -51,7 +53,7 @@ def size_of(
     traits = ENDPOINTS[endpoint]
     if traits.work == "counts":
         return RequestSize(0, 0, {})
-    tokens, count, certain = prompt
+    tokens, count, certain = prompt.tokens, prompt.prompts, prompt.certain
     prompts = tokens * count if certain else tokens
     if context_tokens is not None:
         prompts, tokens = min(prompts, context_tokens * count), min(tokens, context_tokens)

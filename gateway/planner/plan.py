@@ -67,8 +67,10 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
         known = self.request.known
         if known.ids is None:
             return 0
-        several = known.sent if type(known.sent) is list else ()
-        return known.ids.held_bytes + sum([ids.held_bytes for ids in several if type(ids) is TokenIds and ids is not known.ids])
+        if type(known.sent) is not list:
+            return known.ids.held_bytes
+        others = [ids for ids in known.sent if type(ids) is TokenIds and ids is not known.ids]
+        return known.ids.held_bytes + sum([ids.held_bytes for ids in others])
 
     @property
     def source(self) -> str | None:

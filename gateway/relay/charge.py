@@ -65,9 +65,9 @@ class Charge:
         except InvalidRequest:
             self._limiter.count_refusal(self._key, "size")
             raise
-        prompt_tokens, answer_tokens, changes = self._size
-        self._assumed = next(iter(changes.values()), None)
-        self._limiter.hold(self._reservation, Usage(prompt_tokens, 0, answer_tokens), self._assumed)
+        size, changes = self._size, self._size.changes
+        self._assumed = next(iter(changes.values())) if changes else None
+        self._limiter.hold(self._reservation, Usage(size.prompt_tokens, 0, size.answer_tokens), self._assumed)
         if body.get("stream") is True and endpoint in ("completions", "chat"):  # the others always tell
             options, interval = body.get("stream_options"), body.get("stream_interval")
             self.hides_usage = not (isinstance(options, dict) and options.get("include_usage") is True)
@@ -102,7 +102,7 @@ class Charge:
             cached = told.cached_tokens if uncached is None else told.prompt_tokens - uncached
             return Usage(told.prompt_tokens - cached, cached, told.completion_tokens)
         # It broke off: what was sent of it, and its prompt, which was computed if anything was.
-        prompt_tokens, answer_tokens, _ = self._size
+        prompt_tokens, answer_tokens = self._size.prompt_tokens, self._size.answer_tokens
         uncached = _computed(attempt, prompt_tokens)
         uncached = prompt_tokens if uncached is None else uncached
         generated = answer_tokens  # of a large answer that is passed on as it comes the usage is not seen

@@ -267,9 +267,9 @@ class Relay(Generic[PlanT]):
         if len(self._transactions) > 1:
             await self._batching.wait()
         plan = served.planner.decide(read)
-        if plan.held_bytes:
-            self._hold(plan.held_bytes)
-            transaction.body_bytes += plan.held_bytes
+        if held_bytes := plan.held_bytes:
+            self._hold(held_bytes)
+            transaction.body_bytes += held_bytes
         info = RequestInfo(transaction.request_id, endpoint, tenant.name, model)
         body_sent = sent(plan.prompt)
         path = transaction.scope["path"]

@@ -71,8 +71,12 @@ class RequestMetrics(Collector):
         series.generated_tokens += record.completion_tokens
         counts, sources = series.prompt_tokens, token_sources(record.attempt)
         if sources is not None:
-            for place, tokens in enumerate(sources[:-1]):  # they are in the order of _SOURCES
-                counts[place] += tokens
+            counts[0] += sources.local  # in the order of _SOURCES
+            counts[1] += sources.peer
+            counts[2] += sources.host_memory
+            counts[3] += sources.disk
+            counts[4] += sources.vault
+            counts[5] += sources.computed
         elif record.usage is not None:
             counts[-1] += record.usage.prompt_tokens
 

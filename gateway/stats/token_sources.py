@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import msgspec
 
 from gateway.ledger.attempts import Attempt
 from transport.table.tiers import TierKind, tier_kind
 
 
-class TokenSources(NamedTuple):
+class TokenSources(msgspec.Struct, frozen=True, gc=False):
     """Tokens of all prompts of a request; `source` is the replica or the tier that some were imported from, "" for none."""
 
     local: int

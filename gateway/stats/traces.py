@@ -7,6 +7,8 @@ import threading
 import time
 from typing import Any
 
+import msgspec
+
 from gateway.errors import SettingsError
 from gateway.ledger.ledger import LEFT_STATUS
 from gateway.relay.request_record import RequestRecord
@@ -101,7 +103,7 @@ def attributes(record: RequestRecord) -> dict[str, Any]:
         found["peerkv.replica"] = record.attempt.replica
         sources = token_sources(record.attempt)
         if sources is not None:
-            found |= {f"peerkv.tokens.{name}": value for name, value in sources._asdict().items()}
+            found |= {f"peerkv.tokens.{name}": value for name, value in msgspec.structs.asdict(sources).items()}
     return found
 
 

@@ -4,6 +4,7 @@ A node's own holders have plain names there. So the same holder has one name on 
 """
 
 import re
+from functools import lru_cache
 
 SEPARATOR = ":"
 NODE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
@@ -11,6 +12,7 @@ HOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a node may call a replica or a tier of its own: the name goes into paths, headers, metrics and pages of others."""
 
 
+@lru_cache(4096)
 def node_of(name: str) -> str:
     """Return the node in a holder's name, "" for one of this node."""
     return name.rpartition(SEPARATOR)[0]

@@ -20,16 +20,16 @@ def size(endpoint: Any, body: dict[str, Any], prompt: PromptSize = PROMPT, **lim
 
 
 def test_what_is_asked_for_is_reserved_for_each_choice_and_prompt() -> None:
-    assert size("completions", {"max_tokens": 7, "n": 3}, PromptSize(10, 2, certain=True)) == (20, 42, {})
-    assert size("chat", {"max_tokens": 9, "max_completion_tokens": 7}) == (100, 7, {})
-    assert size("embeddings", {"n": 5}) == (100, 0, {})
+    assert size("completions", {"max_tokens": 7, "n": 3}, PromptSize(10, 2, certain=True)) == RequestSize(20, 42, {})
+    assert size("chat", {"max_tokens": 9, "max_completion_tokens": 7}) == RequestSize(100, 7, {})
+    assert size("embeddings", {"n": 5}) == RequestSize(100, 0, {})
 
 
 def test_a_request_without_max_tokens_is_given_one() -> None:
-    assert size("chat", {}) == (100, 512, {"max_completion_tokens": 512})
-    assert size("completions", {"max_tokens": None}) == (100, 16, {"max_tokens": 16})
-    assert size("chat", {}, max_tokens_max=50) == (100, 50, {"max_completion_tokens": 50})
-    assert size("completions", {}, max_tokens_max=5) == (100, 5, {"max_tokens": 5})
+    assert size("chat", {}) == RequestSize(100, 512, {"max_completion_tokens": 512})
+    assert size("completions", {"max_tokens": None}) == RequestSize(100, 16, {"max_tokens": 16})
+    assert size("chat", {}, max_tokens_max=50) == RequestSize(100, 50, {"max_completion_tokens": 50})
+    assert size("completions", {}, max_tokens_max=5) == RequestSize(100, 5, {"max_tokens": 5})
 
 
 def test_a_key_without_limits_on_tokens_leaves_the_body_as_it_is() -> None:
@@ -43,7 +43,7 @@ def test_an_answer_that_is_bounded_by_us_fits_into_the_context() -> None:
 
 
 def test_a_prompt_of_unknown_length_is_no_longer_than_the_context() -> None:
-    assert size("chat", {}, PromptSize(10**6, 1, certain=False)) == (2048, 512, {"max_completion_tokens": 512})
+    assert size("chat", {}, PromptSize(10**6, 1, certain=False)) == RequestSize(2048, 512, {"max_completion_tokens": 512})
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_tokens_are_weighed_with_their_prices_and_rounded_up() -> None:
 
 
 def test_a_bound_of_several_prompts_is_of_all_of_them() -> None:
-    assert size("completions", {"max_tokens": 7}, PromptSize(500, 100, certain=False)) == (500, 700, {})
-    assert size("embeddings", {}, PromptSize(10**6, 100, certain=False)) == (204_800, 0, {})
+    assert size("completions", {"max_tokens": 7}, PromptSize(500, 100, certain=False)) == RequestSize(500, 700, {})
+    assert size("embeddings", {}, PromptSize(10**6, 100, certain=False)) == RequestSize(204_800, 0, {})
 
 
 @pytest.mark.parametrize("name", ["n", "max_tokens"])
