@@ -1,11 +1,11 @@
-"""`python -m bench.tiers stores|restore|sessions|policies|scheduling`."""
+"""`python -m bench.tiers stores|restore|sessions|policies|scheduling|soak`."""
 
 import argparse
 import os
 from pathlib import Path
 
 from bench.machine import end_on_sigterm
-from bench.tiers import policies, restore, scheduling, sessions, stores
+from bench.tiers import policies, restore, scheduling, sessions, soak, stores
 
 
 def main() -> None:
@@ -30,6 +30,11 @@ def main() -> None:
     replayed = commands.add_parser("policies", description=policies.__doc__, help="what a tier should keep, by recorded traces")
     replayed.add_argument("traces", type=Path, nargs="+", metavar="TRACE", help="JSON lines with hash_ids, as Mooncake's")
     commands.add_parser("scheduling", description=scheduling.__doc__, help="what host memory takes of a scheduler's step")
+    long = commands.add_parser("soak", description=soak.__doc__, help="whether anything grows while all tiers evict")
+    long.add_argument("--model", default="", metavar="DIR", help="model (default: the default model)")
+    long.add_argument("--minutes", type=float, default=15, metavar="N", help="for all block sizes together (default: 15)")
+    sizes = [32, 64, 128]
+    long.add_argument("--block-sizes", type=int, nargs="+", default=sizes, metavar="N", help="tokens (default: 32 64 128)")
     given = parser.parse_args()
     end_on_sigterm()
     if given.what == "stores":
@@ -38,6 +43,8 @@ def main() -> None:
         policies.run(given.traces)
     elif given.what == "scheduling":
         scheduling.run()
+    elif given.what == "soak":
+        soak.run(given.model, given.block_sizes, given.minutes, given.directory)
     elif given.what == "sessions":
         sessions.run(given.model, given.tokens, given.kv_bytes, given.tier_bytes, given.directory)
     else:

@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,23 @@ class Served:
     """`peerkv serve` with one replica and so many stores: disk, vault."""
 
     def __init__(
-        self, directory: Path, model: str, flags: list[str], *, stores: int = 1, kv_bytes: int = KV_BYTES, dtype: str = "auto"
+        self,
+        directory: Path,
+        model: str,
+        flags: list[str],
+        *,
+        stores: int = 1,
+        kv_bytes: int = KV_BYTES,
+        dtype: str = "auto",
+        vllm_args: Sequence[str] = (),
     ) -> None:
         (port,) = free_ports(1)
         self.run_dir = directory / "run"
         argv = [sys.executable, "-m", "gateway.cli", "serve", model, "--port", str(port), "--replicas", "1"]
         argv += ["--run-dir", str(self.run_dir), "--log-dir", str(directory / "logs")]
-        argv += ["--table-dir", f"/dev/shm/peerkv-bench-{os.getpid()}", "--tier-wait-seconds-max", "30", *flags]
-        argv += ["--", "--kv-cache-memory-bytes", str(kv_bytes), "--dtype", dtype]
+        self.table_dir = Path(f"/dev/shm/peerkv-bench-{os.getpid()}")
+        argv += ["--table-dir", str(self.table_dir), "--tier-wait-seconds-max", "30", *flags]
+        argv += ["--", "--kv-cache-memory-bytes", str(kv_bytes), "--dtype", dtype, *vllm_args]
         self._stores = ["ok"] * stores
         self._process = Started(argv, directory / "serve.log", {})
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=ASK_SECONDS_MAX)
@@ -88,6 +97,11 @@ class Served:
         transport = httpx.HTTPTransport(uds=str(self.run_dir / "replica-0.sock"))
         with httpx.Client(transport=transport, base_url="http://replica", timeout=ASK_SECONDS_MAX) as client:
             client.post("/reset_prefix_cache", params={"reset_external": "true"}).raise_for_status()
+
+    @property
+    def pid(self) -> int:
+        """The process that everything else is below."""
+        return self._process.pid
 
     def end(self) -> None:
         """Stop it."""
