@@ -29,27 +29,33 @@ def with_connector(bench: Bench, name: str) -> None:
     engine = Replica(name, bench.scale.devices[1], bench.scale.model, bench.tables, **(bench.scale.arguments | small)).ready()
     try:
         engine.ask(prompt(bench.scale.restores[0], 3))
-        for size in bench.scale.restores:
-            times: dict[str, list[float]] = {"cold": [], "hit": [], "restore": []}
-            restored = []
-            for turn in range(REPEATS):
-                ids = prompt(size, 77 * size + turn)
-                times["cold"].append(engine.ask(ids).first_seconds)
-                times["hit"].append(engine.ask(ids).first_seconds)
-                for other in (1, 2):
-                    engine.ask(prompt(tokens, 77 * size + 100 * turn + 1000 * other))
-                engine.ask(prompt(20, turn), 4)
-                answer = engine.ask(ids)
-                times["restore"].append(answer.first_seconds)
-                restored.append(answer.cached)
-            ms = {f"{kind}_ms": median(found) * 1e3 for kind, found in times.items()}
-            bench.row(
-                "offloading",
-                connector=name,
-                tokens=size,
-                **ms,
-                cold_over_restore=ms["cold_ms"] / ms["restore_ms"],
-                cached=restored,
-            )
+        with bench.turn():
+            measure(bench, engine, name, tokens)
     finally:
         engine.stop()
+
+
+def measure(bench: Bench, engine: Replica, name: str, tokens: int) -> None:
+    """Print a row for each length; prompts of `tokens` take all blocks from those that were asked for before."""
+    for size in bench.scale.restores:
+        times: dict[str, list[float]] = {"cold": [], "hit": [], "restore": []}
+        restored = []
+        for turn in range(REPEATS):
+            ids = prompt(size, 77 * size + turn)
+            times["cold"].append(engine.ask(ids).first_seconds)
+            times["hit"].append(engine.ask(ids).first_seconds)
+            for other in (1, 2):
+                engine.ask(prompt(tokens, 77 * size + 100 * turn + 1000 * other))
+            engine.ask(prompt(20, turn), 4)
+            answer = engine.ask(ids)
+            times["restore"].append(answer.first_seconds)
+            restored.append(answer.cached)
+        ms = {f"{kind}_ms": median(found) * 1e3 for kind, found in times.items()}
+        bench.row(
+            "offloading",
+            connector=name,
+            tokens=size,
+            **ms,
+            cold_over_restore=ms["cold_ms"] / ms["restore_ms"],
+            cached=restored,
+        )
