@@ -82,16 +82,22 @@ def trace_engine(engine: Any) -> Trace:
 
 
 def steps(bench: Bench, pair: list[Replica]) -> None:
-    """Milliseconds of each part, summed over its calls until the first token: of a local hit, and of an import."""
+    """Milliseconds of each part, summed over its calls until the first token: of a local hit, and of an import.
+
+    Each behind a hit of another prompt, so that neither finds an engine that idled while the owner computed.
+    """
     a, b = pair
     b.trace()
     for tokens in SIZES if bench.scale.devices[0] else bench.scale.sizes:
         found: dict[str, list[list[tuple[str, float, float]]]] = {"hit": [], "import": []}
         firsts: dict[str, list[float]] = {"hit": [], "import": []}
+        other = prompt(tokens, 77 * tokens + REPEATS)
         for turn in range(REPEATS):
             ids = prompt(tokens, 77 * tokens + turn)
             a.ask(ids)
             for kind in ("import", "hit"):
+                b.ask(other, source="")
+                b.traced()
                 answer = b.ask(ids)
                 firsts[kind].append(answer.first_seconds * 1e3)
                 found[kind].append(b.traced())
