@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from transport.table.directory import TableDirectory
 
 _logger = logging.getLogger(__name__)
 
+WAIT_SECONDS = 0.0003
+"""About as long as a step that computes nothing takes."""
 WATCH_SECONDS = 0.5
 """How often owners are looked for: of those that ended the memory is closed, which stays allocated for as long as it is mapped
 here, and of those that came it is opened."""
@@ -48,6 +51,7 @@ class WorkerHalf:
         self._load_errors: set[int] = set()
         self._failed: set[str] = set()
         self._step = 0
+        self._computes = True
         self._unmapped = False
         self._lock = threading.Lock()
         self._watcher: threading.Thread | None = None
@@ -106,7 +110,7 @@ class WorkerHalf:
 
     def start(self, metadata: StepMetadata) -> None:
         """Begin the imports of a step."""
-        self._step = max(self._step, metadata.step)
+        self._step, self._computes = max(self._step, metadata.step), metadata.computes
         self._jobs.update((job.request_id, job) for job in metadata.imports)
         try:
             for job in metadata.imports:
@@ -136,10 +140,17 @@ class WorkerHalf:
             with self._lock:
                 for job, source, reason in self._fetches.poll() if self._fetches.pending() else ():
                     self._fetched(self._transport, job, source, reason)
-                for result in self._transport.poll():
+                for result in self._poll(self._transport):
                     self._fetches.release(result.job.request_id)
                     self._end(result)
         return set(self._ended)
+
+    def _poll(self, transport: Transport) -> list[ImportResult]:
+        """Poll; in a step that computes nothing wait for a copy that is about to end: vLLM hears of that only with a step."""
+        results, until = transport.poll(), time.monotonic() + WAIT_SECONDS
+        while not (results or self._computes) and transport.ends_within(WAIT_SECONDS) and time.monotonic() < until:
+            results = transport.poll()
+        return results
 
     def _fetched(self, transport: Transport, job: ImportJob, source: StagedReader | None, reason: str) -> None:
         """Copy what this node's agent fetched from another node; what the other node failed to give may work the next time."""

@@ -136,6 +136,9 @@ class Transport(Protocol):
         They are good whatever becomes of the rest: `poll` does not report them as failed.
         """
 
+    def ends_within(self, seconds: float) -> bool:
+        """Tell whether an import under way is expected to end so soon, or to have ended so lately, that waiting pays."""
+
     def retain(self, live: set[tuple[str, int]]) -> None:
         """Close the memory of all owners but those (replica, epoch) that are `live` or being read."""
 

@@ -8,6 +8,7 @@ takes seconds.
 
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -82,7 +83,8 @@ class _Piece:
 class _Copy:
     """An import under way, `from_host` if that is where its blocks are.
 
-    `ends` tells behind how many blocks each part ends that is not checked yet, `checked` how many leading blocks are good.
+    `ends` tells behind how many blocks each part ends that is not checked yet, `checked` how many leading blocks are good, and
+    `expected` when the whole copy ends (time.monotonic), judged by its first part.
     """
 
     job: ImportJob
@@ -94,6 +96,8 @@ class _Copy:
     open_until: float
     ends: list[int]
     checked: int = 0
+    began: float = 0.0
+    expected: float = math.inf
     enqueued: Enqueued | None = None
 
 
@@ -184,6 +188,10 @@ class CudaIpcTransport:
     def checked(self) -> dict[str, int]:
         return {copy.job.request_id: copy.checked for copy in self._copies if copy.checked}
 
+    def ends_within(self, seconds: float) -> bool:
+        now = time.monotonic()
+        return any(abs(copy.expected - now) <= seconds for copy in self._copies)
+
     def retain(self, live: set[tuple[str, int]]) -> None:
         for place in outdated(self._peers, live) - {copy.place for copy in self._copies}:
             thread, peer = self._peers.pop(place)
@@ -259,6 +267,7 @@ class CudaIpcTransport:
         parts = [[slice(*each)] for each in pairwise([0, *copy.ends])] if len(copy.ends) > 1 else [job.groups()]
         stored = self._stored_by(job)
         pieces = [self._pieces(groups, stored) for groups in parts]
+        copy.began = time.monotonic()
         copy.enqueued = self._enqueue(stream, (peer.layers, self._own), blocks, pieces, copy.programs)
 
     def _stored_by(self, job: ImportJob) -> npt.NDArray[np.int64] | None:
@@ -374,6 +383,9 @@ def _part_ends(job: ImportJob) -> list[int]:
 def _check_parts(copy: _Copy, enqueued: Enqueued) -> None:
     """Check the parts that are copied since the last time, up to one that fails: that is left to the last check."""
     while len(copy.ends) > 1 and enqueued.parts[-len(copy.ends)].query():
+        if copy.expected == math.inf:
+            seconds = enqueued.begin.elapsed_time(enqueued.parts[0]) / 1e3
+            copy.expected = copy.began + seconds * len(copy.job) / copy.ends[0]
         failed, _, _ = check(copy.job.part(copy.checked, copy.ends[0]), copy.reader)
         if failed:
             copy.ends = copy.ends[-1:]

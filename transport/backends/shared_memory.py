@@ -173,6 +173,9 @@ class SharedMemoryTransport:
     def checked(self) -> dict[str, int]:
         return {}
 
+    def ends_within(self, seconds: float) -> bool:
+        return False
+
     def retain(self, live: set[tuple[str, int]]) -> None:
         for place in outdated(self._peers, live):
             del self._peers[place]

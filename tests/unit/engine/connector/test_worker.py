@@ -193,3 +193,44 @@ def test_of_several_ranks_blocks_are_good_that_all_of_them_call_so():
     one, other, third = (WorkerReport(4, checked=good) for good in ({"r": 8, "s": 4}, {"r": 14, "t": 4}, {"r": 9}))
     for merged in (one.aggregate(other).aggregate(third), third.aggregate(other.aggregate(one))):
         assert (merged.checked, merged.workers) == ({"r": 8}, 3)
+
+
+class Late(SharedMemoryTransport):
+    """Its imports end when they were polled for so often, and are expected to end `soon`."""
+
+    polls, soon = 5, True
+
+    def poll(self):
+        self.polls -= 1
+        return super().poll() if self.polls <= 0 else []
+
+    def ends_within(self, seconds):
+        return self.soon
+
+
+@pytest.fixture
+def late(worker, landing, monkeypatch):
+    monkeypatch.setattr("engine.connector.worker.WAIT_SECONDS", 20.0)
+    worker._transport.close()
+    worker._transport = Late(landing, 8)
+    return worker
+
+
+def test_a_step_that_computes_nothing_waits_for_an_import_that_is_about_to_end(owner, late):
+    late.start(StepMetadata(3, (job(owner),)))
+    assert late.poll() == {"r"}
+
+
+@pytest.mark.parametrize(("computes", "soon"), [(True, True), (False, False)])
+def test_no_step_waits_that_computes_something_or_for_an_import_that_takes_longer(owner, late, computes, soon):
+    late._transport.soon = soon
+    late.start(StepMetadata(3, (job(owner),), computes))
+    assert late.poll() == set()
+    assert late._transport.polls == 4
+
+
+def test_the_wait_for_an_import_is_bounded(owner, late, monkeypatch):
+    monkeypatch.setattr("engine.connector.worker.WAIT_SECONDS", 0.01)
+    late._transport.polls = 1 << 60
+    late.start(StepMetadata(3, (job(owner),)))
+    assert late.poll() == set()

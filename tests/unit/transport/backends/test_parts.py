@@ -98,3 +98,14 @@ def test_of_an_owner_that_ends_what_was_checked_before_is_good(copy):
     (result,) = copy.parts(1)
     assert result.failed_blocks == tuple(TARGET[8:])
     assert "ended" in result.reason
+
+
+def test_the_end_of_a_copy_is_expected_by_the_time_that_its_first_part_took(copy, monkeypatch):
+    """The simulated GPU says that it took a millisecond: the whole takes two."""
+    assert not copy.importer.ends_within(1e9)
+    copy.parts(1)
+    began = copy.importer._copies[0].began
+    for after, soon in ((0.0, False), (0.0016, False), (0.0019, True), (0.0022, True), (0.003, False)):
+        with monkeypatch.context() as now:
+            now.setattr("time.monotonic", lambda after=after: began + after)
+            assert copy.importer.ends_within(0.0003) is soon
