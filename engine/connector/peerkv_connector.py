@@ -2,7 +2,8 @@
 
 `kv_connector_extra_config`: `table_dir`, the directory of the node's block tables; `replica`, this engine's name in it; `hash`,
 xxh3_128 or sha256; `namespace`, a word: engines with different ones exchange nothing; `pin_share_max`, the share of its blocks
-that pins may hold. All have defaults, so plain vLLM servers started with this connector find each other without a gateway.
+that pins may hold; `lossy`: with int8, host memory codes blocks of callers who accept loss. All have defaults, so plain vLLM
+servers started with this connector find each other without a gateway.
 
 No exception leaves a method of this class: vLLM would end the engine. A fault is logged and counted; from then on the connector
 imports and offers nothing.
@@ -65,6 +66,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._hash_name = str(extra.get("hash") or "xxh3_128")
         self._namespace = str(extra.get("namespace") or "")
         self._pin_share_max = float(extra.get("pin_share_max", PIN_SHARE_MAX))
+        self._lossy = str(extra.get("lossy") or "")
         if self._hash_name not in HASH_NAMES:
             raise ValueError(f"kv_connector_extra_config: hash is {self._hash_name!r}, not one of {', '.join(HASH_NAMES)}")
         if not 0 <= self._pin_share_max < 1:
@@ -279,7 +281,12 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         num_blocks = int(self._kv_cache_config.num_blocks)
         self._fields = self._guard("read the KV layout", lambda: self._read(kv_caches), {})
         if self._fields:
-            self._guard("share the KV memory", lambda: worker.register(kv_caches, num_blocks, self._layer_groups()), None)
+            lossy = self._fields | self._kv_dtype() if self._lossy == "int8" else None
+            groups = self._layer_groups()
+            self._guard("share the KV memory", lambda: worker.register(kv_caches, num_blocks, groups, lossy), None)
+
+    def _kv_dtype(self) -> dict[str, str]:
+        return {"kv dtype": str(self._vllm_config.cache_config.cache_dtype)}
 
     def _read(self, kv_caches: dict[str, Any]) -> dict[str, str]:
         return fingerprint_fields.worker_fields(self._vllm_config, kv_caches, self._layer_groups())

@@ -16,6 +16,9 @@ from engine.tiers.stores import Writer
 from transport.backends.base import ImportJob, ImportResult, Transport
 from transport.backends.shared_memory import SharedMemoryTransport
 from transport.errors import MemoryUnreachable, TransportError
+from transport.frames import layouts
+from transport.frames.codecs import compile_codec
+from transport.frames.shape import Shape
 from transport.node.fetches import Fetches, StagedReader, staging_of
 from transport.node.messages import NodeError
 from transport.node.names import node_of
@@ -57,8 +60,16 @@ class WorkerHalf:
         self._watcher: threading.Thread | None = None
         self._closing = threading.Event()
 
-    def register(self, kv_caches: Mapping[str, Any], num_blocks: int, groups: Mapping[str, int] | None = None) -> None:
+    def register(
+        self,
+        kv_caches: Mapping[str, Any],
+        num_blocks: int,
+        groups: Mapping[str, int] | None = None,
+        lossy: Mapping[str, str] | None = None,
+    ) -> None:
         """Make the KV tensors readable for peers by the transport that fits them; `groups` tells each layer's group.
+
+        `lossy`, fields of the fingerprint, has host memory keep blocks of callers who accept loss coded, if they can be.
 
         Again after `unmap`: the scheduler's half then begins anew as well, and so do the numbers of its steps.
         """
@@ -71,7 +82,7 @@ class WorkerHalf:
             return
         self._status = "ok"
         if self._kept is not None:
-            self._open_slots(self._transport, self._kept)
+            self._open_slots(self._transport, self._kept, lossy)
         if self._watcher is None:
             self._watcher = threading.Thread(target=self._watch, name="peerkv-watch", daemon=True)
             self._watcher.start()
@@ -80,9 +91,10 @@ class WorkerHalf:
         """Return what the scheduler's half has to know of this rank."""
         return Handshake(self._transport.memory() if self._transport else None, self._status, fields, self._slots)
 
-    def _open_slots(self, transport: Transport, kept: KeptMemory) -> None:
+    def _open_slots(self, transport: Transport, kept: KeptMemory, lossy: Mapping[str, str] | None) -> None:
         try:
-            slots = cut(kept.region, transport.memory(), self._ranks)
+            shape = _coded_shape(transport, lossy) if lossy is not None else None
+            slots = cut(kept.region, transport.memory(), self._ranks, shape)
             self._slot_writer = _slot_writer(transport, slots)
             self._slots = slots
         except (NoSlots, TransportError, OSError, ValueError) as error:
@@ -268,6 +280,30 @@ def _transport(kv_caches: Mapping[str, Any], num_blocks: int, rank: int, groups:
 
         return CudaIpcTransport(kv_caches, num_blocks, rank, groups)
     raise MemoryUnreachable(f"no transport for KV memory on {', '.join(sorted(devices)) or 'no device'}")
+
+
+def _coded_shape(transport: Transport, fields: Mapping[str, str]) -> Shape | None:
+    """Return the shape of blocks that can be coded, ready to be so; None if all are kept as they are."""
+    layers = transport.memory().layers
+    alike = len({(layer.group, layer.bytes) for layer in layers}) == 1
+    shape = layouts.told(fields, layers[0].bytes, len(layers)) if alike else None
+    try:
+        if shape is not None and _codes(transport, shape):
+            return shape
+    except ImportError as error:
+        _logger.warning("host memory codes no blocks: %s", error)
+        return None
+    _logger.info("host memory keeps all blocks as they are: their layout is not one that is coded")
+    return None
+
+
+def _codes(transport: Transport, shape: Shape) -> bool:
+    if isinstance(transport, SharedMemoryTransport):
+        compile_codec("int8")
+        return True
+    from transport.backends.cuda_ipc import CudaIpcTransport
+
+    return isinstance(transport, CudaIpcTransport) and transport.codes(shape)
 
 
 def _slot_writer(transport: Transport, slots: Slots) -> Writer:

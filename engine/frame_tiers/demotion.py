@@ -25,11 +25,11 @@ from transport.errors import SHORTAGES, MemoryUnreachable
 from transport.frames.codec import Block, Codec
 from transport.frames.codecs import named
 from transport.frames.errors import NotCoded
-from transport.frames.frame import write
+from transport.frames.frame import write, write_payload
 from transport.frames.shape import Bytes
 from transport.table.directory import TableDirectory
 from transport.table.layout import CHECKSUM_BYTES, Memory
-from transport.table.quality import CODED, LATER, LOSSY, QUALITY
+from transport.table.quality import CODED, IN_CODE, LATER, LOSSY, QUALITY
 from transport.table.reader import TableReader
 from transport.table.tiers import tier_kind
 
@@ -164,7 +164,8 @@ class Demotion:
         wanting = [writer for writer in writers if not all(writer.store.knows(each) for each in ids)]
         if not wanting:
             return
-        contents = [_content(watched, rank, slot, key) for rank in range(len(ids))]
+        read = _coded if state & IN_CODE else _content
+        contents = [read(watched, rank, slot, key) for rank in range(len(ids))]
         if not reader.unchanged(np.array([slot], np.int32), np.array([state], np.uint64))[0]:
             self.lost += 1
             return
@@ -181,6 +182,8 @@ class Demotion:
 
     def _encode(self, model: ModelFrames, content: Bytes, fingerprint: bytes, key: bytes, group: int, *, quality: int) -> bytes:
         secret, shape = model.secrecy.key, model.coded_shapes[group]
+        if quality & IN_CODE and shape is not None:
+            return write_payload(named("int8"), content, shape, fingerprint=fingerprint, key=key, group=group, secret=secret)
         if quality & (LOSSY | CODED) == LOSSY and self._lossy is not None and shape is not None:
             with contextlib.suppress(NotCoded):
                 block = Block(shape, content, position=shape.tokens if quality & LATER else 0)
@@ -206,6 +209,23 @@ def _content(watched: _Watched, rank: int, slot: int, key: bytes) -> tuple[int, 
         if model.framed_group(group) == group and checksum(whole[:size].data, key) == mark:
             return group, whole[:size]
     return None
+
+
+def _coded(watched: _Watched, rank: int, slot: int, key: bytes) -> tuple[int, Bytes] | None:
+    """Return a block that lies coded as a frame's payload, and its group, which is the only one; None if it is torn, or coded
+    in a way that a reader of frames would not expect."""
+    from transport.frames.int8_blocks import payload  # it needs numba
+
+    coded, shape = watched.memories[rank].coded, watched.model.coded_shapes[0]
+    if coded is None or shape is None or shape.packed.hex() != coded.shape:
+        return None
+    begin = coded.offset + slot * coded.stride
+    code = np.frombuffer(watched.maps[rank], np.uint8, coded.bytes, begin).copy()
+    if coded.checksum >= 0:
+        said = begin + coded.checksum
+        if checksum(code.data, key) != watched.maps[rank][said : said + CHECKSUM_BYTES]:
+            return None
+    return 0, payload(code, shape)
 
 
 def _be_nice() -> None:

@@ -64,7 +64,7 @@ class EngineSettings(RestartPolicy):
     vault_ca_file: Path | None = None
     vault_ttl_seconds: float = 0.0  # 0: until the server needs the room
     tier_codec: str = "raw-z"
-    lossy: str = ""  # a codec with loss for callers who accept that; empty: none
+    lossy: str = ""  # a codec with loss for callers who accept that, in host memory int8 alone; empty: none
     tier_secret_file: Path | None = None  # with it, what disk and vault keep is encrypted
     tier_staging_bytes: int = 256 << 20  # for what comes up from the disk, and as much for the vault
     connector: bool = True  # False: plain vLLM without our connector
@@ -197,6 +197,8 @@ def _plan_launch(settings: EngineSettings, index: int, devices: tuple[str, ...],
 def _transfer_config(settings: EngineSettings, name: str) -> dict[str, object]:
     extra: dict[str, object] = {"table_dir": str(settings.table_dir), "replica": name, "hash": settings.hash_name}
     extra["pin_share_max"] = settings.pin_share_max
+    if settings.lossy:
+        extra["lossy"] = settings.lossy
     if settings.namespace:
         extra["namespace"] = settings.namespace
     return {

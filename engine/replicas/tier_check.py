@@ -13,8 +13,13 @@ def check_tiers(*fleets: EngineSettings) -> None:
     for each in sharing:
         if each.disk is not None and (why := _unusable(each.disk)):
             raise LaunchRefused(f"disk: {each.disk} cannot be used: {why}")
-    if any(each.lossy for each in sharing) and not any(each.frame_tiers for each in sharing):
-        raise LaunchRefused("lossy: disk and vault keep blocks with loss, and there is neither: give disk or vault")
+    if any(each.lossy for each in sharing) and not any(map(_keeps_loss, sharing)):
+        tiers = "disk, vault or host_memory" if sharing[0].lossy == "int8" else "disk or vault"
+        raise LaunchRefused(f"lossy: there is nothing that keeps blocks with loss: give {tiers}")
+
+
+def _keeps_loss(fleet: EngineSettings) -> bool:
+    return fleet.frame_tiers or (fleet.lossy == "int8" and fleet.host_memory > 0)
 
 
 def _unusable(directory: Path) -> str:

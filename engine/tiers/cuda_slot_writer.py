@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from engine.tiers.slots import Slots
 from engine.tiers.stores import Store, Stores
 from transport.backends.cuda_ipc import CudaIpcTransport, Enqueued, Opened
+from transport.table.quality import IN_CODE
 
 _logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class CudaSlotWriter:
         copied: list[int] = []
         while self._launched and self._launched[0].copy.end.query():
             launched = self._launched.popleft()
+            launched.lost |= _unfit(launched)
             copied += [store.slot for store in launched.stores if store.slot not in launched.lost]
             self._lost += launched.lost
         return copied
@@ -120,7 +122,18 @@ class CudaSlotWriter:
 
     def _launch(self, slots: Opened, stores: list[Store]) -> None:
         groups: list[tuple[list[int], list[int]]] = [([], []) for _ in range(self._groups)]
+        coded: tuple[list[int], list[int]] = ([], [])
         for store in stores:
-            groups[store.group][0].append(store.block)
-            groups[store.group][1].append(store.slot)
-        self._launched.append(_Launched(stores, self._own.store(slots, groups)))
+            blocks, targets = coded if store.quality & IN_CODE else groups[store.group]
+            blocks.append(store.block)
+            targets.append(store.slot)
+        self._launched.append(_Launched(stores, self._own.store(slots, groups, coded)))
+
+
+def _unfit(launched: _Launched) -> set[int]:
+    """Return the slots of a copy that ended whose blocks could not be coded."""
+    unfit = launched.copy.unfit
+    if unfit is None:
+        return set()
+    coded = [store.slot for store in launched.stores if store.quality & IN_CODE]
+    return {slot for slot, wrong in zip(coded, unfit.tolist(), strict=True) if wrong}

@@ -70,9 +70,19 @@ class GivingWay:
         if self._level not in self._queues:
             self._level = min(self._queues)
         slot = next(iter(self._queues[self._level]))
+        self._forget(slot)
+        return slot
+
+    def drop(self, slot: int) -> bool:
+        """Have the block in a slot give way before its time; False if there is none, or it is held."""
+        if slot not in self._keys or slot in self._readers:
+            return False
+        self._forget(slot)
+        return True
+
+    def _forget(self, slot: int) -> None:
         self._dequeue(slot)
         del self._values[slot], self._slots[self._keys.pop(slot)]
-        return slot
 
     def clear(self) -> list[int]:
         """Give up all blocks, held ones too; return their slots."""

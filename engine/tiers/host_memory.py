@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from engine.tiers.ask_counts import AskCounts
 from engine.tiers.giving_way import GivingWay
+from engine.tiers.slot_room import SlotRoom
 from engine.tiers.stores import NO_STORES, Store, Stores
 from transport.keys import Keys
 from transport.table.kept_table import KeptTable
+from transport.table.quality import CODED, IN_CODE, LOSSY
 
 UNDER_WAY_MAX = 8192
 """Blocks being stored at once: those of two steps that compute 32k tokens each, as the workers tell of a step's when the next
@@ -36,9 +38,11 @@ class HostMemory:
         found = dict(zip(map(bytes, keys), slots, strict=True))
         self._stored = GivingWay(found)
         self._asks = AskCounts(table.layout.blocks)
-        kept = set(found.values())
-        table.invalidate([slot for slot in slots if slot not in kept])  # a second slot under the same key
-        self._free = [slot for slot in reversed(range(table.layout.blocks)) if slot not in kept]
+        kept = sorted(found.values())
+        table.invalidate(list(set(slots).difference(kept)))  # a second slot under the same key
+        whole = 2 if table.codes else 1
+        sizes = (1 if quality & IN_CODE else whole for quality in table.quality(kept))
+        self._room = SlotRoom(table.layout.blocks, dict(zip(kept, sizes, strict=True)), pairs=table.codes)
         self._under_way: dict[int, tuple[Store, int]] = {}
         self._coming: dict[bytes, int] = {}
         """Keys of what is being stored, and how often each was asked for."""
@@ -119,7 +123,7 @@ class HostMemory:
                 del self._read[store.block]
             if slot in self._void:
                 self._void.discard(slot)
-                self._free.append(slot)
+                self._room.give(slot)
                 continue
             filled.append(store)
         if filled:
@@ -150,7 +154,8 @@ class HostMemory:
     def clear(self) -> None:
         """Give up everything that is stored or being stored."""
         self._table.count("evictions", self._table.clear())
-        self._free += self._stored.clear()
+        for slot in self._stored.clear():
+            self._room.give(slot)
         self._void.update(self._under_way)
         self._coming.clear()
 
@@ -163,7 +168,9 @@ class HostMemory:
     def _begin(self, block: int, key: bytes, group: int, quality: int, asked: int) -> None:
         if key in self._coming:  # twice among the blocks that are taken together
             return
-        slot = self._room()
+        if self._table.codes and quality & (LOSSY | CODED) == LOSSY:
+            quality |= CODED | IN_CODE
+        slot = self._free_slot(1 if quality & IN_CODE else self._room.whole)
         if slot is None:
             self._table.count("tier_dropped_blocks")
             return
@@ -173,13 +180,21 @@ class HostMemory:
         self._read[block] = slot
         self._begun.append(store)
 
-    def _room(self) -> int | None:
-        """Return a slot that may be written once what gave way is withdrawn; None if too much is under way or being read."""
+    def _free_slot(self, size: int) -> int | None:
+        """Return the first of `size` slots that may be written once what gave way is withdrawn; None if too much is under way
+        or being read."""
         if len(self._under_way) >= UNDER_WAY_MAX:
             return None
-        if self._free:
-            return self._free.pop()
-        slot = self._stored.pop()
-        if slot is not None:
-            self._gave_way.append(slot)
+        while (slot := self._room.take(size)) is None:
+            going = self._stored.pop()
+            if going is None:
+                return None
+            self._give_way(going)
+            beside = self._room.beside(going) if size == 2 else None
+            if beside is not None and self._stored.drop(beside):
+                self._give_way(beside)
         return slot
+
+    def _give_way(self, slot: int) -> None:
+        self._gave_way.append(slot)
+        self._room.give(slot)

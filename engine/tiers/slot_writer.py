@@ -9,14 +9,18 @@ import logging
 import mmap
 import threading
 from collections import deque
-from collections.abc import Set
+from collections.abc import Callable, Set
+from functools import partial
 
 import numpy as np
 
 from engine.tiers.slots import Slots
 from engine.tiers.stores import NO_STORES, Store, Stores
 from transport.backends.shared_memory import SharedMemoryTransport, checksum, map_region
-from transport.table.layout import CHECKSUM_BYTES
+from transport.frames.errors import NotCoded
+from transport.frames.shape import Bytes, unpacked
+from transport.table.layout import CHECKSUM_BYTES, Coded
+from transport.table.quality import IN_CODE
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +46,10 @@ class SlotWriter:
             for group in groups
         }
         self._waiting: deque[Store] = deque()
+        self._coded = memory.coded
+        self._encode = _encoder(memory.coded) if memory.coded is not None else None
         self._copied: deque[int] = deque()
+        self._unfit: deque[int] = deque()
         self._closed = False
         self._calling = False
         self._changed = threading.Condition()
@@ -71,8 +78,8 @@ class SlotWriter:
         return [self._copied.popleft() for _ in range(len(self._copied))]
 
     def take_lost(self) -> list[int]:
-        """Nothing: every block is copied before it is overwritten."""
-        return []
+        """Return the slots that were not filled, as their blocks cannot be coded: else all are copied before they are lost."""
+        return [self._unfit.popleft() for _ in range(len(self._unfit))]
 
     def close(self) -> None:
         """End the copies, once the one under way is done: the engine's memory may go then."""
@@ -104,6 +111,9 @@ class SlotWriter:
             self.close()
 
     def _copy(self, store: Store) -> None:
+        if store.quality & IN_CODE:
+            self._code(store)
+            return
         sums = self._checksums
         slot = store.slot * sums.stride
         begin = end = self._pieces[store.group][0][2] + slot
@@ -113,3 +123,31 @@ class SlotWriter:
         said = sums.offset + slot
         self._bytes[said : said + CHECKSUM_BYTES] = checksum(self._bytes[begin:end], store.key)
         self._copied.append(store.slot)
+
+    def _code(self, store: Store) -> None:
+        """Encode a block into its slot, from a copy of it: its layers lie apart."""
+        coded, pieces = self._coded, self._pieces[store.group]
+        assert coded is not None
+        assert self._encode is not None
+        content = np.empty(sum(size for *_, size in pieces), np.uint8)
+        place, end = content.__array_interface__["data"][0], 0
+        for address, stride, _, size in pieces:
+            ctypes.memmove(place + end, address + store.block * stride, size)
+            end += size
+        try:
+            code = self._encode(content)
+        except NotCoded as error:
+            _logger.info("a block is not stored: %s", error)
+            self._unfit.append(store.slot)
+            return
+        begin = coded.offset + store.slot * coded.stride
+        self._bytes[begin : begin + coded.bytes] = code
+        said = begin + coded.checksum
+        self._bytes[said : said + CHECKSUM_BYTES] = checksum(code, store.key)
+        self._copied.append(store.slot)
+
+
+def _encoder(coded: Coded) -> Callable[[Bytes], memoryview]:
+    from transport.frames.int8_blocks import encode  # it needs numba
+
+    return partial(encode, shape=unpacked(bytes.fromhex(coded.shape)))

@@ -1,8 +1,13 @@
-"""How a region of host memory is cut into slots: a block of any KV cache group fits into each, its layers side by side."""
+"""How a region of host memory is cut into slots: a block of any KV cache group fits into each, its layers side by side.
+
+Where some blocks are coded by int8, which takes half the room and little more, a slot fits one of these, and two that are side
+by side fit any block.
+"""
 
 from dataclasses import dataclass
 
-from transport.table.layout import CHECKSUM_BYTES, Checksums, Layer, Memory, Region
+from transport.frames.shape import Shape
+from transport.table.layout import CHECKSUM_BYTES, Checksums, Coded, Layer, Memory, Region
 
 SHARED_MEMORY = "shared_memory"
 CUDA_IPC = "cuda_ipc"
@@ -21,8 +26,10 @@ class Slots:
     count: int
 
 
-def cut(region: Region, own: Memory, ranks: int) -> Slots:
+def cut(region: Region, own: Memory, ranks: int, shape: Shape | None = None) -> Slots:
     """Return the slots of one of `ranks` ranks, whose KV memory is `own`: each has an equal part of the region.
+
+    `shape` is that of all blocks if some are to be coded.
 
     Slots that GPUs write have no checksums: the copy does not pass through a core that could compute them. Raises NoSlots if
     the KV memory is not of a kind that is stored, or a part has no room for a single block.
@@ -34,18 +41,29 @@ def cut(region: Region, own: Memory, ranks: int) -> Slots:
         sizes[layer.group] = sizes.get(layer.group, 0) + layer.bytes
     content = max(sizes.values(), default=0)
     checked = own.transport == SHARED_MEMORY
-    stride = _aligned(content + CHECKSUM_BYTES * checked)
+    whole = stride = _aligned(content + CHECKSUM_BYTES * checked)
+    size = 0
+    if shape is not None:
+        from transport.frames.int8_blocks import coded_size  # it needs numba
+
+        size = coded_size(shape)
+    if size:
+        stride = _aligned(max(size + CHECKSUM_BYTES * checked, -(-whole // 2)))
+        whole = 2 * stride
     part = region.size // ranks // ALIGNED_BYTES * ALIGNED_BYTES
-    count = part // stride
-    if not content or not count:
-        raise NoSlots(f"{part} bytes of host memory for a rank are less than one block, {stride} bytes")
+    count = part // stride - (whole // stride - 1)  # every block's layers end within the part, whatever its number
+    if not content or count < 1:
+        raise NoSlots(f"{part} bytes of host memory for a rank are less than one block, {whole} bytes")
     start, layers = part * own.rank, []
     filled = dict.fromkeys(sizes, start)
     for layer in own.layers:
         layers.append(Layer(0, filled[layer.group], stride, layer.bytes, layer.group))
         filled[layer.group] += layer.bytes
-    checksums = Checksums(0, start + stride - CHECKSUM_BYTES, stride) if checked else None
-    return Slots(Memory(own.rank, SHARED_MEMORY, (region,), tuple(layers), checksums), count)
+    checksums = Checksums(0, start + whole - CHECKSUM_BYTES, stride) if checked else None
+    coded = None
+    if shape is not None and size:
+        coded = Coded(0, start, stride, size, shape.packed.hex(), stride - CHECKSUM_BYTES if checked else -1)
+    return Slots(Memory(own.rank, SHARED_MEMORY, (region,), tuple(layers), checksums, coded), count)
 
 
 def _aligned(size: int) -> int:

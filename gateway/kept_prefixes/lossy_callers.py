@@ -1,4 +1,4 @@
-"""Callers where disk and vault keep blocks with loss."""
+"""Callers where blocks are kept with loss."""
 
 from __future__ import annotations
 

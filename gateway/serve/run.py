@@ -200,7 +200,7 @@ async def _wanted_fleets(settings: Settings) -> list[WantedFleet]:
     fleets = each_fleet(settings)
     wanted = engine_fleets(settings, fleets, devices)
     check_room(*wanted)
-    check_tiers(*wanted)
+    check_tiers(*with_host_memory(fleets, wanted))
     fleets = tuple([await with_model(each) for each in fleets])
     engines = with_host_memory(fleets, engine_fleets(settings, fleets, devices))
     check_host_memory(*engines)

@@ -14,12 +14,13 @@ from engine.host_process.kept_memory import VARIABLE, KeptMemories, encode_kept
 from gateway.tenants.salts import tenant_salt
 from tests.real.conftest import CONFIG, ONE, TWO, VLLM_ARGS, running
 from tests.real.families.engines import Family, tokens
-from tests.real.fleet import RESTART_SECONDS_MAX, SALT_SECRET, Fleet, until
+from tests.real.fleet import RESTART_SECONDS_MAX, SALT_SECRET, Answer, Fleet, answer_of, until
 from tests.real.prompts import Words
 from tests.real.small_caches import BLOCK, LENGTH, SMALL, WHOLE, chain_of, push_out, restoring
 from transport.backends.shared_memory import open_region
 from transport.keys import chain_keys, root_key
 from transport.table.group_look_up import held_tokens
+from transport.table.quality import CODED, IN_CODE, LOSSY
 from transport.table.tiers import host_memory_of
 
 TIER = host_memory_of("replica-0")
@@ -38,8 +39,8 @@ def files() -> Iterator[Path]:
 
 
 def fleet_of(files: Path) -> Fleet:
-    """A fleet with small KV caches and much host memory, in named files."""
-    flags = ("--host-memory", "400MiB", "--host-memory-dir", str(files))
+    """A fleet with small KV caches and much host memory, in named files; tenant two accepts loss."""
+    flags = ("--host-memory", "400MiB", "--host-memory-dir", str(files), "--lossy", "int8")
     return Fleet(CONFIG, flags=flags, vllm_args=(*VLLM_ARGS, *SMALL), key=ONE.api_key.get_secret_value())
 
 
@@ -71,6 +72,29 @@ def test_what_left_a_cache_is_restored_there_and_elsewhere_to_the_last_bit(tiere
     assert (seen["imports"], seen["import_blocks"], seen["import_failures"]) == (2, 2 * WHOLE // BLOCK, 0)
     assert seen["dropped_blocks"] == 0
     assert f'peerkv_host_memory_import_blocks_total{{replica="replica-0"}} {2.0 * (WHOLE // BLOCK)}' in metrics(tiered)
+
+
+def test_who_accepts_loss_gets_back_what_was_coded_and_stays_apart_from_who_does_not(tiered, words):
+    ids, key = words.ids(LENGTH), TWO.api_key.get_secret_value()
+
+    def asked(quality: str, replica: str) -> Answer:
+        headers = tiered.headers(key) | {"x-peerkv-replica": replica, "x-peerkv-quality": quality}
+        return answer_of(tiered.client.post("/v1/completions", json=tiered.body(ids), headers=headers))
+
+    cold = asked("lossy", "replica-0")
+    push_out(tiered, words, "replica-0")
+    with restoring(tiered, "replica-0", "host_memory"):
+        restored = asked("lossy", "replica-0")
+    assert (cold.cached_tokens, restored.cached_tokens) == (0, WHOLE)
+    assert restored.logprobs != cold.logprobs
+    assert abs(restored.logprobs[0] - cold.logprobs[0]) < 0.1
+    exact = asked("exact", "replica-1")
+    assert exact.cached_tokens == 0
+    assert exact.close_to(cold)
+    with closing(tiered.table(TIER)) as table:
+        in_codes = [int(state) for state in table.states() if not state & 1 and state & IN_CODE]
+        assert len(in_codes) >= WHOLE // BLOCK
+        assert all(state & CODED and state & LOSSY for state in in_codes)
 
 
 def metrics(fleet: Fleet) -> str:

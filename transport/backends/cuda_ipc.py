@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,13 +24,17 @@ import torch
 from cuda.bindings import driver, runtime
 
 from transport.backends.base import BlockSource, ImportJob, ImportResult, Place, outdated, place_of
+from transport.backends.coded_blocks import shape_of
+from transport.backends.coding import ALIGNED_BYTES, Rows, decode, encode, rows_of
 from transport.backends.gather import WORD_BYTES, gather, plan, segments_of
 from transport.backends.geometry import layer_geometries
 from transport.backends.host_regions import HostRegions
 from transport.backends.shared_memory import SharedMemoryTransport
 from transport.backends.verification import check
 from transport.errors import MemoryUnreachable
+from transport.frames.shape import Shape
 from transport.table.layout import Layer, Memory, Region
+from transport.table.quality import in_code
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +44,8 @@ decode step 2 % more (two H200s, `make bench-gpu`, sections interference and int
 PROGRAMS_ALONE = 32
 PROGRAMS_FROM_HOST, PROGRAMS_TO_HOST = 16, 8
 """Each keeps 64 KiB on the way, for which a read of host memory waits and a write to it does not."""
+CODED_FROM_HOST, CODED_TO_HOST = 48, 24
+"""Of programs that code or decode, each with at most 16 KiB on the way, and half the warps."""
 PART_BLOCKS_MIN = 512
 """Longer imports are copied in parts, so that what vLLM does with checked blocks is done while the rest is on its way."""
 _PARTS = (1 / 2, 7 / 8)
@@ -48,22 +54,36 @@ PIECE_BLOCKS = 256
 """An import into blocks that are still being stored is cut into such pieces: while one is copied, the next one's are stored."""
 
 
+@dataclass(frozen=True, slots=True)
+class CodedSlots:
+    """Where blocks lie coded: that of slot 0 at `address`, and what is in each."""
+
+    address: int
+    stride: int
+    rows: Rows
+
+
 @dataclass(slots=True)
 class Opened:
     """Memory as mapped in this process: the (3, layers) table that the gather reads, and what closes it."""
 
     layers: torch.Tensor
     mapped: ExitStack
+    coded: CodedSlots | None = None
 
 
 @dataclass(slots=True)
 class Enqueued:
     """A copy on its way, of which `parts` are the ends of the parts. The tensors in `held` are read by the kernel: they must
-    outlive it."""
+    outlive it.
+
+    `unfit`, int32 on the host, says at the end which of the blocks that were to be coded could not be: 1.
+    """
 
     begin: torch.cuda.Event
     parts: tuple[torch.cuda.Event, ...]
     held: tuple[torch.Tensor, ...]
+    unfit: torch.Tensor | None = None
 
     @property
     def end(self) -> torch.cuda.Event:
@@ -73,10 +93,11 @@ class Enqueued:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Where a launch finds its blocks of each KV cache group, and what it waits for."""
+    """Where a launch finds its blocks of each KV cache group, and what it waits for; where those are that are coded."""
 
     groups: list[slice]
     after: torch.cuda.Event | None = None
+    coded: slice | None = None
 
 
 @dataclass(slots=True)
@@ -129,6 +150,8 @@ class CudaIpcTransport:
         self._shape = [(geometry.group, geometry.bytes) for geometry in geometries]
         self._segments = segments_of(self._shape)
         self._own = self._table([(a, g.stride, g.bytes) for a, g in zip(addresses, geometries, strict=True)])
+        places = [*addresses, *(geometry.stride for geometry in geometries)]
+        self._aligned = all(place % ALIGNED_BYTES == 0 for place in places)
         self._stream = torch.cuda.Stream(self._device)
         self._from_host, self._to_host = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
         self._opener = ThreadPoolExecutor(1, "peerkv-open", initializer=_settle_in, initargs=(self._device,))
@@ -152,6 +175,9 @@ class CudaIpcTransport:
         self._enqueued.record(torch.cuda.current_stream(self._device))
 
     def start(self, job: ImportJob, reader: BlockSource, *, gently: bool) -> None:
+        memory = self._of_our_rank(reader.memories)
+        if in_code(job.states).any() and (memory is None or memory.coded is None):
+            raise MemoryUnreachable(f"{reader.name} has coded blocks, and does not say how they lie")
         peer, from_host = self._peer(reader), self._in_host_memory(reader.memories)
         programs = PROGRAMS_FROM_HOST if from_host else PROGRAMS_BESIDE_DECODES if gently else PROGRAMS_ALONE
         wait = 0.0 if from_host else OPEN_SECONDS_MAX  # pinning takes longer than computing a prompt
@@ -212,17 +238,46 @@ class CudaIpcTransport:
         """Open `count` slots, which lie as `slots` says, to write them; `close_slots` ends that."""
         return self._pinner.submit(self._open, "this engine's host memory", count, (slots,))
 
-    def store(self, slots: Opened, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Enqueued:
-        """Copy blocks of each KV cache group, told with the slots that they go into, behind all that the engine enqueued.
+    def codes(self, shape: Shape) -> bool:
+        """Whether our blocks, which are of this shape, can be coded here. If so, the kernels are compiled, in seconds."""
+        try:
+            coded = CodedSlots(1 << 40, ALIGNED_BYTES, self._rows(shape))
+        except MemoryUnreachable as error:
+            _logger.info("%s", error)
+            return False
+        none = torch.zeros((2, 0), dtype=torch.int32, device=self._device)
+        with torch.cuda.stream(self._stream):
+            self._encode(coded, none, none[0])
+            self._decode(coded, none)
+        self._stream.synchronize()
+        return True
+
+    def store(
+        self,
+        slots: Opened,
+        groups: Sequence[tuple[Sequence[int], Sequence[int]]],
+        coded: tuple[Sequence[int], Sequence[int]] = ((), ()),
+    ) -> Enqueued:
+        """Copy blocks of each KV cache group, told with the slots that they go into, behind all that the engine enqueued, and
+        those in `coded` by coding them.
 
         Imports into these blocks wait for the copy, nothing else does: the caller sees to that.
         """
-        sources, targets = (np.array([n for group in groups for n in group[side]], np.int32) for side in (0, 1))
-        ends = list(itertools.accumulate(len(blocks) for blocks, _ in groups))
-        parts = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        all_of_them = [*groups, coded]
+        sources, targets = (np.array([n for each in all_of_them for n in each[side]], np.int32) for side in (0, 1))
+        ends = list(itertools.accumulate(len(blocks) for blocks, _ in all_of_them))
+        *parts, others = (slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False))
+        unfit = torch.zeros(len(coded[0]), dtype=torch.int32).pin_memory() if coded[0] else None
+
+        def code(blocks: torch.Tensor) -> None:
+            assert slots.coded is not None
+            self._encode(slots.coded, blocks, unfit)
+
         self._to_host.wait_stream(torch.cuda.current_stream(self._device))
         tables = (self._own, slots.layers)
-        enqueued = self._enqueue(self._to_host, tables, (sources, targets), [[_Piece(parts)]], PROGRAMS_TO_HOST)
+        pieces = [[_Piece(parts, coded=others if coded[0] else None)]]
+        enqueued = self._enqueue(self._to_host, tables, (sources, targets), pieces, PROGRAMS_TO_HOST, code)
+        enqueued.unfit = unfit
         self._storing.append((sources.tolist(), enqueued.end))
         return enqueued
 
@@ -263,12 +318,18 @@ class CudaIpcTransport:
             stream.wait_stream(torch.cuda.current_stream(self._device))
         else:
             stream.wait_event(self._enqueued)
-        blocks = (job.source_blocks, job.target_blocks)
         parts = [[slice(*each)] for each in pairwise([0, *copy.ends])] if len(copy.ends) > 1 else [job.groups()]
         stored = self._stored_by(job)
         pieces = [self._pieces(groups, stored) for groups in parts]
+        order, pieces = _coded_last(in_code(job.states), pieces)
+        blocks = (job.source_blocks[order], job.target_blocks[order])
+
+        def restore(blocks: torch.Tensor) -> None:
+            assert peer.coded is not None
+            self._decode(peer.coded, blocks)
+
         copy.began = time.monotonic()
-        copy.enqueued = self._enqueue(stream, (peer.layers, self._own), blocks, pieces, copy.programs)
+        copy.enqueued = self._enqueue(stream, (peer.layers, self._own), blocks, pieces, copy.programs, restore)
 
     def _stored_by(self, job: ImportJob) -> npt.NDArray[np.int64] | None:
         """Return for each target block which copy in `_storing` reads it last, -1 if none does; None if none reads any."""
@@ -298,10 +359,12 @@ class CudaIpcTransport:
         blocks: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]],
         parts: list[list[_Piece]],
         programs: int,
+        code: Callable[[torch.Tensor], None],
     ) -> Enqueued:
         """Have `stream` copy blocks between the memories of two address tables, both told source first.
 
-        `parts` are copied one after the other, and so are the pieces of each.
+        `code` does that for those that are coded on one side, int32 (2, n) on the device. `parts` are copied one after the
+        other, and so are the pieces of each.
         """
         plans = [[plan(self._segments, piece.groups) for piece in pieces] for pieces in parts]
         numbers = np.concatenate((*blocks, *(rows.ravel() for part in plans for rows, _ in part)))
@@ -319,9 +382,25 @@ class CudaIpcTransport:
                     if piece.after is not None:
                         stream.wait_event(piece.after)
                     gather(*tables, self._segments, on_device[count : count + rows.size], chunks, ids, programs)
+                    if piece.coded is not None:
+                        code(ids[:, piece.coded])
                     count += rows.size
                 end.record()
         return Enqueued(begin, tuple(ends), (pinned, on_device, *tables))
+
+    def _encode(self, slots: CodedSlots, blocks: torch.Tensor, unfit: torch.Tensor | None) -> None:
+        encode(self._own, (slots.address, slots.stride), slots.rows, blocks, unfit, CODED_TO_HOST)
+
+    def _decode(self, slots: CodedSlots, blocks: torch.Tensor) -> None:
+        decode((slots.address, slots.stride), self._own, slots.rows, blocks, CODED_FROM_HOST)
+
+    def _rows(self, shape: Shape) -> Rows:
+        """Return what the kernels need to know of our blocks. Raises MemoryUnreachable if they do not take them."""
+        rows = rows_of(shape)
+        same = shape.nbytes == sum(size for _, size in self._shape) and len(set(self._shape)) == 1
+        if rows is None or not same or len(self._shape) != rows.layers or not self._aligned:
+            raise MemoryUnreachable("blocks of this layout are not coded on a GPU")
+        return rows
 
     def _finish(self, copy: _Copy, enqueued: Enqueued) -> ImportResult:
         rest = copy.job.part(copy.checked, len(copy.job)) if copy.checked else copy.job
@@ -368,9 +447,24 @@ class CudaIpcTransport:
                     bases.append(_import(region.handle))
                     mapped.callback(_release, bases[-1])
             rows = [(bases[layer.region] + layer.offset, layer.stride, layer.bytes) for layer in memory.layers]
+            coded = self._coded(memory, blocks, bases) if in_host_memory else None
             with torch.cuda.stream(self._stream):
                 table = self._table(rows)
-            return Opened(table, mapped.pop_all())
+            return Opened(table, mapped.pop_all(), coded)
+
+    def _coded(self, memory: Memory, blocks: int, bases: list[int]) -> CodedSlots | None:
+        """Return where blocks may lie coded. Raises MemoryUnreachable if that cannot be read, or is outside of what is open."""
+        coded = memory.coded
+        if coded is None:
+            return None
+        rows = self._rows(shape_of(coded, sum(layer.bytes for layer in memory.layers)))
+        of_layers = [layer for layer in memory.layers if layer.region == coded.region]
+        begin = min((layer.offset for layer in of_layers), default=0)
+        end = max((layer.offset + (blocks - 1) * layer.stride + layer.bytes for layer in of_layers), default=0)
+        inside = begin <= coded.offset and coded.offset + (blocks - 1) * coded.stride + coded.bytes <= end
+        if not inside or not 0 < coded.bytes <= coded.stride or (coded.offset | coded.stride) % ALIGNED_BYTES:
+            raise MemoryUnreachable("a description of coded blocks that do not fit their memory")
+        return CodedSlots(bases[coded.region] + coded.offset, coded.stride, rows)
 
 
 def _part_ends(job: ImportJob) -> list[int]:
@@ -378,6 +472,26 @@ def _part_ends(job: ImportJob) -> list[int]:
     count = len(job)
     cuts = _PARTS if count >= PART_BLOCKS_MIN and not job.counts else ()
     return [*(int(count * cut) for cut in cuts), count]
+
+
+def _coded_last(coded: npt.NDArray[np.bool_], parts: list[list[_Piece]]) -> tuple[npt.NDArray[np.int64], list[list[_Piece]]]:
+    """Return in which order the blocks of an import, of which some lie coded, are to be told, and its pieces then: in each the
+    coded ones come last. Only blocks of a model with one KV cache group lie coded."""
+    order = np.arange(len(coded))
+    if not coded.any():
+        return order, parts
+    found = []
+    for pieces in parts:
+        sorted_ones = []
+        for piece in pieces:
+            (some,) = piece.groups
+            which = coded[some]
+            order[some] = some.start + np.concatenate((np.flatnonzero(~which), np.flatnonzero(which)))
+            middle = some.stop - int(which.sum())
+            last = slice(middle, some.stop) if which.any() else None
+            sorted_ones.append(_Piece([slice(some.start, middle)], piece.after, last))
+        found.append(sorted_ones)
+    return order, found
 
 
 def _check_parts(copy: _Copy, enqueued: Enqueued) -> None:

@@ -20,10 +20,12 @@ import numpy.typing as npt
 import xxhash
 
 from transport.backends.base import BlockSource, ImportJob, ImportResult, Place, outdated, place_of
+from transport.backends.coded_blocks import CodedBlocks, put, shape_of
 from transport.backends.geometry import layer_geometries
 from transport.backends.verification import check
 from transport.errors import MemoryUnreachable
 from transport.table.layout import CHECKSUM_BYTES, Checksums, Layer, Memory, Region
+from transport.table.quality import in_code
 
 SLICE_SECONDS = 0.010
 """How long one `poll` may copy: longer would hold up the requests that are being decoded beside the import."""
@@ -47,6 +49,7 @@ class _Peer:
     layers: tuple[tuple[int, int], ...]
     maps: tuple[mmap.mmap, ...]
     blocks: "_Checked | None"
+    coded: CodedBlocks | None
 
 
 @dataclass(slots=True)
@@ -60,6 +63,7 @@ class _Copy:
     bytes: int
     began_ns: int
     unchecked: Iterator[tuple[int, int, int]]
+    coded: Iterator[tuple[int, int]]
     damaged: list[int]
 
 
@@ -129,13 +133,19 @@ class SharedMemoryTransport:
             peer = self._peers[place] = self._map(reader)
         parts, layers = job.groups(), self._memory.layers
         size = sum(layer.bytes * (parts[layer.group].stop - parts[layer.group].start) for layer in layers)
-        runs = [_runs(job.source_blocks[part], job.target_blocks[part]) for part in parts]
+        coded = in_code(job.states)
+        if peer.coded is None and coded.any():
+            raise MemoryUnreachable(f"{reader.name} has coded blocks, and does not say how they lie")
+        plain = [part.start + np.flatnonzero(~coded[part]) for part in parts]
+        runs = [_runs(job.source_blocks[each], job.target_blocks[each]) for each in plain]
         pieces = _pieces(runs, layers, peer.layers, self._layers)
         unchecked: Iterator[tuple[int, int, int]] = iter(())
         if peer.blocks is not None:
-            groups = [group for group, part in enumerate(parts) for _ in range(part.stop - part.start)]
-            unchecked = zip(job.source_blocks.tolist(), groups, job.target_blocks.tolist(), strict=True)
-        self._copies.append(_Copy(job, reader, peer, pieces, size, time.monotonic_ns(), unchecked, []))
+            order = np.concatenate(plain)
+            groups = [group for group, each in enumerate(plain) for _ in each]
+            unchecked = zip(job.source_blocks[order].tolist(), groups, job.target_blocks[order].tolist(), strict=True)
+        decoded = zip(job.source_blocks[coded].tolist(), job.target_blocks[coded].tolist(), strict=True)
+        self._copies.append(_Copy(job, reader, peer, pieces, size, time.monotonic_ns(), unchecked, decoded, []))
 
     def poll(self) -> list[ImportResult]:
         results: list[ImportResult] = []
@@ -146,7 +156,7 @@ class SharedMemoryTransport:
                 ctypes.memmove(target, source, size)
                 if time.monotonic() > deadline:
                     return results
-            if not self._compare(copy, deadline):
+            if not self._compare(copy, deadline) or not self._decode(copy, deadline):
                 return results
             self._copies.popleft()
             failed, stale, reason = check(copy.job, copy.reader)
@@ -162,6 +172,21 @@ class SharedMemoryTransport:
         blocks = copy.peer.blocks
         for source, group, target in copy.unchecked:
             if blocks is not None and not blocks.intact(source, group, copy.reader.key(source)):
+                copy.damaged.append(target)
+            if time.monotonic() > deadline:
+                return False
+        return True
+
+    def _decode(self, copy: _Copy, deadline: float) -> bool:
+        """Decode what lies coded until `deadline`; whether that is done."""
+        blocks, sizes = copy.peer.coded, [layer.bytes for layer in self._memory.layers]
+        if blocks is None:
+            return True
+        for source, target in copy.coded:
+            code, said = blocks.read(source)
+            if checksum(code.data, copy.reader.key(source)) == said:
+                put(blocks.decoded(code), target, self._layers, sizes)
+            else:
                 copy.damaged.append(target)
             if time.monotonic() > deadline:
                 return False
@@ -201,7 +226,7 @@ class SharedMemoryTransport:
             base = int(np.frombuffer(region, np.uint8).__array_interface__["data"][0])
             layers.append((base + layer.offset, layer.stride))
         checked = _checked(memory, reader, maps) if memory.checksums is not None else None
-        return _Peer(tuple(layers), maps, checked)
+        return _Peer(tuple(layers), maps, checked, _coded(memory, reader, maps))
 
 
 def _share(storage: Any) -> Region:
@@ -237,6 +262,18 @@ def _checked(memory: Memory, reader: BlockSource, maps: tuple[mmap.mmap, ...]) -
     if sums.offset < 0 or end > len(maps[sums.region]):
         raise MemoryUnreachable(f"{reader.name} describes checksums beyond its memory")
     return _Checked(memoryview(maps[sums.region]), start, sums, sizes)
+
+
+def _coded(memory: Memory, reader: BlockSource, maps: tuple[mmap.mmap, ...]) -> CodedBlocks | None:
+    """Return the blocks that may lie coded, of memory whose layers are all of one group. Raises MemoryUnreachable."""
+    coded = memory.coded
+    if coded is None:
+        return None
+    if not 0 <= coded.region < len(maps) or any(layer.group for layer in memory.layers):
+        raise MemoryUnreachable(f"{reader.name} describes coded blocks that cannot be")
+    return CodedBlocks(
+        coded, shape_of(coded, sum(layer.bytes for layer in memory.layers)), maps[coded.region], reader.num_blocks
+    )
 
 
 def map_region(region: Region, *, writable: bool = False) -> mmap.mmap:

@@ -75,11 +75,30 @@ def write(
     Raises NotCoded if the codec does not take such a block, ImportError for a secret without the package `cryptography`.
     """
     payload = codec.encode(block)
+    about = (fingerprint, key, group, 0, block.position)
+    return _written(codec, payload, block.shape, about, secret, lossy=lossy)
+
+
+def write_payload(
+    codec: Codec, payload: Bytes, shape: Shape, *, fingerprint: bytes, key: bytes, group: int = 0, secret: bytes | None = None
+) -> bytes:
+    """Return as a frame what a codec made of a block before. Raises ImportError as `write` does."""
+    return _written(codec, payload.data, shape, (fingerprint, key, group, 0, 0), secret)
+
+
+def _written(
+    codec: Codec,
+    payload: bytes | memoryview,
+    shape: Shape,
+    about: tuple[bytes, bytes, int, int, int],
+    secret: bytes | None,
+    *,
+    lossy: bool = False,
+) -> bytes:
     flags = (_LOSSY if lossy or codec.quality is Quality.LOSSY else 0) | (_ENCRYPTED if secret is not None else 0)
-    shape = block.shape.packed
+    packed = shape.packed
     size = len(payload) + (encryption.EXTRA_BYTES if secret is not None else 0)
-    fixed = (MAGIC, VERSION, codec.number, flags, 0, fingerprint, key, group, 0, block.position, len(shape), size)
-    header = _HEADER.pack(*fixed) + shape
+    header = _HEADER.pack(MAGIC, VERSION, codec.number, flags, 0, *about, len(packed), size) + packed
     if secret is not None:
         payload = encryption.seal(payload, secret, header)
     digest = xxhash.xxh3_128(header)

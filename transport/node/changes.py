@@ -21,6 +21,7 @@ from transport.node.messages import (
 )
 from transport.node.names import node_of
 from transport.table.layout import LOAD, Memory
+from transport.table.quality import in_code
 from transport.table.reader import TableReader
 from transport.table.tiers import tier_kind
 
@@ -84,6 +85,7 @@ class Changes:
         for begin in range(0, len(blocks), PIECE_BLOCKS):
             piece = blocks[begin : begin + PIECE_BLOCKS]
             states, keys = reader.content(piece)
+            states = np.where(in_code(states), states | np.uint64(1), states)  # nodes fetch blocks as engines have them
             if not told.begun:
                 held = states & np.uint64(1) == 0
                 piece, states, keys = piece[held], states[held], keys[held]

@@ -52,6 +52,8 @@ class KeptTable(TableWriter):
     ) -> None:
         self._draft = draft
         self._second_name = second_name
+        self.codes = bool(description.memories) and all(memory.coded is not None for memory in description.memories)
+        """Whether blocks may lie coded."""
         super().__init__(directory, description, block_size, blocks)
 
     def _open(self, directory: Path, description: Description, block_size: int, encoded: bytes) -> None:

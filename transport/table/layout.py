@@ -36,7 +36,7 @@ from transport.table.deliveries import EngineLoad
 
 SUFFIX = ".table"
 MAGIC = b"PEERKV\x00\x01"
-VERSION = 6
+VERSION = 7
 PAGE_BYTES = 4096
 WAYS = 8
 DESCRIPTION_BYTES_MAX = 4 << 20
@@ -116,10 +116,27 @@ class Checksums(msgspec.Struct, frozen=True):
     stride: int
 
 
+class Coded(msgspec.Struct, frozen=True):
+    """Where blocks lie that are coded by `int8`, those whose state says IN_CODE: block b is `bytes` bytes at `offset + b *
+    stride` of region `region`, as transport/frames/int8_blocks.py has them.
+
+    `shape` is that of a block, packed, in hex digits. The xxh3_128 of the coded block, followed by its key, lies `checksum`
+    bytes behind its beginning; -1: nowhere. A block that is not coded takes the room of its number and the next, which is even
+    and odd.
+    """
+
+    region: int
+    offset: int
+    stride: int
+    bytes: int
+    shape: str
+    checksum: int = -1
+
+
 class Memory(msgspec.Struct, frozen=True):
     """The KV memory of one tensor-parallel rank, opened as `transport` says, which of a tier's on GPUs is not the table's.
 
-    A tier's on the CPU has `checksums`, an engine's none.
+    A tier's on the CPU has `checksums`, an engine's none. Only a tier's may have blocks that are `coded`.
     """
 
     rank: int
@@ -127,6 +144,7 @@ class Memory(msgspec.Struct, frozen=True):
     regions: tuple[Region, ...]
     layers: tuple[Layer, ...]
     checksums: Checksums | None = None
+    coded: Coded | None = None
 
 
 class Description(msgspec.Struct, frozen=True):

@@ -13,8 +13,10 @@ CODED = 1 << 62
 """The block came out of a codec with loss: it is never put through one again."""
 LATER = 1 << 61
 """The block is known not to be the first of its sequence: of that one some codecs keep the first tokens as they are."""
-QUALITY = LOSSY | CODED | LATER
-COUNT_MASK = np.uint64(LATER - 1)
+IN_CODE = 1 << 60
+"""Of a tier's block: it lies there coded, as its memory's `coded` says, and has lost something once it is decoded."""
+QUALITY = LOSSY | CODED | LATER | IN_CODE
+COUNT_MASK = np.uint64(IN_CODE - 1)
 _SUFFIX = "~lossy"
 
 
@@ -31,6 +33,12 @@ def exact_salt(salt: str) -> str:
 def is_lossy_salt(salt: str | None) -> bool:
     """Whether a salt is that of a cache of KV that may have lost something."""
     return salt is not None and salt.endswith(_SUFFIX)
+
+
+def in_code(states: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Tell which blocks lie coded where these are their states (n,)."""
+    found: npt.NDArray[np.bool_] = states & np.uint64(IN_CODE) != 0
+    return found
 
 
 def with_quality(states: npt.NDArray[np.uint64], quality: int | npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -100,9 +100,9 @@ class Engine:
     def add(self, name: str, first: int, tokens: int, answer: int, **hint) -> Request:
         return self.add_ids(name, list(range(first, first + tokens)), answer, **hint)
 
-    def add_ids(self, name: str, ids: list[int], answer: int, **hint) -> Request:
+    def add_ids(self, name: str, ids: list[int], answer: int, *, salt: str | None = None, **hint) -> Request:
         params = SamplingParams(max_tokens=answer, ignore_eos=True, extra_args={"kv_transfer_params": {"peerkv": hint}})
-        request = Request(name, ids, params, None, block_hasher=self.hasher)
+        request = Request(name, ids, params, None, block_hasher=self.hasher, cache_salt=salt)
         self.scheduler.add_request(request)
         return request
 

@@ -29,11 +29,15 @@ REQUESTS = 120
 class Working(Engine):
     """An engine with memory."""
 
+    shape: tuple[int, ...] = (2, SIZE, 2)
+    dtype = torch.float32
+    lossy: dict[str, str] | None = None
+
     def __init__(self, path, name: str, kept, monkeypatch) -> None:
         monkeypatch.setenv(VARIABLE, encode_kept(kept))
-        self.layers = {f"layer.{i}": torch.zeros(BLOCKS, 2, SIZE, 2) for i in range(LAYERS)}
+        self.layers = {f"layer.{i}": torch.zeros(BLOCKS, *self.shape, dtype=self.dtype) for i in range(LAYERS)}
         self.worker = WorkerHalf(path / "tables", name, 0, kept)
-        self.worker.register(self.layers, BLOCKS)
+        self.worker.register(self.layers, BLOCKS, lossy=self.lossy)
         super().__init__(path, "v1", 0, name=name, handshake=self.worker.handshake({}))
         self.blocks: dict[str, list[int]] = {}
         self.checked = 0
@@ -78,31 +82,34 @@ class Working(Engine):
             whole, end = starts[name] // SIZE, (starts[name] + count) // SIZE
             blocks = list(self.blocks[name])
             for place in range(end):
-                self._enqueue(partial(self._touch, blocks[place], keys[place], place >= whole))
+                salt = self.scheduler.requests[name].cache_salt
+                self._enqueue(partial(self._touch, blocks[place], keys[place], place >= whole, salt))
 
-    def _touch(self, block: int, key, computed: bool) -> None:
+    def _touch(self, block: int, key, computed: bool, salt: str | None) -> None:
         """Write a block that is computed, look at one that was."""
         for number, layer in enumerate(self.layers.values()):
             if computed:
-                layer[block] = content(key, number)
+                layer[block] = self._content(key, number)
             else:
-                assert torch.equal(layer[block], content(key, number)), block
+                self._compare(layer[block], self._content(key, number), salt)
         self.checked += not computed
 
+    def _compare(self, found: torch.Tensor, wanted: torch.Tensor, salt: str | None) -> None:
+        assert torch.equal(found, wanted)
 
-def content(key, layer: int) -> torch.Tensor:
-    """What a layer holds for a block."""
-    generator = torch.Generator().manual_seed(int(key[0] >> np.uint64(2)) + layer)
-    return torch.rand((2, SIZE, 2), generator=generator)
+    def _content(self, key, layer: int) -> torch.Tensor:
+        """What a layer holds for a block."""
+        generator = torch.Generator().manual_seed(int(key[0] >> np.uint64(2)) + layer)
+        return torch.rand(self.shape, generator=generator).to(self.dtype)
 
 
-def serve_at_random(engines, chance: random.Random, requests: int) -> None:
+def serve_at_random(engines, chance: random.Random, requests: int, salts=(None,)) -> None:
     """Have engines serve requests whose prompts begin alike; the last of them are not done yet."""
     prefixes = [[chance.randrange(900) for _ in range(chance.randrange(4, 10) * SIZE)] for _ in range(9)]
     for number in range(requests):
         engine, prefix = chance.choice(engines), chance.choice(prefixes)
         ids = prefix[: chance.randrange(SIZE, len(prefix))] + [chance.randrange(900) for _ in range(chance.randrange(1, 40))]
-        engine.add_ids(f"r{number}", ids, chance.randrange(1, 20))
+        engine.add_ids(f"r{number}", ids, chance.randrange(1, 20), salt=chance.choice(salts))
         for _ in range(chance.randrange(12)):
             for each in engines:
                 if each.scheduler.has_requests():

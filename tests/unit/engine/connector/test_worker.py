@@ -1,6 +1,7 @@
 """The worker half: every import that came in is reported once, whatever happens to it."""
 
 import dataclasses
+import logging
 import queue
 from contextlib import ExitStack, closing
 
@@ -10,9 +11,12 @@ import torch
 
 from engine.connector.step_messages import ImportReport, StepMetadata, WorkerReport
 from engine.connector.worker import WorkerHalf
+from tests.unit.engine.keeper import Keeper
 from tests.unit.transport.table_fixtures import writer
 from transport.backends.base import ImportJob
 from transport.backends.shared_memory import SharedMemoryTransport
+from transport.frames.layouts import cpu_attention
+from transport.frames.shape import Number
 from transport.keys import chain_keys, root_key
 from transport.table.reader import TableReader
 
@@ -234,3 +238,42 @@ def test_the_wait_for_an_import_is_bounded(owner, late, monkeypatch):
     late._transport.polls = 1 << 60
     late.start(StepMetadata(3, (job(owner),)))
     assert late.poll() == set()
+
+
+STRIDES = "torch.bfloat16 (2, 16, 64) (2048, 1024, 64, 1)"
+LOSSY = {"kv dtype": "auto", "attention backend": "CPU_ATTN", "cpu layout": "vec", "strides": STRIDES}
+
+
+def slots_of(path, fields, **more):
+    """How a worker cuts its host memory, given the fields of the fingerprint if blocks are to be coded."""
+    layers = {f"layer.{number}": torch.zeros(8, 2, 16, 64, dtype=torch.bfloat16) for number in range(2)} | more
+    keeper = Keeper(path / str(len(list(path.iterdir()))))
+    keeper._table_dir.mkdir()
+    with closing(WorkerHalf(path, "r", 0, keeper.keep("r", 1 << 20))) as half:
+        half.register(layers, 8, None, fields)
+        return half.handshake({}).host_memory
+
+
+def test_host_memory_codes_blocks_where_their_layout_is_known_and_that_is_asked_for(tmp_path, caplog):
+    assert slots_of(tmp_path, None).memory.coded is None
+    coded = slots_of(tmp_path, LOSSY).memory.coded
+    assert coded.shape == cpu_attention(2, 2, 16, 32, Number.BFLOAT16).packed.hex()
+    assert caplog.records == []
+    caplog.set_level(logging.INFO)
+    for fields, more in (
+        (LOSSY | {"attention backend": "MAMBA"}, {}),
+        (LOSSY, {"state": torch.zeros(8, 100)}),
+    ):
+        assert slots_of(tmp_path, fields, **more).memory.coded is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "host memory keeps all blocks as they are: their layout is not one that is coded"
+    ] * 2
+
+
+def test_without_numba_host_memory_codes_nothing_and_says_so(tmp_path, caplog, monkeypatch):
+    def missing(name):
+        raise ImportError("no numba")
+
+    monkeypatch.setattr("engine.connector.worker.compile_codec", missing)
+    assert slots_of(tmp_path, LOSSY).memory.coded is None
+    assert "host memory codes no blocks: no numba" in caplog.text

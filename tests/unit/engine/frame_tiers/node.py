@@ -17,10 +17,12 @@ from engine.tiers.slots import cut
 from tests.unit.engine.keeper import Keeper
 from transport.backends.shared_memory import checksum, map_region
 from transport.fingerprint import fingerprint_digest
+from transport.frames import int8_blocks
 from transport.groups import Group, unit
 from transport.keys import chain_keys, group_keys, root_key
 from transport.table.kept_table import KeptTable
 from transport.table.layout import CHECKSUM_BYTES, Description, Layer, Memory
+from transport.table.quality import IN_CODE
 from transport.table.reader import TableReader
 from transport.table.tiers import host_memory_of
 
@@ -42,12 +44,13 @@ def content(key: bytes, rank: int, size: int):
 class HostMemory:
     """The host memory of one replica: blocks are put there under the keys of `chain`."""
 
-    def __init__(self, path: Path, name="replica-0", groups=PLAIN, ranks=1, size=1 << 16, fields=FIELDS):
+    def __init__(self, path: Path, name="replica-0", groups=PLAIN, ranks=1, size=1 << 16, fields=FIELDS, shape=None):
         self.groups, self.ranks = groups, ranks
         self.fields = fields
         self.keeper = Keeper(path)
         kept = self.keeper.keep(name, size)
-        slots = [cut(kept.region, Memory(rank, "shared_memory", (), layers(groups)), ranks) for rank in range(ranks)]
+        self.shape = shape
+        slots = [cut(kept.region, Memory(rank, "shared_memory", (), layers(groups)), ranks, shape) for rank in range(ranks)]
         self.memories = tuple(each.memory for each in slots)
         kinds = tuple(group for group, _ in groups)
         about = Description(host_memory_of(name), os.getpid(), "xxh3_128", "shared_memory", "ok", fields, self.memories, kinds)
@@ -64,7 +67,10 @@ class HostMemory:
             key = self.keys(group)[place]
             self.table.invalidate([number])
             for rank in range(self.ranks):
-                self._write(rank, number, key.tobytes(), group)
+                if quality & IN_CODE:
+                    self._write_coded(rank, number, key.tobytes())
+                else:
+                    self._write(rank, number, key.tobytes(), group)
             self.table.publish([number], key.reshape(1, 2), quality)
 
     def _write(self, rank, slot, key, group):
@@ -76,6 +82,13 @@ class HostMemory:
         self.map[begin : begin + size] = data.tobytes()
         said = memory.checksums.offset + slot * memory.checksums.stride
         self.map[said : said + CHECKSUM_BYTES] = checksum(data.data, key)
+
+    def _write_coded(self, rank, slot, key):
+        about = self.memories[rank].coded
+        code = int8_blocks.encode(content(key, rank, self.shape.nbytes), self.shape)
+        begin = about.offset + slot * about.stride
+        self.map[begin : begin + about.bytes] = code
+        self.map[begin + about.checksum : begin + about.checksum + CHECKSUM_BYTES] = checksum(code, key)
 
     def offset(self, slot):
         """Where a slot's block begins on the first rank."""

@@ -11,11 +11,13 @@ from tests.unit.engine.frame_tiers import node as node_module
 from tests.unit.engine.frame_tiers.node import SIZE, HostMemory, Node
 from transport.backends.shared_memory import map_region
 from transport.fingerprint import fingerprint_digest
+from transport.frames import int8_blocks, layouts
 from transport.frames.codec import Quality
 from transport.frames.frame import read_header
 from transport.frames.lossy import SINK_TOKENS
+from transport.frames.shape import Number
 from transport.groups import Group
-from transport.table.quality import CODED, LATER, LOSSY, QUALITY
+from transport.table.quality import CODED, IN_CODE, LATER, LOSSY, QUALITY
 from transport.table.reader import TableReader
 
 ATTENTION = {
@@ -24,6 +26,8 @@ ATTENTION = {
 }  # fmt: skip
 LAYER_BYTES = 2 * 2 * SIZE * 32
 GROUPS = ((Group("full", SIZE), (LAYER_BYTES, LAYER_BYTES)),)
+SHAPE = layouts.cpu_attention(2, 2, SIZE, 16, Number.BFLOAT16)
+OTHER_SHAPE = layouts.attention(2, 2, SIZE, 16, Number.BFLOAT16)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +88,39 @@ def test_a_block_of_a_caller_who_accepts_loss_is_kept_in_half_the_space_and_come
     node.down()
     assert frames(disk, node, memory)[4:] == [Quality.EXACT] * 4
     assert 0.45 < coded / (disk.stats().stored_bytes - coded) < 0.75  # headers and all, of blocks this small
+    node.close()
+
+
+@pytest.mark.parametrize("lossy", ["int8", "rot4"])
+def test_a_block_that_lies_coded_goes_down_as_it_lies_and_comes_up_marked(tmp_path, content, lossy):
+    disk = DiskStore(tmp_path / "disk", 1 << 20)
+    memory = HostMemory(tmp_path, groups=GROUPS, fields=ATTENTION, shape=SHAPE, ranks=2)
+    node = Node(tmp_path, disk, codec="raw", lossy=lossy)
+    memory.put(range(2), quality=LOSSY | CODED | IN_CODE)
+    memory.put([2], slot=4, quality=LOSSY | CODED)
+    node.down()
+    assert frames(disk, node, memory) == [Quality.LOSSY] * 6
+    assert (node.demotion.lost, node.demotion.unknown) == (0, 0)
+    assert ask(node, memory, lossy=True).tokens == 3 * SIZE
+    found = staged(node, memory)
+    for place in range(3):
+        given = content(memory.chain[place].tobytes(), 0, SHAPE.nbytes)
+        want = np.empty(SHAPE.nbytes, np.uint8)
+        int8_blocks.decode(np.frombuffer(int8_blocks.encode(given, SHAPE), np.uint8), SHAPE, want)
+        assert found[place] == (LOSSY | CODED, (want if place < 2 else given).tobytes())
+    node.close()
+
+
+def test_a_block_that_lies_coded_and_is_damaged_or_of_another_shape_does_not_go_down(tmp_path):
+    disk, bits = DiskStore(tmp_path / "disk", 1 << 20), LOSSY | CODED | IN_CODE
+    memory = HostMemory(tmp_path, groups=GROUPS, fields=ATTENTION, shape=SHAPE)
+    other = HostMemory(tmp_path, "replica-1", GROUPS, fields=ATTENTION | {"weights": "w2"}, shape=OTHER_SHAPE)
+    node = Node(tmp_path, disk, codec="raw", lossy="int8")
+    memory.put([0], quality=bits)
+    memory.map[memory.memories[0].coded.offset + 3] ^= 1
+    other.put([1], quality=bits)
+    node.down()
+    assert (node.demotion.unknown, disk.stats().stored_bytes) == (2, 0)
     node.close()
 
 

@@ -36,10 +36,13 @@ def test_a_disk_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: 
         check_tiers(replace(CPU, disk=tmp_path / "a"))
 
 
-def test_loss_needs_a_disk_or_a_vault_of_one_of_the_models(tmp_path: Path) -> None:
+def test_loss_needs_what_keeps_it_of_one_of_the_models(tmp_path: Path) -> None:
     lossy = replace(CPU, lossy="int8")
-    with pytest.raises(LaunchRefused, match=r"^lossy: .* give disk or vault$"):
+    with pytest.raises(LaunchRefused, match=r"^lossy: .* give disk, vault or host_memory$"):
         check_tiers(lossy, lossy)
+    check_tiers(CPU, replace(lossy, host_memory=1 << 20))
+    with pytest.raises(LaunchRefused, match=r"^lossy: .* give disk or vault$"):  # host memory codes by int8 alone
+        check_tiers(replace(CPU, lossy="rot4", host_memory=1 << 20))
     check_tiers(lossy, replace(lossy, disk=tmp_path))
     check_tiers(replace(lossy, vault="valkey://h"))
     check_tiers(CPU)

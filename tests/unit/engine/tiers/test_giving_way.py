@@ -57,6 +57,15 @@ def test_asking_again_raises_the_value_and_an_estimate_that_fell_does_not_lower_
     assert popped(blocks) == [1, 2, 0]
 
 
+def test_a_block_can_give_way_before_its_time_but_not_while_it_is_read() -> None:
+    blocks = filled(1, 2, 3)
+    blocks.hold(0)
+    assert [blocks.drop(0), blocks.drop(1), blocks.drop(1), blocks.drop(7)] == [False, True, False, False]
+    assert key(1) not in blocks
+    blocks.release(0)
+    assert popped(blocks) == [0, 2]
+
+
 def test_what_is_being_read_does_not_give_way_before_all_its_reads_ended() -> None:
     blocks = filled(1, 2)
     blocks.hold(0)

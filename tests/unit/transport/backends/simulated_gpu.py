@@ -14,6 +14,9 @@ from collections import deque
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+from triton.runtime import JITFunction
 
 
 class Gpu:
@@ -159,7 +162,11 @@ def _bindings(gpu: Gpu) -> Any:
     return types.SimpleNamespace(driver=driver, runtime=runtime)
 
 
-MODULES = ("cuda_ipc", "gather", "host_regions")
+def _enqueued(gpu: Gpu, kernel: Any) -> Any:
+    return lambda *given: gpu.current.enqueue(lambda: kernel(*given))
+
+
+MODULES = ("cuda_ipc", "coding", "gather", "host_regions")
 WRITER = "engine.tiers.cuda_slot_writer"
 
 
@@ -181,10 +188,12 @@ def simulated(monkeypatch: Any, seed: int = 0) -> Any:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: gpu.compute)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    if isinstance(tl.max, JITFunction):  # Triton was imported before this
+        monkeypatch.setattr(tl, "max", triton.jit(tl.max.fn))
     try:
         cuda_ipc = importlib.import_module("transport.backends.cuda_ipc")
-        gather = cuda_ipc.gather
-        monkeypatch.setattr(cuda_ipc, "gather", lambda *given: gpu.current.enqueue(lambda: gather(*given)))
+        for name in ("gather", "encode", "decode"):
+            monkeypatch.setattr(cuda_ipc, name, _enqueued(gpu, getattr(cuda_ipc, name)))
         yield gpu, cuda_ipc
     finally:
         for name in names:

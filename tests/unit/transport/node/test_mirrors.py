@@ -38,6 +38,7 @@ from transport.table.deliveries import Delivery, DeliveryReason
 from transport.table.directory import TableDirectory
 from transport.table.journal import ENTRIES
 from transport.table.layout import Layer, Memory, Region
+from transport.table.quality import CODED, IN_CODE, LOSSY
 from transport.table.writer import TableWriter
 
 BLOCKS = 64
@@ -133,6 +134,18 @@ def test_after_every_round_the_mirror_holds_what_the_table_holds(
     changed = mirror.journal.since(after)
     assert changed is not None
     assert changed.tolist() == [0]  # who follows the mirror follows the table
+
+
+def test_blocks_that_lie_coded_are_not_told_as_nodes_fetch_them_as_engines_have_them(nodes: Nodes, owner: TableWriter) -> None:
+    owner.publish([2, 3], KEYS[:2], np.array([LOSSY, LOSSY | CODED | IN_CODE], np.uint64))
+    nodes.tell()
+    owner.publish([4], KEYS[2:3], LOSSY | CODED | IN_CODE)
+    nodes.tell()
+    assert nodes.mirror(owner.path.stem).look_up(KEYS[:3])[0].tolist() == [True, False, False]
+    owner.invalidate([4])
+    owner.publish([4], KEYS[2:3], LOSSY)
+    nodes.tell()
+    assert nodes.mirror(owner.path.stem).look_up(KEYS[:3])[0].tolist() == [True, False, True]
 
 
 def test_who_fell_behind_the_journal_is_told_all(nodes: Nodes, owner: TableWriter) -> None:

@@ -1,0 +1,89 @@
+"""The GPU's int8, run by Triton's interpreter on CPU memory: to the last bit what the codec of the frames makes of a block."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import itertools
+import numpy as np
+import torch
+from transport.backends.coding import decode, encode, rows_of
+from transport.frames import int8_blocks
+from transport.frames.layouts import attention
+from transport.frames.shape import Number
+
+torch.manual_seed(1)
+TYPES = {Number.BFLOAT16: torch.bfloat16, Number.FLOAT16: torch.float16}
+SHAPES = [(3, 3, 16, 64), (1, 8, 16, 128), (1, 40, 16, 32)]  # the last one's rows take two pieces each
+
+def table(tensors):
+    return torch.tensor([[t.data_ptr(), t.stride(0) * 2, t[0].numel() // 4] for t in tensors]).t().contiguous()
+
+def content(tensors, block):
+    return np.concatenate([t[block].contiguous().view(torch.uint8).numpy() for t in tensors])
+
+def numbers(blocks, size, kind):
+    found = torch.randn(blocks, size) * torch.exp(4 * torch.randn(blocks, size))
+    found[0, : size // 2] = 0.0
+    found[1] *= 1e-38
+    found[2, :64] = 60000.0
+    found[2, 64:128] = torch.arange(64) - 31.5  # halves: ties
+    return found.clamp(-60000, 60000).to(kind)
+
+for (number, kind), (layers, heads, tokens, width) in itertools.product(TYPES.items(), SHAPES):
+    shape = attention(layers, heads, tokens, width, number)
+    rows, size, coded = rows_of(shape), shape.nbytes // layers // 2, int8_blocks.coded_size(shape)
+    stride = -(-coded // 64) * 64
+    source = [numbers(6, size + 16, kind)[:, :size] for _ in range(layers)]
+    slots = torch.full((5, stride), 0x55, dtype=torch.uint8)
+    blocks = torch.tensor([[4, 1, 0, 2], [2, 0, 3, 1]], dtype=torch.int32)
+    unfit = torch.zeros(4, dtype=torch.int32)
+    encode(table(source), (slots.data_ptr(), stride), rows, blocks, unfit, 5)
+    assert unfit.tolist() == [0] * 4
+    assert (slots[:, coded:] == 0x55).all() and (slots[4] == 0x55).all()
+    target = [torch.full((4, size + 16), -1.0, dtype=kind)[:, :size] for _ in range(layers)]
+    decode((slots.data_ptr(), stride), table(target), rows, torch.tensor([[2, 0, 3, 1], [3, 0, 1, 2]], dtype=torch.int32), 3)
+    for (block, slot), place in zip(blocks.t().tolist(), (3, 0, 1, 2)):
+        wanted = np.frombuffer(int8_blocks.encode(content(source, block), shape), np.uint8)
+        assert (slots[slot, :coded].numpy() == wanted).all(), (number, layers, block)
+        out = np.empty(shape.nbytes, np.uint8)
+        int8_blocks.decode(wanted, shape, out)
+        assert (content(target, place) == out).all(), (number, layers, block)
+    assert all((t.as_strided((4, 16), (size + 16, 1), size) == -1).all() for t in target)
+
+for wrong in (float("inf"), float("nan"), -1e16):
+    shape = attention(2, 2, 16, 64, Number.BFLOAT16)
+    source = [torch.randn(3, shape.nbytes // 4).to(torch.bfloat16) for _ in range(2)]
+    source[1][1, -1] = wrong
+    slots, unfit = torch.zeros(3, shape.nbytes, dtype=torch.uint8), torch.zeros(3, dtype=torch.int32)
+    blocks = torch.tensor([[0, 1, 2], [0, 1, 2]], dtype=torch.int32)
+    encode(table(source), (slots.data_ptr(), shape.nbytes), rows_of(shape), blocks, unfit, 2)
+    assert unfit.tolist() == [0, 1, 0], wrong
+print("equal")
+"""
+SHAPES = {
+    "three sizes of a row": "attention(2, 2, 16, 96, Number.BFLOAT16)",
+    "float32": "attention(2, 2, 16, 64, Number.FLOAT32)",
+    "latents": "latent(2, 16, 512, Number.BFLOAT16)",
+    "the CPU's": "cpu_attention(2, 2, 16, 64, Number.BFLOAT16)",
+    "scales of no whole 16 bytes": "attention(2, 1, 4, 64, Number.BFLOAT16)",
+}
+
+
+def interpreted(program: str) -> str:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    return done.stdout.strip() or done.stderr
+
+
+def test_blocks_are_coded_and_restored_to_the_bit_and_nothing_beside_them_is_written():
+    assert interpreted(PROGRAM) == "equal"
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_blocks_that_the_kernels_do_not_take_are_told(shape):
+    program = "from transport.backends.coding import rows_of\nfrom transport.frames.layouts import *\nprint(rows_of({}))"
+    assert interpreted(program.format(shape)) == "None"
