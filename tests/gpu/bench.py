@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tests.gpu.engine_pair import GRAPHS, Bench, dry_scale, gpu_scale, with_pair
 from tests.gpu.host_memory import interception, restore
+from tests.gpu.host_memory_int8 import code, restore_int8
 from tests.gpu.import_times import busy_owner, exact, interference, link_peak, ttft
 from tests.gpu.offloading import offloading
 from tests.gpu.races_and_kills import churned, kills, races, races_dir
@@ -40,6 +41,8 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "interference": interference,
     "interference-32": lambda bench: interference(bench, 32),
     "restore": restore,
+    "restore-int8": restore_int8,
+    "code": code,
     "offloading": offloading,
     "interception": interception,
     "races": races,

@@ -245,7 +245,7 @@ class _Engine:
             "kv_connector_module_path": "engine.connector",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"table_dir": table_dir, "replica": name},
+            "kv_connector_extra_config": {"table_dir": table_dir, "replica": name, "lossy": arguments.pop("lossy", "")},
         }
         config = arguments.pop("kv_transfer_config", config)
         chosen = {"load_format": "dummy", "max_model_len": 65536, "max_num_batched_tokens": 16384, "enforce_eager": True}
