@@ -10,7 +10,7 @@ import pytest
 
 from engine.host_process.processes import children
 from tests.real.fleet import until
-from tests.real.nodes.two_hosts import Host, prompt, two_hosts
+from tests.real.nodes.hosts import Host, prompt, running_hosts
 from transport.node.nixl.ability import ability
 
 pytestmark = [
@@ -23,13 +23,13 @@ BACK_SECONDS_MAX = 60.0
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[tuple[Host, Host]]:
-    with mock.patch.dict(os.environ, {"UCX_TLS": "tcp,self"}), two_hosts("--node-transport", "nixl") as found:
+def hosts() -> Iterator[list[Host]]:
+    with mock.patch.dict(os.environ, {"UCX_TLS": "tcp,self"}), running_hosts(2, "--node-transport", "nixl") as found:
         yield found
 
 
 @pytest.fixture(autouse=True)
-def by_nixl(hosts: tuple[Host, Host]) -> None:
+def by_nixl(hosts: list[Host]) -> None:
     """Each test begins with two nodes whose blocks come by NIXL."""
     for host in hosts:
         until(lambda host=host: not host.trouble() and way(host) == "nixl", BACK_SECONDS_MAX, f"NIXL at {host.name}", 0.2)
@@ -54,7 +54,7 @@ def stop(pid: int) -> None:
     until(lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()), 10, "the stop", 0.01)
 
 
-def test_a_replica_imports_by_nixl_and_answers_as_if_it_had_computed(hosts: tuple[Host, Host]) -> None:
+def test_a_replica_imports_by_nixl_and_answers_as_if_it_had_computed(hosts: list[Host]) -> None:
     a, b = hosts
     text = prompt("one", 60)
     computed, imported = a.ask(text, "replica-0"), b.ask(text, "replica-0")
@@ -64,7 +64,7 @@ def test_a_replica_imports_by_nixl_and_answers_as_if_it_had_computed(hosts: tupl
     assert way(b) == "nixl"
 
 
-def test_figures_and_doctor_tell_how_blocks_come(hosts: tuple[Host, Host]) -> None:
+def test_figures_and_doctor_tell_how_blocks_come(hosts: list[Host]) -> None:
     a, _ = hosts
     (node,) = a.get("/kv/stats")["nodes"]
     assert (node["name"], node["transport"], node["transport_reason"]) == ("node-b", "nixl", "node_transport is nixl")
@@ -72,7 +72,7 @@ def test_figures_and_doctor_tell_how_blocks_come(hosts: tuple[Host, Host]) -> No
     assert "1 of 1 replicas ready, blocks come by NIXL, unencrypted (node_transport is nixl; measured " in a.doctor()
 
 
-def test_an_owners_process_that_is_killed_costs_one_import_at_most(hosts: tuple[Host, Host]) -> None:
+def test_an_owners_process_that_is_killed_costs_one_import_at_most(hosts: list[Host]) -> None:
     a, b = hosts
     texts = [prompt(f"killed {number}", 60) for number in range(3)]
     for text in texts:
@@ -85,7 +85,7 @@ def test_an_owners_process_that_is_killed_costs_one_import_at_most(hosts: tuple[
     assert [first.text, second.text] == [a.ask(text, "replica-0").text for text in texts[1:]]
 
 
-def test_a_node_whose_processes_are_stopped_is_computed_for_and_its_blocks_come_by_tcp(hosts: tuple[Host, Host]) -> None:
+def test_a_node_whose_processes_are_stopped_is_computed_for_and_its_blocks_come_by_tcp(hosts: list[Host]) -> None:
     a, b = hosts
     texts = [prompt(f"stopped {number}", 60) for number in range(2)]
     for text in texts:
@@ -101,7 +101,7 @@ def test_a_node_whose_processes_are_stopped_is_computed_for_and_its_blocks_come_
     assert [late.text, by_tcp.text] == [a.ask(text, "replica-0").text for text in texts]
 
 
-def test_a_reading_process_that_is_stopped_is_ended_and_another_reads(hosts: tuple[Host, Host]) -> None:
+def test_a_reading_process_that_is_stopped_is_ended_and_another_reads(hosts: list[Host]) -> None:
     a, b = hosts
     text = prompt("stuck", 60)
     computed = a.ask(text, "replica-0")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.real.fleet import until
-from tests.real.nodes.two_hosts import Host, ip, prompt, two_hosts
+from tests.real.nodes.hosts import Host, ip, prompt, running_hosts
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 BACK_SECONDS_MAX = 60.0
@@ -16,19 +16,19 @@ ALONE_SECONDS_MAX = 30.0
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[tuple[Host, Host]]:
-    with two_hosts() as found:
+def hosts() -> Iterator[list[Host]]:
+    with running_hosts(2) as found:
         yield found
 
 
 @pytest.fixture(autouse=True)
-def together(hosts: tuple[Host, Host]) -> None:
+def together(hosts: list[Host]) -> None:
     """Each test begins with two nodes that hear each other."""
     for host in hosts:
         until(lambda host=host: not host.trouble() and len(host.replicas()) == 2, BACK_SECONDS_MAX, f"{host.name} is back", 0.2)
 
 
-def test_a_replica_imports_from_another_node_and_answers_as_if_it_had_computed(hosts: tuple[Host, Host]) -> None:
+def test_a_replica_imports_from_another_node_and_answers_as_if_it_had_computed(hosts: list[Host]) -> None:
     a, b = hosts
     text = prompt("one", 60)
     computed = a.ask(text, "replica-0")
@@ -39,7 +39,7 @@ def test_a_replica_imports_from_another_node_and_answers_as_if_it_had_computed(h
     assert imported.text == computed.text
 
 
-def test_a_gateway_steers_over_the_replicas_of_both_nodes(hosts: tuple[Host, Host]) -> None:
+def test_a_gateway_steers_over_the_replicas_of_both_nodes(hosts: list[Host]) -> None:
     a, b = hosts
     text = prompt("two", 60)
     b.ask(text, "replica-0")
@@ -49,7 +49,7 @@ def test_a_gateway_steers_over_the_replicas_of_both_nodes(hosts: tuple[Host, Hos
     assert led.tokens("computed") > 400  # the delivery came with the first token
 
 
-def test_an_import_into_another_nodes_replica_is_told_in_that_nodes_names(hosts: tuple[Host, Host]) -> None:
+def test_an_import_into_another_nodes_replica_is_told_in_that_nodes_names(hosts: list[Host]) -> None:
     a, b = hosts
     text = prompt("four", 60)
     a.ask(text, "replica-0")
@@ -59,7 +59,7 @@ def test_an_import_into_another_nodes_replica_is_told_in_that_nodes_names(hosts:
     assert b.ask(text, "replica-0").tokens("local") > 400
 
 
-def test_a_stopped_engine_on_the_other_node_still_gives_what_it_holds(hosts: tuple[Host, Host]) -> None:
+def test_a_stopped_engine_on_the_other_node_still_gives_what_it_holds(hosts: list[Host]) -> None:
     a, b = hosts
     text = prompt("five", 60)
     a.ask(text, "replica-0")
@@ -73,7 +73,7 @@ def test_a_stopped_engine_on_the_other_node_still_gives_what_it_holds(hosts: tup
     assert imported.tokens("peer") > 400
 
 
-def test_figures_and_doctor_tell_of_both_nodes(hosts: tuple[Host, Host]) -> None:
+def test_figures_and_doctor_tell_of_both_nodes(hosts: list[Host]) -> None:
     a, _ = hosts
     found = {replica["name"]: replica for replica in a.get("/kv/stats")["replicas"]}
     assert found.keys() == {"replica-0", "node-b:replica-0"}
@@ -82,7 +82,7 @@ def test_figures_and_doctor_tell_of_both_nodes(hosts: tuple[Host, Host]) -> None
     assert "node-b   10.79.0.2:7710, 1 of 1 replicas ready, blocks come by TCP" in told
 
 
-def test_a_node_that_is_cut_off_is_left_alone_and_comes_back(hosts: tuple[Host, Host]) -> None:
+def test_a_node_that_is_cut_off_is_left_alone_and_comes_back(hosts: list[Host]) -> None:
     a, b = hosts
     text = prompt("six", 60)
     a.ask(text, "replica-0")
@@ -98,7 +98,7 @@ def test_a_node_that_is_cut_off_is_left_alone_and_comes_back(hosts: tuple[Host, 
     until(lambda: len(b.replicas()) == 2, BACK_SECONDS_MAX, "both again", 0.2)
 
 
-def test_an_agent_that_is_killed_is_started_again(hosts: tuple[Host, Host]) -> None:
+def test_an_agent_that_is_killed_is_started_again(hosts: list[Host]) -> None:
     a, b = hosts
     former = b.agent_pid()
     assert former

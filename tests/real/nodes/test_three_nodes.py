@@ -1,0 +1,81 @@
+"""Three nodes with real vLLM on the CPU, in network namespaces: one fleet, the clocks of one an hour ahead of the others'."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+
+from tests.real.fleet import until
+from tests.real.nodes.hosts import TRUE, Clocks, Host, ip, prompt, running_hosts, together
+from tests.real.nodes.tiny import tiny_served
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+HOUR = 3600
+ITEMS = 60
+KNOWN_SECONDS_MAX = 20.0
+BACK_SECONDS_MAX = 60.0
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
+    served = tiny_served(tmp_path_factory.mktemp("tiny"))
+    with running_hosts(3, served=served, clocks=(TRUE, TRUE, Clocks(monotonic=HOUR, wall=HOUR))) as found:
+        yield found
+
+
+def test_what_one_node_computed_the_two_others_import_bit_equal_to_a_local_hit(hosts: list[Host]) -> None:
+    for owner in hosts:  # the one whose clocks are ahead too
+        text = prompt(f"of {owner.name}", ITEMS)
+        computed = owner.ask(text, "replica-0")
+        assert computed.tokens("computed") > 400
+        holders = [owner]
+        for host in [host for host in hosts if host is not owner]:
+            imported, local = host.ask(text, "replica-0"), host.ask(text, "replica-0")
+            assert imported.cache["source"] in {f"{holder.name}:replica-0" for holder in holders}
+            holders.append(host)
+            assert imported.tokens("peer") == local.tokens("local") > 400
+            assert (imported.ids, imported.logprobs) == (local.ids, local.logprobs)
+            assert imported.ids == computed.ids
+
+
+def test_each_gateway_finds_what_any_of_the_three_holds(hosts: list[Host]) -> None:
+    for owner in hosts:
+        text = prompt(f"known of {owner.name}", ITEMS)
+        answered = owner.ask(text, "replica-0")
+        for host in hosts:
+            until(partial(knows, host, text), KNOWN_SECONDS_MAX, f"what {owner.name} holds, at {host.name}")
+            assert host.ask(text).ids == answered.ids
+
+
+def knows(host: Host, text: str) -> bool:
+    """Whether a host's gateway has a prompt answered without computing it."""
+    return host.ask(text).tokens("computed") < 100
+
+
+def test_requests_at_one_gateway_are_spread_over_all_three(hosts: list[Host]) -> None:
+    a = hosts[0]
+    for round_ in range(10):
+        texts = [prompt(f"spread {round_} {number}", ITEMS) for number in range(9)]
+        with ThreadPoolExecutor(len(texts)) as pool:
+            answered = {answer.replica for answer in pool.map(a.ask, texts)}
+        if answered == {"replica-0", "node-b:replica-0", "node-c:replica-0"}:
+            return
+    raise AssertionError(f"all requests of a round went to {answered}")
+
+
+def test_two_nodes_go_on_sharing_while_the_third_is_cut_off(hosts: list[Host]) -> None:
+    a, b, c = hosts
+    text = prompt("of the one that goes", ITEMS)
+    computed = c.ask(text, "replica-0")
+    ip("-n", c.space, "link", "set", c.cable, "down")
+    try:
+        assert a.ask(text, "replica-0").ids == computed.ids  # at once: the cut may not have been noticed
+        imported = b.ask(text, "replica-0")
+        assert (imported.ids, imported.cache.get("source")) == (computed.ids, "node-a:replica-0")
+        until(lambda: a.replicas() == {"replica-0", "node-b:replica-0"}, BACK_SECONDS_MAX, "node-c to be missed", 0.2)
+        assert c.ask(text).tokens("local") > 400
+    finally:
+        ip("-n", c.space, "link", "set", c.cable, "up")
+    together(hosts, BACK_SECONDS_MAX)
