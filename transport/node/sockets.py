@@ -32,9 +32,8 @@ class Wire:
         self.until = inf
         """When reading ends, however much comes: a node that sends a byte now and then would hold us for ever."""
         self._socket = connection
-        self._socket.settimeout(None)  # Python waits with poll(2) for each read otherwise, and MSG_WAITALL waits for nothing
-        self.wait(None)
         self._plain = not isinstance(connection, ssl.SSLSocket)
+        self.wait(None)
 
     def send(self, *parts: bytes | memoryview) -> None:
         """Send all parts, one after the other."""
@@ -69,6 +68,10 @@ class Wire:
     def wait(self, seconds: float | None) -> None:
         """Let the next call wait so long for its first byte; `None` for the usual time."""
         limit = PROGRESS_SECONDS if seconds is None else seconds
+        if not self._plain:  # what is without a time-out for Python, TLS reads again and again, whatever the kernel's is
+            self._socket.settimeout(limit)
+            return
+        self._socket.settimeout(None)  # Python waits with poll(2) for each read otherwise, and MSG_WAITALL waits for nothing
         value = _TIMEVAL.pack(int(limit), int(limit % 1 * 1e6))
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._socket.setsockopt(socket.SOL_SOCKET, option, value)

@@ -93,14 +93,35 @@ def rows(owner: Owner, count: int):
     return np.full((count, owner.bytes + 5), 0xEE, np.uint8)
 
 
-def test_a_node_that_falls_silent_is_given_up_in_time(monkeypatch):
-    monkeypatch.setattr(sockets, "PROGRESS_SECONDS", 0.2)
-    silent = socket.create_server(("127.0.0.1", 0))
-    client = BlockClient("node-a", silent.getsockname(), None, "node-b", "test")
+def test_a_node_that_falls_silent_is_given_up_in_time(monkeypatch, contexts):
+    """Behind TLS, too, which reads again whenever the kernel's time-out has passed."""
+    monkeypatch.setattr(sockets, "PROGRESS_SECONDS", 0.3)
+    listener, ended = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def fall_silent() -> None:
+        connection, _ = listener.accept()
+        with connection if contexts[0] is None else contexts[0].wrap_socket(connection, server_side=True) as spoken:
+            wire, _ = sockets.welcome(spoken, "node-a", "test")
+            wire.receive()
+            wire.send(encode(BlocksSent(b"\1", 1000)), b"x" * 10)
+            ended.wait(20)
+
+    thread = threading.Thread(target=fall_silent)
+    thread.start()
+    client = BlockClient("node-a", listener.getsockname(), contexts[1], "node-b", "test")
     begun = time.monotonic()
-    with closing(silent), pytest.raises(NodeError):
-        client.fetch(BlocksAsked("owner", 1, 0, b"\0" * 4, b"\0" * 8), [8], loose(np.zeros((1, 8), np.uint8)))
-    assert time.monotonic() - begun < 2
+    with closing(listener), pytest.raises(NodeError):
+        client.fetch(BlocksAsked("owner", 1, 0, b"\0" * 4, b"\0" * 8), [1000], loose(np.zeros((1, 1000), np.uint8)))
+    assert time.monotonic() - begun < 10
+    ended.set()
+    thread.join(20)
+
+
+def test_a_caller_that_asks_for_nothing_more_is_let_go(monkeypatch, owner, client):
+    monkeypatch.setattr(block_server, "IDLE_SECONDS_MAX", 0.2)
+    client.greet()
+    until(lambda: not owner.server._open, "the end of the connection")
+    assert client.fetch(owner.asked([1]), [owner.bytes], loose(rows(owner, 1))).good.all()
 
 
 def test_a_node_that_sends_a_byte_now_and_then_is_given_up_too(monkeypatch):
