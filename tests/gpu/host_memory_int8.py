@@ -107,11 +107,11 @@ def code_rates(on_gpu: bool, sizes: tuple[int, int, int, int, int]) -> None:
 
     from transport.backends.coding import decode, encode, rows_of
     from transport.frames import int8_blocks
-    from transport.frames.layouts import attention
+    from transport.frames.layouts import attention_by_token
     from transport.frames.shape import Number
 
     layers, heads, tokens, width, count = sizes
-    shape = attention(layers, heads, tokens, width, Number.BFLOAT16)
+    shape = attention_by_token(layers, heads, tokens, width, Number.BFLOAT16)
     rows, size = rows_of(shape), shape.nbytes // layers
     assert rows is not None
     coded = int8_blocks.coded_size(shape)

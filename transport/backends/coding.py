@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from transport.frames.rows import MAGNITUDE_MAX, SCALE_BYTES
-from transport.frames.shape import Axis, Number, Role, Shape
+from transport.frames.shape import Axis, Number, Shape
 
 PIECE_NUMBERS_MAX = 16384
 WIDTH_MIN, WIDTH_MAX = 32, 1024
@@ -27,13 +27,23 @@ _FLOAT16_MAX = tl.constexpr(65504.0)
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A block of `layers` layers, each with the rows of all heads and tokens in their order: a key of `width` numbers, bfloat16
-    or float16, and a value."""
+    """A block of `layers` layers, each with a key of `width` numbers, bfloat16 or float16, and a value for each head and token.
+
+    From one head to the next they are `head_step` pairs apart in memory, from one token to the next `token_step`.
+    """
 
     layers: int
-    rows: int
+    heads: int
+    tokens: int
     width: int
     float16: bool
+    head_step: int
+    token_step: int
+
+    @property
+    def rows(self) -> int:
+        """Keys of a layer."""
+        return self.heads * self.tokens
 
     @property
     def piece_rows(self) -> int:
@@ -51,23 +61,26 @@ def rows_of(shape: Shape) -> Rows | None:
         return None
     part = shape.runs[0].parts[0]
     kinds, width = tuple(kind for kind, _ in part.axes), part.count(Axis.DIM)
-    paired = part.role is Role.PAIRS and kinds == (Axis.OTHER, Axis.TOKEN, Axis.KV, Axis.DIM)
-    if not paired or width & (width - 1) or not WIDTH_MIN <= width <= WIDTH_MAX:
+    by_head = kinds == (Axis.OTHER, Axis.TOKEN, Axis.KV, Axis.DIM)
+    by_token = kinds == (Axis.TOKEN, Axis.OTHER, Axis.KV, Axis.DIM)
+    if not (by_head or by_token) or width & (width - 1) or not WIDTH_MIN <= width <= WIDTH_MAX:
         return None
-    rows = part.count(Axis.OTHER) * part.count(Axis.TOKEN)
-    if part.number not in (Number.BFLOAT16, Number.FLOAT16) or rows * SCALE_BYTES % ALIGNED_BYTES:
+    heads, tokens = part.count(Axis.OTHER), part.count(Axis.TOKEN)
+    if part.number not in (Number.BFLOAT16, Number.FLOAT16) or heads * tokens * SCALE_BYTES % ALIGNED_BYTES:
         return None
-    return Rows(shape.runs[0].count, rows, width, part.number is Number.FLOAT16)
+    steps = (tokens, 1) if by_head else (1, heads)
+    return Rows(shape.runs[0].count, heads, tokens, width, part.number is Number.FLOAT16, *steps)
 
 
 # one compilation serves every copy: neither the number of blocks nor where they are may make a new one
 _VARYING = ["bases", "strides", "blocks", "unfit", "slots", "slot_stride", "layers", "rows", "pieces", "count"]
+_VARYING += ["tokens", "head_step", "token_step"]
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_VARYING)  # type: ignore[untyped-decorator]
 def _encode(  # type: ignore[no-untyped-def]
     bases, strides, blocks, unfit, slots, slot_stride, layers, rows, pieces,
-    count, FLOAT16: tl.constexpr, WIDTH: tl.constexpr, PIECE_ROWS: tl.constexpr,
+    count, tokens, head_step, token_step, FLOAT16: tl.constexpr, WIDTH: tl.constexpr, PIECE_ROWS: tl.constexpr,
 ):  # fmt: skip
     chunks = (rows + PIECE_ROWS - 1) // PIECE_ROWS
     for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
@@ -80,7 +93,8 @@ def _encode(  # type: ignore[no-untyped-def]
         column = tl.arange(0, WIDTH)[None, :]
 
         block = tl.load(bases + layer) + tl.load(blocks + place).to(tl.int64) * tl.load(strides + layer)
-        source = (row[:, None] * 2 + kind) * WIDTH + column
+        pair = row // tokens * head_step + row % tokens * token_step
+        source = (pair[:, None] * 2 + kind) * WIDTH + column
         if FLOAT16:
             values = tl.load(tl.multiple_of(block.to(tl.pointer_type(tl.float16)), 16) + source, mask=mask, other=0.0)
             values = values.to(tl.float32)
@@ -106,7 +120,7 @@ def _encode(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_VARYING)  # type: ignore[untyped-decorator]
 def _decode(  # type: ignore[no-untyped-def]
     bases, strides, blocks, slots, slot_stride, layers, rows, pieces,
-    count, FLOAT16: tl.constexpr, WIDTH: tl.constexpr, PIECE_ROWS: tl.constexpr,
+    count, tokens, head_step, token_step, FLOAT16: tl.constexpr, WIDTH: tl.constexpr, PIECE_ROWS: tl.constexpr,
 ):  # fmt: skip
     chunks = (rows + PIECE_ROWS - 1) // PIECE_ROWS
     for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
@@ -128,7 +142,8 @@ def _decode(  # type: ignore[no-untyped-def]
         values = codes.to(tl.float32) * (scale.to(tl.int32) << 16).to(tl.float32, bitcast=True)[:, None]
 
         block = tl.load(bases + layer) + tl.load(blocks + count + place).to(tl.int64) * tl.load(strides + layer)
-        target = (row[:, None] * 2 + kind) * WIDTH + column
+        pair = row // tokens * head_step + row % tokens * token_step
+        target = (pair[:, None] * 2 + kind) * WIDTH + column
         if FLOAT16:
             small = tl.minimum(tl.maximum(values, -_FLOAT16_MAX), _FLOAT16_MAX).to(tl.float16)
             tl.store(tl.multiple_of(block.to(tl.pointer_type(tl.float16)), 16) + target, small, mask=mask)
@@ -157,7 +172,7 @@ def _launch(kernel: Any, memory: tuple[Any, ...], slots: tuple[int, int], rows: 
     pieces = rows.pieces(blocks.shape[1])
     numbers = rows.piece_rows * rows.width
     kernel[(max(1, min(programs, pieces)),)](
-        *memory, *slots, rows.layers, rows.rows, pieces, blocks.stride(0),
+        *memory, *slots, rows.layers, rows.rows, pieces, blocks.stride(0), rows.tokens, rows.head_step, rows.token_step,
         FLOAT16=rows.float16, WIDTH=rows.width, PIECE_ROWS=rows.piece_rows,
         num_warps=max(1, min(8, numbers // 2048)), enable_fp_fusion=False,
     )  # fmt: skip

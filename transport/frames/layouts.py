@@ -17,8 +17,14 @@ _BITS = re.compile(r"\d+")
 
 
 def attention(layers: int, heads: int, tokens: int, dim: int, number: Number) -> Shape:
-    """A head's key and value side by side for each token: `[B, H, N, K|V]`, FlashAttention and FlashInfer."""
+    """A head's keys and values side by side for each token: `[B, H, N, K|V]`, FlashInfer, and FlashAttention if so asked."""
     axes = ((Axis.OTHER, heads), (Axis.TOKEN, tokens), (Axis.KV, 2), (Axis.DIM, dim))
+    return Shape((Run(layers, (Part(Role.PAIRS, number, axes),)),))
+
+
+def attention_by_token(layers: int, heads: int, tokens: int, dim: int, number: Number) -> Shape:
+    """A token's keys and values side by side for each head: `[B, N, H, K|V]`, FlashAttention where nobody wishes otherwise."""
+    axes = ((Axis.TOKEN, tokens), (Axis.OTHER, heads), (Axis.KV, 2), (Axis.DIM, dim))
     return Shape((Run(layers, (Part(Role.PAIRS, number, axes),)),))
 
 
@@ -94,14 +100,21 @@ def _told(fingerprint: Mapping[str, str], layout: str, layers: int) -> Shape | N
     number = NUMBERS[match["number"]]
     sizes, strides = (tuple(int(each) for each in match[name].split(", ")) for name in ("sizes", "strides"))
     backend, isa = fingerprint.get("attention backend", ""), fingerprint.get("cpu layout", "")
-    whole = len(sizes) == 3 and strides == (math.prod(sizes), sizes[1] * sizes[2], sizes[2], 1)
-    if not whole or sizes[2] % 2 or fingerprint.get("kv dtype") not in ("auto", "bfloat16", "float16", "float32"):
+    by_head = len(sizes) == 3 and strides == (math.prod(sizes), sizes[1] * sizes[2], sizes[2], 1)
+    by_token = len(sizes) == 3 and strides == (math.prod(sizes), sizes[2], sizes[0] * sizes[2], 1)
+    if (
+        not (by_head or by_token)
+        or sizes[2] % 2
+        or fingerprint.get("kv dtype") not in ("auto", "bfloat16", "float16", "float32")
+    ):
         return None
     heads, tokens, dim = sizes[0], sizes[1], sizes[2] // 2
+    if backend in ("FLASH_ATTN", "FLASHINFER"):
+        return (attention if by_head else attention_by_token)(layers, heads, tokens, dim, number)
+    if not by_head:
+        return None
     if backend == "CPU_ATTN" and isa in ("vec", "vec16"):
         return cpu_attention(layers, heads, tokens, dim, number)
     if backend == "CPU_ATTN" and isa == "amx" and number is Number.BFLOAT16 and not (tokens % 16 or dim % 16):
         return cpu_tiled_attention(layers, heads, tokens, dim)
-    if backend in ("FLASH_ATTN", "FLASHINFER"):
-        return attention(layers, heads, tokens, dim, number)
     return None

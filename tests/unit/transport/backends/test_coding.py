@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transport.backends.coding import decode, encode, rows_of
 from transport.frames import int8_blocks
-from transport.frames.layouts import attention
+from transport.frames.layouts import attention, attention_by_token
 from transport.frames.shape import Number
 
 torch.manual_seed(1)
@@ -33,8 +33,9 @@ def numbers(blocks, size, kind):
     found[2, 64:128] = torch.arange(64) - 31.5  # halves: ties
     return found.clamp(-60000, 60000).to(kind)
 
-for (number, kind), (layers, heads, tokens, width) in itertools.product(TYPES.items(), SHAPES):
-    shape = attention(layers, heads, tokens, width, number)
+LAYOUTS = [attention, attention_by_token, attention]
+for (number, kind), (told, (layers, heads, tokens, width)) in itertools.product(TYPES.items(), zip(LAYOUTS, SHAPES)):
+    shape = told(layers, heads, tokens, width, number)
     rows, size, coded = rows_of(shape), shape.nbytes // layers // 2, int8_blocks.coded_size(shape)
     stride = -(-coded // 64) * 64
     source = [numbers(6, size + 16, kind)[:, :size] for _ in range(layers)]

@@ -10,6 +10,7 @@ NUMBERS = (Number.BFLOAT16, Number.FLOAT16, Number.FLOAT32)
 
 SHAPES = {
     "attention": lambda number: layouts.attention(3, 2, 16, 64, number),
+    "attention by token": lambda number: layouts.attention_by_token(3, 2, 16, 64, number),
     "attention of the CPU": lambda number: layouts.cpu_attention(2, 2, 64, 32, number),
     "latents": lambda number: layouts.latent(2, 16, 576, number),
     "tiles": lambda number: (

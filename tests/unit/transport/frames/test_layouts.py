@@ -50,8 +50,12 @@ def about(layout, backend="CPU_ATTN", isa="vec", dtype="auto"):
             about("torch.bfloat16 (8, 16, 256) (32768, 4096, 256, 1)", "FLASH_ATTN", ""),
             layouts.attention(3, 8, 16, 128, Number.BFLOAT16),
         ),
+        (
+            about("torch.bfloat16 (8, 16, 256) (32768, 256, 2048, 1)", "FLASH_ATTN", ""),
+            layouts.attention_by_token(3, 8, 16, 128, Number.BFLOAT16),
+        ),
     ],
-    ids=["vec", "vec16", "amx", "gpu"],
+    ids=["vec", "vec16", "amx", "gpu", "gpu by token"],
 )
 def test_a_replicas_fingerprint_tells_the_shape(fingerprint, shape):
     assert layouts.told(fingerprint, shape.nbytes // 3, 3) == shape
