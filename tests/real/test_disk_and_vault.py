@@ -148,7 +148,7 @@ def test_a_caller_who_accepts_loss_gets_back_what_was_kept_in_half_the_space(tie
     with restoring(tiered, "replica-1", "disk"):
         restored, told = asked("lossy", "replica-1")
     assert (restored.cached_tokens, told) == (WHOLE, "lossy")
-    assert 0 < max(lost_of(restored, cold)) < 0.1
+    assert 0 < max(lost_of(restored, cold)) < 0.3
     sizes: dict[Quality, list[int]] = {Quality.EXACT: [], Quality.LOSSY: []}
     for frame in frames_on_disk(home / "disk", lambda _: True):
         sizes[read_header(frame).quality].append(len(frame))

@@ -87,7 +87,7 @@ def test_who_accepts_loss_gets_back_what_was_coded_and_stays_apart_from_who_does
         restored = asked("lossy", "replica-0")
     assert (cold.cached_tokens, restored.cached_tokens) == (0, WHOLE)
     assert restored.logprobs != cold.logprobs
-    assert abs(restored.logprobs[0] - cold.logprobs[0]) < 0.1
+    assert abs(restored.logprobs[0] - cold.logprobs[0]) < 0.3
     exact = asked("exact", "replica-1")
     assert exact.cached_tokens == 0
     assert exact.close_to(cold)
