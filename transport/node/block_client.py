@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from transport.node.block_fetcher import FETCH_SECONDS_MAX, Fetched
 from transport.node.messages import BlocksAsked, BlocksSent, CheckAsked, Hello, MemoryAsked, Message, NodeError, Welcome, encode
-from transport.node.sockets import Wire, call
+from transport.node.sockets import FellSilent, Wire, call
 from transport.node.staging import Piece
 
 IDLE_MAX = 8
@@ -77,9 +77,9 @@ class BlockClient:
         until = time.monotonic() + FETCH_SECONDS_MAX
         try:
             return wire, self._exchange(wire, question, until)
-        except NodeError:
+        except NodeError as error:
             self._forget(wire)
-            if fresh:
+            if fresh or isinstance(error, FellSilent):
                 raise
         wire = self._called()  # the other had been closed while it was idle
         try:

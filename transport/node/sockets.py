@@ -23,6 +23,10 @@ PROGRESS_SECONDS = 3.0
 _TIMEVAL = struct.Struct("@ll")
 
 
+class FellSilent(NodeError):
+    """Nothing came for as long as is waited: who is there may be stopped, and another connection would wait as long."""
+
+
 class Wire:
     """A connection. Raises NodeError for whatever happens to it."""
 
@@ -54,6 +58,8 @@ class Wire:
                 if not count:
                     raise NodeError("the connection ended")
                 target = target[count:]
+        except (TimeoutError, BlockingIOError) as error:
+            raise FellSilent(f"reading: {error}") from error
         except OSError as error:
             raise NodeError(f"reading: {error}") from error
 

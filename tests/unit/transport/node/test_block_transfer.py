@@ -94,7 +94,36 @@ def rows(owner: Owner, count: int):
 
 
 def test_a_node_that_falls_silent_is_given_up_in_time(monkeypatch, contexts):
-    """Behind TLS, too, which reads again whenever the kernel's time-out has passed."""
+    """Behind TLS, too, which reads again whenever the kernel's time-out has passed; and it is not called again at once."""
+    monkeypatch.setattr(sockets, "PROGRESS_SECONDS", 0.3)
+    listener, ended = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def answer_once() -> None:
+        connection, _ = listener.accept()
+        with connection if contexts[0] is None else contexts[0].wrap_socket(connection, server_side=True) as spoken:
+            wire, _ = sockets.welcome(spoken, "node-a", "test")
+            wire.receive()
+            wire.send(encode(BlocksSent(b"\1", 1000)), bytes(1000), encode(BlocksSent(b"", 0, last=True)))
+            ended.wait(20)
+
+    thread = threading.Thread(target=answer_once)
+    thread.start()
+    client = BlockClient("node-a", listener.getsockname(), contexts[1], "node-b", "test")
+    asked, target = BlocksAsked("owner", 1, 0, b"\0" * 4, b"\0" * 8), loose(np.zeros((1, 1000), np.uint8))
+    assert client.fetch(asked, [1000], target).good.all()
+    begun = time.monotonic()
+    with pytest.raises(NodeError):
+        client.fetch(asked, [1000], target)
+    assert time.monotonic() - begun < 10
+    listener.settimeout(0)
+    with pytest.raises(BlockingIOError):  # nobody else waits to be accepted
+        listener.accept()
+    ended.set()
+    thread.join(20)
+    listener.close()
+
+
+def test_a_node_that_falls_silent_within_a_block_is_given_up_in_time(monkeypatch, contexts):
     monkeypatch.setattr(sockets, "PROGRESS_SECONDS", 0.3)
     listener, ended = socket.create_server(("127.0.0.1", 0)), threading.Event()
 
