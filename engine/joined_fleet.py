@@ -36,7 +36,10 @@ class WayTold(msgspec.Struct, frozen=True):
 
 
 class NodeTold(msgspec.Struct, frozen=True):
-    """Another node: its replicas, and the sockets here that lead to them. `trouble` says why it is not heard."""
+    """Another node: its replicas, and the sockets here that lead to them.
+
+    `trouble` says why it is not heard, `losses` how often it was heard and then no more since the agent began.
+    """
 
     name: str
     address: str
@@ -44,6 +47,7 @@ class NodeTold(msgspec.Struct, frozen=True):
     sockets: dict[str, str] = {}
     trouble: str = ""
     way: WayTold = WayTold()
+    losses: int = 0
 
 
 class NodesTold(msgspec.Struct, frozen=True):

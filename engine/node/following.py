@@ -61,6 +61,7 @@ class Following:
         self._changed = changed
         self._fleet: FleetTold | None = None
         self._trouble = "not called yet"
+        self._losses = 0
         self._tcp_bytes_per_second = 0.0
         self._doors: dict[str, tuple[str, asyncio.Server]] = {}
 
@@ -68,7 +69,7 @@ class Following:
         """What there is to tell of the node now."""
         sockets = {name: path for name, (path, _) in self._doors.items()}
         way = self.client.told if self.client is not None else WayTold()
-        return NodeTold(self.peer.name, self.peer.address, self._fleet, sockets, self._trouble, way)
+        return NodeTold(self.peer.name, self.peer.address, self._fleet, sockets, self._trouble, way, self._losses)
 
     async def run(self) -> None:
         """Call the node again whenever it is not heard any more."""
@@ -149,6 +150,7 @@ class Following:
             _logger.warning("%s is not heard: %s", self.peer.name, why)
         client, self.client = self.client, None
         if client is not None:
+            self._losses += 1
             self._tcp_bytes_per_second = client.told.tcp_bytes_per_second
             client.close()
         self._fleet, self._trouble = None, why

@@ -13,6 +13,7 @@ class NodeStats(BaseModel):
     name: str
     address: str
     trouble: str = Field(description="why it is not heard; empty if it is")
+    losses: int = Field(description="how often it was heard and then no more, since this node's agent began")
     transport: str = Field(description="how its blocks come: tcp or nixl")
     transport_reason: str = Field(description="why so")
     tcp_bytes_per_second: float = Field(description="as measured last; 0 until it was")
@@ -26,6 +27,7 @@ def node_stats(run_dir: Path) -> list[NodeStats]:
             name=node.name,
             address=node.address,
             trouble=node.trouble,
+            losses=node.losses,
             transport=node.way.transport,
             transport_reason=node.way.reason,
             tcp_bytes_per_second=node.way.tcp_bytes_per_second,

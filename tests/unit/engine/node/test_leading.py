@@ -125,6 +125,7 @@ def test_what_the_node_says_of_its_replicas_follows(pair: tuple[Node, Node], ser
     (lost,) = read_nodes(pair[1].run).nodes
     assert (lost.name, lost.address) == ("node-a", pair[0].peer.address)
     assert lost.trouble
+    assert lost.losses == 1  # however often it was called since
 
 
 @pytest.mark.parametrize("name", ["../replica-0", "a\0b", "a\r\nx-peerkv-replica: b", "node-c:replica-0"])
