@@ -9,7 +9,7 @@ from random import Random
 
 import numpy as np
 
-from bench.node_faults.rig import BLOCKS, IMPORT_SECONDS_MAX, JUNK, LAYER_BYTES, LAYERS, NUMBERS, Rig, await_, while_copying
+from bench.node_faults.rig import BLOCKS, IMPORT_SECONDS_MAX, JUNK, LAYER_BYTES, LAYERS, NUMBERS, Rig, waited, while_copying
 from bench.node_faults.wire import Passed
 from bench.node_faults.wire_faults import FRAME_HARMS, HARMS, LASTING, Bytes, Frames, Refusal
 from transport.backends.base import ImportJob
@@ -75,7 +75,7 @@ def among_the_changes(rig: Rig, job: ImportJob) -> Iterator[Injected]:
     fault = Bytes("asker", rig.random.randrange(TOLD_BYTES), harm(rig.random))
     rig.changes.arm(fault)
     if rig.random.random() < 0.5:
-        await_(lambda: fault.hit, IMPORT_SECONDS_MAX, "the fault")
+        waited(lambda: fault.hit, IMPORT_SECONDS_MAX)
     try:
         yield Injected(lambda: fault.hit)
     finally:

@@ -35,7 +35,7 @@ OWNER, SOURCE = "owner", "node-a:owner"
 JUNK = 0xEE
 IMPORT_SECONDS_MAX = 10.0
 """What has not ended then hangs."""
-SETTLE_SECONDS_MAX = 60.0
+SETTLE_SECONDS_MAX, OFFERED_AGAIN_SECONDS = 60.0, 5.0
 QUICK: dict[str, object] = {
     "transport.node.sockets.PROGRESS_SECONDS": 0.3,
     "transport.node.sockets.CONNECT_SECONDS": 1.0,
@@ -166,20 +166,20 @@ class Rig:
     def settle(self) -> None:
         """Have node-b know the first blocks of the chain in node-a's present epoch."""
         self.owner.settle()
-        wanted = self.owner.table.epoch
+        deadline = time.monotonic() + SETTLE_SECONDS_MAX
+        while not waited(self._known, OFFERED_AGAIN_SECONDS):
+            assert time.monotonic() < deadline, "what node-a holds did not come about"
+            for number, place in list(self.owner.held.items()):  # a full bucket of an index lets go of a block that is held
+                self.owner.allot(place, number)
+            self.owner.settle()
 
-        def known() -> bool:
-            table = self.here.tables().get(SOURCE)
-            if table is None or table.epoch != wanted:
-                return False
-            run = table.longest_run(KEYS[:BLOCKS])
-            if len(run) < BLOCKS:
-                return False
-            self._run = run
-            states, _ = self._held.tables()[OWNER].content(run.block_ids.astype(np.int64))
-            return bool((states == run.states).all())
-
-        await_(known, SETTLE_SECONDS_MAX, "what node-a holds")
+    def _known(self) -> bool:
+        table = self.here.tables().get(SOURCE)
+        if table is None or table.epoch != self.owner.table.epoch:
+            return False
+        self._run = table.longest_run(KEYS[:BLOCKS])
+        states, _ = self._held.tables()[OWNER].content(self._run.block_ids.astype(np.int64))
+        return len(self._run) == BLOCKS and bool((states == self._run.states).all())
 
     def job(self) -> tuple[ImportJob, Sequence[int]]:
         """Ask for some of the blocks that were looked up, for any places of the importer; return them by number, too."""
@@ -233,12 +233,12 @@ class Rig:
         self.blocks.close()
 
 
-def await_(holds: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait until it holds. Raises AssertionError."""
+def waited(holds: Callable[[], bool], seconds: float) -> bool:
+    """Wait until it holds, and tell whether it came about."""
     deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"{what} did not come about"
+    while not (held := holds()) and time.monotonic() < deadline:
         time.sleep(0.002)
+    return held
 
 
 @contextmanager
@@ -258,18 +258,23 @@ def rig(path: Path, random: Random, keys: bool) -> Iterator[Rig]:
 @contextmanager
 def while_copying(act: Callable[[], None]) -> Iterator[threading.Event]:
     """Have `act` done once, while the owner's node copies blocks: some layers are copied before it and some after."""
-    copied, acted, lock = OwnerMemory.copied, threading.Event(), threading.Lock()
+    copied, lock = OwnerMemory.copied, threading.Lock()
+    acted, over = threading.Event(), threading.Event()
 
     def hooked(memory: OwnerMemory, *args: Any) -> Any:
         before = copied(memory, *args)
         with lock:
-            if not acted.is_set():
-                acted.set()
+            if not acted.is_set() and not over.is_set():
                 act()
+                acted.set()
         after = copied(memory, *args)
         half = before.shape[1] // 2
         before[:, half:] = after[:, half:]
         return before
 
     with mock.patch.object(OwnerMemory, "copied", hooked):
-        yield acted
+        try:
+            yield acted
+        finally:
+            with lock:  # a copy that nobody waits for any more changes nothing beside us
+                over.set()
