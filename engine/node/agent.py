@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
+from collections import Counter
 from pathlib import Path
 
 from engine.fleet import FileFleet, FleetError
@@ -51,6 +52,7 @@ class Agent:
         self._nixl = _nixl(settings, self._staging)
         self._following: dict[str, tuple[Following, asyncio.Task[None]]] = {}
         self._measuring = asyncio.Semaphore(MEASURED_MAX)
+        self._losses: Counter[str] = Counter()  # of nodes, too, that are not followed any more: they may come back
         self._fetches = LocalFetches(self._tables, self._staging, self._client)
         self._connections: set[asyncio.Task[None]] = set()
         self._written: NodesTold | None = None
@@ -97,7 +99,7 @@ class Agent:
         for name, peer in wanted.items():
             if name not in self._following:
                 following = Following(
-                    self._settings, peer, self._calls, self._staging, self._nixl, self._measuring, self._write
+                    self._settings, peer, self._calls, self._staging, self._nixl, self._measuring, self._losses, self._write
                 )
                 self._following[name] = following, asyncio.create_task(following.run(), name=f"following {name}")
         told = self._told()

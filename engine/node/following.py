@@ -10,6 +10,7 @@ import logging
 import os
 import ssl
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -39,7 +40,10 @@ REPLICAS_MAX = 64
 
 
 class Following:
-    """Keeps up one connection to `peer` until it is cancelled; `changed` is called when there is something to tell."""
+    """Keeps up one connection to `peer` until it is cancelled; `changed` is called when there is something to tell.
+
+    `losses` counts by name how often a node was heard and then no more.
+    """
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class Following:
         staging: Staging,
         nixl: NixlNode | Ability,
         measuring: asyncio.Semaphore,
+        losses: Counter[str],
         changed: Callable[[], None],
     ) -> None:
         self.peer = peer
@@ -61,7 +66,7 @@ class Following:
         self._changed = changed
         self._fleet: FleetTold | None = None
         self._trouble = "not called yet"
-        self._losses = 0
+        self._losses = losses
         self._tcp_bytes_per_second = 0.0
         self._doors: dict[str, tuple[str, asyncio.Server]] = {}
 
@@ -69,7 +74,9 @@ class Following:
         """What there is to tell of the node now."""
         sockets = {name: path for name, (path, _) in self._doors.items()}
         way = self.client.told if self.client is not None else WayTold()
-        return NodeTold(self.peer.name, self.peer.address, self._fleet, sockets, self._trouble, way, self._losses)
+        return NodeTold(
+            self.peer.name, self.peer.address, self._fleet, sockets, self._trouble, way, self._losses[self.peer.name]
+        )
 
     async def run(self) -> None:
         """Call the node again whenever it is not heard any more."""
@@ -150,7 +157,7 @@ class Following:
             _logger.warning("%s is not heard: %s", self.peer.name, why)
         client, self.client = self.client, None
         if client is not None:
-            self._losses += 1
+            self._losses[self.peer.name] += 1
             self._tcp_bytes_per_second = client.told.tcp_bytes_per_second
             client.close()
         self._fleet, self._trouble = None, why
