@@ -7,9 +7,9 @@ import subprocess
 from tests.real.nodes.hosts import Host, prompt, running_hosts
 
 
-def limit(host: Host, rate: str) -> None:
+def limit(host: Host, rate: str, burst: str = "1mb") -> None:
     """Let a host send at most so much, such as 1gbit."""
-    shape = ["root", "tbf", "rate", rate, "burst", "1mb", "latency", "50ms"]
+    shape = ["root", "tbf", "rate", rate, "burst", burst, "latency", "50ms"]
     subprocess.run(["tc", "-n", host.space, "qdisc", "replace", "dev", host.cable, *shape], check=True)
 
 
