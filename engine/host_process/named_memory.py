@@ -8,6 +8,8 @@ which is in memory: nothing of them is believed after the machine was started an
 import errno
 import os
 import stat
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +51,7 @@ def open_named_memory(directory: Path, name: str, size: int, table_dir: Path) ->
         if os.pread(lock, 4096, 0) != boot or os.fstat(fd).st_size != size:
             second_name.unlink(missing_ok=True)
             os.ftruncate(fd, 0)
+            os.ftruncate(lock, 0)
             os.pwrite(lock, boot, 0)
         os.posix_fallocate(fd, 0, size)  # a file system that is full later would end an engine by SIGBUS
         table = _enter(second_name, table_dir / (host_memory_of(name) + SUFFIX))
@@ -73,12 +76,14 @@ def prepare(directory: Path, table_dir: Path) -> None:
         raise OSError(errno.EXDEV, f"it must be on the file system of the block tables, {table_dir}", str(directory))
 
 
-def named_bytes(directory: Path) -> int:
-    """Return how much memory the files of a directory take already."""
-    try:
-        return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(directory))
-    except OSError:
-        return 0
+def named_bytes(directory: Path, names: Iterable[str]) -> int:
+    """Return how much memory the files of these replicas take already. Those of others stay as they are."""
+    found = 0
+    for name in names:
+        for suffix in (".memory", ".table"):
+            with suppress(OSError):
+                found += os.lstat(directory / (name + suffix)).st_blocks * 512
+    return found
 
 
 def _open(path: Path, opened: list[int]) -> int:
@@ -93,10 +98,14 @@ def _enter(second_name: Path, path: Path) -> int:
         fd = os.open(second_name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return -1
-    if liveness.claim(fd):
-        path.unlink(missing_ok=True)
-        os.link(second_name, path)
-        return fd
+    try:
+        if liveness.claim(fd):
+            path.unlink(missing_ok=True)
+            os.link(second_name, path)
+            return fd
+        second_name.unlink()
+    except BaseException:
+        os.close(fd)
+        raise
     os.close(fd)
-    second_name.unlink()
     return -1

@@ -87,6 +87,10 @@ class EngineSettings(RestartPolicy):
             return 0
         return self.host_memory // self.replicas or (WAY_DOWN_BYTES if self.frame_tiers else 0)
 
+    def replica_name(self, index: int) -> str:
+        """The name of a replica, from 0."""
+        return f"{self.name or 'replica'}-{index}"
+
     @property
     def frame_tiers(self) -> bool:
         """Whether there is a disk or a vault."""
@@ -177,7 +181,7 @@ def server_args(settings: EngineSettings, name: str, socket: str) -> tuple[str, 
 
 
 def _plan_launch(settings: EngineSettings, index: int, devices: tuple[str, ...], shared: Mapping[str, str]) -> ReplicaLaunch:
-    name = f"{settings.name or 'replica'}-{index}"
+    name = settings.replica_name(index)
     socket = str(settings.run_dir / f"{name}.sock")
     scratch = str(settings.run_dir / f"ipc{index}")
     _check_socket_path(socket, len(os.fsencode(socket)))

@@ -49,7 +49,7 @@ def check_room(*fleets: EngineSettings) -> None:
 def check_host_memory(*fleets: EngineSettings) -> None:
     """Raise HostMemoryTooLarge if the host memory of all fleets is more than is free: its pages are taken one by one, later.
 
-    What named files took at an earlier start counts as free. Raises HostMemoryDirRefused if there can be none.
+    What their named files took at an earlier start counts as free. Raises HostMemoryDirRefused if there can be none.
     """
     asked = sum(each.host_memory_bytes_each * each.replicas for each in fleets)
     free = free_bytes()
@@ -58,7 +58,9 @@ def check_host_memory(*fleets: EngineSettings) -> None:
             prepare(directory, table_dir)
         except OSError as error:
             raise HostMemoryDirRefused(f"host_memory_dir {directory}: {error.strerror}") from error
-        free += named_bytes(directory)
+        fleets_there = [each for each in fleets if each.host_memory_dir == directory]
+        names = [each.replica_name(index) for each in fleets_there for index in range(each.replicas)]
+        free += named_bytes(directory, names)
     if asked > free:
         raise HostMemoryTooLarge(f"host_memory asks for {asked >> 20} MiB, and {free >> 20} MiB are free here: ask for less")
 

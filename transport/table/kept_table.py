@@ -57,8 +57,13 @@ class KeptTable(TableWriter):
         super().__init__(directory, description, block_size, blocks)
 
     def _open(self, directory: Path, description: Description, block_size: int, encoded: bytes) -> None:
-        if self._take_over(block_size, encoded):
-            return
+        if not self._take_over(block_size, encoded):
+            self._make(block_size, encoded)
+        if self._second_name is not None and not self._named_twice(self._second_name):  # a writer may have died before that
+            self._second_name.unlink(missing_ok=True)
+            os.link(self.path, self._second_name)
+
+    def _make(self, block_size: int, encoded: bytes) -> None:
         try:
             fd = os.open(self._draft, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
@@ -71,10 +76,15 @@ class KeptTable(TableWriter):
         finally:
             os.close(fd)
         self._fill(block_size, encoded)
-        os.rename(self._draft, self.path)
-        if self._second_name is not None:
+        if self._second_name is not None:  # first: what it names may be of a version whose offers cannot be withdrawn
             self._second_name.unlink(missing_ok=True)
-            os.link(self.path, self._second_name)
+        os.rename(self._draft, self.path)
+
+    def _named_twice(self, second_name: Path) -> bool:
+        try:
+            return os.path.samestat(second_name.lstat(), self.path.lstat())
+        except FileNotFoundError:
+            return False
 
     def _take_over(self, block_size: int, encoded: bytes) -> bool:
         """Go on with the table that is there, if it is one of ours; withdraw what any other offers."""

@@ -121,5 +121,60 @@ def test_the_directory_must_be_ours_alone_and_in_the_memory_of_the_tables(tmp_pa
 
 
 def test_what_the_files_take_is_told(first, tmp_path):
-    assert named_bytes(tmp_path / "files") >= SIZE
-    assert named_bytes(tmp_path / "none") == 0
+    assert named_bytes(tmp_path / "files", [NAME]) >= SIZE
+    assert named_bytes(tmp_path / "files", ["replica-1"]) == named_bytes(tmp_path / "none", [NAME]) == 0
+
+
+def test_an_engine_that_died_before_it_gave_its_table_the_second_name_loses_nothing(tmp_path):
+    start = Start(tmp_path, 1)
+    Path(start.kept.second_name).unlink()
+    start.kept = start.keeper.keep(NAME, SIZE, tmp_path / "files")
+    start.table = start.make_table()
+    start.store()
+    start.end()
+    assert Start(tmp_path, 2).held()
+
+
+def test_a_table_of_another_version_has_lost_its_name_before_the_memory_is_anybody_elses(first, tmp_path, monkeypatch):
+    second_name = tmp_path / "files" / f"{NAME}.table"
+    version = bytearray(second_name.read_bytes())
+    version[8] += 1
+    second_name.write_bytes(version)
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Start(tmp_path, 2)
+    assert not second_name.exists()
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_lock_with_more_in_it_than_the_start_of_the_machine_is_mended(first, tmp_path):
+    with (tmp_path / "files" / f"{NAME}.lock").open("ab") as lock:
+        lock.write(b"rubbish" * 9)
+    again = Start(tmp_path, 2)
+    assert not again.held()
+    again.store()
+    again.end()
+    assert Start(tmp_path, 3).held()
+
+
+def test_a_table_that_can_not_be_entered_is_let_go(first, tmp_path):
+    before = sorted(os.listdir("/proc/self/fd"))
+    (tmp_path / "tables-2").touch()  # no directory
+    with pytest.raises(NotADirectoryError):
+        named_memory.open_named_memory(tmp_path / "files", NAME, SIZE, tmp_path / "tables-2")
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert Start(tmp_path, 3).held()
+
+
+@pytest.mark.parametrize("content", [b"", b"x", bytes(1 << 16), b"\xff" * (1 << 16), None])
+def test_a_table_of_rubbish_is_replaced(first, tmp_path, content):
+    second_name = tmp_path / "files" / f"{NAME}.table"
+    second_name.write_bytes(second_name.read_bytes()[:8192] if content is None else content)
+    again = Start(tmp_path, 2)
+    assert not again.held()
+    again.store()
+    again.end()
+    assert Start(tmp_path, 3).held()

@@ -128,6 +128,9 @@ def test_named_host_memory_takes_what_it_took_before_and_its_directory_is_checke
     monkeypatch.setattr(shared_memory_check, "free_bytes", lambda: 1 << 20)
     with pytest.raises(HostMemoryTooLarge, match="asks for 4 MiB, and 1 MiB are free"):
         check_host_memory(asked)
+    (files / "replica-2.memory").write_bytes(bytes(3 << 20))  # of a start with more replicas: it stays
+    with pytest.raises(HostMemoryTooLarge, match="asks for 4 MiB, and 1 MiB are free"):
+        check_host_memory(asked)
     (files / "replica-0.memory").write_bytes(bytes(3 << 20))
     check_host_memory(asked)
     files.chmod(0o755)
