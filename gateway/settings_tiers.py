@@ -25,8 +25,8 @@ class Tiers(BaseSettings):
     )
     host_memory_dir: AbsolutePath | None = Field(
         _ENGINE["host_memory_dir"],
-        description="directory in shared memory, such as /dev/shm/kept, in whose files host memory outlives a restart of"
-        " everything but the machine; unset: it ends with peerkv",
+        description="directory in shared memory, such as /dev/shm/kept, in whose files what left the KV caches outlives"
+        " a restart of everything but the machine; unset: it ends with peerkv",
     )
     disk: AbsolutePath | None = Field(
         _ENGINE["disk"], description="directory that keeps what leaves host memory, also across restarts; unset: none"

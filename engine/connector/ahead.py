@@ -48,7 +48,7 @@ class Ahead:
         """Return blocks that were not chosen since they were reallocated, the next in the queue first, and how many to store of
         those that hold something; `chosen` is to be told which."""
         moved, self._moved = self._moved, 0
-        depth = most = min(AHEAD_BLOCKS_MAX, max(AHEAD_BLOCKS_MIN, 2 * moved)) if moved else 0
+        depth = most = min(AHEAD_BLOCKS_MAX, max(AHEAD_BLOCKS_MIN, 2 * moved), self._far) if moved else 0
         self._calm_steps = self._calm_steps + 1 if pace is Pace.CALM else 0
         if pace is Pace.IDLE:
             depth = most = max(depth, self._far)

@@ -23,8 +23,9 @@ CPU_KV_BYTES = 512 << 20
 CPU_SEQUENCES_MAX = 16
 GPU_MEMORY_SHARE = 0.9
 """Share of a GPU's memory that its replicas take together; the rest is for each one's CUDA context."""
-WAY_DOWN_BYTES = 128 << 20
-"""Host memory of a replica that has a disk or a vault below it, where none is asked for."""
+WAY_DOWN_BYTES, WAY_DOWN_BYTES_OF_GPU = 128 << 20, 1 << 30
+"""Host memory of a replica that has a disk or a vault below it, where none is asked for: on a GPU blocks come faster, and one
+of a large model has 2 MiB."""
 CPU_WORKER = "engine.connector.cpu_worker.CpuWorker"
 
 
@@ -85,7 +86,8 @@ class EngineSettings(RestartPolicy):
         """The host memory of one replica; 0 where nothing could be stored. To disk and vault it is the way."""
         if not self.connector:
             return 0
-        return self.host_memory // self.replicas or (WAY_DOWN_BYTES if self.frame_tiers else 0)
+        way_down = WAY_DOWN_BYTES_OF_GPU if self.devices else WAY_DOWN_BYTES
+        return self.host_memory // self.replicas or (way_down if self.frame_tiers else 0)
 
     def replica_name(self, index: int) -> str:
         """The name of a replica, from 0."""

@@ -31,6 +31,12 @@ def test_an_idle_engine_has_all_chosen_that_is_far_ahead_within_its_share_of_the
     assert choose(chooser, pool, Pace.IDLE) == []
 
 
+def test_a_busy_step_chooses_no_more_than_its_share_of_a_small_tier():
+    chooser = Ahead(40)
+    chooser.moved(range(500, 600))
+    assert choose(chooser, pool_of(*range(1, 300)), Pace.BUSY) == list(range(1, 11))
+
+
 def test_calm_steps_choose_a_bounded_number_at_a_time_in_the_order_of_the_queue_and_then_none():
     pool = pool_of(*range(1, 300))
     chooser = Ahead(4 * MANY)

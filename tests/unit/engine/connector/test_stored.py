@@ -149,7 +149,7 @@ def pool_of(*ids):
 
 
 def test_the_more_a_step_took_the_more_is_stored_ahead(tmp_path, keeper):
-    tier = KeptTable(tmp_path, description("a.host-memory"), SIZE, 300, Path(keeper.keep("a", 4096).draft))
+    tier = KeptTable(tmp_path, description("a.host-memory"), SIZE, 700, Path(keeper.keep("a", 4096).draft))
     a = Replica(tmp_path, "a", blocks=400, tier=tier)
     ids = list(range(1000, 1000 + 200 * SIZE))
     a.half.bind_pool(pool_of())

@@ -11,7 +11,7 @@ import pytest
 from engine.frame_tiers.client import TierClient
 from engine.frame_tiers.config import VARIABLE, decode_config
 from engine.frame_tiers.messages import SOCKET
-from engine.replicas.launch import WAY_DOWN_BYTES, EngineSettings, LaunchRefused, plan_launches
+from engine.replicas.launch import WAY_DOWN_BYTES, WAY_DOWN_BYTES_OF_GPU, EngineSettings, LaunchRefused, plan_launches
 from engine.replicas.tier_process import BACKOFF_SECONDS_MAX, HEALTHY_SECONDS, TierProcess
 from tests.unit.engine.replicas.test_supervisor import alive, all_ready, running, settings_in, until
 
@@ -83,6 +83,7 @@ def test_one_that_keeps_ending_is_started_less_and_less_often(tmp_path: Path) ->
 
 def test_host_memory_is_the_way_down_also_where_none_is_asked_for(tmp_path: Path) -> None:
     assert settings(tmp_path).host_memory_bytes_each == WAY_DOWN_BYTES
+    assert settings(tmp_path, devices=("0", "1")).host_memory_bytes_each == WAY_DOWN_BYTES_OF_GPU
     assert settings(tmp_path, host_memory=1 << 30).host_memory_bytes_each == 1 << 29
     assert settings(tmp_path, connector=False).host_memory_bytes_each == 0
     assert settings_in(tmp_path).host_memory_bytes_each == 0
