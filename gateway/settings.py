@@ -35,6 +35,7 @@ CONFIG_VARIABLE = "PEERKV_CONFIG"
 # Variables with our prefix that are not settings, and are read elsewhere.
 OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, SECRETS_DIR_VARIABLE, "PEERKV_CACHE"})
 # sun_path holds 108 bytes with the final zero; "/replica-999.sock" needs 17 of them.
+TIER_BYTES_MIN = 1 << 20
 RUN_DIR_BYTES_MAX = 90
 # As browsers send it: no path, lower case, a port only where it is not the scheme's own.
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
@@ -387,8 +388,12 @@ class Settings(OtherNodes, Tiers, SharedLimitSettings, SeveralModels):
     def _check(self) -> Self:
         if len(os.fsencode(self.run_dir)) > RUN_DIR_BYTES_MAX:
             raise ValueError(f"run_dir: longer than the {RUN_DIR_BYTES_MAX} bytes that fit into the path of a unix socket")
-        if self.host_memory_dir is not None and "auto" in (self.host_memory, *(one.host_memory for one in self.models)):
+        sizes = [self.host_memory, *(one.host_memory for one in self.models)]
+        if self.host_memory_dir is not None and "auto" in sizes:
             raise ValueError("host_memory_dir: give host_memory a size, as files of another size are begun anew")
+        for what, given in (*(("host_memory", size) for size in sizes), ("disk_bytes", self.disk_bytes)):
+            if isinstance(given, int) and 0 < given < TIER_BYTES_MIN:
+                raise ValueError(f"{what}: {int(given)} bytes hold nothing: write a unit, such as 16GiB")
         if (self.tls_cert is None) is not (self.tls_key is None):
             raise ValueError("tls_cert, tls_key: give both or none")
         for what in ("name", "api_key"):

@@ -8,11 +8,13 @@ from engine.replicas.launch import EngineSettings, LaunchRefused
 
 
 def check_tiers(*fleets: EngineSettings) -> None:
-    """Raise LaunchRefused for a disk that cannot be had, and for loss without anything that keeps it."""
+    """Raise LaunchRefused for a disk that cannot be had, for loss without what keeps it, and for files of no memory."""
     sharing = [each for each in fleets if each.connector]
     for each in sharing:
         if each.disk is not None and (why := _unusable(each.disk)):
             raise LaunchRefused(f"disk: {each.disk} cannot be used: {why}")
+    if any(each.host_memory_dir for each in sharing) and not any(each.host_memory_bytes_each for each in sharing):
+        raise LaunchRefused("host_memory_dir: there is no host memory to keep in it: give host_memory a size, such as 16GiB")
     if any(each.lossy for each in sharing) and not any(map(_keeps_loss, sharing)):
         tiers = "disk, vault or host_memory" if sharing[0].lossy == "int8" else "disk or vault"
         raise LaunchRefused(f"lossy: there is nothing that keeps blocks with loss: give {tiers}")

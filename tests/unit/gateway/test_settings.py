@@ -222,7 +222,7 @@ def test_every_bound_of_the_engines_is_a_setting() -> None:
     }
 
 
-@pytest.mark.parametrize(("given", "size"), [("16GiB", 16 << 30), ("512MB", 512_000_000), (4096, 4096), ("0", 0)])
+@pytest.mark.parametrize(("given", "size"), [("16GiB", 16 << 30), ("512MB", 512_000_000), (4 << 20, 4 << 20), ("0", 0)])
 def test_host_memory_is_given_with_its_unit(given: object, size: int) -> None:
     assert engine_settings(load({"host_memory": given}), model="m", devices=()).host_memory == size
 
@@ -232,6 +232,12 @@ def test_files_of_host_memory_need_a_size_that_stays() -> None:
     assert kept.host_memory_dir == Path("/dev/shm/kept")
     with pytest.raises(SettingsError, match="host_memory_dir: give host_memory a size"):
         load({"host_memory": "auto", "host_memory_dir": "/dev/shm/kept"})
+
+
+@pytest.mark.parametrize("given", [{"host_memory": 256}, {"disk_bytes": 1000}])
+def test_a_size_whose_unit_was_forgotten_is_refused(given: dict[str, int]) -> None:
+    with pytest.raises(SettingsError, match="bytes hold nothing: write a unit, such as 16GiB"):
+        load(given)
 
 
 @pytest.mark.parametrize("given", ["-1", "-1GiB", "much", "16 elephants", True])

@@ -36,6 +36,14 @@ def test_a_disk_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: 
         check_tiers(replace(CPU, disk=tmp_path / "a"))
 
 
+def test_files_of_host_memory_need_host_memory(tmp_path: Path) -> None:
+    named = replace(CPU, host_memory_dir=tmp_path)
+    with pytest.raises(LaunchRefused, match="host_memory_dir: there is no host memory to keep in it"):
+        check_tiers(named)
+    check_tiers(replace(named, host_memory=1 << 30))
+    check_tiers(replace(named, disk=tmp_path))  # below which there is some
+
+
 def test_loss_needs_what_keeps_it_of_one_of_the_models(tmp_path: Path) -> None:
     lossy = replace(CPU, lossy="int8")
     with pytest.raises(LaunchRefused, match=r"^lossy: .* give disk, vault or host_memory$"):
