@@ -50,6 +50,11 @@ class QuotaUsedUp(ApiError):
         headers = dict(_NO_RETRY)
         if short.seconds is not None:
             headers["retry-after"] = str(max(1, ceil(short.seconds)))
+        if short.asked > short.allowed:
+            how = "Send a shorter prompt, or a smaller 'max_tokens' or 'n'."
+            message = f"Request too large for API key '{key}' on {_WORDS[short.limit]}: {figures}. {_assumed(assumed)}{how}"
+            super().__init__(message, headers=_NO_RETRY)
+            return
         anew = "at 00:00 UTC" if short.limit is Limit.TOKENS_PER_DAY else "with the next month, in UTC"
         message = (
             f"API key '{key}' exceeded its quota on {_WORDS[short.limit]}: {figures}. {_assumed(assumed)}It begins anew {anew}."

@@ -104,6 +104,15 @@ def test_a_budget_that_is_used_up_is_a_quota() -> None:
     error = refused(limiter, key)
     assert (error.status, error.type, error.code) == (429, "insufficient_quota", "insufficient_quota")
     assert error.headers == {"x-should-retry": "false", "retry-after": "57600"}
+    assert "It begins anew at 00:00 UTC" in error.message
+
+
+def test_what_no_budget_of_a_day_would_do_for_is_too_large_and_no_other_day_is_named() -> None:
+    key = limited(tokens_per_day=100)
+    error = refused(made(key), key, Usage(101))
+    assert (error.status, error.code, error.headers) == (429, "insufficient_quota", {"x-should-retry": "false"})
+    assert "Request too large" in error.message
+    assert "Send a shorter prompt" in error.message
 
 
 def test_figures_are_by_tenant_and_by_key() -> None:
