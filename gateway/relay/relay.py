@@ -23,9 +23,11 @@ from gateway.continuation.events import Diverged
 from gateway.continuation.tape import Tape
 from gateway.errors import (
     ApiError,
+    Forbidden,
     InternalError,
     InvalidRequest,
     NoReplicaReady,
+    NotAuthenticated,
     NotOfThisModel,
     ReplicaLost,
     TooManyRequests,
@@ -231,7 +233,10 @@ class Relay(Generic[PlanT]):
         record.tenant = tenant.name
         charge = None if tenant.key is None else Charge(self._limiter, tenant.key, transaction, record)
         if fields.wanted_replica is not None:
-            self._access.check(transaction.scope)
+            try:
+                self._access.check(transaction.scope)
+            except NotAuthenticated:
+                raise Forbidden("The header 'x-peerkv-replica' is for callers with the admin key.") from None
         owner = owner_of(tenant) if endpoint == "responses" else ""
         if self._settings.lossy and traits.takes_salt:
             tenant = with_quality(tenant, transaction)

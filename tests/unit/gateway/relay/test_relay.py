@@ -281,7 +281,9 @@ async def test_pinning_needs_the_admin_key_where_there_is_one(tmp_path: Path) ->
     async with running_door(tmp_path, admin_key="admin-key-1") as door:
         await door.add_engine("replica-0")
         headers = {"x-peerkv-replica": "replica-0"}
-        assert (await door.post("/v1/completions", COMPLETION, headers=headers))[0] == 401
+        status, body, _ = await door.post("/v1/completions", COMPLETION, headers=headers)
+        assert (status, body["error"]["type"]) == (403, "permission_error")
+        assert "'x-peerkv-replica'" in body["error"]["message"]
         headers["authorization"] = "Bearer admin-key-1"
         assert (await door.post("/v1/completions", COMPLETION, headers=headers))[0] == 200
 
