@@ -319,9 +319,16 @@ class Answer:
                 await asyncio.Event().wait()
             await core.step(self.number, self.tag, self.prompt_tokens)
         if index >= self.asked.get("after", 2):
+            await self._sent()
             self.engine._end_here(self.asked, "mid", self.request)
         # Also without a delay: a cancelled handler must get to know.
         await asyncio.sleep(self.asked.get("token_delay", 0))
+
+    async def _sent(self) -> None:
+        """Wait until what was written is on its way: an abort would throw away what the transport still holds."""
+        transport = self.request.transport
+        while transport is not None and transport.get_write_buffer_size():  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0.001)
 
     async def whole(self) -> web.Response:
         """The answer as one JSON body."""
