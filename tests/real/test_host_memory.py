@@ -75,7 +75,7 @@ def test_what_left_a_cache_is_restored_there_and_elsewhere_to_the_last_bit(tiere
 
 
 def test_who_accepts_loss_gets_back_what_was_coded_and_stays_apart_from_who_does_not(tiered, words):
-    ids, key = words.ids(LENGTH), TWO.api_key.get_secret_value()
+    ids, key = words.choices(LENGTH, "with loss"), TWO.api_key.get_secret_value()
 
     def asked(quality: str, replica: str) -> Answer:
         headers = tiered.headers(key) | {"x-peerkv-replica": replica, "x-peerkv-quality": quality}
@@ -87,7 +87,7 @@ def test_who_accepts_loss_gets_back_what_was_coded_and_stays_apart_from_who_does
         restored = asked("lossy", "replica-0")
     assert (cold.cached_tokens, restored.cached_tokens) == (0, WHOLE)
     assert restored.logprobs != cold.logprobs
-    assert abs(restored.logprobs[0] - cold.logprobs[0]) < 0.3
+    assert abs(restored.logprobs[0] - cold.logprobs[0]) < 0.1
     exact = asked("exact", "replica-1")
     assert exact.cached_tokens == 0
     assert exact.close_to(cold)
