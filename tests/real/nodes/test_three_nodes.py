@@ -1,6 +1,7 @@
 """Three nodes with real vLLM on the CPU, in network namespaces: one fleet, the clocks of one an hour ahead of the others'."""
 
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +17,8 @@ HOUR = 3600
 ITEMS = 60
 KNOWN_SECONDS_MAX = 20.0
 BACK_SECONDS_MAX = 60.0
+HEARD_SECONDS = 2.0
+"""Changes are told twenty times a second; a busy machine has time to spare."""
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +79,12 @@ def test_two_nodes_go_on_sharing_while_the_third_is_cut_off(hosts: list[Host]) -
         for host, other in ((a, b), (b, a)):
             left = {"replica-0", f"{other.name}:replica-0"}
             until(lambda host=host, left=left: host.replicas() == left, BACK_SECONDS_MAX, "node-c to be missed", 0.2)
-        text_of_a = prompt("of the two that are left", ITEMS)
-        answered = a.ask(text_of_a, "replica-0")
+        fresh = prompt("of the two that are left", ITEMS)
+        answered = a.ask(fresh, "replica-0")
         assert answered.tokens("computed") > 400
-        until(partial(knows, b, text_of_a), KNOWN_SECONDS_MAX, "what node-a holds, at node-b")
-        assert b.ask(text_of_a).ids == answered.ids
+        time.sleep(HEARD_SECONDS)
+        imported = b.ask(fresh, "replica-0")
+        assert (imported.ids, imported.cache.get("source")) == (answered.ids, "node-a:replica-0")
         assert c.ask(text).tokens("local") > 400
     finally:
         ip("-n", c.space, "link", "set", c.cable, "up")
