@@ -19,10 +19,10 @@ ARGS = '["--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-byt
 PROMPT = " ".join(f"word{number}" for number in range(60))
 
 
-def tiny(folder: Path, layers: int) -> Path:
+def tiny(folder: Path, layers: int, **changes: int) -> Path:
     """A model of random weights with the default model's tokenizer."""
     default = Path(subprocess.check_output([sys.executable, "-m", "engine.default_model"], text=True).splitlines()[-1])
-    made = write_tiny_model(folder, "llama", weights=True, vocab_size=VOCABULARY, num_hidden_layers=layers)
+    made = write_tiny_model(folder, "llama", weights=True, vocab_size=VOCABULARY, num_hidden_layers=layers, **changes)
     for name in TOKENIZER:
         if (default / name).exists():
             shutil.copy(default / name, made)

@@ -5,6 +5,7 @@ Needs root, for the namespaces.
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -28,6 +29,7 @@ START_SECONDS_MAX = 600.0
 PORT, AGENT_PORT = 8000, 7710
 NAMES = ("node-a", "node-b", "node-c")
 PATH = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+STARTS = ("apples", "bread", "cider", "dates", "eggs", "figs", "grapes", "honey", "ice", "jam", "kale", "lemons")
 CACHE = re.compile(r'(\w+)="?([\w:.-]+)"?')
 
 
@@ -260,5 +262,6 @@ def joined_hosts(count: int, served: Served, clocks: Sequence[Clocks] = ()) -> I
 
 
 def prompt(seed: object, items: int) -> str:
-    """A prompt of about 8.5 tokens an item, that no other seed begins with."""
-    return f"List {seed}. " + " ".join(f"Item {number} of list {seed} is blue." for number in range(items))
+    """A prompt of about 8.5 tokens an item, that no other begins with: not even one of the same seed, if a test runs again."""
+    made = " ".join(random.choices(STARTS, k=6))
+    return f"{made}: list {seed}. " + " ".join(f"Item {number} of list {seed} is blue." for number in range(items))

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from tests.real.fleet import until
-from tests.real.nodes.hosts import TRUE, Clocks, Host, ip, prompt, running_hosts, together
+from tests.real.nodes.hosts import TRUE, Answered, Clocks, Host, ip, prompt, running_hosts, together
 from tests.real.nodes.tiny import tiny_served
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
@@ -19,6 +19,7 @@ KNOWN_SECONDS_MAX = 20.0
 BACK_SECONDS_MAX = 60.0
 HEARD_SECONDS = 2.0
 """Changes are told twenty times a second; a busy machine has time to spare."""
+TRIES_MAX = 5
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +29,28 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
         yield found
 
 
-def test_what_one_node_computed_the_two_others_import_bit_equal_to_a_local_hit(hosts: list[Host]) -> None:
-    for owner in hosts:  # the one whose clocks are ahead too
-        text = prompt(f"of {owner.name}", ITEMS)
+def shared(owner: Host, taker: Host, name: str) -> tuple[str, Answered]:
+    """Have a fresh prompt computed and taken over: its text, and the taker's answer. Where computing is thought sooner, another."""
+    for _ in range(TRIES_MAX):
+        text = prompt(name, ITEMS)
         computed = owner.ask(text, "replica-0")
         assert computed.tokens("computed") > 400
-        holders = [owner]
-        for host in [host for host in hosts if host is not owner]:
-            imported, local = host.ask(text, "replica-0"), host.ask(text, "replica-0")
-            assert imported.cache["source"] in {f"{holder.name}:replica-0" for holder in holders}
-            holders.append(host)
+        time.sleep(HEARD_SECONDS)
+        imported = taker.ask(text, "replica-0")
+        assert imported.ids == computed.ids
+        if imported.cache.get("reason") != "load":
+            assert imported.cache.get("source") == f"{owner.name}:replica-0", imported.cache
+            return text, imported
+    raise AssertionError(f"{TRIES_MAX} prompts of {owner.name} were computed by {taker.name}: {imported.cache}{taker.logs()}")
+
+
+def test_what_one_node_computed_the_two_others_import_bit_equal_to_a_local_hit(hosts: list[Host]) -> None:
+    for owner in hosts:  # the one whose clocks are ahead too
+        for taker in [host for host in hosts if host is not owner]:
+            text, imported = shared(owner, taker, f"of {owner.name}")
+            local = taker.ask(text, "replica-0")
             assert imported.tokens("peer") == local.tokens("local") > 400
             assert (imported.ids, imported.logprobs) == (local.ids, local.logprobs)
-            assert imported.ids == computed.ids
 
 
 def test_each_gateway_finds_what_any_of_the_three_holds(hosts: list[Host]) -> None:
@@ -79,12 +89,7 @@ def test_two_nodes_go_on_sharing_while_the_third_is_cut_off(hosts: list[Host]) -
         for host, other in ((a, b), (b, a)):
             left = {"replica-0", f"{other.name}:replica-0"}
             until(lambda host=host, left=left: host.replicas() == left, BACK_SECONDS_MAX, "node-c to be missed", 0.2)
-        fresh = prompt("of the two that are left", ITEMS)
-        answered = a.ask(fresh, "replica-0")
-        assert answered.tokens("computed") > 400
-        time.sleep(HEARD_SECONDS)
-        imported = b.ask(fresh, "replica-0")
-        assert (imported.ids, imported.cache.get("source")) == (answered.ids, "node-a:replica-0")
+        shared(a, b, "of the two that are left")
         assert c.ask(text).tokens("local") > 400
     finally:
         ip("-n", c.space, "link", "set", c.cable, "up")
