@@ -30,7 +30,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
 
 
 def shared(owner: Host, taker: Host, name: str) -> tuple[str, Answered]:
-    """Have a fresh prompt computed and taken over: its text, and the taker's answer. Where computing is thought sooner, another."""
+    """Have a fresh prompt computed and taken over: its text, and the answer. Where computing is thought sooner, another."""
     for _ in range(TRIES_MAX):
         text = prompt(name, ITEMS)
         computed = owner.ask(text, "replica-0")
