@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import logging
+import os
 import ssl
 from collections import Counter
 from pathlib import Path
 
 from engine.fleet import FileFleet, FleetError
 from engine.joined_fleet import NODES_FILE, NodesTold, write_nodes
+from engine.node.fetch_counts import FETCHES_FILE, write_fetches
 from engine.node.following import Following
 from engine.node.local_fetch import LocalFetches
 from engine.node.membership import BEAT_SECONDS, Membership, peer_of
@@ -32,6 +34,8 @@ _logger = logging.getLogger(__name__)
 HOLD_SECONDS = 0.02
 SWEEP_SECONDS = 0.5
 """Between two looks for owners that ended, whose memory is mapped here."""
+COUNTS_SECONDS = 1.0
+"""How often what was fetched is written down, whether it changed or not: the gateway sees by it that the agent is at work."""
 CONNECTIONS_MAX = 1024
 """Connections of other nodes at once, those for blocks aside."""
 MEASURED_MAX = 1
@@ -88,6 +92,8 @@ class Agent:
             local.unlink(missing_ok=True)
             fetches = await asyncio.start_unix_server(self._fetches.serve, local)
             stack.callback(fetches.close)
+            counting = asyncio.create_task(self._write_counts())
+            stack.callback(counting.cancel)
             self.follow(settings.peers)
             await self._find()
 
@@ -148,6 +154,16 @@ class Agent:
         except OSError as error:
             _logger.warning("%s cannot be written: %s", NODES_FILE, error)
 
+    async def _write_counts(self) -> None:
+        while True:
+            try:
+                write_fetches(Path(self._settings.run_dir), self._fetches.counts)
+            except OSError as error:
+                _logger.warning("%s cannot be written: %s", FETCHES_FILE, error)
+                with contextlib.suppress(OSError):
+                    os.utime(Path(self._settings.run_dir) / FETCHES_FILE)
+            await asyncio.sleep(COUNTS_SECONDS)
+
     async def _called(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Somebody called: find out what for, and do that."""
         task = asyncio.current_task()
@@ -193,8 +209,9 @@ class Agent:
         self._fetches.close()
         self._staging.close()
         self._tables.close()
-        with contextlib.suppress(OSError):
-            (Path(self._settings.run_dir) / NODES_FILE).unlink()
+        for name in (NODES_FILE, FETCHES_FILE):
+            with contextlib.suppress(OSError):
+                (Path(self._settings.run_dir) / name).unlink()
 
 
 def _nixl(settings: NodeSettings, staging: Staging) -> NixlNode | Ability:

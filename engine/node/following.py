@@ -192,6 +192,8 @@ class Following:
                 await pipe((reader, writer), far)
             except NodeError as error:
                 _logger.info("no way to %s of %s: %s", replica, self.peer.name, error)
+            except asyncio.CancelledError:  # as the agent ends: asyncio (3.11) logs it as a defect otherwise
+                _logger.debug("the agent ends")
             finally:
                 if far is not None:
                     await finish(far[1])

@@ -5,8 +5,11 @@ free again, once the fetch itself has ended.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,10 +18,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from engine.node.fetch_counts import FetchCounts
 from engine.node.streams import end, receive, send
 from engine.node.threads import in_thread
 from transport.node.block_fetcher import BlockFetcher, Fetched
-from transport.node.messages import BlocksAsked, NodeError, Staged
+from transport.node.fetches import BEAT_SECONDS
+from transport.node.messages import Beat, BlocksAsked, NodeError, Staged
 from transport.node.names import node_of
 from transport.node.staging import Piece, Staging
 from transport.table.directory import TableDirectory
@@ -36,14 +41,13 @@ HELD_SECONDS_MAX = 60.0
 """The longest time that an engine may hold what was fetched for it."""
 
 
-@dataclass(slots=True)
-class FetchCounts:
-    """What was fetched since the agent began."""
+@dataclass(frozen=True, slots=True)
+class _Came:
+    """What came of a fetch, the sizes of the blocks that did, bytes, and why others did not."""
 
-    fetches: int = 0
-    failures: int = 0
-    blocks: int = 0
-    bytes: int = 0
+    fetched: Fetched
+    sizes: list[int]
+    lost: Counter[str]
 
 
 class LocalFetches:
@@ -54,30 +58,42 @@ class LocalFetches:
         self._staging = staging
         self._client = client
         self._threads = ThreadPoolExecutor(FETCHES_MAX, "peerkv-fetch")
-        self.counts = FetchCounts()
+        self.counts: defaultdict[str, FetchCounts] = defaultdict(FetchCounts)
+        """By node."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one question, and keep its memory until the asker is done with it."""
         piece: Piece | None = None
+        asked, began = None, time.monotonic()
+        beating = asyncio.create_task(_beat(writer))
         try:
             asked = await receive(reader, ASK_SECONDS)
             if not isinstance(asked, BlocksAsked):
                 raise NodeError("it asks for no blocks")
-            self.counts.fetches += 1
             client, piece, sizes = self._find(asked)
             # a thread that writes into the piece is waited for, even if the asker has left: only then is it free
-            fetched = await asyncio.shield(self._fetch(client, asked, piece, sizes))
-            self._count(fetched, piece.stride)
+            came = await asyncio.shield(self._fetch(client, asked, piece, sizes))
+            self.counts[node_of(asked.name)].add(came.sizes, came.lost, time.monotonic() - began)
+            asked, fetched = None, came.fetched
+            if not fetched.good.any():
+                raise NodeError(fetched.reason or "none of the blocks came")
+            beating.cancel()
             await send(writer, Staged(piece.first, fetched.good.tobytes(), fetched.reason))
             async with asyncio.timeout(HELD_SECONDS_MAX):
                 await reader.read(1)
         except NodeError as error:
-            self.counts.failures += 1
+            if isinstance(asked, BlocksAsked):  # nothing of it was counted
+                lost: dict[str, int] = {error.loss: len(asked.ids) // 4}
+                self.counts[node_of(asked.name)].add([], lost, time.monotonic() - began)
             _logger.info("a fetch failed: %s", error)
+            beating.cancel()
             await _refuse(writer, str(error))
         except (OSError, TimeoutError) as error:
             _logger.debug("an engine left: %r", error)
+        except asyncio.CancelledError:  # as the agent ends: asyncio (3.11) logs it as a defect otherwise
+            _logger.debug("the agent ends")
         finally:
+            beating.cancel()
             await end(writer)  # first: an engine that was slow sees by it that the memory is no longer its own
             if piece is not None:
                 self._staging.give_back(piece)
@@ -91,7 +107,7 @@ class LocalFetches:
         client = self._client(node_of(asked.name))
         table = self._tables.tables().get(asked.name)
         if client is None or table is None or table.epoch != asked.epoch:
-            raise NodeError(f"{asked.name} is not heard any more")
+            raise NodeError(f"{asked.name} is not heard any more", "not_heard")
         memory = next((memory for memory in table.memories if memory.rank == asked.rank), None)
         if memory is None or not memory.layers:
             raise NodeError(f"{asked.name} has no memory for rank {asked.rank}")
@@ -100,10 +116,10 @@ class LocalFetches:
         if piece is None or (asked.counts and len(piece.rows) < count):
             if piece is not None:
                 self._staging.give_back(piece)
-            raise NodeError("the memory for fetched blocks is full: raise --node-staging-bytes")
+            raise NodeError("the memory for fetched blocks is full: raise --staging-memory", "no_room")
         return client, piece, sizes
 
-    async def _fetch(self, client: BlockFetcher, asked: BlocksAsked, piece: Piece, sizes: list[int]) -> Fetched:
+    async def _fetch(self, client: BlockFetcher, asked: BlocksAsked, piece: Piece, sizes: list[int]) -> _Came:
         """Fetch all of it, over several connections if it is much."""
         count, asked_count = len(piece.rows), len(asked.ids) // 4
         parts = 1 if asked.counts else max(1, min(PARTS_MAX, piece.rows.size // PART_BYTES_MIN))
@@ -115,22 +131,19 @@ class LocalFetches:
         ended = await asyncio.gather(*running, return_exceptions=True)
         good: npt.NDArray[np.bool_] = np.zeros(asked_count, np.bool_)
         reasons = [] if count == asked_count else ["the memory for fetched blocks is full"]
-        for begin, part in zip(cuts, ended, strict=False):
+        lost = Counter({"no_room": asked_count - count} if count < asked_count else {})
+        for begin, stop, part in zip(cuts, cuts[1:], ended, strict=False):
             if isinstance(part, Fetched):
                 good[begin : begin + len(part.good)] = part.good
                 reasons += [part.reason] if part.reason else []
+                lost[part.loss] += int((~part.good).sum())
             elif isinstance(part, NodeError):
                 reasons.append(str(part))
+                lost[part.loss] += stop - begin
             else:
                 raise part
-        if not good.any():
-            raise NodeError("; ".join(dict.fromkeys(reasons)) or "none of the blocks came")
-        return Fetched(good, "; ".join(dict.fromkeys(reasons)))
-
-    def _count(self, fetched: Fetched, stride: int) -> None:
-        blocks = int(fetched.good.sum())
-        self.counts.blocks += blocks
-        self.counts.bytes += blocks * stride
+        reason = "; ".join(dict.fromkeys(reasons))
+        return _Came(Fetched(good, reason), [sizes[place] for place in np.flatnonzero(good)], lost)
 
 
 def _sizes(asked: BlocksAsked, memory: Memory) -> list[int]:
@@ -152,6 +165,14 @@ def _part(asked: BlocksAsked, begin: int, stop: int) -> BlocksAsked:
     return msgspec.structs.replace(
         asked, name=name, ids=asked.ids[4 * begin : 4 * stop], states=asked.states[8 * begin : 8 * stop]
     )
+
+
+async def _beat(writer: asyncio.StreamWriter) -> None:
+    """Show the engine again and again that its agent is at work: it waits for no agent that is silent."""
+    with contextlib.suppress(NodeError):  # it left, which whoever answers it sees
+        while True:
+            await send(writer, Beat(time.monotonic_ns()))
+            await asyncio.sleep(BEAT_SECONDS)
 
 
 async def _refuse(writer: asyncio.StreamWriter, reason: str) -> None:

@@ -13,6 +13,7 @@ from gateway.prompts.parity import Parity, ParityCounts
 from gateway.relay.request_record import RequestRecord
 from gateway.stats.ledger_metrics import ImportTimes, ledger_metrics
 from gateway.stats.limit_metrics import admission_metrics, limit_metrics, shared_limit_metrics
+from gateway.stats.node_stats import node_metrics
 from gateway.stats.request_metrics import RequestMetrics
 from gateway.stats.shapes import GatewayStats, HostMemoryStats, KvStats, ReplicaStats, descriptions
 from gateway.stats.tallies import Histogram, Tally
@@ -125,6 +126,7 @@ class _StatsCollector(Collector):
         else:
             yield from _by_model({stats.model: _fleet_metrics(stats) for stats in found})
         yield from limit_metrics(found[0].limits)
+        yield from node_metrics(found[0].nodes)
         if found[0].shared_limits is not None:
             yield from shared_limit_metrics(found[0].shared_limits)
 

@@ -42,7 +42,7 @@ class BlockClient:
         except NodeError as error:
             self._forget(wire)
             if good.any():
-                return Fetched(good, str(error))
+                return Fetched(good, str(error), error.loss)
             raise
         self._keep(wire)
         return Fetched(good, reason)

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from transport.node.messages import BlocksAsked, NodeError
+from transport.node.messages import BlocksAsked, Loss, NodeError
 from transport.node.staging import Piece
 
 FETCH_SECONDS_MAX = 20.0
@@ -16,10 +16,11 @@ FETCH_SECONDS_MAX = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """Which of the blocks came well, (n,), and why not all."""
+    """Which of the blocks came well, (n,), and why not all: in words, and as what it counts."""
 
     good: npt.NDArray[np.bool_]
     reason: str = ""
+    loss: Loss = "changed"
 
 
 class NotOffered(NodeError):

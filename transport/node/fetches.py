@@ -8,7 +8,7 @@ import contextlib
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transport.backends.base import ImportJob
-from transport.node.messages import LENGTH_BYTES, BlocksAsked, NodeError, Staged, body_bytes, decode, encode
+from transport.node.messages import LENGTH_BYTES, Beat, BlocksAsked, Message, NodeError, Staged, body_bytes, decode, encode
 from transport.table.layout import Memory
 from transport.table.reader import TableReader
 
@@ -24,6 +24,10 @@ SOCKET = "node.sock"
 """Where an agent listens for the engines of its node, in the directory of the tables."""
 FETCH_SECONDS_MAX = 20.0
 """However much came until then: the rest is computed."""
+BEAT_SECONDS = 0.25
+"""An agent that is at work on a fetch says so as often."""
+SILENT_SECONDS = 2.0
+"""An agent that says nothing for so long is stopped, or stuck: it is not waited for."""
 READ_BYTES = 1 << 16
 _PEER = struct.Struct("=3i")
 """What the kernel says of a peer: process, user, group."""
@@ -84,6 +88,7 @@ class _Fetch:
     connection: socket.socket
     unsent: memoryview
     until: float
+    silent_at: float
     answer: bytearray = field(default_factory=bytearray)
     staged: bool = False
 
@@ -93,13 +98,17 @@ Ready = tuple[ImportJob, StagedReader | None, str]
 
 
 class Fetches:
-    """One worker's, of one rank; all calls come from its thread."""
+    """One worker's, of one rank; all calls come from its thread.
+
+    An agent that fell silent is asked nothing more until something comes on the connection on which it did.
+    """
 
     def __init__(self, table_dir: Path, rank: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._socket = table_dir / SOCKET
         self._rank = rank
         self._clock = clock
         self._fetches: dict[str, _Fetch] = {}
+        self._silent: socket.socket | None = None
 
     def pending(self) -> int:
         """Return how many fetches are not over."""
@@ -110,6 +119,8 @@ class Fetches:
         memory = next((each for each in reader.memories if each.rank == self._rank), None)
         if memory is None or not memory.layers or not len(job):
             raise NodeError(f"{reader.name} has no memory that another node could read")
+        if self._is_silent():
+            raise NodeError("this node's agent is silent", "silent")
         asked = BlocksAsked(
             job.source,
             job.epoch,
@@ -126,8 +137,10 @@ class Fetches:
         except OSError as error:
             connection.close()
             raise NodeError(f"this node's agent: {error}") from error
-        until = self._clock() + FETCH_SECONDS_MAX
-        fetch = self._fetches[job.request_id] = _Fetch(job, reader, memory, connection, memoryview(encode(asked)), until)
+        now, unsent = self._clock(), memoryview(encode(asked))
+        fetch = self._fetches[job.request_id] = _Fetch(
+            job, reader, memory, connection, unsent, now + FETCH_SECONDS_MAX, now + SILENT_SECONDS
+        )
         with contextlib.suppress(OSError):  # what goes wrong here goes wrong in `poll` again
             _send(fetch)
 
@@ -136,9 +149,12 @@ class Fetches:
         ready: list[Ready] = []
         for fetch in [fetch for fetch in self._fetches.values() if not fetch.staged]:
             try:
-                staged = self._advance(fetch)
-                if staged is None and self._clock() > fetch.until:
-                    raise NodeError(f"{fetch.job.source} took too long")
+                staged, now = self._advance(fetch), self._clock()
+                if staged is None and now > fetch.until:
+                    raise NodeError(f"{fetch.job.source} took too long", "slow")
+                if staged is None and now > fetch.silent_at:
+                    self._keep_silent(fetch)
+                    raise NodeError(f"this node's agent is silent for {SILENT_SECONDS:g} s", "silent")
             except (OSError, NodeError) as error:
                 self.release(fetch.job.request_id)
                 ready.append((fetch.job, None, f"{fetch.job.source}: {error}"))
@@ -158,18 +174,45 @@ class Fetches:
         """Give everything up."""
         for request_id in list(self._fetches):
             self.release(request_id)
+        self._forget_silent()
 
     def _advance(self, fetch: _Fetch) -> Staged | None:
         with contextlib.suppress(BlockingIOError):
             _send(fetch)
             while data := fetch.connection.recv(READ_BYTES):
                 fetch.answer += data
-                if len(fetch.answer) >= LENGTH_BYTES:
-                    end = LENGTH_BYTES + body_bytes(bytes(fetch.answer[:LENGTH_BYTES]))
-                    if len(fetch.answer) >= end:
-                        return _checked(decode(fetch.answer[LENGTH_BYTES:end]), len(fetch.job))
+                fetch.silent_at = self._clock() + SILENT_SECONDS
+                for message in _taken(fetch.answer):
+                    if not isinstance(message, Beat):
+                        return _checked(message, len(fetch.job))
             raise NodeError("the agent ended")
         return None
+
+    def _keep_silent(self, fetch: _Fetch) -> None:
+        """Keep the connection of a fetch, to see by it when the agent goes on."""
+        self._forget_silent()
+        self._silent = fetch.connection.dup()
+
+    def _is_silent(self) -> bool:
+        if self._silent is not None and not _is_quiet(self._silent):
+            self._forget_silent()
+        return self._silent is not None
+
+    def _forget_silent(self) -> None:
+        silent, self._silent = self._silent, None
+        if silent is not None:
+            silent.close()
+
+
+def _taken(answer: bytearray) -> Iterator[Message]:
+    """Take the messages that are there in whole."""
+    while len(answer) >= LENGTH_BYTES:
+        end = LENGTH_BYTES + body_bytes(bytes(answer[:LENGTH_BYTES]))
+        if len(answer) < end:
+            return
+        body = bytes(answer[LENGTH_BYTES:end])
+        del answer[:end]
+        yield decode(body)
 
 
 def _listener(connection: socket.socket) -> int:
@@ -214,3 +257,14 @@ def _is_open(connection: socket.socket) -> bool:
         return True
     except OSError:  # closed here or there
         return False
+
+
+def _is_quiet(connection: socket.socket) -> bool:
+    """Tell whether nothing came on a connection since it was read, its end included."""
+    try:
+        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:  # it has ended
+        return False
+    return False

@@ -31,8 +31,17 @@ OwnerKey = tuple[str, int, int]
 """Whose memory is asked for: a table's name and epoch, and a rank."""
 
 
+Loss = Literal["changed", "failed", "silent", "slow", "no_room", "not_heard"]
+"""Why blocks that were asked for did not come: they were not what was looked up any more, the node or the connection failed,
+nothing came for seconds, it took too long as a whole, this node had no memory for them, or the node is not heard any more."""
+
+
 class NodeError(TransportError):
     """Another node cannot be used: it is unreachable, refuses us, or says what we do not understand."""
+
+    def __init__(self, reason: str, loss: Loss = "failed") -> None:
+        super().__init__(reason)
+        self.loss = loss
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):

@@ -26,6 +26,9 @@ _TIMEVAL = struct.Struct("@ll")
 class FellSilent(NodeError):
     """Nothing came for as long as is waited: who is there may be stopped, and another connection would wait as long."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, "silent")
+
 
 class Wire:
     """A connection. Raises NodeError for whatever happens to it."""
@@ -53,7 +56,7 @@ class Wire:
         try:
             while target:
                 if time.monotonic() > self.until:
-                    raise NodeError("it takes too long")
+                    raise NodeError("it takes too long", "slow")
                 count = self._socket.recv_into(target, 0, flags)
                 if not count:
                     raise NodeError("the connection ended")
@@ -108,7 +111,7 @@ def call(address: tuple[str, int], node: str, context: ssl.SSLContext | None, he
     try:
         connection = socket.create_connection(address, CONNECT_SECONDS)
     except OSError as error:
-        raise NodeError(f"{where}: {error}") from error
+        raise NodeError(f"{where}: {error}", "silent" if isinstance(error, TimeoutError) else "failed") from error
     try:
         check_reached(connection.getpeername()[0], context)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -119,7 +122,8 @@ def call(address: tuple[str, int], node: str, context: ssl.SSLContext | None, he
         wire.welcomed = check_welcome(wire.receive(), node)
     except (OSError, NodeError) as error:
         connection.close()
-        raise NodeError(f"{where}: {error}") from error
+        silent = isinstance(error, FellSilent | TimeoutError)
+        raise NodeError(f"{where}: {error}", "silent" if silent else "failed") from error
     return wire
 
 

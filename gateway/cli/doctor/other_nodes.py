@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.fleet import FileFleet, FleetError, FleetSnapshot
 from engine.joined_fleet import NodesTold, WayTold, difference, read_nodes
+from engine.node.fetch_counts import FetchCounts, read_fetches
 from gateway.cli.doctor.finding import Finding
 
 
@@ -15,7 +16,7 @@ from gateway.cli.doctor.finding import Finding
 class OtherNode:
     """Another node: `ready` of its replicas are; `apart` says why they take none of our requests, "" if they do.
 
-    `way` is how its blocks come.
+    `way` is how its blocks come, `came` what came of them.
     """
 
     name: str
@@ -25,6 +26,7 @@ class OtherNode:
     trouble: str
     apart: str
     way: WayTold
+    came: FetchCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +47,18 @@ def look(run_dir: Path) -> OtherNodes:
         own = FileFleet(run_dir).snapshot()
     except FleetError:  # of another release: the report says so elsewhere
         return ALONE
-    return seen(read_nodes(run_dir), own)
+    return seen(read_nodes(run_dir), own, read_fetches(run_dir))
 
 
-def seen(told: NodesTold, own: FleetSnapshot) -> OtherNodes:
-    """Return what is told of other nodes, compared with what this one serves."""
+def seen(told: NodesTold, own: FleetSnapshot, fetches: Mapping[str, FetchCounts]) -> OtherNodes:
+    """Return what is told of other nodes, compared with what this one serves; `fetches` are what came from each."""
     nodes = []
     for node in told.nodes:
         replicas = node.fleet.replicas if node.fleet is not None else ()
         ready = sum(replica.state == "ready" for replica in replicas)
         apart = difference(own, node.fleet) if node.fleet is not None else ""
-        nodes.append(OtherNode(node.name, node.address, ready, len(replicas), node.trouble, apart, node.way))
+        came = fetches.get(node.name, FetchCounts())
+        nodes.append(OtherNode(node.name, node.address, ready, len(replicas), node.trouble, apart, node.way, came))
     return OtherNodes(told.here, tuple(nodes), told.trouble)
 
 
@@ -67,8 +70,17 @@ def node_lines(found: OtherNodes) -> Iterator[str]:
     for node in found.nodes:
         heard = "is not heard" if node.trouble else f"{node.ready} of {node.replicas} replicas ready, {way_in_words(node.way)}"
         yield f"  {node.name}   {node.address}, {heard}"
+        if node.came.fetches:
+            yield f"    {came_in_words(node.came)}"
     if not found.nodes:
         yield "  none so far"
+
+
+def came_in_words(came: FetchCounts) -> str:
+    """Say how many blocks came, how fast, and how many did not, by why."""
+    failed = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in came.failed_blocks.items())
+    size = f"{came.blocks} blocks of it came, {came.bytes / 1e6:.1f} MB in {came.seconds:.1f} s"
+    return size + (f"; others did not: {failed}" if failed else "")
 
 
 def way_in_words(way: WayTold) -> str:

@@ -116,7 +116,7 @@ class NixlClient:
             try:
                 return asking.result(FETCH_SECONDS_MAX)
             except TimeoutError as error:
-                raise NodeError("it takes too long") from error
+                raise NodeError("it takes too long", "slow") from error
         try:
             mine.set_result(self._ask(key))
         except BaseException as error:
@@ -182,7 +182,7 @@ class NixlClient:
             for transfer in begun:
                 transfer.give_up()
             if any(not transfer.over for transfer in begun):
-                raise StillWritten(str(error)) from error
+                raise StillWritten(str(error), error.loss) from error
             raise
         finally:
             with self._lock:
@@ -221,7 +221,7 @@ def _bound(remembered: OrderedDict[Any, Any]) -> None:
 def _patience(until: float) -> float:
     left = until - time.monotonic()
     if left <= 0:
-        raise NodeError("it takes too long")
+        raise NodeError("it takes too long", "slow")
     return min(PROGRESS_SECONDS, left)
 
 

@@ -47,7 +47,7 @@ class Transfer:
     def wait(self, seconds: float) -> None:
         """Wait for its end. Raises NodeError if it fails, or takes longer; then it may not be over."""
         if not self.ended.wait(seconds):
-            raise NodeError(f"a read by NIXL did not end in {seconds:g} s")
+            raise NodeError(f"a read by NIXL did not end in {seconds:g} s", "silent")
         if self.failure:
             raise NodeError(self.failure)
 

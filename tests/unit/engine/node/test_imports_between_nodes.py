@@ -4,10 +4,13 @@ Two agents with keys; the importer is the worker's half of an engine, over real 
 """
 
 import os
+import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import msgspec
 import pytest
@@ -15,6 +18,7 @@ import torch
 
 from engine.connector.step_messages import StepMetadata
 from engine.joined_fleet import read_nodes
+from engine.node.fetch_counts import FetchCounts, read_fetches
 from engine.node.settings import Peer
 from tests.unit.engine.node.imports import NodePair
 from tests.unit.engine.node.two_nodes import nodes
@@ -24,6 +28,7 @@ from tests.unit.transport.table_fixtures import writer
 from tests.unit.waiting import until
 from transport.backends.shared_memory import SharedMemoryTransport, map_region
 from transport.errors import MemoryUnreachable
+from transport.node.block_client import BlockClient
 from transport.node.fetches import Fetches
 from transport.table.directory import TableDirectory
 
@@ -100,7 +105,7 @@ def test_an_agent_is_not_asked_for_blocks_of_a_mirror_of_another(pair):
     assert errors == {0, 15}
     assert report.early
     assert "it is not the one that mirrored node-a:owner" in report.reason
-    assert pair.b.agent._fetches.counts.fetches == 0
+    assert not pair.b.agent._fetches.counts
 
 
 def test_an_engine_that_leaves_frees_the_agents_memory(pair):
@@ -109,7 +114,7 @@ def test_an_engine_that_leaves_frees_the_agents_memory(pair):
     job = pair.job([3, 9], [0, 15])
     pair.half.start(StepMetadata(1, (job,)))
     pair.half.fail_all("gone")
-    until(lambda: pair.b.agent._fetches.counts.fetches == 1)
+    until(lambda: pair.b.agent._fetches.counts["node-a"].fetches == 1)
     until(lambda: pair.b.agent._staging.taken_bytes() == 0)
     pair.worker(own_allocations)  # another engine may have it
     report, errors, _ = pair.imported(pair.job([3, 9], [1, 2]))
@@ -120,15 +125,101 @@ def test_an_engine_that_leaves_frees_the_agents_memory(pair):
 def test_where_threads_are_short_a_fetch_fails_and_the_next_comes(pair):
     pair.own(own_allocations)
     pair.worker(own_allocations)
-    counts = pair.b.agent._fetches.counts
+    counts = pair.b.agent._fetches.counts["node-a"]
     with no_threads("peerkv-fetch"):
         report, errors, _ = pair.imported(pair.job([3, 9], [0, 15]))
     assert errors == {0, 15}
     assert "short of threads" in report.reason
-    assert (counts.fetches, counts.failures) == (1, 1)
+    assert (counts.fetches, counts.blocks, counts.failed_blocks) == (1, 0, {"failed": 2})
     assert pair.imported(pair.look_up([3, 9], [1, 14]))[1] == set()
     assert torch.equal(pair.caches["layer.1"][14], pair.theirs["layer.1"][9])
-    assert counts.failures == 1
+    assert (counts.fetches, counts.blocks, counts.failed_blocks) == (2, 2, {"failed": 2})
+
+
+def test_what_comes_and_what_does_not_is_counted_and_written_down(pair):
+    pair.own(own_allocations)
+    pair.worker(own_allocations)
+    assert pair.imported(pair.job([3, 9], [0, 15]))[1] == set()
+    job = pair.look_up([3, 9], [1, 14])
+    pair.table.invalidate([9])
+    assert pair.imported(job)[1] == {14}
+    until(lambda: read_fetches(pair.b.run).get("node-a", FetchCounts()).fetches == 2, "the counts")
+    counts = read_fetches(pair.b.run)["node-a"]
+    size = sum(layer.bytes for layer in pair.half._transport.memory().layers)
+    assert (counts.blocks, counts.bytes, counts.failed_blocks) == (3, 3 * size, {"changed": 1})
+    assert 0 < counts.seconds < 5
+
+
+def test_an_agent_that_is_stopped_holds_up_one_import_for_2_s_and_no_other(pair, monkeypatch):
+    """Its connections are accepted by the kernel, as those of a process that was stopped are, and nobody answers."""
+    monkeypatch.setattr("transport.node.fetches._listener", lambda _: os.getpid())
+    pair.own(own_allocations)
+    pair.worker(own_allocations)
+    job = pair.job([3, 9], [0, 15])
+    door = pair.b.tables / "node.sock"
+    door.rename(door.with_suffix(".away"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stopped:
+        stopped.bind(str(door))
+        stopped.listen()
+        began = time.monotonic()
+        report, errors, _ = pair.imported(job)
+        assert errors == {0, 15}
+        assert (report.early, report.reason) == (True, f"{SOURCE}: this node's agent is silent for 2 s")
+        assert 1.9 < time.monotonic() - began < 10
+        began = time.monotonic()
+        for _ in range(5):
+            assert pair.imported(job)[1] == {0, 15}
+        assert time.monotonic() - began < 1.5
+        stopped.accept()[0].close()  # it goes on, or ends
+        door.with_suffix(".away").replace(door)
+    assert pair.imported(job)[1] == set()
+    assert torch.equal(pair.caches["layer.1"][15], pair.theirs["layer.1"][9])
+
+
+@contextmanager
+def held_up(pair) -> Iterator[threading.Event]:
+    """Fetches that do not go on until the event is set; they go on at the end."""
+    held, fetch = threading.Event(), BlockClient.fetch
+
+    def slow(self, *asked):
+        held.wait(30)
+        return fetch(self, *asked)
+
+    until(lambda: pair.way.settled and pair.b.agent._staging.taken_bytes() == 0, "the end of measuring")
+    with mock.patch.object(BlockClient, "fetch", slow):
+        try:
+            yield held
+        finally:
+            held.set()
+
+
+def test_an_agent_at_work_on_a_slow_fetch_is_waited_for(pair, monkeypatch):
+    monkeypatch.setattr("transport.node.fetches.SILENT_SECONDS", 1.0)
+    pair.own(own_allocations)
+    pair.worker(own_allocations)
+    job = pair.job([3, 9], [0, 15])
+    with held_up(pair) as held:
+        pair.half.start(StepMetadata(1, (job,)))
+        began = time.monotonic()
+        until(lambda: pair.half.poll() or time.monotonic() - began > 2, "the time of silence, twice")
+        held.set()
+        until(pair.half.poll, "the end of the import")
+    assert pair.half.take_load_errors() == set()
+    assert torch.equal(pair.caches["layer.1"][15], pair.theirs["layer.1"][9])
+
+
+def test_an_agent_that_ends_amid_a_fetch_logs_no_defect(pair, caplog):
+    pair.own(own_allocations)
+    pair.worker(own_allocations)
+    job = pair.job([3, 9], [0, 15])
+    with held_up(pair) as held:
+        pair.half.start(StepMetadata(1, (job,)))
+        until(lambda: pair.b.agent._staging.taken_bytes() > 0, "the fetch")
+        threading.Timer(0.5, held.set).start()  # the end of its loop waits for its threads
+        pair.b.stop()
+    until(pair.half.poll, "the end of the import")
+    assert pair.half.take_load_errors() == {0, 15}
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
 
 
 def test_how_fast_the_network_is_is_measured_without_nixl_too(pair):

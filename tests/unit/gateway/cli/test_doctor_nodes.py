@@ -4,6 +4,7 @@ import pytest
 
 from engine.fleet import FleetSnapshot
 from engine.joined_fleet import NodesTold, NodeTold, WayTold
+from engine.node.fetch_counts import FetchCounts
 from gateway.cli.doctor.other_nodes import ALONE, judge_nodes, node_lines, seen
 from transport.node.messages import FleetTold, ReplicaTold
 
@@ -12,7 +13,7 @@ FLEET = FleetTold("/m", "m", (), (ReplicaTold("replica-0", "ready"), ReplicaTold
 
 
 def test_nodes_that_are_heard_are_listed_without_a_finding() -> None:
-    found = seen(NodesTold("node-a", (NodeTold("node-b", "10.0.0.2:7710", FLEET),)), OWN)
+    found = seen(NodesTold("node-a", (NodeTold("node-b", "10.0.0.2:7710", FLEET),)), OWN, {})
     assert list(node_lines(found)) == [
         "Other nodes, which call this one node-a",
         "  node-b   10.0.0.2:7710, 1 of 2 replicas ready, blocks come by TCP",
@@ -32,8 +33,16 @@ def test_nodes_that_are_heard_are_listed_without_a_finding() -> None:
     ],
 )
 def test_how_a_nodes_blocks_come_is_told_with_the_reason(way: WayTold, words: str) -> None:
-    found = seen(NodesTold("node-a", (NodeTold("node-b", "10.0.0.2:7710", FLEET, way=way),)), OWN)
+    found = seen(NodesTold("node-a", (NodeTold("node-b", "10.0.0.2:7710", FLEET, way=way),)), OWN, {})
     assert list(node_lines(found))[1] == f"  node-b   10.0.0.2:7710, 1 of 2 replicas ready, {words}"
+
+
+def test_what_came_from_a_node_is_told_once_something_was_asked_for() -> None:
+    came = FetchCounts()
+    came.add([5_000_000] * 3, {"changed": 2, "no_room": 1}, 0.25)
+    found = seen(NodesTold("node-a", (NodeTold("node-b", "10.0.0.2:7710", FLEET),)), OWN, {"node-b": came})
+    words = "3 blocks of it came, 15.0 MB in 0.2 s; others did not: 2 changed, 1 no room"
+    assert list(node_lines(found))[2] == f"    {words}"
 
 
 def test_what_keeps_nodes_apart_is_told_with_what_to_do() -> None:
@@ -41,7 +50,7 @@ def test_what_keeps_nodes_apart_is_told_with_what_to_do() -> None:
         NodeTold("node-b", "10.0.0.2:7710", trouble="10.0.0.2:7710 does not answer"),
         NodeTold("node-c", "10.0.0.3:7710", FleetTold("/n", "n")),
     )
-    found = list(judge_nodes(seen(NodesTold("node-a", nodes, "valkey://h:1/0: no connection"), OWN)))
+    found = list(judge_nodes(seen(NodesTold("node-a", nodes, "valkey://h:1/0: no connection"), OWN, {})))
     assert [finding.what for finding in found] == [
         "node-b is not heard: 10.0.0.2:7710 does not answer",
         "node-c takes none of our requests: served model: m here, n there",
