@@ -19,6 +19,7 @@ import msgspec
 
 import gateway
 from engine.joined_fleet import NODES_FILE
+from engine.node.fetch_counts import FETCHES_FILE
 from gateway.errors import SettingsError
 from gateway.settings import Settings
 from gateway.settings_nodes import node_settings
@@ -29,6 +30,9 @@ LOG = "node.log"
 PAUSE_SECONDS = 1.0
 PAUSE_SECONDS_MAX = 30.0
 END_SECONDS_MAX = 5.0
+LOOK_SECONDS = 1.0
+SILENT_LOOKS_MAX = 10
+"""An agent that wrote nothing for so many looks is stopped or stuck, and is killed: whoever asks it would wait."""
 _logger = logging.getLogger(__name__)
 
 
@@ -69,7 +73,7 @@ async def _keep(told: bytes, settings: Settings) -> None:
     while True:
         began = time.monotonic()
         try:
-            ended = _ending(await _run(told, log), log)
+            ended = _ending(await _run(told, log, settings.run_dir), log)
         except OSError as error:  # such as a shortage of memory or descriptors, which passes
             ended = f"cannot be started: {error}"
         _forget_nodes(settings.run_dir)  # one that was killed left it: nothing leads there any more
@@ -86,7 +90,7 @@ def _ending(code: int, log: Path) -> str:
     return f"was killed by {names.get(-code, f'signal {-code}')}"
 
 
-async def _run(told: bytes, log: Path) -> int:
+async def _run(told: bytes, log: Path, run_dir: Path) -> int:
     """Run an agent to its end; cancelled, end it."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
@@ -97,12 +101,14 @@ async def _run(told: bytes, log: Path) -> int:
     finally:
         os.close(descriptor)
     assert process.stdin is not None
+    watching = asyncio.create_task(_watch(process, run_dir / FETCHES_FILE))
     try:
         with contextlib.suppress(ConnectionError):
             process.stdin.write(told)
             await process.stdin.drain()
         return await process.wait()
     finally:
+        watching.cancel()
         if process.returncode is None:
             process.stdin.close()  # which ends it
             try:
@@ -111,6 +117,30 @@ async def _run(told: bytes, log: Path) -> int:
             except TimeoutError:
                 process.kill()
                 await process.wait()
+
+
+async def _watch(process: asyncio.subprocess.Process, written: Path) -> None:
+    """Kill an agent that began to write a file again and again, and does so no more.
+
+    Looks are counted, not seconds: of those in which this machine stood still as a whole nobody is guilty.
+    """
+    first = last = _stamp(written)
+    silent = 0
+    while silent < SILENT_LOOKS_MAX:
+        await asyncio.sleep(LOOK_SECONDS)
+        now = _stamp(written)
+        silent = silent + 1 if now == last != first else 0
+        last = now
+    _logger.warning("the node's agent is stopped, or stuck: it is killed")
+    with contextlib.suppress(ProcessLookupError):  # it has ended just now
+        process.kill()
+
+
+def _stamp(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _environment() -> dict[str, str]:
@@ -123,4 +153,5 @@ def _environment() -> dict[str, str]:
 
 
 def _forget_nodes(run_dir: Path) -> None:
-    (run_dir / NODES_FILE).unlink(missing_ok=True)
+    for name in (NODES_FILE, FETCHES_FILE):
+        (run_dir / name).unlink(missing_ok=True)

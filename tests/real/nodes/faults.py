@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -88,7 +88,8 @@ def sent(pid: Callable[[], int], begin: signal.Signals, end: signal.Signals | No
         yield
     finally:
         if end is not None:
-            os.kill(to, end)
+            with suppress(ProcessLookupError):  # an agent that is stopped is killed, and started again, 10 s later
+                os.kill(to, end)
 
 
 @contextmanager

@@ -54,6 +54,44 @@ async def test_an_agent_that_cannot_be_started_is_tried_again(
         await asyncio.gather(keeping, return_exceptions=True)
 
 
+WRITES = """
+import os, pathlib, time
+place, count = pathlib.Path(os.environ["PLACE"]), 0
+while True:
+    count += 1
+    (place / "fetches.json").write_text("{}")
+    if count == 3:
+        (place / "pid").write_text(str(os.getpid()))
+    time.sleep(0.02)
+"""
+
+
+async def test_an_agent_that_is_stopped_is_killed_and_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "agent_that_writes.py").write_text(WRITES)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.setattr(other_nodes, "AGENT", "agent_that_writes")
+    monkeypatch.setattr(other_nodes, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(other_nodes, "PAUSE_SECONDS", 0.01)
+    settings, pid = Settings(run_dir=tmp_path, log_dir=tmp_path), tmp_path / "pid"
+    with caplog.at_level(logging.WARNING):
+        keeping = asyncio.create_task(other_nodes._keep(b"{}\n", settings))
+        await until(pid.exists)
+        await asyncio.sleep(12 * 0.2)
+        assert not caplog.messages  # it writes, and is left alone
+        first = int(pid.read_text())
+        pid.unlink()
+        os.kill(first, signal.SIGSTOP)
+        await until(pid.exists)
+        assert int(pid.read_text()) != first
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+    assert caplog.messages[0] == "the node's agent is stopped, or stuck: it is killed"
+    assert "was killed by SIGKILL" in caplog.messages[1]
+
+
 def test_a_signal_without_a_name_has_its_number() -> None:
     assert signal.SIGRTMIN + 1 not in set(signal.Signals)
     assert other_nodes._ending(-(signal.SIGRTMIN + 1), Path("/l")) == f"was killed by signal {signal.SIGRTMIN + 1}"
