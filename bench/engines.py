@@ -1,4 +1,4 @@
-"""Two real vLLM replicas for a comparison, each on a unix socket and a TCP port, and the figures of their own counters."""
+"""Real vLLM replicas for a comparison, each on a unix socket and a TCP port, and the figures of their own counters."""
 
 from __future__ import annotations
 
@@ -56,26 +56,38 @@ def parse_counts(metrics: str) -> Counts:
 
 
 class Engines:
-    """`peerkv engine` with two replicas that bench.tcp_beside_unix starts. `vllm_args` go to each server."""
+    """`peerkv engine` with replicas that `launcher`, bench.tcp_beside_unix or what runs it, starts. `vllm_args` go to each
+    server, `flags` to `peerkv engine`."""
 
-    def __init__(self, directory: Path, model: str, vllm_args: Sequence[str], served_model_name: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        model: str,
+        vllm_args: Sequence[str],
+        served_model_name: str,
+        *,
+        replicas: int = 2,
+        flags: Sequence[str] = (),
+        launcher: str = "bench.tcp_beside_unix",
+        env: Mapping[str, str] = {},
+    ) -> None:
         self.run_dir = directory / "run"
+        self.table_dir = Path(f"/dev/shm/peerkv-field-{os.getpid()}")
         self.model = served_model_name
-        names = ("replica-0", "replica-1")
+        names = tuple(f"replica-{number}" for number in range(replicas))
         self._held = {name: held_port() for name in names}  # an engine takes minutes until it binds its own
         self.ports: Mapping[str, int] = {name: held.getsockname()[1] for name, held in self._held.items()}
         self.urls = tuple(f"http://127.0.0.1:{port}" for port in self.ports.values())
         settings = directory / "engine.toml"
-        launcher = json.dumps([sys.executable, "-m", "bench.tcp_beside_unix"])
-        settings.write_text(f"launcher = {launcher}\nstart_failures_max = 1\n")
+        settings.write_text(f"launcher = {json.dumps([sys.executable, '-m', launcher])}\nstart_failures_max = 1\n")
         argv = [sys.executable, "-m", "gateway.cli", "engine", model, "--replicas", str(len(names)), "--config", str(settings)]
         argv += ["--served-model-name", served_model_name, "--run-dir", str(self.run_dir)]
-        argv += ["--table-dir", f"/dev/shm/peerkv-field-{os.getpid()}", "--log-dir", str(directory / "logs")]
+        argv += ["--table-dir", str(self.table_dir), "--log-dir", str(directory / "logs"), *flags]
         self._logs = directory / "logs"
-        self._process = Started([*argv, "--", *vllm_args], directory / "engine.log", {PORTS: json.dumps(self.ports)})
+        self._process = Started([*argv, "--", *vllm_args], directory / "engine.log", {PORTS: json.dumps(self.ports), **env})
 
     def wait(self) -> None:
-        """Wait until both are serving. Raises StartFailed."""
+        """Wait until all are serving. Raises StartFailed."""
         deadline = time.monotonic() + START_SECONDS_MAX
         for url in self.urls:
             while not self._serves(url):
@@ -95,14 +107,14 @@ class Engines:
         return "".join(f"\n{path.name}: …{path.read_text(errors='replace')[-1500:]}" for path in self._logs.glob("*.log"))
 
     def counts(self) -> Counts:
-        """Return both engines' counts so far."""
+        """Return the engines' counts so far, added up."""
         total = Counts()
         for url in self.urls:
             total += parse_counts(httpx.get(f"{url}/metrics", timeout=RESET_SECONDS_MAX).raise_for_status().text)
         return total
 
     def forget(self) -> None:
-        """Empty both prefix caches. Raises httpx.HTTPStatusError."""
+        """Empty all prefix caches, and host memory. Raises httpx.HTTPStatusError."""
         for url in self.urls:
             answer = httpx.post(f"{url}/reset_prefix_cache", params={"reset_external": "true"}, timeout=RESET_SECONDS_MAX)
             answer.raise_for_status()

@@ -27,6 +27,7 @@ from bench.child_process import Started
 from bench.engines import Engines
 from bench.field.arms import FieldArm, command
 from bench.field.flags import NUMBERED, parse, write_chat_model
+from bench.field.front_door import wait_until_peerkv_serves, wait_until_router_serves
 from bench.field.report import Figures, about, as_json, figures_of, from_json, markdown, seconds_until_back
 from bench.machine import StartFailed, end_on_sigterm, free_ports
 from bench.open_loop import Player
@@ -83,21 +84,10 @@ class Field:
             self._play(arm, url, workload.warm(self._given.size, words), "fill")
 
     def _wait(self, process: Started, url: str, arm: FieldArm) -> None:
-        deadline = time.monotonic() + ARM_SECONDS_MAX
-        while not self._serves(url, arm):
-            process.check(time.monotonic() < deadline)
-            time.sleep(0.1)
-
-    def _serves(self, url: str, arm: FieldArm) -> bool:
-        try:
-            if not arm.peerkv:
-                body = {"model": MODEL, "prompt": "ready", "max_tokens": 1} | dict(arm.extra_fields())
-                return httpx.post(f"{url}/v1/completions", json=body, timeout=ARM_SECONDS_MAX).status_code == 200
-            stats = httpx.get(f"{url}/kv/stats", timeout=ARM_SECONDS_MAX).json()
-            known = "unknown" not in (stats["parity"]["completions"]["parity"], stats["parity"]["chat"]["parity"])
-            return known and stats["totals"]["ready"] == len(self._engines.urls)
-        except (httpx.HTTPError, ValueError, KeyError):
-            return False
+        if arm.peerkv:
+            wait_until_peerkv_serves(process, url, len(self._engines.urls))
+        else:
+            wait_until_router_serves(process, url, MODEL, arm.extra_fields())
 
     def _play(self, arm: FieldArm, url: str, talks: Sequence[Talk], what: str) -> tuple[Player, float]:
         player = Player(url, MODEL, arm.extra_fields())

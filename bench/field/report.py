@@ -136,18 +136,22 @@ def _short(value: float) -> str:
 
 def about(given: argparse.Namespace) -> dict[str, Any]:
     """Return where, when and how it was measured."""
+    found = where_and_when("bench.field", gpus=given.engines == "gpu")
+    found["versions"] = ", ".join([found["versions"], *_routers(given)])
+    return found | {"size": asdict(given.size), "vllm_args": given.vllm_args, "seed": given.seed}
+
+
+def where_and_when(module: str, *, gpus: bool) -> dict[str, Any]:
+    """Return the date, the command of `module`, the machine and the versions of what runs the model."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": f"python -m bench.field {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m {module} {' '.join(sys.argv[1:])}".strip(),
         "processor": f"{len(os.sched_getaffinity(0))} cores of {model}",
-        "gpus": _gpus() if given.engines == "gpu" else "",
-        "versions": ", ".join([*_versions(), *_routers(given)]),
+        "gpus": _gpus() if gpus else "",
+        "versions": ", ".join(_versions()),
         "load_average": os.getloadavg(),
-        "size": asdict(given.size),
-        "vllm_args": given.vllm_args,
-        "seed": given.seed,
     }
 
 

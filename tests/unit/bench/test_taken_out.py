@@ -61,3 +61,34 @@ def test_each_arm_without_a_mechanism_takes_it_out(arm: Arm) -> None:
     name = arm.name.removeprefix("peerkv -")
     done = subprocess.run([sys.executable, "-c", GATEWAY_CHECK, name], capture_output=True, text=True, check=True)
     assert done.stdout.split() == TAKEN_FROM_GATEWAY[name]
+
+
+REACHED = """
+import importlib, sys
+from types import SimpleNamespace
+from gateway.block_registry import fleet_state
+
+table = SimpleNamespace(
+    status="ok", block_size=16, hash_name="xxh3_128", transport="t", fingerprint=b"f", fingerprint_fields={}, groups=(), epoch=1
+)
+if sys.argv[1:]:
+    importlib.import_module("bench.taken_out.gateway." + sys.argv[1])
+tables = dict.fromkeys(("a", "b"), table)
+tiers = dict.fromkeys(("a.host-memory", "b.host-memory"), table)
+caches = fleet_state._exchanging(tables, set())
+kinds = fleet_state._kinds(tables, tiers, set())
+print(*sorted(caches["a"]), *sorted(kinds[0].tiers["a"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "reached"),
+    [
+        ([], ["b", "a.host-memory", "b.host-memory"]),
+        (["pool"], ["b", "a.host-memory"]),
+        (["exchange"], ["a.host-memory"]),
+    ],
+)
+def test_without_the_pool_or_all_exchange_a_replica_keeps_its_own_host_memory(names: list[str], reached: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", REACHED, *names], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == reached
