@@ -11,6 +11,8 @@ HINT = "peerkv"
 PIN_SECONDS_MAX = 86400.0
 UNPIN_MAX = 256
 """Pins that one hint may end."""
+STORE_MAX = 8192
+"""Blocks that one hint may have stored: as many as are stored at a time."""
 
 _WORD = 1 << 63
 _Value = TypeVar("_Value")
@@ -27,6 +29,7 @@ class Hint(msgspec.Struct, frozen=True, omit_defaults=True):
     """`source`: import from this replica alone, "" for no import, None leaves it to the engine. `tag`: the gateway's number.
 
     `tokens`: import only up to so many tokens of the prompt, local ones included. `unpin`: numbers of pins that end.
+    `store`: blocks of the engine's to store in host memory, whatever the request is about; a node's agent asks for that.
     `malformed` counts the fields that were ignored.
     """
 
@@ -35,6 +38,7 @@ class Hint(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: int | None = None
     pin: PinWish | None = None
     unpin: tuple[int, ...] = ()
+    store: tuple[int, ...] = ()
     malformed: int = 0
 
 
@@ -65,10 +69,11 @@ def read_hint(params: Any) -> Hint:
             malformed += 1
             return otherwise
 
-    no_pins: tuple[int, ...] = ()
+    none: tuple[int, ...] = ()
     source, tag = field("source", _text, None), field("tag", _number, 0)
-    tokens, pin, unpin = field("tokens", _number, None), field("pin", _pin, None), field("unpin", _numbers, no_pins)
-    return Hint(source, tag, tokens, pin, unpin, malformed)
+    tokens, pin, unpin = field("tokens", _number, None), field("pin", _pin, None), field("unpin", _unpinned, none)
+    store = field("store", _stored, none)
+    return Hint(source, tag, tokens, pin, unpin, store, malformed)
 
 
 def _text(value: Any) -> str | None:
@@ -83,8 +88,16 @@ def _number(value: Any) -> int:
     return value
 
 
-def _numbers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > UNPIN_MAX:
+def _unpinned(value: Any) -> tuple[int, ...]:
+    return _numbers(value, UNPIN_MAX)
+
+
+def _stored(value: Any) -> tuple[int, ...]:
+    return _numbers(value, STORE_MAX)
+
+
+def _numbers(value: Any, most: int) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > most:
         raise TypeError
     return tuple(_number(each) for each in value)
 

@@ -349,6 +349,8 @@ class SchedulerHalf:
         if opened:
             self._pins.expire(now_ns)
             self._pins.drop(account.hint.unpin)
+            if self._stored is not None:
+                self._stored.wanted(account.hint.store)
         return account
 
     def _sequence(self, request: Any, account: RequestAccount) -> Sequence | None:

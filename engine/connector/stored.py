@@ -1,4 +1,5 @@
-"""Which blocks go into host memory: those that vLLM reallocates, and, so that they are there by then, the next in its queue."""
+"""Which blocks go into host memory: those that vLLM reallocates, those that another node is to read there, and the next in its
+queue, so that they are there by then."""
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Blocks
@@ -22,6 +23,7 @@ class Stored:
         self._table = table
         self._memory = HostMemory(tier, ranks=ranks, elsewhere=sources.stored_elsewhere)
         self._ahead = Ahead(tier.layout.blocks)
+        self._wanted: dict[int, None] = {}
         self.offers: Offers | None = None
         """Set once, as the two know each other."""
 
@@ -36,16 +38,23 @@ class Stored:
         self._memory.overwritten(blocks, by_import=by_import)
         self._ahead.moved(blocks)
 
+    def wanted(self, blocks: Blocks[int]) -> None:
+        """Another node is to read `blocks` out of host memory: what is on offer of them is stored with the next step."""
+        self._wanted.update((block, None) for block in blocks if block < self._table.layout.blocks)
+
     def close_step(self, pool: Any, output: Any, pace: Pace) -> Stores:
         """Return what the workers have to store in the step that `output` is, with what `pool` will reallocate next."""
         # the GPU's runner (vLLM 0.33, v1/worker/gpu/model_runner.py, update_requests) does both before it tells a connector
         self._memory.lost(output.new_block_ids_to_zero or ())
         self._memory.lost(copy.dst_block_id for copy in output.kv_cache_block_copies or ())
+        wanted, self._wanted = list(self._wanted), {}
+        if wanted:
+            self._take(wanted, len(wanted))
         if pool is not None:
             blocks, most = self._ahead.candidates(pool, pace)
             if blocks:
                 self._ahead.chosen(*self._take(blocks, most))
-        return self._memory.take_stores(idle=pace is Pace.IDLE)
+        return self._memory.take_stores(at_once=bool(wanted) or pace is Pace.IDLE)
 
     def asked(self, keys: Keys) -> None:
         """A request has the blocks of these keys, computed or found: that is how popular each is."""

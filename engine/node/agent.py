@@ -14,6 +14,7 @@ from engine.node.fetch_counts import FETCHES_FILE, write_fetches
 from engine.node.following import Following
 from engine.node.local_fetch import LocalFetches
 from engine.node.membership import BEAT_SECONDS, Membership, peer_of
+from engine.node.on_demand import OnDemand
 from engine.node.settings import NodeSettings, Peer
 from engine.node.streams import HELLO_SECONDS, end, finish, pipe, welcome
 from engine.node.telling import Teller
@@ -68,9 +69,10 @@ class Agent:
         address = (settings.host, settings.port)
         async with contextlib.AsyncExitStack() as stack:
             nixl, blocks_address = self._nixl, (settings.host, settings.port + 1)
+            fleet = FileFleet(Path(settings.run_dir), hold_seconds=HOLD_SECONDS)  # of other threads than ours
             blocks = BlockServer(
                 Path(settings.table_dir), settings.name, blocks_address, self._called_by, settings.release,
-                nixl.owner if isinstance(nixl, NixlNode) else nixl,
+                nixl.owner if isinstance(nixl, NixlNode) else nixl, OnDemand(fleet.snapshot),
             )  # fmt: skip
             stack.callback(blocks.close)
             if isinstance(nixl, NixlNode):

@@ -66,7 +66,7 @@ class CudaSlotWriter:
             if any(store.block in stores.overwritten for store in launched.stores):
                 self._own.hold_up(launched.copy)
                 break
-        launches, least = (len(self._waiting), 1) if stores.idle else (LAUNCHES_MAX, LAUNCH_BLOCKS_MIN)
+        launches, least = (len(self._waiting), 1) if stores.at_once else (LAUNCHES_MAX, LAUNCH_BLOCKS_MIN)
         for _ in range(launches):
             if len(self._waiting) < least:
                 break

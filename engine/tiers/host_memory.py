@@ -93,12 +93,12 @@ class HostMemory:
         """Some workers overwrite `blocks` before they can copy them in the next step."""
         self._lost.update(block for block in blocks if block in self._read)
 
-    def take_stores(self, *, idle: bool = False) -> Stores:
-        """Return what the workers have to do in this step, once; `idle`: it may be the last one for long."""
+    def take_stores(self, *, at_once: bool = False) -> Stores:
+        """Return what the workers have to do in this step, once; `at_once`: it may be the last for long, or others wait."""
         if not (self._begun or self._overwritten or self._imported or self._lost):
             return NO_STORES
         imported = frozenset(self._imported - self._overwritten)
-        stores = Stores(tuple(self._begun), frozenset(self._overwritten), frozenset(self._lost), imported, idle)
+        stores = Stores(tuple(self._begun), frozenset(self._overwritten), frozenset(self._lost), imported, at_once)
         self._begun, self._overwritten, self._imported, self._lost = [], set(), set(), set()
         return stores
 

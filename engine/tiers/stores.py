@@ -23,15 +23,15 @@ class Stores:
     """Of one step: blocks to copy in the background, and those that the step overwrites, which are copied before it.
 
     Of the latter `lost` cannot be on a GPU: vLLM overwrites them there before it tells of the step. `imported` are overwritten
-    by imports that begin in the step, and by nothing else in it: the imports alone wait for their copies. `idle`: the step
-    computes nothing and may be the last one for long, so all copies are begun in it.
+    by imports that begin in the step, and by nothing else in it: the imports alone wait for their copies. `at_once`: all copies
+    are begun in this step, which may be the last one for long, or brings what another node waits for.
     """
 
     begun: tuple[Store, ...] = ()
     overwritten: frozenset[int] = frozenset()
     lost: frozenset[int] = frozenset()
     imported: frozenset[int] = frozenset()
-    idle: bool = False
+    at_once: bool = False
 
 
 NO_STORES = Stores()

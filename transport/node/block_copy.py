@@ -4,7 +4,7 @@ What is sent is a copy, so what an engine overwrites later was sent as it was; `
 """
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -120,16 +120,21 @@ def questioned(asked: BlocksAsked, num_blocks: int) -> tuple[npt.NDArray[np.int6
 def chunks(reader: TableReader, memory: OwnerMemory, asked: BlocksAsked) -> Iterator[Chunk]:
     """Yield the blocks that are asked for, in their order. Raises NodeError if the question cannot be."""
     ids, states, counts = questioned(asked, reader.num_blocks)
+    for group, begin, end in steps(memory, counts):
+        yield copied_chunk(reader, memory, asked.epoch, ids[begin:end], states[begin:end], group)
+
+
+def steps(memory: OwnerMemory, counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (group, begin, end) for pieces of some CHUNK_BYTES of blocks that are asked for, `counts` of each group."""
     first = 0
     for group, count in enumerate(counts):
         each = max(1, CHUNK_BYTES // memory.block_bytes(group)) if count else 1
         for begin in range(first, first + count, each):
-            end = min(begin + each, first + count)
-            yield _chunk(reader, memory, asked.epoch, ids[begin:end], states[begin:end], group)
+            yield group, begin, min(begin + each, first + count)
         first += count
 
 
-def _chunk(
+def copied_chunk(
     reader: TableReader,
     memory: OwnerMemory,
     epoch: int,
@@ -137,6 +142,7 @@ def _chunk(
     states: npt.NDArray[np.uint64],
     group: int,
 ) -> Chunk:
+    """Return blocks as they are now, and which of them are still in these `states`, (n,), in this epoch."""
     content = memory.copied(ids, group)
     good = memory.intact(reader, ids, content)
     # last of all: what changed until here is not what was looked up

@@ -7,12 +7,12 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from transport.errors import MemoryUnreachable, TransportError
-from transport.node.block_copy import OwnerMemory, checked, chunks, questioned
+from transport.node.block_copy import Chunk, OwnerMemory, checked, chunks, questioned
 from transport.node.messages import (
     PROBE,
     PROBE_BLOCK_BYTES,
@@ -29,7 +29,9 @@ from transport.node.messages import (
 )
 from transport.node.names import node_of
 from transport.node.nixl.ability import NO_NIXL, Ability
+from transport.node.readable import keeps_for, readable
 from transport.node.sockets import Wire, break_off, welcome
+from transport.node.stored_blocks import StoredBlocks, Storing
 from transport.node.threads import start_thread
 from transport.table.directory import TableDirectory
 from transport.table.layout import Memory
@@ -63,7 +65,8 @@ class Offers(Protocol):
 
 
 class BlockServer:
-    """Listens from `start` to `close`. `offers` is how blocks are read past it, or why they are not.
+    """Listens from `start` to `close`. `offers` is how blocks are read past it, or why they are not; `storing` brings those of
+    engines whose memory cannot be read into host memory, where there is any.
 
     Raises OSError if the address cannot be had.
     """
@@ -76,9 +79,11 @@ class BlockServer:
         context: ssl.SSLContext | None,
         release: str,
         offers: Offers | Ability = NO_NIXL,
+        storing: Storing | None = None,
     ) -> None:
         self._offers = None if isinstance(offers, Ability) else offers
         self._found = offers if isinstance(offers, Ability) else NO_NIXL
+        self._storing = storing
         self._tables = TableDirectory(table_dir, hold_seconds=HOLD_SECONDS)
         self._memories: dict[OwnerKey, OwnerMemory] = {}
         self._here = here
@@ -179,14 +184,26 @@ class BlockServer:
             wire.send(encode(BlocksSent(b"", 0, last=True)))
             return
         try:
-            reader, memory = self._find(asked)
+            found = self._chunks(asked)
         except (NodeError, MemoryUnreachable) as error:
             wire.send(encode(BlocksSent(b"", 0, last=True, reason=str(error))))
             return
-        for chunk in chunks(reader, memory, asked):
+        for chunk in found:
             size = chunk.content.shape[1]
             wire.send(encode(BlocksSent(chunk.good.tobytes(), size)), chunk.content.data.cast("B"))
         wire.send(encode(BlocksSent(b"", 0, last=True)))
+
+    def _chunks(self, asked: BlocksAsked) -> Iterator[Chunk]:
+        storing = self._storing
+        with self._lock:
+            owner = self._reader(asked)
+            if storing is None or readable(owner):
+                return chunks(owner, self._memory(owner, asked.rank), asked)
+            alike = [reader for reader in self._tables.tables().values() if keeps_for(reader, owner)]
+            tiers = [(reader, self._memory(reader, asked.rank)) for reader in alike]
+        stored = StoredBlocks(owner, tiers, asked)
+        storing.store(asked.name, stored.missing)
+        return stored.chunks()
 
     def _offer(self, asked: MemoryAsked) -> MemoryOffered:
         try:
@@ -218,14 +235,21 @@ class BlockServer:
 
     def _find(self, asked: BlocksAsked | MemoryAsked) -> tuple[TableReader, OwnerMemory]:
         with self._lock:
-            tables: Mapping[str, TableReader] = self._tables.tables()
-            reader = tables.get(asked.name)
-            if reader is None or node_of(asked.name) or reader.epoch != asked.epoch:
-                raise NodeError(f"{asked.name} is gone")
-            key = (asked.name, asked.epoch, asked.rank)
-            if key not in self._memories:
-                self._memories[key] = OwnerMemory(reader, asked.rank)
-            return reader, self._memories[key]
+            reader = self._reader(asked)
+            return reader, self._memory(reader, asked.rank)
+
+    def _reader(self, asked: BlocksAsked | MemoryAsked) -> TableReader:
+        tables: Mapping[str, TableReader] = self._tables.tables()
+        reader = tables.get(asked.name)
+        if reader is None or node_of(asked.name) or reader.epoch != asked.epoch:
+            raise NodeError(f"{asked.name} is gone")
+        return reader
+
+    def _memory(self, reader: TableReader, rank: int) -> OwnerMemory:
+        key = (reader.name, reader.epoch, rank)
+        if key not in self._memories:
+            self._memories[key] = OwnerMemory(reader, rank)
+        return self._memories[key]
 
     def sweep(self) -> None:
         """Let go of the memory of owners that ended: it stays allocated for as long as it is mapped here."""

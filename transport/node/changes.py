@@ -20,6 +20,7 @@ from transport.node.messages import (
     TableOpened,
 )
 from transport.node.names import node_of
+from transport.node.readable import readable, stored_on_demand
 from transport.table.layout import LOAD, Memory
 from transport.table.quality import in_code
 from transport.table.reader import TableReader
@@ -27,8 +28,6 @@ from transport.table.tiers import tier_kind
 
 PIECE_BLOCKS = 1 << 16
 """Blocks told in a frame: 2 MB."""
-READABLE = frozenset({"shared_memory"})
-"""Ways to KV memory that an agent has itself; what lies on a GPU reaches other nodes by way of host memory."""
 TOLD = (None, "host_memory")
 """Engines, and what is kept of them in host memory; what a node brings up from its disk or vault is for its own engines."""
 NOT_READABLE = "its KV cache lies on a GPU: other nodes read its host memory (--host-memory)"
@@ -39,6 +38,8 @@ class _Told:
     """What was told of a table so far."""
 
     reader: TableReader
+    fetched: bool
+    """Whether its blocks can be fetched."""
     head: int
     sequence: int = 0
     begun: bool = False
@@ -59,10 +60,10 @@ class Changes:
             yield from self._deliveries(name, self._told.pop(name))
             yield TableClosed(name)
         for name, reader in own.items():
-            told = self._told.get(name)
-            if told is None:
-                told = self._told[name] = _Told(reader, reader.journal.head[0])
-                yield _opened(name, reader)
+            told, fetched = self._told.get(name), readable(reader) or stored_on_demand(reader, own)
+            if told is None or told.fetched != fetched:  # host memory may come after its engine
+                told = self._told[name] = _Told(reader, fetched, reader.journal.head[0])
+                yield _opened(name, reader, fetched)
             yield from self._changed(name, told)
             yield from self._engine(name, told)
             yield from self._deliveries(name, told)
@@ -122,9 +123,9 @@ class Changes:
                 yield Delivered(name, tuple(found))
 
 
-def _opened(name: str, reader: TableReader) -> TableOpened:
+def _opened(name: str, reader: TableReader, fetched: bool) -> TableOpened:
     status, memories = reader.status, tuple(_memory(memory) for memory in reader.memories)
-    if status == "ok" and not all(memory.transport in READABLE for memory in reader.memories):
+    if status == "ok" and not fetched:
         status, memories = NOT_READABLE, ()
     return TableOpened(
         name,

@@ -9,11 +9,13 @@ from transport.hint import PIN_SECONDS_MAX, UNPIN_MAX, Hint, PinWish, read_hint,
 
 
 def test_every_field_is_read():
-    hint = {"source": "a", "tag": 2**63 - 1, "tokens": 512, "pin": {"id": 9, "seconds": 1.5}, "unpin": [1, 2]}
-    assert read_hint({"peerkv": hint}) == Hint("a", 2**63 - 1, 512, PinWish(9, 1.5), (1, 2))
+    hint = {"source": "a", "tag": 2**63 - 1, "tokens": 512, "pin": {"id": 9, "seconds": 1.5}, "unpin": [1, 2], "store": [7]}
+    assert read_hint({"peerkv": hint}) == Hint("a", 2**63 - 1, 512, PinWish(9, 1.5), (1, 2), (7,))
 
 
-@pytest.mark.parametrize("hint", [Hint(), Hint("", 3), Hint("a", 2**63 - 1, 512, PinWish(9, 1.5)), Hint(tag=1, unpin=(1, 2))])
+@pytest.mark.parametrize(
+    "hint", [Hint(), Hint("", 3), Hint("a", 2**63 - 1, 512, PinWish(9, 1.5)), Hint(tag=1, unpin=(1, 2)), Hint(store=(1, 2))]
+)
 def test_what_is_written_is_read(hint):
     assert read_hint(msgspec.json.decode(msgspec.json.encode(write_hint(hint)))) == hint
 

@@ -313,7 +313,7 @@ def test_the_step_with_which_vllm_becomes_idle_stores_what_it_will_give_away_nex
         storing.run()
     assert not storing.scheduler.has_requests()
     tokens, meta = made[-1]
-    assert (tokens, meta.stores.idle) == (0, True)
+    assert (tokens, meta.stores.at_once) == (0, True)
     with closing(TableReader(storing.tables / "replica-0.host-memory.table")) as tier:
         before = tier.counters()
         assert 8 <= len(meta.stores.begun) <= before["tier_ahead_blocks"] <= before["published_blocks"]

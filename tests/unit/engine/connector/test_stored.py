@@ -67,6 +67,33 @@ def test_what_is_reallocated_is_stored_in_that_step_and_restored_by_its_replica_
         assert begun.imports[0].source == "a.host-memory"
 
 
+def test_what_another_node_is_to_read_is_stored_with_the_next_step_at_once(tmp_path, keeper):
+    a, b = stored(keeper, tmp_path, "a"), Replica(tmp_path, "b")
+    a.prefill(Request("r", list(PROMPT)), [3, 4, 5, 6])
+    wish = Request("wish", [0], kv_transfer_params={"peerkv": {"source": "", "store": [4, 3, 6, 7, 1 << 40]}})
+    a.half.arrived(wish)
+    meta = a.schedule()
+    assert [(each.block, each.key) for each in meta.stores.begun] == [
+        (block, keys_of(PROMPT)[place].tobytes()) for block, place in ((4, 1), (3, 0))
+    ]
+    assert (meta.stores.at_once, meta.stores.overwritten) == (True, frozenset())
+    copy(a, meta)
+    assert a.held(PROMPT) == [3, 4, 5]
+    with closing(TableReader(a.half.table.path.with_name("a.host-memory.table"))) as tier:
+        assert tier.look_up(keys_of(PROMPT))[0].tolist() == [True, True, False]
+    assert not a.schedule().stores.begun  # once
+    assert import_all(b, Request("again", list(PROMPT)), [10, 11, 12, 13])[0] == 3 * SIZE
+
+
+def test_what_is_reallocated_in_the_step_that_was_to_store_it_is_stored_once(tmp_path, keeper):
+    a = stored(keeper, tmp_path, "a")
+    a.prefill(Request("r", list(PROMPT)), [3, 4, 5, 6])
+    a.half.arrived(Request("wish", [0], kv_transfer_params={"peerkv": {"store": [3, 4]}}))
+    meta = evict(a, [3, 7, 8, 9])
+    assert sorted(each.block for each in meta.stores.begun) == [3, 4]
+    assert meta.stores.overwritten == {3}
+
+
 def quality_of(replica, table, salt):
     """The bits of each block of PROMPT that a table offers."""
     with closing(TableReader(replica.half.table.path.with_name(f"{table}.table"))) as reader:
@@ -174,7 +201,7 @@ def test_an_engine_that_becomes_idle_stores_what_it_would_give_away_next_once(tm
     a.prefill(Request("r", list(PROMPT)), [3, 4, 5, 6])
     meta = idle_with(a, pool_of(7, 5, 4, 3))
     assert [each.block for each in meta.stores.begun] == [5, 4, 3]
-    assert (meta.stores.idle, meta.stores.overwritten) == (True, frozenset())
+    assert (meta.stores.at_once, meta.stores.overwritten) == (True, frozenset())
     assert not a.schedule().stores.begun
     copy(a, meta)
     late = evict(a, [3, 4, 5, 7])
@@ -234,7 +261,7 @@ def test_steps_that_only_decode_store_a_few_at_a_time(tmp_path, keeper):
     for step in range(4 * CALM_STEPS):
         meta = a.schedule(cached=[(request, None, 300 * SIZE + step, 1)])
         begun.append(len(meta.stores.begun))
-        assert not meta.stores.idle
+        assert not meta.stores.at_once
         a.done(meta.step)
     assert [count for count in begun if count] == [CALM_BLOCKS, CALM_BLOCKS, 300 - 2 * CALM_BLOCKS]
     assert [step % CALM_STEPS for step, count in enumerate(begun) if count] == [CALM_STEPS - 1] * 3

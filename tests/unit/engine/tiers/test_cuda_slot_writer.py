@@ -381,7 +381,7 @@ def test_all_copies_are_begun_in_a_step_that_may_be_the_last_one_for_long(tier, 
     monkeypatch.setattr(importlib.import_module(WRITER), "LAUNCH_BLOCKS_MAX", 2)
     monkeypatch.setattr(importlib.import_module(WRITER), "LAUNCHES_MAX", 1)
     stores = [Store(block, block, block % 3, key(block)) for block in range(7)]
-    tier.writer.begin(Stores(tuple(stores), idle=True))
+    tier.writer.begin(Stores(tuple(stores), at_once=True))
     tier.gpu.all()  # without another step
     assert sorted(tier.writer.take_copied()) == list(range(7))
     for store in stores:
