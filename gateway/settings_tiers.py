@@ -58,6 +58,12 @@ class Tiers(BaseSettings):
     tier_secret_file: AbsolutePath | None = Field(
         None, description="file with a secret: with it, what disk and vault keep is encrypted; nodes of a vault need the same"
     )
+    tier_tenant_share_max: float = Field(
+        _ENGINE["tier_tenant_share_max"],
+        gt=0,
+        le=1,
+        description="share of host memory, and of the disk, that a tenant's blocks have at most while others want room",
+    )
     tier_staging_bytes: ByteSize = Field(
         _ENGINE["tier_staging_bytes"],
         ge=1 << 20,

@@ -11,7 +11,7 @@ from engine.connector.sequence import NULL_BLOCK, Sequence
 from engine.connector.vllm_groups import ModelGroups
 from transport.int32 import int32_array
 from transport.keys import Keys, group_keys
-from transport.table.quality import CODED, LATER
+from transport.table.quality import CODED, LATER, LOSSY
 from transport.table.writer import TableWriter
 
 Leaving = Callable[[Blocks[int], bool], None]
@@ -65,8 +65,8 @@ class Offers:
 
     def _quality(self, sequence: Sequence, blocks: Blocks[int], first: int) -> int | npt.NDArray[np.uint64]:
         """Return the bits with which blocks of a sequence are offered, all but its `first` as later ones."""
-        if not (sequence.quality or self._coded):
-            return 0
+        if not (sequence.quality & LOSSY or self._coded):
+            return sequence.quality
         bits = [(CODED if block in self._coded else 0) | (LATER if block != first else 0) for block in blocks]
         return np.array(bits, np.uint64) | np.uint64(sequence.quality)
 

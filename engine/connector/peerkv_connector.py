@@ -2,8 +2,9 @@
 
 `kv_connector_extra_config`: `table_dir`, the directory of the node's block tables; `replica`, this engine's name in it; `hash`,
 xxh3_128 or sha256; `namespace`, a word: engines with different ones exchange nothing; `pin_share_max`, the share of its blocks
-that pins may hold; `lossy`: with int8, host memory codes blocks of callers who accept loss. All have defaults, so plain vLLM
-servers started with this connector find each other without a gateway.
+that pins may hold; `tenant_share_max`, the share of host memory that a tenant has while others want room; `lossy`: with int8,
+host memory codes blocks of callers who accept loss. All have defaults, so plain vLLM servers started with this connector find
+each other without a gateway.
 
 No exception leaves a method of this class: vLLM would end the engine. A fault is logged and counted; from then on the connector
 imports and offers nothing.
@@ -51,6 +52,7 @@ _Result = TypeVar("_Result")
 _PR_SET_PDEATHSIG = 1
 _ANSWERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION")
 PIN_SHARE_MAX = 0.25
+TENANT_SHARE_MAX = 0.5
 
 
 class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -66,11 +68,14 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._hash_name = str(extra.get("hash") or "xxh3_128")
         self._namespace = str(extra.get("namespace") or "")
         self._pin_share_max = float(extra.get("pin_share_max", PIN_SHARE_MAX))
+        self._tenant_share_max = float(extra.get("tenant_share_max", TENANT_SHARE_MAX))
         self._lossy = str(extra.get("lossy") or "")
         if self._hash_name not in HASH_NAMES:
             raise ValueError(f"kv_connector_extra_config: hash is {self._hash_name!r}, not one of {', '.join(HASH_NAMES)}")
         if not 0 <= self._pin_share_max < 1:
             raise ValueError(f"kv_connector_extra_config: pin_share_max is {self._pin_share_max}, not from 0 to below 1")
+        if not 0 < self._tenant_share_max <= 1:
+            raise ValueError(f"kv_connector_extra_config: tenant_share_max is {self._tenant_share_max}, not above 0 to 1")
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._fields: dict[str, str] = {}
@@ -160,6 +165,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             ranks=len(handshakes),
             pin_share_max=self._pin_share_max,
             tier=self._open_tier(handshakes, status, fields, groups),
+            tenant_share_max=self._tenant_share_max,
         )
         if self._bound is not None:
             self._scheduler.bind_pool(self._bound)

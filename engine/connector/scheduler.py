@@ -30,7 +30,7 @@ from transport.keys import KeyChain
 from transport.table.deliveries import DeliveryReason
 from transport.table.directory import TableDirectory
 from transport.table.kept_table import KeptTable
-from transport.table.quality import LOSSY, is_lossy_salt
+from transport.table.quality import LOSSY, is_lossy_salt, marked, tenant_mark
 from transport.table.writer import TableWriter
 
 GroupBlocks = Blocks[Blocks[int]]
@@ -56,7 +56,8 @@ class SchedulerHalf:
     """Keeps `table` true and plans imports from `peers`.
 
     `groups` are the model's, `ranks` the number of workers that must report an import before it is done, `pin_share_max` the
-    share of all blocks that pins may hold, `tier` the table of this replica's host memory, if it has any.
+    share of all blocks that pins may hold, `tier` the table of this replica's host memory, if it has any, of which each tenant
+    has the share `tenant_share_max` at most while others want room.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class SchedulerHalf:
         ranks: int = 1,
         pin_share_max: float = 0.0,
         tier: KeptTable | None = None,
+        tenant_share_max: float = 1.0,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.table = table
@@ -86,7 +88,9 @@ class SchedulerHalf:
             refused=lambda: table.count("peers_incompatible"),
             own_tier=tier.path.stem if tier is not None else "",
         )
-        self._stored = Stored(table, tier, self._sources, ranks=ranks) if tier is not None else None
+        self._stored = (
+            Stored(table, tier, self._sources, ranks=ranks, tenant_share_max=tenant_share_max) if tier is not None else None
+        )
         self._roots = RootKeys(fingerprint, hash_name)
         self._groups = groups
         self._hash_name = hash_name
@@ -362,7 +366,7 @@ class SchedulerHalf:
             return None
         chain = KeyChain(root, self._groups.unit, self._hash_name)
         extras = extra_content(request, self._groups.unit)
-        quality = LOSSY if is_lossy_salt(request.cache_salt) else 0
+        quality = (LOSSY if is_lossy_salt(request.cache_salt) else 0) | marked(tenant_mark(request.cache_salt))
         sequence = self._sequences[request.request_id] = Sequence(request, account, chain, extras, account.hint.pin, quality)
         return sequence
 

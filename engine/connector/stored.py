@@ -19,9 +19,11 @@ from transport.table.writer import TableWriter
 class Stored:
     """The tier of the engine that owns `table`, whose workers are `ranks`; its blocks are offered in `tier`."""
 
-    def __init__(self, table: TableWriter, tier: KeptTable, sources: Peers, *, ranks: int) -> None:
+    def __init__(
+        self, table: TableWriter, tier: KeptTable, sources: Peers, *, ranks: int, tenant_share_max: float = 1.0
+    ) -> None:
         self._table = table
-        self._memory = HostMemory(tier, ranks=ranks, elsewhere=sources.stored_elsewhere)
+        self._memory = HostMemory(tier, ranks=ranks, elsewhere=sources.stored_elsewhere, tenant_share_max=tenant_share_max)
         self._ahead = Ahead(tier.layout.blocks)
         self._wanted: dict[int, None] = {}
         self.offers: Offers | None = None

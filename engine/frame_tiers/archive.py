@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.frame_tiers.disk.segment import SUFFIX, create, scan
+from engine.frame_tiers.disk.segment import SUFFIX, Found, create, scan
 from engine.frame_tiers.store import FrameId, FrameStore, StoreRefused
 from engine.frame_tiers.vault.vault_store import VaultStore
 from transport.frames.errors import FrameError
@@ -48,8 +48,8 @@ class Moved:
 def on_disk(directory: Path) -> Iterator[Kept]:
     """Yield every frame on a disk. Raises StoreRefused if the directory cannot be read."""
     for segment, frames in _segments(directory):
-        for each, _, size in frames:
-            yield Kept(each, size, segment)
+        for each in frames:
+            yield Kept(each.id, each.size, segment)
 
 
 def in_vault(store: VaultStore) -> Iterator[Kept]:
@@ -66,10 +66,10 @@ def frames_on_disk(directory: Path, wanted: Callable[[FrameId], bool]) -> Iterat
             if found is None:
                 continue
             with path.open("rb") as file:
-                for each, offset, size in found[1]:
-                    if wanted(each):
-                        file.seek(offset)
-                        yield file.read(size)
+                for each in found[1]:
+                    if wanted(each.id):
+                        file.seek(each.offset)
+                        yield file.read(each.size)
         except FileNotFoundError:  # it gave way meanwhile
             continue
         except OSError as error:
@@ -114,19 +114,19 @@ def read_file(path: Path, store: FrameStore) -> Moved:
     batch: list[tuple[FrameId, bytes]] = []
     size = 0
     with path.open("rb") as file:
-        for each, offset, length in found[1]:
-            file.seek(offset)
-            frame = file.read(length)
+        for each in found[1]:
+            file.seek(each.offset)
+            frame = file.read(each.size)
             if not _whole(frame):
                 moved.damaged += 1
                 continue
-            batch.append((each, frame))
-            size += length
+            batch.append((each.id, frame))
+            size += each.size
             if size >= TOGETHER_BYTES:
                 store.put(batch)
                 batch, size = [], 0
             moved.frames += 1
-            moved.bytes += length
+            moved.bytes += each.size
     store.put(batch)
     return moved
 
@@ -141,7 +141,7 @@ def remove(store: FrameStore, kept: Iterable[Kept], wanted: Callable[[FrameId], 
     return moved
 
 
-def _segments(directory: Path) -> Iterator[tuple[int, list[tuple[FrameId, int, int]]]]:
+def _segments(directory: Path) -> Iterator[tuple[int, list[Found]]]:
     for path in _paths(directory):
         try:
             found = scan(path)

@@ -24,6 +24,8 @@ class TierConfig(msgspec.Struct, frozen=True):
     disk: str = ""
     disk_bytes: int = 0
     disk_ttl_seconds: float = 0.0
+    tenant_share_max: float = 1.0
+    pin_share_max: float = 0.0
     vault: str = ""
     vault_password_file: str = ""
     vault_ca_file: str = ""
@@ -49,7 +51,13 @@ def decode_config(value: str) -> TierConfig:
 def open_store(config: TierConfig, name: StoreName) -> FrameStore:
     """Open one of the stores that are wanted. Raises StoreRefused."""
     if name == "disk":
-        return DiskStore(Path(config.disk), config.disk_bytes, ttl_seconds=config.disk_ttl_seconds)
+        return DiskStore(
+            Path(config.disk),
+            config.disk_bytes,
+            ttl_seconds=config.disk_ttl_seconds,
+            tenant_share_max=config.tenant_share_max,
+            pin_share_max=config.pin_share_max,
+        )
     try:
         address = with_secrets(
             parse(config.vault),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ from transport.frames.frame import write, write_payload
 from transport.frames.shape import Bytes
 from transport.table.directory import TableDirectory
 from transport.table.layout import CHECKSUM_BYTES, Memory
-from transport.table.quality import CODED, IN_CODE, LATER, LOSSY, QUALITY
+from transport.table.quality import CARRIED, CODED, IN_CODE, LATER, LOSSY, mark_of
 from transport.table.reader import TableReader
 from transport.table.tiers import tier_kind
 
@@ -175,22 +176,24 @@ class Demotion:
         for rank, found in enumerate(contents):
             assert found is not None
             group, content = found
-            frame = self._encode(model, content, model.ranks[rank], key, group, quality=state & QUALITY)
+            frame = self._encode(model, content, model.ranks[rank], key, group, quality=state & CARRIED)
             for writer in wanting:
                 wait_seconds = WAIT_SECONDS_MAX if writer is writers[0] else 0.0
                 writer.offer(ids[rank], frame, wait_seconds, lambda: generation == self._generation)
 
     def _encode(self, model: ModelFrames, content: Bytes, fingerprint: bytes, key: bytes, group: int, *, quality: int) -> bytes:
         secret, shape = model.secrecy.key, model.coded_shapes[group]
+        about: dict[str, Any] = {"fingerprint": fingerprint, "key": key, "group": group}
+        about |= {"secret": secret, "tenant": mark_of(quality)}
         if quality & IN_CODE and shape is not None:
-            return write_payload(named("int8"), content, shape, fingerprint=fingerprint, key=key, group=group, secret=secret)
+            return write_payload(named("int8"), content, shape, **about)
         if quality & (LOSSY | CODED) == LOSSY and self._lossy is not None and shape is not None:
             with contextlib.suppress(NotCoded):
                 block = Block(shape, content, position=shape.tokens if quality & LATER else 0)
-                return write(self._lossy, block, fingerprint=fingerprint, key=key, group=group, secret=secret)
+                return write(self._lossy, block, **about)
         block = Block(model.shapes[group], content)
         coded = bool(quality & CODED)  # wherever it comes up, it is not coded again
-        return write(self._codec, block, fingerprint=fingerprint, key=key, group=group, secret=secret, lossy=coded)
+        return write(self._codec, block, lossy=coded, **about)
 
 
 def _content(watched: _Watched, rank: int, slot: int, key: bytes) -> tuple[int, Bytes] | None:

@@ -13,6 +13,7 @@ FrameId = bytes
 """What a frame is found by: its fingerprint and its key, 32 bytes, as its header has them."""
 ID_BYTES = 32
 _ID = slice(8, 8 + ID_BYTES)
+_TENANT = slice(42, 44)
 
 Take = Callable[[int, memoryview], bool]
 """Is given the place of an id among those asked for, and its frame, which is gone when it returns; False if that is no good.
@@ -42,6 +43,9 @@ class StoreStats:
     found_frames: Annotated[int, Field(description="frames read and good")] = 0
     found_bytes: Annotated[int, Field(description="bytes read and good")] = 0
     missed_frames: Annotated[int, Field(description="frames asked for and not there")] = 0
+    moved_frames: Annotated[
+        int, Field(description="frames written anew, as they are pinned or another tenant has more than its share")
+    ] = 0
     damaged_frames: Annotated[int, Field(description="frames that were not what they should be; they are forgotten")] = 0
     errors: Annotated[int, Field(description="failed operations")] = 0
     read_seconds: Annotated[float, Field(description="time of the reads that found something")] = 0.0
@@ -91,3 +95,8 @@ def frame_id(frame: bytes | memoryview) -> FrameId:
     """Return the id of a frame, or of its first HEADER_BYTES bytes, which are not checked here."""
     assert len(frame) >= HEADER_BYTES
     return bytes(frame[_ID])
+
+
+def frame_tenant(frame: bytes | memoryview) -> int:
+    """Return the mark of the tenant that a frame is of, given at least its first HEADER_BYTES bytes, which are not checked."""
+    return int.from_bytes(frame[_TENANT], "little")

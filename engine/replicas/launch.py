@@ -67,6 +67,7 @@ class EngineSettings(RestartPolicy):
     tier_codec: str = "raw-z"
     lossy: str = ""  # a codec with loss for callers who accept that, in host memory int8 alone; empty: none
     tier_secret_file: Path | None = None  # with it, what disk and vault keep is encrypted
+    tier_tenant_share_max: float = 0.5  # of host memory and of the disk, while others want room
     tier_staging_bytes: int = 256 << 20  # for what comes up from the disk, and as much for the vault
     connector: bool = True  # False: plain vLLM without our connector
     preload: bool = False  # import vllm once, fork the replicas (CPU)
@@ -203,6 +204,7 @@ def _plan_launch(settings: EngineSettings, index: int, devices: tuple[str, ...],
 def _transfer_config(settings: EngineSettings, name: str) -> dict[str, object]:
     extra: dict[str, object] = {"table_dir": str(settings.table_dir), "replica": name, "hash": settings.hash_name}
     extra["pin_share_max"] = settings.pin_share_max
+    extra["tenant_share_max"] = settings.tier_tenant_share_max
     if settings.lossy:
         extra["lossy"] = settings.lossy
     if settings.namespace:

@@ -63,6 +63,8 @@ def tier_config(settings: EngineSettings) -> TierConfig:
         disk=str(settings.disk or ""),
         disk_bytes=int(settings.disk_bytes),
         disk_ttl_seconds=settings.disk_ttl_seconds,
+        tenant_share_max=settings.tier_tenant_share_max,
+        pin_share_max=settings.pin_share_max,
         vault=settings.vault,
         vault_password_file=str(settings.vault_password_file or ""),
         vault_ca_file=str(settings.vault_ca_file or ""),

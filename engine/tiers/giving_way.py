@@ -3,9 +3,46 @@
 from collections import OrderedDict
 from collections.abc import Mapping
 
+ANYBODY = -1
+"""In place of a tenant's mark."""
+
+
+class _Queues:
+    """Slots by their value; of equal values in the order in which they came."""
+
+    __slots__ = ("_least", "_slots")
+
+    def __init__(self) -> None:
+        self._slots: dict[int, OrderedDict[int, None]] = {}
+        self._least = 0  # no value here is below it
+
+    def add(self, slot: int, value: int) -> None:
+        queue = self._slots.get(value)
+        if queue is None:
+            queue = self._slots[value] = OrderedDict()
+            self._least = min(self._least, value)
+        queue[slot] = None
+
+    def remove(self, slot: int, value: int) -> None:
+        queue = self._slots[value]
+        del queue[slot]
+        if not queue:
+            del self._slots[value]
+
+    def first(self) -> int | None:
+        """Return the slot of the least value that came first; None if there is none."""
+        if not self._slots:
+            return None
+        if self._least not in self._slots:
+            self._least = min(self._slots)
+        return next(iter(self._slots[self._least]))
+
+    def clear(self) -> None:
+        self._slots.clear()
+
 
 class GivingWay:
-    """Blocks under their keys, each in a slot. Not thread safe.
+    """Blocks under their keys, each in a slot, and each of a tenant, who is known by a mark. Not thread safe.
 
     The block of the least value gives way: how often it was asked for, added to the value of the last one that gave way
     (GreedyDual; Cao and Irani, USENIX 1997). Of equal ones it is the one that was stored or used longest ago, so blocks that
@@ -13,16 +50,17 @@ class GivingWay:
     queue of their own, and a step takes O(1), a `pop` at most as many as there are different values.
     """
 
-    def __init__(self, stored: Mapping[bytes, int]) -> None:
-        """Take over slots by their keys; each was asked for once, in that order."""
-        self._slots = dict(stored)
-        self._keys = {slot: key for key, slot in self._slots.items()}
-        self._values = dict.fromkeys(self._keys, 1)
-        self._queues: dict[int, OrderedDict[int, None]] = {}
-        if stored:
-            self._queues[1] = OrderedDict.fromkeys(self._keys)
-        self._level = 0  # no value in a queue is below it
+    def __init__(self, stored: Mapping[bytes, int], marks: Mapping[int, int] | None = None) -> None:
+        """Take over slots by their keys, with their tenants' `marks`, by slot; each was asked for once, in that order."""
+        self._slots: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
+        self._values: dict[int, int] = {}
+        self._marks: dict[int, int] = {}
+        self._queues: dict[int, _Queues] = {ANYBODY: _Queues()}  # of each tenant, and of all
+        self._level = 0  # what is used or stored has a value above it
         self._readers: dict[int, int] = {}  # slots that are held: in no queue
+        for key, slot in stored.items():
+            self.put(key, slot, 1, (marks or {}).get(slot, 0))
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -34,9 +72,13 @@ class GivingWay:
         """Return what is stored in a slot; None if nothing is."""
         return self._keys.get(slot)
 
-    def put(self, key: bytes, slot: int, asked: int) -> None:
+    def slot(self, key: bytes) -> int | None:
+        """Return where a block is stored; None if it is not here."""
+        return self._slots.get(key)
+
+    def put(self, key: bytes, slot: int, asked: int, mark: int = 0) -> None:
         """Store a block that is not here, in a slot that is not taken; it was asked for so often."""
-        self._slots[key], self._keys[slot] = slot, key
+        self._slots[key], self._keys[slot], self._marks[slot] = slot, key, mark
         self._enqueue(slot, self._level + asked)
 
     def used(self, key: bytes, asked: int) -> None:
@@ -50,57 +92,61 @@ class GivingWay:
             self._enqueue(slot, value)
 
     def hold(self, slot: int) -> None:
-        """A taken slot is being read: it does not give way before `release` was called as often as this."""
+        """A taken slot does not give way before `release` was called as often as this: it is being read, or pinned."""
         if slot not in self._readers:
             self._dequeue(slot)
         self._readers[slot] = self._readers.get(slot, 0) + 1
 
     def release(self, slot: int) -> None:
-        """A read of a slot ended. Of one that is not held nothing happens."""
+        """A read of a slot, or its pin, ended. Of one that is not held nothing happens."""
         readers = self._readers.pop(slot, 0)
         if readers > 1:
             self._readers[slot] = readers - 1
         elif readers:
             self._enqueue(slot, max(self._values[slot], self._level))
 
-    def pop(self) -> int | None:
-        """Return the slot of the block that gives way, which is here no more; None if there is none, or all are held."""
-        if not self._queues:
-            return None
-        if self._level not in self._queues:
-            self._level = min(self._queues)
-        slot = next(iter(self._queues[self._level]))
-        self._forget(slot)
+    def pop(self, mark: int = ANYBODY) -> int | None:
+        """Return the slot of the block that gives way, of the tenant with this mark alone or of anybody; it is here no more.
+
+        None if there is none, or all are held.
+        """
+        queues = self._queues.get(mark)
+        slot = queues.first() if queues is not None else None
+        if slot is not None:
+            self._level = max(self._level, self._values[slot])
+            self._forget(slot)
         return slot
 
-    def drop(self, slot: int) -> bool:
-        """Have the block in a slot give way before its time; False if there is none, or it is held."""
-        if slot not in self._keys or slot in self._readers:
+    def drop(self, slot: int, mark: int = ANYBODY) -> bool:
+        """Have the block in a slot give way before its time; False if there is none, none of the tenant with this mark, or it
+        is held."""
+        if slot not in self._keys or slot in self._readers or mark not in (ANYBODY, self._marks[slot]):
             return False
         self._forget(slot)
         return True
 
-    def _forget(self, slot: int) -> None:
-        self._dequeue(slot)
-        del self._values[slot], self._slots[self._keys.pop(slot)]
-
     def clear(self) -> list[int]:
         """Give up all blocks, held ones too; return their slots."""
         slots = list(self._keys)
-        for each in (self._slots, self._keys, self._values, self._queues, self._readers):
+        for each in (self._slots, self._keys, self._values, self._marks, self._readers):
             each.clear()
+        self._queues = {ANYBODY: _Queues()}
         return slots
+
+    def _forget(self, slot: int) -> None:
+        self._dequeue(slot)
+        del self._values[slot], self._marks[slot], self._slots[self._keys.pop(slot)]
 
     def _enqueue(self, slot: int, value: int) -> None:
         self._values[slot] = value
-        queue = self._queues.get(value)
-        if queue is None:
-            queue = self._queues[value] = OrderedDict()
-        queue[slot] = None
+        self._queues[ANYBODY].add(slot, value)
+        mark = self._marks[slot]
+        own = self._queues.get(mark)
+        if own is None:
+            own = self._queues[mark] = _Queues()
+        own.add(slot, value)
 
     def _dequeue(self, slot: int) -> None:
         value = self._values[slot]
-        queue = self._queues[value]
-        del queue[slot]
-        if not queue:
-            del self._queues[value]
+        self._queues[ANYBODY].remove(slot, value)
+        self._queues[self._marks[slot]].remove(slot, value)

@@ -10,39 +10,55 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.tiers.ask_counts import AskCounts
-from engine.tiers.giving_way import GivingWay
+from engine.tiers.giving_way import ANYBODY, GivingWay
 from engine.tiers.slot_room import SlotRoom
 from engine.tiers.stores import NO_STORES, Store, Stores
+from engine.tiers.tenant_shares import TenantShares
 from transport.keys import Keys
 from transport.table.kept_table import KeptTable
-from transport.table.quality import CODED, IN_CODE, LOSSY
+from transport.table.quality import CODED, IN_CODE, LOSSY, mark_of
 
 UNDER_WAY_MAX = 8192
 """Blocks being stored at once: those of two steps that compute 32k tokens each, as the workers tell of a step's when the next
 is begun already, beside as many that an idle engine stores ahead. What is given up beyond that is lost, and counted."""
+PAIR_TRIES = 16
+"""A block that is not coded needs two slots side by side: after so many coded ones gave way without that, it is lost."""
 
 
 class HostMemory:
     """Keeps `table` true. `ranks` are the workers that must have copied a block; `elsewhere` tells which of some keys (n, 2)
     another tier of this node holds.
 
-    The least popular block gives way (`GivingWay`), by how often requests asked for it, whether it was here or not. What the
-    table offers already, from before a restart, is kept, as if all of it had been asked for once.
+    The least popular block gives way (`GivingWay`), by how often requests asked for it, whether it was here or not; where a
+    tenant has more than the share `tenant_share_max`, the least popular one of its own. What the table offers already, from
+    before a restart, is kept, as if all of it had been asked for once.
     """
 
-    def __init__(self, table: KeptTable, *, ranks: int, elsewhere: Callable[[Keys], npt.NDArray[np.bool_]]) -> None:
+    def __init__(
+        self,
+        table: KeptTable,
+        *,
+        ranks: int,
+        elsewhere: Callable[[Keys], npt.NDArray[np.bool_]],
+        tenant_share_max: float = 1.0,
+    ) -> None:
         self._table = table
         self._ranks = ranks
         self._elsewhere = elsewhere
         slots, keys = table.all_offered()
         found = dict(zip(map(bytes, keys), slots, strict=True))
-        self._stored = GivingWay(found)
         self._asks = AskCounts(table.layout.blocks)
         kept = sorted(found.values())
         table.invalidate(list(set(slots).difference(kept)))  # a second slot under the same key
-        whole = 2 if table.codes else 1
-        sizes = (1 if quality & IN_CODE else whole for quality in table.quality(kept))
-        self._room = SlotRoom(table.layout.blocks, dict(zip(kept, sizes, strict=True)), pairs=table.codes)
+        whole, quality = 2 if table.codes else 1, table.quality(kept)
+        sizes = dict(zip(kept, (1 if each & IN_CODE else whole for each in quality), strict=True))
+        self._marks = dict(zip(kept, map(mark_of, quality), strict=True))
+        """Whose block is or goes into each slot that is taken."""
+        self._stored = GivingWay(found, self._marks)
+        self._room = SlotRoom(table.layout.blocks, sizes, pairs=table.codes)
+        self._shares = TenantShares(table.layout.blocks, tenant_share_max)
+        for slot, size in sizes.items():
+            self._shares.took(self._marks[slot], size)
         self._under_way: dict[int, tuple[Store, int]] = {}
         self._coming: dict[bytes, int] = {}
         """Keys of what is being stored, and how often each was asked for."""
@@ -123,7 +139,7 @@ class HostMemory:
                 del self._read[store.block]
             if slot in self._void:
                 self._void.discard(slot)
-                self._room.give(slot)
+                self._free(slot)
                 continue
             filled.append(store)
         if filled:
@@ -134,7 +150,7 @@ class HostMemory:
         keys = np.frombuffer(b"".join(store.key for store in filled), np.uint64).reshape(-1, 2)
         self._table.publish([store.slot for store in filled], keys, np.array([store.quality for store in filled], np.uint64))
         for store in filled:
-            self._stored.put(store.key, store.slot, self._coming.pop(store.key))
+            self._stored.put(store.key, store.slot, self._coming.pop(store.key), mark_of(store.quality))
 
     def restored(self, slots: Iterable[int]) -> None:
         """These slots are being read for a request: they do not give way before `read` is told of them."""
@@ -155,7 +171,7 @@ class HostMemory:
         """Give up everything that is stored or being stored."""
         self._table.count("evictions", self._table.clear())
         for slot in self._stored.clear():
-            self._room.give(slot)
+            self._free(slot)
         self._void.update(self._under_way)
         self._coming.clear()
 
@@ -170,7 +186,7 @@ class HostMemory:
             return
         if self._table.codes and quality & (LOSSY | CODED) == LOSSY:
             quality |= CODED | IN_CODE
-        slot = self._free_slot(1 if quality & IN_CODE else self._room.whole)
+        slot = self._free_slot(1 if quality & IN_CODE else self._room.whole, mark_of(quality))
         if slot is None:
             self._table.count("tier_dropped_blocks")
             return
@@ -180,21 +196,36 @@ class HostMemory:
         self._read[block] = slot
         self._begun.append(store)
 
-    def _free_slot(self, size: int) -> int | None:
+    def _free_slot(self, size: int, mark: int) -> int | None:
         """Return the first of `size` slots that may be written once what gave way is withdrawn; None if too much is under way
-        or being read."""
+        or held. A tenant that has its share gets no other's slots."""
         if len(self._under_way) >= UNDER_WAY_MAX:
             return None
+        tries = PAIR_TRIES
         while (slot := self._room.take(size)) is None:
-            going = self._stored.pop()
+            yields = self._shares.yields(mark, size)
+            whose = (
+                yields if yields is not None else mark if self._room.singles >= size else ANYBODY
+            )  # there is room: scattered
+            going = self._stored.pop(whose) if tries else None
+            if going is None and yields is None and tries:
+                going = self._stored.pop(whose := ANYBODY)
             if going is None:
                 return None
             self._give_way(going)
             beside = self._room.beside(going) if size == 2 else None
-            if beside is not None and self._stored.drop(beside):
-                self._give_way(beside)
+            if beside is not None:
+                tries -= 1
+                if self._stored.drop(beside, whose):
+                    self._give_way(beside)
+        self._marks[slot] = mark
+        self._shares.took(mark, size)
         return slot
 
     def _give_way(self, slot: int) -> None:
         self._gave_way.append(slot)
+        self._free(slot)
+
+    def _free(self, slot: int) -> None:
+        self._shares.took(self._marks.pop(slot), -self._room.size(slot))
         self._room.give(slot)

@@ -25,6 +25,11 @@ class SlotRoom:
         """Slots of a block that is not coded."""
         return 2 if self._paired else 1
 
+    @property
+    def singles(self) -> int:
+        """Free slots beside which there is a block."""
+        return len(self._singles)
+
     def take(self, size: int) -> int | None:
         """Return the first of `size` free slots, which are taken then; None if there are none that fit."""
         if size == 1 and self._singles:
@@ -37,6 +42,10 @@ class SlotRoom:
             return None
         self._taken[slot] = size
         return slot
+
+    def size(self, slot: int) -> int:
+        """Return how many slots the block in `slot` has."""
+        return self._taken[slot]
 
     def give(self, slot: int) -> None:
         """The block in `slot` is there no more."""

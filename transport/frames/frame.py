@@ -10,7 +10,7 @@
 | 8 | 16 | fingerprint: everything that changes KV bytes, rank included |
 | 24 | 16 | key of the block, its group's mask laid over it |
 | 40 | 2 | KV cache group |
-| 42 | 2 | 0 |
+| 42 | 2 | mark of the tenant that it is of, 0: not known |
 | 44 | 4 | tokens of the sequence that are known to come before the block |
 | 48 | 4 | s, bytes of the shape, at most 65,536 |
 | 52 | 8 | p, bytes of the payload |
@@ -33,6 +33,7 @@ from transport.frames.codec import Block, Codec, Quality
 from transport.frames.codecs import numbered
 from transport.frames.errors import ForeignFrame, FrameDamaged, FrameLocked, FrameNotRead
 from transport.frames.shape import BLOCK_BYTES_MAX, Bytes, Shape, unpacked
+from transport.table.quality import TENANT_MARK_MAX
 
 MAGIC = b"PKVF"
 VERSION = 1
@@ -54,6 +55,8 @@ class Header:
     group: int
     position: int
     shape: Shape
+    tenant: int
+    """The mark of the tenant that the block is of (transport/table/quality.py): it says whose room the frame takes, no more."""
     quality: Quality
     """The class of the block that comes out: LOSSY also if it had lost something before it came to an exact codec."""
 
@@ -67,6 +70,7 @@ def write(
     group: int = 0,
     secret: bytes | None = None,
     lossy: bool = False,
+    tenant: int = 0,
 ) -> bytes:
     """Return a block as a frame, encrypted if there is a `secret`; fingerprint and key are 16 bytes each.
 
@@ -75,15 +79,23 @@ def write(
     Raises NotCoded if the codec does not take such a block, ImportError for a secret without the package `cryptography`.
     """
     payload = codec.encode(block)
-    about = (fingerprint, key, group, 0, block.position)
+    about = (fingerprint, key, group, tenant, block.position)
     return _written(codec, payload, block.shape, about, secret, lossy=lossy)
 
 
 def write_payload(
-    codec: Codec, payload: Bytes, shape: Shape, *, fingerprint: bytes, key: bytes, group: int = 0, secret: bytes | None = None
+    codec: Codec,
+    payload: Bytes,
+    shape: Shape,
+    *,
+    fingerprint: bytes,
+    key: bytes,
+    group: int = 0,
+    secret: bytes | None = None,
+    tenant: int = 0,
 ) -> bytes:
     """Return as a frame what a codec made of a block before. Raises ImportError as `write` does."""
-    return _written(codec, payload.data, shape, (fingerprint, key, group, 0, 0), secret)
+    return _written(codec, payload.data, shape, (fingerprint, key, group, tenant, 0), secret)
 
 
 def _written(
@@ -168,7 +180,7 @@ def _fixed(data: memoryview) -> tuple[bytes, int, int, int, int, bytes, bytes, i
 
 def _read(data: memoryview) -> tuple[Header, memoryview, memoryview]:
     """Return the header, its bytes and the payload of a whole frame."""
-    _, _, number, flags, zero, fingerprint, key, group, also_zero, position, shape_bytes, payload_bytes = _fixed(data)
+    _, _, number, flags, zero, fingerprint, key, group, tenant, position, shape_bytes, payload_bytes = _fixed(data)
     begin, end = HEADER_BYTES + shape_bytes, HEADER_BYTES + shape_bytes + payload_bytes
     if len(data) != end + CHECKSUM_BYTES:
         raise FrameDamaged(f"{len(data)} bytes in place of {end + CHECKSUM_BYTES}")
@@ -176,9 +188,9 @@ def _read(data: memoryview) -> tuple[Header, memoryview, memoryview]:
         raise FrameDamaged("a frame that does not match its checksum")
     codec = numbered(number)
     lossy = bool(flags & _LOSSY)
-    if zero or also_zero or flags & ~(_ENCRYPTED | _LOSSY) or lossy < (codec.quality is Quality.LOSSY):
+    if zero or tenant > TENANT_MARK_MAX or flags & ~(_ENCRYPTED | _LOSSY) or lossy < (codec.quality is Quality.LOSSY):
         raise FrameDamaged(f"a frame of codec {codec.name} with flags {flags}")
     shape = unpacked(bytes(data[HEADER_BYTES:begin]))
     quality = Quality.LOSSY if lossy else Quality.EXACT
-    header = Header(codec, bool(flags & _ENCRYPTED), fingerprint, key, group, position, shape, quality)
+    header = Header(codec, bool(flags & _ENCRYPTED), fingerprint, key, group, position, shape, tenant, quality)
     return header, data[:begin], data[begin:end]

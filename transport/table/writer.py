@@ -38,12 +38,12 @@ from transport.table.layout import (
     areas,
     bucket_count,
 )
-from transport.table.quality import QUALITY, with_quality
+from transport.table.quality import CARRIED, with_quality
 from transport.table.waiting_area import WaitingArea
 
 _COUNTER_INDEX = {name: index for index, name in enumerate(COUNTERS)}
 _ONE = np.uint64(1)
-_QUALITY = np.uint64(QUALITY)
+_CARRIED = np.uint64(CARRIED)
 Blocks = Sequence[int] | npt.NDArray[np.integer[Any]]
 """Block ids; as an array they are taken as they are."""
 
@@ -118,7 +118,7 @@ class TableWriter:
 
     def quality(self, blocks: Sequence[int]) -> list[int]:
         """Return the bits of `quality.py` that each of `blocks`, which are on offer, was published with."""
-        found: list[int] = (self._states[np.asarray(blocks, np.int64)] & _QUALITY).tolist()
+        found: list[int] = (self._states[np.asarray(blocks, np.int64)] & _CARRIED).tolist()
         return found
 
     def publish(self, blocks: Blocks, keys: Keys, quality: int | npt.NDArray[np.uint64] = 0) -> None:

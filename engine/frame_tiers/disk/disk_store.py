@@ -6,7 +6,6 @@ One process at a time writes a directory: the kernel drops its lock when it ends
 """
 
 import errno
-import fcntl
 import logging
 import os
 import threading
@@ -17,9 +16,11 @@ from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
+from engine.frame_tiers.disk.directory import claim, write_all
+from engine.frame_tiers.disk.keeping import Keeping
 from engine.frame_tiers.disk.reading import read_stretch, stretches
 from engine.frame_tiers.disk.segment import HEAD, REMOVED, SUFFIX, Place, Segment, create, scan
-from engine.frame_tiers.store import FrameId, StoreName, StoreRefused, StoreStats, Take
+from engine.frame_tiers.store import FrameId, StoreName, StoreStats, Take, frame_tenant
 
 _logger = logging.getLogger("peerkv.disk")
 
@@ -36,7 +37,6 @@ LOCK_SECONDS_MAX = 5.0
 WRITES_TOGETHER = 256
 TTL_PARTS = 8
 """A segment is closed when it is this part of the TTL old: so frames live for seven eighths of it at least."""
-LOCK_FILE = "lock"
 
 
 @dataclass(slots=True)
@@ -51,6 +51,8 @@ class _Open:
 class DiskStore:
     """Frames under `directory`, at most `bytes_max` of them, each for at most `ttl_seconds` (0: without end).
 
+    A tenant has the share `tenant_share_max` at most while others want room, and pins `pin_share_max` (keeping.py).
+
     Raises StoreRefused if the directory cannot be used, or another process writes it.
     """
 
@@ -62,6 +64,8 @@ class DiskStore:
         bytes_max: int,
         *,
         ttl_seconds: float = 0.0,
+        tenant_share_max: float = 1.0,
+        pin_share_max: float = 0.0,
         segment_bytes: int = 0,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -79,6 +83,8 @@ class DiskStore:
         self._lock = threading.Lock()  # of the index, the segments and the figures: nobody waits for the disk with it
         self._index: dict[FrameId, Place] = {}
         self._segments: list[Segment] = []
+        self._keeping = Keeping(tenant_share_max, pin_share_max)
+        self._moving: list[tuple[FrameId, bytes]] = []  # what stays of segments that gave way
         self._open: _Open | None = None
         self._turn = 0
         self._number = 0
@@ -88,7 +94,7 @@ class DiskStore:
         self._fits = (self._bytes_max, self._segment_bytes)
         self._fits_until = -inf
         self._stats = StoreStats("disk", bytes_max=bytes_max)
-        self._lock_fd = _claim(directory, lock_seconds)
+        self._lock_fd = claim(directory, lock_seconds)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="peerkv-disk")
         self._load()
 
@@ -161,30 +167,46 @@ class DiskStore:
 
     def put(self, frames: Sequence[tuple[FrameId, bytes]]) -> None:
         with self._writing:
-            fresh = {each: frame for each, frame in frames if each not in self._index}
-            if not self.ready():
-                self._stats.dropped_frames += len(fresh)
-                return
-            self._why = ""
-            segment_bytes = self._limits()[1]
-            batch: list[tuple[FrameId, bytes]] = []
-            size = 0
-            for each, frame in fresh.items():
-                if HEAD.size + len(frame) > segment_bytes:
+            self._put(frames)
+
+    def _put(self, frames: Sequence[tuple[FrameId, bytes]]) -> None:
+        fresh = {each: frame for each, frame in frames if each not in self._index}
+        if not self.ready():
+            self._stats.dropped_frames += len(fresh)
+            return
+        self._why = ""
+        segment_bytes = self._limits()[1]
+        batch: list[tuple[FrameId, bytes]] = []
+        size = 0
+        for each, frame in fresh.items():
+            if HEAD.size + len(frame) > segment_bytes:
+                self._stats.dropped_frames += 1
+                continue
+            if not self._fits_in(size + len(frame)):
+                self._write(batch)
+                batch, size = [], 0
+                if not self._begin_with(len(frame)):
                     self._stats.dropped_frames += 1
                     continue
-                if self._open is None or self._open.segment.size + size + len(frame) > segment_bytes:
-                    self._write(batch)
-                    batch, size = [], 0
-                    if not self._begin():
-                        self._stats.dropped_frames += 1
-                        continue
-                batch.append((each, frame))
-                size += len(frame)
-                if len(batch) == WRITES_TOGETHER:
-                    self._write(batch)
-                    batch, size = [], 0
-            self._write(batch)
+            batch.append((each, frame))
+            size += len(frame)
+            if len(batch) == WRITES_TOGETHER:
+                self._write(batch)
+                batch, size = [], 0
+        self._write(batch)
+
+    def _fits_in(self, size: int) -> bool:
+        """Whether the open segment takes so many bytes more."""
+        return self._open is not None and self._open.segment.size + size <= self._limits()[1]
+
+    def _begin_with(self, size: int) -> bool:
+        """Begin segments until one takes so many bytes beside what is written anew to it; False if that fails."""
+        for _ in range(len(self._segments) + 1):
+            if not self._begin():
+                return False
+            if self._fits_in(size):
+                return True
+        return False
 
     def _write(self, batch: list[tuple[FrameId, bytes]]) -> None:
         """Append frames to the open segment."""
@@ -195,7 +217,7 @@ class DiskStore:
             return
         own, sizes = self._open, [len(frame) for _, frame in batch]
         try:
-            _write_all(self._writev, own.fd, [frame for _, frame in batch])
+            write_all(self._writev, own.fd, [frame for _, frame in batch])
         except OSError as error:
             self._cut(own)
             self._not_written(error, max(sizes))
@@ -203,8 +225,9 @@ class DiskStore:
             return
         self._was_full = False
         with self._lock:
-            for (each, _), size in zip(batch, sizes, strict=True):
-                self._index[each] = Place(own.segment, own.segment.size, size)
+            for (each, frame), size in zip(batch, sizes, strict=True):
+                self._index[each] = place = Place(own.segment, own.segment.size, size, frame_tenant(frame))
+                self._keeping.added(place)
                 own.segment.ids.append(each)
                 own.segment.size += size
         own.unsynced += sum(sizes)
@@ -216,7 +239,9 @@ class DiskStore:
     def _begin(self) -> bool:
         """Close the open segment and begin another, for which there is room; False if that fails."""
         self._seal()
-        if not self.ready() or not self._make_room(self._limits()[1]):
+        moving: list[tuple[FrameId, bytes]] = []
+        self._moving = moving
+        if not self.ready() or not self._make_room(self._limits()[1], move=True):
             return False
         self._number += 1
         try:
@@ -229,21 +254,53 @@ class DiskStore:
             segment.used = self._turn
             self._segments.append(segment)
         self._open = _Open(segment, fd)
-        return True
+        for first in range(0, len(moving), WRITES_TOGETHER):
+            self._rewrite(self._write, moving[first : first + WRITES_TOGETHER])
+        return self._open is not None
 
-    def _make_room(self, size: int) -> bool:
-        """Remove segments until `size` more bytes are within the budget: those used longest ago first."""
+    def _rewrite(self, write: Callable[[list[tuple[FrameId, bytes]]], None], moving: list[tuple[FrameId, bytes]]) -> None:
+        """Write frames that were there before: that stores nothing new."""
+        before = self._stats.stored_frames, self._stats.stored_bytes
+        write(moving)
+        self._stats.moved_frames += self._stats.stored_frames - before[0]
+        self._stats.stored_frames, self._stats.stored_bytes = before
+
+    def _make_room(self, size: int, *, move: bool = False) -> bool:
+        """Remove segments until `size` more bytes are within the budget: those used longest ago first.
+
+        `move`: what stays of them (keeping.py) is read, to be written anew.
+        """
         bytes_max = self._limits()[0]
         while self._size() + size > bytes_max and self._segments:
             own = self._open.segment if self._open is not None else None
             others = [segment for segment in self._segments if segment is not own]
-            oldest = min(others or self._segments, key=lambda segment: segment.used)
-            if oldest is own:
+            going, staying = min(others or self._segments, key=lambda segment: segment.used), list[FrameId]()
+            if move and others:
+                going, staying = self._keeping.choose(sorted(others, key=lambda segment: segment.used), self._index, bytes_max)
+            if going is own:
                 self._seal()
-            if self._unlink(oldest):  # it still can be read
+            moved = self._read_whole(going, staying)
+            if self._unlink(going):  # it still can be read
                 return False
-            self._stats.evicted_frames += self._leave_out(oldest)
+            self._stats.evicted_frames += self._leave_out(going) - len(moved)
+            self._moving += moved
         return self._size() + size <= bytes_max
+
+    def _read_whole(self, segment: Segment, ids: Sequence[FrameId]) -> list[tuple[FrameId, bytes]]:
+        """Return frames of a segment that are to be written anew, as many as fit into one; none if it cannot be read."""
+        found: list[tuple[FrameId, bytes]] = []
+        left = self._limits()[1] - HEAD.size - sum(len(frame) for _, frame in self._moving)
+        places = [(each, place) for each in ids if (place := self._index.get(each)) is not None]
+        try:
+            with segment.path.open("rb") as file:
+                for each, place in places:
+                    if place.size <= left:
+                        left -= place.size
+                        file.seek(place.offset)
+                        found.append((each, file.read(place.size)))
+        except OSError as error:
+            _logger.warning("what should stay of a segment is lost: %s", error)
+        return found
 
     def _limits(self) -> tuple[int, int]:
         """Return the budget and the size of a segment, in bytes: of a disk that stays full, what fits."""
@@ -255,7 +312,7 @@ class DiskStore:
             self._segments.remove(segment)
             lost = {each for each in segment.ids if (place := self._index.get(each)) is not None and place.segment is segment}
             for each in lost:
-                del self._index[each]
+                self._keeping.removed(self._index.pop(each))
             return len(lost)
 
     def _unlink(self, segment: Segment) -> str:
@@ -274,6 +331,8 @@ class DiskStore:
         """Forget frames, also beyond a restart as far as the disk lets us."""
         with self._lock:
             places = [place for each in ids if (place := self._index.pop(each, None)) is not None]
+            for place in places:
+                self._keeping.removed(place)
         for place in places:
             try:
                 fd = os.open(place.segment.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -293,17 +352,28 @@ class DiskStore:
                 why = self._unlink(segment) or why
             return why
 
+    def hold(self, pins: Sequence[Sequence[FrameId]]) -> None:
+        self._keeping.hold(pins)
+
     def tend(self) -> None:
         with self._writing:
             if self._ttl_seconds:
-                now_ns, ttl_ns = int(self._clock() * 1e9), int(self._ttl_seconds * 1e9)
-                if self._open is not None and now_ns - self._open.segment.created_ns > ttl_ns // TTL_PARTS:
-                    self._seal()
-                for segment in [each for each in self._segments if now_ns - each.created_ns >= ttl_ns]:
-                    self._stats.expired_frames += self._leave_out(segment)
-                    self._unlink(segment)
+                self._expire(int(self._clock() * 1e9), int(self._ttl_seconds * 1e9))
             if self._open is not None and self._open.unsynced:
                 self._sync(self._open)
+
+    def _expire(self, now_ns: int, ttl_ns: int) -> None:
+        """Remove what is too old; what is pinned of it is written anew."""
+        if self._open is not None and now_ns - self._open.segment.created_ns > ttl_ns // TTL_PARTS:
+            self._seal()
+        pinned = self._keeping.pinned(self._index, self._limits()[0])
+        for segment in [each for each in self._segments if now_ns - each.created_ns >= ttl_ns]:
+            self._moving = []
+            moved = self._read_whole(segment, [each for each in dict.fromkeys(segment.ids) if each in pinned])
+            self._stats.expired_frames += self._leave_out(segment) - len(moved)
+            self._unlink(segment)
+            if moved:
+                self._rewrite(self._put, moved)
 
     def close(self) -> None:
         self._readers.shutdown()
@@ -386,8 +456,11 @@ class DiskStore:
             self._turn += 1
             segment.used = self._turn
             self._segments.append(segment)
-            for each, offset, size in frames:
-                self._index[each] = Place(segment, offset, size)
+            for each in frames:
+                if (older := self._index.get(each.id)) is not None:
+                    self._keeping.removed(older)
+                self._index[each.id] = place = Place(segment, each.offset, each.size, each.tenant)
+                self._keeping.added(place)
         self._make_room(0)
         self._stats.evicted_frames = 0
         _logger.info("%s holds %d frames in %d segments", self._directory, len(self._index), len(self._segments))
@@ -401,36 +474,3 @@ def _segment_bytes(bytes_max: int) -> int:
     if bytes_max < 4 * SEGMENT_BYTES_MIN:
         return max(1, bytes_max // 4)
     return min(SEGMENT_BYTES_MAX, max(SEGMENT_BYTES_MIN, bytes_max // SEGMENTS_AIMED))
-
-
-def _write_all(writev: Callable[[int, list[bytes]], int], fd: int, pieces: list[bytes]) -> None:
-    while pieces:
-        done = writev(fd, pieces)
-        if done <= 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        while pieces and done >= len(pieces[0]):
-            done -= len(pieces.pop(0))
-        if done:
-            pieces[0] = pieces[0][done:]
-
-
-def _claim(directory: Path, wait_seconds: float) -> int:
-    """Make the directory, mode 0700, and return a descriptor that locks it. Raises StoreRefused."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise StoreRefused(f"{directory} cannot be used: {error.strerror}") from error
-    deadline = time.monotonic() + wait_seconds
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(fd)
-                raise StoreRefused(f"{directory} is in use by another peerkv: give each a directory of its own") from None
-        except OSError as error:
-            os.close(fd)
-            raise StoreRefused(f"{directory} cannot be locked: {error.strerror}") from error
-        time.sleep(0.05)

@@ -9,8 +9,9 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from engine.frame_tiers.store import FrameId, frame_id
+from engine.frame_tiers.store import FrameId, frame_id, frame_tenant
 from transport.frames.errors import FrameError
 from transport.frames.frame import HEADER_BYTES, MAGIC, frame_bytes
 
@@ -33,11 +34,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a frame lies, in bytes."""
+    """Where a frame lies, in bytes, and the mark of the tenant that it is of."""
 
     segment: Segment
     offset: int
     size: int
+    tenant: int = 0
 
 
 def create(path: Path, created_ns: int) -> tuple[Segment, int]:
@@ -53,8 +55,17 @@ def create(path: Path, created_ns: int) -> tuple[Segment, int]:
     return Segment(path, created_ns, HEAD.size), fd
 
 
-def scan(path: Path) -> tuple[Segment, list[tuple[FrameId, int, int]], bool] | None:
-    """Return a segment, its frames (id, offset, bytes), and whether it is whole; None if it is no segment. Raises OSError."""
+class Found(NamedTuple):
+    """A frame in a segment: where it begins and how long it is, in bytes, and the mark of the tenant that it is of."""
+
+    id: FrameId
+    offset: int
+    size: int
+    tenant: int
+
+
+def scan(path: Path) -> tuple[Segment, list[Found], bool] | None:
+    """Return a segment, its frames, and whether it is whole; None if it is no segment. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         total = os.fstat(fd).st_size
@@ -63,17 +74,18 @@ def scan(path: Path) -> tuple[Segment, list[tuple[FrameId, int, int]], bool] | N
             return None
         segment = Segment(path, HEAD.unpack(head)[1], HEAD.size)
         found = []
-        for entry, offset, size in _frames(fd, total):
-            segment.size = offset + size
-            if entry is not None:
-                found.append((entry, offset, size))
-                segment.ids.append(entry)
+        for frame, end in _frames(fd, total):
+            segment.size = end
+            if frame is not None:
+                found.append(frame)
+                segment.ids.append(frame.id)
         return segment, found, segment.size == total
     finally:
         os.close(fd)
 
 
-def _frames(fd: int, total: int) -> Iterator[tuple[FrameId | None, int, int]]:
+def _frames(fd: int, total: int) -> Iterator[tuple[Found | None, int]]:
+    """Yield each frame, None of one that was removed, and where it ends."""
     offset = HEAD.size
     while offset + HEADER_BYTES <= total:
         head = os.pread(fd, HEADER_BYTES, offset)
@@ -84,5 +96,5 @@ def _frames(fd: int, total: int) -> Iterator[tuple[FrameId | None, int, int]]:
             return
         if offset + size > total:
             return
-        yield None if removed else frame_id(head), offset, size
+        yield None if removed else Found(frame_id(head), offset, size, frame_tenant(head)), offset + size
         offset += size

@@ -85,7 +85,7 @@ def test_a_launcher_takes_the_place_of_the_server_and_is_never_preloaded() -> No
 
 
 def test_the_connector_is_told_who_it_is() -> None:
-    settings = replace(CPU, namespace="n", hash_name="sha256", pin_share_max=0.1, lossy="int8")
+    settings = replace(CPU, namespace="n", hash_name="sha256", pin_share_max=0.1, lossy="int8", tier_tenant_share_max=0.3)
     config = json.loads(option(plan(settings)[1], "--kv-transfer-config"))
     assert config["kv_connector_module_path"] == "engine.connector"
     assert config["kv_load_failure_policy"] == "recompute"
@@ -94,6 +94,7 @@ def test_the_connector_is_told_who_it_is() -> None:
         "replica": "replica-1",
         "hash": "sha256",
         "pin_share_max": 0.1,
+        "tenant_share_max": 0.3,
         "lossy": "int8",
         "namespace": "n",
     }
