@@ -22,7 +22,7 @@ import msgspec
 from engine.host_process import processes
 from engine.host_process.directories import remove_claimed
 from engine.host_process.kept_memory import VARIABLE, KeptMemories, encode_kept
-from engine.host_process.logs import LogBounds, rotate
+from engine.host_process.logs import LogBounds, open_log, rotate
 from engine.host_process.messages import (
     LINE_BYTES_MAX,
     Command,
@@ -264,10 +264,9 @@ def _remove_traces(spawn: Spawn) -> None:
 
 
 def _redirect_output(path: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    for standard in (1, 2):
-        os.dup2(fd, standard)
-    os.close(fd)
+    with open_log(Path(path)) as log:
+        for standard in (1, 2):
+            os.dup2(log.fileno(), standard)
 
 
 def _own_streams() -> tuple[int, int]:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 
 from engine.fleet import FleetError
@@ -27,6 +28,11 @@ _INVALID = re.compile(r"^\s+(\S.*?)(?: \[type=.*)?$")  # what pydantic says in t
 _CONSEQUENCE = re.compile(r"Engine core initialization failed|Failed core proc|EngineDeadError")
 
 
+def open_log(path: Path) -> FileIO:
+    """Open a log for appending, with mode 0600 if it is new. Raises OSError."""
+    return FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab")
+
+
 def rotate(path: Path, bytes_max: int) -> None:
     """Move a log of more than `bytes_max` bytes to <log>.1, replacing the one there."""
     if log_size(path) > bytes_max:
@@ -40,6 +46,7 @@ def rotate_open(path: Path, bytes_max: int) -> None:
     """
     if log_size(path) > bytes_max:
         shutil.copyfile(path, f"{path}.1")
+        shutil.copymode(path, f"{path}.1")
         os.truncate(path, 0)
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from engine.host_process import processes
-from engine.host_process.logs import describe_exit, log_lines, log_size, root_cause, rotate
+from engine.host_process.logs import describe_exit, log_lines, log_size, open_log, root_cause, rotate
 from engine.host_process.messages import LINE_BYTES_MAX, Command, Event, Exited, Quit, Spawned, decode_event, encode_line
 from engine.replicas.launch import EngineSettings
 
@@ -30,7 +30,7 @@ class HostLink:
         log = settings.log_dir / "host.log"
         rotate(log, settings.log_bytes_max)
         start = log_size(log)
-        with log.open("ab") as errors:
+        with open_log(log) as errors:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=asyncio.subprocess.PIPE,

@@ -93,6 +93,8 @@ async def test_replicas_start_and_answer_on_their_sockets(tmp_path: Path) -> Non
             ):
                 assert (await answer.json())["data"][0]["id"] == "fake"
             assert os.stat(replica.socket).st_mode & 0o077 == 0
+        logs = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "log").iterdir()}
+        assert logs == dict.fromkeys(("host.log", "replica-0.log", "replica-1.log"), 0o600)
 
 
 async def test_a_killed_replica_comes_back_and_the_others_are_untouched(tmp_path: Path) -> None:
