@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +53,25 @@ def claim(path: Path, wait_seconds: float) -> Claim:
             _empty(path)
             return Claim(path, lock_fd)
         if time.monotonic() >= deadline:
-            raise DirectoryRefused(f"{path} is in use by another running peerkv: stop it, or choose another run_dir or port")
+            raise _in_use(path)
         time.sleep(CLAIM_POLL_SECONDS)
+
+
+def wait_until_free(paths: Iterable[Path], wait_seconds: float, say: Callable[[str], None]) -> None:
+    """Return once no other peerkv owns any of `paths`, which are left as they are; `say` is told of one that is owned.
+
+    Waits at most `wait_seconds` (blocking), as that one may be about to end. Raises DirectoryRefused.
+    """
+    deadline = time.monotonic() + wait_seconds
+    for path in paths:
+        said = False
+        while _is_locked(path):
+            if time.monotonic() >= deadline:
+                raise _in_use(path)
+            if not said:
+                say(f"{path} is in use by another running peerkv: waiting up to {wait_seconds:g} s for it to end")
+                said = True
+            time.sleep(CLAIM_POLL_SECONDS)
 
 
 def claim_all(paths: Iterable[Path], wait_seconds: float) -> tuple[Claim, ...]:
@@ -95,6 +112,27 @@ def remove_claimed(path: Path) -> bool:
     except OSError:  # somebody put a file there just now: theirs to remove
         return False
     return True
+
+
+def _in_use(path: Path) -> DirectoryRefused:
+    return DirectoryRefused(f"{path} is in use by another running peerkv: stop it, or choose another run_dir or port")
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether somebody holds the marker's lock. What is wrong otherwise, `claim` says."""
+    try:
+        fd = os.open(path / MARKER, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return False
 
 
 def _make_private(path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.fleet import FileFleet, FleetControl, FleetError, FleetSnapshot, FleetView, Replica, ReplicaState, reasons_in_words
+from engine.host_process.directories import wait_until_free
 from engine.joined_fleet import JoinedFleet
 from engine.replicas.devices import visible_gpus
 from engine.replicas.launch import EngineSettings
@@ -195,12 +196,15 @@ def _certificate(stack: contextlib.AsyncExitStack, settings: Settings) -> Certif
 
 
 async def _wanted_fleets(settings: Settings) -> list[WantedFleet]:
-    """The fleets with their models. Raises FleetError if these cannot run here, before a model is fetched for them."""
+    """The fleets with their models. Raises FleetError if these cannot run here, or their directories are another's, before a
+    model is fetched for them."""
     devices = await asyncio.to_thread(visible_gpus, os.environ)
     fleets = each_fleet(settings)
     wanted = engine_fleets(settings, fleets, devices)
     check_room(*wanted)
     check_tiers(*with_host_memory(fleets, wanted))
+    for each in wanted:
+        await asyncio.to_thread(wait_until_free, (each.run_dir, each.table_dir), each.claim_seconds_max, say)
     fleets = tuple([await with_model(each) for each in fleets])
     engines = with_host_memory(fleets, engine_fleets(settings, fleets, devices))
     check_host_memory(*engines)

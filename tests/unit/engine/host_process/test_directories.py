@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.host_process.directories import MARKER, DirectoryRefused, claim, claim_all, release, remove_claimed
+from engine.host_process.directories import MARKER, DirectoryRefused, claim, claim_all, release, remove_claimed, wait_until_free
 
 
 def test_a_claimed_directory_is_private_and_goes_with_all_it_holds(tmp_path: Path) -> None:
@@ -24,6 +24,19 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
         claim(tmp_path / "d", 0)
     release([held])
     release([claim(tmp_path / "d", 0)])
+
+
+def test_a_directory_in_use_is_told_at_once_and_waited_for(tmp_path: Path) -> None:
+    path, free = tmp_path / "d", tmp_path / "free"
+    held = claim(path, 0)
+    said: list[str] = []
+    with pytest.raises(DirectoryRefused, match=f"{path} is in use"):
+        wait_until_free([free, path], 0.0, said.append)
+    wait_until_free([free, path], 30.0, lambda words: (said.append(words), release([held]))[0])
+    assert len(said) == 1
+    assert said[0].startswith(f"{path} is in use by another running peerkv: waiting up to 30 s")
+    assert not free.exists()
+    release([claim(path, 0)])
 
 
 def test_where_nothing_can_be_locked_that_is_said_and_no_descriptor_stays(

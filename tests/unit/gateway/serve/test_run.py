@@ -22,6 +22,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from engine.host_process.directories import DirectoryRefused, claim, release
 from engine.replicas.shared_memory_check import SharedMemoryTooSmall
 from gateway.serve.run import engine as run_engine
 from gateway.serve.run import serve as run_serve
@@ -308,6 +309,28 @@ async def test_shared_memory_that_is_too_small_is_said_before_a_model_is_fetched
     with pytest.raises(SharedMemoryTooSmall):
         await run(settings)
     assert made == []
+
+
+@pytest.mark.parametrize("run", [run_serve, run_engine])
+async def test_a_directory_of_another_running_peerkv_is_told_before_a_model_is_fetched(
+    run: Callable[[Settings], Coroutine[Any, Any, None]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def make(*command: str, **more: Any) -> None:
+        raise OSError("this test fetches nothing")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", make)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    given = {"port": free_port(), "run_dir": tmp_path / "run", "table_dir": tmp_path / "tables", "claim_seconds_max": 0.2}
+    held = claim(tmp_path / "run", 0.0)
+    try:
+        with pytest.raises(DirectoryRefused, match=f"{tmp_path}/run is in use"):
+            await run(load(given))
+    finally:
+        release([held])
+    assert f"{tmp_path}/run is in use by another running peerkv: waiting up to 0.2 s" in capsys.readouterr().err
 
 
 async def test_a_disk_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
