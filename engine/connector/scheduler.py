@@ -88,9 +88,8 @@ class SchedulerHalf:
             refused=lambda: table.count("peers_incompatible"),
             own_tier=tier.path.stem if tier is not None else "",
         )
-        self._stored = (
-            Stored(table, tier, self._sources, ranks=ranks, tenant_share_max=tenant_share_max) if tier is not None else None
-        )
+        shares = {"tenant_share_max": tenant_share_max, "pin_share_max": pin_share_max}
+        self._stored = Stored(table, tier, self._sources, ranks=ranks, **shares) if tier is not None else None
         self._roots = RootKeys(fingerprint, hash_name)
         self._groups = groups
         self._hash_name = hash_name
@@ -190,7 +189,7 @@ class SchedulerHalf:
             self._step_groups(output, work)
         prompts = self._accounts.close_step()
         self._steps.append((self._step, work, prompts))
-        self._pins.expire(now_ns)
+        self._unpin((), now_ns)
         asked, running = self._accounts.asked, self._accounts.running
         self._pins.make_room(dry=not scheduled and not running and any(each not in self._imports for each in asked))
         self.table.beat(now_ns)
@@ -351,8 +350,7 @@ class SchedulerHalf:
     def _account(self, request: Any, now_ns: int) -> RequestAccount:
         account, opened = self._accounts.arrived(request, now_ns)
         if opened:
-            self._pins.expire(now_ns)
-            self._pins.drop(account.hint.unpin)
+            self._unpin(account.hint.unpin, now_ns)
             if self._stored is not None:
                 self._stored.wanted(account.hint.store)
         return account
@@ -395,7 +393,17 @@ class SchedulerHalf:
         sequence.pin = None
         blocks = self._pinnable(sequence)
         whole = self._exchanges and blocks is not None and self._offers.unchanged(blocks, step)
-        self.table.count("pins" if whole and self._pins.take(wish, blocks or [], now_ns) else "pins_refused")
+        pinned = whole and self._pins.take(wish, blocks or [], now_ns)
+        self.table.count("pins" if pinned else "pins_refused")
+        if pinned and self._stored is not None:
+            self._stored.pin(wish, blocks or [], now_ns)
+
+    def _unpin(self, ids: Blocks[int], now_ns: int) -> None:
+        """End pins by number, and those whose time is up."""
+        self._pins.drop(ids)
+        self._pins.expire(now_ns)
+        if self._stored is not None:
+            self._stored.unpin(ids, now_ns)
 
     def _pinnable(self, sequence: Sequence) -> list[int] | None:
         """Return the blocks with which the prompt's full blocks are a prefix that can be used again; None if some are gone."""

@@ -11,6 +11,7 @@ from engine.connector.offers import Offers
 from engine.connector.sequence import Import
 from engine.tiers.host_memory import HostMemory
 from engine.tiers.stores import Stores
+from transport.hint import PinWish
 from transport.keys import Keys
 from transport.table.kept_table import KeptTable
 from transport.table.writer import TableWriter
@@ -20,10 +21,16 @@ class Stored:
     """The tier of the engine that owns `table`, whose workers are `ranks`; its blocks are offered in `tier`."""
 
     def __init__(
-        self, table: TableWriter, tier: KeptTable, sources: Peers, *, ranks: int, tenant_share_max: float = 1.0
+        self, table: TableWriter, tier: KeptTable, sources: Peers, *, ranks: int, tenant_share_max: float, pin_share_max: float
     ) -> None:
         self._table = table
-        self._memory = HostMemory(tier, ranks=ranks, elsewhere=sources.stored_elsewhere, tenant_share_max=tenant_share_max)
+        self._memory = HostMemory(
+            tier,
+            ranks=ranks,
+            elsewhere=sources.stored_elsewhere,
+            tenant_share_max=tenant_share_max,
+            pin_share_max=pin_share_max,
+        )
         self._ahead = Ahead(tier.layout.blocks)
         self._wanted: dict[int, None] = {}
         self.offers: Offers | None = None
@@ -76,6 +83,17 @@ class Stored:
         for each in ended:
             if each.source == self.name:
                 self._memory.read(each.source_blocks.tolist())
+
+    def pin(self, wish: PinWish, blocks: Blocks[int], now_ns: int) -> None:
+        """Store the blocks of a prefix, which are pinned in vLLM's pool, and keep them here until the pin ends."""
+        offered, keys = self._table.offered(blocks)
+        if offered and self.offers is not None:
+            self._memory.pin(wish, offered, keys, self.offers.groups(offered), self._table.quality(offered), now_ns)
+
+    def unpin(self, ids: Blocks[int], now_ns: int) -> None:
+        """End pins by number, and those whose time is up."""
+        self._memory.unpin(ids)
+        self._memory.expire(now_ns)
 
     def clear(self) -> None:
         """Give up all that is stored."""

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,9 +15,11 @@ from engine.frame_tiers.messages import (
     MESSAGE_BYTES_MAX,
     Flush,
     Flushed,
+    Pin,
     Promote,
     Promoted,
     TierStats,
+    Unpin,
     decode_answer,
     encode,
 )
@@ -48,6 +50,7 @@ class TierClient:
         self.latest: TierStats | None = None
         """The figures as last heard; None while nobody tells any."""
         self._clock = clock
+        self._pins: dict[int, tuple[tuple[Pin, ...], float]] = {}
         self._standing = Standing(wanted, clock())
 
     async def run(self) -> None:
@@ -79,8 +82,35 @@ class TierClient:
         found = await self._ask(number, encode(ask), seconds + GRACE_SECONDS)
         return found if isinstance(found, Promoted) else None
 
+    def pin(self, number: int, chains: Iterable[tuple[bytes, bytes]], seconds: float) -> None:
+        """Have a prefix kept for so long, of whose chains these are the fingerprints and the keys; also by a process that is
+        started again meanwhile."""
+        now = self._clock()
+        self._pins = {each: pin for each, pin in self._pins.items() if pin[1] > now}
+        pins = tuple(Pin(number, fingerprint, keys, seconds) for fingerprint, keys in chains)
+        self._pins[number] = pins, now + seconds
+        self._tell(pins)
+
+    def unpin(self, number: int) -> None:
+        """A prefix need not be kept any more."""
+        if self._pins.pop(number, None) is not None:
+            self._tell([Unpin(number)])
+
+    def _tell(self, messages: Iterable[Pin | Unpin]) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.write(b"".join(map(encode, messages)))
+
+    def _tell_pins(self) -> None:
+        """A process that was just connected to may know of none."""
+        now = self._clock()
+        for pins, until in self._pins.values():
+            if until > now:
+                self._tell([msgspec.structs.replace(pin, seconds=until - now) for pin in pins])
+
     async def flush(self) -> dict[str, str]:
         """Have every store emptied; return why each was not, "" if it was; nothing if there are none."""
+        self._pins.clear()
         number = next(self._numbers)
         found = await self._ask(number, encode(Flush(number)), FLUSH_SECONDS_MAX)
         if isinstance(found, Flushed):
@@ -110,7 +140,10 @@ class TierClient:
                     return
                 answer = decode_answer(await reader.readexactly(size))
                 if isinstance(answer, TierStats):
+                    fresh = self._writer is not writer
                     self.latest, self._writer = answer, writer
+                    if fresh:
+                        self._tell_pins()
                     self._hear(answer)
                 elif (waiting := self._waiting.get(answer.id)) is not None and not waiting.done():
                     waiting.set_result(answer)

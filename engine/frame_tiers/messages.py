@@ -43,6 +43,21 @@ class Promoted(msgspec.Struct, tag="promoted", frozen=True):
     why: str = ""
 
 
+class Pin(msgspec.Struct, tag="pin", frozen=True):
+    """Keep a prefix, whose chain has `keys`, for `seconds` from now, under a number; another under the same replaces it."""
+
+    number: int
+    fingerprint: bytes
+    keys: bytes
+    seconds: float
+
+
+class Unpin(msgspec.Struct, tag="unpin", frozen=True):
+    """Keep the prefix of that number no longer than others."""
+
+    number: int
+
+
 class Flush(msgspec.Struct, tag="flush", frozen=True):
     """Forget everything."""
 
@@ -68,7 +83,7 @@ class TierStats(msgspec.Struct, tag="stats", frozen=True):
     pid: int = 0
 
 
-Ask = Promote | Flush
+Ask = Promote | Flush | Pin | Unpin
 Answer = Promoted | Flushed | TierStats
 _asks: msgspec.msgpack.Decoder[Ask] = msgspec.msgpack.Decoder(Ask)
 _answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)

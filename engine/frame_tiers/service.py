@@ -17,15 +17,19 @@ from engine.frame_tiers.messages import (
     LENGTH,
     MESSAGE_BYTES_MAX,
     Answer,
+    Ask,
     Flush,
     Flushed,
+    Pin,
     Promote,
     Promoted,
     TierStats,
+    Unpin,
     decode_ask,
     encode,
 )
 from engine.frame_tiers.models import Models
+from engine.frame_tiers.pinned import PinnedPrefixes
 from engine.frame_tiers.promotion import Promotion
 from engine.frame_tiers.secrecy import OPEN, read_secret
 from engine.frame_tiers.self_test import self_test
@@ -50,6 +54,7 @@ class Service:
     def __init__(self, config: TierConfig) -> None:
         self._config = config
         self._models = Models(read_secret(Path(config.secret_file)) if config.secret_file else OPEN)
+        self._pinned = PinnedPrefixes()
         self._writers: tuple[Writer, ...] = ()
         self._words: dict[StoreName, str] = dict.fromkeys(config.stores, OPENING.removeprefix("off: "))
         table_dir = Path(config.table_dir)
@@ -111,6 +116,7 @@ class Service:
                 found = (*self._writers, Writer(store))
                 self._writers = tuple(sorted(found, key=lambda each: self._config.stores.index(each.store.name)))
                 del self._words[name]
+                self._pinned.changed = True
                 _logger.info("%s is in use", name)
                 return
             store.close()
@@ -138,10 +144,19 @@ class Service:
     async def _tell(self) -> None:
         while True:
             await asyncio.sleep(TELL_SECONDS)
+            self._pinned.expire(time.monotonic())
+            self._hold()
             line = encode(self.stats())
             for gateway in list(self._gateways):
                 if gateway.transport.get_write_buffer_size() < MESSAGE_BYTES_MAX:
                     gateway.write(line)
+
+    def _hold(self) -> None:
+        """Have the stores keep what is pinned."""
+        if self._pinned.due(self._models):
+            pins = self._pinned.frames(self._models)
+            for writer in self._writers:
+                writer.store.hold(pins)
 
     async def _serve(self, reader: asyncio.StreamReader, gateway: asyncio.StreamWriter) -> None:
         self._gateways.add(gateway)
@@ -163,14 +178,24 @@ class Service:
             with contextlib.suppress(OSError):
                 await gateway.wait_closed()
 
-    async def _answer(self, ask: Promote | Flush, gateway: asyncio.StreamWriter) -> None:
+    async def _answer(self, ask: Ask, gateway: asyncio.StreamWriter) -> None:
         answer: Answer
         match ask:
             case Promote():
                 found = await self._promote(ask)
                 answer = msgspec.structs.replace(found, id=ask.id)
             case Flush(number):
+                self._pinned.clear()
+                self._hold()
                 answer = Flushed(number, await asyncio.get_running_loop().run_in_executor(None, self.flush))
+            case Pin():
+                self._pinned.add(ask, time.monotonic())
+                self._hold()
+                return
+            case Unpin(number):
+                self._pinned.remove(number)
+                self._hold()
+                return
         with contextlib.suppress(OSError):
             gateway.write(encode(answer))
             await gateway.drain()

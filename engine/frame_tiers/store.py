@@ -81,6 +81,9 @@ class FrameStore(Protocol):
     def remove(self, ids: Sequence[FrameId]) -> None:
         """Forget these."""
 
+    def hold(self, pins: Sequence[Sequence[FrameId]]) -> None:
+        """The frames of these pins are to give way to no others, in place of those that it was told before."""
+
     def flush(self) -> str:
         """Forget everything; return why that failed, "" if it did not."""
 

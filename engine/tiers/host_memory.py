@@ -14,6 +14,8 @@ from engine.tiers.giving_way import ANYBODY, GivingWay
 from engine.tiers.slot_room import SlotRoom
 from engine.tiers.stores import NO_STORES, Store, Stores
 from engine.tiers.tenant_shares import TenantShares
+from engine.tiers.tier_pins import TierPins
+from transport.hint import PinWish
 from transport.keys import Keys
 from transport.table.kept_table import KeptTable
 from transport.table.quality import CODED, IN_CODE, LOSSY, mark_of
@@ -30,7 +32,8 @@ class HostMemory:
     another tier of this node holds.
 
     The least popular block gives way (`GivingWay`), by how often requests asked for it, whether it was here or not; where a
-    tenant has more than the share `tenant_share_max`, the least popular one of its own. What the table offers already, from
+    tenant has more than the share `tenant_share_max`, the least popular one of its own; pinned ones, at most the share
+    `pin_share_max`, stay. What the table offers already, from
     before a restart, is kept, as if all of it had been asked for once.
     """
 
@@ -41,6 +44,7 @@ class HostMemory:
         ranks: int,
         elsewhere: Callable[[Keys], npt.NDArray[np.bool_]],
         tenant_share_max: float = 1.0,
+        pin_share_max: float = 0.0,
     ) -> None:
         self._table = table
         self._ranks = ranks
@@ -59,6 +63,7 @@ class HostMemory:
         self._shares = TenantShares(table.layout.blocks, tenant_share_max)
         for slot, size in sizes.items():
             self._shares.took(self._marks[slot], size)
+        self._pins = TierPins(int(pin_share_max * table.layout.blocks) // self._room.whole)
         self._under_way: dict[int, tuple[Store, int]] = {}
         self._coming: dict[bytes, int] = {}
         """Keys of what is being stored, and how often each was asked for."""
@@ -92,13 +97,48 @@ class HostMemory:
         fresh = [place for place, each in enumerate(known) if not each]
         if fresh:
             held = self._elsewhere(keys[fresh])
-            for place in (place for place, other in zip(fresh, held.tolist(), strict=True) if not other):
-                self._begin(blocks[place], keys[place].tobytes(), groups[place], quality[place], asks[place])
+            for place, other in zip(fresh, held.tolist(), strict=True):
+                key = keys[place].tobytes()
+                if not other or key in self._pins:
+                    self._begin(blocks[place], key, groups[place], quality[place], asks[place])
         if self._gave_way:  # together: most of what the table takes is a call's own
             self._table.count("evictions", self._table.invalidate(self._gave_way))
             self._gave_way = []
         if ahead:
             self._table.count("tier_ahead_blocks", len(self._begun) - before)
+
+    def pin(
+        self,
+        wish: PinWish,
+        blocks: Sequence[int],
+        keys: Keys,
+        groups: Sequence[int],
+        quality: Sequence[int],
+        now_ns: int,
+    ) -> None:
+        """Store what `blocks` hold under `keys`, (n, 2), unless it is here, and keep it until the pin ends. Nothing is done if
+        pins have no room for it."""
+        taken = self._pins.take(wish, map(bytes, keys), now_ns)
+        if taken is None:
+            return
+        for key in taken[0]:
+            if (slot := self._stored.slot(key)) is not None:
+                self._stored.hold(slot)
+        self._unpinned(taken[1])
+        self.take(blocks, keys, groups, quality, ahead=True)
+
+    def unpin(self, ids: Sequence[int]) -> None:
+        """End pins, by number."""
+        self._unpinned(self._pins.drop(ids))
+
+    def expire(self, now_ns: int) -> None:
+        """End the pins whose time is up."""
+        self._unpinned(self._pins.expire(now_ns))
+
+    def _unpinned(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            if (slot := self._stored.slot(key)) is not None:
+                self._stored.release(slot)
 
     def overwritten(self, blocks: Iterable[int], *, by_import: bool = False) -> None:
         """The next step, or an import that begins in it, overwrites `blocks`: those that are being stored must have been copied
@@ -151,6 +191,8 @@ class HostMemory:
         self._table.publish([store.slot for store in filled], keys, np.array([store.quality for store in filled], np.uint64))
         for store in filled:
             self._stored.put(store.key, store.slot, self._coming.pop(store.key), mark_of(store.quality))
+            if store.key in self._pins:
+                self._stored.hold(store.slot)
 
     def restored(self, slots: Iterable[int]) -> None:
         """These slots are being read for a request: they do not give way before `read` is told of them."""
@@ -170,6 +212,7 @@ class HostMemory:
     def clear(self) -> None:
         """Give up everything that is stored or being stored."""
         self._table.count("evictions", self._table.clear())
+        self._pins.clear()
         for slot in self._stored.clear():
             self._free(slot)
         self._void.update(self._under_way)

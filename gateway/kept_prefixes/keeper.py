@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from engine.fleet import FleetView, Replica
+from gateway.block_registry.registry import LookUp
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, Unavailable
 from gateway.kept_prefixes.book import KeptPrefix, KeptPrefixBook, PlaceState, PrefixPlace
 from gateway.kept_prefixes.pin_room import PinRoom, PinTooLarge, pin_room
@@ -102,6 +103,7 @@ class Keeper:
         done = PrefixRemoved(id=prefix_id, unpinned=[], failed={})
         async with self._placing:
             kept = self.book.remove(prefix_id, self._wall_clock())
+            self._planner.promotions.tiers.unpin(kept.number)
             for place in kept.places:
                 if place.state is PlaceState.PINNED:
                     try:
@@ -170,12 +172,24 @@ class Keeper:
                 taken += place.state is not PlaceState.FAILED
             if taken:
                 self.book.renewed(kept, self._wall_clock())
+            if any(place.state is PlaceState.PINNED for place in kept.places):
+                self._pin_below(kept)
+
+    def _pin_below(self, kept: KeptPrefix) -> None:
+        """Have this node's disk keep the prefix as long."""
+        chains = self._look_up(kept, TokenIds.joined([kept.ids, TokenIds.of([0])])).chains  # they end before the last token
+        kinds = self._planner.fleet.now().kinds
+        pins = [(kind.fingerprint, chain.raw) for kind, (chain, _) in zip(kinds, chains, strict=True)]
+        self._planner.promotions.tiers.pin(kept.number, pins, kept.ttl)
+
+    def _look_up(self, kept: KeptPrefix, ids: TokenIds) -> LookUp:
+        tenant = self._tenants.named(kept.tenant)
+        lora = self._planner.prompts.adapter({"model": kept.model})
+        return self._planner.registry.look_up(self._planner.fleet.now(), ids, tenant.salt if tenant else "", lora)
 
     def _candidates(self, kept: KeptPrefix) -> list[Replica]:
         """Return the ready replicas: who keeps it first, then who has room, then by what they hold and do."""
-        tenant = self._tenants.named(kept.tenant)
-        lora = self._planner.prompts.adapter({"model": kept.model})
-        look_up = self._planner.registry.look_up(self._planner.fleet.now(), kept.ids, tenant.salt if tenant else "", lora)
+        look_up = self._look_up(kept, kept.ids)
         busy = self._planner.in_flight()
 
         def rank(replica: Replica) -> tuple[bool, bool, int, int, str]:

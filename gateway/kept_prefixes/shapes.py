@@ -28,7 +28,11 @@ class PrefixRequest(BaseModel):
     tenant: str = Field("", description="name of the tenant whose cache keeps it; required if tenants are configured")
     replicas: int = Field(1, ge=1, description="number of replicas that should hold it")
     ttl: float = Field(TTL_SECONDS_DEFAULT, gt=0, le=PIN_SECONDS_MAX, description="seconds to keep it")
-    pin: bool = Field(True, description="protect its blocks from eviction; false: only put them into the caches")
+    pin: bool = Field(
+        True,
+        description="protect its blocks from eviction, in host memory and on this node's disk as well;"
+        " false: only put them into the caches",
+    )
     renew: bool = Field(False, description="renew its ttl before it runs out, until it is deleted")
 
     @model_validator(mode="after")

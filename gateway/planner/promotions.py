@@ -7,7 +7,7 @@ then, so planning finds it like anything else that somebody holds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -31,6 +31,8 @@ class Tiers(Protocol):
     @property
     def latest(self) -> TierStats | None: ...
     async def promote(self, fingerprint: bytes, keys: bytes, begin: int, seconds: float, *, lossy: bool) -> Promoted | None: ...
+    def pin(self, number: int, chains: Iterable[tuple[bytes, bytes]], seconds: float) -> None: ...
+    def unpin(self, number: int) -> None: ...
     async def flush(self) -> dict[str, str]: ...
     def warnings(self) -> list[str]: ...
 
@@ -42,6 +44,12 @@ class NoTiers:
 
     async def promote(self, fingerprint: bytes, keys: bytes, begin: int, seconds: float, *, lossy: bool) -> Promoted | None:
         return None
+
+    def pin(self, number: int, chains: Iterable[tuple[bytes, bytes]], seconds: float) -> None:
+        pass
+
+    def unpin(self, number: int) -> None:
+        pass
 
     async def flush(self) -> dict[str, str]:
         return {}

@@ -205,6 +205,9 @@ class VaultStore:
             if cursor == b"0":
                 return
 
+    def hold(self, pins: Sequence[Sequence[FrameId]]) -> None:
+        """Nothing: which values give way is the server's own affair."""
+
     def flush(self) -> str:
         """Forget every frame in the vault's database, whichever node it is from."""
         with self._lock:

@@ -9,6 +9,7 @@ import pytest
 from engine.connector.ahead import AHEAD_BLOCKS_MIN, CALM_BLOCKS, CALM_STEPS
 from engine.connector.step_messages import WorkerReport
 from tests.unit.engine.connector.scheduler_fixtures import PLAIN, PROMPT, SIZE, Replica, Request, import_all, keys_of, report
+from tests.unit.engine.connector.test_pins import Pool
 from tests.unit.engine.connector.test_several_groups import WINDOWS
 from tests.unit.engine.keeper import Keeper
 from tests.unit.transport.table_fixtures import description
@@ -403,3 +404,35 @@ def test_blocks_are_stored_with_the_group_that_they_are_of(tmp_path, keeper):
     a.prefill(Request("r", list(PROMPT)), ([3, 4, 5, 6], [13, 14, 15, 16]))
     meta = evict(a, ([3, 4, 5, 7], [13, 14, 15, 17]))
     assert {each.block: each.group for each in meta.stores.begun} == {3: 1, 4: 1, 5: 1, 13: 0, 14: 0, 15: 0}
+
+
+def test_a_prefix_that_is_pinned_is_stored_at_once_and_stays_there_until_it_is_unpinned(tmp_path, keeper):
+    a = stored(keeper, tmp_path, "a", pin_share_max=0.5)
+    a.half.bind_pool(FreePool())
+    wish = {"peerkv": {"pin": {"id": 1, "seconds": 10.0}}}
+    a.prefill(Request("r", list(PROMPT), kv_transfer_params=wish), [3, 4, 5, 6])
+    meta = a.schedule()
+    assert [(each.block, each.key) for each in meta.stores.begun] == [
+        (block, key.tobytes()) for block, key in zip([3, 4, 5], keys_of(PROMPT), strict=True)
+    ]
+    copy(a, meta)
+    flood(a)
+    with closing(TableReader(a.half.table.path.with_name("a.host-memory.table"))) as reader:
+        assert len(reader.longest_run(keys_of(PROMPT)).block_ids) == 3
+        a.half.arrived(Request("end", [1], kv_transfer_params={"peerkv": {"unpin": [1]}}))
+        flood(a)
+        assert len(reader.longest_run(keys_of(PROMPT)).block_ids) == 0
+
+
+class FreePool(Pool):
+    """A pool that has no free blocks to tell of."""
+
+    free_block_queue = pool_of().free_block_queue
+
+
+def flood(replica):
+    """Have more prompts leave vLLM's cache than host memory has room for."""
+    for number in range(12):
+        prompt = Request(f"flood-{number}-{replica.half._step}", list(range(1000 + 20 * number, 1014 + 20 * number)))
+        replica.prefill(prompt, [10, 11, 12, 13])
+        copy(replica, evict(replica, [10, 11, 12, 13], range(5000 + 20 * number, 5014 + 20 * number)))

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from engine.frame_tiers import client as client_module
 from engine.frame_tiers import service as service_module
 from engine.frame_tiers.client import TierClient
 from engine.frame_tiers.config import VARIABLE, TierConfig, decode_config, encode_config
@@ -262,3 +263,47 @@ def test_a_configuration_goes_through_the_environment_whole(tmp_path):
     assert decode_config(encode_config(told)) == told
     assert told.stores == ("disk", "vault")
     assert config(tmp_path, disk="").stores == ()
+
+
+async def test_what_a_gateway_pinned_stays_on_the_disk_until_it_is_unpinned_also_by_a_process_that_began_anew(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(service_module, "TELL_SECONDS", 0.02)
+    monkeypatch.setattr(client_module, "RECONNECT_SECONDS", 0.02)
+    memory = HostMemory(tmp_path)
+    memory.put(range(8))
+    fingerprint, keys = fingerprint_digest(memory.fields), memory.chain[:4].tobytes()
+    client = TierClient(tmp_path / "tiers.sock")
+    asking = asyncio.create_task(client.run())
+    client.pin(5, [(b"another model" + bytes(3), keys), (fingerprint, keys)], 60.0)  # nobody hears it yet
+    try:
+        for _ in range(2):
+            service = Service(config(tmp_path, pin_share_max=0.5))
+            serving = asyncio.create_task(service.run())
+            await until(lambda service=service: pinned_by(service) == 4, "the pin")
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            for gateway in service._gateways:  # as when its process ends
+                gateway.close()
+        service = Service(config(tmp_path, pin_share_max=0.5))
+        serving = asyncio.create_task(service.run())
+        await until(lambda: pinned_by(service) == 4, "the pin")
+        client.pin(6, [(fingerprint, memory.chain[:8].tobytes())], 0.05)
+        await until(lambda: pinned_by(service) == 8, "a longer pin")
+        await until(lambda: pinned_by(service) == 4, "its end")
+        client.unpin(5)
+        await until(lambda: pinned_by(service) == 0, "the end of the pin")
+        client.pin(5, [(fingerprint, keys)], 60.0)
+        await until(lambda: pinned_by(service) == 4, "the pin")
+        await client.flush()
+        assert pinned_by(service) == 0
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+    finally:
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+
+
+def pinned_by(service):
+    """How many frames of a service's disk pins hold now."""
+    return sum(len(store._keeping.pinned(store._index, 1 << 20)) for store in service._stores())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from gateway.kept_prefixes.prefix_reader import PrefixReader
 from gateway.ledger.ledger import Ledger
 from gateway.ledger.recorder import Recorder
 from gateway.planner.planner import Planner
+from gateway.planner.promotions import NoTiers
 from gateway.prompts.parity import KindVerdict, Parity, ParityVerdict
 from gateway.prompts.tokenizer.model_files import TokenizerSource
 from gateway.prompts.tokenizer.service import TokenService
@@ -228,6 +229,38 @@ async def test_a_refused_pin_is_shown(scene: Scene) -> None:
     (place,) = kept["places"]
     assert place["state"] == "refused"
     assert "raise --pin-share-max" in place["reason"]
+
+
+class Below(NoTiers):
+    """Disk and vault, which note what is pinned there: {number: (keys of each kind, seconds)}."""
+
+    def __init__(self) -> None:
+        self.pins: dict[int, tuple[list[bytes], float]] = {}
+
+    def pin(self, number: int, chains: Iterable[tuple[bytes, bytes]], seconds: float) -> None:
+        self.pins[number] = [keys for _, keys in chains], seconds
+
+    def unpin(self, number: int) -> None:
+        self.pins.pop(number, None)
+
+
+async def test_a_pinned_prefix_is_kept_on_the_disk_too_and_so_are_all_its_whole_blocks(scene: Scene) -> None:
+    below = scene.planner.promotions.tiers = Below()
+    kept = await scene.keep(ids=IDS, ttl=60)
+    chain = scene.planner.registry.look_up(scene.planner.fleet.now(), [*IDS, 7], SALT)
+    assert below.pins == {int(kept["id"], 16): ([each.raw for each, _ in chain.chains], 60)}
+    assert [each.blocks * size for each, size in chain.chains] == [len(IDS)]
+    await scene.client.delete(f"/kv/prefixes/{kept['id']}")
+    assert below.pins == {}
+
+
+async def test_what_is_not_pinned_anywhere_is_not_pinned_on_the_disk_either(scene: Scene) -> None:
+    below = scene.planner.promotions.tiers = Below()
+    await scene.keep(pin=False)
+    for engine in scene.engines.values():
+        engine.refuses_pins = True
+    await scene.keep()
+    assert below.pins == {}
 
 
 async def test_whole_blocks_alone_are_kept(scene: Scene) -> None:
