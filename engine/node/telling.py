@@ -6,6 +6,7 @@ import time
 from engine.fleet import FileFleet, FleetError, FleetSnapshot
 from engine.node.streams import send
 from transport.node.changes import Changes
+from transport.node.decoding import can_decode
 from transport.node.messages import Beat, FleetTold, ReplicaTold
 from transport.table.directory import TableDirectory
 
@@ -22,7 +23,7 @@ class Teller:
         self._tables = tables
         self._fleet = fleet
         self._writer = writer
-        self._changes = Changes()
+        self._changes = Changes(decodes=can_decode())
         self._told: FleetTold | None = None
 
     async def run(self) -> None:

@@ -26,24 +26,32 @@ def shape_of(coded: Coded, block_bytes: int) -> Shape:
 
 @dataclass(frozen=True, slots=True)
 class CodedBlocks:
-    """Those of a mapped region. Raises MemoryUnreachable if `blocks` of them do not lie within it."""
+    """Those of a mapped region, which have checksums if they are `checked`; those that GPUs stored have none.
+
+    Raises MemoryUnreachable if `blocks` of them do not lie within it.
+    """
 
     coded: Coded
     shape: Shape
     memory: mmap.mmap
     blocks: int
+    checked: bool = True
 
     def __post_init__(self) -> None:
         coded = self.coded
-        end = coded.offset + (self.blocks - 1) * coded.stride + coded.checksum + CHECKSUM_BYTES
-        if coded.offset < 0 or not 0 < coded.bytes <= coded.checksum <= coded.stride or end > len(self.memory):
+        taken = coded.checksum + CHECKSUM_BYTES if self.checked else coded.bytes
+        end = coded.offset + (self.blocks - 1) * coded.stride + taken
+        within = 0 < coded.bytes <= (coded.checksum if self.checked else coded.stride) <= coded.stride
+        if coded.offset < 0 or not within or end > len(self.memory):
             raise MemoryUnreachable("a description of coded blocks that do not fit their memory")
 
     def read(self, block: int) -> tuple[Bytes, bytes]:
-        """Return a coded block and the checksum that is stored with it."""
+        """Return a coded block and the checksum that is stored with it, b"" if none is."""
         begin = self.coded.offset + block * self.coded.stride
         said = begin + self.coded.checksum
         code = np.frombuffer(self.memory, np.uint8, self.coded.bytes, begin).copy()
+        if not self.checked:
+            return code, b""
         return code, self.memory[said : said + CHECKSUM_BYTES]
 
     def decoded(self, code: Bytes) -> Bytes:

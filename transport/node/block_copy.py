@@ -13,8 +13,10 @@ import numpy.typing as npt
 
 from transport.backends.shared_memory import checksum, map_region
 from transport.errors import MemoryUnreachable
+from transport.node.decoding import CodedMemory, Decoder
 from transport.node.messages import BLOCKS_ASKED_MAX, BlocksAsked, Checked, NodeError
 from transport.table.layout import CHECKSUM_BYTES, Checksums, Memory
+from transport.table.quality import in_code
 from transport.table.reader import TableReader
 
 CHUNK_BYTES = 2 << 20
@@ -38,9 +40,12 @@ class _Layer:
 
 
 class OwnerMemory:
-    """One rank's memory of a table's owner, mapped. Raises MemoryUnreachable if it cannot be, or is not as described."""
+    """One rank's memory of a table's owner, mapped; what lies coded in it is read with a `decoder` alone.
 
-    def __init__(self, reader: TableReader, rank: int) -> None:
+    Raises MemoryUnreachable if it cannot be, or is not as described.
+    """
+
+    def __init__(self, reader: TableReader, rank: int, decoder: Decoder | None = None) -> None:
         memory = next((m for m in reader.memories if m.rank == rank and m.transport == "shared_memory"), None)
         if memory is None:
             raise MemoryUnreachable(f"{reader.name} offers no memory that this node could read for rank {rank}")
@@ -54,6 +59,8 @@ class OwnerMemory:
                                  begin + layer.bytes))  # fmt: skip
         self._sums = memory.checksums
         self._said = None if self._sums is None else self._sums_view(reader, memory, self._sums)
+        coded = memory.coded is not None and decoder is not None
+        self.coded = CodedMemory(reader, memory, self._maps, decoder) if coded and decoder is not None else None
 
     def _view(
         self, reader: TableReader, memory: Memory, region: int, offset: int, stride: int, size: int
@@ -145,6 +152,9 @@ def copied_chunk(
     """Return blocks as they are now, and which of them are still in these `states`, (n,), in this epoch."""
     content = memory.copied(ids, group)
     good = memory.intact(reader, ids, content)
+    coded = np.flatnonzero(in_code(states))
+    if len(coded):
+        good[coded] = memory.coded is not None and memory.coded.decode(reader, ids, content, coded)
     # last of all: what changed until here is not what was looked up
     good &= _unchanged(reader, epoch, ids, states)
     if not good.all():
@@ -156,7 +166,8 @@ def checked(reader: TableReader, memory: OwnerMemory, asked: BlocksAsked) -> Che
     """Tell which blocks, that somebody copied before, are still what was asked for. Raises NodeError as `chunks` does."""
     ids, states, _ = questioned(asked, reader.num_blocks)
     sums, keys = memory.said(reader, ids)
-    return Checked(_unchanged(reader, asked.epoch, ids, states).tobytes(), sums, keys)
+    good = _unchanged(reader, asked.epoch, ids, states) & ~in_code(states)  # of what lies coded no block was read
+    return Checked(good.tobytes(), sums, keys)
 
 
 def _unchanged(

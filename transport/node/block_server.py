@@ -13,6 +13,7 @@ from typing import Protocol
 
 from transport.errors import MemoryUnreachable, TransportError
 from transport.node.block_copy import Chunk, OwnerMemory, checked, chunks, questioned
+from transport.node.decoding import Decoder
 from transport.node.messages import (
     PROBE,
     PROBE_BLOCK_BYTES,
@@ -84,6 +85,7 @@ class BlockServer:
         self._offers = None if isinstance(offers, Ability) else offers
         self._found = offers if isinstance(offers, Ability) else NO_NIXL
         self._storing = storing
+        self._decoder = Decoder()
         self._tables = TableDirectory(table_dir, hold_seconds=HOLD_SECONDS)
         self._memories: dict[OwnerKey, OwnerMemory] = {}
         self._here = here
@@ -248,7 +250,7 @@ class BlockServer:
     def _memory(self, reader: TableReader, rank: int) -> OwnerMemory:
         key = (reader.name, reader.epoch, rank)
         if key not in self._memories:
-            self._memories[key] = OwnerMemory(reader, rank)
+            self._memories[key] = OwnerMemory(reader, rank, self._decoder)
         return self._memories[key]
 
     def sweep(self) -> None:
@@ -257,6 +259,8 @@ class BlockServer:
             if self._closed.is_set():
                 return
             tables = self._tables.tables()
+            if any(memory.coded is not None for reader in tables.values() for memory in reader.memories):
+                self._decoder.prepare()  # before somebody waits for it
             dead = [key for key in self._memories if (t := tables.get(key[0])) is None or t.epoch != key[1]]
             for key in dead:
                 del self._memories[key]

@@ -48,9 +48,11 @@ class _Told:
 
 
 class Changes:
-    """One subscriber's view. `round` tells all that is new since the round before."""
+    """One subscriber's view. `round` tells all that is new since the round before; of blocks that lie coded only if this node
+    `decodes` them: nodes fetch blocks as engines have them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, decodes: bool = False) -> None:
+        self._decodes = decodes
         self._told: dict[str, _Told] = {}
 
     def round(self, tables: Mapping[str, TableReader]) -> Iterator[Message]:
@@ -86,7 +88,8 @@ class Changes:
         for begin in range(0, len(blocks), PIECE_BLOCKS):
             piece = blocks[begin : begin + PIECE_BLOCKS]
             states, keys = reader.content(piece)
-            states = np.where(in_code(states), states | np.uint64(1), states)  # nodes fetch blocks as engines have them
+            if not self._decodes:
+                states = np.where(in_code(states), states | np.uint64(1), states)
             if not told.begun:
                 held = states & np.uint64(1) == 0
                 piece, states, keys = piece[held], states[held], keys[held]

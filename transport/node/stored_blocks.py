@@ -53,8 +53,10 @@ class StoredBlocks:
 
     def missing(self) -> list[int]:
         """Return which blocks of the owner's are in no host memory, the first ones first and no more than can be stored."""
-        held, _, _ = self._look_up(slice(None))
-        missing: list[int] = self._ids[self._good & (held < 0)].tolist()
+        stored = np.zeros(len(self._ids), np.bool_)  # as the owner has them or coded, of which none is stored again
+        for tier, _ in self._tiers:
+            stored |= tier.look_up(self._keys)[0]
+        missing: list[int] = self._ids[self._good & ~stored].tolist()
         return missing[: self._most]
 
     def chunks(self) -> Iterator[Chunk]:

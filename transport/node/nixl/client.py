@@ -34,6 +34,7 @@ from transport.node.nixl.process import NixlProcess, OrderFailed, Transfer
 from transport.node.nixl.spans import chunks
 from transport.node.staging import Piece
 from transport.table.layout import CHECKSUM_BYTES
+from transport.table.quality import in_code
 
 PROGRESS_SECONDS = 3.0
 """The longest time in which none of the reads under way ends."""
@@ -78,6 +79,8 @@ class NixlClient:
         """As BlockFetcher has it. `target` is a piece of the process's memory."""
         if len(asked.ids) != 4 * len(sizes) or len(sizes) > BLOCKS_ASKED_MAX:
             raise NodeError("ids and sizes of blocks that do not fit together")
+        if in_code(np.frombuffer(asked.states, "<u8")).any():
+            raise NotOffered("blocks that lie coded are decoded where they lie")
         known = self._find(asked)
         ids = np.frombuffer(asked.ids, "<u4").astype(np.int64)
         slots = (target.begin, target.stride, len(target.rows))

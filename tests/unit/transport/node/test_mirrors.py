@@ -38,7 +38,7 @@ from transport.table.deliveries import Delivery, DeliveryReason
 from transport.table.directory import TableDirectory
 from transport.table.journal import ENTRIES
 from transport.table.layout import Layer, Memory, Region
-from transport.table.quality import CODED, IN_CODE, LOSSY
+from transport.table.quality import CODED, IN_CODE, LOSSY, QUALITY
 from transport.table.writer import TableWriter
 
 BLOCKS = 64
@@ -136,7 +136,7 @@ def test_after_every_round_the_mirror_holds_what_the_table_holds(
     assert changed.tolist() == [0]  # who follows the mirror follows the table
 
 
-def test_blocks_that_lie_coded_are_not_told_as_nodes_fetch_them_as_engines_have_them(nodes: Nodes, owner: TableWriter) -> None:
+def test_blocks_that_lie_coded_are_not_told_by_a_node_that_cannot_decode_them(nodes: Nodes, owner: TableWriter) -> None:
     owner.publish([2, 3], KEYS[:2], np.array([LOSSY, LOSSY | CODED | IN_CODE], np.uint64))
     nodes.tell()
     owner.publish([4], KEYS[2:3], LOSSY | CODED | IN_CODE)
@@ -146,6 +146,15 @@ def test_blocks_that_lie_coded_are_not_told_as_nodes_fetch_them_as_engines_have_
     owner.publish([4], KEYS[2:3], LOSSY)
     nodes.tell()
     assert nodes.mirror(owner.path.stem).look_up(KEYS[:3])[0].tolist() == [True, False, True]
+
+
+def test_blocks_that_lie_coded_are_told_with_that_by_a_node_that_decodes_them(nodes: Nodes, owner: TableWriter) -> None:
+    nodes.changes = Changes(decodes=True)
+    owner.publish([2, 3], KEYS[:2], np.array([LOSSY, LOSSY | CODED | IN_CODE], np.uint64))
+    nodes.tell()
+    held, _, states = nodes.mirror(owner.path.stem).look_up(KEYS[:3])
+    assert held.tolist() == [True, True, False]
+    assert [int(state) & QUALITY for state in states[:2]] == [LOSSY, LOSSY | CODED | IN_CODE]
 
 
 def test_who_fell_behind_the_journal_is_told_all(nodes: Nodes, owner: TableWriter) -> None:

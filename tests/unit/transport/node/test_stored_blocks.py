@@ -114,8 +114,8 @@ def test_of_a_long_prefix_no_more_is_stored_than_keeps_in_host_memory(fetched, s
 @pytest.mark.parametrize("quality", [LOSSY | CODED | IN_CODE, LOSSY | CODED])
 def test_what_lost_something_in_host_memory_is_not_taken_for_the_engines(fetched, storing, device, quality):
     device.store([3], quality)
-    storing.store = lambda replica, missing: missing()
-    assert fetched([3]) == [False]
+    assert fetched([3, 4]) == [False, True]
+    assert storing.asked == [[4]]  # the engine stores nothing twice
 
 
 def test_blocks_in_another_replicas_host_memory_are_sent_from_there(fetched, storing, device, tmp_path):
