@@ -20,6 +20,7 @@ from gateway.kept_prefixes.shapes import FlushedPrefixes, PrefixReport
 from gateway.stats.explain import ID_CHARS_MAX, Explanation
 from gateway.stats.shapes import KvStats
 from gateway.upstream.pool import Upstream, UpstreamLost
+from transport.node.names import node_of
 
 PREFIXES_SHOWN_MAX = 1000
 
@@ -55,11 +56,17 @@ async def nothing_below() -> dict[str, str]:
 
 
 class Flushed(BaseModel):
-    """Which replicas emptied their prefix caches, disk and vault among them, and why the others did not."""
+    """Which replicas emptied their prefix caches, disk and vault among them, and why the others did not.
+
+    Replicas of other nodes are emptied too; a node that is not heard has failed, by its name.
+    """
 
     flushed: list[str]
     failed: dict[str, str]
     prefixes: FlushedPrefixes = Field(default_factory=FlushedPrefixes)
+    disks_left: list[str] = Field(
+        [], description="other nodes whose replicas were emptied: a disk of such a node is emptied by its own gateway alone"
+    )
 
 
 def add_figure_routes(router: APIRouter, figures: Figures) -> None:
@@ -121,6 +128,7 @@ def add_flush_route(
     )
     async def flush(response: Response) -> Flushed:
         flushed = await flush_caches(fleets, upstream)
+        flushed.disks_left = sorted({node for name in flushed.flushed if (node := node_of(name))})
         flushed.prefixes = keeper.flushed(flushed.flushed, flushed.failed)
         for name, why in (await flush_tiers()).items():  # last: what is above them goes down no more
             if why:

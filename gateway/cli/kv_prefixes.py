@@ -121,13 +121,14 @@ def _flush(arguments: argparse.Namespace, client: httpx.Client, console: Console
     try:
         outcome = json.loads(answer)
         flushed, failed = outcome["flushed"], outcome["failed"]
-        lost = FlushedPrefixes.model_validate(outcome.get("prefixes", {}))
+        lost, disks = FlushedPrefixes.model_validate(outcome.get("prefixes", {})), list(map(str, outcome.get("disks_left", [])))
     except (ValueError, KeyError, TypeError) as error:
         raise CommandFailed("the answer is not from a peerkv of this version") from error
     lines = [f"emptied: {', '.join(flushed) or 'none'}", *(f"{name} was not emptied: {why}" for name, why in failed.items())]
     if lost.kept:
         gone = lost.kept - lost.renewed
         lines.append(f"kept prefixes that were there: {lost.kept}; put back, as they are renewed: {lost.renewed}; gone: {gone}")
+    lines += [f"a disk of {node} is emptied by `peerkv kv flush` there" for node in disks]
     show(arguments, console, answer, Group(*map(Text, lines)))
     return 1 if failed else 0
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from gateway import __version__
@@ -121,7 +122,7 @@ def build_door(settings: Settings, given: Sequence[GivenFleet], logs: Logs | Non
         keeper=Keepers([each.keeper for each in parts], fleets.find_place),
         replicas=ReplicaControls([each.replicas for each in parts]),
         body_bytes_max=settings.body_bytes_max,
-        flush_tiers=_flush_tiers(parts),
+        flush_tiers=_flush_tiers(parts, settings.run_dir),
         draining=lambda: relay.draining,
     )
     add_page(admin, access)
@@ -179,15 +180,22 @@ def _large_bodies(settings: Settings, parts: Sequence[FleetParts], fleets: Serve
     )
 
 
-def _flush_tiers(parts: Sequence[FleetParts]) -> FlushTiers:
-    """What empties disk and vault of all fleets; where there are several, it says whose."""
+def _flush_tiers(parts: Sequence[FleetParts], run_dir: Path) -> FlushTiers:
+    """What empties disk and vault of all fleets; where there are several, it says whose.
+
+    Nodes that are not heard were not reached, and will hold what they held when they are heard again.
+    """
 
     async def flush() -> dict[str, str]:
         found = await asyncio.gather(*(each.tiers.flush() for each in parts))
+        silent = {
+            node.name: f"it is not heard ({node.trouble}): flush it there" for node in node_stats(run_dir) if node.trouble
+        }
         if len(parts) == 1:
-            return found[0]
+            return found[0] | silent
         models = [each.fleet.snapshot().served_model_name for each in parts]
-        return {f"{name} of {model}": why for model, each in zip(models, found, strict=True) for name, why in each.items()}
+        stores = {f"{name} of {model}": why for model, each in zip(models, found, strict=True) for name, why in each.items()}
+        return stores | silent
 
     return flush
 

@@ -131,6 +131,10 @@ class Host:
         except ValueError:
             return None
 
+    def flush(self) -> Any:
+        """What POST /kv/flush answers here."""
+        return json.loads(self._curl("/kv/flush", "-X", "POST").stdout)
+
     def ask(self, prompt: str, replica: str = "", max_tokens: int = 8, seconds: float = ANSWER_SECONDS_MAX) -> Answered:
         """Complete a prompt through the gateway here. Raises AssertionError for anything but an answer, in `seconds`."""
         body = {"model": self.served.name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}

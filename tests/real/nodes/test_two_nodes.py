@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -80,6 +81,52 @@ def test_figures_and_doctor_tell_of_both_nodes(hosts: list[Host]) -> None:
     assert found["node-b:replica-0"]["blocks"]
     told = a.doctor()
     assert "node-b   10.79.0.2:7710, 1 of 1 replicas ready, blocks come by TCP" in told
+
+
+def test_what_came_from_the_other_node_is_counted(hosts: list[Host]) -> None:
+    a, b = hosts
+    text = prompt("counted", 60)
+    a.ask(text, "replica-0")
+    before = fetched(b)
+    assert b.ask(text, "replica-0").tokens("peer") > 0
+    until(lambda: fetched(b)["fetches"] > before["fetches"], 10, "the counts", 0.2)
+    after = fetched(b)
+    assert after["fetched_blocks"] > before["fetched_blocks"]
+    assert after["fetched_bytes"] > before["fetched_bytes"]
+    assert after["fetch_seconds"] > before["fetch_seconds"]
+    assert f"{after['fetched_blocks']} blocks of it came" in b.doctor()
+
+
+def fetched(host: Host) -> dict[str, Any]:
+    """What a host counts of the other node."""
+    (node,) = host.get("/kv/stats")["nodes"]
+    return dict(node)
+
+
+def test_an_agent_that_is_stopped_holds_up_one_import_and_is_replaced(hosts: list[Host]) -> None:
+    a, b = hosts
+    texts = [prompt(f"stopped {number}", 60) for number in range(3)]
+    wanted = [a.ask(text, "replica-0") for text in texts]
+    time.sleep(0.5)  # for node-b to hear of them
+    former = b.agent_pid()
+    os.kill(former, signal.SIGSTOP)
+    answered = [b.ask(text, "replica-0") for text in texts]
+    assert [each.ids for each in answered] == [each.ids for each in wanted]
+    assert answered[0].tokens("peer") == 0
+    cold = max(each.seconds for each in wanted)
+    assert max(each.seconds for each in answered) < cold + 10  # an agent that is waited for costs 20
+    until(lambda: b.agent_pid() not in (0, former), BACK_SECONDS_MAX, "another agent", 0.2)
+    until(lambda: len(a.replicas()) == len(b.replicas()) == 2, BACK_SECONDS_MAX, "both again", 0.2)
+
+
+def test_a_flush_at_one_node_empties_the_other_too(hosts: list[Host]) -> None:
+    a, b = hosts
+    text = prompt("flushed", 60)
+    b.ask(text, "replica-0")
+    answer = a.flush()
+    assert set(answer["flushed"]) == {"replica-0", "node-b:replica-0"}
+    assert (answer["failed"], answer["disks_left"]) == ({}, ["node-b"])
+    assert b.ask(text, "replica-0").tokens("computed") > 100
 
 
 def test_a_node_that_is_cut_off_is_left_alone_and_comes_back(hosts: list[Host]) -> None:

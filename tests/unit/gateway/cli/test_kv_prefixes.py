@@ -161,6 +161,8 @@ def test_flush_says_who_was_emptied_and_who_was_not() -> None:
     assert gateway.asked == [("POST", "/kv/flush", None)]
     lost = {"flushed": ["replica-0"], "failed": {}, "prefixes": {"kept": 3, "renewed": 1}}
     assert "were there: 3; put back, as they are renewed: 1; gone: 2\n" in Gateway(200, json.dumps(lost)).run("flush")[1]
+    others = {"flushed": ["replica-0", "node-b:replica-0"], "failed": {}, "disks_left": ["node-b"]}
+    assert "a disk of node-b is emptied by `peerkv kv flush` there\n" in Gateway(200, json.dumps(others)).run("flush")[1]
     busy = Gateway(502, json.dumps({"flushed": ["replica-0"], "failed": {"replica-1": "requests are using its blocks"}}))
     status, output = busy.run("flush")
     assert status == 1
