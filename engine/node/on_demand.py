@@ -84,6 +84,7 @@ class OnDemand:
                 connection.settimeout(SEND_SECONDS_MAX)
                 connection.connect(found.socket)
                 connection.sendall(_request(fleet.served_model_name, blocks[:STORE_MAX]))
+                connection.setblocking(False)  # whoever looks for an answer waits for none
             except OSError:
                 connection.close()
                 raise
@@ -118,7 +119,7 @@ def _refusal(asked: Sequence[socket.socket]) -> str:
     """Return what a replica answered if it does not do what it was asked; "" while it may."""
     for connection in asked:
         try:
-            said = connection.recv(64, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            said = connection.recv(64, socket.MSG_PEEK)
         except BlockingIOError:
             continue
         except OSError as error:
