@@ -39,9 +39,11 @@ def add_command(views: argparse._SubParsersAction[Any], name: str, work: Work, s
 
 def add_gateway_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which gateway is meant, as `client_for` reads them."""
-    parser.add_argument("--url", default=None, help="URL of the gateway (default: from the host and port in the settings)")
+    parser.add_argument(
+        "--url", default=None, metavar="URL", help="URL of the gateway (default: from the host and port in the settings)"
+    )
     parser.add_argument("--port", default=None, metavar="N", help="its port on this machine (default: from the settings)")
-    parser.add_argument("--admin-key", default=None, help="the admin key (default: from the settings)")
+    parser.add_argument("--admin-key", default=None, metavar="KEY", help="the admin key (default: from the settings)")
     parser.add_argument("--cacert", type=Path, metavar="FILE", help=CACERT_HELP)
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
 

@@ -59,7 +59,24 @@ PATH_DEFAULTS = {
     "limits_file": "~/.local/state/peerkv/limits/PORT.json",
 }
 _METAVARS: dict[Any, str] = {int: "N", float: "N", Path: "DIR"}
-_METAVARS_OF = {"replicas": "N|auto", "request_log": "FILE|-", "vault": "URL", "limits_valkey": "URL"}
+_METAVARS_OF = {
+    "replicas": "N|auto",
+    "request_log": "FILE|-",
+    "vault": "URL",
+    "limits_valkey": "URL",
+    "join": "URL",
+    "otlp_traces_endpoint": "URL",
+    "cors_origins": "URLS",
+    "host": "ADDRESS",
+    "node_address": "ADDRESS:PORT",
+    "node_peers": "NODES",
+    "namespace": "NAME",
+    "model_aliases": "NAMES",
+    "disk": "DIR",
+    "host_memory_dir": "DIR",
+    "node_keys": "DIR",
+}
+"""For settings whose type and unit do not tell what stands for the value."""
 
 
 def add_settings_flags(parser: argparse.ArgumentParser, *, leave_out: Iterable[str] = ()) -> None:

@@ -33,10 +33,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     add = _add(verbs, "add", _add_key, "make a key, and show it once", "keys add alice --requests-per-minute 60 --expires 90d")
     add.add_argument("name", metavar="NAME", help=f"what the key is called, in this file and in figures; {_FREE}")
-    add.add_argument("--tenant", help="whose it is; the keys of a tenant share one prefix cache (default: NAME)")
+    add.add_argument(
+        "--tenant", metavar="NAME", help="whose it is; the keys of a tenant share one prefix cache (default: NAME)"
+    )
     text = "a group whose tenants share one prefix cache, and can tell by the time what others sent (default: none)"
-    add.add_argument("--group", help=text)
-    add.add_argument("--model", action="append", default=[], help="a model that it may name; repeat for more (default: all)")
+    add.add_argument("--group", metavar="NAME", help=text)
+    add.add_argument(
+        "--model", action="append", default=[], metavar="NAME", help="a model that it may name; repeat for more (default: all)"
+    )
     text = "its requests' class where they wait for their turn (default: normal)"
     add.add_argument("--priority", choices=CLASSES, default="normal", help=text)
     text = "its requests may be served with KV that was kept with loss, where the server has --lossy (default: exact KV alone)"

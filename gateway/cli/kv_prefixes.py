@@ -34,7 +34,7 @@ def add_views(views: "argparse._SubParsersAction[Any]") -> None:
     prefixes.add_argument(
         "--limit", type=int, default=PREFIXES_SHOWN, metavar="N", help=f"prefixes to show (default: {PREFIXES_SHOWN})"
     )
-    prefixes.add_argument("--model", default="", help="one of several models (default: the first)")
+    prefixes.add_argument("--model", default="", metavar="NAME", help="one of several models (default: the first)")
     pin = add_command(views, "pin", _pin, "keep a prefix in the caches of one or more replicas")
     what = pin.add_mutually_exclusive_group(required=True)
     what.add_argument("text", nargs="?", metavar="TEXT", help="the beginning of completions' prompts")
@@ -50,9 +50,11 @@ def add_views(views: "argparse._SubParsersAction[Any]") -> None:
         "--no-pin", action="store_true", help="only put it into the caches, where it may be evicted (default: pin it)"
     )
     pin.add_argument(
-        "--tenant", help="name of the tenant whose cache keeps it; required if tenants are configured (default: none)"
+        "--tenant",
+        metavar="NAME",
+        help="name of the tenant whose cache keeps it; required if tenants are configured (default: none)",
     )
-    pin.add_argument("--model", help="one of several models, or a LoRA adapter (default: the first)")
+    pin.add_argument("--model", metavar="NAME", help="one of several models, or a LoRA adapter (default: the first)")
     unpin = add_command(views, "unpin", _unpin, "stop keeping a prefix")
     unpin.add_argument("id", metavar="ID", help="as `kv pin` and `kv prefixes` show it")
     add_command(views, "flush", _flush, f"empty the prefix caches of all ready replicas, disk and vault; {_PINS_TOO}")

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_gateway_flags(parser)
     parser.add_argument("--once", action="store_true", help="print the table once and exit")
     parser.add_argument("--json", action="store_true", help="print /kv/stats as JSON and exit")
-    parser.add_argument("--model", default="", help="one of several models (default: the first)")
+    parser.add_argument("--model", default="", metavar="NAME", help="one of several models (default: the first)")
     parser.add_argument(
         "--interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS", help="time between updates (default: 1)"
     )

@@ -138,8 +138,8 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--json", action="store_true", help="print JSON (default: text)")
     parser.add_argument("--quick", action="store_true", help="skip measuring the links between GPUs, which takes about 10 s")
     add_gateway_flags(parser)
-    parser.add_argument("--host", help="the gateway's host (default: as for serve)")
-    parser.add_argument("--run-dir", help="the gateway's run_dir (default: as for serve)")
+    parser.add_argument("--host", metavar="ADDRESS", help="the gateway's host (default: as for serve)")
+    parser.add_argument("--run-dir", metavar="DIR", help="the gateway's run_dir (default: as for serve)")
     parser.set_defaults(run=_doctor, parser=parser)
 
 

@@ -16,7 +16,7 @@ ANSWER_TOKENS = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to `parser`."""
-    parser.add_argument("--url", help="URL of the gateway (default: from the host and port in the settings)")
+    parser.add_argument("--url", metavar="URL", help="URL of the gateway (default: from the host and port in the settings)")
     parser.add_argument("--port", metavar="N", help="its port on this machine (default: from the settings)")
     parser.add_argument(
         "--start",
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="start replicas and a gateway just for this, with MODEL or the default one",
     )
-    parser.add_argument("--api-key", default="", help="a tenant's key, if the gateway requires one")
-    parser.add_argument("--admin-key", help="the admin key, if the gateway has one (default: from the settings)")
+    parser.add_argument("--api-key", default="", metavar="KEY", help="a tenant's key, if the gateway requires one")
+    parser.add_argument("--admin-key", metavar="KEY", help="the admin key, if the gateway has one (default: from the settings)")
     parser.add_argument("--cacert", type=Path, metavar="FILE", help=CACERT_HELP)
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run (default: all)")
@@ -43,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"small requests with and without the gateway (default: {PAIRS})",
     )
     parser.add_argument(
-        "--rate", type=_positive, metavar="R", help="requests per second of the throughput run (default: a modest rate)"
+        "--rate", type=_positive, metavar="N", help="requests per second of the throughput run (default: a modest rate)"
     )
     text = f"duration of the throughput run (default: {THROUGHPUT_SECONDS:g})"
-    parser.add_argument("--seconds", type=_positive, default=THROUGHPUT_SECONDS, metavar="S", help=text)
+    parser.add_argument("--seconds", type=_positive, default=THROUGHPUT_SECONDS, metavar="SECONDS", help=text)
     parser.add_argument(
         "--prefixes", type=_count, default=PREFIXES, metavar="N", help=f"prefixes that its requests share (default: {PREFIXES})"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,37 @@ def test_the_help_names_units_and_groups(capsys: pytest.CaptureFixture[str]) -> 
     assert "--drain-seconds SECONDS time for running requests to finish" in text
     assert "(default: 33554432, 32 MiB; for example --body-bytes-max 67108864)" in text
     assert all(f"{title}:" in text for title in GROUPS)
+
+
+SAYS_WHAT_IS_WANTED = {
+    "N",
+    "N|auto",
+    "BYTES",
+    "SIZE",
+    "SECONDS",
+    "SPAN",
+    "WHEN",
+    "SHARE",
+    "HEX",
+    "NAME",
+    "NAMES",
+    "NODES",
+    "MODEL",
+}
+SAYS_WHAT_IS_WANTED |= {"FILE", "FILE|-", "DIR", "URL", "URLS", "ADDRESS", "ADDRESS:PORT", "KEY"}
+
+
+def flags_with_values(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from flags_with_values(command)
+        elif action.option_strings and action.nargs != 0 and not action.choices:
+            yield f"{parser.prog} {action.option_strings[-1]}", str(action.metavar)
+
+
+def test_what_stands_for_a_flags_value_says_what_is_wanted() -> None:
+    assert {flag: word for flag, word in flags_with_values(build_parser()) if word not in SAYS_WHAT_IS_WANTED} == {}
 
 
 def test_a_flag_that_is_not_given_says_nothing() -> None:
