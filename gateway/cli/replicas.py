@@ -34,8 +34,10 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     drain.add_argument(
         "--force", action="store_true", help="drain it even if no other replica is ready, so that nobody serves (default: no)"
     )
-    resume = add_command(views, "resume", _resume, "send a drained replica requests again")
-    resume.add_argument("name", metavar="NAME", help="of the replica, for example replica-0")
+    resume = add_command(views, "resume", _resume, "send a drained replica, or all of this node, requests again")
+    whom = resume.add_mutually_exclusive_group(required=True)
+    whom.add_argument("name", nargs="?", metavar="NAME", help="of the replica, for example replica-0")
+    whom.add_argument("--all", action="store_true", help="every replica of this node that is drained")
     text = "drain a replica, hand over its prefixes, wait for its requests (--drain-seconds of the gateway) and restart it"
     restart = add_command(views, "restart", _restart, f"{text}; or all of this node, one after the other")
     which = restart.add_mutually_exclusive_group(required=True)
@@ -82,8 +84,16 @@ def _drain(arguments: argparse.Namespace, client: httpx.Client, console: Console
 
 
 def _resume(arguments: argparse.Namespace, client: httpx.Client, console: Console) -> int:
-    done = _post(client, arguments.name, "resume")
-    return _tell(arguments, console, done, f"{done.name} is {done.state}")
+    names = [arguments.name]
+    if arguments.all:
+        found = read(ReplicaList, ask(client, "/replicas")).replicas
+        names = [each.name for each in found if not each.node and each.state == "draining" and each.step is not Step.RESTARTING]
+        if not names and not arguments.json:
+            console.print("no replica of this node is drained")
+    for name in names:
+        done = _post(client, name, "resume")
+        _tell(arguments, console, done, f"{done.name} is {done.state}")
+    return 0
 
 
 def _restart(arguments: argparse.Namespace, client: httpx.Client, console: Console) -> int:

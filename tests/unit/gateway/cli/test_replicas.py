@@ -13,21 +13,21 @@ from gateway.cli.replicas import add_commands
 from gateway.replica_control.shapes import ControlledReplica, ReplicaList
 
 
-def shape(name: str, node: str = "", reason: str = "ready") -> ControlledReplica:
-    return ControlledReplica(name=name, node=node, state="ready", reason=reason, device="cpu", restarts=0, requests=0)
+def shape(name: str, node: str = "", reason: str = "ready", state: str = "ready") -> ControlledReplica:
+    return ControlledReplica(name=name, node=node, state=state, reason=reason, device="cpu", restarts=0, requests=0)
 
 
 THERE = ReplicaList(restartable=True, replicas=[shape("replica-0"), shape("replica-1"), shape("node-b:replica-0", "node-b")])
 
 
-def replicas(*flags: str) -> tuple[int, str, list[str]]:
+def replicas(*flags: str, there: ReplicaList = THERE) -> tuple[int, str, list[str]]:
     """Status, output, and what was asked for by POST."""
     posted: list[str] = []
 
     def reply(request: httpx.Request) -> httpx.Response:
         path = request.url.raw_path.decode()
         if request.method == "GET":
-            return httpx.Response(200, content=THERE.model_dump_json())
+            return httpx.Response(200, content=there.model_dump_json())
         posted.append(path)
         if "node-b" in path:
             message = "node-b:replica-0 is a replica of node-b"
@@ -69,3 +69,19 @@ def test_another_nodes_replica_is_refused_with_the_gateways_words(command: str, 
 @pytest.mark.parametrize("command", ["drain", "restart"])
 def test_force_is_passed_on(command: str) -> None:
     assert replicas(command, "replica-0", "--force")[2] == [f"/replicas/replica-0/{command}?force=true"]
+
+
+def test_all_that_are_drained_on_this_node_are_resumed() -> None:
+    drained = [shape(name, state="draining") for name in ("replica-1", "replica-2")]
+    there = ReplicaList(
+        restartable=True, replicas=[shape("replica-0"), *drained, shape("node-b:replica-0", "node-b", state="draining")]
+    )
+    status, output, posted = replicas("resume", "--all", there=there)
+    assert (status, posted) == (0, ["/replicas/replica-1/resume", "/replicas/replica-2/resume"])
+    assert "replica-2 is ready" in output
+
+
+def test_where_none_is_drained_that_is_said() -> None:
+    status, output, posted = replicas("resume", "--all")
+    assert (status, posted) == (0, [])
+    assert "no replica of this node is drained" in output
