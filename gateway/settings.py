@@ -430,7 +430,7 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
     except ValidationError as error:
         places = {name: f"the file {ENV_PREFIX.lower()}{name}:" for name in secrets}
         places |= {name: f"{ENV_PREFIX}{name.upper()}:" for name in in_environment}
-        raise SettingsError(in_words(error, _tables({**given, **rest}, config, places))) from None
+        raise SettingsError(in_words(error, _tables({**given, **rest}, config, places), Settings.model_fields)) from None
     except PydanticSettingsError as error:
         raise SettingsError(not_json(error, ENV_PREFIX)) from None
 

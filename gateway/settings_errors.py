@@ -1,14 +1,17 @@
-"""What is wrong with settings, in one line. Values are left out, as one may be a secret; only a size is shown."""
+"""What is wrong with settings, in one line. Texts are left out, as one may be a secret; numbers, switches and choices are
+shown."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError as PydanticSettingsError
 
+from gateway.plain_errors import plain
 from gateway.table_errors import Tables
 
 _TENANTS = '[{"name": "acme", "api_key": "…"}]'
@@ -18,17 +21,21 @@ _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 _FIELD = re.compile(r'field "(\w+)"')
 
 
-def in_words(error: ValidationError, tables: Tables) -> str:
-    """One line for all that is wrong."""
+def in_words(error: ValidationError, tables: Tables, fields: Mapping[str, FieldInfo]) -> str:
+    """One line for all that is wrong; `fields` are the settings."""
     parts = []
+
+    def message(detail: Mapping[str, Any]) -> str:
+        return _message(detail, _field(detail["loc"], tables, fields))
+
     for detail in error.errors(include_url=False):
         if detail["type"] == "default_factory_not_called":  # follows from another error in the list
             continue
-        if (words := tables.in_words(detail, _message)) is not None:
+        if (words := tables.in_words(detail, message)) is not None:
             parts.append(words)
             continue
         place = ".".join(str(part) for part in detail["loc"])
-        parts.append(f"{place}: {_message(detail)}" if place else _message(detail))
+        parts.append(f"{place}: {message(detail)}" if place else message(detail))
     return "; ".join(parts)
 
 
@@ -41,7 +48,15 @@ def not_json(error: PydanticSettingsError, prefix: str) -> str:
     return f"{prefix}{found[1].upper()} is not JSON{example}"
 
 
-def _message(detail: Mapping[str, Any]) -> str:
+def _field(path: Sequence[Any], tables: Tables, fields: Mapping[str, FieldInfo]) -> FieldInfo | None:
+    """The setting, or the key of a table, that is wrong; None if it is none."""
+    found: Any = fields
+    if len(path) > 2 and path[0] in tables.keys:
+        found, path = tables.keys[path[0]], path[2:]
+    return found.get(path[0]) if path and isinstance(found, Mapping) else None
+
+
+def _message(detail: Mapping[str, Any], field: FieldInfo | None) -> str:
     kind, given = detail["type"], detail.get("ctx", {})
     if kind in ("byte_size", "byte_size_unit"):
         return f"'{detail['input']}' is not a size: write bytes, or such as 512MiB, 4GiB"
@@ -49,7 +64,7 @@ def _message(detail: Mapping[str, Any]) -> str:
         return f"must have at least {given['min_length']} characters, has {given['actual_length']}"
     if kind == "tuple_type" and detail["loc"] == ("tenants",):
         return f"must be a list, for example {_TENANTS}"
-    return str(detail["msg"]).removeprefix("Value error, ")
+    return plain(detail, field) or str(detail["msg"]).removeprefix("Value error, ")
 
 
 def is_of_a_service(variable: str, value: str) -> bool:

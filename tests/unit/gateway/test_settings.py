@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,49 @@ def test_an_empty_variable_is_not_set(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (settings.admin_key, settings.port) == (None, 1006)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("port", "http", "must be a whole number from 1 to 65535, not 'http'"),
+        ("port", 99999, "must be a whole number from 1 to 65535, not 99999"),
+        ("retry_attempts_max", 1.5, "must be a whole number from 0 to 16, not 1.5"),
+        ("drain_seconds", "long", "must be a number of at least 0, not 'long'"),
+        ("drain_seconds", "-3", "must be a number of at least 0, not '-3'"),
+        ("imports", "perhaps", "must be true or false, not 'perhaps'"),
+        ("imports", 7, "must be true or false, not 7"),
+        ("log_level", "loud", "must be 'debug', 'info', 'warning' or 'error', not 'loud'"),
+        ("host", 5, "must be a text"),
+        ("run_dir", 5, "must be a path, as a text"),
+        ("port", "x" * 100, "must be a whole number from 1 to 65535"),
+    ],
+)
+def test_what_a_setting_must_be_is_said_in_plain_words(name: str, value: object, words: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{re.escape(f'{name}: {words}')}$"):
+        load({name: value})
+
+
+def refusal(given: dict[str, object]) -> str:
+    """What is said of these settings, "" if nothing."""
+    try:
+        load(given)
+    except SettingsError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", sorted(Settings.model_fields))
+def test_no_setting_is_told_in_the_words_of_pydantic(name: str, tmp_path: Path) -> None:
+    for value in ("§", -1.5, True, [7], {"key": 7}):
+        told = refusal({name: value})
+        assert not re.search(r"Input|pydantic|<class|should be", told), told
+
+
+def test_a_key_of_a_table_is_told_in_plain_words_too(tmp_path: Path) -> None:
+    path = toml(tmp_path, '[[models]]\nname = "a"\nmodel = "m"\nreplicas_per_gpu = 99\n')
+    with pytest.raises(SettingsError, match=r"number 1 \('a'\): replicas_per_gpu: must be a whole number from 1 to 16, not 99"):
+        load(config=path)
+
+
 def test_an_unknown_flag_is_named() -> None:
     with pytest.raises(SettingsError, match="bogus"):
         load({"bogus": 1})
@@ -112,10 +156,10 @@ def test_replicas_are_a_number_or_auto(value: object) -> None:
         load({"replicas": value})
 
 
-def test_a_wrong_value_is_one_line_that_names_the_key_alone() -> None:
+def test_a_wrong_value_is_one_line_that_names_the_key_and_what_it_must_be() -> None:
     with pytest.raises(SettingsError) as raised:
         load({"port": 0})
-    assert str(raised.value) == "port: Input should be greater than or equal to 1"
+    assert str(raised.value) == "port: must be a whole number from 1 to 65535, not 0"
 
 
 def test_a_secret_is_not_in_the_error_nor_in_what_is_printed() -> None:

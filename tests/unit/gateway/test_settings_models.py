@@ -172,7 +172,7 @@ def test_what_is_wrong_with_a_table_is_told_with_its_file_and_what_may_have_been
         ("accept_loss = true", "unknown key 'accept_loss'; did you mean 'accepts_loss'?"),
         ("host = 'x'", "the key 'host' belongs before the first [[…]]"),
         ("quite = 'else'", "unknown key 'quite'"),
-        ("group = 5", "group: Input should be a valid string"),
+        ("group = 5", "group: must be a text"),
     ):
         found = refusal(tmp_path, f"{tenant}{table}\n")
         assert found.startswith(f"{path}: [[tenants]] number 1 ('acme'): {words}")
