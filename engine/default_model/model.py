@@ -17,6 +17,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from engine.default_model.packaged import DEFAULT_NAME, PACKAGED, ConversionFail
 
 MANIFEST = ".peerkv-manifest.json"
 CONVERT_SECONDS_MAX = 1800.0
+TOLD_SECONDS = 5.0
+"""Between two lines of progress while a model is converted."""
 # Files up to this size are hashed at each start; for larger ones only size and time are compared.
 HASHED_ALWAYS_BYTES_MAX = 8 << 20
 MANIFEST_BYTES_MAX = 1 << 20
@@ -173,12 +177,31 @@ def _make(
         say("converting it to safetensors, once (about half a minute)")
         made = work / "model"
         made.mkdir()
-        convert(model, gguf, made, (lock,))
+        with _told(say, "still converting it"):
+            convert(model, gguf, made, (lock,))
         _seal(model, made)
         _publish(made, target, work)
         say(f"ready in {target}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _told(say: Callable[[str], None], what: str) -> Iterator[None]:
+    """Say every TOLD_SECONDS how long it has taken so far."""
+    done, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(TOLD_SECONDS):
+            say(f"{what}, {time.monotonic() - began:.0f} s so far")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
 
 
 def _seal(model: PackagedModel, directory: Path) -> None:

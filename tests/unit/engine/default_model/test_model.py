@@ -175,6 +175,27 @@ def test_two_starts_at_once_make_one_model(toy: PackagedModel, wheel: Path, tmp_
     assert convert.runs == 1
 
 
+def test_a_long_conversion_says_that_it_goes_on(
+    toy: PackagedModel, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "TOLD_SECONDS", 0.01)
+    told, convert = threading.Event(), Converter()
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if sum("still converting" in each for each in lines) == 2:
+            told.set()
+
+    def slow(*arguments) -> None:
+        assert told.wait(20)
+        convert(*arguments)
+
+    model.ensure(toy, tmp_path, wheel=wheel, convert=slow, say=say)
+    assert any(line.endswith("s so far") for line in lines)
+    assert lines[-1].startswith("ready in")
+
+
 def test_a_full_disk_is_said_with_what_to_do(toy: PackagedModel, wheel: Path, tmp_path: Path) -> None:
     full = Converter(OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(DiskFull, match="PEERKV_CACHE elsewhere"):
