@@ -24,6 +24,7 @@ from gateway.cli.bench.lengths import choose_lengths
 from gateway.cli.bench.report import picture, print_results
 from gateway.cli.bench.results import Results, given_arguments
 from gateway.cli.bench.words import Words
+from gateway.cli.elsewhere import run_dir_of
 from gateway.cli.trust import trust
 from gateway.settings import address, load
 from gateway.tenants.loopback import port_here
@@ -158,8 +159,9 @@ class _Bench:
         known = overhead.sockets(installation.url, self._run_dir)
         replica = described.replicas[0]
         if replica not in known:
+            how = run_dir_of(installation.url) or "--config"
             self._results.notes.append(
-                "the gateway's overhead was not measured: the replicas' sockets are not in this machine's run_dir (--config)"
+                f"the gateway's overhead was not measured: the replicas' sockets are not in this machine's run_dir ({how})"
             )
         bar = progress.add_task("gateway overhead", total=self._given.pairs + overhead.WARM_PAIRS)
         self._results.overhead = await overhead.measure(

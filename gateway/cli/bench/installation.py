@@ -11,6 +11,7 @@ from typing import Any, Self
 import aiohttp
 import msgspec
 
+from gateway.cli.elsewhere import port_elsewhere
 from gateway.cli.trust import tls_trouble
 from gateway.errors import GatewayError
 
@@ -168,7 +169,7 @@ class Installation:
                 raise NotMeasured(trouble) from error
             raise NotMeasured(
                 f"no gateway is answering at {self.url} ({error}): start one with `peerkv serve`, name it with --url, or use "
-                "--start to start one for the measurement"
+                f"--start to start one for the measurement{port_elsewhere(self.url)}"
             ) from error
         if response.status in (401, 403):
             which = "an API key: pass --api-key" if path.startswith("/v1/") else "the admin key: pass --admin-key"

@@ -20,6 +20,7 @@ from gateway.cli.doctor.machine import Machine, look
 from gateway.cli.doctor.other_nodes import ALONE, OtherNodes, judge_nodes, node_lines
 from gateway.cli.doctor.other_nodes import look as look_for_nodes
 from gateway.cli.doctor.replica_pairs import Fleet, Pair, pairs_of, path_in_words, read_fleet
+from gateway.cli.elsewhere import flags_for, the_only_server
 from gateway.serve.fleets import each_fleet
 from gateway.settings import Settings
 
@@ -34,12 +35,22 @@ def run(settings: Settings, *, as_json: bool = False, measure_links: bool = True
     (fleet, pairs), *others = [_running(each.run_dir, machine) for each in each_fleet(settings)]
     nodes = look_for_nodes(settings.run_dir)
     findings = (*judge(machine, fleet, pairs), *judge_nodes(nodes))
+    if fleet is None and not any(each for each, _ in others):
+        findings += tuple(_elsewhere(settings))
     findings += tuple(finding for each, its_pairs in others if each for finding in judge_fleet(each, its_pairs))
     if as_json:
         print(_as_json(machine, speeds, fleet, pairs, findings, nodes, others))
     else:
         print("\n".join(report(machine, speeds, fleet, pairs, findings, nodes, others)))
     return 1 if any(finding.problem for finding in findings) else 0
+
+
+def _elsewhere(settings: Settings) -> Iterator[Finding]:
+    """Say what runs on this machine where nothing runs in the run_dir that is examined."""
+    server = the_only_server()
+    if server is not None:
+        what = f"a peerkv runs on this machine with another run_dir, {server.run_dir}"
+        yield Finding(False, what, f"to examine it: peerkv doctor {flags_for(server, settings.port)}")
 
 
 def _running(run_dir: Path, machine: Machine) -> Running:
