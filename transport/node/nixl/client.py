@@ -77,8 +77,8 @@ class NixlClient:
 
     def fetch(self, asked: BlocksAsked, sizes: Sequence[int], target: Piece) -> Fetched:
         """As BlockFetcher has it. `target` is a piece of the process's memory."""
-        if len(asked.ids) != 4 * len(sizes) or len(sizes) > BLOCKS_ASKED_MAX:
-            raise NodeError("ids and sizes of blocks that do not fit together")
+        if len(asked.ids) != 4 * len(sizes) or len(asked.states) != 8 * len(sizes) or len(sizes) > BLOCKS_ASKED_MAX:
+            raise NodeError("ids, states and sizes of blocks that do not fit together")
         if in_code(np.frombuffer(asked.states, "<u8")).any():
             raise NotOffered("blocks that lie coded are decoded where they lie")
         known = self._find(asked)
