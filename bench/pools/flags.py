@@ -42,8 +42,8 @@ class Numbers:
     rounds: int
 
 
-CPU = Numbers(2, 480, 32, 6, rate=1.5, seconds=25.0, steps=6, passes=2, rounds=3)
-GPU = Numbers(4, 8_000, 200, 16, rate=6.0, seconds=7.0, steps=6, passes=2, rounds=2)
+CPU = Numbers(2, 480, 32, 6, rate=4.0, seconds=15.0, steps=5, passes=2, rounds=3)
+GPU = Numbers(4, 8_000, 200, 16, rate=8.0, seconds=7.0, steps=6, passes=2, rounds=2)
 CPU_VLLM = "--num-gpu-blocks-override 96 --max-model-len 2048"
 GPU_VLLM = (
     "--load-format dummy --block-size 16 --num-gpu-blocks-override 2048 --max-model-len 16384 --max-num-batched-tokens 8192 "
@@ -82,7 +82,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--zipf", type=float, default=1.0, metavar="X", help="how uneven their use is, an exponent (default: 1)"
     )
-    parser.add_argument("--growth", type=float, default=1.35, metavar="X", help="factor between two rates (default: 1.35)")
+    parser.add_argument("--growth", type=float, default=1.4, metavar="X", help="factor between two rates (default: 1.4)")
     parser.add_argument("--cold-factor", type=float, default=2.0, metavar="X", help="the bound, in cold prompts (default: 2)")
     parser.add_argument("--bound", type=float, default=0.0, metavar="SECONDS", help="the bound, in place of --cold-factor")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of moments and choices (default: 1)")
