@@ -43,6 +43,7 @@ class Answered:
     ids: tuple[str, ...]
     logprobs: tuple[float, ...]
     seconds: float
+    request_id: str
 
     def tokens(self, source: str) -> int:
         """Prompt tokens that came from `local`, `peer` or `computed`."""
@@ -135,6 +136,11 @@ class Host:
         """What POST /kv/flush answers here."""
         return json.loads(self._curl("/kv/flush", "-X", "POST").stdout)
 
+    def keep(self, prompt: str, replicas: int) -> Any:
+        """What POST /kv/prefixes answers here: a prompt pinned on so many replicas."""
+        body = json.dumps({"text": prompt, "replicas": replicas})
+        return json.loads(self._curl("/kv/prefixes", "-d", body, "-H", "Content-Type: application/json").stdout)
+
     def ask(self, prompt: str, replica: str = "", max_tokens: int = 8, seconds: float = ANSWER_SECONDS_MAX) -> Answered:
         """Complete a prompt through the gateway here. Raises AssertionError for anything but an answer, in `seconds`."""
         body = {"model": self.served.name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
@@ -151,7 +157,7 @@ class Host:
         choice = json.loads(content)["choices"][0]
         told = choice["logprobs"]
         answered = tuple(told["tokens"]), tuple(told["token_logprobs"])
-        return Answered(fields["x-peerkv-replica"], cache, choice["text"], *answered, taken)
+        return Answered(fields["x-peerkv-replica"], cache, choice["text"], *answered, taken, fields["x-request-id"])
 
     def _curl(self, path: str, *flags: str, seconds: float = ANSWER_SECONDS_MAX) -> "subprocess.CompletedProcess[str]":
         command = ["ip", "netns", "exec", self.space, "curl", "-s", "--max-time", str(seconds), *flags]

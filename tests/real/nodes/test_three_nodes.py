@@ -53,6 +53,39 @@ def test_what_one_node_computed_the_two_others_import_bit_equal_to_a_local_hit(h
             assert (imported.ids, imported.logprobs) == (local.ids, local.logprobs)
 
 
+def test_the_ledger_explains_an_import_from_another_node_and_the_counters_have_it(hosts: list[Host]) -> None:
+    owner, taker, _ = hosts
+    source = f"{owner.name}:replica-0"
+    before = imported_tokens(taker)
+    _, imported = shared(owner, taker, "explained")
+    (attempt,) = taker.get(f"/kv/explain/{imported.request_id}")["attempts"]
+    assert (attempt["replica"], attempt["source"]) == ("replica-0", source)
+    assert attempt["expected"]["peer_tokens"] == imported.tokens("peer")
+    (delivered,) = attempt["delivered"]
+    assert (delivered["source"], delivered["peer_tokens"]) == (source, imported.tokens("peer"))
+    assert delivered["import_bytes"] > 0
+    until(lambda: imported_tokens(taker) >= before + imported.tokens("peer"), KNOWN_SECONDS_MAX, "the counters")
+
+
+def imported_tokens(host: Host) -> int:
+    (own,) = [replica for replica in host.get("/kv/stats")["replicas"] if replica["name"] == "replica-0"]
+    return int(own["tokens"]["peer_shared_memory"])
+
+
+def test_a_prefix_is_pinned_on_the_replicas_of_all_nodes(hosts: list[Host]) -> None:
+    a, b, _ = hosts
+    text = prompt("pinned", ITEMS)
+    kept = a.keep(text, 3)
+    names = {"replica-0", "node-b:replica-0", "node-c:replica-0"}
+    assert {place["replica"] for place in kept["places"]} == names, kept
+    until(
+        lambda: {place["state"] for place in a.get("/kv/prefixes")["kept"][-1]["places"]} == {"pinned"},
+        KNOWN_SECONDS_MAX,
+        "the pins",
+    )
+    assert b.ask(text, "replica-0").tokens("local") > 400
+
+
 def test_each_gateway_finds_what_any_of_the_three_holds(hosts: list[Host]) -> None:
     for owner in hosts:
         text = prompt(f"known of {owner.name}", ITEMS)
