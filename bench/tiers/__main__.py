@@ -27,6 +27,8 @@ def main() -> None:
     kept.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of a session (default: 4096)")
     kept.add_argument("--kv-bytes", type=int, default=256 << 20, metavar="N", help="KV cache (default: 256 MiB)")
     kept.add_argument("--tier-bytes", type=int, default=256 << 20, metavar="N", help="host memory or disk (default: 256 MiB)")
+    arms = [arm.name for arm in sessions.ARMS]
+    kept.add_argument("--arms", nargs="+", choices=arms, default=(), metavar="NAME", help=f"(default: all, {'; '.join(arms)})")
     replayed = commands.add_parser("policies", description=policies.__doc__, help="what a tier should keep, by recorded traces")
     replayed.add_argument("traces", type=Path, nargs="+", metavar="TRACE", help="JSON lines with hash_ids, as Mooncake's")
     commands.add_parser("scheduling", description=scheduling.__doc__, help="what host memory takes of a scheduler's step")
@@ -46,7 +48,7 @@ def main() -> None:
     elif given.what == "soak":
         soak.run(given.model, given.block_sizes, given.minutes, given.directory)
     elif given.what == "sessions":
-        sessions.run(given.model, given.tokens, given.kv_bytes, given.tier_bytes, given.directory)
+        sessions.run(given.model, given.tokens, given.kv_bytes, given.tier_bytes, given.directory, given.arms)
     else:
         restore.run(given.model, given.lengths, given.samples, given.directory)
     print(f"load average at the end {os.getloadavg()[0]:.1f}")

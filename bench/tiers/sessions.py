@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ ARMS = (
     Arm("no tier", lambda _size, _home: ["--host-memory", "0"]),
     Arm("host memory", lambda size, _home: ["--host-memory", str(size)]),
     Arm("host memory, int8", lambda size, _home: ["--host-memory", str(size), "--lossy", "int8"]),
+    Arm("host memory, rot4", lambda size, _home: ["--host-memory", str(size), "--lossy", "rot4"]),
     Arm("disk, raw-z", _on_disk(), stores=1),
     Arm("disk, int8", _on_disk("--lossy", "int8"), stores=1),
     Arm("disk, rot4", _on_disk("--lossy", "rot4"), stores=1),
@@ -76,12 +77,12 @@ def most_sessions(served: Served, tokens: int, prompts: Callable[[int], list[int
     raise RuntimeError(f"{kept} sessions are kept, and more are not tried: take a smaller tier or longer prompts")
 
 
-def run(model: str, tokens: int, kv_bytes: int, tier_bytes: int, directory: Path | None) -> None:
-    """Measure and print a row for each arm."""
+def run(model: str, tokens: int, kv_bytes: int, tier_bytes: int, directory: Path | None, names: Sequence[str] = ()) -> None:
+    """Measure and print a row for each arm, or for those of these names."""
     print(f"sessions of {tokens} tokens, KV cache {kv_bytes >> 20} MiB, tier {tier_bytes >> 20} MiB, bfloat16", flush=True)
     print("| tier | sessions kept | not kept | computed again then |\n|---|---|---|---|", flush=True)
     numbers = random.Random(os.getpid())
-    for arm in ARMS:
+    for arm in (arm for arm in ARMS if not names or arm.name in names):
         with ExitStack() as stack:
             home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peerkv-bench-sessions-", dir=directory)))
             served = Served(home, model, arm.flags(tier_bytes, home), stores=arm.stores, kv_bytes=kv_bytes, dtype="bfloat16")

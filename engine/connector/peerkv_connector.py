@@ -2,9 +2,9 @@
 
 `kv_connector_extra_config`: `table_dir`, the directory of the node's block tables; `replica`, this engine's name in it; `hash`,
 xxh3_128 or sha256; `namespace`, a word: engines with different ones exchange nothing; `pin_share_max`, the share of its blocks
-that pins may hold; `tenant_share_max`, the share of host memory that a tenant has while others want room; `lossy`: with int8,
-host memory codes blocks of callers who accept loss. All have defaults, so plain vLLM servers started with this connector find
-each other without a gateway.
+that pins may hold; `tenant_share_max`, the share of host memory that a tenant has while others want room; `lossy`: by int8,
+rot4 or rot3 host memory codes blocks of callers who accept loss. All have defaults, so plain vLLM servers started with this
+connector find each other without a gateway.
 
 No exception leaves a method of this class: vLLM would end the engine. A fault is logged and counted; from then on the connector
 imports and offers nothing.
@@ -18,7 +18,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -43,7 +43,7 @@ from transport.groups import Group
 from transport.keys import HASH_NAMES
 from transport.table.directory import TableDirectory, sweep
 from transport.table.kept_table import KeptTable
-from transport.table.layout import BLOCKS_MAX, Description
+from transport.table.layout import BLOCKS_MAX, Description, SlotCodec
 from transport.table.tiers import host_memory_of
 from transport.table.writer import TableWriter
 
@@ -53,6 +53,7 @@ _PR_SET_PDEATHSIG = 1
 _ANSWERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION")
 PIN_SHARE_MAX = 0.25
 TENANT_SHARE_MAX = 0.5
+_SLOT_CODECS: Mapping[str, SlotCodec] = {name: name for name in get_args(SlotCodec)}
 
 
 class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -287,9 +288,10 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         num_blocks = int(self._kv_cache_config.num_blocks)
         self._fields = self._guard("read the KV layout", lambda: self._read(kv_caches), {})
         if self._fields:
-            lossy = self._fields | self._kv_dtype() if self._lossy == "int8" else None
-            groups = self._layer_groups()
-            self._guard("share the KV memory", lambda: worker.register(kv_caches, num_blocks, groups, lossy), None)
+            codec = _SLOT_CODECS.get(self._lossy)
+            lossy = self._fields | self._kv_dtype() if codec is not None else None
+            about = num_blocks, self._layer_groups(), lossy, codec or "int8"
+            self._guard("share the KV memory", lambda: worker.register(kv_caches, *about), None)
 
     def _kv_dtype(self) -> dict[str, str]:
         return {"kv dtype": str(self._vllm_config.cache_config.cache_dtype)}

@@ -23,6 +23,7 @@ from transport.node.fetches import Fetches, StagedReader, staging_of
 from transport.node.messages import NodeError
 from transport.node.names import node_of
 from transport.table.directory import TableDirectory
+from transport.table.layout import SlotCodec
 
 _logger = logging.getLogger(__name__)
 
@@ -66,10 +67,11 @@ class WorkerHalf:
         num_blocks: int,
         groups: Mapping[str, int] | None = None,
         lossy: Mapping[str, str] | None = None,
+        codec: SlotCodec = "int8",
     ) -> None:
         """Make the KV tensors readable for peers by the transport that fits them; `groups` tells each layer's group.
 
-        `lossy`, fields of the fingerprint, has host memory keep blocks of callers who accept loss coded, if they can be.
+        `lossy`, fields of the fingerprint, has host memory code blocks of callers who accept loss by `codec`, if they can be.
 
         Again after `unmap`: the scheduler's half then begins anew as well, and so do the numbers of its steps.
         """
@@ -82,7 +84,7 @@ class WorkerHalf:
             return
         self._status = "ok"
         if self._kept is not None:
-            self._open_slots(self._transport, self._kept, lossy)
+            self._open_slots(self._transport, self._kept, lossy, codec)
         if self._watcher is None:
             self._watcher = threading.Thread(target=self._watch, name="peerkv-watch", daemon=True)
             self._watcher.start()
@@ -91,10 +93,10 @@ class WorkerHalf:
         """Return what the scheduler's half has to know of this rank."""
         return Handshake(self._transport.memory() if self._transport else None, self._status, fields, self._slots)
 
-    def _open_slots(self, transport: Transport, kept: KeptMemory, lossy: Mapping[str, str] | None) -> None:
+    def _open_slots(self, transport: Transport, kept: KeptMemory, lossy: Mapping[str, str] | None, codec: SlotCodec) -> None:
         try:
-            shape = _coded_shape(transport, lossy) if lossy is not None else None
-            slots = cut(kept.region, transport.memory(), self._ranks, shape)
+            shape = _coded_shape(transport, lossy, codec) if lossy is not None else None
+            slots = cut(kept.region, transport.memory(), self._ranks, shape, codec)
             self._slot_writer = _slot_writer(transport, slots)
             self._slots = slots
         except (NoSlots, TransportError, OSError, ValueError) as error:
@@ -282,25 +284,27 @@ def _transport(kv_caches: Mapping[str, Any], num_blocks: int, rank: int, groups:
     raise MemoryUnreachable(f"no transport for KV memory on {', '.join(sorted(devices)) or 'no device'}")
 
 
-def _coded_shape(transport: Transport, fields: Mapping[str, str]) -> Shape | None:
+def _coded_shape(transport: Transport, fields: Mapping[str, str], codec: SlotCodec) -> Shape | None:
     """Return the shape of blocks that can be coded, ready to be so; None if all are kept as they are."""
     layers = transport.memory().layers
     alike = len({(layer.group, layer.bytes) for layer in layers}) == 1
     shape = layouts.told(fields, layers[0].bytes, len(layers)) if alike else None
     try:
-        if shape is not None and _codes(transport, shape):
+        if shape is not None and _codes(transport, shape, codec):
             return shape
     except ImportError as error:
         _logger.warning("host memory codes no blocks: %s", error)
         return None
-    _logger.info("host memory keeps all blocks as they are: their layout is not one that is coded")
+    _logger.info("host memory keeps all blocks as they are: their layout is not one that %s codes here", codec)
     return None
 
 
-def _codes(transport: Transport, shape: Shape) -> bool:
+def _codes(transport: Transport, shape: Shape, codec: SlotCodec) -> bool:
     if isinstance(transport, SharedMemoryTransport):
-        compile_codec("int8")
+        compile_codec(codec)
         return True
+    if codec != "int8":  # there are no kernels for it
+        return False
     from transport.backends.cuda_ipc import CudaIpcTransport
 
     return isinstance(transport, CudaIpcTransport) and transport.codes(shape)

@@ -29,7 +29,7 @@ from transport.frames.errors import NotCoded
 from transport.frames.frame import write, write_payload
 from transport.frames.shape import Bytes
 from transport.table.directory import TableDirectory
-from transport.table.layout import CHECKSUM_BYTES, Memory
+from transport.table.layout import CHECKSUM_BYTES, Coded, Memory
 from transport.table.quality import CARRIED, CODED, IN_CODE, LATER, LOSSY, mark_of
 from transport.table.reader import TableReader
 from transport.table.tiers import tier_kind
@@ -176,24 +176,37 @@ class Demotion:
         for rank, found in enumerate(contents):
             assert found is not None
             group, content = found
-            frame = self._encode(model, content, model.ranks[rank], key, group, quality=state & CARRIED)
+            coded = watched.memories[rank].coded if state & IN_CODE else None
+            frame = self._encode(model, content, model.ranks[rank], key, group, quality=state & CARRIED, coded=coded)
             for writer in wanting:
                 wait_seconds = WAIT_SECONDS_MAX if writer is writers[0] else 0.0
                 writer.offer(ids[rank], frame, wait_seconds, lambda: generation == self._generation)
 
-    def _encode(self, model: ModelFrames, content: Bytes, fingerprint: bytes, key: bytes, group: int, *, quality: int) -> bytes:
+    def _encode(
+        self,
+        model: ModelFrames,
+        content: Bytes,
+        fingerprint: bytes,
+        key: bytes,
+        group: int,
+        *,
+        quality: int,
+        coded: Coded | None,
+    ) -> bytes:
+        """Return a block as a frame; `coded` says how it lies coded already."""
         secret, shape = model.secrecy.key, model.coded_shapes[group]
         about: dict[str, Any] = {"fingerprint": fingerprint, "key": key, "group": group}
         about |= {"secret": secret, "tenant": mark_of(quality)}
-        if quality & IN_CODE and shape is not None:
-            return write_payload(named("int8"), content, shape, **about)
+        if coded is not None and shape is not None:
+            position = shape.tokens if quality & LATER else 0
+            return write_payload(named(coded.codec), content, shape, position=position, **about)
         if quality & (LOSSY | CODED) == LOSSY and self._lossy is not None and shape is not None:
             with contextlib.suppress(NotCoded):
                 block = Block(shape, content, position=shape.tokens if quality & LATER else 0)
                 return write(self._lossy, block, **about)
         block = Block(model.shapes[group], content)
-        coded = bool(quality & CODED)  # wherever it comes up, it is not coded again
-        return write(self._codec, block, lossy=coded, **about)
+        lost = bool(quality & CODED)  # wherever it comes up, it is not coded again
+        return write(self._codec, block, lossy=lost, **about)
 
 
 def _content(watched: _Watched, rank: int, slot: int, key: bytes) -> tuple[int, Bytes] | None:
@@ -217,7 +230,7 @@ def _content(watched: _Watched, rank: int, slot: int, key: bytes) -> tuple[int, 
 def _coded(watched: _Watched, rank: int, slot: int, key: bytes) -> tuple[int, Bytes] | None:
     """Return a block that lies coded as a frame's payload, and its group, which is the only one; None if it is torn, or coded
     in a way that a reader of frames would not expect."""
-    from transport.frames.int8_blocks import payload  # it needs numba
+    from transport.frames.slot_codes import payload  # it needs numba
 
     coded, shape = watched.memories[rank].coded, watched.model.coded_shapes[0]
     if coded is None or shape is None or shape.packed.hex() != coded.shape:
@@ -228,7 +241,7 @@ def _coded(watched: _Watched, rank: int, slot: int, key: bytes) -> tuple[int, By
         said = begin + coded.checksum
         if checksum(code.data, key) != watched.maps[rank][said : said + CHECKSUM_BYTES]:
             return None
-    return 0, payload(code, shape)
+    return 0, payload(coded.codec, code, shape)
 
 
 def _be_nice() -> None:

@@ -117,10 +117,13 @@ class GivingWay:
             self._forget(slot)
         return slot
 
-    def drop(self, slot: int, mark: int = ANYBODY) -> bool:
-        """Have the block in a slot give way before its time; False if there is none, none of the tenant with this mark, or it
-        is held."""
-        if slot not in self._keys or slot in self._readers or mark not in (ANYBODY, self._marks[slot]):
+    def may_go(self, slot: int, mark: int = ANYBODY) -> bool:
+        """Whether there is a block in a slot, of the tenant with this mark or of anybody, and it is not held."""
+        return slot in self._keys and slot not in self._readers and mark in (ANYBODY, self._marks[slot])
+
+    def drop(self, slot: int) -> bool:
+        """Have the block in a slot give way before its time; False if there is none, or it is held."""
+        if not self.may_go(slot):
             return False
         self._forget(slot)
         return True

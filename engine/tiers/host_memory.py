@@ -18,13 +18,13 @@ from engine.tiers.tier_pins import TierPins
 from transport.hint import PinWish
 from transport.keys import Keys
 from transport.table.kept_table import KeptTable
-from transport.table.quality import CODED, IN_CODE, LOSSY, mark_of
+from transport.table.quality import CODED, IN_CODE, LATER, LOSSY, mark_of
 
 UNDER_WAY_MAX = 8192
 """Blocks being stored at once: those of two steps that compute 32k tokens each, as the workers tell of a step's when the next
 is begun already, beside as many that an idle engine stores ahead. What is given up beyond that is lost, and counted."""
-PAIR_TRIES = 16
-"""A block that is not coded needs two slots side by side: after so many coded ones gave way without that, it is lost."""
+GROUP_TRIES = 16
+"""A block that is not coded needs slots side by side: after so many coded ones gave way without that, it is lost."""
 
 
 class HostMemory:
@@ -54,12 +54,13 @@ class HostMemory:
         self._asks = AskCounts(table.layout.blocks)
         kept = sorted(found.values())
         table.invalidate(list(set(slots).difference(kept)))  # a second slot under the same key
-        whole, quality = 2 if table.codes else 1, table.quality(kept)
+        self._coded = table.coded
+        whole, quality = self._coded.whole if self._coded is not None else 1, table.quality(kept)
         sizes = dict(zip(kept, (1 if each & IN_CODE else whole for each in quality), strict=True))
         self._marks = dict(zip(kept, map(mark_of, quality), strict=True))
         """Whose block is or goes into each slot that is taken."""
         self._stored = GivingWay(found, self._marks)
-        self._room = SlotRoom(table.layout.blocks, sizes, pairs=table.codes)
+        self._room = SlotRoom(table.layout.blocks, sizes, whole=whole)
         self._shares = TenantShares(table.layout.blocks, tenant_share_max)
         for slot, size in sizes.items():
             self._shares.took(self._marks[slot], size)
@@ -227,7 +228,7 @@ class HostMemory:
     def _begin(self, block: int, key: bytes, group: int, quality: int, asked: int) -> None:
         if key in self._coming:  # twice among the blocks that are taken together
             return
-        if self._table.codes and quality & (LOSSY | CODED) == LOSSY:
+        if self._codes(quality):
             quality |= CODED | IN_CODE
         slot = self._free_slot(1 if quality & IN_CODE else self._room.whole, mark_of(quality))
         if slot is None:
@@ -239,12 +240,17 @@ class HostMemory:
         self._read[block] = slot
         self._begun.append(store)
 
+    def _codes(self, quality: int) -> bool:
+        """Whether a block with these bits is coded here."""
+        coded = self._coded
+        return coded is not None and quality & (LOSSY | CODED) == LOSSY and bool(coded.first or quality & LATER)
+
     def _free_slot(self, size: int, mark: int) -> int | None:
         """Return the first of `size` slots that may be written once what gave way is withdrawn; None if too much is under way
         or held. A tenant that has its share gets no other's slots."""
         if len(self._under_way) >= UNDER_WAY_MAX:
             return None
-        tries = PAIR_TRIES
+        tries = GROUP_TRIES
         while (slot := self._room.take(size)) is None:
             yields = self._shares.yields(mark, size)
             whose = (
@@ -256,11 +262,12 @@ class HostMemory:
             if going is None:
                 return None
             self._give_way(going)
-            beside = self._room.beside(going) if size == 2 else None
-            if beside is not None:
-                tries -= 1
-                if self._stored.drop(beside, whose):
-                    self._give_way(beside)
+            beside = self._room.beside(going) if size > 1 else []
+            tries -= bool(beside)
+            if all(self._stored.may_go(slot, whose) for slot in beside):
+                for slot in beside:
+                    self._stored.drop(slot)
+                    self._give_way(slot)
         self._marks[slot] = mark
         self._shares.took(mark, size)
         return slot

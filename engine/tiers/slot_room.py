@@ -1,4 +1,4 @@
-"""Which slots of a tier are free: single ones for coded blocks, and pairs side by side for the others."""
+"""Which slots of a tier are free: single ones for coded blocks, and whole groups side by side for the others."""
 
 from collections.abc import Mapping
 
@@ -6,38 +6,37 @@ from collections.abc import Mapping
 class SlotRoom:
     """Slots 0 to `count` - 1, of which `taken` tells by their first ones how many each block has. Plain code.
 
-    `pairs`: blocks have one slot or two, the first of these with an even number; else all have one. The slots of a pair go to
-    blocks that are stored one after the other, which mostly give way together as well.
+    A block has one slot, or `whole` slots, the first of these with a multiple of that as its number. The slots of such a group
+    go to blocks that are stored one after the other, which mostly give way together as well.
     """
 
-    def __init__(self, count: int, taken: Mapping[int, int], *, pairs: bool) -> None:
+    def __init__(self, count: int, taken: Mapping[int, int], *, whole: int) -> None:
+        self.whole = whole
+        """Slots of a block that is not coded."""
+        self.singles = 0
+        """Free slots in groups that have taken ones, or are not whole."""
         self._taken = dict(taken)
-        self._singles: dict[int, None] = {}
-        self._pairs: list[int] = []
-        self._paired = pairs
+        self._groups: list[int] = []
+        self._parts: dict[int, list[int]] = {}
+        """The free slots of each group of which some are taken."""
         used = {slot + more for slot, size in taken.items() for more in range(size)}
         for slot in reversed(range(count)):
             if slot not in used:
                 self._free(slot)
 
-    @property
-    def whole(self) -> int:
-        """Slots of a block that is not coded."""
-        return 2 if self._paired else 1
-
-    @property
-    def singles(self) -> int:
-        """Free slots beside which there is a block."""
-        return len(self._singles)
-
     def take(self, size: int) -> int | None:
-        """Return the first of `size` free slots, which are taken then; None if there are none that fit."""
-        if size == 1 and self._singles:
-            slot = self._singles.popitem()[0]
-        elif self._pairs:
-            slot = self._pairs.pop()
-            if size == 1:
-                self._singles[slot + 1] = None
+        """Return the first of `size` free slots, one or `whole`, which are taken then; None if there are none that fit."""
+        if size == 1 and self._parts:
+            group, free = next(reversed(self._parts.items()))
+            slot = free.pop()
+            self.singles -= 1
+            if not free:
+                del self._parts[group]
+        elif self._groups:
+            slot = self._groups.pop()
+            if size == 1 and self.whole > 1:
+                self._parts[slot // self.whole] = list(range(slot + self.whole - 1, slot, -1))
+                self.singles += self.whole - 1
         else:
             return None
         self._taken[slot] = size
@@ -49,20 +48,23 @@ class SlotRoom:
 
     def give(self, slot: int) -> None:
         """The block in `slot` is there no more."""
-        if self._taken.pop(slot) == 2:
-            self._pairs.append(slot)
+        size = self._taken.pop(slot)
+        if size == self.whole:
+            self._groups.append(slot)
         else:
             self._free(slot)
 
-    def beside(self, slot: int) -> int | None:
-        """Return the slot that makes a pair with the one that a coded block had in `slot`, if a block has it."""
-        other = slot ^ 1
-        return other if self._paired and other in self._taken else None
+    def beside(self, slot: int) -> list[int]:
+        """Return the other slots of the group of a slot in which there are blocks."""
+        first = slot // self.whole * self.whole
+        return [other for other in range(first, first + self.whole) if other != slot and other in self._taken]
 
     def _free(self, slot: int) -> None:
-        other = slot ^ 1
-        if self._paired and other in self._singles:
-            del self._singles[other]
-            self._pairs.append(min(slot, other))
-        else:
-            self._singles[slot] = None
+        group = slot // self.whole
+        free = self._parts.setdefault(group, [])
+        free.append(slot)
+        self.singles += 1
+        if len(free) == self.whole:
+            del self._parts[group]
+            self.singles -= self.whole
+            self._groups.append(group * self.whole)

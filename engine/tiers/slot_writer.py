@@ -148,6 +148,6 @@ class SlotWriter:
 
 
 def _encoder(coded: Coded) -> Callable[[Bytes], memoryview]:
-    from transport.frames.int8_blocks import encode  # it needs numba
+    from transport.frames.slot_codes import encode  # it needs numba
 
-    return partial(encode, shape=unpacked(bytes.fromhex(coded.shape)))
+    return partial(encode, coded.codec, shape=unpacked(bytes.fromhex(coded.shape)))

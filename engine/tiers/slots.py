@@ -1,13 +1,15 @@
 """How a region of host memory is cut into slots: a block of any KV cache group fits into each, its layers side by side.
 
-Where some blocks are coded by int8, which takes half the room and little more, a slot fits one of these, and two that are side
-by side fit any block.
+Where some blocks are coded, which takes half the room and little more, or a quarter, or a fifth, a slot fits one of these, and
+as many side by side as that makes fit any block.
 """
 
 from dataclasses import dataclass
 
+import msgspec
+
 from transport.frames.shape import Shape
-from transport.table.layout import CHECKSUM_BYTES, Checksums, Coded, Layer, Memory, Region
+from transport.table.layout import CHECKSUM_BYTES, Checksums, Coded, Layer, Memory, Region, SlotCodec
 
 SHARED_MEMORY = "shared_memory"
 CUDA_IPC = "cuda_ipc"
@@ -26,10 +28,10 @@ class Slots:
     count: int
 
 
-def cut(region: Region, own: Memory, ranks: int, shape: Shape | None = None) -> Slots:
+def cut(region: Region, own: Memory, ranks: int, shape: Shape | None = None, codec: SlotCodec = "int8") -> Slots:
     """Return the slots of one of `ranks` ranks, whose KV memory is `own`: each has an equal part of the region.
 
-    `shape` is that of all blocks if some are to be coded.
+    `shape` is that of all blocks if some are to be coded, by `codec`.
 
     Slots that GPUs write have no checksums: the copy does not pass through a core that could compute them. Raises NoSlots if
     the KV memory is not of a kind that is stored, or a part has no room for a single block.
@@ -42,14 +44,16 @@ def cut(region: Region, own: Memory, ranks: int, shape: Shape | None = None) -> 
     content = max(sizes.values(), default=0)
     checked = own.transport == SHARED_MEMORY
     whole = stride = _aligned(content + CHECKSUM_BYTES * checked)
-    size = 0
+    size, slots = 0, 1
     if shape is not None:
-        from transport.frames.int8_blocks import coded_size  # it needs numba
+        from transport.frames.slot_codes import coded_size, codes_first  # it needs numba
 
-        size = coded_size(shape)
+        size = coded_size(codec, shape)
     if size:
-        stride = _aligned(max(size + CHECKSUM_BYTES * checked, -(-whole // 2)))
-        whole = 2 * stride
+        single = _aligned(size + CHECKSUM_BYTES * checked)
+        slots = max(2, round(whole / single))
+        stride = max(single, _aligned(-(-whole // slots)))
+        whole = slots * stride
     part = region.size // ranks // ALIGNED_BYTES * ALIGNED_BYTES
     count = part // stride - (whole // stride - 1)  # every block's layers end within the part, whatever its number
     if not content or count < 1:
@@ -63,6 +67,7 @@ def cut(region: Region, own: Memory, ranks: int, shape: Shape | None = None) -> 
     coded = None
     if shape is not None and size:
         coded = Coded(0, start, stride, size, shape.packed.hex(), stride - CHECKSUM_BYTES if checked else -1)
+        coded = msgspec.structs.replace(coded, codec=codec, whole=slots, first=codes_first(codec))
     return Slots(Memory(own.rank, SHARED_MEMORY, (region,), tuple(layers), checksums, coded), count)
 
 

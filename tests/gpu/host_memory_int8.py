@@ -106,7 +106,7 @@ def code_rates(on_gpu: bool, sizes: tuple[int, int, int, int, int]) -> None:
     import torch
 
     from transport.backends.coding import decode, encode, rows_of
-    from transport.frames import int8_blocks
+    from transport.frames import slot_codes
     from transport.frames.layouts import attention_by_token
     from transport.frames.shape import Number
 
@@ -114,7 +114,7 @@ def code_rates(on_gpu: bool, sizes: tuple[int, int, int, int, int]) -> None:
     shape = attention_by_token(layers, heads, tokens, width, Number.BFLOAT16)
     rows, size = rows_of(shape), shape.nbytes // layers
     assert rows is not None
-    coded = int8_blocks.coded_size(shape)
+    coded = slot_codes.coded_size("int8", shape)
     stride = -(-coded // 64) * 64
     device = "cuda" if on_gpu else "cpu"
     source = torch.randn((layers, count, size // 2), dtype=torch.bfloat16, device=device)
@@ -137,8 +137,8 @@ def code_rates(on_gpu: bool, sizes: tuple[int, int, int, int, int]) -> None:
             found[f"{name}_{programs}"] = round(_rate(copy, shape.nbytes * count, on_gpu), 1)
     for block, slot in away[:, :4].t().tolist():
         content = torch.cat([layer[block] for layer in source]).cpu().view(torch.uint8).numpy()
-        wanted, restored = np.frombuffer(int8_blocks.encode(content, shape), np.uint8), np.empty(shape.nbytes, np.uint8)
-        int8_blocks.decode(wanted, shape, restored)
+        wanted, restored = np.frombuffer(slot_codes.encode("int8", content, shape), np.uint8), np.empty(shape.nbytes, np.uint8)
+        slot_codes.decode("int8", wanted, shape, restored)
         assert (slots[slot, :coded].numpy() == wanted).all(), "another code than the codec's"
         out = torch.cat([layer[block] for layer in target]).cpu().view(torch.uint8).numpy()
         assert (out == restored).all(), "restored otherwise than by the codec"

@@ -1,4 +1,4 @@
-"""Blocks of host memory that lie coded by int8, as a core reads them: decoded, and put where their layers are."""
+"""Blocks of host memory that lie coded, as a core reads them: decoded, and put where their layers are."""
 
 import ctypes
 import mmap
@@ -56,10 +56,10 @@ class CodedBlocks:
 
     def decoded(self, code: Bytes) -> Bytes:
         """Return a block, its layers side by side."""
-        from transport.frames.int8_blocks import decode  # it needs numba
+        from transport.frames.slot_codes import decode  # it needs numba
 
         content = np.empty(self.shape.nbytes, np.uint8)
-        decode(code, self.shape, content)
+        decode(self.coded.codec, code, self.shape, content)
         return content
 
 

@@ -1,4 +1,4 @@
-"""Blocks coded by int8 between a GPU and host memory, to the last bit as transport/frames/int8_blocks.py has them.
+"""Blocks coded by int8 between a GPU and host memory, to the last bit as transport/frames/slot_codes.py has them.
 
 One launch gathers, quantises and packs any list of blocks of all layers straight into slots, and one reads slots, restores and
 scatters. As in `gather`, a few persistent programs loop over the blocks. A piece is what the keys, or the values, of a block

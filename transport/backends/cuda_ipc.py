@@ -457,6 +457,8 @@ class CudaIpcTransport:
         coded = memory.coded
         if coded is None:
             return None
+        if coded.codec != "int8":
+            raise MemoryUnreachable(f"blocks coded by {coded.codec}, which no kernel reads")
         rows = self._rows(shape_of(coded, sum(layer.bytes for layer in memory.layers)))
         of_layers = [layer for layer in memory.layers if layer.region == coded.region]
         begin = min((layer.offset for layer in of_layers), default=0)

@@ -216,9 +216,9 @@ class SharedMemoryTransport:
         if [(layer.group, layer.bytes) for layer in memory.layers] != [(own.group, own.bytes) for own in self._memory.layers]:
             raise MemoryUnreachable(f"{reader.name} has layers of other sizes")
         maps = tuple(map_region(region) for region in memory.regions)
-        layers = []
+        layers, whole = [], memory.coded.whole if memory.coded is not None else 1
         for layer in memory.layers:
-            if not 0 <= layer.region < len(maps) or layer.offset < 0 or layer.stride < layer.bytes:
+            if not 0 <= layer.region < len(maps) or layer.offset < 0 or whole * layer.stride < layer.bytes:
                 raise MemoryUnreachable(f"{reader.name} describes a layer that does not fit its memory")
             region = maps[layer.region]
             if layer.offset + (reader.num_blocks - 1) * layer.stride + layer.bytes > len(region):

@@ -93,9 +93,10 @@ def write_payload(
     group: int = 0,
     secret: bytes | None = None,
     tenant: int = 0,
+    position: int = 0,
 ) -> bytes:
     """Return as a frame what a codec made of a block before. Raises ImportError as `write` does."""
-    return _written(codec, payload.data, shape, (fingerprint, key, group, tenant, 0), secret)
+    return _written(codec, payload.data, shape, (fingerprint, key, group, tenant, position), secret)
 
 
 def _written(

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import mmap
 import threading
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,10 @@ from transport.frames.codecs import compile_codec
 from transport.frames.errors import FrameError
 from transport.node.messages import NodeError
 from transport.node.threads import start_thread
-from transport.table.layout import Memory
+from transport.table.layout import Memory, SlotCodec
 from transport.table.reader import TableReader
 
 _logger = logging.getLogger(__name__)
-CODEC = "int8"
 
 
 def can_decode() -> bool:
@@ -53,7 +53,8 @@ class Decoder:
 
     def _compile(self) -> None:
         try:
-            compile_codec(CODEC)
+            for codec in get_args(SlotCodec):
+                compile_codec(codec)
         except Exception as error:  # noqa: BLE001 - whatever numba meets, blocks that lie coded are a miss, and all else goes on
             _logger.warning("coded blocks cannot be sent: %r", error)
             return

@@ -52,8 +52,9 @@ class KeptTable(TableWriter):
     ) -> None:
         self._draft = draft
         self._second_name = second_name
-        self.codes = bool(description.memories) and all(memory.coded is not None for memory in description.memories)
-        """Whether blocks may lie coded."""
+        coded = [memory.coded for memory in description.memories]
+        self.coded = coded[0] if coded and all(coded) else None
+        """How blocks may lie coded, which is the same for all ranks but for the place; None if they do not."""
         super().__init__(directory, description, block_size, blocks)
 
     def _open(self, directory: Path, description: Description, block_size: int, encoded: bytes) -> None:

@@ -24,7 +24,7 @@ All integers are little-endian, all arrays start at a multiple of 4096.
 import mmap
 import struct
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -116,13 +116,16 @@ class Checksums(msgspec.Struct, frozen=True):
     stride: int
 
 
+SlotCodec = Literal["int8", "rot4", "rot3"]
+
+
 class Coded(msgspec.Struct, frozen=True):
-    """Where blocks lie that are coded by `int8`, those whose state says IN_CODE: block b is `bytes` bytes at `offset + b *
-    stride` of region `region`, as transport/frames/int8_blocks.py has them.
+    """Where blocks lie that are coded by `codec`, those whose state says IN_CODE: block b is `bytes` bytes at `offset + b *
+    stride` of region `region`, as transport/frames/slot_codes.py has them.
 
     `shape` is that of a block, packed, in hex digits. The xxh3_128 of the coded block, followed by its key, lies `checksum`
-    bytes behind its beginning; -1: nowhere. A block that is not coded takes the room of its number and the next, which is even
-    and odd.
+    bytes behind its beginning; -1: nowhere. A block that is not coded takes the room of `whole` numbers from its own on, which
+    is a multiple of that. `first`: a sequence's first block may be coded too.
     """
 
     region: int
@@ -131,6 +134,9 @@ class Coded(msgspec.Struct, frozen=True):
     bytes: int
     shape: str
     checksum: int = -1
+    codec: SlotCodec = "int8"
+    whole: int = 2
+    first: bool = True
 
 
 class Memory(msgspec.Struct, frozen=True):

@@ -124,6 +124,12 @@ def test_a_share_for_pins_that_is_none_is_refused_at_start(share):
         connector(KVConnectorRole.SCHEDULER, pin_share_max=share)
 
 
+@pytest.mark.parametrize("share", [0, -0.5, 1.1])
+def test_a_share_for_tenants_that_is_none_is_refused_at_start(share):
+    with pytest.raises(ValueError, match="tenant_share_max"):
+        connector(KVConnectorRole.SCHEDULER, tenant_share_max=share)
+
+
 def test_a_failed_import_is_always_computed_whatever_the_server_was_told():
     assert connector(KVConnectorRole.SCHEDULER)._vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute"
 

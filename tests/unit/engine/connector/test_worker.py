@@ -244,13 +244,13 @@ STRIDES = "torch.bfloat16 (2, 16, 64) (2048, 1024, 64, 1)"
 LOSSY = {"kv dtype": "auto", "attention backend": "CPU_ATTN", "cpu layout": "vec", "strides": STRIDES}
 
 
-def slots_of(path, fields, **more):
+def slots_of(path, fields, codec="int8", **more):
     """How a worker cuts its host memory, given the fields of the fingerprint if blocks are to be coded."""
     layers = {f"layer.{number}": torch.zeros(8, 2, 16, 64, dtype=torch.bfloat16) for number in range(2)} | more
     keeper = Keeper(path / str(len(list(path.iterdir()))))
     keeper._table_dir.mkdir()
     with closing(WorkerHalf(path, "r", 0, keeper.keep("r", 1 << 20))) as half:
-        half.register(layers, 8, None, fields)
+        half.register(layers, 8, None, fields, codec)
         return half.handshake({}).host_memory
 
 
@@ -266,8 +266,13 @@ def test_host_memory_codes_blocks_where_their_layout_is_known_and_that_is_asked_
     ):
         assert slots_of(tmp_path, fields, **more).memory.coded is None
     assert [record.getMessage() for record in caplog.records] == [
-        "host memory keeps all blocks as they are: their layout is not one that is coded"
+        "host memory keeps all blocks as they are: their layout is not one that int8 codes here"
     ] * 2
+
+
+@pytest.mark.parametrize("codec", ["int8", "rot4", "rot3"])
+def test_host_memory_codes_by_the_codec_that_is_asked_for(tmp_path, codec):
+    assert slots_of(tmp_path, LOSSY, codec).memory.coded.codec == codec
 
 
 def test_without_numba_host_memory_codes_nothing_and_says_so(tmp_path, caplog, monkeypatch):

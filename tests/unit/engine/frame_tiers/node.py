@@ -17,7 +17,7 @@ from engine.tiers.slots import cut
 from tests.unit.engine.keeper import Keeper
 from transport.backends.shared_memory import checksum, map_region
 from transport.fingerprint import fingerprint_digest
-from transport.frames import int8_blocks
+from transport.frames import slot_codes
 from transport.groups import Group, unit
 from transport.keys import chain_keys, group_keys, root_key
 from transport.table.kept_table import KeptTable
@@ -44,13 +44,17 @@ def content(key: bytes, rank: int, size: int):
 class HostMemory:
     """The host memory of one replica: blocks are put there under the keys of `chain`."""
 
-    def __init__(self, path: Path, name="replica-0", groups=PLAIN, ranks=1, size=1 << 16, fields=FIELDS, shape=None):
+    def __init__(
+        self, path: Path, name="replica-0", groups=PLAIN, ranks=1, size=1 << 16, fields=FIELDS, shape=None, codec="int8"
+    ):
         self.groups, self.ranks = groups, ranks
         self.fields = fields
         self.keeper = Keeper(path)
         kept = self.keeper.keep(name, size)
-        self.shape = shape
-        slots = [cut(kept.region, Memory(rank, "shared_memory", (), layers(groups)), ranks, shape) for rank in range(ranks)]
+        self.shape, self.codec = shape, codec
+        slots = [
+            cut(kept.region, Memory(rank, "shared_memory", (), layers(groups)), ranks, shape, codec) for rank in range(ranks)
+        ]
         self.memories = tuple(each.memory for each in slots)
         kinds = tuple(group for group, _ in groups)
         about = Description(host_memory_of(name), os.getpid(), "xxh3_128", "shared_memory", "ok", fields, self.memories, kinds)
@@ -85,7 +89,7 @@ class HostMemory:
 
     def _write_coded(self, rank, slot, key):
         about = self.memories[rank].coded
-        code = int8_blocks.encode(content(key, rank, self.shape.nbytes), self.shape)
+        code = slot_codes.encode(self.codec, content(key, rank, self.shape.nbytes), self.shape)
         begin = about.offset + slot * about.stride
         self.map[begin : begin + about.bytes] = code
         self.map[begin + about.checksum : begin + about.checksum + CHECKSUM_BYTES] = checksum(code, key)

@@ -11,7 +11,7 @@ from tests.unit.engine.frame_tiers import node as node_module
 from tests.unit.engine.frame_tiers.node import SIZE, HostMemory, Node
 from transport.backends.shared_memory import map_region
 from transport.fingerprint import fingerprint_digest
-from transport.frames import int8_blocks, layouts
+from transport.frames import layouts, slot_codes
 from transport.frames.codec import Quality
 from transport.frames.frame import read_header
 from transport.frames.lossy import SINK_TOKENS
@@ -91,13 +91,13 @@ def test_a_block_of_a_caller_who_accepts_loss_is_kept_in_half_the_space_and_come
     node.close()
 
 
-@pytest.mark.parametrize("lossy", ["int8", "rot4"])
-def test_a_block_that_lies_coded_goes_down_as_it_lies_and_comes_up_marked(tmp_path, content, lossy):
+@pytest.mark.parametrize(("codec", "lossy"), [("int8", "int8"), ("int8", "rot4"), ("rot4", "rot4"), ("rot3", "int8")])
+def test_a_block_that_lies_coded_goes_down_as_it_lies_and_comes_up_marked(tmp_path, content, codec, lossy):
     disk = DiskStore(tmp_path / "disk", 1 << 20)
-    memory = HostMemory(tmp_path, groups=GROUPS, fields=ATTENTION, shape=SHAPE, ranks=2)
+    memory = HostMemory(tmp_path, groups=GROUPS, fields=ATTENTION, shape=SHAPE, ranks=2, codec=codec)
     node = Node(tmp_path, disk, codec="raw", lossy=lossy)
-    memory.put(range(2), quality=LOSSY | CODED | IN_CODE)
-    memory.put([2], slot=4, quality=LOSSY | CODED)
+    memory.put(range(2), quality=LOSSY | LATER | CODED | IN_CODE)
+    memory.put([2], slot=2 * memory.memories[0].coded.whole, quality=LOSSY | CODED)
     node.down()
     assert frames(disk, node, memory) == [Quality.LOSSY] * 6
     assert (node.demotion.lost, node.demotion.unknown) == (0, 0)
@@ -106,7 +106,7 @@ def test_a_block_that_lies_coded_goes_down_as_it_lies_and_comes_up_marked(tmp_pa
     for place in range(3):
         given = content(memory.chain[place].tobytes(), 0, SHAPE.nbytes)
         want = np.empty(SHAPE.nbytes, np.uint8)
-        int8_blocks.decode(np.frombuffer(int8_blocks.encode(given, SHAPE), np.uint8), SHAPE, want)
+        slot_codes.decode(codec, np.frombuffer(slot_codes.encode(codec, given, SHAPE), np.uint8), SHAPE, want)
         assert found[place] == (LOSSY | CODED, (want if place < 2 else given).tobytes())
     node.close()
 

@@ -18,7 +18,7 @@ from tests.unit.transport.table_fixtures import description
 from transport.backends.base import ImportJob
 from transport.backends.shared_memory import SharedMemoryTransport, open_region
 from transport.errors import MemoryUnreachable
-from transport.frames import int8_blocks
+from transport.frames import slot_codes
 from transport.frames.layouts import cpu_attention
 from transport.frames.shape import Number
 from transport.keys import chain_keys, root_key
@@ -52,7 +52,7 @@ def content(tensors, block):
 
 def restored(before):
     out = np.empty(SHAPE.nbytes, np.uint8)
-    int8_blocks.decode(np.frombuffer(int8_blocks.encode(before, SHAPE), np.uint8), SHAPE, out)
+    slot_codes.decode("int8", np.frombuffer(slot_codes.encode("int8", before, SHAPE), np.uint8), SHAPE, out)
     return out
 
 
@@ -70,7 +70,7 @@ def test_a_slot_fits_a_coded_block_and_two_side_by_side_any_other(keeper):
     about = coded.memory.coded
     assert about is not None
     assert 1.9 * plain.count < coded.count < 2 * plain.count
-    assert about.bytes == int8_blocks.coded_size(SHAPE)
+    assert about.bytes == slot_codes.coded_size("int8", SHAPE)
     assert bytes.fromhex(about.shape) == SHAPE.packed
     assert about.bytes <= about.checksum == about.stride - CHECKSUM_BYTES
     assert about.offset == min(layer.offset for layer in coded.memory.layers) == region.size // 2  # the second rank's part
@@ -87,7 +87,7 @@ def replace_rank(memory, rank):
 
 def test_what_has_room_for_one_coded_block_alone_has_no_slots(keeper):
     with pytest.raises(NoSlots, match="less than one block"):
-        cut(keeper.keep("r", int8_blocks.coded_size(SHAPE) + 100).region, OWN, 1, SHAPE)
+        cut(keeper.keep("r", slot_codes.coded_size("int8", SHAPE) + 100).region, OWN, 1, SHAPE)
 
 
 # Which slots blocks get

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.connector.worker import _codes
 from engine.tiers.slots import cut
 from engine.tiers.stores import Store, Stores
 from tests.real.fleet import until
@@ -16,7 +17,7 @@ from tests.unit.transport.backends.simulated_gpu import WRITER, simulated
 from tests.unit.transport.table_fixtures import description
 from transport.backends.base import ImportJob
 from transport.errors import MemoryUnreachable
-from transport.frames import int8_blocks
+from transport.frames import slot_codes
 from transport.frames.layouts import attention, cpu_attention
 from transport.frames.shape import Number
 from transport.keys import chain_keys, root_key
@@ -48,7 +49,7 @@ def content(tensors, block):
 
 def restored(before):
     out = np.empty(SHAPE.nbytes, np.uint8)
-    int8_blocks.decode(np.frombuffer(int8_blocks.encode(before, SHAPE), np.uint8), SHAPE, out)
+    slot_codes.decode("int8", np.frombuffer(slot_codes.encode("int8", before, SHAPE), np.uint8), SHAPE, out)
     return out
 
 
@@ -114,6 +115,11 @@ def test_coded_blocks_come_back_as_from_a_frame_and_others_beside_them_byte_for_
         assert (content(tensors, block) == restored(tier.before[source])).all()
         assert (content(tensors, block) != tier.before[source]).any()
     assert not any(content(tensors, block).any() for block in (0, 2, 3, 5, 6))
+
+
+def test_on_gpus_host_memory_codes_by_int8_alone_as_there_are_no_other_kernels(tier):
+    assert _codes(tier.own, SHAPE, "int8")
+    assert not _codes(tier.own, SHAPE, "rot4")
 
 
 def test_a_block_that_cannot_be_coded_is_lost_and_its_neighbour_is_not(tier):

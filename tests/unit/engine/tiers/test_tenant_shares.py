@@ -105,7 +105,7 @@ def test_a_tenant_that_only_has_coded_blocks_keeps_them_beside_a_flood_of_whole_
     region = Keeper(tmp_path).keep("replica-1", 1 << 20).region
     tier = Tier(tmp_path, memories=(cut(region, OWN, 1, SHAPE).memory,))
     with closing(tier.reader):
-        assert tier.table.codes
+        assert tier.table.coded
         order = random.Random(1)
         coded = {BERT: list(range(5)), ANNE: list(range(100, 105))}
         for place in range(5):  # side by side
@@ -155,7 +155,7 @@ def test_a_block_of_one_tenant_gives_way_by_value_and_another_ones_stays() -> No
     for slot, (asked, mark) in enumerate([(1, 7), (2, 8), (1, 8), (3, 7)]):
         blocks.put(bytes([slot]) * 16, slot, asked, mark)
     assert [blocks.pop(8), blocks.pop(8), blocks.pop(8), blocks.pop(9)] == [2, 1, None, None]
-    assert not blocks.drop(0, 8)
+    assert not blocks.may_go(0, 8)
     assert [blocks.pop(), blocks.pop(), blocks.pop()] == [0, 3, None]
 
 

@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import torch
 from transport.backends.coding import decode, encode, rows_of
-from transport.frames import int8_blocks
+from transport.frames import slot_codes
 from transport.frames.layouts import attention, attention_by_token
 from transport.frames.shape import Number
 
@@ -36,7 +36,7 @@ def numbers(blocks, size, kind):
 LAYOUTS = [attention, attention_by_token, attention]
 for (number, kind), (told, (layers, heads, tokens, width)) in itertools.product(TYPES.items(), zip(LAYOUTS, SHAPES)):
     shape = told(layers, heads, tokens, width, number)
-    rows, size, coded = rows_of(shape), shape.nbytes // layers // 2, int8_blocks.coded_size(shape)
+    rows, size, coded = rows_of(shape), shape.nbytes // layers // 2, slot_codes.coded_size("int8", shape)
     stride = -(-coded // 64) * 64
     source = [numbers(6, size + 16, kind)[:, :size] for _ in range(layers)]
     slots = torch.full((5, stride), 0x55, dtype=torch.uint8)
@@ -48,10 +48,10 @@ for (number, kind), (told, (layers, heads, tokens, width)) in itertools.product(
     target = [torch.full((4, size + 16), -1.0, dtype=kind)[:, :size] for _ in range(layers)]
     decode((slots.data_ptr(), stride), table(target), rows, torch.tensor([[2, 0, 3, 1], [3, 0, 1, 2]], dtype=torch.int32), 3)
     for (block, slot), place in zip(blocks.t().tolist(), (3, 0, 1, 2)):
-        wanted = np.frombuffer(int8_blocks.encode(content(source, block), shape), np.uint8)
+        wanted = np.frombuffer(slot_codes.encode("int8", content(source, block), shape), np.uint8)
         assert (slots[slot, :coded].numpy() == wanted).all(), (number, layers, block)
         out = np.empty(shape.nbytes, np.uint8)
-        int8_blocks.decode(wanted, shape, out)
+        slot_codes.decode("int8", wanted, shape, out)
         assert (content(target, place) == out).all(), (number, layers, block)
     assert all((t.as_strided((4, 16), (size + 16, 1), size) == -1).all() for t in target)
 
