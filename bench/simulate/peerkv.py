@@ -151,9 +151,9 @@ class PeerKV:
         size = self.fleet.trace_block_tokens
         promised = max((each.promised_tokens for each in candidates), default=0)
         held = max(held_most, promised // size)
-        _, formerly = self.popularity.note(chain, now, held, self.evictions.counts_since(now))
-        if formerly > held:
-            self.evictions.missed((formerly - held) * size, held * size)
+        _, lately, _ = self.popularity.note(chain, now, held, self.evictions.counts_since(now))
+        if lately > held:
+            self.evictions.missed((lately - held) * size, held * size)
 
     def _room(self, number: int) -> int:
         """Return the free tokens of a replica's cache."""

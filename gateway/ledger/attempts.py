@@ -23,8 +23,9 @@ class Attempt(msgspec.Struct, eq=False, gc=False, kw_only=True):
     """A request with one replica. It does not keep the prompt.
 
     `at` is Unix time and `began_at` of the ledger's clock, both in seconds; other seconds are since then. `best_held_tokens` of
-    the prompt were in the cache that held most of it, `formerly_tokens` were asked for before. `reports`: the replica has a
-    table, and so tells what it delivers. `why_unknown` says why the token ids are not known, if they are not.
+    the prompt were in the cache that held most of it, `formerly_tokens` were asked for before; `flushed`: not since caches were
+    emptied on request. `reports`: the replica has a table, and so tells what it delivers. `why_unknown` says why the token ids
+    are not known, if they are not.
 
     `flight` is the attempt while it weighs on its replica. `status` is None until it is over, `miss` until it is settled.
     """
@@ -38,6 +39,7 @@ class Attempt(msgspec.Struct, eq=False, gc=False, kw_only=True):
     block_size: int
     best_held_tokens: int = 0
     formerly_tokens: int = 0
+    flushed: bool = False
     looked_up: bool = True
     parity_exact: bool = True
     reads_cache: bool = True

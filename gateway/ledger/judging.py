@@ -35,6 +35,8 @@ def judge(attempt: Attempt) -> Miss:
     if delivered < best:
         return _short(attempt, got, best - delivered)
     formerly = min(attempt.formerly_tokens, useful)
+    if formerly > delivered and attempt.flushed:
+        return Miss(MissReason.FLUSHED, formerly - delivered, "caches were flushed since it was last asked for")
     if formerly > delivered:
         return Miss(MissReason.EVICTED, formerly - delivered, "no replica holds any more what was asked for before")
     return NO_MISS if delivered else COLD

@@ -16,6 +16,7 @@ class MissReason(StrEnum):
     CHECK_FAILED = "check_failed"  # the import was begun, and its blocks changed or could not be copied
     PARITY = "parity"  # our token ids are not, or not known to be, the engine's
     EVICTED = "evicted"  # it was asked for before, and its blocks were given to others, or their replica ended
+    FLUSHED = "flushed"  # it was asked for before, and then caches were emptied on request
     OFF = "off"  # this request reads no cache, or its replica exchanges none
     RETRIED = "retried"  # the replica was lost or refused, and the request was tried elsewhere or failed
     LEFT = "left"  # the client left before the first token

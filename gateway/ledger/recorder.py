@@ -60,6 +60,7 @@ class Recorder:
             block_size=table.block_size if table is not None else 1,
             best_held_tokens=plan.held_tokens_max,
             formerly_tokens=plan.formerly_tokens,
+            flushed=plan.flushed,
             looked_up=known.ids is not None,
             parity_exact=known.certain or self._exact(info),
             reads_cache=known.cacheable,

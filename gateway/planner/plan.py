@@ -39,6 +39,7 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
 
     `predicted_tokens` of `prompt_tokens` are expected out of a cache, the replica's own or the source's; `held_tokens_max` were
     in the cache that held most of it, about `formerly_tokens` were asked for before: 0 if that is not more than is at hand.
+    `flushed`: caches were emptied on request since then.
     `tag` comes back with what the engine says of it.
     """
 
@@ -54,6 +55,7 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
     formerly_tokens: int
     flight: Flight
     request: PlanningRequest
+    flushed: bool = False
 
     @property
     def reason(self) -> str:

@@ -107,6 +107,7 @@ class Planner:
         self.feed.add(self.flights.delivered)
         self.feed.add(self.evictions.delivered)
         self._popularity = Popularity(settings.prefixes_tracked_max)
+        self._flushed_at = -inf
         self.counts = SteeringStats()
         self.prefixes = PrefixCounts(settings.prefixes_tracked_max)
         self.recent = RecentPrompts()
@@ -253,6 +254,10 @@ class Planner:
             if one.table is not None:
                 self.costs.size_imports(self._model_keys[name].device, *one.table.import_bytes())
 
+    def flushed(self) -> None:
+        """Caches have just been emptied on request: what is missed of them was not given up too early."""
+        self._flushed_at = self._clock()
+
     def in_flight(self) -> Mapping[str, int]:
         """Requests with each replica now."""
         return self.load.in_flight()
@@ -268,9 +273,9 @@ class Planner:
             if known.cacheable:
                 usable = look_up
         candidates, held, computed = self._candidates(state, request, usable, now, looked_at)
-        formerly = 0
+        formerly = (0, False)
         if former is not None:
-            formerly = former.formerly_tokens
+            formerly = (former.formerly_tokens, former.flushed)
         elif look_up.chains:
             formerly = self._note(*look_up.chains[0], max(look_up.held_tokens_max, computed), now, missed=known.cacheable)
             if known.cacheable and known.count == 1:
@@ -360,17 +365,19 @@ class Planner:
             found.append(candidate)
         return found, held_most, computed_most
 
-    def _note(self, chain: Chain, block_size: int, at_hand: int, now: float, *, missed: bool) -> int:
-        """Count a request. Return how many of its tokens were asked for before, 0 if no more than are held or being computed.
+    def _note(self, chain: Chain, block_size: int, at_hand: int, now: float, *, missed: bool) -> tuple[int, bool]:
+        """Count a request. Return how many of its tokens were asked for before, 0 if no more than are held or being computed,
+        and whether caches were flushed since.
 
         What of these was given up too early is `missed`.
         """
         since = self.evictions.counts_since(now) if missed else inf
-        formerly, lately = self._popularity.note(chain, now, at_hand // block_size, since)
-        if lately * block_size > at_hand:
+        formerly, lately, formerly_at = self._popularity.note(chain, now, at_hand // block_size, since)
+        flushed = formerly_at <= self._flushed_at
+        if lately * block_size > at_hand and not flushed:
             self.evictions.missed(lately * block_size - at_hand, at_hand)
         self.prefixes.note(chain, block_size, time.time())
-        return formerly * block_size
+        return formerly * block_size, flushed
 
     def _view(self, request: PlanningRequest, look_up: LookUp, held: int, now: float) -> PromptView:
         rate, block_size = 0.0, 1
@@ -384,7 +391,13 @@ class Planner:
         return PromptView(request.known.tokens, request.affinity, rate, self.load.decode_seconds, block_size, again)
 
     def _plan(
-        self, request: PlanningRequest, one: ReadyReplica, decision: Decision, look_up: LookUp, formerly: int, now: float
+        self,
+        request: PlanningRequest,
+        one: ReadyReplica,
+        decision: Decision,
+        look_up: LookUp,
+        formerly: tuple[int, bool],
+        now: float,
     ) -> Plan:
         known, expected, name, table = request.known, decision.expected, one.name, one.table
         place = look_up.places.get(name)
@@ -430,9 +443,10 @@ class Planner:
             prompt_tokens=known.tokens if known.ids is not None else 0,
             predicted_tokens=cached,
             held_tokens_max=look_up.held_tokens_max,
-            formerly_tokens=formerly,
+            formerly_tokens=formerly[0],
             flight=flight,
             request=request,
+            flushed=formerly[1],
         )
 
 

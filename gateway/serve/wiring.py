@@ -181,12 +181,15 @@ def _large_bodies(settings: Settings, parts: Sequence[FleetParts], fleets: Serve
 
 
 def _flush_tiers(parts: Sequence[FleetParts], run_dir: Path) -> FlushTiers:
-    """What empties disk and vault of all fleets; where there are several, it says whose.
+    """What empties disk and vault of all fleets, whose replicas' caches are empty then, and tells their planners of that; where
+    there are several, it says whose.
 
     Nodes that are not heard were not reached, and will hold what they held when they are heard again.
     """
 
     async def flush() -> dict[str, str]:
+        for each in parts:
+            each.planner.flushed()
         found = await asyncio.gather(*(each.tiers.flush() for each in parts))
         silent = {
             node.name: f"it is not heard ({node.trouble}): flush it there" for node in node_stats(run_dir) if node.trouble

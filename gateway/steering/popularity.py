@@ -16,14 +16,16 @@ class Popularity:
         self._prefixes_max = prefixes_max
         self._counts: OrderedDict[int, tuple[float, float]] = OrderedDict()
 
-    def note(self, chain: Chain, now: float, beyond: int = 0, since: float = inf) -> tuple[int, int]:
+    def note(self, chain: Chain, now: float, beyond: int = 0, since: float = inf) -> tuple[int, int, float]:
         """Count a request with the keys of `chain`. Return about how many of its leading blocks were requested before.
 
         The first number is for any earlier time, the second for `since` or later; each is 0 unless it is more than `beyond`.
+        The third is when those of the first were requested last, infinity if it is 0.
+
         Blocks are known at depths that are powers of two: an earlier request is assumed to end half-way to the next one.
         """
         counts, last, faded = self._counts, now, 1.0
-        depth, formerly, lately = 1, 0, 0
+        depth, formerly, lately, formerly_at = 1, 0, 0, inf
         for key in chain.anchors:
             known = counts.get(key)
             if known is None:
@@ -31,7 +33,7 @@ class Popularity:
             else:
                 count, at = known
                 if depth > beyond:
-                    formerly = depth
+                    formerly, formerly_at = depth, at
                     if at >= since:
                         lately = depth
                 if at != last:  # most keys of a prompt were last requested together
@@ -42,7 +44,7 @@ class Popularity:
             depth *= 2
         while len(counts) > self._prefixes_max:
             counts.popitem(last=False)
-        return _halfway(formerly, chain.blocks), _halfway(lately, chain.blocks)
+        return _halfway(formerly, chain.blocks), _halfway(lately, chain.blocks), formerly_at
 
     def rate(self, chain: Chain, blocks: int, now: float) -> float:
         """Return the requests per second that begin with the first `blocks` of `chain`, or with at most half of that prefix."""

@@ -126,13 +126,13 @@ def test_the_header_of_a_streamed_chat_is_there_with_its_role_event(fleet, words
     assert told.attempt["endpoint"] == "chat"
 
 
-def test_what_a_flush_took_away_was_evicted(fleet, words):
+def test_what_a_flush_took_away_was_flushed(fleet, words):
     ids = words.ids(LENGTH)
     ask(fleet, ids)
     fleet.flush()
     told = ask(fleet, ids)
     reason, lost = told.loss
-    assert (told.delivered, reason) == ((0, 0, LENGTH), "evicted")
+    assert (told.delivered, reason) == ((0, 0, LENGTH), "flushed")
     assert 0.75 * WHOLE <= lost <= WHOLE
 
 

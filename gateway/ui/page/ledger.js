@@ -12,6 +12,7 @@ const REASONS = {
   check_failed: "blocks changed while they were copied, or could not be copied",
   parity: "the gateway's token ids are not, or not known to be, the engine's",
   evicted: "its blocks had been given to others, or their replica ended",
+  flushed: "caches had been emptied on request",
   off: "this request reads no cache, or its replica exchanges none",
   retried: "the replica was lost or refused, and it was tried elsewhere or failed",
   left: "the client left before the first token",

@@ -74,7 +74,10 @@ async def test_a_node_that_is_not_heard_was_not_flushed(tmp_path):
         async def flush(self):
             return {"disk": ""}
 
+    told: list[str] = []
+    part = SimpleNamespace(tiers=Tiers(), planner=SimpleNamespace(flushed=lambda: told.append("flushed")))
     nodes = (NodeTold("node-b", "h:1", FleetTold()), NodeTold("node-c", "h:2", trouble="nothing came for 3 s"))
     write_nodes(tmp_path, NodesTold("node-a", nodes))
-    outcome = await _flush_tiers(cast("list[FleetParts]", [SimpleNamespace(tiers=Tiers())]), tmp_path)()
+    outcome = await _flush_tiers(cast("list[FleetParts]", [part]), tmp_path)()
+    assert told == ["flushed"]
     assert outcome == {"disk": "", "node-c": "it is not heard (nothing came for 3 s): flush it there"}

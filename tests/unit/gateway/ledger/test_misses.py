@@ -31,6 +31,7 @@ class Case:
     reads_cache: bool = True
     why: DeliveryReason = DeliveryReason.NONE
     formerly: int = 0
+    flushed: bool = False
 
 
 def judged(case: Case) -> Miss:
@@ -43,6 +44,7 @@ def judged(case: Case) -> Miss:
         best_held_tokens=case.best_held,
         formerly_tokens=case.formerly,
     )
+    attempt.flushed = case.flushed
     attempt.looked_up, attempt.parity_exact, attempt.reads_cache = case.looked_up, case.parity_exact, case.reads_cache
     attempt.deliveries = (
         Delivery(prompt_tokens=case.prompt_tokens, local_tokens=case.local, peer_tokens=case.peer, why=case.why),
@@ -73,6 +75,13 @@ def test_a_prompt_without_a_full_block_loses_nothing() -> None:
 def test_a_prompt_that_nobody_held_is_cold_and_nothing_was_lost() -> None:
     loss = judged(COLD)
     assert (loss.reason, loss.tokens) == (MissReason.COLD, 0)
+
+
+def test_what_was_asked_for_before_a_flush_and_not_since_is_flushed() -> None:
+    asked = replace(COLD, formerly=640)
+    assert [judged(each).reason for each in (asked, replace(asked, flushed=True))] == [MissReason.EVICTED, MissReason.FLUSHED]
+    assert judged(replace(asked, flushed=True)).tokens == 640
+    assert judged(replace(COLD, flushed=True)).reason is MissReason.COLD
 
 
 def test_computing_what_was_planned_to_be_computed_though_somebody_held_it_is_load() -> None:

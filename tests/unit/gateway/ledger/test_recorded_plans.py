@@ -133,6 +133,13 @@ async def test_a_replica_without_a_table_is_off(scene: Scene) -> None:
     assert scene.answer(plan, attempt) is MissReason.OFF
 
 
+async def test_what_was_asked_for_before_a_flush_was_flushed_and_what_was_asked_for_since_was_evicted(scene: Scene) -> None:
+    assert scene.answer(*await scene.send({"prompt": IDS})) is MissReason.COLD
+    scene.planner.flushed()
+    assert scene.answer(*await scene.send({"prompt": IDS})) is MissReason.FLUSHED
+    assert scene.answer(*await scene.send({"prompt": IDS})) is MissReason.EVICTED
+
+
 async def test_several_prompts_in_one_request_are_told_of_together(scene: Scene) -> None:
     plan, attempt = await scene.send({"prompt": [IDS, IDS[:40]]})
     record = Delivery(plan.tag, 1, 1, 2, 3, 40, 0, 0, 40)

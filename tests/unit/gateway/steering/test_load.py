@@ -1,5 +1,7 @@
 """What is in front of a request: tickets, the engines' own words, promises, and how popular a prefix is."""
 
+from math import inf
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -235,7 +237,7 @@ def test_what_was_asked_for_before_is_known_to_about_its_length(held: int, since
     prefix = range(10 * BLOCK)
     popularity.note(chain_of(*prefix, *range(1000, 1000 + 10 * BLOCK)), 5.0)
     asked = chain_of(*prefix, *range(5000, 5000 + 7 * BLOCK))
-    assert popularity.note(asked, 6.0, held, since) == (formerly, lately)
+    assert popularity.note(asked, 6.0, held, since) == (formerly, lately, 5.0 if formerly else inf)
 
 
 def test_popularity_keeps_a_bounded_number_of_prefixes() -> None:
