@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def where_and_when(module: str, *, gpus: bool) -> dict[str, Any]:
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": f"python -m {module} {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m {module} {shlex.join(sys.argv[1:])}".strip(),
         "processor": f"{len(os.sched_getaffinity(0))} cores of {model}",
         "gpus": _gpus() if gpus else "",
         "versions": ", ".join(_versions()),

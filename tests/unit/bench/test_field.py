@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import socket
+import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from aiohttp import web
 from bench.engines import Counts, parse_counts
 from bench.field.arms import CPU_ARMS, PEERKV, PEERKV_ALONE, ROUND_ROBIN
 from bench.field.flags import CPU_SIZE, NUMBERED, parse, write_chat_model
-from bench.field.report import WINDOW, about, as_json, figures_of, from_json, markdown, seconds_until_back
+from bench.field.report import WINDOW, about, as_json, figures_of, from_json, markdown, seconds_until_back, where_and_when
 from bench.machine import held_port
 from bench.open_loop import Player, Sample
 from bench.policy_relay import place
@@ -240,6 +241,11 @@ def test_arms_and_workloads_can_be_chosen() -> None:
     assert parse(["--model", "m"]).arms == list(CPU_ARMS)
     with pytest.raises(SystemExit):
         parse(["--model", "m", "--arms", "peerkv,no such"])
+
+
+def test_the_command_that_is_told_can_be_given_to_a_shell_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "--arms", "shared pool; private pools"])
+    assert where_and_when("bench.pools", gpus=False)["command"] == "python -m bench.pools --arms 'shared pool; private pools'"
 
 
 def test_what_ran_is_told_with_the_pinned_versions_of_the_routers_that_took_part() -> None:
