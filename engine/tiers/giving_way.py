@@ -1,7 +1,7 @@
 """In which order the blocks of a tier give way: the least popular first, and what was popular once fades."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 ANYBODY = -1
 """In place of a tenant's mark."""
@@ -37,8 +37,9 @@ class _Queues:
             self._least = min(self._slots)
         return next(iter(self._slots[self._least]))
 
-    def clear(self) -> None:
-        self._slots.clear()
+    def each(self) -> Iterator[tuple[int, int]]:
+        """Yield every slot and its value, those of one value in their order."""
+        return ((slot, value) for value, queue in self._slots.items() for slot in queue)
 
 
 class GivingWay:
@@ -56,7 +57,9 @@ class GivingWay:
         self._keys: dict[int, bytes] = {}
         self._values: dict[int, int] = {}
         self._marks: dict[int, int] = {}
-        self._queues: dict[int, _Queues] = {ANYBODY: _Queues()}  # of each tenant, and of all
+        self._all = _Queues()
+        self._own: dict[int, _Queues] = {}  # of each tenant; none as long as all blocks were of the one with the mark `_one`
+        self._one = ANYBODY
         self._level = 0  # what is used or stored has a value above it
         self._readers: dict[int, int] = {}  # slots that are held: in no queue
         for key, slot in stored.items():
@@ -78,6 +81,8 @@ class GivingWay:
 
     def put(self, key: bytes, slot: int, asked: int, mark: int = 0) -> None:
         """Store a block that is not here, in a slot that is not taken; it was asked for so often."""
+        if mark != self._one and not self._own:
+            self._other(mark)
         self._slots[key], self._keys[slot], self._marks[slot] = slot, key, mark
         self._enqueue(slot, self._level + asked)
 
@@ -110,7 +115,7 @@ class GivingWay:
 
         None if there is none, or all are held.
         """
-        queues = self._queues.get(mark)
+        queues = self._all if mark in (ANYBODY, self._one) else self._own.get(mark)
         slot = queues.first() if queues is not None else None
         if slot is not None:
             self._level = max(self._level, self._values[slot])
@@ -133,8 +138,18 @@ class GivingWay:
         slots = list(self._keys)
         for each in (self._slots, self._keys, self._values, self._marks, self._readers):
             each.clear()
-        self._queues = {ANYBODY: _Queues()}
+        self._all, self._own, self._one = _Queues(), {}, ANYBODY
         return slots
+
+    def _other(self, mark: int) -> None:
+        """A block of another tenant comes: from now on each has queues of its own, which takes time for every block."""
+        if not self._slots:
+            self._one = mark
+            return
+        self._one = ANYBODY
+        self._own = {each: _Queues() for each in {mark, *self._marks.values()}}
+        for slot, value in self._all.each():
+            self._own[self._marks[slot]].add(slot, value)
 
     def _forget(self, slot: int) -> None:
         self._dequeue(slot)
@@ -142,14 +157,16 @@ class GivingWay:
 
     def _enqueue(self, slot: int, value: int) -> None:
         self._values[slot] = value
-        self._queues[ANYBODY].add(slot, value)
-        mark = self._marks[slot]
-        own = self._queues.get(mark)
-        if own is None:
-            own = self._queues[mark] = _Queues()
-        own.add(slot, value)
+        self._all.add(slot, value)
+        if self._own:
+            mark = self._marks[slot]
+            own = self._own.get(mark)
+            if own is None:
+                own = self._own[mark] = _Queues()
+            own.add(slot, value)
 
     def _dequeue(self, slot: int) -> None:
         value = self._values[slot]
-        self._queues[ANYBODY].remove(slot, value)
-        self._queues[self._marks[slot]].remove(slot, value)
+        self._all.remove(slot, value)
+        if self._own:
+            self._own[self._marks[slot]].remove(slot, value)

@@ -14,15 +14,11 @@ class TenantShares:
 
     def took(self, mark: int, slots: int) -> None:
         """A block of this tenant's has so many slots more, or, if that is negative, fewer."""
-        taken = self._taken.get(mark, 0) + slots
-        if taken:
-            self._taken[mark] = taken
-        else:
-            self._taken.pop(mark, None)
+        taken = self._taken[mark] = self._taken.get(mark, 0) + slots
         if taken > self._limit:
             self._over[mark] = None
-        else:
-            self._over.pop(mark, None)
+        elif mark in self._over:
+            del self._over[mark]
 
     def yields(self, mark: int, slots: int) -> int | None:
         """Return whose blocks give way so that this tenant gets so many slots; None: anybody's."""

@@ -150,3 +150,53 @@ def test_any_steps_give_way_as_in_a_model_that_looks_at_every_block(steps: list[
             blocks.release(slot)
             model.release(slot)
     assert popped(blocks) == [model.pop() for _ in range(len(model.blocks))]
+
+
+class OfTenants(Model):
+    """The block in slot n is of the tenant with the mark n % 3."""
+
+    def pop_of(self, mark: int) -> int | None:
+        free = [slot for slot in self.blocks if not self.readers.get(slot) and slot % 3 == mark]
+        if not free:
+            return None
+        slot = min(free, key=self.blocks.__getitem__)
+        self.level = max(self.level, self.blocks.pop(slot)[0])
+        return slot
+
+    def pop(self) -> int | None:
+        level = self.level
+        slot = super().pop()
+        self.level = max(self.level, level)
+        return slot
+
+
+OWN_STEPS = st.tuples(
+    st.sampled_from(["used", "hold", "release", "pop", "pop of", "used"]), st.integers(0, SLOTS - 1), st.integers(1, 9)
+)
+
+
+@given(st.lists(OWN_STEPS, max_size=80))
+def test_so_do_blocks_of_several_tenants_of_whom_one_alone_may_have_to_yield(steps: list[tuple[str, int, int]]) -> None:
+    blocks, model = GivingWay({}), OfTenants()
+    for what, slot, asked in steps:
+        here = slot in model.blocks
+        if what == "pop":
+            assert blocks.pop() == model.pop()
+        elif what == "pop of":
+            assert blocks.pop(slot % 3) == model.pop_of(slot % 3)
+        elif what == "release":
+            blocks.release(slot)
+            model.release(slot)
+        elif what == "hold" and here:
+            blocks.hold(slot)
+            model.readers[slot] = model.readers.get(slot, 0) + 1
+        elif what == "used":
+            if here:
+                blocks.used(key(slot), asked)
+            else:
+                blocks.put(key(slot), slot, asked, slot % 3)
+            model.set(slot, max(model.blocks[slot][0] if here else 0, model.level + asked))
+    for mark in range(3):
+        while (slot_of := model.pop_of(mark)) is not None:
+            assert blocks.pop(mark) == slot_of
+        assert blocks.pop(mark) is None
