@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,17 +16,25 @@ from tests.unit.transport.node.owners import loose, question
 from tests.unit.waiting import until
 from transport.backends.base import ImportJob
 from transport.backends.shared_memory import map_region
+from transport.frames.codecs import compile_codec
 from transport.node.block_client import BlockClient
 from transport.node.block_copy import OwnerMemory, checked
 from transport.node.block_server import BlockServer
 from transport.node.decoding import CodedMemory, Decoder
 from transport.node.messages import NodeError
 from transport.node.nixl.client import NixlClient
-from transport.table.layout import Memory
+from transport.table.layout import Memory, SlotCodec
 from transport.table.quality import LOSSY, QUALITY
 from transport.table.reader import TableReader
 
 NAME = "r.host-memory"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Where numba has never compiled these loops it takes longer than a test waits."""
+    for codec in get_args(SlotCodec):
+        compile_codec(codec)
 
 
 @pytest.fixture
