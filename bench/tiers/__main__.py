@@ -29,6 +29,7 @@ def main() -> None:
     kept.add_argument("--tier-bytes", type=int, default=256 << 20, metavar="N", help="host memory or disk (default: 256 MiB)")
     arms = [arm.name for arm in sessions.ARMS]
     kept.add_argument("--arms", nargs="+", choices=arms, default=(), metavar="NAME", help=f"(default: all, {'; '.join(arms)})")
+    kept.add_argument("--first", type=int, default=1, metavar="N", help="sessions to begin with (default: 1)")
     replayed = commands.add_parser("policies", description=policies.__doc__, help="what a tier should keep, by recorded traces")
     replayed.add_argument("traces", type=Path, nargs="+", metavar="TRACE", help="JSON lines with hash_ids, as Mooncake's")
     commands.add_parser("scheduling", description=scheduling.__doc__, help="what host memory takes of a scheduler's step")
@@ -48,7 +49,7 @@ def main() -> None:
     elif given.what == "soak":
         soak.run(given.model, given.block_sizes, given.minutes, given.directory)
     elif given.what == "sessions":
-        sessions.run(given.model, given.tokens, given.kv_bytes, given.tier_bytes, given.directory, given.arms)
+        sessions.run(given.model, given.tokens, given.kv_bytes, given.tier_bytes, given.directory, given.arms, given.first)
     else:
         restore.run(given.model, given.lengths, given.samples, given.directory)
     print(f"load average at the end {os.getloadavg()[0]:.1f}")

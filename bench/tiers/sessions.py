@@ -65,20 +65,27 @@ def computed_again(served: Served, sessions: int, tokens: int, prompts: Callable
     return again / (sessions * tokens)
 
 
-def most_sessions(served: Served, tokens: int, prompts: Callable[[int], list[int]]) -> tuple[int, int, float]:
-    """Return how many sessions were kept, the next larger number tried, and the share that was computed again then."""
-    kept, tried = 0, 1
+def most_sessions(served: Served, tokens: int, prompts: Callable[[int], list[int]], first: int) -> tuple[int, int, float]:
+    """Return how many sessions were kept, the next larger number tried, and the share that was computed again then.
+
+    `first` sessions are tried first. Raises RuntimeError if that is too many, or none is.
+    """
+    kept, tried = 0, first
     while tried <= SESSIONS_MAX:
         share = computed_again(served, tried, tokens, prompts)
         print(f"  {tried} sessions: {100 * share:.0f} % computed again", file=sys.stderr, flush=True)
+        if share > AGAIN_MAX and not kept and first > 1:
+            raise RuntimeError(f"not even {first} sessions are kept: begin with fewer")
         if share > AGAIN_MAX:
             return kept, tried, share
         kept, tried = tried, max(tried + 1, round(tried * GROWTH))
     raise RuntimeError(f"{kept} sessions are kept, and more are not tried: take a smaller tier or longer prompts")
 
 
-def run(model: str, tokens: int, kv_bytes: int, tier_bytes: int, directory: Path | None, names: Sequence[str] = ()) -> None:
-    """Measure and print a row for each arm, or for those of these names."""
+def run(
+    model: str, tokens: int, kv_bytes: int, tier_bytes: int, directory: Path | None, names: Sequence[str] = (), first: int = 1
+) -> None:
+    """Measure and print a row for each arm, or for those of these names, beginning with `first` sessions."""
     print(f"sessions of {tokens} tokens, KV cache {kv_bytes >> 20} MiB, tier {tier_bytes >> 20} MiB, bfloat16", flush=True)
     print("| tier | sessions kept | not kept | computed again then |\n|---|---|---|---|", flush=True)
     numbers = random.Random(os.getpid())
@@ -89,6 +96,6 @@ def run(model: str, tokens: int, kv_bytes: int, tier_bytes: int, directory: Path
             stack.callback(served.end)
             served.wait()
             kept, more, share = most_sessions(
-                served, tokens, lambda count: [numbers.randrange(1000, WORDS) for _ in range(count)]
+                served, tokens, lambda count: [numbers.randrange(1000, WORDS) for _ in range(count)], first
             )
             print(f"| {arm.name} | {kept} | {more} | {100 * share:.0f} % |", flush=True)
