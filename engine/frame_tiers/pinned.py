@@ -25,9 +25,9 @@ class PinnedPrefixes:
 
     def add(self, pin: Pin, now: float) -> None:
         """Keep a pin, in place of an earlier one of its number; one too many is left out."""
-        blocks = sum(len(each.keys) for each, _ in self._pins.values()) // KEY_BYTES
         at = (pin.number, pin.fingerprint)
-        if len(pin.keys) % KEY_BYTES or len(self._pins) >= PINS_MAX or blocks + len(pin.keys) // KEY_BYTES > BLOCKS_MAX:
+        others = [len(each.keys) for key, (each, _) in self._pins.items() if key != at]
+        if len(pin.keys) % KEY_BYTES or len(others) >= PINS_MAX or (sum(others) + len(pin.keys)) // KEY_BYTES > BLOCKS_MAX:
             return
         self._pins[at] = (pin, now + pin.seconds)
         self.changed = True

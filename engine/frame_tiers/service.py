@@ -43,6 +43,8 @@ _logger = logging.getLogger("peerkv.tiers")
 RETRY_SECONDS = 10.0
 """A store that cannot be used is tried again after so long."""
 TELL_SECONDS = 1.0
+PINS_GATHERED_SECONDS = 0.05
+"""A gateway that connects tells all its pins at once: they are looked through together."""
 PROMOTIONS_MAX = 8
 """Prompts that are brought up at once; others wait, and are given up when their time is over."""
 CLOSE_SECONDS_MAX = 3.0
@@ -190,11 +192,11 @@ class Service:
                 answer = Flushed(number, await asyncio.get_running_loop().run_in_executor(None, self.flush))
             case Pin():
                 self._pinned.add(ask, time.monotonic())
-                self._hold()
+                asyncio.get_running_loop().call_later(PINS_GATHERED_SECONDS, self._hold)
                 return
             case Unpin(number):
                 self._pinned.remove(number)
-                self._hold()
+                asyncio.get_running_loop().call_later(PINS_GATHERED_SECONDS, self._hold)
                 return
         with contextlib.suppress(OSError):
             gateway.write(encode(answer))

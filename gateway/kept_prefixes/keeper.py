@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from engine.fleet import FleetView, Replica
+from gateway.block_registry.fleet_state import FleetState
 from gateway.block_registry.registry import LookUp
 from gateway.errors import ApiError, InvalidRequest, NoReplicaReady, Unavailable
 from gateway.kept_prefixes.book import KeptPrefix, KeptPrefixBook, PlaceState, PrefixPlace
@@ -177,15 +178,17 @@ class Keeper:
 
     def _pin_below(self, kept: KeptPrefix) -> None:
         """Have this node's disk keep the prefix as long."""
-        chains = self._look_up(kept, TokenIds.joined([kept.ids, TokenIds.of([0])])).chains  # they end before the last token
-        kinds = self._planner.fleet.now().kinds
-        pins = [(kind.fingerprint, chain.raw) for kind, (chain, _) in zip(kinds, chains, strict=True)]
+        state = self._planner.fleet.now()
+        chains = self._look_up(
+            kept, TokenIds.joined([kept.ids, TokenIds.of([0])]), state
+        ).chains  # they end before the last token
+        pins = [(kind.fingerprint, chain.raw) for kind, (chain, _) in zip(state.kinds, chains, strict=True)]
         self._planner.promotions.tiers.pin(kept.number, pins, kept.ttl)
 
-    def _look_up(self, kept: KeptPrefix, ids: TokenIds) -> LookUp:
+    def _look_up(self, kept: KeptPrefix, ids: TokenIds, state: FleetState | None = None) -> LookUp:
         tenant = self._tenants.named(kept.tenant)
         lora = self._planner.prompts.adapter({"model": kept.model})
-        return self._planner.registry.look_up(self._planner.fleet.now(), ids, tenant.salt if tenant else "", lora)
+        return self._planner.registry.look_up(state or self._planner.fleet.now(), ids, tenant.salt if tenant else "", lora)
 
     def _candidates(self, kept: KeptPrefix) -> list[Replica]:
         """Return the ready replicas: who keeps it first, then who has room, then by what they hold and do."""

@@ -17,7 +17,7 @@ from math import inf
 from pathlib import Path
 
 from engine.frame_tiers.disk.directory import claim, write_all
-from engine.frame_tiers.disk.keeping import Keeping
+from engine.frame_tiers.disk.keeping import Keeping, staying
 from engine.frame_tiers.disk.reading import read_stretch, stretches
 from engine.frame_tiers.disk.segment import HEAD, REMOVED, SUFFIX, Place, Segment, create, scan
 from engine.frame_tiers.store import FrameId, StoreName, StoreStats, Take, frame_tenant
@@ -274,12 +274,12 @@ class DiskStore:
         while self._size() + size > bytes_max and self._segments:
             own = self._open.segment if self._open is not None else None
             others = [segment for segment in self._segments if segment is not own]
-            going, staying = min(others or self._segments, key=lambda segment: segment.used), list[FrameId]()
+            going, stays = min(others or self._segments, key=lambda segment: segment.used), list[FrameId]()
             if move and others:
-                going, staying = self._keeping.choose(sorted(others, key=lambda segment: segment.used), self._index, bytes_max)
+                going, stays = self._keeping.choose(sorted(others, key=lambda segment: segment.used), self._index, bytes_max)
             if going is own:
                 self._seal()
-            moved = self._read_whole(going, staying)
+            moved = self._read_whole(going, stays)
             if self._unlink(going):  # it still can be read
                 return False
             self._stats.evicted_frames += self._leave_out(going) - len(moved)
@@ -366,10 +366,15 @@ class DiskStore:
         """Remove what is too old; what is pinned of it is written anew."""
         if self._open is not None and now_ns - self._open.segment.created_ns > ttl_ns // TTL_PARTS:
             self._seal()
+        expired = [each for each in self._segments if now_ns - each.created_ns >= ttl_ns]
+        if not expired:
+            return
         pinned = self._keeping.pinned(self._index, self._limits()[0])
-        for segment in [each for each in self._segments if now_ns - each.created_ns >= ttl_ns]:
+        for segment in expired:
+            if segment not in self._segments:
+                continue  # it gave way to what was written anew
             self._moving = []
-            moved = self._read_whole(segment, [each for each in dict.fromkeys(segment.ids) if each in pinned])
+            moved = self._read_whole(segment, staying(segment, self._index, pinned, set()))
             self._stats.expired_frames += self._leave_out(segment) - len(moved)
             self._unlink(segment)
             if moved:

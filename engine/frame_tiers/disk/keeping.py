@@ -58,7 +58,7 @@ class Keeping:
             fullest, least = None, 1.0
             for segment in segments:
                 moved = staying(segment, index, pinned, bounded)
-                part = sum(index[each].size for each in moved) / (segment.size - HEAD.size)
+                part = sum(place.size for each in moved if (place := index.get(each)) is not None) / (segment.size - HEAD.size)
                 if part <= MOVED_SHARE_MAX:
                     return segment, moved
                 if part < least:

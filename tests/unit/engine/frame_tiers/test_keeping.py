@@ -124,6 +124,20 @@ def test_a_pinned_prefix_outlives_its_time_to_live_and_others_do_not(opened):
     assert held(store, range(6)) == []
 
 
+@pytest.mark.parametrize("pinned", [1, 2, 3])
+def test_what_expires_may_already_have_given_way_to_what_was_written_anew(opened, pinned):
+    now = [1e9]
+    about = {"ttl_seconds": 80, "clock": lambda: now[0], "pin_share_max": 1.0}
+    pins = [number for number in range(38) if number % 4 < pinned]
+    put(opened(**about), ANNE, range(38))
+    store = opened(segment_bytes=6 * SIZE + HEAD.size, **about)
+    store.hold([ids(pins)])
+    put(store, ANNE, range(100, 104))
+    now[0] += 100
+    store.tend()
+    assert held(store, pins) == pins
+
+
 def test_pins_take_their_share_of_a_disk_at_most(opened):
     store = opened()
     put(store, ANNE, range(30))
