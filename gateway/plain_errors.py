@@ -51,7 +51,7 @@ def _range(detail: Mapping[str, Any], field: FieldInfo | None) -> str:
             if isinstance(each, kind):
                 bounds[name] = getattr(each, name)
     if bounds.keys() == {"ge", "le"}:
-        return f" from {bounds['ge']:g} to {bounds['le']:.15g}"
+        return f" from {bounds['ge']:.15g} to {bounds['le']:.15g}"
     words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
     told = " and ".join(f"{words[name]} {bounds[name]:.15g}" for name in words if name in bounds)
     return f" {told}" if told else ""
@@ -61,5 +61,5 @@ def _not(detail: Mapping[str, Any]) -> str:
     given = detail.get("input")
     if not isinstance(given, str | int | float):
         return ""
-    text = repr(given) if isinstance(given, str) else str(given).lower() if isinstance(given, bool) else f"{given:.15g}"
+    text = repr(given) if isinstance(given, str) else str(given).lower() if isinstance(given, int) else f"{given:.15g}"
     return f", not {text}" if len(text) <= SHOWN_CHARS_MAX else ""

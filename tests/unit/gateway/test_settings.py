@@ -116,6 +116,7 @@ def test_an_empty_variable_is_not_set(tmp_path: Path, monkeypatch: pytest.Monkey
         ("host", 5, "must be a text"),
         ("run_dir", 5, "must be a path, as a text"),
         ("port", "x" * 100, "must be a whole number from 1 to 65535"),
+        ("port", 10**400, "must be a whole number from 1 to 65535"),
     ],
 )
 def test_what_a_setting_must_be_is_said_in_plain_words(name: str, value: object, words: str) -> None:
