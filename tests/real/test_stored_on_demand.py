@@ -36,6 +36,8 @@ def fleet() -> Iterator[Fleet]:
 @pytest.fixture
 def client(fleet, monkeypatch) -> Iterator[BlockClient]:
     monkeypatch.setattr("transport.node.block_server.readable", lambda owner: False)
+    monkeypatch.setattr("engine.node.on_demand.STORE_SECONDS_MAX", 20.0)  # a busy machine's engine takes its time
+    monkeypatch.setattr("transport.node.sockets.PROGRESS_SECONDS", 30.0)
     demand = OnDemand(FileFleet(fleet.run_dir).snapshot)
     server = BlockServer(fleet.table_dir, "node-a", ("127.0.0.1", 0), None, "test", storing=demand)
     server.start()

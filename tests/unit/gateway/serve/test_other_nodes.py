@@ -61,7 +61,8 @@ while True:
     count += 1
     (place / "fetches.json").write_text("{}")
     if count == 3:
-        (place / "pid").write_text(str(os.getpid()))
+        (place / "pid.new").write_text(str(os.getpid()))
+        (place / "pid.new").rename(place / "pid")
     time.sleep(0.02)
 """
 
