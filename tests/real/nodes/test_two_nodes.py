@@ -115,7 +115,7 @@ def test_an_agent_that_is_stopped_holds_up_one_import_and_is_replaced(hosts: lis
     assert [each.ids for each in answered] == [each.ids for each in wanted]
     assert answered[0].tokens("peer") == 0
     cold = max(each.seconds for each in wanted)
-    assert max(each.seconds for each in answered) < cold + 15  # an agent that is waited for costs 20
+    assert max(each.seconds for each in answered) < cold + 10  # an agent that is waited for costs 20
     until(lambda: b.agent_pid() not in (0, former), BACK_SECONDS_MAX, "another agent", 0.2)
     until(lambda: len(a.replicas()) == len(b.replicas()) == 2, BACK_SECONDS_MAX, "both again", 0.2)
 
