@@ -16,7 +16,8 @@ from transport.table.quality import CODED, in_code
 from transport.table.reader import TableReader
 
 WANTED_SHARE = 2
-"""No more than one in so many slots of host memory is filled for a fetch: it would push out its own blocks otherwise."""
+"""A question has no more than one in so many of the blocks stored that host memory has room for: they would push out each other
+otherwise. A long fetch is several questions."""
 _ONE = np.uint64(1)
 _CODED = np.uint64(CODED)
 
@@ -49,7 +50,7 @@ class StoredBlocks:
             good[:] = False
         self._good: npt.NDArray[np.bool_] = good
         self._coded = states & _CODED
-        self._most = max((tier.num_blocks for tier, _ in tiers), default=0) // WANTED_SHARE
+        self._most = max((_whole_blocks(tier) for tier, _ in tiers), default=0) // WANTED_SHARE
 
     def missing(self) -> list[int]:
         """Return which blocks of the owner's are in no host memory, the first ones first and no more than can be stored."""
@@ -86,3 +87,8 @@ class StoredBlocks:
             found &= (held < 0) & self._good[part] & ~in_code(seen) & (seen & _CODED == self._coded[part])
             held[found], slots[found], states[found] = number, ids[found], seen[found]
         return held, slots, states
+
+
+def _whole_blocks(tier: TableReader) -> int:
+    """How many blocks that are not coded a tier has room for; beside coded ones each takes the room of several."""
+    return tier.num_blocks // max((memory.coded.whole for memory in tier.memories if memory.coded is not None), default=1)

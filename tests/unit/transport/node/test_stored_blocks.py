@@ -1,7 +1,9 @@
 """Blocks of a GPU reach another node by way of the host memory of their own, stored when somebody asks for them."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -9,11 +11,15 @@ from tests.unit.transport.node.devices import BLOCKS, SLOTS, Device
 from tests.unit.transport.node.owners import KEYS, loose, question
 from tests.unit.transport.table_fixtures import writer
 from transport.node.block_client import BlockClient
+from transport.node.block_copy import OwnerMemory
 from transport.node.block_server import BlockServer
 from transport.node.changes import NOT_READABLE, Changes
 from transport.node.messages import MemoryAsked, NodeError, TableClosed, TableOpened
+from transport.node.stored_blocks import StoredBlocks
 from transport.table.directory import TableDirectory
+from transport.table.layout import Coded
 from transport.table.quality import CODED, IN_CODE, LOSSY
+from transport.table.reader import TableReader
 
 
 class Storing:
@@ -109,6 +115,15 @@ def test_of_a_long_prefix_no_more_is_stored_than_keeps_in_host_memory(fetched, s
     blocks = list(range(BLOCKS - 1))
     assert fetched(blocks) == [True] * (SLOTS // 2) + [False] * (len(blocks) - SLOTS // 2)
     assert storing.asked == [blocks[: SLOTS // 2]]
+
+
+def test_where_blocks_that_are_not_coded_take_more_room_fewer_are_stored(device, tmp_path):
+    coded = Coded(region=0, offset=0, stride=64, bytes=64, shape="00", whole=4)
+    kept = msgspec.structs.replace(device.kept, coded=coded)
+    made = writer(tmp_path, "of.coded", SLOTS, transport="cuda_ipc", memories=(kept,))
+    with closing(made), closing(TableReader(device.table.path)) as owner, closing(TableReader(made.path)) as tier:
+        stored = StoredBlocks(owner, [(tier, OwnerMemory(tier, 0))], question(owner, range(BLOCKS - 1)))
+        assert stored.missing() == list(range(SLOTS // 4 // 2))
 
 
 @pytest.mark.parametrize("quality", [LOSSY | CODED | IN_CODE, LOSSY | CODED])
