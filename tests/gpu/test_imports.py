@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
 
 @pytest.fixture
 def bench(tmp_path):
-    return Bench(
-        gpu_scale(write_model(tmp_path / "llama8b"), exact=(1024, 8192), kills=4, pull=16384), Path(tmp_path / "tables")
-    )
+    scale = gpu_scale(write_model(tmp_path / "llama8b"), exact=(1024, 8192), kills=4, pull=16384)
+    scale.arguments |= {"gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": 12 << 30}  # other tests may run beside it
+    return Bench(scale, Path(tmp_path / "tables"))
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one-group", "three-groups"])
