@@ -31,7 +31,8 @@ from transport.table.deliveries import Delivery
 from transport.table.reader import TableReader
 
 READY_SECONDS_MAX = 200.0
-CHURN_SECONDS = 60.0
+CHURN_SECONDS = 150.0
+CHURNED_IMPORTS = 500
 ANSWER_SECONDS_MAX = 30.0
 GRAPHS: dict[str, Any] = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 WORDS = 100_000
@@ -97,6 +98,16 @@ SHAPES = {
     ),
 }  # fmt: skip
 
+LARGE_KV: dict[str, dict[str, Any]] = {
+    "dense": {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128},
+    "gptoss": {"num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64},
+    "granite4": {
+        "hidden_size": 512, "num_hidden_layers": 16, "layer_types": ["mamba", "attention"] * 8, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "mamba_d_head": 64,
+    },
+}  # fmt: skip
+"""Changes to tiny models: 16 KiB and more of keys and values a token, so that a copy takes as long as a real model's."""
+
 
 class Run:
     """The checks' lines, and the rows of the table."""
@@ -143,10 +154,14 @@ class Run:
         changes = {} if self.tiny else {"max_position_embeddings": 131072} | shape.changes
         return write_tiny_model(self.folder / "models", shape.family, **changes)
 
-    def telling(self, family: str, tokens: int) -> tuple[Path, dict[str, Any]]:
-        """A tiny model with weights that make its answers tell the context, and how it is started for prompts of `tokens`."""
-        model = write_tiny_model(self.folder / "telling", SHAPES[family].family, weights=True, max_position_embeddings=65536)
-        space = {} if self.given.dry else {"kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.1}
+    def telling(self, family: str, tokens: int, gib: int = 2, **changes: Any) -> tuple[Path, dict[str, Any]]:
+        """A tiny model with weights that make its answers tell the context, and how it is started for prompts of `tokens`.
+
+        `gib`: of KV cache on a GPU; `changes` to the tiny model.
+        """
+        changes |= {"max_position_embeddings": 65536}
+        model = write_tiny_model(self.folder / "telling", SHAPES[family].family, weights=True, **changes)
+        space = {} if self.given.dry else {"kv_cache_memory_bytes": gib << 30, "gpu_memory_utilization": 0.1}
         return model, self.arguments(family) | space | {"load_format": "auto", "max_model_len": max(4096, tokens)}
 
     def engine(self, name: str, model: Path, programs: int = 0, **arguments: Any) -> Replica:
@@ -264,13 +279,14 @@ def churned(run: Run, family: str) -> None:
         a.churn(size, True)
         rng, worst, until = random.Random(3), 0.0, time.monotonic() + CHURN_SECONDS
         before = ours.counters()
-        target = 20 if run.given.dry else 500
+        target = 20 if run.given.dry else CHURNED_IMPORTS
         while ours.counters()["imports"] - before["imports"] < target and time.monotonic() < until:
             number = rng.randrange(len(prompts))
             a.ask(prompts[number], seconds=ANSWER_SECONDS_MAX)
             for _ in range(4):
                 b.clear()
-                worst = max(worst, _distance(ask(b, prompts[number], source="a"), wanted[number]))
+                answer = b.ask(prompts[number], 1, logprobs=True, source="a", seconds=ANSWER_SECONDS_MAX)
+                worst = max(worst, _distance(answer, wanted[number]))
         counted = {name: ours.counters()[name] - before[name] for name in ("imports", "check_failures", "fallbacks")}
         fine = counted["imports"] > 0 and worst < control / 4
         run.check(
@@ -289,10 +305,13 @@ def _distance(one: Answer, other: Answer) -> float:
 
 
 def kills(run: Run, family: str) -> None:
-    """SIGKILL of owners while they are read, one after the other, of the tiny model: an owner starts in seconds."""
+    """SIGKILL of owners while they are read, one after the other, of a tiny model: an owner starts in seconds.
+
+    Its keys and values are as large as a real model's, and one program copies them: the kill lands in many of the copies.
+    """
     count = 2 if run.given.dry else 20
     size = run.sizes[-1] - 64
-    model, arguments = run.telling(family, run.sizes[-1])
+    model, arguments = run.telling(family, run.sizes[-1], 3, **({} if run.tiny else LARGE_KV.get(family, {})))
     b = run.engine("b", model, programs=0 if run.given.dry else 1, **arguments)
     waiting: list[Replica] = []
     try:
@@ -308,10 +327,9 @@ def kills(run: Run, family: str) -> None:
                 b.clear()
                 before = ours.counters()["fallbacks"]
                 b.begin(ids, 8, logprobs=True, source=owner.name)
-                if number % 2:
-                    until = time.monotonic() + 0.01 * (number % 7)
-                    while time.monotonic() < until:
-                        pass
+                until = time.monotonic() + 0.01 * (number % 7)
+                while time.monotonic() < until:
+                    pass
                 owner.kill()
                 answer = b.end(ANSWER_SECONDS_MAX)
                 landed += ours.counters()["fallbacks"] - before
@@ -323,6 +341,30 @@ def kills(run: Run, family: str) -> None:
     finally:
         for engine in (b, *waiting):
             engine.kill()
+
+
+def slept(run: Run, family: str) -> None:
+    """An engine in vLLM's sleep mode: nothing is read from it while it sleeps, and it answers as before when it woke up."""
+    size = run.sizes[0]
+    model, arguments = run.telling(family, size)
+    with run.pair(model, arguments, enable_sleep_mode=True) as (a, b), closing(run.table("a")) as theirs:
+        ids = prompt(size, 4242, WORDS_END)
+        before, status, epoch = ask(a, ids, source=""), theirs.status, theirs.epoch
+        a.sleep()
+        cold = ask(b, ids, source="a")
+        a.wake()
+        again = ask(a, ids, source="")
+        b.clear()
+        after = ask(b, ids, source="a")
+        with closing(run.table("a")) as woken:
+            run.check(
+                f"{family}: an engine that slept",
+                again.same_as(before) and cold.cached == 0 and max(_distance(cold, before), _distance(after, before)) < 0.1,
+                status=status or "exchanges",
+                status_after=woken.status or "exchanges",
+                new_epoch=woken.epoch != epoch,
+                imported_after=after.cached,
+            )
 
 
 def one_family(run: Run, family: str, sections: list[str]) -> None:
@@ -338,6 +380,8 @@ def one_family(run: Run, family: str, sections: list[str]) -> None:
         told_apart(run, family)
     if "kills" in sections:
         kills(run, family)
+    if "slept" in sections:
+        slept(run, family)
 
 
 def main() -> None:
@@ -347,7 +391,7 @@ def main() -> None:
         "--sections",
         nargs="+",
         default=["exact", "ttft"],
-        choices=["exact", "ttft", "races", "churned", "told-apart", "kills"],
+        choices=["exact", "ttft", "races", "churned", "told-apart", "kills", "slept"],
         help="told-apart: two holders, salts, changed blocks, preemption",
     )
     parser.add_argument("--cache-dtype", default="auto", help="of the KV cache, as vLLM takes it")

@@ -182,6 +182,16 @@ class Replica:
         self._pipe.send(("clear", None))
         assert self._take(60) == "cleared"
 
+    def sleep(self) -> None:
+        """Have the engine give its GPU memory back (vLLM's sleep mode, level 1)."""
+        self._pipe.send(("sleep", None))
+        assert self._take(60) == "sleeping"
+
+    def wake(self) -> None:
+        """Have it come back from there."""
+        self._pipe.send(("wake", None))
+        assert self._take(60) == "awake"
+
     def trace(self) -> None:
         """Time the parts of every request from now on (tests.gpu.step_times)."""
         self._pipe.send(("trace", None))
@@ -364,6 +374,15 @@ class _Engine:
                 rows = output.prompt_logprobs or rows
         places = range(begin, len(ids))
         self.pipe.send(("ok", [max(v.logprob for v in rows[at].values()) - rows[at][ids[at]].logprob for at in places]))
+
+    def do_sleep(self, _: Any) -> None:
+        self.abandon()
+        self.engine.sleep(1)
+        self.pipe.send(("ok", "sleeping"))
+
+    def do_wake(self, _: Any) -> None:
+        self.engine.wake_up()
+        self.pipe.send(("ok", "awake"))
 
     def do_trace(self, _: Any) -> None:
         from tests.gpu.step_times import trace_engine

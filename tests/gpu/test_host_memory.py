@@ -29,7 +29,7 @@ LAYERS = 8
 @pytest.fixture
 def bench(tmp_path):
     model = write_model(tmp_path / "llama", num_hidden_layers=LAYERS)
-    small = {"kv_cache_memory_bytes": 6 << 30, "gpu_memory_utilization": 0.3}
+    small = {"kv_cache_memory_bytes": 6 << 30, "gpu_memory_utilization": 0.15}
     made = Bench(gpu_scale(model), Path(tmp_path / "tables"))
     made.scale.arguments |= small
     made.scale.restores, made.scale.host_memory = (2048, 8192), 6 << 30

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
 @pytest.fixture
 def bench(tmp_path):
     scale = gpu_scale(write_model(tmp_path / "llama8b"), exact=(1024, 8192), kills=4, pull=16384)
-    scale.arguments |= {"gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": 12 << 30}  # other tests may run beside it
+    scale.arguments |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 4 << 30}  # other tests may run beside it
     return Bench(scale, Path(tmp_path / "tables"))
 
 

@@ -18,6 +18,7 @@ from tests.gpu.replica import Replica, median, prompt
 
 if TYPE_CHECKING:
     import httpx
+    import openai
 
 REPEATS = 5
 
@@ -51,37 +52,63 @@ def nixl(bench: Bench) -> None:
 
 
 def serve(bench: Bench) -> None:
-    """`peerkv serve` with two replicas, by the openai client and by a plain HTTP client whose body is ready beforehand."""
+    """`peerkv serve` with two replicas, by the openai client and by a plain HTTP client whose body is ready beforehand.
+
+    On one GPU both share it by `--replicas-per-gpu`, and each takes the share of its memory that peerkv gives it.
+    """
     import httpx
     import openai
 
     url, model = "http://127.0.0.1:8707", str(bench.scale.model)
     command = [sys.executable, "-m", "gateway.cli", "serve", model, "--port", "8707", "--served-model-name", "model"]
-    command += [] if bench.scale.devices[0] else ["--replicas", "2"]
     arguments = {"load_format": "dummy", "max_model_len": 65536, "max_num_batched_tokens": 16384, "enforce_eager": True}
-    process = subprocess.Popen([*command, "--", *_flags(arguments | bench.scale.arguments)], stdin=subprocess.DEVNULL)
+    one, other = bench.scale.devices
+    if one and one == other:
+        command += ["--replicas", "2", "--replicas-per-gpu", "2"]
+    else:
+        command += [] if one else ["--replicas", "2"]
+        arguments |= bench.scale.arguments
+    process = subprocess.Popen([*command, "--", *_flags(arguments)], stdin=subprocess.DEVNULL)
     try:
         _wait_ready(process, url, 280)
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60)
         with bench.turn(), httpx.Client(base_url=url, timeout=60) as plain:
             for tokens in bench.scale.exact:
+                before = _imported(plain)
                 times: dict[str, list[float]] = {}
-                for turn in range(5):
-                    ids = prompt(tokens, 17 * tokens + turn)
-                    body = json.dumps({"model": "model", "prompt": ids, "max_tokens": 1}).encode()
-                    for kind, replica in (("cold", "replica-0"), ("import", "replica-1"), ("local", "replica-1")):
-                        began, headers = time.perf_counter(), {"x-peerkv-replica": replica, "content-type": "application/json"}
-                        plain.post("/v1/completions", content=body, headers=headers).raise_for_status()
-                        times.setdefault(kind, []).append(time.perf_counter() - began)
-                    began = time.perf_counter()
-                    where = {"x-peerkv-replica": "replica-1"}
-                    client.completions.create(model="model", prompt=ids, max_tokens=1, extra_headers=where)
-                    times.setdefault("local_openai_client", []).append(time.perf_counter() - began)
-                bench.row("serve", tokens=tokens, **{kind + "_ms": median(values) * 1e3 for kind, values in times.items()})
+                for turn in range(REPEATS):
+                    for kind, seconds in _served(plain, client, tokens, turn).items():
+                        times.setdefault(kind, []).append(seconds)
+                imported = _imported(plain) - before
+                bench.row("serve", tokens=tokens, **{kind + "_ms": median(values) * 1e3 for kind, values in times.items()},
+                          imports=2 * REPEATS, imported_tokens=imported)  # fmt: skip
             stats = plain.get("/kv/stats", timeout=20).json()
         bench.row("serve", tokens_by_source=stats["totals"]["tokens"], counts=stats["totals"]["counts"])
     finally:
         _end(process)
+
+
+def _imported(plain: "httpx.Client") -> int:
+    """Return the prompt tokens that came from another replica so far."""
+    tokens: dict[str, int] = plain.get("/kv/stats", timeout=20).json()["totals"]["tokens"]
+    return sum(count for source, count in tokens.items() if source.startswith("peer_"))
+
+
+def _served(plain: "httpx.Client", client: "openai.OpenAI", tokens: int, turn: int) -> dict[str, float]:
+    """Seconds of two prompts, each computed by one replica and asked for twice of the other, by either client."""
+    seconds: dict[str, float] = {}
+    for by, seed in (("", 17), ("_openai_client", 19)):
+        ids = prompt(tokens, seed * tokens + turn)
+        body = json.dumps({"model": "model", "prompt": ids, "max_tokens": 1}).encode()
+        for kind, replica in (("cold", "replica-0"), ("import", "replica-1"), ("local", "replica-1")):
+            where, began = {"x-peerkv-replica": replica}, time.perf_counter()
+            if by:
+                client.completions.create(model="model", prompt=ids, max_tokens=1, extra_headers=where)
+            else:
+                headers = where | {"content-type": "application/json"}
+                plain.post("/v1/completions", content=body, headers=headers).raise_for_status()
+            seconds[kind + by] = time.perf_counter() - began
+    return seconds
 
 
 def front_ends(bench: Bench) -> None:
