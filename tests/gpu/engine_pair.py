@@ -40,6 +40,7 @@ class Scale:
     host_memory: int = 24 << 30
     churned_blocks: int = 6000
     churned_tokens: int = 512
+    connectors: tuple[str, ...] = ()
 
 
 class Bench:
