@@ -52,7 +52,7 @@ def _frame(codec: str, block: Block, number: int) -> bytes:
 
 
 @contextmanager
-def vault() -> Iterator[VaultAddress]:
+def vault(bytes_max: int = 4 << 30) -> Iterator[VaultAddress]:
     """A vault on loopback, in a process of its own."""
     (port,) = free_ports(1)
     address = VaultAddress("127.0.0.1", port)
@@ -61,7 +61,7 @@ def vault() -> Iterator[VaultAddress]:
         if pid == 0:
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                VaultServer("127.0.0.1", port, 4 << 30, directory=Path(name)).run()
+                VaultServer("127.0.0.1", port, bytes_max, directory=Path(name)).run()
             finally:
                 os._exit(1)
         try:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.gpu.engine_pair import GRAPHS, Bench, dry_scale, gpu_scale, with_pair
+from tests.gpu.frame_tiers import frame_tiers
 from tests.gpu.host_memory import interception, restore
 from tests.gpu.host_memory_int8 import code, restore_int8
 from tests.gpu.import_times import busy_owner, exact, interference, link_peak, ttft
@@ -43,6 +44,8 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "restore": restore,
     "restore-int8": restore_int8,
     "code": code,
+    "frame-tiers": frame_tiers,
+    "frame-tiers-raw": lambda bench: frame_tiers(bench, "raw"),
     "offloading": offloading,
     "interception": interception,
     "races": races,

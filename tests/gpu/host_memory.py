@@ -30,9 +30,9 @@ FULL_SECONDS_MAX = 15.0
 STORE_COUNTERS = ("published_blocks", "tier_ahead_blocks", "evictions", "tier_dropped_blocks")
 
 
-def keeping(bench: Bench, keeper: KeptMemories) -> dict[str, Any]:
-    """Return an engine's arguments with which it stores in host memory, and its cache is small."""
-    kept = encode_kept(keeper.keep(OWN, bench.scale.host_memory))
+def keeping(bench: Bench, keeper: KeptMemories, size: int = 0) -> dict[str, Any]:
+    """Return an engine's arguments with which it stores in host memory, of `size` bytes or the scale's; its cache is small."""
+    kept = encode_kept(keeper.keep(OWN, size or bench.scale.host_memory))
     tokens, block = bench.scale.restores[-1], bench.scale.arguments.get("block_size", 16)
     length = tokens + tokens // 4
     return {
@@ -74,10 +74,11 @@ def lose(bench: Bench, engine: Replica, ids: list[int], seed: int, tokens: int =
     return times
 
 
-def held(bench: Bench, name: str, ids: list[int]) -> int:
+def held(bench: Bench, name: str, ids: list[int], salt: str = "") -> int:
     """Return how many leading blocks of a prompt a table offers."""
     table: TableReader = bench.directory.tables()[name]
-    return len(table.longest_run(chain_keys(root_key(table.fingerprint), ids, table.block_size, table.hash_name)))
+    root = root_key(table.fingerprint, salt, hash_name=table.hash_name)
+    return len(table.longest_run(chain_keys(root, ids, table.block_size, table.hash_name)))
 
 
 def restore(bench: Bench) -> None:

@@ -203,6 +203,11 @@ class Replica:
         calls: list[tuple[str, float, float]] = self._take(20)
         return calls
 
+    def forget(self) -> None:
+        """End the background requests and empty the prefix cache and host memory."""
+        self._pipe.send(("forget", None))
+        assert self._take(60) == "forgotten"
+
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""
         if self.process.is_alive() and self.process.pid is not None:
@@ -429,3 +434,10 @@ class _Engine:
         self.abandon()
         self.engine.reset_prefix_cache()
         self.pipe.send(("ok", "cleared"))
+
+    def do_forget(self, _: Any) -> None:
+        self.churn_tokens = 0
+        self.abandon()
+        if not self.engine.reset_prefix_cache(reset_connector=True):
+            raise RuntimeError("vLLM did not empty its prefix cache")
+        self.pipe.send(("ok", "forgotten"))
