@@ -11,6 +11,7 @@ arguments are accepted and ignored. What it saw is at `GET /fake/seen`. A reques
     die           "before" | "mid": the process exits before the head, or after `after` tokens
     drop          "before" | "mid": the connection is closed instead, the process lives
     after         tokens sent before "mid" (default 2)
+    partial       with "drop" "mid": so much of the next event is sent before it, 0 for nothing and 1 for all but its last byte
     status        answer this HTTP status with an error in vLLM's form
     engine_died   answer as vLLM's server does when its engine has ended
     body_bytes    length of the answer's text
@@ -354,19 +355,42 @@ class Answer:
             call["function"]["name"] = "f"
         return {"tool_calls": [call]}
 
+    def event(self, index: int, word: str, choice_index: int = 0) -> Json:
+        """What one token of a choice brings."""
+        last = index == self.count - 1 or "body_bytes" in self.asked
+        choice: Json = {"index": choice_index, "finish_reason": "length" if last else None, "logprobs": None}
+        choice |= {"delta": self.delta(index, word)} if self.chat else {"text": word}
+        if self.body.get("return_token_ids"):
+            choice["token_ids"] = [FIRST_WORD + self.first_word + index]
+            choice |= {"prompt_token_ids": self.prompt_ids} if index == 0 and not self.chat else {}
+        chunk = self.frame([choice], chunk=True)
+        if self.chat and index == 0 and self.body.get("return_token_ids"):
+            chunk["prompt_token_ids"] = self.prompt_ids
+        return chunk
+
+    def _written(self, data: Json) -> bytes:
+        compact = (",", ":") if self.body.get("return_token_ids") else None  # as vLLM does
+        return b"data: " + json.dumps(data, separators=compact).encode() + b"\n\n"
+
+    def _partial(self, index: int, word: str, share: float) -> bytes:
+        """The beginning of an event that is to break off."""
+        whole = self._written(self.event(index, word))
+        return whole[: int(share * (len(whole) - 1))]
+
     async def stream(self) -> web.StreamResponse:
         """The answer as server-sent events, closed by [DONE]."""
         response = web.StreamResponse(headers=SSE_HEADERS)
         await response.prepare(self.request)
 
         async def send(data: Json) -> None:
-            compact = (",", ":") if self.body.get("return_token_ids") else None  # as vLLM does
-            await response.write(b"data: " + json.dumps(data, separators=compact).encode() + b"\n\n")
+            await response.write(self._written(data))
 
         for _ in range(self.asked.get("comments", 0)):
             await response.write(b": keep-alive\n\n")
             await asyncio.sleep(self.asked.get("token_delay", 0))
         for index, word in enumerate(self.words()):
+            if index == self.asked.get("after", 2) and "partial" in self.asked:
+                await response.write(self._partial(index, word, self.asked["partial"]))
             await self._pause(index)
             if index == self.asked.get("stream_error"):
                 error = {"message": "the engine failed", "type": "InternalServerError", "param": None, "code": 500}
@@ -381,17 +405,8 @@ class Answer:
                 nothing: Json = {"delta": {}} if self.chat else {"text": ""}
                 await send(self.frame([given_up | nothing], chunk=True))
                 break
-            last = index == self.count - 1 or "body_bytes" in self.asked
             for i in range(self.choices):
-                choice: Json = {"index": i, "finish_reason": "length" if last else None, "logprobs": None}
-                choice |= {"delta": self.delta(index, word)} if self.chat else {"text": word}
-                if self.body.get("return_token_ids"):
-                    choice["token_ids"] = [FIRST_WORD + self.first_word + index]
-                    choice |= {"prompt_token_ids": self.prompt_ids} if index == 0 and not self.chat else {}
-                chunk = self.frame([choice], chunk=True)
-                if self.chat and index == 0 and self.body.get("return_token_ids"):
-                    chunk["prompt_token_ids"] = self.prompt_ids
-                await send(chunk)
+                await send(self.event(index, word, i))
         self.engine._end_here(self.asked, "last", self.request)
         if (self.body.get("stream_options") or {}).get("include_usage"):
             await send(self.frame([], chunk=True) | {"usage": self.usage()})

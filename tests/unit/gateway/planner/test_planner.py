@@ -17,7 +17,7 @@ from gateway.steering.costs.priors import TRANSPORT_PRIORS
 from gateway.tenants.tenants import ANONYMOUS
 from gateway.upstream.served_models import ServedModels
 from tests.unit.gateway.planner.planned_fleet import EXACT, IDS, LONG, TENANT, Bounds, Place
-from tests.unit.transport.replica_tables import FIELDS
+from tests.unit.transport.replica_tables import BLOCK_SIZE, FIELDS
 from transport.table.deliveries import Delivery, DeliveryReason
 from transport.table.directory import TableDirectory
 
@@ -391,6 +391,32 @@ async def test_what_left_a_cache_is_restored_from_host_memory(place: Place) -> N
     place.begin(plan)
     assert place.planner.in_flight() == {"a": 1}
     place.end(plan)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+async def test_a_stream_whose_replica_died_goes_on_from_that_replicas_host_memory(place: Place, chat: bool) -> None:
+    """The host process owns that memory, and outlives the engine."""
+    for name in ("a", "b"):
+        place.tables.stop(name)
+    for name in ("a", "b", "a.host-memory"):
+        place.tables.start(name, fields={**FIELDS, "vllm": "0.32.0"})
+    place.begin(await place.plan(IDS, wanted="b"))  # which leaves a the less busy one
+    began = await (place.chat("this that " * 100) if chat else place.plan(LONG))
+    assert began.replica.name == "a"
+    ids = began.request.known.ids
+    assert ids is not None
+    place.tables.hold("a.host-memory", ids)
+    place.begin(began)
+    place.tables.stop("a")
+    place.fleet.set("a", ReplicaState.BACKOFF)
+    output = [7, 8, 9]
+    plan = place.planner.go_on(began, output, chat=chat, prompt=None, exclude={"a"})
+    assert plan is not None
+    assert (plan.replica.name, plan.source) == ("b", "a.host-memory")
+    assert plan.predicted_tokens == len(ids) // BLOCK_SIZE * BLOCK_SIZE
+    assert plan.prompt_tokens == len(ids) + len(output)
+    sent = (plan.kv_transfer_params or {})["prompt_token_ids"] if chat else plan.prompt
+    assert list(sent or ()) == [*ids, *output]
 
 
 async def test_a_replica_that_holds_all_of_it_restores_nothing(place: Place) -> None:

@@ -18,9 +18,9 @@ def client_of(door: Door, **options: Any) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=door.url + "/v1", api_key="none", max_retries=0, **options)
 
 
-async def lines_of(door: Door, path: str, body: dict[str, Any]) -> list[str]:
+async def lines_of(door: Door, path: str, body: dict[str, Any], **options: Any) -> list[str]:
     """The data lines of an event stream, to its clean end."""
-    async with door.session.post(door.url + path, json=body) as answer:
+    async with door.session.post(door.url + path, json=body, **options) as answer:
         assert answer.status == 200
         return [line for line in (await answer.text()).splitlines() if line]
 

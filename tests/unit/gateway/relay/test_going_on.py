@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.relay import answer
+from gateway.tenants.key_file import write_keys
+from gateway.tenants.keys import no_keys
 from tests.fake_engine import FIRST_WORD, render
+from tests.unit.gateway.limits.limited_keys import limited
 from tests.unit.gateway.relay.relay_client import lines_of
 from tests.unit.gateway.running_door import Door, running_door, until
 
@@ -46,6 +50,24 @@ def failure(lines: list[str]) -> str:
     return code
 
 
+LIMITS = {"requests_per_minute": 9, "tokens_per_minute": 1000, "tokens_in_flight_max": 500}
+
+
+def authorized(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+@asynccontextmanager
+async def two_engines(directory: Path) -> AsyncIterator[Door]:
+    """A front door that knows a key with limits, and one without."""
+    keys = directory / "keys.toml"
+    write_keys(keys, no_keys().with_key(limited("limited", **LIMITS)).with_key(limited("free")))
+    async with running_door(directory, keys_file=keys) as door:
+        await door.add_engine("replica-0")
+        await door.add_engine("replica-1")
+        yield door
+
+
 @pytest.fixture
 async def door(tmp_path: Path) -> AsyncIterator[Door]:
     async with running_door(tmp_path) as door:
@@ -75,6 +97,56 @@ async def test_another_replica_goes_on_behind_the_tokens_that_were_sent(door: Do
     assert door.relay.counters.streams_continued == 1
     assert door.relay.counters.streams_broken == 0
     assert [event[2] for event in door.recorder.events if event[0] == "ended"] == [0, 200]
+
+
+PARTIAL = {"da": 0.01, "within_its_json": 0.6, "without_its_last_byte": 1.0}
+
+
+@pytest.mark.parametrize("partial", PARTIAL.values(), ids=PARTIAL)
+@pytest.mark.parametrize("form", ["completions", "chat"])
+@pytest.mark.parametrize("key", ["limited", "free"])
+async def test_an_event_that_broke_off_is_made_again(tmp_path: Path, form: str, partial: float, key: str) -> None:
+    """A client that did not ask for the usage of its limited key has its events looked through for it."""
+    async with two_engines(tmp_path) as door:
+        asked = {"on": "replica-0", "drop": "mid", "after": 3, "partial": partial}
+        body = (COMPLETION if form == "completions" else CHAT) | {"user": json.dumps(asked)}
+        lines = await lines_of(door, PATHS[form], body, headers=authorized(key))
+        assert text_of(events(lines)) == TEXT
+        assert [line[:7] for line in lines] == ["data: {"] * 8 + ["data: ["]
+        assert door.relay.counters.streams_continued == 1
+        assert "usage" not in "".join(lines)
+
+
+async def test_a_stream_that_was_continued_is_charged_once_for_all_that_it_used(tmp_path: Path) -> None:
+    async with two_engines(tmp_path) as door:
+        body = asking(COMPLETION, drop="mid", after=3)
+        assert text_of(events(await lines_of(door, PATHS["completions"], body, headers=authorized("limited")))) == TEXT
+        assert door.relay.counters.streams_continued == 1
+        await until(lambda: not door.limiter.book.under_way())
+        (tenant,) = door.limiter.uses()
+        assert (tenant.requests, tenant.uncached_tokens + tenant.cached_tokens) == (1, len("hello"))
+        assert (tenant.generated_tokens, tenant.charged_tokens) == (8, len("hello") + 8)
+        (key,) = tenant.keys
+        assert key.requests_in_flight == 0
+        assert {name: limit.used for name, limit in key.limits.items()} == {
+            "requests_per_minute": 1,
+            "tokens_per_minute": len("hello") + 8,
+            "tokens_in_flight_max": 0,
+        }
+
+
+@pytest.mark.parametrize("form", ["completions", "chat"])
+async def test_where_both_engines_live_neither_has_the_request_afterwards(door: Door, form: str) -> None:
+    body = asking(COMPLETION if form == "completions" else CHAT, drop="mid", after=3, token_delay=0.01)
+    assert text_of(events(await lines_of(door, PATHS[form], body))) == TEXT
+
+    async def nobody_runs() -> bool:
+        return not any([(await door.seen(name))["running"] for name in ("replica-0", "replica-1")])
+
+    await until(nobody_runs)
+    seen = [await door.seen(name) for name in ("replica-0", "replica-1")]
+    assert [each["finished"] for each in seen] == [0, 1]
+    assert door.relay.in_flight == 0
 
 
 async def test_the_process_may_be_killed_at_any_moment(tmp_path: Path) -> None:
@@ -166,6 +238,17 @@ async def test_an_engines_own_word_that_it_ended_is_told_as_a_lost_replica_where
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+async def test_a_chat_that_has_to_call_a_tool_ends_with_an_error(door: Door, choice: Any) -> None:
+    """The engine guides its decoding by a grammar, whose state another one would not have."""
+    asked = {"drop_on": "replica-0", "drop": "mid", "after": 3, "calls_from": 0}
+    body = CHAT | {"tools": [TOOL], "tool_choice": choice, "user": json.dumps(asked)}
+    lines = await lines_of(door, PATHS["chat"], body)
+    assert failure(lines) == "replica_lost"
+    assert len(lines) == 3 + 1
+    assert (await door.seen("replica-1"))["requests"] == []
 
 
 @pytest.mark.parametrize("after", [1, 4, 7])
