@@ -64,7 +64,8 @@ class Changes:
         for name, reader in own.items():
             told, fetched = self._told.get(name), readable(reader) or stored_on_demand(reader, own)
             if told is None or told.fetched != fetched:  # host memory may come after its engine
-                told = self._told[name] = _Told(reader, fetched, reader.journal.head[0])
+                delivery = told.delivery if told is not None else 0
+                told = self._told[name] = _Told(reader, fetched, reader.journal.head[0], delivery=delivery)
                 yield _opened(name, reader, fetched)
             yield from self._changed(name, told)
             yield from self._engine(name, told)

@@ -196,6 +196,22 @@ def test_load_counters_and_deliveries_come_in_this_nodes_time_and_names(nodes: N
     assert not mirror.waits(77)
 
 
+def test_a_table_that_is_opened_anew_when_its_host_memory_comes_tells_no_delivery_twice(nodes: Nodes) -> None:
+    on_gpu = msgspec.structs.replace(MEMORY, transport="cuda_ipc")
+    with contextlib.ExitStack() as stack:
+        owner = stack.enter_context(contextlib.closing(writer(nodes.theirs, "replica-0", BLOCKS, memories=(on_gpu,))))
+        done = Delivery(tag=5, prompt_tokens=10, computed_tokens=10)
+        owner.deliver(done, "")
+        first = nodes.tell()
+        stack.enter_context(contextlib.closing(writer(nodes.theirs, "replica-0.host-memory", BLOCKS, memories=(MEMORY,))))
+        owner.deliver(msgspec.structs.replace(done, tag=6), "")
+        second = nodes.tell()
+    opened = [each.name for each in second if isinstance(each, TableOpened)]
+    assert "replica-0" in opened
+    told = [[each.tag for m in messages if isinstance(m, Delivered) for each in m.deliveries] for messages in (first, second)]
+    assert told == [[5], [6]]
+
+
 def test_an_owner_that_ends_ends_its_mirror_and_its_last_deliveries_come_first(nodes: Nodes, owner: TableWriter) -> None:
     nodes.tell()
     nodes.there.tables()
