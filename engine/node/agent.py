@@ -22,6 +22,7 @@ from engine.node.threads import in_thread
 from transport.errors import TransportError
 from transport.node.block_fetcher import BlockFetcher
 from transport.node.block_server import BlockServer
+from transport.node.decoding import Decoder
 from transport.node.fetches import SOCKET
 from transport.node.keys import check_address, client_context, server_context
 from transport.node.messages import NodeError
@@ -59,6 +60,7 @@ class Agent:
         self._measuring = asyncio.Semaphore(MEASURED_MAX)
         self._losses: Counter[str] = Counter()  # of nodes, too, that are not followed any more: they may come back
         self._fetches = LocalFetches(self._tables, self._staging, self._client)
+        self._decoder = Decoder()
         self._connections: set[asyncio.Task[None]] = set()
         self._written: NodesTold | None = None
         self.trouble = ""
@@ -73,6 +75,7 @@ class Agent:
             blocks = BlockServer(
                 Path(settings.table_dir), settings.name, blocks_address, self._called_by, settings.release,
                 nixl.owner if isinstance(nixl, NixlNode) else nixl, OnDemand(fleet.snapshot),
+                self._decoder,
             )  # fmt: skip
             stack.callback(blocks.close)
             if isinstance(nixl, NixlNode):
@@ -177,7 +180,7 @@ class Agent:
         try:
             hello = await welcome((reader, writer), self._settings.name, self._settings.release)
             if hello.purpose == "changes":
-                await Teller(self._tables, self._fleet, writer).run()
+                await Teller(self._tables, self._fleet, self._decoder, writer).run()
             elif hello.purpose == "requests":
                 await self._lead(hello.replica, reader, writer)
         except NodeError as error:

@@ -6,7 +6,7 @@ import time
 from engine.fleet import FileFleet, FleetError, FleetSnapshot
 from engine.node.streams import send
 from transport.node.changes import Changes
-from transport.node.decoding import can_decode
+from transport.node.decoding import Decoder
 from transport.node.messages import Beat, FleetTold, ReplicaTold
 from transport.table.directory import TableDirectory
 
@@ -17,13 +17,14 @@ TICKS = 5
 
 
 class Teller:
-    """What one subscriber is told. `tables` and `fleet` are shared by all of them: one thread."""
+    """What one subscriber is told. `tables` and `fleet` are shared by all of them: one thread. Blocks that lie coded are told
+    once `decoder` is ready."""
 
-    def __init__(self, tables: TableDirectory, fleet: FileFleet, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, tables: TableDirectory, fleet: FileFleet, decoder: Decoder, writer: asyncio.StreamWriter) -> None:
         self._tables = tables
         self._fleet = fleet
         self._writer = writer
-        self._changes = Changes(decodes=can_decode())
+        self._changes = Changes(decodes=lambda: decoder.ready)
         self._told: FleetTold | None = None
 
     async def run(self) -> None:

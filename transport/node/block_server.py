@@ -67,7 +67,7 @@ class Offers(Protocol):
 
 class BlockServer:
     """Listens from `start` to `close`. `offers` is how blocks are read past it, or why they are not; `storing` brings those of
-    engines whose memory cannot be read into host memory, where there is any.
+    engines whose memory cannot be read into host memory, where there is any. `decoder` is somebody else's too; None: its own.
 
     Raises OSError if the address cannot be had.
     """
@@ -81,11 +81,12 @@ class BlockServer:
         release: str,
         offers: Offers | Ability = NO_NIXL,
         storing: Storing | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         self._offers = None if isinstance(offers, Ability) else offers
         self._found = offers if isinstance(offers, Ability) else NO_NIXL
         self._storing = storing
-        self._decoder = Decoder()
+        self._decoder = decoder or Decoder()
         self._tables = TableDirectory(table_dir, hold_seconds=HOLD_SECONDS)
         self._memories: dict[OwnerKey, OwnerMemory] = {}
         self._here = here

@@ -4,7 +4,7 @@ The journal of a table names what changed, so a round costs as much as there is 
 of other nodes, which are mirrors here, are not told on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,15 +43,17 @@ class _Told:
     head: int
     sequence: int = 0
     begun: bool = False
+    decoded: bool = False
+    """Whether blocks that lie coded were told as well."""
     delivery: int = 0
     engine: EngineTold | None = None
 
 
 class Changes:
-    """One subscriber's view. `round` tells all that is new since the round before; of blocks that lie coded only if this node
-    `decodes` them: nodes fetch blocks as engines have them."""
+    """One subscriber's view. `round` tells all that is new since the round before; of blocks that lie coded only while this
+    node `decodes` them: nodes fetch blocks as engines have them."""
 
-    def __init__(self, *, decodes: bool = False) -> None:
+    def __init__(self, *, decodes: Callable[[], bool] = bool) -> None:
         self._decodes = decodes
         self._told: dict[str, _Told] = {}
 
@@ -79,17 +81,18 @@ class Changes:
 
     def _changed(self, name: str, told: _Told) -> Iterator[TableChanged]:
         reader = told.reader
-        head = reader.journal.head[0]
-        blocks = reader.journal.since(told.head) if told.begun else None
-        if told.begun and head == told.head:
+        head, decodes = reader.journal.head[0], self._decodes()
+        same = told.begun and decodes == told.decoded
+        blocks = reader.journal.since(told.head) if same else None
+        if same and head == told.head:
             return
-        told.head = head
-        if blocks is None:  # the first time, or more than the journal holds
+        told.head, told.decoded = head, decodes
+        if blocks is None:  # the first time, or more than the journal holds, or coded ones are told now or no more
             blocks = np.arange(reader.num_blocks)
         for begin in range(0, len(blocks), PIECE_BLOCKS):
             piece = blocks[begin : begin + PIECE_BLOCKS]
             states, keys = reader.content(piece)
-            if not self._decodes:
+            if not decodes:
                 states = np.where(in_code(states), states | np.uint64(1), states)
             if not told.begun:
                 held = states & np.uint64(1) == 0

@@ -1,6 +1,7 @@
 """Decodes blocks that lie coded in host memory, before they are sent: nodes fetch blocks as engines have them.
 
-Its loops are compiled by numba, for seconds where they never were on this machine. Until they are, coded blocks do not come.
+Its loops are compiled by numba, for seconds where they never were on this machine. Until they are, and where they cannot be,
+coded blocks are neither told to other nodes nor sent.
 """
 
 import importlib.util

@@ -149,12 +149,26 @@ def test_blocks_that_lie_coded_are_not_told_by_a_node_that_cannot_decode_them(no
 
 
 def test_blocks_that_lie_coded_are_told_with_that_by_a_node_that_decodes_them(nodes: Nodes, owner: TableWriter) -> None:
-    nodes.changes = Changes(decodes=True)
+    nodes.changes = Changes(decodes=lambda: True)
     owner.publish([2, 3], KEYS[:2], np.array([LOSSY, LOSSY | CODED | IN_CODE], np.uint64))
     nodes.tell()
     held, _, states = nodes.mirror(owner.path.stem).look_up(KEYS[:3])
     assert held.tolist() == [True, True, False]
     assert [int(state) & QUALITY for state in states[:2]] == [LOSSY, LOSSY | CODED | IN_CODE]
+
+
+def test_blocks_that_lie_coded_are_told_as_long_as_they_can_be_decoded(nodes: Nodes, owner: TableWriter) -> None:
+    decodes = [False]
+    nodes.changes = Changes(decodes=lambda: decodes[0])
+    owner.publish([2, 3], KEYS[:2], np.array([LOSSY, LOSSY | CODED | IN_CODE], np.uint64))
+    nodes.tell()
+    mirror = nodes.mirror(owner.path.stem)
+    for now, held in ((False, [True, False]), (True, [True, True]), (False, [True, False])):
+        decodes[0] = now
+        nodes.tell()
+        assert mirror.look_up(KEYS[:2])[0].tolist() == held
+        assert mirror.cached_blocks() == sum(held)
+    assert not any(isinstance(message, TableChanged) for message in nodes.tell())
 
 
 def test_who_fell_behind_the_journal_is_told_all(nodes: Nodes, owner: TableWriter) -> None:
