@@ -185,7 +185,7 @@ class DiskStore:
             if not self._fits_in(size + len(frame)):
                 self._write(batch)
                 batch, size = [], 0
-                if not self._begin_with(len(frame)):
+                if not self._begin_with(len(frame), frame_tenant(frame)):
                     self._stats.dropped_frames += 1
                     continue
             batch.append((each, frame))
@@ -199,10 +199,11 @@ class DiskStore:
         """Whether the open segment takes so many bytes more."""
         return self._open is not None and self._open.segment.size + size <= self._limits()[1]
 
-    def _begin_with(self, size: int) -> bool:
-        """Begin segments until one takes so many bytes beside what is written anew to it; False if that fails."""
+    def _begin_with(self, size: int, tenant: int) -> bool:
+        """Begin segments until one takes so many bytes beside what is written anew to it; False if that fails. They are this
+        tenant's, as far as is known."""
         for _ in range(len(self._segments) + 1):
-            if not self._begin():
+            if not self._begin(tenant):
                 return False
             if self._fits_in(size):
                 return True
@@ -236,12 +237,12 @@ class DiskStore:
         if own.unsynced >= SYNC_BYTES:
             self._sync(own)
 
-    def _begin(self) -> bool:
+    def _begin(self, tenant: int) -> bool:
         """Close the open segment and begin another, for which there is room; False if that fails."""
         self._seal()
         moving: list[tuple[FrameId, bytes]] = []
         self._moving = moving
-        if not self.ready() or not self._make_room(self._limits()[1], move=True):
+        if not self.ready() or not self._make_room(self._limits()[1], tenant):
             return False
         self._number += 1
         try:
@@ -265,18 +266,19 @@ class DiskStore:
         self._stats.moved_frames += self._stats.stored_frames - before[0]
         self._stats.stored_frames, self._stats.stored_bytes = before
 
-    def _make_room(self, size: int, *, move: bool = False) -> bool:
+    def _make_room(self, size: int, tenant: int | None = None) -> bool:
         """Remove segments until `size` more bytes are within the budget: those used longest ago first.
 
-        `move`: what stays of them (keeping.py) is read, to be written anew.
+        If they are for a `tenant`, what stays of what is removed (keeping.py) is read, to be written anew.
         """
         bytes_max = self._limits()[0]
         while self._size() + size > bytes_max and self._segments:
             own = self._open.segment if self._open is not None else None
             others = [segment for segment in self._segments if segment is not own]
             going, stays = min(others or self._segments, key=lambda segment: segment.used), list[FrameId]()
-            if move and others:
-                going, stays = self._keeping.choose(sorted(others, key=lambda segment: segment.used), self._index, bytes_max)
+            if tenant is not None and others:
+                in_order = sorted(others, key=lambda segment: segment.used)
+                going, stays = self._keeping.choose(in_order, self._index, bytes_max, (tenant, size))
             if going is own:
                 self._seal()
             moved = self._read_whole(going, stays)

@@ -46,18 +46,21 @@ class Keeping:
         return found
 
     def choose(
-        self, segments: Sequence[Segment], index: Mapping[FrameId, Place], bytes_max: int
+        self, segments: Sequence[Segment], index: Mapping[FrameId, Place], bytes_max: int, wanted: tuple[int, int]
     ) -> tuple[Segment, list[FrameId]]:
-        """Return which of `segments`, that used longest ago first, gives way, and the frames in it that stay."""
+        """Return which of `segments`, that used longest ago first, gives way, and the frames in it that stay; `wanted` is which
+        tenant is to have that room, and how many bytes it is."""
         pinned, limit = self.pinned(index, bytes_max), bytes_max * self._tenant_share_max
-        others = sum(size > 0 for size in self._bytes.values()) > 1
-        above = {tenant for tenant, size in self._bytes.items() if size > limit} if others else set()
-        for bounded in (above, set[int]()) if above else (set[int](),):
-            if not pinned and not bounded:
+        after = {tenant: size for tenant, size in self._bytes.items() if size > 0}
+        after[wanted[0]] = after.get(wanted[0], 0) + wanted[1]
+        bounded = limit < bytes_max and len(after) > 1
+        above = {tenant for tenant, size in after.items() if size > limit} if bounded else set()
+        for yielding in (above, set[int]()) if above else (set[int](),):
+            if not pinned and not yielding:
                 break
             fullest, least = None, 1.0
             for segment in segments:
-                moved = staying(segment, index, pinned, bounded)
+                moved = staying(segment, index, pinned, yielding)
                 part = sum(place.size for each in moved if (place := index.get(each)) is not None) / (segment.size - HEAD.size)
                 if part <= MOVED_SHARE_MAX:
                     return segment, moved

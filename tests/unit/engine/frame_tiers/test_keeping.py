@@ -87,6 +87,16 @@ def test_a_tenant_has_the_whole_disk_until_others_want_room(opened):
     assert 14 <= len(held(store, range(1000, 1100))) <= 22  # about half, in whole segments
 
 
+@pytest.mark.parametrize("segments", [4, 5, 10])
+def test_of_two_tenants_with_half_each_neither_gets_a_segment_of_the_others(opened, segments):
+    store = opened(segment_bytes=BUDGET // segments)  # of which a little stays empty
+    half = segments // 2 * (BUDGET // segments // SIZE)
+    put(store, ANNE, range(1000, 1000 + half))
+    put(store, BERT, range(400))
+    assert held(store, range(1000, 1000 + half)) == list(range(1000, 1000 + half))
+    assert len(held(store, range(400))) >= half - BUDGET // segments // SIZE
+
+
 def test_whose_frames_they_are_is_known_after_a_restart(opened):
     store = opened()
     put(store, BERT, range(10))
