@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 ANYBODY = -1
 """In place of a tenant's mark."""
@@ -36,6 +37,10 @@ class _Queues:
         if self._least not in self._slots:
             self._least = min(self._slots)
         return next(iter(self._slots[self._least]))
+
+    def in_order(self) -> Iterator[int]:
+        """Yield every slot, as they would be `first` one after the other."""
+        return (slot for value in sorted(self._slots) for slot in self._slots[value])
 
     def each(self) -> Iterator[tuple[int, int]]:
         """Yield every slot and its value, those of one value in their order."""
@@ -115,12 +120,22 @@ class GivingWay:
 
         None if there is none, or all are held.
         """
-        queues = self._all if mark in (ANYBODY, self._one) else self._own.get(mark)
+        queues = self._queues(mark)
         slot = queues.first() if queues is not None else None
         if slot is not None:
-            self._level = max(self._level, self._values[slot])
-            self._forget(slot)
+            self.pop_this(slot)
         return slot
+
+    def pop_this(self, slot: int) -> None:
+        """Have the block in a slot, which may go, give way as if it were its turn."""
+        self._level = max(self._level, self._values[slot])
+        self._forget(slot)
+
+    def next(self, count: int, mark: int = ANYBODY) -> Iterator[int]:
+        """Yield the first `count` slots that `pop` would return one after the other, as long as nothing changes. It takes time
+        for each different value."""
+        queues = self._queues(mark)
+        return islice(queues.in_order() if queues is not None else (), count)
 
     def may_go(self, slot: int, mark: int = ANYBODY) -> bool:
         """Whether there is a block in a slot, of the tenant with this mark or of anybody, and it is not held."""
@@ -140,6 +155,9 @@ class GivingWay:
             each.clear()
         self._all, self._own, self._one = _Queues(), {}, ANYBODY
         return slots
+
+    def _queues(self, mark: int) -> _Queues | None:
+        return self._all if mark in (ANYBODY, self._one) else self._own.get(mark)
 
     def _other(self, mark: int) -> None:
         """A block of another tenant comes: from now on each has queues of its own, which takes time for every block."""

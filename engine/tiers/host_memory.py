@@ -23,8 +23,8 @@ from transport.table.quality import CODED, IN_CODE, LATER, LOSSY, mark_of
 UNDER_WAY_MAX = 8192
 """Blocks being stored at once: those of two steps that compute 32k tokens each, as the workers tell of a step's when the next
 is begun already, beside as many that an idle engine stores ahead. What is given up beyond that is lost, and counted."""
-GROUP_TRIES = 16
-"""A block that is not coded needs slots side by side: after so many coded ones gave way without that, it is lost."""
+GROUP_TRIES = 64
+"""A block that is not coded needs slots side by side: if none of so many coded ones would leave them to it, it is lost."""
 
 
 class HostMemory:
@@ -250,27 +250,34 @@ class HostMemory:
         or held. A tenant that has its share gets no other's slots."""
         if len(self._under_way) >= UNDER_WAY_MAX:
             return None
-        tries = GROUP_TRIES
         while (slot := self._room.take(size)) is None:
             yields = self._shares.yields(mark, size)
-            whose = (
-                yields if yields is not None else mark if self._room.singles >= size else ANYBODY
-            )  # there is room: scattered
-            going = self._stored.pop(whose) if tries else None
-            if going is None and yields is None and tries:
-                going = self._stored.pop(whose := ANYBODY)
-            if going is None:
+            scattered = self._room.singles >= size  # there is room
+            whose = yields if yields is not None else mark if scattered else ANYBODY
+            if not self._make_room(size, whose) and not (yields is None and self._make_room(size, ANYBODY)):
                 return None
-            self._give_way(going)
-            beside = self._room.beside(going) if size > 1 else []
-            tries -= bool(beside)
-            if all(self._stored.may_go(slot, whose) for slot in beside):
-                for slot in beside:
-                    self._stored.drop(slot)
-                    self._give_way(slot)
         self._marks[slot] = mark
         self._shares.took(mark, size)
         return slot
+
+    def _make_room(self, size: int, whose: int) -> bool:
+        """Have the least popular block give way, or of coded ones, if `size` slots side by side are needed, the first beside
+        which nothing stays: `whose` they are, all of them. False, and all stay, if there are none."""
+        if size == 1:
+            going = self._stored.pop(whose)
+            if going is not None:
+                self._give_way(going)
+            return going is not None
+        for slot in self._stored.next(GROUP_TRIES, whose):
+            beside = self._room.beside(slot)
+            if self._room.in_whole(slot) and all(self._stored.may_go(each, whose) for each in beside):
+                self._stored.pop_this(slot)
+                self._give_way(slot)
+                for each in beside:
+                    self._stored.drop(each)
+                    self._give_way(each)
+                return True
+        return False
 
     def _give_way(self, slot: int) -> None:
         self._gave_way.append(slot)

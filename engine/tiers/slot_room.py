@@ -11,6 +11,7 @@ class SlotRoom:
     """
 
     def __init__(self, count: int, taken: Mapping[int, int], *, whole: int) -> None:
+        self._count = count
         self.whole = whole
         """Slots of a block that is not coded."""
         self.singles = 0
@@ -58,6 +59,10 @@ class SlotRoom:
         """Return the other slots of the group of a slot in which there are blocks."""
         first = slot // self.whole * self.whole
         return [other for other in range(first, first + self.whole) if other != slot and other in self._taken]
+
+    def in_whole(self, slot: int) -> bool:
+        """Whether the group of a slot has `whole` slots: the last one may have fewer."""
+        return slot // self.whole * self.whole + self.whole <= self._count
 
     def _free(self, slot: int) -> None:
         group = slot // self.whole

@@ -138,11 +138,19 @@ def test_for_a_block_that_is_not_coded_a_pair_gives_way_and_not_one_that_is_read
     places = held(table)
     memory.restored([places[1][0]])
     take(memory, [8], 0)  # the oldest is 0, beside which 1 is being read
-    assert set(held(table)) == {1, 8}
+    assert set(held(table)) == {0, 1, 8}
     memory.read([places[1][0]])
     take(memory, [4], LOSSY)
     assert set(held(table)) == {1, 4, 8}
     assert held(table)[8] == (places[2][0] & ~1, 0)
+
+
+def test_beside_the_last_slot_there_may_be_no_room_for_a_whole_block_whatever_gives_way(keeper, tmp_path):
+    table, memory = tier_of(keeper, tmp_path, 3)
+    take(memory, [0, 1, 2], LOSSY)
+    (last,) = [place for place, (slot, _) in held(table).items() if slot == 2]
+    take(memory, [8], 0)
+    assert set(held(table)) == {last, 8}
 
 
 def test_the_next_writer_knows_how_much_room_each_block_takes(keeper, tmp_path):

@@ -57,6 +57,14 @@ def test_asking_again_raises_the_value_and_an_estimate_that_fell_does_not_lower_
     assert popped(blocks) == [1, 2, 0]
 
 
+def test_the_next_to_give_way_are_told_in_their_order_but_for_those_that_are_read() -> None:
+    blocks = filled(2, 1, 3, 1, 1)
+    blocks.hold(3)
+    assert (list(blocks.next(3)), list(blocks.next(9))) == ([1, 4, 0], [1, 4, 0, 2])
+    blocks.pop_this(0)
+    assert popped(blocks) == [1, 4, 2]
+
+
 def test_a_block_can_give_way_before_its_time_but_not_while_it_is_read() -> None:
     blocks = filled(1, 2, 3)
     blocks.hold(0)

@@ -33,6 +33,7 @@ def test_a_pair_lies_side_by_side_and_is_not_made_of_halves_of_two():
 def test_a_last_slot_without_another_beside_it_takes_a_coded_block():
     room = SlotRoom(3, {}, whole=2)
     assert [room.take(2), room.take(2), room.take(1)] == [0, None, 2]
+    assert [room.in_whole(slot) for slot in range(3)] == [True, True, False]
 
 
 @pytest.mark.parametrize("seed", range(5))

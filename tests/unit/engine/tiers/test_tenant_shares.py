@@ -116,6 +116,20 @@ def test_a_tenant_that_only_has_coded_blocks_keeps_them_beside_a_flood_of_whole_
         assert tier.held(coded[BERT]) == coded[BERT]
 
 
+def test_coded_blocks_that_leave_no_room_for_a_whole_one_are_not_given_up_for_it(tmp_path):
+    region = Keeper(tmp_path).keep("replica-1", 1 << 20).region
+    tier = Tier(tmp_path, memories=(cut(region, OWN, 1, SHAPE).memory,))
+    with closing(tier.reader):
+        for place in range(SLOTS // 2):  # side by side: each of the two has its share
+            tier.store(BERT | LOSSY, place)
+            tier.store(ANNE | LOSSY, 100 + place)
+        tier.store(ANNE, *range(200, 210))
+        assert tier.held(range(300)) == [*range(8), *range(100, 108)]
+        assert tier.reader.counters()["tier_dropped_blocks"] == 10
+        tier.store(ANNE | LOSSY, 108)
+        assert tier.held(range(300)) == [*range(8), *range(101, 109)]
+
+
 def test_after_a_flush_nobody_has_anything(tier):
     tier.store(ANNE, *range(100, 120))
     tier.memory.clear()
