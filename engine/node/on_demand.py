@@ -21,7 +21,7 @@ from transport.node.stored_blocks import Missing
 _logger = logging.getLogger(__name__)
 
 STORE_SECONDS_MAX = 2.0
-"""What is not stored by then is not sent: who waits takes longer for silence."""
+"""What is not stored by then, asking for it included, is not sent: who waits takes longer for silence."""
 LOOK_SECONDS = 0.005
 AGAIN_SECONDS = 0.03
 """An engine learns that copies have ended with its next step: it is asked again, after twice as long each time."""
@@ -62,7 +62,7 @@ class OnDemand:
             asked: list[socket.socket] = []
             while left and (now := self._clock()) < until:
                 if now >= again:
-                    asked.append(asking.enter_context(self._ask(replica, left)))
+                    asked.append(asking.enter_context(self._ask(replica, left, until - now)))
                     again, pause = now + pause, 2 * pause
                 if words := _refusal(asked):
                     self._refuse(replica, words)
@@ -71,26 +71,21 @@ class OnDemand:
                 left = missing()
         return left
 
-    def _ask(self, replica: str, blocks: Sequence[int]) -> socket.socket:
-        """Return the connection on which a replica was asked. Raises NodeError."""
+    def _ask(self, replica: str, blocks: Sequence[int], seconds: float) -> socket.socket:
+        """Return the connection on which a replica was asked, within `seconds`. Raises NodeError."""
         try:
             with self._lock:
                 fleet = self._fleet()
-            found = fleet.find(replica)
-            if found is None or found.state not in (ReplicaState.READY, ReplicaState.DRAINING):
-                raise NodeError(f"{replica} takes no requests")
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-            try:
-                connection.settimeout(SEND_SECONDS_MAX)
-                connection.connect(found.socket)
-                connection.sendall(_request(fleet.served_model_name, blocks[:STORE_MAX]))
-                connection.setblocking(False)  # whoever looks for an answer waits for none
-            except OSError:
-                connection.close()
-                raise
-        except (FleetError, OSError) as error:
+        except FleetError as error:
             raise NodeError(f"{replica}: {error}") from error
-        return connection
+        found = fleet.find(replica)
+        if found is None or found.state not in (ReplicaState.READY, ReplicaState.DRAINING):
+            raise NodeError(f"{replica} takes no requests")
+        try:
+            return _sent(found.socket, _request(fleet.served_model_name, blocks[:STORE_MAX]), min(seconds, SEND_SECONDS_MAX))
+        except OSError as error:
+            self._refuse(replica, f"cannot be asked: {error}")
+            raise NodeError(f"{replica}: {error}") from error
 
     def _refuse(self, replica: str, words: str) -> None:
         _logger.info("%s is asked to store nothing for %g s: it %s", replica, REFUSED_SECONDS, words)
@@ -106,6 +101,22 @@ class OnDemand:
         finally:
             with self._lock:
                 self._asked[replica] -= free
+
+
+def _sent(path: str, request: bytes, seconds: float) -> socket.socket:
+    """Return a connection to a unix socket on which a request was sent, within `seconds` in all. Raises OSError."""
+    until = time.monotonic() + seconds
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(seconds)
+        connection.connect(path)
+        connection.settimeout(max(until - time.monotonic(), LOOK_SECONDS))
+        connection.sendall(request)
+        connection.setblocking(False)  # whoever looks for an answer waits for none
+    except OSError:
+        connection.close()
+        raise
+    return connection
 
 
 def _request(model: str, blocks: Sequence[int]) -> bytes:

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -184,6 +184,48 @@ def test_an_engine_that_answers_an_error_is_given_up_at_once(engine):
         demand.store("owner", Missing(3))
     demand.store("owner", Missing(3))
     assert len(asked.bodies) == 1
+
+
+@contextmanager
+def taking_nobody(path: Path) -> Iterator[FleetSnapshot]:
+    """A replica whose socket has a full queue, as one that is stopped has."""
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listener:
+        listener.bind(str(path / "replica.sock"))
+        listener.listen(0)
+        with ExitStack() as queued:
+            while True:
+                waiting = queued.enter_context(closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)))
+                waiting.setblocking(False)
+                try:
+                    waiting.connect(str(path / "replica.sock"))
+                except BlockingIOError:
+                    break
+            replica = Replica("owner", ReplicaState.READY, str(path / "replica.sock"), None, 0, "", "cuda:0", "")
+            yield FleetSnapshot(1, "/m", "served", "/t", (replica,))
+
+
+def test_a_replica_that_takes_no_connection_is_left_alone_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_demand, "SEND_SECONDS_MAX", 0.2)
+    with taking_nobody(tmp_path) as fleet:
+        later, looked = [0.0], []
+        demand = OnDemand(lambda: looked.append(1) or fleet, clock=lambda: time.monotonic() + later[0])
+        with pytest.raises(NodeError, match="owner: "):
+            demand.store("owner", Missing(3))
+        demand.store("owner", Missing(3))
+        assert len(looked) == 1
+        later[0] = on_demand.REFUSED_SECONDS + 1
+        with pytest.raises(NodeError, match="owner: "):
+            demand.store("owner", Missing(3))
+
+
+def test_who_asked_waits_no_longer_for_one_that_takes_no_connection(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_demand, "STORE_SECONDS_MAX", 0.1)
+    monkeypatch.setattr(on_demand, "SEND_SECONDS_MAX", 60.0)
+    with taking_nobody(tmp_path) as fleet:
+        began = time.monotonic()
+        with pytest.raises(NodeError, match="owner: "):
+            OnDemand(lambda: fleet).store("owner", Missing(3))
+        assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("state", [ReplicaState.STARTING, ReplicaState.STOPPED, ReplicaState.BACKOFF])
