@@ -7,7 +7,7 @@ import msgspec
 from engine.frame_tiers.vault.address import AddressRefused, VaultAddress, parse
 from transport.node.keys import check_address, server_context
 from transport.node.messages import NodeError
-from transport.node.names import NODE_NAME
+from transport.node.names import HOLDER_OF_A_NODE, NODE_NAME
 from transport.node.nixl.ability import Choice
 
 PORT_MAX = 65534
@@ -90,3 +90,5 @@ def check_name(name: str) -> None:
     """Raise NodeError for what is no name of a node."""
     if not NODE_NAME.fullmatch(name):
         raise NodeError(f"{name!r} is no name of a node: small letters, digits and dashes, at most 32")
+    if HOLDER_OF_A_NODE.fullmatch(name):
+        raise NodeError(f"{name!r} is what a replica or a store of a node is called: call the node otherwise, such as node-a")

@@ -8,6 +8,8 @@ from functools import lru_cache
 
 SEPARATOR = ":"
 NODE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
+HOLDER_OF_A_NODE = re.compile(r"disk|vault|replica-\d+")
+"""No node has such a name: nodes, and replicas and stores of one's own, are told of side by side, each by its name."""
 HOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a node may call a replica or a tier of its own: the name goes into paths, headers, metrics and pages of others."""
 
