@@ -8,6 +8,7 @@ A claimed directory carries a marker file under an exclusive lock. The replica h
 by inheriting the descriptor, so that nobody takes the directory over before the last of the two has cleaned up.
 """
 
+import asyncio
 import fcntl
 import os
 import shutil
@@ -57,10 +58,10 @@ def claim(path: Path, wait_seconds: float) -> Claim:
         time.sleep(CLAIM_POLL_SECONDS)
 
 
-def wait_until_free(paths: Iterable[Path], wait_seconds: float, say: Callable[[str], None]) -> None:
+async def wait_until_free(paths: Iterable[Path], wait_seconds: float, say: Callable[[str], None]) -> None:
     """Return once no other peerkv owns any of `paths`, which are left as they are; `say` is told of one that is owned.
 
-    Waits at most `wait_seconds` (blocking), as that one may be about to end. Raises DirectoryRefused.
+    Waits at most `wait_seconds`, as that one may be about to end. Raises DirectoryRefused.
     """
     deadline = time.monotonic() + wait_seconds
     for path in paths:
@@ -71,7 +72,7 @@ def wait_until_free(paths: Iterable[Path], wait_seconds: float, say: Callable[[s
             if not said:
                 say(f"{path} is in use by another running peerkv: waiting up to {wait_seconds:g} s for it to end")
                 said = True
-            time.sleep(CLAIM_POLL_SECONDS)
+            await asyncio.sleep(CLAIM_POLL_SECONDS)  # not in a thread: who is told to stop stops at once
 
 
 def claim_all(paths: Iterable[Path], wait_seconds: float) -> tuple[Claim, ...]:

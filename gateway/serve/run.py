@@ -204,7 +204,7 @@ async def _wanted_fleets(settings: Settings) -> list[WantedFleet]:
     check_room(*wanted)
     check_tiers(*with_host_memory(fleets, wanted))
     for each in wanted:
-        await asyncio.to_thread(wait_until_free, (each.run_dir, each.table_dir), each.claim_seconds_max, say)
+        await wait_until_free((each.run_dir, each.table_dir), each.claim_seconds_max, say)
     fleets = tuple([await with_model(each) for each in fleets])
     engines = with_host_memory(fleets, engine_fleets(settings, fleets, devices))
     check_host_memory(*engines)

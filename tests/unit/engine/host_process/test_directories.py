@@ -26,13 +26,13 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     release([claim(tmp_path / "d", 0)])
 
 
-def test_a_directory_in_use_is_told_at_once_and_waited_for(tmp_path: Path) -> None:
+async def test_a_directory_in_use_is_told_at_once_and_waited_for(tmp_path: Path) -> None:
     path, free = tmp_path / "d", tmp_path / "free"
     held = claim(path, 0)
     said: list[str] = []
     with pytest.raises(DirectoryRefused, match=f"{path} is in use"):
-        wait_until_free([free, path], 0.0, said.append)
-    wait_until_free([free, path], 30.0, lambda words: (said.append(words), release([held]))[0])
+        await wait_until_free([free, path], 0.0, said.append)
+    await wait_until_free([free, path], 30.0, lambda words: (said.append(words), release([held]))[0])
     assert len(said) == 1
     assert said[0].startswith(f"{path} is in use by another running peerkv: waiting up to 30 s")
     assert not free.exists()

@@ -333,6 +333,18 @@ async def test_a_directory_of_another_running_peerkv_is_told_before_a_model_is_f
     assert f"{tmp_path}/run is in use by another running peerkv: waiting up to 0.2 s" in capsys.readouterr().err
 
 
+async def test_who_waits_for_another_peerkv_to_end_can_be_stopped(tmp_path: Path) -> None:
+    held = claim(tmp_path / "run", 0.0)
+    try:
+        async with peerkv(tmp_path, PEERKV_CLAIM_SECONDS_MAX="300") as gateway:
+            await until(lambda: any("in use by another running peerkv: waiting" in line for line in gateway.err), 30)
+            gateway.signal(signal.SIGINT)
+            assert await gateway.ended() == 0
+            assert "stopping" in gateway.err[-1]
+    finally:
+        release([held])
+
+
 async def test_a_disk_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     async with peerkv(tmp_path, "--disk", str(tmp_path / "file" / "disk")) as gateway:
