@@ -51,10 +51,14 @@ def _range(detail: Mapping[str, Any], field: FieldInfo | None) -> str:
             if isinstance(each, kind):
                 bounds[name] = getattr(each, name)
     if bounds.keys() == {"ge", "le"}:
-        return f" from {bounds['ge']:.15g} to {bounds['le']:.15g}"
+        return f" from {_number(bounds['ge'])} to {_number(bounds['le'])}"
     words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
-    told = " and ".join(f"{words[name]} {bounds[name]:.15g}" for name in words if name in bounds)
+    told = " and ".join(f"{words[name]} {_number(bounds[name])}" for name in words if name in bounds)
     return f" {told}" if told else ""
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.15g}"
 
 
 def _not(detail: Mapping[str, Any]) -> str:

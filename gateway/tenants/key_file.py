@@ -16,8 +16,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from gateway.errors import GatewayError
+from gateway.plain_errors import plain
 from gateway.table_errors import Tables
-from gateway.tenants.keys import Key, Keys, no_keys
+from gateway.tenants.keys import DIGEST_CHARS, Key, Keys, no_keys
 
 FILE_BYTES_MAX = 16 << 20  # tens of thousands of keys
 MODE = 0o600
@@ -30,7 +31,7 @@ class KeyFileError(GatewayError):
 
 
 def read_keys(path: Path) -> Keys:
-    """The content of the file. Raises KeyFileError, never with what the file holds."""
+    """The content of the file. Raises KeyFileError, never with a text that the file holds but for the keys' names."""
     try:
         with path.open("rb") as file:
             content = file.read(FILE_BYTES_MAX + 1)
@@ -129,13 +130,26 @@ def _keep_owner(handle: int, path: Path) -> None:
 
 def _in_words(error: ValidationError, values: Mapping[str, Any]) -> str:
     tables, parts = Tables({"keys": Key.model_fields}, Keys.model_fields, values), []
-    for detail in error.errors(include_input=False, include_url=False, include_context=False):
-        words, place = tables.in_words(detail, _message), ".".join(map(str, detail["loc"]))
+    for detail in error.errors(include_url=False):
+        place = ".".join(map(str, detail["loc"]))
+        if detail["type"] == "missing" and detail["loc"][-1] == "tenant":  # which is the name if nothing else is said
+            continue
+        words = tables.in_words(detail, _message)
         if words is None and detail["type"] == "extra_forbidden":
             words = tables.unknown(place)
+        if words is None and detail["type"] == "missing":
+            words = f"the key '{place}' is missing"
         parts.append(words or (f"{place}: {_message(detail)}" if place else _message(detail)))
     return "; ".join(parts)
 
 
 def _message(detail: Mapping[str, Any]) -> str:
-    return str(detail["msg"]).removeprefix("Value error, ")
+    """What is wrong with a value: a text is not shown, whatever it should be."""
+    kind, path = detail["type"], detail["loc"]
+    if kind == "string_pattern_mismatch":
+        return f"must be {DIGEST_CHARS} of the digits 0-9 and a-f"
+    if kind.startswith("datetime"):
+        return "must be a date, or a date and a time, such as 2027-01-31 or 2027-01-31T12:00:00Z"
+    shown = {**detail, "input": None} if isinstance(detail["input"], str) else detail
+    field = Key.model_fields.get(path[2]) if len(path) > 2 else None
+    return plain(shown, field) or str(detail["msg"]).removeprefix("Value error, ")

@@ -17,7 +17,8 @@ RESERVED_TENANTS = frozenset({"admin", "anonymous"})
 CLASSES = ("high", "normal", "low")
 """Of requests that wait for their turn, each class goes before those behind it."""
 NORMAL = CLASSES.index("normal")
-_DIGEST = r"^[0-9a-f]{64}$"
+DIGEST_CHARS = 64
+_DIGEST = rf"^[0-9a-f]{{{DIGEST_CHARS}}}$"
 
 
 def new_token() -> str:
@@ -114,7 +115,7 @@ class Key(KeyLimits):
     @model_validator(mode="before")
     @classmethod
     def _tenant_by_name(cls, values: Any) -> Any:
-        return {"tenant": values.get("name"), **values} if isinstance(values, dict) else values
+        return {"tenant": values["name"], **values} if isinstance(values, dict) and "name" in values else values
 
     @property
     def is_limited(self) -> bool:

@@ -103,6 +103,51 @@ def test_what_is_wrong_is_named_without_what_the_file_holds(tmp_path: Path, cont
     assert DIGEST not in str(refused.value)
 
 
+NUMBER = "must be a whole number from 1 to 9007199254740992"
+DATE = "must be a date, or a date and a time, such as 2027-01-31 or 2027-01-31T12:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"n_max": "0"}, f"n_max: {NUMBER}, not 0"),
+        ({"n_max": "1.5"}, f"n_max: {NUMBER}, not 1.5"),
+        ({"n_max": '"s3cret"'}, f"n_max: {NUMBER}"),
+        ({"n_max": "1e300"}, f"n_max: {NUMBER}, not 1e+300"),
+        ({"priority": '"s3cret"'}, "priority: must be 'high', 'normal' or 'low'"),
+        ({"accepts_loss": "3"}, "accepts_loss: must be true or false, not 3"),
+        ({"accepts_loss": '"s3cret"'}, "accepts_loss: must be true or false"),
+        ({"expires": '"s3cret"'}, f"expires: {DATE}"),
+        ({"expires": "12:00:00"}, f"expires: {DATE}"),
+        ({"models": '"s3cret"'}, "models: must be a list"),
+        ({"models": "[3]"}, "models.0: must be a text"),
+        ({"group": "3"}, "group: must be a text"),
+        ({"sha256": '"s3cret"'}, "sha256: must be 64 of the digits 0-9 and a-f"),
+    ],
+)
+def test_what_a_value_must_be_is_said_plainly_and_no_text_is_shown(tmp_path: Path, given: dict[str, str], words: str) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(SECRET + entry(**{"sha256": f'"{DIGEST}"'} | given))
+    with pytest.raises(KeyFileError) as refused:
+        read_keys(path)
+    assert str(refused.value) == f"the keys file {path} is wrong: [[keys]] number 1 ('a'): {words}"
+
+
+def test_what_stands_before_the_keys_and_a_key_without_a_name_are_told_in_plain_words(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    for content, words in (
+        ("", "the key 'salt_secret' is missing"),
+        ('salt_secret = "s3cret"', "salt_secret: must be 64 of the digits 0-9 and a-f"),
+        ("salt_secret = 3", "salt_secret: must be a text"),
+        (SECRET + f'[[keys]]\nsha256 = "{DIGEST}"', "[[keys]] number 1: the key 'name' is missing"),
+        (SECRET + "keys = [3]", "[[keys]] number 1: must be a table"),
+    ):
+        path.write_text(content)
+        with pytest.raises(KeyFileError) as refused:
+            read_keys(path)
+        assert str(refused.value) == f"the keys file {path} is wrong: {words}"
+
+
 def test_a_file_that_is_not_there_says_how_one_is_made(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match="peerkv keys add NAME --keys-file"):
         read_keys(tmp_path / "keys.toml")
