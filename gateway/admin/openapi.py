@@ -9,10 +9,13 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+import gateway
 from gateway import __version__
 from gateway.api.endpoints import ADMIN_PATHS, PATHS
 from gateway.errors import GatewayError
 
+KEPT = Path("openapi/openapi.json")
+"""Where a checkout keeps it."""
 _METHODS = ("get", "post", "delete")
 _DESCRIPTION = (
     "OpenAI's API, and what vLLM has beside it, over vLLM replicas that import each other's KV cache. "
@@ -23,6 +26,23 @@ _FASTAPI_ERRORS = ("HTTPValidationError", "ValidationError")
 
 class DocumentDiffers(GatewayError):
     """The kept document is not what the application serves."""
+
+
+class NoCheckout(GatewayError):
+    """The directory is not where the document is kept; the message says what to do."""
+
+
+def kept_in(directory: Path, code: Path = Path(gateway.__file__)) -> Path:
+    """The document of the checkout in `directory`, whose gateway `code` is. Raises NoCheckout."""
+    if not (directory / KEPT.parent).is_dir():
+        raise NoCheckout(f"there is no {KEPT.parent}/ here: go to a checkout of peerkv, or name a file with --output")
+    own = directory / "gateway" / "__init__.py"
+    if own.exists() and not own.samefile(code):
+        raise NoCheckout(
+            f"this is the peerkv of {code.parents[1]}, and here is another: "
+            "set PYTHONPATH=. to have the document of the one here, or name a file with --output"
+        )
+    return directory / KEPT
 
 
 def describe(app: FastAPI) -> dict[str, Any]:

@@ -179,8 +179,7 @@ def _add_openapi(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--check", action="store_true", help="only compare; exit with status 1 if the file differs (default: write it)"
     )
-    path = Path("openapi/openapi.json")
-    parser.add_argument("--output", type=Path, default=path, metavar="FILE", help=f"the file (default: {path})")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the file (default: openapi/openapi.json of a checkout)")
     parser.set_defaults(run=_openapi, parser=parser)
 
 
@@ -254,14 +253,15 @@ def _bench(parsed: argparse.Namespace) -> int:
 
 def _openapi(parsed: argparse.Namespace) -> int:
     from gateway.admin.offline_document import document
-    from gateway.admin.openapi import check, write
+    from gateway.admin.openapi import check, kept_in, write
 
+    path = parsed.output or kept_in(Path())
     if parsed.check:
-        check(document(), parsed.output)
-        print(f"{parsed.output} is what the gateway serves")
+        check(document(), path)
+        print(f"{path} is what the gateway serves")
     else:
-        write(document(), parsed.output)
-        print(f"wrote {parsed.output}")
+        write(document(), path)
+        print(f"wrote {path}")
     return 0
 
 

@@ -86,3 +86,30 @@ def test_the_command_writes_and_then_finds_it_up_to_date(tmp_path: Path, capsys:
     path.write_text(path.read_text() + " ")
     assert main(["openapi", "--check", "--output", str(path)]) == 1
     assert "update it with" in capsys.readouterr().err
+
+
+def test_without_a_file_it_is_the_checkouts_and_elsewhere_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["openapi"]) == 1
+    assert "there is no openapi/ here" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "openapi").mkdir()
+    assert main(["openapi"]) == 0
+    assert main(["openapi", "--check"]) == 0
+    assert capsys.readouterr().out.startswith("wrote openapi/openapi.json")
+    openapi.check(document(), tmp_path / "openapi" / "openapi.json")
+
+
+def test_one_peerkvs_document_is_not_written_into_the_checkout_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("openapi", "gateway"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "gateway" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["openapi"]) == 1
+    assert "here is another: set PYTHONPATH=." in capsys.readouterr().err
+    assert list((tmp_path / "openapi").iterdir()) == []
+    assert openapi.kept_in(tmp_path, tmp_path / "gateway" / "__init__.py") == tmp_path / "openapi" / "openapi.json"
