@@ -2,8 +2,9 @@
 
 The gateway, its supervisor and two replicas are processes as `peerkv serve` runs them; in the place of vLLM's server stands
 `tests/fake_engine.py`, with a core of its own that makes the steps and writes the block table. Printed each minute: what
-clients got, and what the gateway and the host process hold. It fails if that grew from the second third to the last, or if a
-request got anything but an answer or a clear error.
+clients got, and what the gateway and the host process hold. Each connection has a key with limits, a few of them one whose
+limits are reached. It fails if what is held grew from the second third to the last, if a request got anything but an answer or
+a clear error, if more than LOST_SHARE_MAX of the requests were lost with their replica, or if something stays reserved.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -27,6 +29,9 @@ from statistics import median
 import aiohttp
 
 from bench.faults import REPLICAS, Gateway, Outcome, running, until
+from bench.limits import LIMITS
+from gateway.tenants.key_file import write_keys
+from gateway.tenants.keys import Key, digest_of, new_token, no_keys
 
 REQUEST_EVERY_SECONDS = 10.0
 """Each connection's requests are so far apart, on average."""
@@ -37,7 +42,33 @@ SLOW_READER_SECONDS = 60.0
 KILL_EVERY_SECONDS, RELOAD_EVERY_SECONDS = 30.0, 7.0
 SAMPLE_SECONDS = 2.0
 MEMORY_GROWTH_MAX, DESCRIPTORS_GROWTH_MAX, SHARED_GROWTH_MAX = 0.05, 16, 0.01
+LOST_SHARE_MAX = 0.002
 PROMPTS = 200
+TENANTS, CONNECTIONS_PER_TIGHT_KEY = 20, 40
+TIGHT_LIMITS = {"requests_per_minute": 60, "tokens_in_flight_max": 2000}
+"""One connection in CONNECTIONS_PER_TIGHT_KEY has the key with these, which all of them together reach."""
+
+
+@dataclass(frozen=True)
+class Callers:
+    """The keys of the connections, and the admin's."""
+
+    admin: str
+    tokens: Sequence[str]
+
+    @classmethod
+    def made(cls, path: Path) -> Callers:
+        """New ones, written to a keys file: the first has limits that are reached."""
+        found = cls(new_token(), [new_token() for _ in range(1 + TENANTS)])
+        keys = no_keys()
+        for number, token in enumerate(found.tokens):
+            limits = LIMITS if number else TIGHT_LIMITS
+            keys = keys.with_key(Key(name=f"tenant-{number}", sha256=digest_of(token.encode()).hex(), **limits))
+        write_keys(path, keys)
+        return found
+
+    def token(self, connection: int) -> str:
+        return self.tokens[0 if connection % CONNECTIONS_PER_TIGHT_KEY == 0 else 1 + connection % TENANTS]
 
 
 @dataclass(frozen=True)
@@ -58,6 +89,11 @@ class Tally:
     got: Counter[str] = field(default_factory=Counter)
     kills: int = 0
     reloads: int = 0
+
+    def lost_share(self) -> float:
+        """Of the requests those that went down with their replica."""
+        lost = sum(count for word, count in self.got.items() if word.endswith("replica_lost"))
+        return lost / max(1, self.got.total())
 
     def wrong(self) -> int:
         """How many got neither an answer nor an error that says what it is."""
@@ -88,17 +124,22 @@ def host_of(pid: int) -> int:
     raise RuntimeError("the gateway has no host process")
 
 
-async def client(gateway: Gateway, number: int, tally: Tally) -> None:
+def asked(prompt: str, tokens: int, **fake: float) -> dict[str, object]:
+    """A request that another replica can go on with: what the stand-in is to do is in a field that it may have."""
+    body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0}
+    return body | ({"user": json.dumps(fake)} if fake else {})
+
+
+async def client(gateway: Gateway, number: int, token: str, tally: Tally) -> None:
     """One connection that is kept: a stream now and then, mostly of prompts that others send too."""
     chance = random.Random(number)
     await asyncio.sleep(chance.uniform(0, REQUEST_EVERY_SECONDS))
-    connector = aiohttp.TCPConnector(limit=1)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=120)) as session:
+    connector, headers = aiohttp.TCPConnector(limit=1), {"authorization": f"Bearer {token}"}
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
         while True:
             prompt = f"document {chance.randrange(PROMPTS)} " * 40 + f"question {chance.random()}"
-            body = {"prompt": prompt, "max_tokens": TOKENS, "stream": True, "temperature": 0}
-            body["fake"] = {"token_delay": TOKEN_SECONDS}
-            tally.got[await streamed(session, gateway.url, body)] += 1
+            tally.got[await streamed(session, gateway.url, asked(prompt, TOKENS, token_delay=TOKEN_SECONDS))] += 1
             await asyncio.sleep(chance.expovariate(1 / REQUEST_EVERY_SECONDS))
 
 
@@ -124,16 +165,17 @@ async def streamed(session: aiohttp.ClientSession, url: str, body: object) -> st
     return "answer" if words == "".join(f"w{each} " for each in range(TOKENS)) else "wrong: other words"
 
 
-async def slow_reader(gateway: Gateway, number: int) -> None:
+async def slow_reader(gateway: Gateway, number: int, token: str) -> None:
     """Reads a long stream a little at a time, gives it up in the middle, and begins anew."""
     chance = random.Random(-number)
-    body = json.dumps({"prompt": "slow", "max_tokens": SLOW_TOKENS, "stream": True}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    body = json.dumps(asked("slow", SLOW_TOKENS)).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += b"authorization: Bearer %b\r\ncontent-length: %d\r\n\r\n" % (token.encode(), len(body))
     while True:
         await asyncio.sleep(chance.uniform(0, 5))
         with contextlib.suppress(OSError):
             reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port, limit=SLOW_READ_BYTES)
-            writer.write(head % len(body) + body)
+            writer.write(head + body)
             until_then = time.monotonic() + chance.uniform(0.5, 1.5) * SLOW_READER_SECONDS
             while time.monotonic() < until_then and await reader.read(SLOW_READ_BYTES):  # noqa: ASYNC110 - slow on purpose
                 await asyncio.sleep(SLOW_READ_SECONDS)
@@ -161,39 +203,75 @@ async def reloader(gateway: Gateway, tally: Tally) -> None:
         tally.reloads += 1
 
 
+async def reserved(gateway: Gateway, callers: Callers) -> str:
+    """What limits hold for requests once none is left, in words; "" for nothing."""
+    headers = {"authorization": f"Bearer {callers.admin}"}
+    held: list[str] = []
+
+    async def nothing() -> bool:
+        async with gateway.session.get(f"{gateway.url}/kv/stats", headers=headers) as answer:
+            keys = [key for tenant in (await answer.json())["limits"] for key in tenant["keys"]]
+        assert len(keys) == len(callers.tokens)
+        held[:] = [
+            f"{key['key']}: {key['requests_in_flight']} requests, {tokens} tokens"
+            for key in keys
+            if (tokens := key["limits"]["tokens_in_flight_max"]["used"]) or key["requests_in_flight"]
+        ]
+        return not held
+
+    with contextlib.suppress(TimeoutError):
+        await until(nothing)
+    return "; ".join(held)
+
+
 async def soak(minutes: float, connections: int, slow: int) -> bool:
     """Run it, print it, and return whether all is well."""
-    tally, samples = Tally(), list[Sample]()
-    async with running("--fake-core", None, Outcome()) as gateway:
-        host = host_of(gateway.pid)
-        tasks = [asyncio.create_task(client(gateway, number, tally)) for number in range(connections)]
-        tasks += [asyncio.create_task(slow_reader(gateway, number)) for number in range(slow)]
-        tasks += [asyncio.create_task(killer(gateway, tally)), asyncio.create_task(reloader(gateway, tally))]
-        began = told = time.monotonic()
-        print(
-            "| minute | answers | kills | reloads | gateway MiB, descriptors | host MiB, descriptors | tables MiB |\n"
-            + "|---" * 7
-            + "|"
-        )
-        while time.monotonic() < began + 60 * minutes:
-            await asyncio.sleep(SAMPLE_SECONDS)
-            for task in tasks:
-                if task.done():
-                    task.result()
-                    raise RuntimeError("a part of the load ended")
-            samples.append(held(gateway, host))
-            if time.monotonic() - told >= 60:
-                told = time.monotonic()
-                print(row((told - began) / 60, tally, samples[-1]), flush=True)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    with tempfile.TemporaryDirectory(prefix="soak") as name:
+        keys = Path(name) / "keys.toml"
+        callers = Callers.made(keys)
+        settings = {"PEERKV_KEYS_FILE": str(keys), "PEERKV_ADMIN_KEY": callers.admin}
+        async with running("--fake-core", None, Outcome(), settings) as gateway:
+            tally, samples = await load(gateway, callers, minutes, connections, slow)
+            left = await reserved(gateway, callers)
     print()
     for word, count in sorted(tally.got.items(), key=lambda item: -item[1]):
         print(f"{count:8d} {word}")
-    grown = list(growth(samples))
-    print("\n" + "\n".join(grown or ["nothing grew"]))
-    return not grown and not tally.wrong() and tally.got["answer"] > 0 and tally.kills > 0
+    grown, lost = list(growth(samples)), tally.lost_share()
+    print(f"\n{lost:.4%} were lost with their replica; still reserved: {left or 'nothing'}")
+    print("\n".join(grown or ["nothing grew"]))
+    fine = not grown and not left and not tally.wrong() and lost <= LOST_SHARE_MAX
+    return fine and tally.got["answer"] > 0 and tally.kills > 0
+
+
+async def load(gateway: Gateway, callers: Callers, minutes: float, connections: int, slow: int) -> tuple[Tally, list[Sample]]:
+    """Have clients ask for so long, and print a line a minute."""
+    tally, samples, host = Tally(), list[Sample](), host_of(gateway.pid)
+    parts = [
+        *(client(gateway, number, callers.token(number), tally) for number in range(connections)),
+        *(slow_reader(gateway, number, callers.token(number)) for number in range(slow)),
+        *(killer(gateway, tally), reloader(gateway, tally)),
+    ]
+    tasks = [asyncio.create_task(part) for part in parts]
+    began = told = time.monotonic()
+    print(
+        "| minute | answers | kills | reloads | gateway MiB, descriptors | host MiB, descriptors | tables MiB |\n"
+        + "|---" * 7
+        + "|"
+    )
+    while time.monotonic() < began + 60 * minutes:
+        await asyncio.sleep(SAMPLE_SECONDS)
+        for task in tasks:
+            if task.done():
+                task.result()
+                raise RuntimeError("a part of the load ended")
+        samples.append(held(gateway, host))
+        if time.monotonic() - told >= 60:
+            told = time.monotonic()
+            print(row((told - began) / 60, tally, samples[-1]), flush=True)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return tally, samples
 
 
 def row(minute: float, tally: Tally, sample: Sample) -> str:
