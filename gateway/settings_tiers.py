@@ -53,7 +53,7 @@ class Tiers(BaseSettings):
     lossy: Literal["", "int8", "rot4", "rot3"] = Field(
         _ENGINE["lossy"],
         description="how blocks of callers who accept loss are kept in host memory, on disk and in a vault: in half the space"
-        " (int8), or with 4 or 3 bits a number, which answers show, and not in host memory of GPUs; empty: as all others",
+        " (int8), or with 4 or 3 bits a number, which answers show; empty: as all others",
     )
     tier_secret_file: AbsolutePath | None = Field(
         None, description="file with a secret: with it, what disk and vault keep is encrypted; nodes of a vault need the same"

@@ -303,11 +303,9 @@ def _codes(transport: Transport, shape: Shape, codec: SlotCodec) -> bool:
     if isinstance(transport, SharedMemoryTransport):
         compile_codec(codec)
         return True
-    if codec != "int8":  # there are no kernels for it
-        return False
     from transport.backends.cuda_ipc import CudaIpcTransport
 
-    return isinstance(transport, CudaIpcTransport) and transport.codes(shape)
+    return isinstance(transport, CudaIpcTransport) and transport.codes(shape, codec)
 
 
 def _slot_writer(transport: Transport, slots: Slots) -> Writer:

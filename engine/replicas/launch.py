@@ -65,7 +65,7 @@ class EngineSettings(RestartPolicy):
     vault_ca_file: Path | None = None
     vault_ttl_seconds: float = 0.0  # 0: until the server needs the room
     tier_codec: str = "raw-z"
-    lossy: str = ""  # a codec with loss for callers who accept that, in host memory of GPUs int8 alone; empty: none
+    lossy: str = ""  # a codec with loss for callers who accept that; empty: none
     tier_secret_file: Path | None = None  # with it, what disk and vault keep is encrypted
     tier_tenant_share_max: float = 0.5  # of host memory and of the disk, while others want room
     tier_staging_bytes: int = 256 << 20  # for what comes up from the disk, and as much for the vault

@@ -16,17 +16,11 @@ def check_tiers(*fleets: EngineSettings) -> None:
     if any(each.host_memory_dir for each in sharing) and not any(each.host_memory_bytes_each for each in sharing):
         raise LaunchRefused("host_memory_dir: there is no host memory to keep in it: give host_memory a size, such as 16GiB")
     if any(each.lossy for each in sharing) and not any(map(_keeps_loss, sharing)):
-        tiers = "disk, vault or host_memory" if _coded_in_host_memory(sharing[0]) else "disk or vault"
-        raise LaunchRefused(f"lossy: there is nothing that keeps blocks with loss: give {tiers}")
+        raise LaunchRefused("lossy: there is nothing that keeps blocks with loss: give disk, vault or host_memory")
 
 
 def _keeps_loss(fleet: EngineSettings) -> bool:
-    return fleet.frame_tiers or (_coded_in_host_memory(fleet) and fleet.host_memory > 0)
-
-
-def _coded_in_host_memory(fleet: EngineSettings) -> bool:
-    """On GPUs there are kernels for int8 alone."""
-    return fleet.lossy == "int8" or not fleet.devices
+    return fleet.frame_tiers or fleet.host_memory > 0
 
 
 def _unusable(directory: Path) -> str:

@@ -131,8 +131,8 @@ def code_rates(on_gpu: bool, sizes: tuple[int, int, int, int, int]) -> None:
     found: dict[str, float] = {}
     for programs in PROGRAMS if on_gpu else PROGRAMS[:1]:
         for name, copy in (
-            ("to_host", partial(encode, here, place, rows, away, unfit, programs)),
-            ("to_gpu", partial(decode, place, there, rows, back, programs)),
+            ("to_host", partial(encode, "int8", here, place, rows, away, unfit, programs)),
+            ("to_gpu", partial(decode, "int8", place, there, rows, back, programs)),
         ):
             found[f"{name}_{programs}"] = round(_rate(copy, shape.nbytes * count, on_gpu), 1)
     for block, slot in away[:, :4].t().tolist():

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from cuda.bindings import driver, runtime
+from triton.errors import TritonError
 
 from transport.backends.base import BlockSource, ImportJob, ImportResult, Place, outdated, place_of
 from transport.backends.coded_blocks import shape_of
@@ -33,7 +34,7 @@ from transport.backends.shared_memory import SharedMemoryTransport
 from transport.backends.verification import check
 from transport.errors import MemoryUnreachable
 from transport.frames.shape import Shape
-from transport.table.layout import Layer, Memory, Region
+from transport.table.layout import Layer, Memory, Region, SlotCodec
 from transport.table.quality import in_code
 
 _logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class CodedSlots:
     address: int
     stride: int
     rows: Rows
+    codec: SlotCodec
 
 
 @dataclass(slots=True)
@@ -238,18 +240,22 @@ class CudaIpcTransport:
         """Open `count` slots, which lie as `slots` says, to write them; `close_slots` ends that."""
         return self._pinner.submit(self._open, "this engine's host memory", count, (slots,))
 
-    def codes(self, shape: Shape) -> bool:
+    def codes(self, shape: Shape, codec: SlotCodec) -> bool:
         """Whether our blocks, which are of this shape, can be coded here. If so, the kernels are compiled, in seconds."""
         try:
-            coded = CodedSlots(1 << 40, ALIGNED_BYTES, self._rows(shape))
+            coded = CodedSlots(1 << 40, ALIGNED_BYTES, self._rows(shape), codec)
         except MemoryUnreachable as error:
             _logger.info("%s", error)
             return False
         none = torch.zeros((2, 0), dtype=torch.int32, device=self._device)
-        with torch.cuda.stream(self._stream):
-            self._encode(coded, none, none[0])
-            self._decode(coded, none)
-        self._stream.synchronize()
+        try:
+            with torch.cuda.stream(self._stream):
+                self._encode(coded, none, none[0])
+                self._decode(coded, none)
+            self._stream.synchronize()
+        except (TritonError, RuntimeError) as error:  # what a compiler raises when it meets what it cannot do
+            _logger.warning("the kernels of %s do not compile for this GPU: %r", codec, error)
+            return False
         return True
 
     def store(
@@ -389,10 +395,10 @@ class CudaIpcTransport:
         return Enqueued(begin, tuple(ends), (pinned, on_device, *tables))
 
     def _encode(self, slots: CodedSlots, blocks: torch.Tensor, unfit: torch.Tensor | None) -> None:
-        encode(self._own, (slots.address, slots.stride), slots.rows, blocks, unfit, CODED_TO_HOST)
+        encode(slots.codec, self._own, (slots.address, slots.stride), slots.rows, blocks, unfit, CODED_TO_HOST)
 
     def _decode(self, slots: CodedSlots, blocks: torch.Tensor) -> None:
-        decode((slots.address, slots.stride), self._own, slots.rows, blocks, CODED_FROM_HOST)
+        decode(slots.codec, (slots.address, slots.stride), self._own, slots.rows, blocks, CODED_FROM_HOST)
 
     def _rows(self, shape: Shape) -> Rows:
         """Return what the kernels need to know of our blocks. Raises MemoryUnreachable if they do not take them."""
@@ -427,8 +433,9 @@ class CudaIpcTransport:
         memory = self._of_our_rank(memories)
         if memory is None or [(layer.group, layer.bytes) for layer in memory.layers] != self._shape:
             raise MemoryUnreachable(f"{name} offers no CUDA memory of our shape for rank {self._memory.rank}")
+        room = memory.coded.whole if memory.coded is not None else 1  # what is not coded has several slots side by side
         for layer in memory.layers:
-            inside = 0 <= layer.region < len(memory.regions) and layer.offset >= 0 and layer.stride >= layer.bytes
+            inside = 0 <= layer.region < len(memory.regions) and layer.offset >= 0 and layer.stride * room >= layer.bytes
             if not inside or layer.offset + (blocks - 1) * layer.stride + layer.bytes > memory.regions[layer.region].size:
                 raise MemoryUnreachable(f"{name} describes a layer that ends beyond its memory")
             if layer.offset % WORD_BYTES or layer.stride % WORD_BYTES:
@@ -457,16 +464,15 @@ class CudaIpcTransport:
         coded = memory.coded
         if coded is None:
             return None
-        if coded.codec != "int8":
-            raise MemoryUnreachable(f"blocks coded by {coded.codec}, which no kernel reads")
         rows = self._rows(shape_of(coded, sum(layer.bytes for layer in memory.layers)))
         of_layers = [layer for layer in memory.layers if layer.region == coded.region]
         begin = min((layer.offset for layer in of_layers), default=0)
         end = max((layer.offset + (blocks - 1) * layer.stride + layer.bytes for layer in of_layers), default=0)
         inside = begin <= coded.offset and coded.offset + (blocks - 1) * coded.stride + coded.bytes <= end
-        if not inside or not 0 < coded.bytes <= coded.stride or (coded.offset | coded.stride) % ALIGNED_BYTES:
+        fits = coded.bytes == rows.coded_bytes(coded.codec) <= coded.stride
+        if not inside or not fits or (coded.offset | coded.stride) % ALIGNED_BYTES:
             raise MemoryUnreachable("a description of coded blocks that do not fit their memory")
-        return CodedSlots(bases[coded.region] + coded.offset, coded.stride, rows)
+        return CodedSlots(bases[coded.region] + coded.offset, coded.stride, rows, coded.codec)
 
 
 def _part_ends(job: ImportJob) -> list[int]:

@@ -74,8 +74,8 @@ def encode_rows(rows: npt.NDArray[Any], level: Level) -> list[memoryview]:
         if level is Level.INT8:
             found = int8_kernels.quantise(part, shift, scales, codes.view(np.int8))
         else:
-            levels, edges = _codebook(level.bits)
-            found = rotation_kernels.rotate(part, shift, _signs(width), levels, edges, level.bits, scales, codes)
+            levels, edges = codebook(level.bits)
+            found = rotation_kernels.rotate(part, shift, signs(width), levels, edges, level.bits, scales, codes)
         most = max(most, int(found))
         coded += [scales.data, codes.data]
     if most > _MAGNITUDE_BITS_MAX:
@@ -102,8 +102,8 @@ def decode_rows(coded: Bytes, rows: npt.NDArray[Any], level: Level) -> None:
         if level is Level.INT8:
             int8_kernels.restore(scales, codes.view(np.int8), shift, part)
         else:
-            levels, _ = _codebook(level.bits)
-            rotation_kernels.rotate_back(scales, codes, level.bits, _signs(width), levels, shift, part)
+            levels, _ = codebook(level.bits)
+            rotation_kernels.rotate_back(scales, codes, level.bits, signs(width), levels, shift, part)
         if not whole:
             target[:, piece] = part
     if target is not rows:
@@ -133,7 +133,7 @@ def _pieces(width: int) -> tuple[slice, ...]:
 
 
 @lru_cache(maxsize=64)
-def _signs(width: int) -> npt.NDArray[np.float32]:
+def signs(width: int) -> npt.NDArray[np.float32]:
     """Random signs (width,), the same for everybody: frames are written with them."""
     digests = (xxhash.xxh3_128_digest(b"peerkv-signs %d %d" % (width, part)) for part in range(-(-width // 128)))
     bits = np.unpackbits(np.frombuffer(b"".join(digests), np.uint8))[:width]
@@ -141,7 +141,7 @@ def _signs(width: int) -> npt.NDArray[np.float32]:
 
 
 @lru_cache(maxsize=4)
-def _codebook(bits: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def codebook(bits: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Levels (LEVELS_MAX,) and the edges between them, padded as `rotation_kernels` wants it."""
     given = np.array(_LEVELS[bits], np.float32)
     levels = np.full(rotation_kernels.LEVELS_MAX, given[-1], np.float32)

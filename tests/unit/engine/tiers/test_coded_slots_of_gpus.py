@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from triton.errors import TritonError
 
 from engine.connector.worker import _codes
 from engine.tiers.slots import cut
@@ -23,7 +24,7 @@ from transport.frames.shape import Number
 from transport.keys import chain_keys, root_key
 from transport.table.kept_table import KeptTable
 from transport.table.layout import Memory
-from transport.table.quality import CODED, IN_CODE, LOSSY
+from transport.table.quality import CODED, IN_CODE, LATER, LOSSY
 from transport.table.reader import TableReader
 
 BLOCKS, LAYERS, HEADS, TOKENS, WIDTH = 8, 2, 2, 8, 32
@@ -47,24 +48,24 @@ def content(tensors, block):
     return np.concatenate([tensor[block].contiguous().view(torch.uint8).numpy().reshape(-1) for tensor in tensors.values()])
 
 
-def restored(before):
+def restored(before, codec="int8"):
     out = np.empty(SHAPE.nbytes, np.uint8)
-    slot_codes.decode("int8", np.frombuffer(slot_codes.encode("int8", before, SHAPE), np.uint8), SHAPE, out)
+    slot_codes.decode(codec, np.frombuffer(slot_codes.encode(codec, before, SHAPE), np.uint8), SHAPE, out)
     return out
 
 
 class Tier:
     """An engine's tensors on the simulated GPU, and its slots with their table."""
 
-    def __init__(self, path: Path, gpu, cuda_ipc) -> None:
+    def __init__(self, path: Path, gpu, cuda_ipc, codec="int8") -> None:
         self.gpu, self.cuda_ipc = gpu, cuda_ipc
         self.tensors = caches(1)
         self.before = [content(self.tensors, block) for block in range(BLOCKS)]
         self.own = cuda_ipc.CudaIpcTransport(self.tensors, BLOCKS)
-        assert self.own.codes(SHAPE)
+        assert _codes(self.own, SHAPE, codec)
         self.keeper = Keeper(path)
         kept = self.keeper.keep("r", 16 * SHAPE.nbytes)
-        self.slots = cut(kept.region, self.own.memory(), 1, SHAPE)
+        self.slots = cut(kept.region, self.own.memory(), 1, SHAPE, codec)
         self.writer = importlib.import_module(WRITER).CudaSlotWriter(self.own, self.slots)
         about = description("r.host-memory", transport="cuda_ipc", memories=(self.slots.memory,))
         self.table = KeptTable(path, about, 8, self.slots.count, Path(kept.draft))
@@ -117,9 +118,21 @@ def test_coded_blocks_come_back_as_from_a_frame_and_others_beside_them_byte_for_
     assert not any(content(tensors, block).any() for block in (0, 2, 3, 5, 6))
 
 
-def test_on_gpus_host_memory_codes_by_int8_alone_as_there_are_no_other_kernels(tier):
-    assert _codes(tier.own, SHAPE, "int8")
-    assert not _codes(tier.own, SHAPE, "rot4")
+@pytest.mark.parametrize("codec", ["rot4", "rot3"])
+def test_blocks_that_are_rotated_take_one_slot_and_a_first_block_that_is_not_some_side_by_side(tmp_path, monkeypatch, codec):
+    with simulated(monkeypatch) as (gpu, cuda_ipc):
+        tier = Tier(tmp_path, gpu, cuda_ipc, codec)
+        whole = tier.slots.memory.coded.whole
+        assert whole > 2
+        tier.store(Store(2, whole, 0, key(0)), Store(1, 2, 0, key(1), BITS | LATER), Store(6, 1, 0, key(2), BITS | LATER))
+        assert (sorted(tier.writer.take_copied()), tier.writer.take_lost()) == ([1, 2, whole], [])
+        tier.table.publish([whole, 2, 1], KEYS[:3], np.array([0, BITS | LATER, BITS | LATER], np.uint64))
+        tensors, result = tier.restore([whole, 2, 1], [1, 7, 4])
+        assert (result.failed_blocks, result.reason) == ((), "")
+        assert (content(tensors, 1) == tier.before[2]).all()
+        for block, source in ((7, 1), (4, 6)):
+            assert (content(tensors, block) == restored(tier.before[source], codec)).all()
+        tier.close()
 
 
 def test_a_block_that_cannot_be_coded_is_lost_and_its_neighbour_is_not(tier):
@@ -129,9 +142,18 @@ def test_a_block_that_cannot_be_coded_is_lost_and_its_neighbour_is_not(tier):
 
 
 def test_layouts_that_the_kernels_do_not_take_are_not_coded(tier):
-    assert not tier.own.codes(cpu_attention(LAYERS, HEADS, TOKENS, WIDTH, Number.BFLOAT16))
-    assert not tier.own.codes(attention(LAYERS, HEADS, 2 * TOKENS, WIDTH, Number.BFLOAT16))
-    assert not tier.own.codes(attention(2 * LAYERS, HEADS // 2, TOKENS, WIDTH, Number.BFLOAT16))
+    assert not tier.own.codes(cpu_attention(LAYERS, HEADS, TOKENS, WIDTH, Number.BFLOAT16), "int8")
+    assert not tier.own.codes(attention(LAYERS, HEADS, 2 * TOKENS, WIDTH, Number.BFLOAT16), "rot4")
+    assert not tier.own.codes(attention(2 * LAYERS, HEADS // 2, TOKENS, WIDTH, Number.BFLOAT16), "rot3")
+
+
+def test_where_a_kernel_does_not_compile_blocks_are_not_coded(tier, monkeypatch, caplog):
+    def refused(*_):
+        raise TritonError("no such shape")
+
+    monkeypatch.setattr(tier.cuda_ipc, "encode", refused)
+    assert not _codes(tier.own, SHAPE, "rot4")
+    assert "the kernels of rot4 do not compile for this GPU: TritonError('no such shape')" in caplog.text
 
 
 def test_coded_blocks_without_a_word_on_how_they_lie_or_beyond_their_memory_are_not_read(tier):
@@ -143,7 +165,8 @@ def test_coded_blocks_without_a_word_on_how_they_lie_or_beyond_their_memory_are_
         taker = tier.cuda_ipc.CudaIpcTransport(caches(), BLOCKS)
         with pytest.raises(MemoryUnreachable, match="does not say"):
             taker.start(job, Told(reader, silent), gently=True)
-        for changes in ({"offset": memory.regions[0].size}, {"offset": -64}, {"stride": 8}, {"bytes": 1 << 20}):
+        others = {"offset": memory.regions[0].size}, {"offset": -64}, {"stride": 8}, {"bytes": 1 << 20}, {"codec": "rot4"}
+        for changes in others:
             fields = {name: getattr(memory.coded, name) for name in memory.coded.__struct_fields__} | changes
             wrong = Memory(0, memory.transport, memory.regions, memory.layers, None, type(memory.coded)(**fields))
             taker.start(job, Told(reader, wrong), gently=True)

@@ -166,7 +166,7 @@ def _enqueued(gpu: Gpu, kernel: Any) -> Any:
     return lambda *given: gpu.current.enqueue(lambda: kernel(*given))
 
 
-MODULES = ("cuda_ipc", "coding", "gather", "host_regions")
+MODULES = ("cuda_ipc", "coding", "coding_int8", "coding_rotated", "coding_rows", "gather", "host_regions")
 WRITER = "engine.tiers.cuda_slot_writer"
 
 
@@ -188,8 +188,9 @@ def simulated(monkeypatch: Any, seed: int = 0) -> Any:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: gpu.compute)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    if isinstance(tl.max, JITFunction):  # Triton was imported before this
-        monkeypatch.setattr(tl, "max", triton.jit(tl.max.fn))
+    for name in ("max", "sum"):
+        if isinstance(getattr(tl, name), JITFunction):  # Triton was imported before this
+            monkeypatch.setattr(tl, name, triton.jit(getattr(tl, name).fn))
     try:
         cuda_ipc = importlib.import_module("transport.backends.cuda_ipc")
         for name in ("gather", "encode", "decode"):
