@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.gpu.coding import code
 from tests.gpu.engine_pair import GRAPHS, Bench, dry_scale, gpu_scale, with_pair
 from tests.gpu.frame_tiers import frame_tiers
 from tests.gpu.host_memory import interception, restore
-from tests.gpu.host_memory_int8 import code, restore_int8
+from tests.gpu.host_memory_coded import restore_coded
 from tests.gpu.import_times import busy_owner, exact, interference, link_peak, ttft
 from tests.gpu.offloading import CONNECTORS, offloading
 from tests.gpu.races_and_kills import churned, kills, races, races_dir
@@ -42,8 +43,11 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "interference": interference,
     "interference-32": lambda bench: interference(bench, 32),
     "restore": restore,
-    "restore-int8": restore_int8,
-    "code": code,
+    "restore-int8": lambda bench: restore_coded(bench, "int8"),
+    "restore-rot4": lambda bench: restore_coded(bench, "rot4"),
+    "code": lambda bench: code(bench, "int8"),
+    "code-rot4": lambda bench: code(bench, "rot4"),
+    "code-rot3": lambda bench: code(bench, "rot3"),
     "frame-tiers": frame_tiers,
     "frame-tiers-raw": lambda bench: frame_tiers(bench, "raw"),
     "offloading": offloading,
