@@ -194,9 +194,9 @@ class Demotion:
         coded: Coded | None,
     ) -> bytes:
         """Return a block as a frame; `coded` says how it lies coded already."""
-        secret, shape = model.secrecy.key, model.coded_shapes[group]
-        about: dict[str, Any] = {"fingerprint": fingerprint, "key": key, "group": group}
-        about |= {"secret": secret, "tenant": mark_of(quality)}
+        shape, tenant = model.coded_shapes[group], mark_of(quality)
+        about: dict[str, Any] = {"fingerprint": fingerprint, "key": key, "group": group, "tenant": tenant}
+        about["secret"] = model.secrecy.key_of(tenant)
         if coded is not None and shape is not None:
             position = shape.tokens if quality & LATER else 0
             return write_payload(named(coded.codec), content, shape, position=position, **about)

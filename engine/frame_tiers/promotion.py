@@ -306,6 +306,6 @@ def decode(
         if told is None:
             raise FrameError("a frame of a codec with loss, which takes no such blocks")
         shape = told
-    secret = model.secrecy.key
+    secret = model.secrecy.key_of(header.tenant)
     read_into(out, frame, fingerprint=model.ranks[rank], key=key, shape=shape, group=framed, secret=secret)
     return header.quality
