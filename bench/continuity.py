@@ -107,7 +107,7 @@ class Fleet:
         argv = [sys.executable, "-m", "gateway.cli", "serve", model, "--port", str(port), "--replicas", "2"]
         argv += ["--served-model-name", NAME, "--run-dir", str(self.run_dir), "--log-dir", str(directory / "logs")]
         argv += ["--table-dir", f"/dev/shm/peerkv-continuity-{os.getpid()}"]
-        argv += ["--host-memory", host_memory] if host_memory else []
+        argv += ["--host-memory", host_memory or "0"]
         # On a busy machine checks of health may take long, and nobody is to be killed but by us.
         settings = {"PEERKV_BACKOFF_SECONDS_MAX": "1", "PEERKV_HEALTH_TIMEOUT_SECONDS": "60"}
         self.process = Started([*argv, "--", "--dtype", "float32"], directory / "serve.log", settings)

@@ -82,7 +82,7 @@ class Engines:
         settings.write_text(f"launcher = {json.dumps([sys.executable, '-m', launcher])}\nstart_failures_max = 1\n")
         argv = [sys.executable, "-m", "gateway.cli", "engine", model, "--replicas", str(len(names)), "--config", str(settings)]
         argv += ["--served-model-name", served_model_name, "--run-dir", str(self.run_dir)]
-        argv += ["--table-dir", str(self.table_dir), "--log-dir", str(directory / "logs"), *flags]
+        argv += ["--table-dir", str(self.table_dir), "--log-dir", str(directory / "logs"), "--host-memory", "0", *flags]
         self._logs = directory / "logs"
         self._process = Started([*argv, "--", *vllm_args], directory / "engine.log", {PORTS: json.dumps(self.ports), **env})
 

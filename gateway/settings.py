@@ -447,7 +447,7 @@ def engine_settings(settings: Settings, *, model: str, devices: tuple[str, ...])
         "model": model,
         "devices": devices,
         "replicas": resolve_replicas(settings.replicas, devices, devices_each(settings.vllm_args), settings.replicas_per_gpu),
-        "host_memory": 0 if settings.host_memory == "auto" else settings.host_memory,
+        **{name: 0 for name in ("host_memory", "tier_staging_bytes") if values[name] == "auto"},
         "preload": not devices if settings.preload is None else settings.preload,
         "served_model_name": settings.served_model_name or model,
         "vault": settings.vault.get_secret_value() if settings.vault is not None else "",

@@ -36,7 +36,7 @@ class ModelSettings(BaseModel):
     )
     vllm_args: VllmArgs = Field((), description="additional arguments for its vLLM servers; they override ours")
     host_memory: SizeOrAuto = Field(
-        _ENGINE["host_memory"], description="memory that keeps what left its KV caches; auto: its part of what is safe; 0: none"
+        "auto", description="memory that keeps what left its KV caches; auto: its part of what is safe; 0: none"
     )
     disk: AbsolutePath | None = Field(None, description="directory that keeps what leaves its host memory; unset: none")
     disk_bytes: ByteSize = Field(_ENGINE["disk_bytes"], ge=0, description="size of what the disk keeps at most")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from pydantic import ByteSize, Field, SecretStr
+from pydantic import ByteSize, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings
 
 from engine.replicas.launch import EngineSettings
@@ -13,20 +13,21 @@ from gateway.settings_types import AbsolutePath, SizeOrAuto
 
 _ENGINE: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(EngineSettings)}
 """The defaults of what the supervisor is given, stated there."""
+STAGING_BYTES_MIN = 1 << 20
 
 
 class Tiers(BaseSettings):
     """Of the settings, those that say where blocks are kept that left the KV caches."""
 
     host_memory: SizeOrAuto = Field(
-        _ENGINE["host_memory"],
+        "auto",
         description="memory, such as 16GiB, that keeps what left the KV caches, for all replicas;"
         " auto: a quarter of what is free at the start; 0: none",
     )
     host_memory_dir: AbsolutePath | None = Field(
         _ENGINE["host_memory_dir"],
         description="directory in shared memory, such as /dev/shm/kept, in whose files what left the KV caches outlives"
-        " a restart of everything but the machine; unset: it ends with peerkv",
+        " a restart of everything but the machine, where host_memory is a size; unset: it ends with peerkv",
     )
     disk: AbsolutePath | None = Field(
         _ENGINE["disk"], description="directory that keeps what leaves host memory, also across restarts; unset: none"
@@ -64,11 +65,17 @@ class Tiers(BaseSettings):
         le=1,
         description="share of host memory, and of the disk, that a tenant's blocks have at most while others want room",
     )
-    tier_staging_bytes: ByteSize = Field(
-        _ENGINE["tier_staging_bytes"],
-        ge=1 << 20,
-        description="memory for what comes up from the disk, and as much for the vault",
+    tier_staging_bytes: SizeOrAuto = Field(
+        "auto",
+        description="memory for what comes up from the disk, and as much for the vault; auto: 256 MiB, 4 GiB on GPUs",
     )
     tier_wait_seconds_max: float = Field(
         1.0, ge=0, description="time that a request waits for disk and vault at most; 0: nothing is asked of them"
     )
+
+    @field_validator("tier_staging_bytes")
+    @classmethod
+    def _check_staging(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < STAGING_BYTES_MIN:
+            raise ValueError(f"{value} bytes hold nothing: write a unit, such as 4GiB, or auto")
+        return value

@@ -49,7 +49,7 @@ class Served:
         argv = [sys.executable, "-m", "gateway.cli", "serve", model, "--port", str(port), "--replicas", "1"]
         argv += ["--run-dir", str(self.run_dir), "--log-dir", str(directory / "logs")]
         self.table_dir = Path(f"/dev/shm/peerkv-bench-{os.getpid()}-{port}")
-        argv += ["--table-dir", str(self.table_dir), "--tier-wait-seconds-max", "30", *flags]
+        argv += ["--table-dir", str(self.table_dir), "--tier-wait-seconds-max", "30", "--host-memory", "0", *flags]
         argv += ["--", "--kv-cache-memory-bytes", str(kv_bytes), "--dtype", dtype, *vllm_args]
         self._stores = ["ok"] * stores
         self._process = Started(argv, directory / "serve.log", {})

@@ -26,6 +26,8 @@ GPU_MEMORY_SHARE = 0.9
 WAY_DOWN_BYTES, WAY_DOWN_BYTES_OF_GPU = 128 << 20, 1 << 30
 """Host memory of a replica that has a disk or a vault below it, where none is asked for: on a GPU blocks come faster, and one
 of a large model has 2 MiB."""
+STAGING_BYTES, STAGING_BYTES_OF_GPUS = 256 << 20, 4 << 30
+"""Memory into which disk and vault bring blocks: on GPUs a prompt of 32,768 tokens of an 8B model has 4 GiB."""
 CPU_WORKER = "engine.connector.cpu_worker.CpuWorker"
 
 
@@ -68,7 +70,7 @@ class EngineSettings(RestartPolicy):
     lossy: str = ""  # a codec with loss for callers who accept that; empty: none
     tier_secret_file: Path | None = None  # with it, what disk and vault keep is encrypted
     tier_tenant_share_max: float = 0.5  # of host memory and of the disk, while others want room
-    tier_staging_bytes: int = 256 << 20  # for what comes up from the disk, and as much for the vault
+    tier_staging_bytes: int = 0  # for what comes up from the disk, and as much for the vault; 0: what staging_bytes says
     connector: bool = True  # False: plain vLLM without our connector
     preload: bool = False  # import vllm once, fork the replicas (CPU)
     launcher: tuple[str, ...] | None = None  # run this in place of vLLM's server
@@ -89,6 +91,11 @@ class EngineSettings(RestartPolicy):
             return 0
         way_down = WAY_DOWN_BYTES_OF_GPU if self.devices else WAY_DOWN_BYTES
         return self.host_memory // self.replicas or (way_down if self.frame_tiers else 0)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory for what comes up from the disk, and as much for the vault."""
+        return self.tier_staging_bytes or (STAGING_BYTES_OF_GPUS if self.devices else STAGING_BYTES)
 
     def replica_name(self, index: int) -> str:
         """The name of a replica, from 0."""

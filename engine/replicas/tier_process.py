@@ -56,7 +56,7 @@ def tier_config(settings: EngineSettings) -> TierConfig:
     return TierConfig(
         socket=str(settings.run_dir / SOCKET),
         table_dir=str(settings.table_dir),
-        staging_bytes=int(settings.tier_staging_bytes),
+        staging_bytes=settings.staging_bytes,
         codec=settings.tier_codec,
         lossy=settings.lossy,
         secret_file=str(settings.tier_secret_file or ""),

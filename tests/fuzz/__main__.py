@@ -86,6 +86,7 @@ def running_gateway(directory: Path) -> Iterator[str]:
         "PEERKV_LOG_DIR": str(directory / "logs"),
         "PEERKV_PORT": str(port),
         "PEERKV_REPLICAS": "2",
+        "PEERKV_HOST_MEMORY": "0",
         "PYTHONPATH": str(ROOT),
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PEERKV_")}

@@ -61,6 +61,7 @@ def serve(bench: Bench) -> None:
 
     url, model = "http://127.0.0.1:8707", str(bench.scale.model)
     command = [sys.executable, "-m", "gateway.cli", "serve", model, "--port", "8707", "--served-model-name", "model"]
+    command += ["--host-memory", "0"]
     arguments = {"load_format": "dummy", "max_model_len": 65536, "max_num_batched_tokens": 16384, "enforce_eager": True}
     one, other = bench.scale.devices
     if one and one == other:

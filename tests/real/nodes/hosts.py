@@ -111,7 +111,7 @@ class Host:
         command += ["--node-address", f"{self.address}:{AGENT_PORT}"]
         if not join:
             command += ["--node-peers", " ".join(f"{other.name}={other.address}:{AGENT_PORT}" for other in others)]
-        command += [*self.served.flags, "--", *self.served.vllm_args]
+        command += ["--host-memory", "0", *self.served.flags, "--", *self.served.vllm_args]
         with (self.home / "peerkv.log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=self.home, env=self._environment(join), stdout=log, stderr=log)
 

@@ -272,6 +272,19 @@ def test_host_memory_is_given_with_its_unit(given: object, size: int) -> None:
     assert engine_settings(load({"host_memory": given}), model="m", devices=()).host_memory == size
 
 
+def test_host_memory_is_what_is_safe_if_nothing_is_said() -> None:
+    assert (load({}).host_memory, engine_settings(load({}), model="m", devices=()).host_memory) == ("auto", 0)
+
+
+def test_what_disk_and_vault_bring_up_has_more_room_on_gpus() -> None:
+    at = [engine_settings(load({}), model="m", devices=devices).staging_bytes for devices in ((), ("0", "1"))]
+    assert at == [256 << 20, 4 << 30]
+    given = engine_settings(load({"tier_staging_bytes": "1GiB"}), model="m", devices=("0", "1"))
+    assert given.staging_bytes == 1 << 30
+    with pytest.raises(SettingsError, match="tier_staging_bytes: 1000 bytes hold nothing"):
+        load({"tier_staging_bytes": 1000})
+
+
 def test_files_of_host_memory_need_a_size_that_stays() -> None:
     kept = engine_settings(load({"host_memory": "1GiB", "host_memory_dir": "/dev/shm/kept"}), model="m", devices=())
     assert kept.host_memory_dir == Path("/dev/shm/kept")

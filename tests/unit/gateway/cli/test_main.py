@@ -100,6 +100,7 @@ def test_every_flag_of_a_setting_is_in_one_group_and_has_an_example() -> None:
 @pytest.mark.parametrize(("name", "value"), [item for names in GROUPS.values() for item in names.items()])
 def test_every_example_is_taken(name: str, value: str, runs: list[tuple[str, Settings]]) -> None:
     both = ["--tls-cert", "c.pem", "--tls-key", "k.pem"] if name.startswith("tls_") else []  # neither works alone
+    both += ["--host-memory", "4GiB"] if name == "host_memory_dir" else []
     assert main(["serve", *both, *example(name, value).split(" ", 1)]) == 0
     assert getattr(runs[0][1], name) != Settings.model_fields[name].get_default(call_default_factory=False)
 
