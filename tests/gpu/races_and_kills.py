@@ -67,7 +67,7 @@ def kills(bench: Bench) -> None:
     thin = write_model(scale.model.with_name("thin"), **(THIN if scale.devices[0] else {}), **_layers(scale.model))
     space: dict[str, Any] = {"max_model_len": 4096}
     if scale.devices[0]:
-        space = {"kv_cache_memory_bytes": 12 << 30, "gpu_memory_utilization": 0.3}
+        space = {"kv_cache_memory_bytes": 6 << 30, "gpu_memory_utilization": 0.15}
     base = scale.arguments | space
     b = Replica("replica-1", scale.devices[1], thin, bench.tables, programs=scale.programs, **base).ready()
     waiting = [_owner(bench, thin, n, base) for n in range(2)]

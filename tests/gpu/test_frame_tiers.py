@@ -32,7 +32,7 @@ LAYERS = 8
 def bench(tmp_path):
     model = write_model(tmp_path / "llama", num_hidden_layers=LAYERS)
     made = Bench(gpu_scale(model), Path(tmp_path / "tables"))
-    made.scale.arguments |= {"kv_cache_memory_bytes": 6 << 30, "gpu_memory_utilization": 0.3}
+    made.scale.arguments |= {"kv_cache_memory_bytes": 6 << 30, "gpu_memory_utilization": 0.15}
     made.scale.restores, made.scale.host_memory = (2048, 8192), 6 << 30
     return made
 

@@ -15,12 +15,15 @@ from tests.gpu.races_and_kills import kills
 from tests.gpu.replica import write_model
 
 GPUS = torch.cuda.device_count()
+LAYERS = 8
+"""Of the 8B shape: what is imported is the same a layer, and engines start sooner."""
 pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
 
 
 @pytest.fixture
 def bench(tmp_path):
-    scale = gpu_scale(write_model(tmp_path / "llama8b"), exact=(1024, 8192), kills=4, pull=16384)
+    model = write_model(tmp_path / "llama", num_hidden_layers=LAYERS)
+    scale = gpu_scale(model, exact=(1024, 8192), kills=4, pull=49152)
     scale.arguments |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 4 << 30}  # other tests may run beside it
     return Bench(scale, Path(tmp_path / "tables"))
 
