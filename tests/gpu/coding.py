@@ -36,10 +36,10 @@ def code(bench: Bench, codec: SlotCodec) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=PROGRAM_SECONDS_MAX
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-1500:])
     for line in done.stdout.splitlines():
         bench.row("code" if codec == "int8" else f"code-{codec}", **json.loads(line))
+    if done.returncode:
+        raise RuntimeError(done.stderr[-1500:])
 
 
 def coded(codec: SlotCodec, on_gpu: bool) -> None:
