@@ -12,7 +12,7 @@ from engine.connector.step_messages import ImportReport, WorkerReport
 from engine.connector.vllm_groups import ModelGroups
 from transport.backends.base import ImportJob
 from transport.int32 import int32_array
-from transport.table.tiers import way
+from transport.node.source_way import import_way
 from transport.table.writer import TableWriter
 
 _logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Imports:
         blocks = good // self._groups.unit if not plan.counts else len(plan.source_blocks) if good else 0
         table.imported(
             plan.source,
-            way(self._transport, plan.source),
+            import_way(self._transport, plan.source),
             blocks=blocks,
             size=report.bytes,
             nanoseconds=report.nanoseconds,

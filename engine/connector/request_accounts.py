@@ -10,6 +10,7 @@ from typing import Any
 from engine.connector.step_messages import ImportReport
 from transport.hint import Hint, read_hint
 from transport.table.deliveries import Delivery, DeliveryReason
+from transport.node.source_way import import_way
 from transport.table.tiers import tier_kind
 from transport.table.writer import TableWriter
 
@@ -210,7 +211,7 @@ class RequestAccounts:
     def _deliver(self, account: RequestAccount, first_token_ns: int) -> None:
         if not account.delivered:
             account.delivered = True
-            self._table.deliver(account.delivery(first_token_ns), self._transport)
+            self._table.deliver(account.delivery(first_token_ns), import_way(self._transport, account.source))
 
     def _count(self, account: RequestAccount, computed_tokens: int) -> None:
         """Count a prompt once: which of its tokens were here, came from a peer, or are computed now."""

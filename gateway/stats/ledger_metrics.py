@@ -8,8 +8,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from gateway.block_registry.tables import Table
 from gateway.ledger.stats import LedgerStats
 from gateway.stats.shapes import KvStats, PeerStats, descriptions
+from transport.node.source_way import import_way
 from transport.table.deliveries import Delivery, EngineLoad
-from transport.table.tiers import way
 
 _IMPORT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -45,7 +45,7 @@ class ImportTimes:
     def delivered(self, replica: str, table: Table, delivery: Delivery) -> None:
         """Record an import, if the delivery record describes one."""
         if delivery.import_wait_ns:
-            labels = (replica, delivery.source, way(table.transport, delivery.source))
+            labels = (replica, delivery.source, import_way(table.transport, delivery.source, replica))
             self._copy.labels(*labels).observe(delivery.import_ns / 1e9)
             self._wait.labels(*labels).observe(delivery.import_wait_ns / 1e9)
 

@@ -12,12 +12,14 @@ const RATE_SECONDS = 10;
 
 const tokensOf = (stats) => SOURCES.map(([, , read]) => read(stats.totals.tokens));
 const pairKey = (replica, peer) => JSON.stringify([replica.name, peer.name, peer.transport]);
+const storeKey = (store, what) => JSON.stringify(["store", store.name, what]);
+const nodeKey = (node) => JSON.stringify(["node", node.name]);
 
 export class History {
   #columns = new Map(); // by number, in units of COLUMN_SECONDS
   #tokens = null;
   #requests = 0;
-  #samples = []; // of bytes by pair, the oldest about RATE_SECONDS old
+  #samples = []; // of bytes by pair, store and node, the oldest about RATE_SECONDS old
 
   // Take in the figures of `now`, in seconds of one clock. Counts that fall mean another gateway: all begins anew.
   add(stats, now) {
@@ -34,9 +36,11 @@ export class History {
     for (const old of this.#columns.keys()) if (old <= number - COLUMNS) this.#columns.delete(old);
     this.#tokens = tokens;
     this.#requests = stats.gateway.requests;
-    const pairs = new Map();
-    for (const replica of stats.replicas) for (const peer of replica.peers) pairs.set(pairKey(replica, peer), peer.bytes);
-    this.#samples.push([now, pairs, tokens]);
+    const moved = new Map();
+    for (const replica of stats.replicas) for (const peer of replica.peers) moved.set(pairKey(replica, peer), peer.bytes);
+    for (const store of stats.tiers.stores) moved.set(storeKey(store, "in"), store.stored_bytes).set(storeKey(store, "out"), store.found_bytes);
+    for (const node of stats.nodes) moved.set(nodeKey(node), node.fetched_bytes);
+    this.#samples.push([now, moved, tokens]);
     while (this.#samples.length > 2 && now - this.#samples[1][0] >= RATE_SECONDS) this.#samples.shift();
   }
 
@@ -53,7 +57,23 @@ export class History {
 
   // Bytes per second that a replica imports from a peer now.
   rate(replica, peer) {
-    const key = pairKey(replica, peer);
+    return this.#moved(pairKey(replica, peer));
+  }
+
+  // Bytes per second that a store takes, and gives, and that come from another node.
+  stored(store) {
+    return this.#moved(storeKey(store, "in"));
+  }
+
+  found(store) {
+    return this.#moved(storeKey(store, "out"));
+  }
+
+  fetched(node) {
+    return this.#moved(nodeKey(node));
+  }
+
+  #moved(key) {
     return this.#perSecond((sample) => sample[1].get(key) ?? 0);
   }
 

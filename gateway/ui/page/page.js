@@ -3,7 +3,8 @@
 import { byId, setText } from "./elements.js";
 import { History } from "./history.js";
 import { showExplanation, showLedger, showLimits } from "./ledger.js";
-import { showPrefixes, showReplicas, showSources, showSummary, showTiers, showTransfers } from "./sections.js";
+import { showNodes, showTiers, showTiersBelow } from "./places.js";
+import { showPrefixes, showReplicas, showSources, showSummary, showTransfers } from "./sections.js";
 import { seconds } from "./words.js";
 
 const POLL_SECONDS = 2;
@@ -69,7 +70,9 @@ function show(stats) {
   showSources(stats, history, now);
   showReplicas(stats);
   showTransfers(stats, history);
+  showNodes(stats, history);
   showTiers(stats);
+  showTiersBelow(stats, history);
   showLedger(stats);
   showLimits(stats);
 }

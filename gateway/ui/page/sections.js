@@ -123,19 +123,6 @@ export function showTransfers(stats, history) {
   setText(byId("transfers-more"), more > 0 ? `${more} more pairs transferred less.` : "");
 }
 
-export function showTiers(stats) {
-  byId("tiers-section").hidden = !stats.host_memory.length;
-  fillTable(
-    byId("tiers"),
-    [["Of", "head"], ["Stored", "bar"], ["Size", "number"], ["Restored blocks", "number"], ["Restored", "number"], ["Gave way", "number"], ["Lost", "number"]],
-    stats.host_memory.map((tier) => {
-      const used = share(tier.stored_blocks, tier.blocks);
-      return [tier.replica, { text: `${percent(used)} of ${count(tier.blocks)}`, share: used }, bytes(tier.bytes), count(tier.import_blocks), bytes(tier.import_bytes), count(tier.evictions), count(tier.dropped_blocks)];
-    }),
-    "",
-  );
-}
-
 function names(list) {
   const shown = list.slice(0, HOLDERS_SHOWN).join(", ");
   return list.length > HOLDERS_SHOWN ? `${shown} and ${list.length - HOLDERS_SHOWN} more` : shown || "nobody";

@@ -97,6 +97,22 @@ def test_an_import_is_recorded_with_its_source_its_bytes_and_its_times(pair, tic
     assert (peer.seconds, peer.failures) == (500e-9, 0)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_import_from_another_node_is_told_apart_from_those_of_this_node(tmp_path, whole):
+    """Between nodes KV comes by their agents, whatever a replica reads its peers by."""
+    a, b = Replica(tmp_path, "node-b:replica-0"), Replica(tmp_path, "replica-1")
+    a.prefill(Request("r", list(PROMPT)), [5, 6, 7, 8])
+    request = hinted(source="node-b:replica-0")
+    tokens, meta = import_all(b, request, [20, 21, 22, 23])
+    if whole:
+        b.done(meta.step, s=report())
+        run_on(b, request, [20, 21, 22, 23], tokens)
+    else:  # its client left: it is told of before the copy has ended
+        b.half.finished("s", aborted=True)
+    (peer,) = b.reader.peers()
+    assert (peer.name, peer.transport, peer.imports) == ("node-b:replica-0", "network", int(whole))
+
+
 @pytest.mark.parametrize(("limit", "local", "peer"), [(8, 0, 8), (11, 0, 8), (4, 0, 4), (3, 0, 0), (0, 0, 0), (8, 4, 4)])
 def test_a_hint_splits_a_prompt_into_what_is_imported_and_what_is_computed(pair, limit, local, peer):
     a, b = pair

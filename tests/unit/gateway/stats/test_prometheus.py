@@ -151,6 +151,21 @@ def test_losses_peers_load_costs_and_verdicts_have_metrics(scene: Scene) -> None
     assert found["peerkv_parity_verdict", ("chat", "exact")] == 0
 
 
+def test_what_comes_from_another_node_has_a_label_of_its_own(scene: Scene) -> None:
+    metrics = Metrics()
+    metrics.attach(lambda: [scene.snapshot()])
+    scene.recorder.feed.add(metrics.imports.delivered)
+    writer = scene.tables.writers["a"]
+    writer.imported("node-b:c", "network", blocks=3, size=6_000_000, nanoseconds=2_000_000, failed=False)
+    scene.planner.fleet.now()
+    writer.deliver(Delivery(tag=7, scheduled_ns=1, first_token_ns=2, import_wait_ns=1, source="node-b:c"), "network")
+    scene.planner.feed.poll("a")
+    found = samples(metrics)
+    pair = ("node-b:c", "a", "network")
+    assert found["peerkv_peer_import_bytes_total", pair] == 6_000_000
+    assert found["peerkv_import_copy_seconds_count", pair] == 1
+
+
 def test_the_server_of_shared_limits_is_told_of_where_there_is_one(scene: Scene) -> None:
     metrics, alone = Metrics(), Metrics()
     shared = SharedLimitStats(up=1, alone_requests=3, failures=2, waiting_settlements=4)

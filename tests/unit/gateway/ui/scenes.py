@@ -5,23 +5,38 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from engine.frame_tiers.store import StoreStats
 from gateway.kept_prefixes.book import KeptPrefixAnswer, PlaceState, PrefixPlace
 from gateway.kept_prefixes.shapes import Prefix, PrefixReport
 from gateway.ledger.stats import LedgerStats
-from gateway.stats.shapes import HostMemoryStats, KvStats, PeerStats, ReplicaStats, TokenCounts, Totals, TransferCounts
+from gateway.stats.node_stats import NodeStats
+from gateway.stats.shapes import (
+    HostMemoryStats,
+    KvStats,
+    PeerStats,
+    ReplicaStats,
+    TiersBelow,
+    TokenCounts,
+    Totals,
+    TransferCounts,
+)
 from gateway.steering.outliers import OutlierState
 from tests.unit.gateway.running_door import FakeSight
+from transport.node.source_way import NETWORK
 from transport.table.deliveries import EngineLoad
 
 BLOCKS = 40_000
 
 
 class Fleet(FakeSight):
-    """`count` replicas on GPUs, of which the third has failed and the fourth is ejected. `looks` counts looks."""
+    """`count` replicas on GPUs, of which the third has failed and the fourth is ejected. `looks` counts looks.
 
-    def __init__(self, count: int, *, host_memory: bool = False) -> None:
+    `below` it are a disk, and a vault that does not answer; of the other `nodes` the second is not heard.
+    """
+
+    def __init__(self, count: int, *, host_memory: bool = False, below: bool = False, nodes: int = 0) -> None:
         super().__init__()
-        self.count, self.host_memory, self.looks = count, host_memory, 0
+        self.count, self.host_memory, self.below, self.nodes, self.looks = count, host_memory, below, nodes, 0
 
     def stats(self, model: str = "") -> KvStats:
         self.looks += 1
@@ -57,6 +72,8 @@ class Fleet(FakeSight):
                 ),
                 "replicas": replicas,
                 "host_memory": [self._tier(place) for place in range(self.count)] if self.host_memory else [],
+                "tiers": self._tiers_below() if self.below else TiersBelow(),
+                "nodes": [self._node(place) for place in range(self.nodes)],
             }
         )
 
@@ -99,7 +116,8 @@ class Fleet(FakeSight):
                     gigabytes_per_second=140.0,
                 )
                 for step in range(1, min(4, self.count))
-            ],
+            ]
+            + [self._from(f"node-{'bcdefgh'[other]}:replica-0", grown) for other in range(self.nodes) if place == 0],
         )
 
     def _tier(self, place: int) -> HostMemoryStats:
@@ -109,6 +127,45 @@ class Fleet(FakeSight):
             blocks=9000,
             stored_blocks=4000 + place,
             bytes=1 << 33,
+        )
+
+    def _from(self, name: str, grown: int) -> PeerStats:
+        """What came from another node."""
+        return PeerStats(
+            *(name, NETWORK, 12, 800 + grown // 10, (800 + grown // 10) << 16, 2.5, 0),
+            gigabytes_per_second=1.1,
+        )
+
+    def _tiers_below(self) -> TiersBelow:
+        frames = 60_000 + 100 * self.looks
+        disk = StoreStats(
+            name="disk", frames=frames, bytes=frames << 16, bytes_max=1 << 33, stored_frames=frames, stored_bytes=frames << 16,
+            evicted_frames=1200, found_frames=9000, found_bytes=(9000 + 50 * self.looks) << 16, missed_frames=70,
+            read_seconds=0.8,
+        )  # fmt: skip
+        vault = StoreStats(
+            name="vault", state="vault.example:6379 does not answer: timed out", stored_frames=500, stored_bytes=500 << 16,
+            dropped_frames=40, errors=3,
+        )  # fmt: skip
+        counts = {"promotions": 320, "promotions_late": 4, "import_blocks": 8800, "import_failures": 2, "lost_blocks": 17}
+        return TiersBelow(stores=[disk, vault], **counts)
+
+    def _node(self, place: int) -> NodeStats:
+        heard = place != 1
+        return NodeStats(
+            name=f"node-{'bcdefgh'[place]}",
+            address=f"10.0.0.{place + 2}:7400",
+            trouble="" if heard else "it says nothing: no route to host",
+            losses=0 if heard else 3,
+            transport="tcp" if place % 2 else "nixl",
+            transport_reason="as measured",
+            tcp_bytes_per_second=1.2e9,
+            nixl_bytes_per_second=0 if place % 2 else 11e9,
+            fetches=90,
+            fetched_blocks=7000,
+            fetched_bytes=(7000 + (80 * self.looks if heard else 0)) << 16,
+            fetch_seconds=1.8,
+            failed_blocks={"changed": 3, "silent": 0 if heard else 128},
         )
 
     def prefixes(self, limit: int, model: str = "") -> PrefixReport:

@@ -83,6 +83,32 @@ async def test_the_page_shows_replicas_transfers_prefixes_and_reasons(tmp_path: 
         assert not await page.is_visible("#limits-section")
 
 
+async def test_disk_vault_and_other_nodes_are_shown_with_what_moves(tmp_path: Path) -> None:
+    async with page_over(tmp_path, Fleet(4, host_memory=True, below=True, nodes=3)) as page:
+        await says(page, "#below tbody tr:first-child td:nth-child(6)", "/s")
+        disk, vault = await rows(page, "below")
+        assert disk[:3] == ["disk", "✓ ok", "46 % of 8.0 GiB"]
+        assert disk[5].endswith("/s")
+        assert disk[7].endswith("/s")
+        assert disk[-1] == "70 not found, 1,200 gave way"
+        assert vault[:2] == ["vault", "! failing"]
+        assert vault[5] == vault[7] == "–"
+        assert vault[-1] == "vault.example:6379 does not answer: timed out, 40 not written, 3 failed operations"
+        fits = "table => table.parentElement.scrollWidth <= table.parentElement.clientWidth"
+        for table in ("below", "nodes", "replicas"):
+            assert await page.eval_on_selector(f"#{table}", fits)
+        told = await page.text_content("#below-more")
+        assert told.startswith("Brought up for 320 prompts, late for 4 of them. Replicas imported 8,800 blocks")
+        assert told.endswith("17 blocks gave way in host memory before they were written.")
+        assert await column(page, "nodes", 0) == ["node-b", "node-c", "node-d"]
+        assert await column(page, "nodes", 1) == ["✓ heard", "✕ not heard: it says nothing: no route to host", "✓ heard"]
+        assert await column(page, "nodes", 2) == ["NIXL", "TCP", "NIXL"]
+        assert [cell.endswith("/s") for cell in await column(page, "nodes", 4)] == [True, False, True]
+        assert await column(page, "nodes", -1) == ["changed 3", "changed 3, silent 128", "changed 3"]
+        transfers = {cells[0]: cells[2] for cells in await rows(page, "transfers")}
+        assert (transfers["node-b:replica-0"], transfers["replica-1"]) == ("network", "cuda ipc")
+
+
 async def test_of_several_models_one_is_shown_and_another_can_be_chosen(tmp_path: Path) -> None:
     class Several(Fleet):
         def stats(self, model: str = "") -> KvStats:
@@ -161,7 +187,8 @@ async def test_an_empty_fleet_is_told_in_words(tmp_path: Path) -> None:
         assert [(await rows(page, table))[0][0][:12] for table in tables] == [
             *("There are no", "No replica h", "No prefix ha", "None. POST /", "No request i"),
         ]
-        assert not await page.is_visible("#tiers-section")
+        for section in ("#tiers-section", "#below-section", "#nodes-section"):
+            assert not await page.is_visible(section)
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -193,7 +220,7 @@ def contrast(one: str, other: str) -> float:
 
 
 async def test_in_a_narrow_window_tables_scroll_and_the_page_does_not(tmp_path: Path) -> None:
-    async with page_over(tmp_path, Fleet(4, host_memory=True), width=320) as page:
+    async with page_over(tmp_path, Fleet(4, host_memory=True, below=True, nodes=2), width=320) as page:
         await page.wait_for_selector(SHOWN)
         assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert await page.eval_on_selector(
@@ -278,7 +305,7 @@ async def test_everything_is_reached_and_worked_by_the_keyboard(tmp_path: Path) 
 
 
 async def test_every_region_table_and_field_has_a_name_that_is_read_out(tmp_path: Path) -> None:
-    async with page_over(tmp_path, Fleet(4, host_memory=True)) as page:
+    async with page_over(tmp_path, Fleet(4, host_memory=True, below=True, nodes=2)) as page:
         await page.wait_for_selector(SHOWN)
         unnamed = await page.evaluate(
             "[...document.querySelectorAll('[aria-labelledby]')].filter(e => !document.getElementById("
