@@ -9,8 +9,8 @@ from typing import Any
 
 from engine.connector.step_messages import ImportReport
 from transport.hint import Hint, read_hint
-from transport.table.deliveries import Delivery, DeliveryReason
 from transport.node.source_way import import_way
+from transport.table.deliveries import Delivery, DeliveryReason
 from transport.table.tiers import tier_kind
 from transport.table.writer import TableWriter
 

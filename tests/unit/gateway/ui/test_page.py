@@ -92,7 +92,7 @@ async def test_disk_vault_and_other_nodes_are_shown_with_what_moves(tmp_path: Pa
         assert disk[7].endswith("/s")
         assert disk[-1] == "70 not found, 1,200 gave way"
         assert vault[:2] == ["vault", "! failing"]
-        assert vault[5] == vault[7] == "–"
+        assert vault[5] == vault[7] == "\N{EN DASH}"
         assert vault[-1] == "vault.example:6379 does not answer: timed out, 40 not written, 3 failed operations"
         fits = "table => table.parentElement.scrollWidth <= table.parentElement.clientWidth"
         for table in ("below", "nodes", "replicas"):
