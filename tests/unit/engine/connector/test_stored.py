@@ -424,6 +424,24 @@ def test_a_prefix_that_is_pinned_is_stored_at_once_and_stays_there_until_it_is_u
         assert len(reader.longest_run(keys_of(PROMPT)).block_ids) == 0
 
 
+def test_an_import_from_before_a_flush_does_not_end_a_pin_from_after_it_when_it_ends(tmp_path, keeper):
+    a = stored(keeper, tmp_path, "a", pin_share_max=0.5)
+    a.half.bind_pool(FreePool())
+    a.prefill(Request("r", list(PROMPT)), [3, 4, 5, 6])
+    copy(a, evict(a, [3, 4, 5, 7]))
+    _, reading = import_all(a, Request("again", list(PROMPT)), [10, 11, 12, 13])
+    a.half.reset()
+    wish = {"peerkv": {"pin": {"id": 1, "seconds": 10.0}}}
+    a.prefill(Request("pinned", list(PROMPT), kv_transfer_params=wish), [14, 15, 16, 17])
+    meta = a.schedule()
+    copy(a, meta)
+    assert {store.slot for store in meta.stores.begun} == set(reading.imports[0].source_blocks.tolist())
+    a.done(reading.step, again=report())
+    flood(a)
+    with closing(TableReader(a.half.table.path.with_name("a.host-memory.table"))) as reader:
+        assert len(reader.longest_run(keys_of(PROMPT)).block_ids) == 3
+
+
 class FreePool(Pool):
     """A pool that has no free blocks to tell of."""
 
