@@ -1,5 +1,6 @@
 """Replicas whose KV cache holds little more than one prompt, and what the tiers below it give back."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,10 +16,27 @@ WHOLE = (LENGTH - 1) // BLOCK * BLOCK
 SMALL = ("--kv-cache-memory-bytes", "33554432", "--max-model-len", "512")  # 21 blocks, 672 tokens
 
 
-def push_out(fleet: Fleet, words: Words, replica: str) -> None:
-    """Make a replica give up every block that it holds, by three other prompts."""
+def push_out(fleet: Fleet, words: Words, replica: str, key: str = "") -> None:
+    """Make a replica give up every block that it holds and that is not pinned, by three other prompts."""
     for _ in range(3):
-        fleet.answer(words.ids(8 * BLOCK - 2), replica=replica, max_tokens=1)
+        fleet.answer(words.ids(8 * BLOCK - 2), replica=replica, key=key, max_tokens=1)
+
+
+def stores(fleet: Fleet) -> dict[str, dict]:
+    """What /kv/stats says of disk and vault, by name."""
+    return {store["name"]: store for store in fleet.stats()["tiers"]["stores"]}
+
+
+def settle(fleet: Fleet) -> None:
+    """Wait until all that was stored in host memory is on the disk and in the vault: figures come once a second."""
+
+    def written() -> list[int]:
+        return [store["stored_frames"] for store in stores(fleet).values()]
+
+    before: list[int] = []
+    while (now := written()) != before:
+        before = now
+        time.sleep(1.5)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import takewhile
@@ -21,7 +20,7 @@ from tests.real.conftest import CONFIG, ONE, TWO, VLLM_ARGS, running
 from tests.real.families.engines import Family, tokens
 from tests.real.fleet import RESTART_SECONDS_MAX, Answer, Fleet, answer_of, until
 from tests.real.prompts import Words
-from tests.real.small_caches import BLOCK, LENGTH, SMALL, WHOLE, chain_of, push_out, restoring
+from tests.real.small_caches import BLOCK, LENGTH, SMALL, WHOLE, chain_of, push_out, restoring, settle, stores
 from tests.unit.engine.frame_tiers.node import Node
 from tests.unit.engine.frame_tiers.vault_servers import Server, valkey
 from transport.frames.codec import Quality
@@ -62,22 +61,6 @@ def tiered(home, vault) -> Iterator[Fleet]:
 @pytest.fixture(scope="module")
 def words(tiered) -> Words:
     return Words(tiered.model_dir)
-
-
-def stores(fleet: Fleet) -> dict[str, dict]:
-    return {store["name"]: store for store in fleet.stats()["tiers"]["stores"]}
-
-
-def settle(fleet: Fleet) -> None:
-    """Wait until all that was stored in host memory is on the disk and in the vault: figures come once a second."""
-
-    def written() -> tuple[int, ...]:
-        return tuple(store["stored_frames"] for store in stores(fleet).values())
-
-    before = (-1, -1)
-    while (now := written()) != before:
-        before = now
-        time.sleep(1.5)
 
 
 def lose(fleet: Fleet, words: Words, replica: str) -> None:
