@@ -30,11 +30,23 @@ def read_secret_files() -> dict[str, Any]:
         if _read(path := Path(directory) / f"{_PREFIX}{name}"):
             found[f"{name}_file"] = path
     if tenants := _read(path := Path(directory) / f"{_PREFIX}tenants"):
-        try:
-            found["tenants"] = json.loads(tenants)
-        except ValueError:
-            raise SettingsError(f"{path} is not JSON") from None
+        found["tenants"] = _json(path, tenants)
     return found
+
+
+def read_secret(path: Path, *, is_json: bool = False) -> Any:
+    """What a file holds that a setting names. Raises SettingsError, also if it is empty: nobody meant to let everybody in."""
+    content = _read(path)
+    if not content:
+        raise SettingsError(f"there is nothing in the file {path}, or it is not there")
+    return _json(path, content) if is_json else content
+
+
+def _json(path: Path, content: str) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise SettingsError(f"{path} is not JSON") from None
 
 
 def _read(path: Path) -> str:

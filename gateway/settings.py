@@ -25,6 +25,7 @@ from gateway.settings_errors import in_words, is_of_a_service, not_json
 from gateway.settings_limits import SharedLimitSettings
 from gateway.settings_models import ModelSettings, SeveralModels, check_models
 from gateway.settings_nodes import OtherNodes
+from gateway.settings_secrets import SecretsInFiles, from_files
 from gateway.settings_tiers import Tiers
 from gateway.settings_types import AbsolutePath, ReplicaCount, VllmArgs, Words
 from gateway.table_errors import Tables
@@ -98,7 +99,7 @@ class Tenant(BaseModel):
         return value
 
 
-class Settings(OtherNodes, Tiers, SharedLimitSettings, SeveralModels):
+class Settings(OtherNodes, Tiers, SharedLimitSettings, SecretsInFiles, SeveralModels):
     """Every setting with its default; sizes in bytes, times in seconds."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
@@ -161,11 +162,6 @@ class Settings(OtherNodes, Tiers, SharedLimitSettings, SeveralModels):
     limits_file: AbsolutePath = Field(
         default_factory=lambda data: default_limits_file(data.get("port", 0)),
         description="file that keeps what was used up of the keys' limits across restarts; one gateway's alone",
-    )
-    salt_secret_file: AbsolutePath | None = Field(
-        None,
-        description="file with the secret that keeps tenants' caches apart; gateways that share blocks need the same; unset: "
-        "that of the keys file, else one that is made beside the limits file",
     )
     cached_token_price: float = Field(
         0.1, ge=0, le=1, description="what a prompt token from a cache counts towards limits; a computed one counts 1"
@@ -419,8 +415,11 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
     in_environment = _environment_names()
     if config is None and os.environ.get(CONFIG_VARIABLE):
         config = Path(os.environ[CONFIG_VARIABLE])
-    secrets = read_secret_files()
-    in_file = {**(read_config(config) if config is not None else {}), **secrets}
+    secrets, of_toml = read_secret_files(), read_config(config) if config is not None else {}
+    variables = {name: os.environ.get(f"{ENV_PREFIX}{name.upper()}") for name in in_environment}
+    from_their_files, named = from_files((given, variables, secrets, of_toml))
+    given |= from_their_files
+    in_file = {**of_toml, **secrets}
     if "port" not in in_environment:  # else PEERKV_PORT of an orchestrator were taken for it
         in_file.setdefault("port", Settings.model_fields["port"].default)
     # A constructor's values beat the environment, so of the file only what nobody else says is handed in.
@@ -429,7 +428,7 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
         return Settings(**given, **rest)
     except ValidationError as error:
         places = {name: f"the file {ENV_PREFIX.lower()}{name}:" for name in secrets}
-        places |= {name: f"{ENV_PREFIX}{name.upper()}:" for name in in_environment}
+        places |= {name: f"{ENV_PREFIX}{name.upper()}:" for name in in_environment} | named
         raise SettingsError(in_words(error, _tables({**given, **rest}, config, places), Settings.model_fields)) from None
     except PydanticSettingsError as error:
         raise SettingsError(not_json(error, ENV_PREFIX)) from None

@@ -26,6 +26,8 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "allow_anyone": "yes",
         "reuse_port": "yes",
         "admin_key": '"$ADMIN_KEY"',
+        "admin_key_file": "/run/secrets/admin-key",
+        "tenants_file": "/run/secrets/tenants.json",
         "keys_file": "/etc/peerkv/keys.toml",
         "salt_secret_file": "/etc/peerkv/salt-secret",
         "cors_origins": "https://chat.example",

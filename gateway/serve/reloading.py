@@ -12,6 +12,7 @@ from gateway.settings import Settings
 RELOADED = frozenset(
     {
         "admin_key",
+        "admin_key_file",
         "answer_bytes_max",
         "answer_tokens_default",
         "bodies_bytes_max",
@@ -27,6 +28,7 @@ RELOADED = frozenset(
         "retry_attempts_max",
         "slow_start_seconds",
         "tenants",
+        "tenants_file",
         "upstream_idle_seconds",
     }
 )

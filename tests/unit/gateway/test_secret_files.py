@@ -77,3 +77,73 @@ def test_a_directory_in_a_secrets_place_is_an_error(secrets: Path) -> None:
     (secrets / "peerkv_admin_key").mkdir()
     with pytest.raises(SettingsError, match="cannot read the secret"):
         load()
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "admin-key"
+    path.write_text(KEY + "\n")
+    return path
+
+
+def test_a_setting_names_the_file_of_the_admin_key(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_ADMIN_KEY_FILE", str(key_file))
+    assert admin_key() == KEY
+    assert load().admin_key_file == key_file
+    config = key_file.with_name("peerkv.toml")
+    config.write_text(f'admin_key_file = "{key_file}"')
+    monkeypatch.delenv("PEERKV_ADMIN_KEY_FILE")
+    found = load(config=config).admin_key
+    assert found is not None
+    assert found.get_secret_value() == KEY
+
+
+def test_a_setting_names_the_file_of_the_tenants(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.json"
+    path.write_text('[{"name": "a", "api_key": "tenant-key-1"}]')
+    assert [tenant.name for tenant in load({"tenants_file": path}).tenants] == ["a"]
+
+
+def test_where_a_secret_is_named_decides_and_not_how(key_file: Path, secrets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag beats the environment, that a directory of secrets, that the settings file: as a value or as a file."""
+    config = key_file.with_name("peerkv.toml")
+    config.write_text(f'admin_key_file = "{key_file}"')
+    monkeypatch.setenv("PEERKV_CONFIG", str(config))
+    assert admin_key() == KEY
+    (secrets / "peerkv_admin_key").write_text("from-the-directory")
+    assert admin_key() == "from-the-directory"
+    monkeypatch.setenv("PEERKV_ADMIN_KEY_FILE", str(key_file))
+    assert admin_key() == KEY
+    flagged = load({"admin_key": "from-the-flag"}).admin_key
+    assert flagged is not None
+    assert flagged.get_secret_value() == "from-the-flag"
+
+
+def test_a_secret_and_its_file_side_by_side_are_an_error(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERKV_ADMIN_KEY_FILE", str(key_file))
+    monkeypatch.setenv("PEERKV_ADMIN_KEY", "from-the-environment")
+    with pytest.raises(SettingsError, match="admin_key and admin_key_file: give one of them"):
+        load()
+
+
+@pytest.mark.parametrize("content", ["", " \n", None])
+def test_a_named_file_without_anything_in_it_lets_nobody_in(key_file: Path, content: str | None) -> None:
+    if content is None:
+        key_file.unlink()
+    else:
+        key_file.write_text(content)
+    with pytest.raises(SettingsError, match=r"nothing in the file .*admin-key"):
+        load({"admin_key_file": key_file})
+
+
+def test_what_is_wrong_in_a_named_file_is_said_with_its_name_and_without_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.json"
+    path.write_text('[{"name": "a", "api_key": "short"}]')
+    with pytest.raises(SettingsError, match=r"tenants\.json") as caught:
+        load({"tenants_file": path})
+    assert "short" not in str(caught.value).replace("too short", "")
+    key = tmp_path / "key"
+    key.write_text("tiny")
+    with pytest.raises(SettingsError, match="admin_key") as caught:
+        load({"admin_key_file": key})
+    assert "tiny" not in str(caught.value)

@@ -23,7 +23,7 @@ COMMANDS = (*WORKERS, "vault")
 OBSERVERS = ("prometheus", "grafana")
 # Where the gateway listens and where files are is compose.yaml's own.
 FIXED = {"host", "port", "run_dir", "table_dir", "log_dir"}
-SECRETS = {"admin_key", "tenants"}
+SECRETS = {"admin_key", "admin_key_file", "tenants", "tenants_file"}
 VERSION = (2, 20, 2)
 # The first version of Compose that knows a key.
 SINCE = {"depends_on required": (2, 20, 2), "profiles": (1, 28, 0), "create_host_path": (2, 0, 0)}

@@ -19,6 +19,7 @@ from gateway.cli.flag_groups import GROUPS, OF_GATEWAY, example
 from gateway.cli.flags import WITHOUT_FLAG, given_settings
 from gateway.cli.main import build_parser, main
 from gateway.settings import Settings
+from gateway.settings_secrets import OF_FILE
 
 COMMANDS = [["serve"], ["engine"], ["gateway"], ["doctor"], ["kv", "stats"], ["kv", "prefixes"], ["openapi"]]
 
@@ -98,9 +99,13 @@ def test_every_flag_of_a_setting_is_in_one_group_and_has_an_example() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [item for names in GROUPS.values() for item in names.items()])
-def test_every_example_is_taken(name: str, value: str, runs: list[tuple[str, Settings]]) -> None:
+def test_every_example_is_taken(name: str, value: str, runs: list[tuple[str, Settings]], tmp_path: Path) -> None:
     both = ["--tls-cert", "c.pem", "--tls-key", "k.pem"] if name.startswith("tls_") else []  # neither works alone
     both += ["--host-memory", "4GiB"] if name == "host_memory_dir" else []
+    if name in OF_FILE.values():  # which are read at once
+        held = '[{"name": "a", "api_key": "tenant-key-1"}]' if value.endswith(".json") else "an-admin-key"
+        value = str(tmp_path / Path(value).name)
+        Path(value).write_text(held)
     assert main(["serve", *both, *example(name, value).split(" ", 1)]) == 0
     assert getattr(runs[0][1], name) != Settings.model_fields[name].get_default(call_default_factory=False)
 
