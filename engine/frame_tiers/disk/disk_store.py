@@ -449,12 +449,15 @@ class DiskStore:
             self._number = max(self._number, int(path.stem))
             try:
                 found = scan(path)
+                if found is None or not found[2]:
+                    self._stats.errors += 1
+                    what = "is no segment: it is removed" if found is None else "has something torn, which ends it"
+                    _logger.warning("%s %s", path, what)
                 if found is None or not found[0].ids:
                     path.unlink(missing_ok=True)
                     continue
                 segment, frames, whole = found
                 if not whole:
-                    _logger.info("%s ends in something torn, which is left out", path)
                     segment.size = path.stat().st_size
             except OSError as error:
                 self._stats.errors += 1

@@ -299,11 +299,26 @@ def test_a_flipped_byte_before_a_start_is_a_miss_and_never_another_frame(opened,
     for place in [*range(HEAD.size + 80), *range(HEAD.size + SIZE, HEAD.size + SIZE + 80)]:
         path.write_bytes(original)
         flip(path, place)
-        found = {n: data for n, data in fetched(opened(), [1, 2, 3], whole).items() if whole(n, data)}
+        store = opened()
+        found = {n: data for n, data in fetched(store, [1, 2, 3], whole).items() if whole(n, data)}
         assert set(found) <= {1, 2, 3}
         assert all(data == frame(number) for number, data in found.items())
+        counts = store.stats()
+        dated = 8 <= place < HEAD.size  # when it was begun: no frame's byte
+        assert bool(counts.errors + counts.damaged_frames + counts.missed_frames) != dated
         if not path.exists():  # its first bytes said that it is no segment
             path.write_bytes(original)
+
+
+@pytest.mark.parametrize("place", [0, HEAD.size, HEAD.size + 4, HEAD.size + SIZE + 1])
+def test_a_header_that_was_flipped_before_a_start_is_counted_then(opened, tmp_path, place):
+    opened().put(entries([1, 2, 3]))
+    opened().close()
+    flip(segments(tmp_path)[0], place)
+    store = opened()
+    assert store.stats().errors == 1
+    assert store.stats().state == "ok"
+    assert fetched(store, [1, 2, 3], whole) == ({1: frame(1)} if place > HEAD.size + SIZE else {})
 
 
 def flip(path, place):
@@ -333,6 +348,7 @@ def test_a_truncated_segment_gives_what_is_whole(opened, tmp_path, left):
     opened().close()
     os.truncate(segments(tmp_path)[0], left)
     store = opened()
+    assert store.stats().errors == (left not in (HEAD.size, HEAD.size + SIZE))  # what ends with a frame is whole
     kept = [number for number in (1, 2, 3) if HEAD.size + number * SIZE <= left]
     assert fetched(store, [1, 2, 3], whole) == {number: frame(number) for number in kept}
     store.put(entries([4]))
