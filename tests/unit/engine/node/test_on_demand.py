@@ -188,7 +188,7 @@ def test_an_engine_that_answers_an_error_is_given_up_at_once(engine):
 
 @contextmanager
 def taking_nobody(path: Path) -> Iterator[FleetSnapshot]:
-    """A replica whose socket has a full queue, as one that is stopped has."""
+    """A replica whose socket has a full queue, as one that is stopped may have."""
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listener:
         listener.bind(str(path / "replica.sock"))
         listener.listen(0)
@@ -218,13 +218,18 @@ def test_a_replica_that_takes_no_connection_is_left_alone_for_a_while(tmp_path, 
             demand.store("owner", Missing(3))
 
 
-def test_who_asked_waits_no_longer_for_one_that_takes_no_connection(tmp_path, monkeypatch):
+def test_who_asked_waits_no_longer_for_one_that_does_not_read_what_it_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(on_demand, "STORE_SECONDS_MAX", 0.1)
     monkeypatch.setattr(on_demand, "SEND_SECONDS_MAX", 60.0)
-    with taking_nobody(tmp_path) as fleet:
+    monkeypatch.setattr(on_demand, "_request", lambda model, blocks: bytes(64 << 20))  # more than a socket takes unread
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listener:
+        listener.bind(str(tmp_path / "replica.sock"))
+        listener.listen()
+        replica = Replica("owner", ReplicaState.READY, str(tmp_path / "replica.sock"), None, 0, "", "cuda:0", "")
+        demand = OnDemand(lambda: FleetSnapshot(1, "/m", "served", "/t", (replica,)))
         began = time.monotonic()
-        with pytest.raises(NodeError, match="owner: "):
-            OnDemand(lambda: fleet).store("owner", Missing(3))
+        with pytest.raises(NodeError, match="owner: timed out"):
+            demand.store("owner", Missing(3))
         assert time.monotonic() - began < 30
 
 
