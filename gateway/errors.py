@@ -287,6 +287,17 @@ class ReplicaTooSlow(ApiError):
         super().__init__(f"The replica did not begin to answer within {seconds:g} s.")
 
 
+class DeadlinePassed(ApiError):
+    """The answer did not begin within the time that the request's header x-request-timeout gives it."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The answer did not begin within {seconds:g} s, as the header 'x-request-timeout' wants it.")
+
+
 class InternalError(ApiError):
     """A defect in the gateway. The message reveals no internals; the log has them under the request's id."""
 

@@ -31,7 +31,10 @@ async def _relayed_headers(
     patience: Annotated[
         str | None,
         Header(
-            description="seconds that the request may wait for room at a replica", alias="x-request-timeout", examples=["5"]
+            description="seconds from the request's arrival to the first byte of its answer: a stream that has begun goes on; "
+            "503 `queue_full` or 504 `deadline_exceeded` when they are over",
+            alias="x-request-timeout",
+            examples=["5"],
         ),
     ] = None,
     quality: Annotated[
@@ -97,7 +100,8 @@ def _errors(*statuses: int, relayed: bool) -> dict[int | str, dict[str, Any]]:
         500: "The gateway or the replica failed on this request",
         502: "The replica was lost",
         503: "No replica is ready, the queue is full or too slow for the request (`queue_full`), or the gateway is stopping",
-        504: "The replica did not begin its answer in time",
+        504: "The replica did not begin its answer in time (`replica_timeout`), or not before `x-request-timeout` was over "
+        "(`deadline_exceeded`)",
     }
     return {
         status: {"model": ErrorAnswer, "description": why[status], "headers": headers_of(status, relayed=relayed)}

@@ -52,6 +52,7 @@ class Transaction:
         self.leave_turn: Callable[[], None] | None = None
         """To be called at its end if it was let in to replicas of which each gets so many at once."""
         self.has_slot = False
+        self._deadline: asyncio.TimerHandle | None = None
         """Whether it counts as being served."""
         self._cycle = cycle = cycle_of(scope)
         self._task = cycle.task
@@ -128,12 +129,23 @@ class Transaction:
         """Stop cancelling the task. Idempotent."""
         self._task = None
         self._cycle.on_left = None
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None  # which refers to the transaction
 
     def end(self, error: ApiError) -> None:
         """End the transaction with this error, unless its answer is complete already."""
         if self._task is not None:
             self.ending = error
             self._task.cancel()
+
+    def begin_within(self, seconds: float, error: ApiError) -> None:
+        """End the transaction with this error if its answer has not begun by then."""
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self._is_late, error)
+
+    def _is_late(self, error: ApiError) -> None:
+        if not self.begun:
+            self.end(error)
 
     def begin(self, status: int, lines: bytes, *, is_event_stream: bool = False) -> None:
         """Begin the answer, `lines` among its headers; its head leaves with the first bytes of its body, if not before."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Callable
 from math import ceil
 from typing import Protocol
 
-from gateway.errors import InvalidRequest, Unavailable
+from gateway.errors import Unavailable
 from gateway.limits.fair_queue import FairQueue
 from gateway.limits.shapes import QueueStats
 
-_SECONDS = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,9})?")
 LOOK_SECONDS = 1.0
 """How often one that waits looks for room."""
 _SMOOTHING = 0.1  # the weight of the newest interval
@@ -40,15 +38,6 @@ class AdmissionSettings(Protocol):
     def queue_requests_max(self) -> int: ...
     @property
     def queue_seconds_max(self) -> float: ...
-
-
-def timeout_of(value: bytes | None) -> float | None:
-    """The seconds in a header x-request-timeout; None without one. Raises InvalidRequest."""
-    if value is None:
-        return None
-    if _SECONDS.fullmatch(value) is None:
-        raise InvalidRequest("The header 'x-request-timeout' must be a number of seconds, such as 5 or 0.5.")
-    return float(value)
 
 
 class Admission:

@@ -12,6 +12,7 @@ import hmac
 import os
 from collections.abc import Iterable
 
+from gateway.errors import UnknownResponse
 from gateway.tenants.tenants import TenantContext
 
 _PREFIX = "resp_"
@@ -36,6 +37,14 @@ def keeper(id: str, owner: str, replicas: Iterable[str]) -> str | None:
     if not id.startswith(_PREFIX) or len(chance) != 2 * _RANDOM_BYTES or not chance.isascii():
         return None
     return next((name for name in replicas if hmac.compare_digest(_code(owner, chance, name).encode(), code)), None)
+
+
+def wanted_keeper(id: str, owner: str, replicas: Iterable[str], wanted: str | None) -> str:
+    """As `keeper`. Raises UnknownResponse for None, and when the request names another replica as `wanted`."""
+    found = keeper(id, owner, replicas)
+    if found is None or wanted not in (None, found):
+        raise UnknownResponse(id)
+    return found
 
 
 def _code(owner: str, chance: str, replica: str) -> str:

@@ -32,14 +32,12 @@ from gateway.errors import (
     ReplicaLost,
     TooManyRequests,
     Unavailable,
-    UnknownResponse,
 )
 from gateway.http_server.request_cycle import Scope
 from gateway.http_server.transaction import JSON_LINE, ClientLeft, Transaction
 from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS
 from gateway.limits.limiter import Limiter
-from gateway.relay.admission import timeout_of
 from gateway.relay.answer import Answer, at_hand, pass_on, says_that_its_engine_died
 from gateway.relay.batching import Batching
 from gateway.relay.charge import Charge
@@ -50,9 +48,10 @@ from gateway.relay.going_on import Rest
 from gateway.relay.hidden_usage import UsageHider
 from gateway.relay.interfaces import PlanT
 from gateway.relay.keep_alive import KeepAlive
-from gateway.relay.kept_responses import keeper, new_id, owner_of
+from gateway.relay.kept_responses import new_id, owner_of, wanted_keeper
 from gateway.relay.large_bodies.pool import LargeBodies
 from gateway.relay.outcome import finish, outcome
+from gateway.relay.patience import seconds_left, timeout_of, wait_for_replicas
 from gateway.relay.quality import with_quality
 from gateway.relay.read_body import Looked, read_large, read_small
 from gateway.relay.record_queue import RecordQueue
@@ -229,6 +228,7 @@ class Relay(Generic[PlanT]):
 
     async def _serve(self, endpoint: Endpoint, transaction: Transaction, record: RequestRecord) -> None:
         fields, traits = transaction.fields, ENDPOINTS[endpoint]
+        patience = timeout_of(fields.timeout)
         tenant = caller(self._tenants, transaction.scope, fields.authorization, fields.host)
         record.tenant = tenant.name
         charge = None if tenant.key is None else Charge(self._limiter, tenant.key, transaction, record)
@@ -256,7 +256,8 @@ class Relay(Generic[PlanT]):
         record.streamed = body.get("stream") is True and traits.generates
         wanted = fields.wanted_replica
         if endpoint == "responses" and body.get("previous_response_id"):
-            wanted = self._keeper(served, body["previous_response_id"], owner, wanted)
+            names = [replica.name for replica in served.fleet.snapshot().replicas]
+            wanted = wanted_keeper(body["previous_response_id"], owner, names, wanted)
         read = await served.planner.read(endpoint, body, tenant, wanted_replica=wanted, known=known)
         bounds = None if charge is None else self._reserve(charge, served, endpoint, body, read)
         if charge is not None and charge.has_to_agree:
@@ -267,8 +268,9 @@ class Relay(Generic[PlanT]):
             if record.streamed:
                 self.keep_alive.waits(transaction)
             tokens = served.planner.uncached_tokens(read)
-            await served.admission.enter(tenant.name, tenant.rank, tokens, timeout_of(fields.timeout))
+            await served.admission.enter(tenant.name, tenant.rank, tokens, seconds_left(patience, transaction))
             transaction.leave_turn = served.admission.leave
+        wait_for_replicas(patience, transaction)
         if len(self._transactions) > 1:
             await self._batching.wait()
         plan = served.planner.decide(read)
@@ -286,13 +288,6 @@ class Relay(Generic[PlanT]):
             self.keep_alive.waits(transaction)
         del body, body_sent, known, read_there, sent, read  # what was decoded is many times what is sent
         await self._travel(request)
-
-    def _keeper(self, served: ServedFleet[PlanT], response: str, owner: str, wanted: str | None) -> str:
-        """The replica that keeps a response. Raises UnknownResponse, also when the request names another replica."""
-        found = keeper(response, owner, [replica.name for replica in served.fleet.snapshot().replicas])
-        if found is None or wanted not in (None, found):
-            raise UnknownResponse(response)
-        return found
 
     def _reserve(
         self, charge: Charge, served: ServedFleet[PlanT], endpoint: Endpoint, body: dict[str, Any], read: Any

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from gateway.errors import InvalidRequest
-from gateway.relay.admission import Admission, QueueFull, timeout_of
+from gateway.relay.admission import Admission, QueueFull
+from gateway.relay.patience import timeout_of
 from gateway.tenants.keys import NORMAL
 from tests.unit.gateway.limits.limited_keys import limited
 from tests.unit.gateway.relay.relay_client import COMPLETION
@@ -217,7 +218,7 @@ async def test_room_is_for_each_replica_and_for_one_even_if_none_is_ready() -> N
     await third
 
 
-@pytest.mark.parametrize("value", [b"", b"-1", b"1e9", b"nan", b"5s"])
+@pytest.mark.parametrize("value", [b"", b"-1", b"1e9", b"nan", b"5s", b"0", b"0.0"])
 def test_a_timeout_is_a_number_of_seconds(value: bytes) -> None:
     assert timeout_of(None) is None
     assert timeout_of(b"0.5") == 0.5
