@@ -1,7 +1,7 @@
 """What this engine offers to others: full blocks whose KV is computed, until vLLM reallocates them."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from collections.abc import Sequence as Blocks
 
 import numpy as np
@@ -40,6 +40,7 @@ class Offers:
         self._leaving = leaving
         self._asked = asked
         self._coded: set[int] = set()  # blocks that came out of a codec with loss
+        self._doubted: set[int] = set()
         self._group = array("b", bytes(0 if leaving is None or groups.plain else table.layout.blocks))
 
     def end(self, blocks: Blocks[int], step: int, *, by_import: bool = False) -> None:
@@ -49,9 +50,18 @@ class Offers:
                 self._leaving(blocks, by_import)
             if self._coded:
                 self._coded.difference_update(blocks)
+            if self._doubted:
+                self._doubted.difference_update(blocks)
             ids = int32_array(blocks)
             self._allocated[ids] = step
             self._table.count("evictions", self._table.invalidate(ids))
+
+    def doubt(self, blocks: Set[int]) -> None:
+        """Nobody knows what `blocks` hold: neither they nor what was computed behind them is offered before vLLM reallocated
+        them."""
+        if blocks:
+            self._doubted |= blocks
+            self._table.count("evictions", self._table.invalidate(int32_array(list(blocks))))
 
     def imported(self, blocks: Blocks[int], states: npt.NDArray[np.uint64]) -> None:
         """`blocks` are copied from where these are the states of what they become."""
@@ -91,7 +101,7 @@ class Offers:
         """
         first, last = sequence.published, full_keys
         for number, ratio in self._ratios:
-            last = min(last, len(sequence.block_ids[number]) * ratio)
+            last = min(last, self._sound(sequence.block_ids[number]) * ratio)
         if last <= first:
             return
         keys = sequence.keys(last)
@@ -111,6 +121,12 @@ class Offers:
             self._mark(blocks, number)
             self._table.publish(ids, own, self._quality(sequence, blocks, sequence.block_ids[number][0]))
         sequence.published = last
+
+    def _sound(self, blocks: Blocks[int]) -> int:
+        """Return how many of a sequence's blocks come before the first that is in doubt."""
+        if not self._doubted:
+            return len(blocks)
+        return next((place for place, block in enumerate(blocks) if block in self._doubted), len(blocks))
 
     def _count(self, keys: Keys, first: int, last: int) -> None:
         """Tell that a sequence has the blocks of these keys; a state is as popular as the prefix that it ends."""

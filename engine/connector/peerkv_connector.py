@@ -242,7 +242,11 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return tokens, tokens > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        if self._scheduler is not None and num_external_tokens:
+        if self._scheduler is None:
+            return
+        if not num_external_tokens:
+            self._scheduler.admitted(request.request_id, blocks)
+        else:
             half, block_ids = self._scheduler, blocks.get_block_ids()
             done = self._guard("plan an import", lambda: half.allocated(request, block_ids, num_external_tokens), None)
             if not done:  # vLLM waits for every import that it allocated for
@@ -256,9 +260,16 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return meta or StepMetadata(0, half.take_starting())
 
     def update_connector_output(self, connector_output: Any) -> None:
-        report = connector_output.kv_connector_worker_meta
-        if self._scheduler is not None and isinstance(report, WorkerReport):
-            self._guard("take a report", lambda: self._half.report(report), None)
+        half = self._scheduler
+        if half is None:
+            return
+        meta = connector_output.kv_connector_worker_meta
+        report = meta if isinstance(meta, WorkerReport) else None
+        finished, invalid = connector_output.finished_recving, connector_output.invalid_block_ids
+        if finished or invalid:
+            self._guard("note what was loaded", lambda: half.transferred(finished or (), invalid or set(), report), None)
+        if report is not None:
+            self._guard("take a report", lambda: half.report(report), None)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         if self._scheduler is not None:

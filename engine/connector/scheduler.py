@@ -6,15 +6,17 @@ and `engine.connector.peerkv_connector` keeps any exception from reaching vLLM.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Blocks
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from engine.connector.ahead import Pace
 from engine.connector.import_sources import Peers
 from engine.connector.imports import Imports
 from engine.connector.offers import NEVER, Offers
+from engine.connector.other_loads import OtherLoads
 from engine.connector.pins import BlockPool, Pins
 from engine.connector.request_accounts import PromptWork, RequestAccount, RequestAccounts
 from engine.connector.request_keys import RootKeys, extra_content
@@ -105,6 +107,7 @@ class SchedulerHalf:
         self._accounts = RequestAccounts(table, transport)
         self._pins = Pins(int(pin_share_max * table.layout.blocks))
         self._imports = Imports(table, self._accounts, self._sources, groups=groups, transport=transport, ranks=ranks)
+        self._others = OtherLoads(groups)
         self._sequences: dict[str, Sequence] = {}
         self._steps: deque[tuple[int, Work, PromptWork]] = deque()
         self._step = 0
@@ -129,6 +132,7 @@ class SchedulerHalf:
 
     def match(self, request: Any, computed_tokens: int) -> int:
         """Return how many tokens beyond `computed_tokens` a peer can supply; plan the import but change nothing else."""
+        self._others.found(request.request_id, computed_tokens)
         self._notice_reset()  # here already: later it would take the import that is being planned for one of before
         now_ns = self._clock_ns()
         account = self._account(request, now_ns)
@@ -145,6 +149,7 @@ class SchedulerHalf:
 
     def allocated(self, request: Any, block_ids: GroupBlocks, external_tokens: int) -> bool:
         """Begin the import of a request that vLLM gave blocks to; False if there is nothing to begin."""
+        self._others.ours(request.request_id)
         sequence = self._sequences.get(request.request_id)
         if sequence is None:
             return False
@@ -165,6 +170,10 @@ class SchedulerHalf:
         self._imports.begin(sequence, plan, targets, self._clock_ns())
         return True
 
+    def admitted(self, request_id: str, blocks: Any) -> None:
+        """vLLM gave a request `blocks`, its `KVCacheBlocks`, and we load nothing into them; another connector may."""
+        self._others.admitted(request_id, blocks)
+
     def give_up(self, request_id: str, block_ids: GroupBlocks, external_tokens: int) -> None:
         """Have an import that vLLM allocated for reported as failed."""
         self._imports.give_up(request_id, self._groups.ordered(block_ids), external_tokens)
@@ -180,18 +189,22 @@ class SchedulerHalf:
             self._accounts.preempted(request_id)
         for new in output.scheduled_new_reqs:  # with model runner V2, resumed ones too
             tokens, sequence = scheduled.get(new.req_id, 0), self._sequences.get(new.req_id)
-            self._given(sequence, new.block_ids, new.num_computed_tokens, again=True)
+            self._given(new.req_id, sequence, new.block_ids, new.num_computed_tokens, again=True)
             self._accounts.scheduled(new.req_id, new.num_computed_tokens, tokens, now_ns)
             if sequence is not None:
                 work.ends.append((sequence, new.num_computed_tokens + tokens))
         self._step_cached(output.scheduled_cached_reqs, scheduled, work, now_ns)
+        for blocks in self._others.begun(scheduled) if self._others.given else ():
+            self._written_by_others(blocks)
         if not self._groups.plain:
             self._step_groups(output, work)
         prompts = self._accounts.close_step()
         self._steps.append((self._step, work, prompts))
         self._unpin((), now_ns)
-        asked, running = self._accounts.asked, self._accounts.running
-        self._pins.make_room(dry=not scheduled and not running and any(each not in self._imports for each in asked))
+        idle, loading = not scheduled and not self._accounts.running, self._others.under_way
+        self._pins.make_room(
+            dry=idle and any(each not in self._imports and each not in loading for each in self._accounts.asked)
+        )
         self.table.beat(now_ns)
         self._tell()
         pace = self._pace(bool(scheduled), prompts)
@@ -203,14 +216,16 @@ class SchedulerHalf:
         return self._imports.take_starting()
 
     def _pace(self, scheduled: bool, prompts: PromptWork) -> Pace:
-        if prompts.tokens or self._accounts.prefilling or len(self._imports):
+        if prompts.tokens or self._accounts.prefilling or len(self._imports) or self._others.under_way:
             return Pace.BUSY
         waiting, running, _, _ = self._accounts.load()
         return Pace.CALM if scheduled or waiting or running else Pace.IDLE
 
-    def _given(self, sequence: Sequence | None, block_ids: GroupBlocks, computed: int, *, again: bool) -> None:
+    def _given(self, request_id: str, sequence: Sequence | None, block_ids: GroupBlocks, computed: int, *, again: bool) -> None:
         """vLLM gave a request blocks: behind those it has, or, `again`, all it has, the first with `computed` tokens."""
         ordered = self._groups.ordered(block_ids)
+        if again:
+            self._written_by_others(self._others.loaded(request_id, ordered, computed))
         for group, blocks in zip(self._groups.groups, ordered, strict=True):
             self._offers.end(blocks[computed // group.block_size :] if again else blocks, self._step)
         if sequence is None:
@@ -221,13 +236,20 @@ class SchedulerHalf:
             for own, blocks in zip(sequence.block_ids, ordered, strict=True):
                 own += blocks
 
+    def _written_by_others(self, blocks: list[int]) -> None:
+        """Another connector loads into `blocks` with the step that is being made, in no order with the engine's own work."""
+        if blocks:
+            self._offers.end(blocks, self._step)
+            if self._stored is not None:
+                self._stored.lost(blocks)
+
     def _step_cached(self, cached: Any, scheduled: dict[str, int], work: Work, now_ns: int) -> None:
         """Note the requests that run on. Nothing is done for one that decodes and neither got nor filled a block."""
         size, sequences, resumed = self._groups.unit, self._sequences, cached.resumed_req_ids
         for request_id, computed, added in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
             sequence = sequences.get(request_id)
             if added and any(added):
-                self._given(sequence, added, computed, again=request_id in resumed)
+                self._given(request_id, sequence, added, computed, again=request_id in resumed)
             if sequence is not None:
                 end = computed + scheduled.get(request_id, 0)
                 if end // size > sequence.published:
@@ -297,6 +319,15 @@ class SchedulerHalf:
             self._stored.copied(report.copied, report.lost)
         self._tell()
 
+    def transferred(self, finished: Iterable[str], invalid: set[int], report: WorkerReport | None) -> None:
+        """Loads of these requests finished, ours or others', and `invalid` blocks were not filled. Before `report` is taken."""
+        if invalid and report is not None:  # of ours what failed is computed before it is offered, as it is not in any step yet
+            invalid = invalid - {block for ended in report.imports.values() for block in ended.failed_blocks}
+        if invalid:
+            held = chain(self._sequences.values(), (sequence for _, work, _ in self._steps for sequence, _ in work.ends))
+            self._offers.doubt(self._others.spoilt(invalid, (sequence.block_ids for sequence in held)))
+        self._others.ended(finished)
+
     def _enter(self, report: WorkerReport) -> None:
         """Have vLLM enter the blocks that are good in its prefix cache while the rest of an import is on its way.
 
@@ -310,6 +341,7 @@ class SchedulerHalf:
     def finished(self, request_id: str, *, aborted: bool = False) -> None:
         """Forget a request; what its last step computed is still offered when that step is reported."""
         self._sequences.pop(request_id, None)
+        self._others.forget(request_id)
         self._accounts.finished(request_id, aborted=aborted)
         self._tell()
 

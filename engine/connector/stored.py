@@ -47,6 +47,10 @@ class Stored:
         self._memory.overwritten(blocks, by_import=by_import)
         self._ahead.moved(blocks)
 
+    def lost(self, blocks: Blocks[int]) -> None:
+        """Something that waits for nothing overwrites `blocks` with the step that is being made."""
+        self._memory.lost(blocks)
+
     def wanted(self, blocks: Blocks[int]) -> None:
         """Another node is to read `blocks` out of host memory: what is on offer of them is stored with the next step."""
         self._wanted.update((block, None) for block in blocks if block < self._table.layout.blocks)

@@ -61,10 +61,14 @@ class Computing(Engine):
         for name, computed in read:
             for place in range(computed, computed + output.num_scheduled_tokens[name]):
                 self.content[self.blocks[name][place // SIZE]][place % SIZE] = self.made(name, place)
+        self._look(read, output.num_scheduled_tokens)
+        super()._report(output)
+
+    def _look(self, read: list[tuple[str, int]], written: dict[str, int]) -> None:
+        """Read what is taken for computed, of each request so many tokens, before those that are `written` in this step."""
         for name, computed in read:
             for place in range(computed):
                 assert self.content[self.blocks[name][place // SIZE]][place % SIZE] == self.made(name, place), (name, place)
-        super()._report(output)
 
     def made(self, name: str, place: int) -> int:
         return hash(tuple(self.tokens[name][: place + 1]))

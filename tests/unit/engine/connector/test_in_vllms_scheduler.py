@@ -64,7 +64,7 @@ class Engine:
                 async_scheduling=ahead > 0,
             ),
             device_config=DeviceConfig("cpu"),
-            kv_transfer_config=KVTransferConfig(
+            kv_transfer_config=self.transfer_config(
                 kv_connector="PeerKVConnector",
                 kv_connector_module_path="engine.connector",
                 kv_role="kv_both",
@@ -92,6 +92,10 @@ class Engine:
         self.table = TableReader(self.tables / f"{name}.table")
         self.under_way: list = []
         self.preempted = 0
+
+    def transfer_config(self, **ours) -> KVTransferConfig:
+        """What vLLM is told of connectors: ours alone."""
+        return KVTransferConfig(**ours)
 
     def tell_of_memory(self) -> None:
         """As vLLM does at its start, and when it woke up."""
