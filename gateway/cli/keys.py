@@ -31,7 +31,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     summary = "add, list, revoke and rotate API keys, and limit what they may use"
     parser = commands.add_parser("keys", help=summary, description=summary)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    add = _add(verbs, "add", _add_key, "make a key, and show it once", "keys add alice --requests-per-minute 60 --expires 90d")
+    add = _add(verbs, "add", _add_key, "make a key, and show it once")
     add.add_argument("name", metavar="NAME", help=f"what the key is called, in this file and in figures; {_FREE}")
     add.add_argument(
         "--tenant", metavar="NAME", help="whose it is; the keys of a tenant share one prefix cache (default: NAME)"
@@ -49,22 +49,17 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for name, field in KeyLimits.model_fields.items():
         flag = "--" + name.replace("_", "-")
         add.add_argument(flag, type=int, metavar="N", help=f"{field.description} (default: no limit)")
-    _add(verbs, "list", _list, "show the keys and their limits", "keys list --json")
-    revoke = _add(verbs, "revoke", _revoke, "end a key for good", "keys revoke alice")
+    _add(verbs, "list", _list, "show the keys and their limits")
+    revoke = _add(verbs, "revoke", _revoke, "end a key for good")
     revoke.add_argument("name", metavar="NAME", help="as `keys list` shows it")
-    rotate = _add(
-        verbs, "rotate", _rotate, "replace a key with a new one that has the same limits", "keys rotate alice --grace 24h"
-    )
+    rotate = _add(verbs, "rotate", _rotate, "replace a key with a new one that has the same limits")
     rotate.add_argument("name", metavar="NAME", help="as `keys list` shows it")
     text = f"how long the old key works too, {SPANS}; 0s ends it at once (default: {GRACE_DEFAULT})"
     rotate.add_argument("--grace", default=GRACE_DEFAULT, metavar="SPAN", help=text)
 
 
-def _add(verbs: Any, name: str, work: Work, summary: str, example: str) -> argparse.ArgumentParser:
-    epilog = f"Example: peerkv {example} --keys-file keys.toml"
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=summary, description=summary, epilog=epilog, allow_abbrev=False
-    )
+def _add(verbs: Any, name: str, work: Work, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     parser.add_argument("--keys-file", metavar="FILE", help="the file (default: the setting keys_file, PEERKV_KEYS_FILE)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML (default: $PEERKV_CONFIG)")
     parser.add_argument("--json", action="store_true", help="print JSON (default: text)")

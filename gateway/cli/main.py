@@ -20,6 +20,7 @@ from gateway.cli import audit, keys, kv_explain, kv_frames, kv_prefixes, node_ke
 from gateway.cli import kv_stats as kv_live
 from gateway.cli.asking import add_gateway_flags
 from gateway.cli.bench import flags as bench_flags
+from gateway.cli.examples import add_examples
 from gateway.cli.flag_groups import OF_GATEWAY, OF_REPLICAS, WholeFlags
 from gateway.cli.flags import add_settings_flags, given_settings
 from gateway.cli.unknown_flags import unknown_words
@@ -36,7 +37,6 @@ _BENCH_ABOUT = (
     "request; and throughput at a fixed rate with shared prefixes. Prompts are random words. Takes about two minutes on "
     "two CPU cores."
 )
-_SERVE_EPILOG = "Arguments after -- are passed to every vLLM server, for example: peerkv serve MODEL -- --max-model-len 8192"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     node_keys.add_commands(commands)
     vault.add_command(commands)
     _add_openapi(commands)
+    add_examples(parser)
     return parser
 
 
@@ -120,9 +121,8 @@ def _add_runner(
     *,
     vllm: bool = False,
 ) -> None:
-    epilog = _SERVE_EPILOG if vllm else None
     usage = f"peerkv {name} [flags]{' [MODEL] [-- flags of vLLM]' if vllm else ''}"
-    about: dict[str, Any] = {"help": summary, "usage": usage, "description": summary, "epilog": epilog}
+    about: dict[str, Any] = {"help": summary, "usage": usage, "description": summary}
     parser = commands.add_parser(name, **about, allow_abbrev=False, formatter_class=WholeFlags)
     if vllm:
         text = "directory or hub id of the model (default: SmolLM2-135M-Instruct, downloaded once; for example Qwen/Qwen3-8B)"

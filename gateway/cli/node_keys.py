@@ -21,7 +21,6 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "node-keys",
         help="make the keys by which nodes know each other",
         description=_ABOUT,
-        epilog="Example: peerkv node-keys ~/peerkv-nodes node-a node-b",
         allow_abbrev=False,
     )
     parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="where the authority is, or will be")
