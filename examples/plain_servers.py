@@ -8,6 +8,7 @@ On the CPU these options are needed: --block-size 32 --kv-cache-memory-bytes 268
 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1.
 
 What makes a server share is `--kv-transfer-config` with a `table_dir` that both have, and a name of its own for each.
+To have another connector beside peerkv's, see docs/migrating.md.
 """
 
 import argparse

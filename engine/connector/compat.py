@@ -5,9 +5,17 @@ from typing import Any
 
 import torch
 import vllm
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 PEER_HITS: Any = CacheHitSource.P2P
+
+
+def transfer_config(connector: Any) -> Any:
+    """Return the transfer configuration that vLLM itself reads, in a worker: under MultiConnector, which gives each of its
+    connectors a copy, not the connector's own."""
+    outer = get_kv_transfer_group() if has_kv_transfer_group() else connector
+    return outer._vllm_config.kv_transfer_config
 
 
 def vllm_version() -> str:

@@ -17,6 +17,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -51,6 +52,10 @@ _logger = logging.getLogger("vllm.peerkv")
 _Result = TypeVar("_Result")
 _PR_SET_PDEATHSIG = 1
 _ANSWERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION")
+_FAILS_REQUESTS = (
+    "vLLM would answer a request whose import failed with an error: "
+    'beside "kv_connector": "MultiConnector" add "kv_load_failure_policy": "recompute"'
+)
 PIN_SHARE_MAX = 0.25
 TENANT_SHARE_MAX = 0.5
 _SLOT_CODECS: Mapping[str, SlotCodec] = {name: name for name in get_args(SlotCodec)}
@@ -84,7 +89,8 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._groups: ModelGroups | None = None
         self._bound: Any = None
         self._cache_blocks: CacheBlocks | None = None
-        # a failed import must be computed, not reported to the client; vLLM reads this after it made the connector
+        # a failed import must be computed, not reported to the client; vLLM reads this after it made the connector, unless that
+        # is MultiConnector's: then get_handshake_metadata finds out
         vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
         _end_with_parent()
         self._kept = _kept_memory()
@@ -126,12 +132,13 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         former, self._scheduler = self._scheduler, None
         if former is not None:
             former.close()
-        config, refusal = self._vllm_config, ""
+        config, refusal = self._vllm_config, _foreign(handshakes)
+        handshakes = [shake for shake in handshakes if isinstance(shake, Handshake)]
         block_size = int(config.cache_config.block_size)
         try:
             groups = model_groups(self._kv_cache_config.kv_cache_groups)
         except GroupNotHandled as error:
-            groups, refusal = ModelGroups((Group("full", block_size),)), str(error)
+            groups, refusal = ModelGroups((Group("full", block_size),)), refusal or str(error)
         fields = fingerprint_fields.scheduler_fields(config, groups.groups, self._hash_name)
         unread = (
             "the model's weight files were not found, so it is unknown whether a peer has the same"
@@ -172,7 +179,8 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.bind_pool(self._bound)
         if self._cache_blocks is not None:
             self._scheduler.bind_cache(self._cache_blocks)
-        _logger.info("%s shares KV blocks under %s: %s", self._replica, self._table_dir, status)
+        level = logging.INFO if status == "ok" else logging.WARNING
+        _logger.log(level, "%s shares KV blocks under %s: %s", self._replica, self._table_dir, status)
 
     def _open_tier(
         self, handshakes: list[Handshake], status: str, fields: dict[str, str], groups: ModelGroups
@@ -331,7 +339,14 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self.register_kv_caches(self._kv_caches)
 
     def get_handshake_metadata(self) -> Handshake | None:
-        return self._worker.handshake(self._fields) if self._worker is not None else None
+        if self._worker is None:
+            return None
+        shake = self._worker.handshake(self._fields)
+        fails = self._guard("read vLLM's configuration", self._fails_requests, True)
+        return replace(shake, status=_FAILS_REQUESTS) if fails and shake.status == "ok" else shake
+
+    def _fails_requests(self) -> bool:
+        return str(compat.transfer_config(self).kv_load_failure_policy) != "recompute"
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Called before each step that computes: what it overwrites is stored first."""
@@ -418,6 +433,14 @@ def _refusal(vllm_config: Any, groups: tuple[Group, ...]) -> str:
         # state that accepted drafts went past, so the step may be reported while that is still being written
         return "states with speculative decoding are not handled yet"
     return ""
+
+
+def _foreign(handshakes: list[Handshake]) -> str:
+    """Return why nothing is exchanged if these are another connector's: MultiConnector gives all of its connectors the workers'
+    handshakes of the first one that has any."""
+    others = {type(shake).__name__ for shake in handshakes if not isinstance(shake, Handshake)}
+    named = ", ".join(sorted(others))
+    return f"the workers' handshake is another connector's ({named}): name PeerKVConnector before it" if others else ""
 
 
 def _kept_memory() -> KeptMemory | None:

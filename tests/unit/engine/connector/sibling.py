@@ -74,6 +74,7 @@ class BesideSibling(Computing):
     """An engine under MultiConnector. What its table offers is looked at whenever a worker has written."""
 
     ours_first = True
+    failure_policy = "recompute"
 
     def __init__(self, *given, **about) -> None:
         self.loading: dict[str, Load] = {}
@@ -89,7 +90,7 @@ class BesideSibling(Computing):
         return KVTransferConfig(
             kv_connector="MultiConnector",
             kv_role="kv_both",
-            kv_load_failure_policy="recompute",
+            kv_load_failure_policy=self.failure_policy,
             kv_connector_extra_config={"connectors": [ours, sibling] if self.ours_first else [sibling, ours]},
         )
 

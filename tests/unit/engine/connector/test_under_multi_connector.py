@@ -5,8 +5,12 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 
 import pytest
+import torch
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorRole
 from vllm.v1.request import RequestStatus
 
+from engine.connector.peerkv_connector import PeerKVConnector
 from engine.connector.step_messages import Handshake
 from engine.host_process.kept_memory import VARIABLE, encode_kept
 from engine.tiers.slots import cut
@@ -58,6 +62,39 @@ def fill(engine, name: str = "before", first: int = 10) -> set[int]:
 def held(engine, name: str, tokens: int) -> int:
     """How many leading blocks of a request are on offer."""
     return len(engine.table.longest_run(chain_keys(root_key(engine.table.fingerprint), engine.tokens[name][:tokens], SIZE)))
+
+
+@pytest.mark.parametrize(("policy", "said"), [("recompute", "ok"), ("fail", 'add "kv_load_failure_policy": "recompute"')])
+def test_unless_vllm_computes_what_failed_to_load_nothing_is_exchanged(tmp_path, monkeypatch, order, policy, said):
+    monkeypatch.setattr(BesideSibling, "failure_policy", policy)
+    monkeypatch.setattr(PeerKVConnector, "_read", lambda *_: {"device": "cpu"})
+    engine = BesideSibling(tmp_path, "v1", 0)
+    scheduler = engine.scheduler
+    worker = KVConnectorFactory.create_connector(scheduler.vllm_config, KVConnectorRole.WORKER, scheduler.kv_cache_config)
+    monkeypatch.setattr("vllm.distributed.kv_transfer.kv_transfer_state._KV_CONNECTOR_AGENT", worker)
+    worker.register_kv_caches({"layer": torch.zeros(BLOCKS, 2, SIZE, 8)})
+    engine.handshake = worker.get_handshake_metadata()
+    engine.tell_of_memory()
+    with closing(TableReader(engine.tables / "replica-0.table")) as table:
+        assert said in table.status
+        engine.add("a", 10, 5 * SIZE, 2, source="")
+        engine.run()
+        assert table.cached_blocks() == (5 if policy == "recompute" else 0)
+    assert scheduler.recompute_kv_load_failures is (policy == "recompute")
+    worker.shutdown()
+    scheduler.connector.shutdown()
+
+
+def test_with_the_handshake_of_another_connector_nothing_is_exchanged_and_the_table_says_why(tmp_path):
+    engine = BesideSibling(tmp_path, "v1", 0)
+    engine.handshake = KVConnectorHandshakeMetadata()
+    engine.tell_of_memory()
+    with closing(TableReader(engine.tables / "replica-0.table")) as table:
+        assert "name PeerKVConnector before it" in table.status
+        request = engine.add("a", 10, 5 * SIZE, 2)
+        engine.run()
+        assert (table.cached_blocks(), request.num_output_tokens) == (0, 2)
+    engine.scheduler.connector.shutdown()
 
 
 @WAITS
