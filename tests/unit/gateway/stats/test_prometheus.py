@@ -73,6 +73,35 @@ def test_limits_are_told_by_tenant(scene: Scene) -> None:
     assert found["peerkv_limit_in_flight_requests", ("t",)] == 4
 
 
+def test_what_is_used_of_a_limit_is_that_of_the_tenants_fullest_key(scene: Scene) -> None:
+    """A sum over the keys would be far from the limits of all when one of them gets 429."""
+
+    def key(name: str, **limits: tuple[int, int]) -> KeyUse:
+        uses = {limit: LimitUse(used=used, limit=most) for limit, (used, most) in limits.items()}
+        return KeyUse(key=name, requests_in_flight=0, limits=uses)
+
+    first, second = TenantUse(tenant="t"), TenantUse(tenant="u")
+    first.keys += [
+        key("idle", tokens_per_day=(0, 10)),
+        key("full", tokens_per_day=(95, 100), requests_per_minute=(1, 60)),
+        key("large", tokens_per_day=(500, 1000), requests_per_minute=(9, 60)),
+    ]
+    second.keys += [key("other", tokens_per_day=(0, 7))]
+    metrics = Metrics()
+    metrics.attach(lambda: [scene.snapshot().model_copy(update={"limits": [first, second, TenantUse(tenant="none")]})])
+    found = samples(metrics)
+    told = {
+        labels: (value, found["peerkv_limit_allowed", labels])
+        for (name, labels), value in found.items()
+        if name == "peerkv_limit_used"
+    }
+    assert told == {
+        ("tokens_per_day", "t"): (95, 100),
+        ("requests_per_minute", "t"): (9, 60),
+        ("tokens_per_day", "u"): (0, 7),
+    }
+
+
 def test_waiting_for_room_is_told(scene: Scene) -> None:
     metrics = Metrics()
     queue = QueueStats(waiting_requests=3, waited_requests=9, waited_seconds=4.5, refused_requests=2)
