@@ -45,8 +45,10 @@ decode step 2 % more (two H200s, `make bench-gpu`, sections interference and int
 PROGRAMS_ALONE = 32
 PROGRAMS_FROM_HOST, PROGRAMS_TO_HOST = 16, 8
 """Each keeps 64 KiB on the way, for which a read of host memory waits and a write to it does not."""
-CODED_FROM_HOST, CODED_TO_HOST = 48, 24
-"""Of programs that code or decode, each with at most 16 KiB on the way, and half the warps."""
+CODED_FROM_HOST: Mapping[SlotCodec, int] = {"int8": 48, "rot4": 64, "rot3": 64}
+CODED_TO_HOST: Mapping[SlotCodec, int] = {"int8": 24, "rot4": 48, "rot3": 48}
+"""Of programs that code or decode, each with at most 16 KiB on the way, and half the warps; those that rotate compute more
+(H200, `python -m tests.gpu.bench code code-rot4`: more programs than these carry no more)."""
 PART_BLOCKS_MIN = 512
 """Longer imports are copied in parts, so that what vLLM does with checked blocks is done while the rest is on its way."""
 _PARTS = (1 / 2, 7 / 8)
@@ -395,10 +397,10 @@ class CudaIpcTransport:
         return Enqueued(begin, tuple(ends), (pinned, on_device, *tables))
 
     def _encode(self, slots: CodedSlots, blocks: torch.Tensor, unfit: torch.Tensor | None) -> None:
-        encode(slots.codec, self._own, (slots.address, slots.stride), slots.rows, blocks, unfit, CODED_TO_HOST)
+        encode(slots.codec, self._own, (slots.address, slots.stride), slots.rows, blocks, unfit, CODED_TO_HOST[slots.codec])
 
     def _decode(self, slots: CodedSlots, blocks: torch.Tensor) -> None:
-        decode(slots.codec, (slots.address, slots.stride), self._own, slots.rows, blocks, CODED_FROM_HOST)
+        decode(slots.codec, (slots.address, slots.stride), self._own, slots.rows, blocks, CODED_FROM_HOST[slots.codec])
 
     def _rows(self, shape: Shape) -> Rows:
         """Return what the kernels need to know of our blocks. Raises MemoryUnreachable if they do not take them."""
