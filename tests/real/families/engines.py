@@ -59,6 +59,16 @@ class Family:
         for engine in fresh.values():
             engine.ready(START_SECONDS_MAX)
 
+    def start_slowed(self, name: str) -> None:
+        """Start an engine whose copies take their time."""
+        config = {
+            "kv_connector": "PeerKVConnector",
+            "kv_connector_module_path": "tests.real.families.slowed_connector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"table_dir": str(self.tables), "replica": name},
+        }
+        self.start(name, kv_transfer_config=config)
+
     def close(self) -> None:
         for engine in self._engines.values():
             engine.stop()

@@ -11,8 +11,10 @@ import pytest
 
 from tests.gpu.replica import Answer
 from tests.real.families.engines import ANSWER_SECONDS_MAX, CHUNK, Family, moving_on, scrambled, tokens
+from tests.real.fleet import until
 
 TRIES_MAX = 25
+KILLED = ("d", "e", "f")
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "gemma3": {"block_size": 32},
     "gptoss": {"block_size": 32},
@@ -155,6 +157,32 @@ def misses(family: Family, ids: list[int], answer: Answer) -> float:
     """The share of an answer's tokens that are not nearly the best ones behind this prompt."""
     below = family["c"].shortfalls(ids + answer.tokens, len(ids), ANSWER_SECONDS_MAX)
     return sum(each > 0.1 for each in below) / len(below)
+
+
+def test_owners_that_are_killed_within_copies_are_not_believed(family):
+    """The importer's copies take a piece every 50 ms, and its own table tells when one is under way."""
+    block = family.block()
+    ids = tokens(3 * block + 9, 7000)
+    wanted = family.ask("c", ids, source="")
+    family.start_slowed("slow")
+    family.start(*KILLED)
+    for owner in KILLED:
+        family.ask(owner, ids, source="")
+    landed = 0
+    for owner in KILLED:
+        with family.counting("slow") as counted, closing(family.table("slow")) as table:
+            family["slow"].begin(ids, 8, logprobs=True, source=owner)
+            until(lambda told=table: told.load().imports_under_way > 0, ANSWER_SECONDS_MAX, "a copy is under way", 0.001)
+            family.kill(owner)
+            answer = family["slow"].end(ANSWER_SECONDS_MAX)
+        assert answer.tokens == wanted.tokens, owner
+        assert counted["computed_tokens"] == len(ids) - answer.cached, owner
+        assert answer.cached == (0 if counted["fallbacks"] else 3 * block), owner  # of several groups all or nothing
+        landed += counted["fallbacks"]
+        family["slow"].clear()
+    assert landed > 0
+    family.ask("a", ids)
+    assert family.ask("slow", ids, source="a").cached == 3 * block  # the importer lives, and believes who lives
 
 
 def test_an_owner_that_is_killed_is_not_believed(family):
