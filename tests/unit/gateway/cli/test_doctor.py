@@ -227,6 +227,22 @@ def test_a_replica_that_can_not_exchange_is_one_problem(change: dict[str, object
     assert found[1]
 
 
+def test_what_layers_a_model_has_is_said_once_and_a_difference_is_named() -> None:
+    hybrid = (
+        "1 layers of full attention, 640 tokens and 327680 bytes a block; 1 layers of state, 640 tokens and 66560 bytes a block"
+    )
+    alike = replace(MEMBER, fingerprint={"groups": hybrid})
+    fleet = fleet_of(alike, replace(alike, name="replica-1"))
+    assert words(CPU_MACHINE, fleet).splitlines().count(f"  KV cache: {hybrid}") == 1
+    assert problems(CPU_MACHINE, fleet) == []
+    windows = "2 layers of window of 128 tokens, 32 tokens and 8192 bytes a block"
+    other = fleet_of(alike, replace(alike, name="replica-1", fingerprint={"groups": windows}))
+    assert f"  KV cache: {hybrid} | {windows}" in words(CPU_MACHINE, other).splitlines()
+    (found,) = problems(CPU_MACHINE, other)
+    assert f"do not exchange KV: groups: {hybrid} here, {windows} there" in found[0]
+    assert "KV cache:" not in words(CPU_MACHINE, fleet_of(MEMBER, replace(MEMBER, name="replica-1")))  # an older peer's
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_without_an_admin_key_nothing_is_wrong_on_loopback_but_behind_a_proxy(host: str) -> None:
     facts = replace(CPU_MACHINE, host=host)
