@@ -64,7 +64,7 @@ COPY --from=wheel /wheels /opt/dist
 # hadolint ignore=DL3013
 RUN wheel="$(echo /opt/dist/peerkv-*.whl)" \
     && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir "${wheel}[gpu]" \
-    && python3 -c "import importlib.metadata as m; assert m.version('vllm').startswith('0.33')" \
+    && python3 -c "import importlib.metadata as m; assert m.version('vllm').split('+')[0] == '0.33.0'" \
     && python3 -c "from cuda.bindings import driver, runtime; import msgspec, tokenizers, triton, xxhash"
 COPY docker/healthcheck.py /opt/peerkv/healthcheck.py
 USER 10001:10001

