@@ -301,7 +301,7 @@ class Settings(OtherNodes, Tiers, SharedLimitSettings, SecretsInFiles, SeveralMo
     )
     send_chat_ids: bool = Field(
         True,
-        description="vLLM 0.32 and later: send a chat's token ids along, so that the engine need not render or tokenise it",
+        description="send a chat's token ids along, so that the engine need not render or tokenise it",
     )
     key_cache_bytes_max: int = Field(
         32 << 20, ge=0, description="cache of block keys of earlier prompts; a million keys take 19 MB"

@@ -1,4 +1,4 @@
-"""Fields of vLLM's request models (0.26 to 0.33) that a client may set: none outlives its request or reaches another one.
+"""Fields of vLLM's request models (0.32 and 0.33) that a client may set: none outlives its request or reaches another one.
 
 To be weighed one by one: tests/unit/gateway/api/test_body.py compares with the installed vLLM. Those that a client may not set
 are in body.py.

@@ -1,10 +1,7 @@
 """What a plan tells the connector in the engine, in a request's kv_transfer_params."""
 
 import os
-import re
-from functools import lru_cache
 
-from gateway.block_registry.tables import Table
 from gateway.prompts.prompt_reader import KnownPrompt
 from gateway.steering.steer import Decision
 from transport.hint import Hint
@@ -12,9 +9,6 @@ from transport.node.names import as_seen_by, node_of
 
 CHAT_IDS = "prompt_token_ids"
 """The key in kv_transfer_params under which vLLM's server takes a chat's token ids."""
-CHAT_IDS_SINCE = (0, 32)
-"""The first version known to do so. Version 0.26 does not, and would hand them on to the engine."""
-VERSIONS_MAX = 64
 
 
 def hint(known: KnownPrompt, decision: Decision, tag: int, held_tokens: int, *, imports: bool, here: str = "") -> Hint:
@@ -29,17 +23,6 @@ def hint(known: KnownPrompt, decision: Decision, tag: int, held_tokens: int, *, 
     if not imports or (known.certain and known.count == 1 and held_tokens >= decision.expected.local_tokens):
         return Hint("", tag)
     return Hint(tag=tag)
-
-
-def takes_chat_ids(table: Table) -> bool:
-    """Tell whether an engine takes token ids in place of rendering and tokenising a chat's messages."""
-    return _knows_chat_ids(table.fingerprint_fields.get("vllm", ""))
-
-
-@lru_cache(maxsize=VERSIONS_MAX)
-def _knows_chat_ids(version: str) -> bool:
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return found is not None and (int(found[1]), int(found[2])) >= CHAT_IDS_SINCE
 
 
 DRAWN = 64

@@ -19,7 +19,7 @@ from gateway.block_registry.registry import NOTHING, LookUp, Registry
 from gateway.block_registry.tables import Tables
 from gateway.limits.request_size import PromptSize
 from gateway.planner.plan import Plan, PlanningRequest, SteeringStats
-from gateway.planner.plan_hint import CHAT_IDS, Tags, hint, takes_chat_ids
+from gateway.planner.plan_hint import CHAT_IDS, Tags, hint
 from gateway.planner.prefix_counts import PrefixCounts
 from gateway.planner.promotions import NoTiers, Promotion, Promotions, Tiers
 from gateway.planner.ready import with_ready
@@ -431,7 +431,7 @@ class Planner:
             params = write_hint(
                 hint(known, decision, flight.tag, held, imports=self._imports, here=self.fleet.latest.snapshot.node)
             )
-            if known.chat_ids and self._send_chat_ids and table is not None and takes_chat_ids(table):
+            if known.chat_ids and self._send_chat_ids:
                 params[CHAT_IDS] = known.ids
         return Plan(
             replica=one.replica,

@@ -17,7 +17,7 @@ from gateway.steering.costs.priors import TRANSPORT_PRIORS
 from gateway.tenants.tenants import ANONYMOUS
 from gateway.upstream.served_models import ServedModels
 from tests.unit.gateway.planner.planned_fleet import EXACT, IDS, LONG, TENANT, Bounds, Place
-from tests.unit.transport.replica_tables import BLOCK_SIZE, FIELDS
+from tests.unit.transport.replica_tables import BLOCK_SIZE
 from transport.table.deliveries import Delivery, DeliveryReason
 from transport.table.directory import TableDirectory
 
@@ -80,26 +80,21 @@ async def test_requests_that_nobody_holds_spread_by_what_is_in_flight(place: Pla
     assert place.planner.in_flight() == {"a": 2, "b": 2}
 
 
-async def test_a_chats_ids_go_with_it_to_an_engine_that_takes_them(place: Place) -> None:
-    place.tables.start("c", fields={**FIELDS, "vllm": "0.32.0+cpu"})
-    place.tables.start("d", fields={**FIELDS, "vllm": "0.26.1"})
-    place.fleet.become("a", "c", "d")
-
-    async def sent(replica: str, **body: Any) -> Any:
+async def test_a_chats_ids_go_with_it_while_they_are_the_engines_and_say_all_of_it(place: Place) -> None:
+    async def sent(**body: Any) -> Any:
         body = {"messages": [{"role": "user", "content": "this"}], **body}
-        plan = await place.planner.plan("chat", body, ANONYMOUS, wanted_replica=replica)
+        plan = await place.planner.plan("chat", body, ANONYMOUS, wanted_replica="a")
         assert plan.kv_transfer_params is not None
         return plan.kv_transfer_params.get("prompt_token_ids")
 
-    assert await sent("c") == place.tokens.encode_chat({"messages": [{"role": "user", "content": "this"}]})
-    params = {"kv_transfer_params": {"prompt_token_ids": await sent("c")}}
+    assert await sent() == place.tokens.encode_chat({"messages": [{"role": "user", "content": "this"}]})
+    params = {"kv_transfer_params": {"prompt_token_ids": await sent()}}
     assert b'"prompt_token_ids":[0,' in b"".join(engine_body({}, None, None).parts(params))
-    assert [await sent("d"), await sent("a"), await sent("c", echo=True)] == [None, None, None]
-    assert [await sent("c", return_prompt_text=True), await sent("c", a_field_of_tomorrow=1)] == [None, None]
+    assert [await sent(echo=True), await sent(return_prompt_text=True), await sent(a_field_of_tomorrow=1)] == [None] * 3
     place.planner.prompts.parity = ParityVerdict(KindVerdict(Parity.EXACT), KindVerdict(Parity.DEGRADED))
-    assert await sent("c") is None
+    assert await sent() is None
     place.planner.prompts.parity, place.planner._send_chat_ids = EXACT, False
-    assert await sent("c") is None
+    assert await sent() is None
 
 
 async def test_an_empty_text_goes_as_text_for_the_engine_to_refuse(place: Place) -> None:
@@ -175,12 +170,13 @@ async def test_of_a_list_of_prompts_the_longest_steers(place: Place) -> None:
     assert (plan.replica.name, plan.prompt_tokens, plan.kv_transfer_params) == ("b", 21, {"peerkv": {"tag": plan.tag}})
 
 
-async def test_a_chat_is_steered_by_its_rendered_ids_and_goes_as_it_is(place: Place) -> None:
+async def test_a_chat_is_steered_by_its_rendered_ids_and_goes_as_it_is_with_them_beside_it(place: Place) -> None:
     body = {"messages": [{"role": "user", "content": "tell me of the sea"}]}
-    place.tables.hold("b", place.tokens.encode_chat(body))
+    ids = place.tokens.encode_chat(body)
+    place.tables.hold("b", ids)
     plan = await place.chat("tell me of the sea")
     assert (plan.replica.name, plan.prompt) == ("b", None)
-    assert plan.kv_transfer_params == {"peerkv": {"source": "", "tag": plan.tag}}
+    assert plan.kv_transfer_params == {"peerkv": {"source": "", "tag": plan.tag}, "prompt_token_ids": ids}
     assert plan.predicted_tokens > 0
 
 
@@ -399,7 +395,7 @@ async def test_a_stream_whose_replica_died_goes_on_from_that_replicas_host_memor
     for name in ("a", "b"):
         place.tables.stop(name)
     for name in ("a", "b", "a.host-memory"):
-        place.tables.start(name, fields={**FIELDS, "vllm": "0.32.0"})
+        place.tables.start(name)
     place.begin(await place.plan(IDS, wanted="b"))  # which leaves a the less busy one
     began = await (place.chat("this that " * 100) if chat else place.plan(LONG))
     assert began.replica.name == "a"
