@@ -41,9 +41,10 @@ class DeviceKind:
     decodes_full: int
 
 
-# H200, 8B Llama in bf16, vLLM 0.26's server: 72 ms at 2,048 tokens, 222 at 8,192, 1,244 at 32,768; hits 28 to 86 ms
-# (BENCHMARKS.md). 4.8 TB/s against about 600 TFLOP/s in bf16 (2 bytes a weight, 2 operations a token) are free_tokens.
-_CUDA = DeviceKind(PrefillTerms(0.022, 1.9e-6, 1.9e-5, 9.9e-10, 2e-5), 128, 131072, 256)
+# H200, 8B Llama in bf16, vLLM 0.33.0's server: cold 33 ms at 1,024 tokens, 220 at 8,192, 1,222 at 32,768; hits 24, 31, 57
+# (BENCHMARKS.md, "Through whole servers"). 4.8 TB/s against about 600 TFLOP/s in bf16 (2 bytes a weight, 2 operations a
+# token) are free_tokens.
+_CUDA = DeviceKind(PrefillTerms(0.023, 1.1e-6, 1.75e-5, 1.05e-9, 2e-5), 128, 131072, 256)
 # SmolLM2-135M on two CPU cores: 1.786 s at 1,000 tokens, 4.382 at 2,000; hits 0.060 and 0.119 (an earlier run of `make bench`).
 # About 150 GFLOP/s against 20 GB/s in float32.
 _CPU = DeviceKind(PrefillTerms(0.030, 2.5e-5, 1.3e-3, 8e-7, 1e-2), 16, 46080, 4)

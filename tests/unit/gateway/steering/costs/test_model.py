@@ -24,7 +24,7 @@ def terms(costs: CostModel, key: ModelKey) -> PrefillTerms:
 
 @pytest.mark.parametrize(
     ("cached", "new", "measured"),
-    [(0, 2048, 0.072), (0, 8192, 0.222), (0, 32_768, 1.244), (2047, 1, 0.028), (8191, 1, 0.034), (32_767, 1, 0.086)],
+    [(0, 1024, 0.033), (0, 8192, 0.220), (0, 32_768, 1.222), (1023, 1, 0.024), (8191, 1, 0.031), (32_767, 1, 0.057)],
 )
 def test_the_first_request_on_a_gpu_is_expected_as_an_h200_takes_for_it(cached: int, new: int, measured: float) -> None:
     assert prefill_seconds(CostModel(), GPU, cached, new) == pytest.approx(measured, rel=0.25)
