@@ -14,22 +14,28 @@ from tests.tiny_models import BASE, write_tiny_model
 from transport.keys import chain_keys, root_key
 
 BLOCK, RANK, LAYERS = 32, 8, 3
+TINY_SIZES = (BASE["hidden_size"], 128, 64)
 LENGTH = 10 * BLOCK + 9
 WHOLE = 10 * BLOCK
 
 
-def write_adapter(folder: Path, seed: int) -> str:
-    """A rank-8 adapter of all attention's queries and values, with random weights, large beside the model's dummies."""
+def write_adapter(
+    folder: Path, seed: int, layers: int = LAYERS, sizes: tuple[int, int, int] = TINY_SIZES, scale: float = 8.0
+) -> str:
+    """A rank-8 adapter of all attention's queries and values, with random weights, large beside the model's dummies.
+
+    `sizes` are those of the model's hidden states, of a token's queries and of its values.
+    """
     folder.mkdir(parents=True)
     about = {"peft_type": "LORA", "r": RANK, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(about | {"task_type": "CAUSAL_LM"}))
     generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for layer in range(LAYERS):
-        for name, out in (("q_proj", 128), ("v_proj", 64)):
+    weights, (hidden, queries, values) = {}, sizes
+    for layer in range(layers):
+        for name, out in (("q_proj", queries), ("v_proj", values)):
             where = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            weights[f"{where}.lora_A.weight"] = torch.randn(RANK, BASE["hidden_size"], generator=generator) * 8
-            weights[f"{where}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 8
+            weights[f"{where}.lora_A.weight"] = torch.randn(RANK, hidden, generator=generator) * scale
+            weights[f"{where}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * scale
     save_file(weights, folder / "adapter_model.safetensors")
     return str(folder)
 
