@@ -28,6 +28,8 @@ class Attempt(msgspec.Struct, eq=False, gc=False, kw_only=True):
     are not known, if they are not.
 
     `flight` is the attempt while it weighs on its replica. `status` is None until it is over, `miss` until it is settled.
+    Of the `deliveries` that came so far, `steered` is the one that the plan speaks of, that of the longest prompt and the first
+    of its choices, and `judged` what `judge` made of them.
     """
 
     info: RequestInfo
@@ -50,6 +52,8 @@ class Attempt(msgspec.Struct, eq=False, gc=False, kw_only=True):
 
     flight: Flight | None = None
     deliveries: tuple[Delivery, ...] = ()
+    steered: Delivery | None = None
+    judged: Miss | None = None
     first_byte_seconds: float | None = None
     ended_seconds: float | None = None
     status: int | None = None
@@ -95,10 +99,9 @@ class Attempt(msgspec.Struct, eq=False, gc=False, kw_only=True):
     def settled(self) -> bool:
         return self.miss is not None
 
-    @property
-    def steered(self) -> Delivery | None:
-        """The delivery that the plan speaks of: that of the longest prompt, and the first of its choices."""
-        found = self.deliveries
-        if len(found) == 1:
-            return found[0]
-        return max(found, key=lambda delivery: delivery.prompt_tokens, default=None)
+    def add(self, delivery: Delivery) -> None:
+        """The engine left one more record of it."""
+        self.deliveries += (delivery,)
+        if self.steered is None or delivery.prompt_tokens > self.steered.prompt_tokens:
+            self.steered = delivery
+        self.judged = None

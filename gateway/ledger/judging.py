@@ -1,4 +1,4 @@
-"""Judges an attempt: why less was delivered than could have been. A pure function of what was planned and delivered."""
+"""Judges an attempt: why less was delivered than could have been. It depends on what was planned and delivered alone."""
 
 from gateway.ledger.attempts import Attempt
 from gateway.ledger.misses import COLD, NO_MISS, Miss, MissReason
@@ -18,8 +18,14 @@ def useful_tokens(prompt_tokens: int, block_size: int) -> int:
 def judge(attempt: Attempt) -> Miss:
     """Return why less was delivered than could have been; the most direct cause counts.
 
-    Predictions count in whole blocks, as engines deliver them.
+    Predictions count in whole blocks, as engines deliver them. It is worked out again when another delivery has come.
     """
+    if attempt.judged is None:
+        attempt.judged = _judged(attempt)
+    return attempt.judged
+
+
+def _judged(attempt: Attempt) -> Miss:
     got = attempt.steered
     tokens = attempt.prompt_tokens if got is None else got.prompt_tokens
     got = got or _NOTHING

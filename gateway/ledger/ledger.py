@@ -57,7 +57,7 @@ class Ledger:
             sums.unmatched_deliveries += tag != 0
             return
         if len(attempt.deliveries) < DELIVERIES_KEPT:
-            attempt.deliveries += (delivery,)
+            attempt.add(delivery)
             sums.local_tokens += delivery.local_tokens
             sums.peer_tokens += delivery.peer_tokens
             sums.computed_tokens += delivery.computed_tokens

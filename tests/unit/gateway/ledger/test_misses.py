@@ -46,15 +46,23 @@ def judged(case: Case) -> Miss:
     )
     attempt.flushed = case.flushed
     attempt.looked_up, attempt.parity_exact, attempt.reads_cache = case.looked_up, case.parity_exact, case.reads_cache
-    attempt.deliveries = (
-        Delivery(prompt_tokens=case.prompt_tokens, local_tokens=case.local, peer_tokens=case.peer, why=case.why),
-    )
+    attempt.add(Delivery(prompt_tokens=case.prompt_tokens, local_tokens=case.local, peer_tokens=case.peer, why=case.why))
     return judge(attempt)
 
 
 HELD = Case(prompt_tokens=1000, block_size=BLOCK, predicted_peer=800, best_available=800, best_held=800)
 COLD = Case(prompt_tokens=1000, block_size=BLOCK)
 COUNTS = st.integers(0, 2000)
+
+
+def test_a_further_record_is_judged_too() -> None:
+    attempt = begun(prompt_tokens=1000, block_size=BLOCK, peer_tokens=800, best_available_tokens=800, best_held_tokens=800)
+    attempt.add(Delivery(prompt_tokens=500, computed_tokens=500))
+    assert judge(attempt).tokens == 800
+    attempt.add(Delivery(prompt_tokens=1000, peer_tokens=800, computed_tokens=200))
+    attempt.add(Delivery(prompt_tokens=1000, computed_tokens=1000))
+    assert attempt.steered == attempt.deliveries[1]
+    assert judge(attempt).reason is MissReason.NONE
 
 
 def test_what_was_predicted_and_the_best_there_was_is_no_loss() -> None:

@@ -30,7 +30,8 @@ def delivered(**fields: Any) -> Delivery:
 def record_of(*deliveries: Delivery, **fields: Any) -> RequestRecord:
     """The record of a request that came at 49 s and was over at 53 s."""
     attempt = begun(1, replica="replica-1")
-    attempt.deliveries = deliveries
+    for delivery in deliveries:
+        attempt.add(delivery)
     common = {"request_id": "r", "tenant": "t", "status": 200, "attempt": attempt, "attempts": 1}
     return RequestRecord("chat", **(common | {"seconds": 4.0, "ended_at": 53.0, "first_byte_seconds": 3.5} | fields))
 

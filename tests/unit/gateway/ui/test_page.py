@@ -268,9 +268,7 @@ async def test_a_request_is_explained(tmp_path: Path) -> None:
     class Knowing(Fleet):
         def explain(self, request_id: str) -> Explanation | None:
             attempt = begun(1, replica="replica-1", prompt_tokens=96)
-            attempt.deliveries = (
-                Delivery(tag=1, scheduled_ns=1, first_token_ns=2_000_001, prompt_tokens=96, computed_tokens=96),
-            )
+            attempt.add(Delivery(tag=1, scheduled_ns=1, first_token_ns=2_000_001, prompt_tokens=96, computed_tokens=96))
             return explain(request_id, [attempt], {}) if request_id == "mine" else None
 
     async with page_over(tmp_path, Knowing(2)) as page:
