@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import SecretStr
@@ -39,6 +39,8 @@ class TenantContext:
         return replace(self, salt=lossy_salt(self.salt))
 
 
+HEADERS_KEPT_MAX, HEADER_KEPT_BYTES_MAX = 1024, 512
+"""Headers with keys that are known again, and the bytes of each: a digest costs more than all else about a key."""
 ADMIN = "admin"
 ANONYMOUS = TenantContext(name="anonymous", salt="", accepts_loss=True)  # without keys, the operator speaks for all
 
@@ -53,12 +55,12 @@ def bearer_token(authorization: bytes | None) -> bytes | None:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A key of the file and its holder. `expires` is Unix time; `over` says why it is no longer taken."""
+    """A key and its holder. `expires` is Unix time; `over` says why it is no longer taken."""
 
     digest: bytes
     context: TenantContext
-    expires: float | None
-    over: str
+    expires: float | None = None
+    over: str = ""
 
 
 class Tenants:
@@ -110,7 +112,7 @@ class Tenants:
         """Make salts and contexts anew: tenants of the file may have salts in the settings."""
         keys, secret = self._keys, self._secret()
         self._entries = _entries(*self._given, secret, with_keys=keys is not None)
-        salts = {context.name: context.salt for _, context in self._entries}
+        salts = {entry.context.name: entry.context.salt for entry in self._entries}
         found: dict[bytes, _Entry] = {}
         for key in () if keys is None else keys.keys:
             salt = salts.get(key.tenant) or salt_of(secret, key.tenant, key.group)
@@ -124,8 +126,8 @@ class Tenants:
                     raw = bytes.fromhex(digest)
                     found[raw] = _Entry(raw, context, min(ends, default=None), over)
         self._by_digest = found
-        live = [entry.context for entry in found.values() if not entry.over]
-        self._count = len({context.salt for context in (*live, *(context for _, context in self._entries))})
+        self._lately: dict[bytes | None, _Entry] = {}  # by the headers that named them
+        self._count = len({entry.context.salt for entry in (*self._entries, *found.values()) if not entry.over})
 
     def _secret(self) -> bytes:
         """What salts are made with; nothing is made for callers that have none."""
@@ -153,15 +155,10 @@ class Tenants:
         """
         if self.open:
             return ANONYMOUS if name in ("", ANONYMOUS.name) else None
-        found = [context for context in self._contexts() if context.name == name]
-        live = [entry.context for entry in self._by_digest.values() if not entry.over]
-        live += [context for _, context in self._entries]
+        found = [entry.context for entry in (*self._entries, *self._by_digest.values()) if entry.context.name == name]
+        live = [entry.context for entry in (*self._entries, *self._by_digest.values()) if not entry.over]
         accepts_loss = all(context.accepts_loss for context in live if context.name == name)
         return TenantContext(name, found[0].salt, accepts_loss=accepts_loss) if found else None
-
-    def _contexts(self) -> Iterable[TenantContext]:
-        yield from (context for _, context in self._entries)
-        yield from (entry.context for entry in self._by_digest.values())
 
     @property
     def open(self) -> bool:
@@ -173,37 +170,43 @@ class Tenants:
 
         The keys of the settings, which people choose, are all compared, each in constant time, so the time taken reveals
         nothing about a key. Those of a file are random: they are found by their digests, and compared in constant time.
-        Raises NotAuthenticated.
+        A header that was right before is found by Python's hash of it, which is keyed anew in each process: only one that is
+        the same to the last byte gets as far as a comparison. Raises NotAuthenticated.
         """
-        if not self._entries and self._keys is None:
+        if self.open:
             return ANONYMOUS
-        token = bearer_token(authorization)
-        if token is None:
-            raise NotAuthenticated("No API key given. Send 'Authorization: Bearer <key>'.")
+        entry = self._lately.get(authorization)
+        if entry is None:
+            token = bearer_token(authorization)
+            if authorization is None or token is None:
+                raise NotAuthenticated("No API key given. Send 'Authorization: Bearer <key>'.")
+            entry = self._find(token)
+            if len(authorization) <= HEADER_KEPT_BYTES_MAX:
+                if len(self._lately) >= HEADERS_KEPT_MAX:
+                    self._lately.clear()
+                self._lately[authorization] = entry
+        if entry.over or (entry.expires is not None and entry.expires <= self._clock()):
+            raise NotAuthenticated(entry.over or "This API key has expired.")
+        return entry.context
+
+    def _find(self, token: bytes) -> _Entry:
         given = digest_of(token)
-        found: TenantContext | None = None
-        for digest, context in self._entries:
-            if hmac.compare_digest(digest, given):
-                found = context
-        entry = self._by_digest.get(given)
-        if entry is not None and hmac.compare_digest(entry.digest, given):
-            if entry.over or (entry.expires is not None and entry.expires <= self._clock()):
-                raise NotAuthenticated(entry.over or "This API key has expired.")
-            return entry.context
+        found: _Entry | None = None
+        for entry in (*self._entries, self._by_digest.get(given)):
+            if entry is not None and hmac.compare_digest(entry.digest, given):
+                found = entry
         if found is None:
             raise NotAuthenticated
         return found
 
 
-def _entries(
-    tenants: Sequence[Tenant], admin_key: SecretStr | None, secret: bytes, *, with_keys: bool
-) -> tuple[tuple[bytes, TenantContext], ...]:
-    """The digests of the settings' keys, with whose they are."""
+def _entries(tenants: Sequence[Tenant], admin_key: SecretStr | None, secret: bytes, *, with_keys: bool) -> tuple[_Entry, ...]:
+    """The settings' keys."""
     callers = list(tenants)
     if (callers or with_keys) and admin_key is not None:
         callers.append(Tenant(name=ADMIN, api_key=admin_key))
     return tuple(
-        (
+        _Entry(
             digest_of(tenant.api_key.get_secret_value().encode()),
             TenantContext(
                 name=tenant.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from itertools import product
 
 import pytest
 from pydantic import SecretStr
@@ -10,7 +11,7 @@ from pydantic import SecretStr
 from gateway.errors import NotAuthenticated
 from gateway.settings import Tenant
 from gateway.tenants.keys import Key, Keys, digest_of
-from gateway.tenants.tenants import ANONYMOUS, Tenants, bearer_token
+from gateway.tenants.tenants import ANONYMOUS, HEADER_KEPT_BYTES_MAX, HEADERS_KEPT_MAX, Tenants, bearer_token
 from transport.table.quality import lossy_salt
 
 A = Tenant(name="a", api_key=SecretStr("key-number-1"))
@@ -131,6 +132,38 @@ def test_keys_that_are_over_are_refused_with_the_reason() -> None:
             tenants.authenticate(f"Bearer {token}".encode())
     for token in ("ends", "new"):
         assert tenants.authenticate(f"Bearer {token}".encode()).name == "t"
+
+
+def test_a_key_that_was_let_in_before_is_refused_as_soon_as_it_is_over() -> None:
+    now = [datetime(2027, 1, 1, tzinfo=UTC)]
+    given = of_file("one", "a", "t", expires=datetime(2027, 1, 2, tzinfo=UTC))
+    tenants = Tenants([A], keys=keys(given), clock=lambda: now[0].timestamp())
+    assert [tenants.authenticate(b"Bearer one").name for _ in range(2)] == ["t", "t"]
+    now[0] = datetime(2027, 1, 3, tzinfo=UTC)
+    with pytest.raises(NotAuthenticated, match="expired"):
+        tenants.authenticate(b"Bearer one")
+    now[0] = datetime(2027, 1, 1, tzinfo=UTC)
+    tenants.use(keys(of_file("one", "a", "t", revoked=now[0])))
+    with pytest.raises(NotAuthenticated, match="revoked"):
+        tenants.authenticate(b"Bearer one")
+    tenants.use(keys())
+    with pytest.raises(NotAuthenticated):
+        tenants.authenticate(b"Bearer one")
+    assert tenants.authenticate(b"Bearer key-number-1").name == "a"
+    tenants.configure([B], None)
+    with pytest.raises(NotAuthenticated):
+        tenants.authenticate(b"Bearer key-number-1")
+
+
+def test_a_key_that_was_let_in_before_gets_in_among_more_headers_than_are_kept() -> None:
+    tenants = Tenants([A], keys=keys(of_file("one", "a", "t")))
+    schemes = ["".join(letters) for letters in product(*zip("bearer", "BEARER", strict=True))]
+    for spaces in (*range(HEADERS_KEPT_MAX // len(schemes) + 1), HEADER_KEPT_BYTES_MAX):
+        for scheme in schemes:
+            assert tenants.authenticate(f"{scheme} {' ' * spaces}one".encode()).name == "t"
+            with pytest.raises(NotAuthenticated):
+                tenants.authenticate(f"{scheme} {' ' * spaces}two".encode())
+    assert tenants.authenticate(b"Bearer key-number-1").name == "a"
 
 
 def test_with_a_keys_file_nobody_calls_without_a_key_even_if_it_is_empty() -> None:
