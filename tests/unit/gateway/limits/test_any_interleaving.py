@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -9,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from gateway.limits.account import Account, AccountState
 from gateway.limits.book import LimitBook, Reservation
+from gateway.limits.limiter import WRITE_SECONDS
 from gateway.limits.windows import WINDOW_SECONDS
 from tests.unit.gateway.limits.limited_keys import limited
 
@@ -16,6 +20,15 @@ RESERVATION_SECONDS = 40.0
 MIDNIGHT = 20_000 * 86400.0
 Made = tuple[LimitBook, int, int]
 """Whose reservation, its id, and how many tokens it holds."""
+
+
+class Written(NamedTuple):
+    """What a write at this moment puts into the file: the state, what was spent, and when each request began that counts."""
+
+    at: float
+    content: bytes
+    spent: int
+    begun: list[float]
 
 
 class Interleaving(RuleBasedStateMachine):
@@ -34,6 +47,16 @@ class Interleaving(RuleBasedStateMachine):
         self.open: dict[int, tuple[float, int]] = {}
         self.begun: list[float] = []
         self.true_sum = 0
+        self.moments = [Written(self.now - WRITE_SECONDS, b"{}", 0, [])]
+        self.note()
+
+    def note(self) -> None:
+        """Remember what would be written now, and what a write WRITE_SECONDS ago would have."""
+        account = self.account()
+        content = msgspec.json.encode(self.book.state())
+        self.moments.append(Written(self.now, content, account.state.day.spent, list(self.begun)))
+        oldest = max((at for at, *_ in self.moments if at <= self.now - WRITE_SECONDS), default=0.0)
+        self.moments = [moment for moment in self.moments if moment.at >= oldest]
 
     def account(self) -> Account:
         self.book.expire(self.now)
@@ -75,6 +98,32 @@ class Interleaving(RuleBasedStateMachine):
         self.book = LimitBook(RESERVATION_SECONDS)
         self.book.restore(msgspec.json.decode(written, type=dict[str, AccountState]))
 
+    @rule(seconds=st.floats(0.01, 0.6))
+    def a_moment_passes(self, seconds: float) -> None:
+        """Less than is between two writes."""
+        self.now += seconds
+
+    @rule(age=st.floats(0, WRITE_SECONDS))
+    def crash_between_two_writes(self, age: float) -> None:
+        """What was spent, and what was given back, in the last WRITE_SECONDS is forgotten, and nothing else."""
+        spent = self.account().state.day.spent
+        self.note()
+        found = [moment for moment in self.moments if moment.at <= self.now - age][-1]
+        steps = [after.spent - before.spent for before, after in pairwise(self.moments) if after.at > self.now - WRITE_SECONDS]
+        begun_lately = sum(at > self.now - WRITE_SECONDS for at in self.begun)
+        counted = sum(at > self.now - WINDOW_SECONDS for at in self.begun)
+        self.open.clear()
+        self.book = LimitBook(RESERVATION_SECONDS)
+        self.book.restore(msgspec.json.decode(found.content, type=dict[str, AccountState]))
+        account = self.account()
+        forgotten = spent - account.state.day.spent
+        assert sum(step for step in steps if step < 0) <= forgotten <= sum(step for step in steps if step > 0)
+        assert account.state.requests.total >= counted - begun_lately
+        assert (account.running, account.held_tokens) == (0, 0)
+        self.true_sum, self.begun = found.spent, list(found.begun)
+        self.moments = [found._replace(at=self.now - WRITE_SECONDS)]
+        self.note()
+
     @invariant()
     def no_limit_is_exceeded_and_nothing_leaks(self) -> None:
         if not hasattr(self, "book"):
@@ -89,6 +138,7 @@ class Interleaving(RuleBasedStateMachine):
         assert account.state.tokens.total + account.held_tokens <= key.tokens_per_minute
         lately = sum(at > self.now - WINDOW_SECONDS for at in self.begun)
         assert lately <= account.state.requests.total <= key.requests_per_minute
+        self.note()
 
     def teardown(self) -> None:
         """Once everybody has settled, late or not, what was charged is what was used."""
