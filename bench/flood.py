@@ -5,6 +5,10 @@ The gateway, its supervisor and two replicas are processes as `peerkv serve` run
 alone and phases in which one more tenant sends FLOOD_FACTOR times its requests a minute take turns. It fails if the others'
 p99, of the first token or of the whole answer, is more than P99_GROWTH_MAX times theirs alone, if one of them was refused, or
 if the flood got more or fewer answers than its limit has.
+
+With `--no-limit` that tenant may send what it likes, and has a request under way on each of `--connections` at any time, more
+than replicas take at once: what keeps it from the others' turns is the fair queue of `--replica-requests-max`. The others then
+wait for places that requests leave: how long is told, and it fails only if one of them was refused.
 """
 
 from __future__ import annotations
@@ -66,8 +70,8 @@ class Callers:
     others: tuple[str, ...]
 
     @classmethod
-    def made(cls, path: Path, per_minute: int) -> Callers:
-        """New ones, written to a keys file. The others have limits too, which they do not reach."""
+    def made(cls, path: Path, per_minute: int | None) -> Callers:
+        """New ones, written to a keys file. The others have limits too, which they do not reach; None: the flood has none."""
         found = cls(new_token(), tuple(new_token() for _ in range(TENANTS)))
         keys = no_keys().with_key(_key("flood", found.flood, per_minute))
         for number, token in enumerate(found.others):
@@ -76,7 +80,7 @@ class Callers:
         return found
 
 
-def _key(name: str, token: str, per_minute: int) -> Key:
+def _key(name: str, token: str, per_minute: int | None) -> Key:
     return Key(name=name, tenant=name, sha256=digest_of(token.encode()).hex(), requests_per_minute=per_minute)
 
 
@@ -123,45 +127,39 @@ async def ask(gateway: Gateway, token: str, found: Times) -> None:
     found.whole.append(time.perf_counter() - began)
 
 
-def flood(port: int, token: str, per_second: float, seconds: float, told: multiprocessing.connection.Connection) -> None:
-    """A process of its own: so many requests a second, whatever becomes of them; tells how often it got which status."""
-    told.send(asyncio.run(_flood(port, token, per_second, seconds)))
+def flood(
+    port: int, token: str, per_second: float, seconds: float, connections: int, told: multiprocessing.connection.Connection
+) -> None:
+    """A process of its own: so many requests a second, whatever becomes of them, or one on each connection at any time if that
+    is 0; tells how often it got which status."""
+    told.send(asyncio.run(_flood(port, token, per_second, seconds, connections)))
 
 
-async def _flood(port: int, token: str, per_second: float, seconds: float) -> Counter[int]:
+async def _flood(port: int, token: str, per_second: float, seconds: float, connections: int) -> Counter[int]:
     statuses: Counter[int] = Counter()
-    body = {"prompt": PROMPT, "max_tokens": TOKENS, "fake": {"token_delay": TOKEN_SECONDS}}
+    chance = random.Random(0)
     headers = {"authorization": f"Bearer {token}"}
-    connector = aiohttp.TCPConnector(limit=FLOOD_CONNECTIONS)
+    connector = aiohttp.TCPConnector(limit=connections)
     async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
 
-        async def one() -> None:
+        async def one(tokens: int = TOKENS) -> None:
+            body = {"prompt": PROMPT, "max_tokens": tokens, "fake": {"token_delay": TOKEN_SECONDS}}
             async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as answer:
                 await answer.read()
                 statuses[answer.status] += 1
 
+        async def one_after_another() -> None:
+            while time.perf_counter() < began + seconds:
+                await one(chance.randint(1, 2 * TOKENS - 1))  # else all would end at the same moments
+
         began = time.perf_counter()
         async with asyncio.TaskGroup() as tasks:
+            for _ in range(0 if per_second else connections):
+                tasks.create_task(one_after_another())
             for number in range(int(per_second * seconds)):
                 await asyncio.sleep(max(0.0, began + number / per_second - time.perf_counter()))
                 tasks.create_task(one())
     return statuses
-
-
-async def beside_a_flood(gateway: Gateway, callers: Callers, seconds: float, per_minute: int) -> tuple[Times, Counter[int]]:
-    """The others' requests while one tenant sends too many; also what that one got."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    rate = FLOOD_FACTOR * per_minute / 60
-    process = context.Process(target=flood, args=(gateway.port, callers.flood, rate, seconds, there), daemon=True)
-    process.start()
-    try:
-        found = await others(gateway, callers, seconds)
-        async with asyncio.timeout(60):
-            statuses: Counter[int] = await asyncio.to_thread(here.recv)
-    finally:
-        process.kill()
-    return found, statuses
 
 
 @dataclass(frozen=True)
@@ -170,8 +168,26 @@ class Wanted:
 
     rounds: int
     seconds: float
-    per_minute: int
+    per_minute: int | None
     valkey: str
+    connections: int
+
+
+async def beside_a_flood(gateway: Gateway, callers: Callers, wanted: Wanted) -> tuple[Times, Counter[int]]:
+    """The others' requests while one tenant sends too many; also what that one got."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    rate = 0.0 if wanted.per_minute is None else FLOOD_FACTOR * wanted.per_minute / 60
+    arguments = (gateway.port, callers.flood, rate, wanted.seconds, wanted.connections, there)
+    process = context.Process(target=flood, args=arguments, daemon=True)
+    process.start()
+    try:
+        found = await others(gateway, callers, wanted.seconds)
+        async with asyncio.timeout(60):
+            statuses: Counter[int] = await asyncio.to_thread(here.recv)
+    finally:
+        process.kill()
+    return found, statuses
 
 
 async def measure(wanted: Wanted, turns: int) -> bool:
@@ -185,7 +201,7 @@ async def measure(wanted: Wanted, turns: int) -> bool:
         async with running("", None, Outcome(), env) as gateway:
             for _ in range(wanted.rounds):
                 alone.add(await others(gateway, callers, wanted.seconds))
-                times, statuses = await beside_a_flood(gateway, callers, wanted.seconds, wanted.per_minute)
+                times, statuses = await beside_a_flood(gateway, callers, wanted)
                 beside.add(times)
                 got += statuses
     words = f"{turns} a replica" if turns else "all at once"
@@ -195,17 +211,18 @@ async def measure(wanted: Wanted, turns: int) -> bool:
     ]
     print(f"| {words} | beside the flood | {beside.cells()} | {' and '.join(f'{ratio:.2f}' for ratio in ratios)} |", flush=True)
     wrong = alone.wrong + beside.wrong
-    exact = got == {200: wanted.rounds * wanted.per_minute, 429: got[429]}
     told = ", ".join(f"{count} x {status}" for status, count in sorted(got.items()))
-    print(
-        f"\nThe flood got {told}: {'exactly its limit' if exact else 'not its limit'} in each of {wanted.rounds} phases.",
-        end=" ",
-    )
+    if wanted.per_minute is None:
+        exact, verdict = got == {200: got[200]}, f"{got[200] / wanted.seconds / wanted.rounds:.0f} a second"
+    else:
+        exact = got == {200: wanted.rounds * wanted.per_minute, 429: got[429]}
+        verdict = f"{'exactly' if exact else 'not'} its limit in each of {wanted.rounds} phases"
+    print(f"\nThe flood got {told}: {verdict}.", end=" ")
     print(
         f"The others got {', '.join(f'{count} x {what}' for what, count in wrong.items()) or 'whole answers alone'}.\n",
         flush=True,
     )
-    return exact and not wrong and max(ratios) <= P99_GROWTH_MAX
+    return exact and not wrong and (wanted.per_minute is None or max(ratios) <= P99_GROWTH_MAX)
 
 
 def main() -> int:
@@ -219,14 +236,23 @@ def main() -> int:
         help="of a phase: with 35 to 60 the flood has one minute's limit in each (default: 60)",
     )
     options.add_argument(
+        "--no-limit",
+        action="store_true",
+        help="the flood's key has no limit: turns alone keep it in bounds (default: it has one)",
+    )
+    options.add_argument(
         "--per-minute", type=int, default=FLOOD_PER_MINUTE, help=f"limit of the flood's key (default: {FLOOD_PER_MINUTE})"
     )
     options.add_argument(
         "--replica-requests-max", type=int, nargs="*", default=[0, 16], metavar="N", help="gateways to measure (default: 0 16)"
     )
+    options.add_argument(
+        "--connections", type=int, default=FLOOD_CONNECTIONS, metavar="N", help=f"of the flood (default: {FLOOD_CONNECTIONS})"
+    )
     options.add_argument("--limits-valkey", default="", metavar="URL", help="count there (default: in the gateway)")
     given = options.parse_args()
-    wanted = Wanted(given.rounds, given.seconds, given.per_minute, given.limits_valkey)
+    per_minute = None if given.no_limit else given.per_minute
+    wanted = Wanted(given.rounds, given.seconds, per_minute, given.limits_valkey, given.connections)
     print(
         "| at the replicas | others | requests | first token p50, ms | p99 | whole p50, ms | p99 | p99 of alone |\n"
         + "|---" * 8

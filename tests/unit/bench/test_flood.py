@@ -26,6 +26,12 @@ def test_the_flood_has_a_limit_and_the_others_one_that_they_do_not_reach(tmp_pat
     assert limits == [600] + [10**6] * TENANTS
 
 
+def test_a_flood_without_a_limit_has_a_key_of_its_own_all_the_same(tmp_path: Path) -> None:
+    callers = Callers.made(tmp_path / "keys.toml", None)
+    found = Tenants([], keys=read_keys(tmp_path / "keys.toml")).authenticate(f"Bearer {callers.flood}".encode())
+    assert (found.name, found.key) == ("flood", None)
+
+
 def test_the_table_has_medians_and_tails_in_milliseconds() -> None:
     times = Times([0.01] * 98 + [0.05] * 2, [0.1] * 98 + [0.5] * 2)
     assert times.cells() == "100 | 10.0 | 50.0 | 100.0 | 500.0"
