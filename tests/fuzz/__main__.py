@@ -17,9 +17,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = (
@@ -28,6 +29,7 @@ CHECKS = (
 )
 NOT_ASKED = "^/replicas/.*/(drain|restart|resume)$"
 """What takes replicas away, after which 503 would be right."""
+LIMITS = ("--requests-per-minute", "200", "--tokens-per-minute", "20000", "--n-max", "2", "--max-tokens-max", "64")
 EXAMPLES = 100
 READY_SECONDS = 60.0
 
@@ -41,12 +43,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--phases", default="examples,coverage,fuzzing", help="of schemathesis (default: all but stateful)")
     parser.add_argument("--seed", type=int, default=0, help="of its choices (default: 0)")
     parser.add_argument("--cases-min", type=int, default=2000, help="fail with fewer cases than this (default: 2000)")
+    parser.add_argument("--limited", action="store_true", help="by a tenant's key, whose limits many requests are beyond")
     given, more = parser.parse_known_args(argv)
-    with tempfile.TemporaryDirectory(prefix="peerkv-fuzz-") as directory:
+    with tempfile.TemporaryDirectory(prefix="peerkv-fuzz-") as name:
+        directory = Path(name)
         if given.url is not None:
-            return fuzz(given, given.url, Path(directory), more)
-        with running_gateway(Path(directory)) as url:
-            return fuzz(given, url, Path(directory), more)
+            return fuzz(given, given.url, directory, more)
+        keys = {}
+        if given.limited:
+            keys["PEERKV_KEYS_FILE"] = str(directory / "keys.toml")
+            given.key = limited_key(directory / "keys.toml")
+        with running_gateway(directory, keys) as url:
+            return fuzz(given, url, directory, more)
+
+
+def limited_key(file: Path) -> str:
+    """Add a key with limits to a file; return it."""
+    command = [sys.executable, "-m", "gateway.cli", "keys", "add", "fuzz", "--keys-file", str(file), "--json", *LIMITS]
+    added = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True)
+    return str(json.loads(added.stdout)["key"])
 
 
 def fuzz(given: argparse.Namespace, url: str, directory: Path, more: list[str]) -> int:
@@ -74,8 +89,8 @@ def asked(report: Path) -> int:
 
 
 @contextmanager
-def running_gateway(directory: Path) -> Iterator[str]:
-    """`peerkv serve` over two fake engines that answer 400 to what they cannot read."""
+def running_gateway(directory: Path, settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
+    """`peerkv serve` over two fake engines that answer 400 to what they cannot read, with more `settings` as variables."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,7 +106,9 @@ def running_gateway(directory: Path) -> Iterator[str]:
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PEERKV_")}
     with (directory / "gateway.log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "gateway.cli", "serve"], env=kept | own, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gateway.cli", "serve"], env=kept | own | dict(settings), stdout=log, stderr=log
+        )
     try:
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + READY_SECONDS
