@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 QUESTION = "What is the capital of France?"
+BEGUN = "The capital of France is"
 CHAT: list[Any] = [{"role": "user", "content": QUESTION}]
 
 
@@ -32,7 +33,7 @@ def openai_package(url: str, key: str, model: str) -> dict[str, Any]:
     return {
         "chat": chat.choices[0].message.content,
         "streamed": "".join(streamed),
-        "completion": client.completions.create(model=model, prompt=QUESTION, max_tokens=4).choices[0].text,
+        "completion": client.completions.create(model=model, prompt=BEGUN, max_tokens=4, temperature=0).choices[0].text,
         "response": response.output_text,
         "response streamed": kinds[-1],
         "models": [each.id for each in client.models.list()],
