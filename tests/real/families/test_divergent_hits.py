@@ -74,13 +74,14 @@ def test_one_whose_check_fails_is_computed_from_the_state_that_is_here(hybrid, g
             found = supply(table, GroupChain(table.groups, keys), SHARED * block, WHOLE * block)
             assert found is not None
             assert found.counts[0] == WHOLE - SHARED
+            size = sum(layer.bytes * found.counts[layer.group] for layer in table.memories[0].layers)
             changed = int(found.block_ids[sum(found.counts[: group + 1]) - 1])
             with hybrid.counting("b") as counted, moving_on(table, hybrid.tables / "a.table", changed):
                 answer = hybrid.ask("b", ids)
         assert answer.tokens == wanted.tokens
         if counted["fallbacks"]:
             break
-    assert counted["fallbacks"] == 1
+    assert (counted["fallbacks"], counted["import_bytes"]) == (1, size)  # it did begin where full attention ends here
     assert (counted["check_failures"] > 0, counted["peer_tokens_shared_memory"]) == (True, 0)
     assert answer.cached == (SHARED - 1) * block
     assert counted["computed_tokens"] == len(ids) - answer.cached
