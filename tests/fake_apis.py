@@ -37,6 +37,11 @@ class OtherApis:
         self.kept: dict[str, Json] = {}
         """Responses by id; vLLM keeps them only if it is told to."""
 
+    def _must_fit(self, tokens: int) -> None:
+        """Raise ValueError for more tokens than the context holds, which vLLM refuses too."""
+        if tokens > self._engine.context_tokens:
+            raise ValueError(f"{tokens} tokens are more than the context holds")
+
     def routes(self) -> list[web.RouteDef]:
         handlers: dict[str, Callable[[web.Request], Any]] = {
             "/v1/responses": self.responses,
@@ -61,6 +66,7 @@ class OtherApis:
             return web.json_response({"error": {**error, "param": "response_id", "code": 404}}, status=404)
         count, cut = body.get("max_output_tokens") or 4, bool(body.get("max_output_tokens"))  # it never ends earlier by itself
         prompt = len(text_of(body["input"]).encode())
+        self._must_fit(count)
         usage = {"input_tokens": prompt, "output_tokens": count, "total_tokens": prompt + count}
         usage["input_tokens_details"] = {"cached_tokens": 1}
         text = "".join(f"w{i} " for i in range(count))
@@ -103,6 +109,7 @@ class OtherApis:
             error = {"type": "BadRequestError", "message": "as you asked"}
             return web.json_response({"type": "error", "error": error}, status=status)
         count, prompt = body["max_tokens"], len((text_of(body.get("system")) + text_of(body["messages"])).encode())
+        self._must_fit(count)
         usage = {
             "input_tokens": prompt - 1,
             "cache_creation_input_tokens": 0,

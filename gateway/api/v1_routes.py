@@ -34,6 +34,7 @@ async def _relayed_headers(
             description="seconds from the request's arrival to the first byte of its answer: a stream that has begun goes on; "
             "503 `queue_full` or 504 `deadline_exceeded` when they are over",
             alias="x-request-timeout",
+            pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?$",
             examples=["5"],
         ),
     ] = None,

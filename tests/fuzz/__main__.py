@@ -31,6 +31,7 @@ NOT_ASKED = "^/replicas/.*/(drain|restart|resume)$"
 """What takes replicas away, after which 503 would be right."""
 LIMITS = ("--requests-per-minute", "200", "--tokens-per-minute", "20000", "--n-max", "2", "--max-tokens-max", "64")
 EXAMPLES = 100
+TIMEOUT_SECONDS = 60
 READY_SECONDS = 60.0
 
 
@@ -71,6 +72,8 @@ def fuzz(given: argparse.Namespace, url: str, directory: Path, more: list[str]) 
     command += ["--max-examples", str(given.examples), "--phases", given.phases, "--seed", str(given.seed)]
     command += ["--exclude-path-regex", NOT_ASKED, "--suppress-health-check", "all", "--warnings", "off"]
     command += ["--report", "ndjson", "--report-ndjson-path", str(report), "--continue-on-failure"]
+    # Else most requests would be refused for it, and those with a short one get 504 as they asked.
+    command += ["--header", f"x-request-timeout:{TIMEOUT_SECONDS}"]
     command += ["--header", f"Authorization:Bearer {given.key}"] if given.key else []
     status = subprocess.run([*command, *more], cwd=directory, check=False).returncode
     cases = asked(report)
