@@ -1,4 +1,4 @@
-"""A replica modelled after vLLM's V1 scheduler (v1/core/sched/scheduler.py of 0.26).
+"""A replica modelled after vLLM's V1 scheduler (v1/core/sched/scheduler.py; compared with 0.32).
 
 Each step has a budget of tokens: running decodes take one each, half-prefilled prompts the next share, then waiting requests
 in order of arrival, as long as there is memory for a whole prompt (`scheduler_reserve_full_isl`). Blocks count as cached as
