@@ -82,7 +82,8 @@ def free_port() -> int:
 
 class Fleet:
     """`config` is the TOML of the settings, `flags` go before `--` on the command line and `vllm_args` behind it; requests
-    have the API key `key`. There is no host memory if neither asks for it."""
+    have the API key `key`. There is no host memory if neither config nor flags ask for it, and with [[models]] what the tables
+    of these say."""
 
     def __init__(self, config: str = "", flags: tuple[str, ...] = (), vllm_args: tuple[str, ...] = (), key: str = "") -> None:
         self.home = Path(tempfile.mkdtemp(prefix="peerkv-real-"))
@@ -95,7 +96,7 @@ class Fleet:
         self.key = key
         self._fleet = FileFleet(self.run_dir)
         (self.home / "salt-secret").write_text(SALT_SECRET)
-        memory = "" if "host_memory" in config or "--host-memory" in flags else "host_memory = 0\n"
+        memory = "" if "host_memory" in config or "[[models]]" in config or "--host-memory" in flags else "host_memory = 0\n"
         (self.home / "peerkv.toml").write_text(f'salt_secret_file = "{self.home}/salt-secret"\n{memory}{config}')
         self.command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(self.port)]
         self.command += ["--config", str(self.home / "peerkv.toml")]

@@ -16,6 +16,7 @@ from tests.tiny_models import write_tiny_model
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 VOCABULARY = 49152  # the default model's
 ARGS = '["--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64M"]'
+ALONE = 'replicas = 1\nhost_memory = "0"\n'
 PROMPT = " ".join(f"word{number}" for number in range(60))
 
 
@@ -34,7 +35,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     tables = ""
     for name, layers in (("deep", 3), ("flat", 1)):
         model = tiny(tmp_path_factory.mktemp(name), layers)
-        tables += f'[[models]]\nmodel = "{model}"\nserved_model_name = "{name}"\nreplicas = 1\nvllm_args = {ARGS}\n'
+        tables += f'[[models]]\nmodel = "{model}"\nserved_model_name = "{name}"\n{ALONE}vllm_args = {ARGS}\n'
     with running(Fleet(tables)) as fleet:
         yield fleet
 
