@@ -98,13 +98,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def write_tiny_model(folder: Path, family: str, *, weights: bool = False, **changes: Any) -> Path:
+def write_tiny_model(folder: Path, family: str, *, weights: bool = False, scores: bool = False, **changes: Any) -> Path:
     """Write the config of a family, with `changes`, into a folder of its own under `folder`; return that.
 
     With `weights`, random ones too, large beside the embeddings, so that another context gives other tokens: vLLM's dummies of
-    at most 0.001 answer nearly the same whatever they are asked.
+    at most 0.001 answer nearly the same whatever they are asked. With `scores` they make one number of a text, not tokens.
     """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind, own = MODELS[family]
     made = folder / family
@@ -116,7 +116,8 @@ def write_tiny_model(folder: Path, family: str, *, weights: bool = False, **chan
     import torch
 
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    kinds = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model = kinds.from_config(config, dtype=torch.bfloat16)
     model.get_input_embeddings().weight.data *= 0.1
     model.save_pretrained(made)
     return made

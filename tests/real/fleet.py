@@ -82,10 +82,17 @@ def free_port() -> int:
 
 class Fleet:
     """`config` is the TOML of the settings, `flags` go before `--` on the command line and `vllm_args` behind it; requests
-    have the API key `key`. There is no host memory if neither config nor flags ask for it, and with [[models]] what the tables
-    of these say."""
+    have the API key `key`. There will be so many `replicas`. There is no host
+    memory if neither config nor flags ask for it, and with [[models]] what the tables of these say."""
 
-    def __init__(self, config: str = "", flags: tuple[str, ...] = (), vllm_args: tuple[str, ...] = (), key: str = "") -> None:
+    def __init__(
+        self,
+        config: str = "",
+        flags: tuple[str, ...] = (),
+        vllm_args: tuple[str, ...] = (),
+        key: str = "",
+        replicas: int = len(REPLICAS),
+    ) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="peerkv-real-"))
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -94,6 +101,7 @@ class Fleet:
         self.table_dir = Path(f"/dev/shm/peerkv-{os.getuid()}/{self.port}")
         self.log_dir = self.home / "logs"
         self.key = key
+        self._replicas = replicas
         self._fleet = FileFleet(self.run_dir)
         (self.home / "salt-secret").write_text(SALT_SECRET)
         memory = "" if "host_memory" in config or "[[models]]" in config or "--host-memory" in flags else "host_memory = 0\n"
@@ -128,7 +136,7 @@ class Fleet:
             ready = answer["ready"] and all(replica["ready"] for replica in answer["replicas"])
         except (httpx.TransportError, KeyError, ValueError):
             return False
-        return bool(ready) and len(answer["replicas"]) == 2 and self._settled()
+        return bool(ready) and len(answer["replicas"]) == self._replicas and self._settled()
 
     def _settled(self) -> bool:
         stats = self.stats()
