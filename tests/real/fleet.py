@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ LOG_LINE_CHARS_SHOWN = 300
 SALT_SECRET = "what salts are made with in tests"
 MARK = "REAL_FLEET_MARK"  # in the environment of every process of a fleet; replicas get no PEERKV_* variables
 REPLICAS = ("replica-0", "replica-1")
+NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def free_port() -> int:
 
 class Fleet:
     """`config` is the TOML of the settings, `flags` go before `--` on the command line and `vllm_args` behind it; requests
-    have the API key `key`. There will be so many `replicas`. There is no host
+    have the API key `key`. `environment` is added to that of all processes; there will be so many `replicas`. There is no host
     memory if neither config nor flags ask for it, and with [[models]] what the tables of these say."""
 
     def __init__(
@@ -91,6 +92,7 @@ class Fleet:
         flags: tuple[str, ...] = (),
         vllm_args: tuple[str, ...] = (),
         key: str = "",
+        environment: Mapping[str, str] = NOTHING,
         replicas: int = len(REPLICAS),
     ) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="peerkv-real-"))
@@ -101,6 +103,7 @@ class Fleet:
         self.table_dir = Path(f"/dev/shm/peerkv-{os.getuid()}/{self.port}")
         self.log_dir = self.home / "logs"
         self.key = key
+        self.environment = {**environment, MARK: self.mark, "PYTHONPATH": str(ROOT)}
         self._replicas = replicas
         self._fleet = FileFleet(self.run_dir)
         (self.home / "salt-secret").write_text(SALT_SECRET)
@@ -119,7 +122,7 @@ class Fleet:
         """Start it; returns at once."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PEERKV_")}
         kept = {name: os.environ[name] for name in ("PEERKV_CACHE",) if name in os.environ}
-        environment |= kept | {MARK: self.mark, "PYTHONPATH": str(ROOT)}
+        environment |= kept | self.environment
         with (self.home / "peerkv.log").open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, cwd=self.home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
