@@ -1,4 +1,4 @@
-"""One real fleet for all tests here: two replicas, float32 so that import and cold run can be compared, two tenants."""
+"""One real fleet for all tests here: two replicas, float32 so that import and cold run can be compared, several tenants."""
 
 import contextlib
 from collections.abc import Generator, Iterator
@@ -14,6 +14,8 @@ from tests.real.prompts import Words
 
 ONE = Tenant(name="one", api_key="key-of-tenant-one")
 TWO = Tenant(name="two", api_key="key-of-tenant-two")
+FRIENDS = tuple(Tenant(name=name, api_key=f"key-of-tenant-{name}", group="friends") for name in ("three", "four"))
+"""Two that share a prefix cache."""
 LAST_FILES = ("test_kills.py", "test_the_end.py")
 END_SECONDS_MAX = 15.0
 
@@ -30,6 +32,10 @@ name = "two"
 api_key = "{TWO.api_key.get_secret_value()}"
 accepts_loss = true
 """
+CONFIG_OF_FRIENDS = "".join(
+    f'[[tenants]]\nname = "{each.name}"\napi_key = "{each.api_key.get_secret_value()}"\ngroup = "{each.group}"\n'
+    for each in FRIENDS
+)
 VLLM_ARGS = (
     *("--dtype", "float32"),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
@@ -85,7 +91,8 @@ def shared_memory_before() -> frozenset:
 @pytest.fixture(scope="session")
 def running_fleet(shared_memory_before) -> Iterator[Fleet]:
     """The fleet, started once."""
-    with running(Fleet(CONFIG, vllm_args=VLLM_ARGS, key=ONE.api_key.get_secret_value())) as fleet:
+    config, key = CONFIG + CONFIG_OF_FRIENDS, ONE.api_key.get_secret_value()
+    with running(Fleet(config, vllm_args=VLLM_ARGS, key=key)) as fleet:
         yield fleet
 
 

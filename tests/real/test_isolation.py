@@ -1,6 +1,6 @@
 """Nothing is imported that belongs to somebody else."""
 
-from tests.real.conftest import TWO
+from tests.real.conftest import FRIENDS, ONE, TWO
 
 BLOCK = 32
 LENGTH = 400
@@ -19,6 +19,26 @@ def test_one_tenants_prompt_is_never_imported_for_another(fleet, words):
     assert theirs.close_to(cold)
     assert (own.local, own.peer) == (0, WHOLE)  # nor did the other tenant's run help this one
     assert ours.close_to(cold)
+
+
+def test_tenants_of_a_group_find_each_others_prompts_and_others_do_not(fleet, words):
+    prompt = words.text(LENGTH)
+    three, four, one, two = (each.api_key.get_secret_value() for each in (*FRIENDS, ONE, TWO))
+    cold = fleet.answer(prompt, replica="replica-0", key=three)
+    for outsider in (one, two):
+        with fleet.counting("replica-1") as foreign:
+            theirs = fleet.answer(prompt, replica="replica-1", key=outsider)
+        assert (foreign.local, foreign.peer, foreign.computed) == (0, 0, LENGTH)
+        assert theirs.close_to(cold)
+    with fleet.counting("replica-1") as shared:
+        ours = fleet.answer(prompt, replica="replica-1", key=four)
+    assert (shared.local, shared.peer) == (0, WHOLE)
+    with fleet.counting("replica-0") as at_home:
+        again = fleet.answer(prompt, replica="replica-0", key=four)
+    assert (at_home.local, at_home.peer) == (WHOLE, 0)
+    assert cold.cached_tokens == 0
+    assert ours.close_to(cold)
+    assert again.close_to(cold)
 
 
 def test_another_tenants_cache_does_not_attract_a_prompt(fleet, words):
