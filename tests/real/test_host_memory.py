@@ -1,15 +1,19 @@
 """Host memory: what left a replica's KV cache is restored by every replica, also when its engine is gone."""
 
+import asyncio
 import mmap
 import os
 import signal
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import openai
 import pytest
 
+from bench.continuity import Stream, stream
 from engine.host_process.kept_memory import VARIABLE, KeptMemories, encode_kept
 from gateway.tenants.salts import tenant_salt
 from tests.real.conftest import CONFIG, ONE, TWO, VLLM_ARGS, running
@@ -24,6 +28,8 @@ from transport.table.quality import CODED, IN_CODE, LOSSY
 from transport.table.tiers import host_memory_of
 
 TIER = host_memory_of("replica-0")
+STREAMED = 100
+"""Tokens of a stream that is cut."""
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +177,34 @@ def test_a_killed_engines_blocks_are_restored_by_others_and_then_by_itself(tiere
     tiered.flush()
     with restoring(tiered, "replica-0", "host_memory", 0):
         tiered.answer(prompt, replica="replica-0")
+
+
+def test_the_rest_of_a_killed_engines_stream_is_made_behind_what_its_host_memory_kept(tiered, words):
+    prompt, request_id = words.text(LENGTH), uuid.uuid4().hex
+    tiered.answer(prompt, replica="replica-0")
+    push_out(tiered, words, "replica-0")
+    tiered.answer(prompt, replica="replica-0")  # restored: the replica has it, and its host memory too
+
+    async def main() -> tuple[Stream, Stream]:
+        begun = asyncio.Event()
+        async with openai.AsyncOpenAI(base_url=f"{tiered.url}/v1", api_key=tiered.key, max_retries=0) as client:
+            asking = client.with_options(default_headers={"x-request-id": request_id})
+            cut = asyncio.create_task(stream(asking, "completions", prompt, STREAMED, begun, tiered.model))
+            await begun.wait()
+            os.kill(former, signal.SIGKILL)
+            return await cut, await stream(client, "completions", prompt, STREAMED, model=tiered.model)
+
+    former, before = tiered.pid("replica-0"), tiered.stats()["gateway"]["streams_continued"]
+    cut, whole = asyncio.run(main())
+    assert cut.replica == "replica-0"
+    assert cut.same_as(whole)
+    assert tiered.stats()["gateway"]["streams_continued"] == before + 1
+    first, rest = tiered.client.get(f"/kv/explain/{request_id}").raise_for_status().json()["attempts"]
+    (delivered,) = rest["delivered"]
+    assert (first["replica"], rest["replica"], delivered["source"]) == ("replica-0", "replica-1", TIER)
+    assert (delivered["local_tokens"], delivered["failed_blocks"]) == (0, 0)
+    assert WHOLE <= delivered["peer_tokens"] < rest["prompt_tokens"]
+    tiered.wait_ready(RESTART_SECONDS_MAX)
 
 
 def test_it_says_what_it_keeps(tiered):
