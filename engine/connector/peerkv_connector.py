@@ -37,6 +37,7 @@ from engine.connector.vllm_groups import GroupNotHandled, ModelGroups, model_gro
 from engine.connector.worker import WorkerHalf
 from engine.host_process.kept_memory import VARIABLE, KeptMemory, decode_kept
 from engine.tiers.only_writer import become_only_writer
+from engine.tiers.self_test import FAILED
 from engine.tiers.slots import Slots
 from transport.errors import TransportError
 from transport.fingerprint import fingerprint_digest
@@ -179,6 +180,8 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.bind_pool(self._bound)
         if self._cache_blocks is not None:
             self._scheduler.bind_cache(self._cache_blocks)
+        failed = sum(str(shake.host_memory).startswith(FAILED) for shake in handshakes)
+        self._scheduler.table.count("table_errors", failed)
         level = logging.INFO if status == "ok" else logging.WARNING
         _logger.log(level, "%s shares KV blocks under %s: %s", self._replica, self._table_dir, status)
 

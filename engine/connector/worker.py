@@ -10,6 +10,7 @@ from typing import Any
 from engine.connector.compat import allow_amx
 from engine.connector.step_messages import Handshake, ImportReport, StepMetadata, WorkerReport
 from engine.host_process.kept_memory import KeptMemory
+from engine.tiers.self_test import free_slot
 from engine.tiers.slot_writer import SlotWriter
 from engine.tiers.slots import NoSlots, Slots, cut
 from engine.tiers.stores import Writer
@@ -24,6 +25,7 @@ from transport.node.messages import NodeError
 from transport.node.names import node_of
 from transport.table.directory import TableDirectory
 from transport.table.layout import SlotCodec
+from transport.table.tiers import host_memory_of
 
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class WorkerHalf:
         self._ranks = ranks
         self._slots: Slots | str = ""
         self._slot_writer: Writer | None = None
+        self._replica = replica
         self._peers = TableDirectory(table_dir, replica)
         self._rank = rank
         self._fetches = Fetches(table_dir, rank)
@@ -84,7 +87,7 @@ class WorkerHalf:
             return
         self._status = "ok"
         if self._kept is not None:
-            self._open_slots(self._transport, self._kept, lossy, codec)
+            self._open_slots(self._transport, self._kept, num_blocks, lossy, codec)
         if self._watcher is None:
             self._watcher = threading.Thread(target=self._watch, name="peerkv-watch", daemon=True)
             self._watcher.start()
@@ -93,11 +96,14 @@ class WorkerHalf:
         """Return what the scheduler's half has to know of this rank."""
         return Handshake(self._transport.memory() if self._transport else None, self._status, fields, self._slots)
 
-    def _open_slots(self, transport: Transport, kept: KeptMemory, lossy: Mapping[str, str] | None, codec: SlotCodec) -> None:
+    def _open_slots(
+        self, transport: Transport, kept: KeptMemory, num_blocks: int, lossy: Mapping[str, str] | None, codec: SlotCodec
+    ) -> None:
         try:
             shape = _coded_shape(transport, lossy, codec) if lossy is not None else None
             slots = cut(kept.region, transport.memory(), self._ranks, shape, codec)
-            self._slot_writer = _slot_writer(transport, slots)
+            free = free_slot(slots, self._peers.tables().get(host_memory_of(self._replica)))
+            self._slot_writer = _slot_writer(transport, slots, free, num_blocks - 1)
             self._slots = slots
         except (NoSlots, TransportError, OSError, ValueError) as error:
             self._slots = str(error)
@@ -308,12 +314,16 @@ def _codes(transport: Transport, shape: Shape, codec: SlotCodec) -> bool:
     return isinstance(transport, CudaIpcTransport) and transport.codes(shape, codec)
 
 
-def _slot_writer(transport: Transport, slots: Slots) -> Writer:
-    """Return what copies blocks of the transport's own memory into slots."""
+def _slot_writer(transport: Transport, slots: Slots, free: int | None, block: int) -> Writer:
+    """Return what copies blocks of the transport's own memory into slots, tried out by way of a `free` slot and a `block` that
+    is not used yet. Raises MemoryUnreachable."""
     if isinstance(transport, SharedMemoryTransport):
-        return SlotWriter(transport, slots)
+        writer = SlotWriter(transport, slots)
+        if free is not None:
+            writer.try_out(free, block)
+        return writer
     from engine.tiers.cuda_slot_writer import CudaSlotWriter
     from transport.backends.cuda_ipc import CudaIpcTransport
 
     assert isinstance(transport, CudaIpcTransport)
-    return CudaSlotWriter(transport, slots)
+    return CudaSlotWriter(transport, slots, free)

@@ -14,7 +14,8 @@ from transport.frames.frame import read_into, write
 from transport.frames.shape import Number
 
 SECONDS_MAX = 5.0
-_SHAPE = layouts.state(1, 32 << 10, Number.BFLOAT16)
+_SHAPE = layouts.attention(2, 4, 16, 64, Number.BFLOAT16)
+"""As blocks of attention are, of a small model: 64 KiB."""
 _FINGERPRINT = b"peerkv self-test"
 
 

@@ -11,9 +11,11 @@ from collections.abc import Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from engine.tiers.self_test import FAILED, compare
 from engine.tiers.slots import Slots
 from engine.tiers.stores import Store, Stores
 from transport.backends.cuda_ipc import CudaIpcTransport, Enqueued, Opened
+from transport.errors import MemoryUnreachable
 from transport.table.quality import IN_CODE
 
 _logger = logging.getLogger(__name__)
@@ -35,11 +37,22 @@ class _Launched:
 
 
 class CudaSlotWriter:
-    """Writes one rank's part of a region, from when it is open; what is overwritten before that is lost."""
+    """Writes one rank's part of a region, from when it is open; what is overwritten before that is lost.
 
-    def __init__(self, own: CudaIpcTransport, slots: Slots) -> None:
+    With a `free` slot, what does not pass the self-test (self_test.py) does not open.
+    """
+
+    def __init__(self, own: CudaIpcTransport, slots: Slots, free: int | None = None) -> None:
         self._own = own
-        self._slots: Future[Opened] = own.open_slots(slots.memory, slots.count)
+
+        def try_out(opened: Opened) -> None:
+            if free is not None:
+                for group, (layers, back) in enumerate(own.round_trips(opened, free)):
+                    compare(slots, free, group, layers, b"")
+                    if back != layers:
+                        raise MemoryUnreachable(f"{FAILED}: a block of KV cache group {group} came back changed")
+
+        self._slots: Future[Opened] = own.open_slots(slots.memory, slots.count, try_out)
         self._groups = 1 + max(layer.group for layer in slots.memory.layers)
         self._waiting: list[Store] = []
         self._launched: deque[_Launched] = deque()

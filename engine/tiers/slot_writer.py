@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 
+from engine.tiers.self_test import compare, noise
 from engine.tiers.slots import Slots
 from engine.tiers.stores import NO_STORES, Store, Stores
 from transport.backends.shared_memory import SharedMemoryTransport, checksum, map_region
@@ -30,6 +31,7 @@ class SlotWriter:
 
     def __init__(self, own: SharedMemoryTransport, slots: Slots) -> None:
         self._own = own  # its memory must last as long as the thread
+        self._slots = slots
         memory = slots.memory
         assert memory.checksums is not None
         self._map: mmap.mmap = map_region(memory.regions[0], writable=True)
@@ -54,6 +56,23 @@ class SlotWriter:
         self._calling = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+
+    def try_out(self, slot: int, block: int) -> None:
+        """Store and compare a block of each KV cache group, by way of a free slot and a block that nobody uses yet, which keeps
+        what it has. Raises MemoryUnreachable if one does not come back."""
+        for group, pieces in self._pieces.items():
+            places = [(address + block * stride, size) for address, stride, _, size in pieces]
+            before, wanted = [ctypes.string_at(*place) for place in places], [noise(size) for _, size in places]
+            try:
+                for (address, size), content in zip(places, wanted, strict=True):
+                    ctypes.memmove(address, content, size)
+                key = noise(16)
+                self._copy(Store(block, slot, group, key))
+            finally:
+                for (address, size), content in zip(places, before, strict=True):
+                    ctypes.memmove(address, content, size)
+            compare(self._slots, slot, group, wanted, key)
+        self._copied.clear()
 
     def begin(self, stores: Stores) -> None:
         """Take in what a step brings; when this returns, what it overwrites has been copied."""

@@ -58,7 +58,9 @@ class TransferCounts(BaseModel):
     published_blocks: int = Field(0, description="blocks offered to other replicas")
     evictions: int = Field(0, description="offered blocks that were reallocated")
     peers_incompatible: int = Field(0, description="other replicas' tables refused because their fingerprints differ")
-    table_errors: int = Field(0, description="other replicas' tables that could not be used")
+    table_errors: int = Field(
+        0, description="other replicas' tables that could not be used, odd requests, and host memory that failed its self-test"
+    )
     pins: int = Field(0, description="prefixes that were pinned")
     pins_refused: int = Field(0, description="pins that were requested but refused")
     hints_malformed: int = Field(0, description="fields of hints that were ignored")

@@ -9,9 +9,10 @@ takes seconds.
 import itertools
 import logging
 import math
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -238,9 +239,48 @@ class CudaIpcTransport:
 
     # This engine's own host memory
 
-    def open_slots(self, slots: Memory, count: int) -> "Future[Opened]":
-        """Open `count` slots, which lie as `slots` says, to write them; `close_slots` ends that."""
-        return self._pinner.submit(self._open, "this engine's host memory", count, (slots,))
+    def open_slots(self, slots: Memory, count: int, try_out: Callable[[Opened], None] = lambda _: None) -> "Future[Opened]":
+        """Open `count` slots, which lie as `slots` says, to write them; `close_slots` ends that. `try_out` sees them first, in
+        the pinner's thread: they do not open if it raises."""
+
+        def opened() -> Opened:
+            found = self._open("this engine's host memory", count, (slots,))
+            try:
+                try_out(found)
+            except BaseException:
+                found.mapped.close()
+                raise
+            return found
+
+        return self._pinner.submit(opened)
+
+    def round_trips(self, slots: Opened, slot: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
+        """Yield for each KV cache group the layers of a random block, once they are in `slot`, and what came back from there.
+
+        The engine's KV memory is not touched. For the pinner's thread.
+        """
+        groups = 1 + max(group for group, _ in self._shape)
+        for group in range(groups):
+            wanted = [os.urandom(size if each == group else WORD_BYTES) for each, size in self._shape]
+            with torch.cuda.stream(self._stream):
+                there = [torch.frombuffer(bytearray(each), dtype=torch.uint8).to(self._device) for each in wanted]
+                back = [torch.zeros_like(each) for each in there]
+                tables = [self._table([(each.data_ptr(), len(each), len(each)) for each in side]) for side in (there, back)]
+            self._stream.synchronize()
+            own = slice(0, 1)
+            piece = [[_Piece([own if each == group else slice(0, 0) for each in range(groups)])]]
+            first, last = np.zeros(1, np.int32), np.full(1, slot, np.int32)
+            copies = (
+                (self._to_host, (tables[0], slots.layers), (first, last), PROGRAMS_TO_HOST),
+                (self._from_host, (slots.layers, tables[1]), (last, first), PROGRAMS_FROM_HOST),
+            )
+            for stream, sides, blocks, programs in copies:
+                try:
+                    self._enqueue(stream, sides, blocks, piece, programs, lambda _: None)
+                finally:
+                    stream.synchronize()
+            of_group = [number for number, (each, _) in enumerate(self._shape) if each == group]
+            yield [wanted[number] for number in of_group], [back[number].cpu().numpy().tobytes() for number in of_group]
 
     def codes(self, shape: Shape, codec: SlotCodec) -> bool:
         """Whether our blocks, which are of this shape, can be coded here. If so, the kernels are compiled, in seconds."""

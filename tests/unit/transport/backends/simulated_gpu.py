@@ -9,6 +9,7 @@ import importlib
 import random
 import sys
 import threading
+import time
 import types
 from collections import deque
 from typing import Any
@@ -27,6 +28,7 @@ class Gpu:
         self.streams: list[Stream] = []
         self.compute = Stream(self)
         self._entered = threading.local()
+        self.running = threading.RLock()
         self.pinned: dict[int, int] = {}
         self.refuses_after = 1 << 62
         """Bytes that can be pinned."""
@@ -45,16 +47,22 @@ class Gpu:
         finally:
             self._entered.stream = former
 
+    def one(self) -> bool:
+        """Run a step of any stream; False if there is none. One at a time: the pinner's thread synchronises too."""
+        with self.running:
+            ready = [stream for stream in self.streams if stream.runnable()]
+            if ready:
+                self.rng.choice(ready).run_one()
+            return bool(ready)
+
     def some(self, most: int = 4) -> None:
         for _ in range(self.rng.randrange(most + 1)):
-            ready = [stream for stream in self.streams if stream.runnable()]
-            if not ready:
+            if not self.one():
                 return
-            self.rng.choice(ready).run_one()
 
     def all(self) -> None:
-        while ready := [stream for stream in self.streams if stream.runnable()]:
-            self.rng.choice(ready).run_one()
+        while self.one():
+            pass
         assert not any(stream.queue for stream in self.streams), "streams wait for each other"
 
 
@@ -87,8 +95,10 @@ class Stream:
 
     def synchronize(self) -> None:
         while self.queue:
-            ready = [stream for stream in self.gpu.streams if stream.runnable()]
-            self.gpu.rng.choice(ready).run_one()
+            if not self.gpu.one():  # what another thread runs now, or is about to enqueue
+                time.sleep(0.001)
+        with self.gpu.running:  # until what another thread runs is done
+            pass
 
 
 class Event:
