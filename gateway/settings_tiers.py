@@ -29,6 +29,11 @@ class Tiers(BaseSettings):
         description="directory in shared memory, such as /dev/shm/kept, in whose files what left the KV caches outlives"
         " a restart of everything but the machine, where host_memory is a size; unset: it ends with peerkv",
     )
+    host_memory_ttl_seconds: float = Field(
+        _ENGINE["host_memory_ttl_seconds"],
+        ge=0,
+        description="time that host memory keeps a block at most, by its replica's next step; 0: without end",
+    )
     disk: AbsolutePath | None = Field(
         _ENGINE["disk"], description="directory that keeps what leaves host memory, also across restarts; unset: none"
     )

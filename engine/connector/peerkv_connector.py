@@ -2,9 +2,10 @@
 
 `kv_connector_extra_config`: `table_dir`, the directory of the node's block tables; `replica`, this engine's name in it; `hash`,
 xxh3_128 or sha256; `namespace`, a word: engines with different ones exchange nothing; `pin_share_max`, the share of its blocks
-that pins may hold; `tenant_share_max`, the share of host memory that a tenant has while others want room; `lossy`: by int8,
-rot4 or rot3 host memory codes blocks of callers who accept loss. All have defaults, so plain vLLM servers started with this
-connector find each other without a gateway.
+that pins may hold; `tenant_share_max`, the share of host memory that a tenant has while others want room;
+`host_memory_ttl_seconds`, how long a block stays there, 0: without end; `lossy`: by int8, rot4 or rot3 host memory codes blocks
+of callers who accept loss. All have defaults, so plain vLLM servers started with this connector find each other without a
+gateway.
 
 No exception leaves a method of this class: vLLM would end the engine. A fault is logged and counted; from then on the connector
 imports and offers nothing.
@@ -76,6 +77,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._namespace = str(extra.get("namespace") or "")
         self._pin_share_max = float(extra.get("pin_share_max", PIN_SHARE_MAX))
         self._tenant_share_max = float(extra.get("tenant_share_max", TENANT_SHARE_MAX))
+        self._ttl_seconds = float(extra.get("host_memory_ttl_seconds", 0.0))
         self._lossy = str(extra.get("lossy") or "")
         if self._hash_name not in HASH_NAMES:
             raise ValueError(f"kv_connector_extra_config: hash is {self._hash_name!r}, not one of {', '.join(HASH_NAMES)}")
@@ -83,6 +85,8 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             raise ValueError(f"kv_connector_extra_config: pin_share_max is {self._pin_share_max}, not from 0 to below 1")
         if not 0 < self._tenant_share_max <= 1:
             raise ValueError(f"kv_connector_extra_config: tenant_share_max is {self._tenant_share_max}, not above 0 to 1")
+        if not self._ttl_seconds >= 0:
+            raise ValueError(f"kv_connector_extra_config: host_memory_ttl_seconds is {self._ttl_seconds}, not 0 or above")
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._fields: dict[str, str] = {}
@@ -175,6 +179,7 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             pin_share_max=self._pin_share_max,
             tier=self._open_tier(handshakes, status, fields, groups),
             tenant_share_max=self._tenant_share_max,
+            host_memory_ttl_seconds=self._ttl_seconds,
         )
         if self._bound is not None:
             self._scheduler.bind_pool(self._bound)

@@ -59,7 +59,7 @@ class SchedulerHalf:
 
     `groups` are the model's, `ranks` the number of workers that must report an import before it is done, `pin_share_max` the
     share of all blocks that pins may hold, `tier` the table of this replica's host memory, if it has any, of which each tenant
-    has the share `tenant_share_max` at most while others want room.
+    has the share `tenant_share_max` at most while others want room, and a block stays `host_memory_ttl_seconds` (0: no end).
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class SchedulerHalf:
         pin_share_max: float = 0.0,
         tier: KeptTable | None = None,
         tenant_share_max: float = 1.0,
+        host_memory_ttl_seconds: float = 0.0,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.table = table
@@ -90,8 +91,8 @@ class SchedulerHalf:
             refused=lambda: table.count("peers_incompatible"),
             own_tier=tier.path.stem if tier is not None else "",
         )
-        shares = {"tenant_share_max": tenant_share_max, "pin_share_max": pin_share_max}
-        self._stored = Stored(table, tier, self._sources, ranks=ranks, **shares) if tier is not None else None
+        bounds = {"tenant_share_max": tenant_share_max, "pin_share_max": pin_share_max, "ttl_seconds": host_memory_ttl_seconds}
+        self._stored = Stored(table, tier, self._sources, ranks=ranks, **bounds) if tier is not None else None
         self._roots = RootKeys(fingerprint, hash_name)
         self._groups = groups
         self._hash_name = hash_name

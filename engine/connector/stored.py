@@ -21,7 +21,15 @@ class Stored:
     """The tier of the engine that owns `table`, whose workers are `ranks`; its blocks are offered in `tier`."""
 
     def __init__(
-        self, table: TableWriter, tier: KeptTable, sources: Peers, *, ranks: int, tenant_share_max: float, pin_share_max: float
+        self,
+        table: TableWriter,
+        tier: KeptTable,
+        sources: Peers,
+        *,
+        ranks: int,
+        tenant_share_max: float,
+        pin_share_max: float,
+        ttl_seconds: float,
     ) -> None:
         self._table = table
         self._memory = HostMemory(
@@ -30,6 +38,7 @@ class Stored:
             elsewhere=sources.stored_elsewhere,
             tenant_share_max=tenant_share_max,
             pin_share_max=pin_share_max,
+            ttl_seconds=ttl_seconds,
         )
         self._ahead = Ahead(tier.layout.blocks)
         self._wanted: dict[int, None] = {}
@@ -95,7 +104,7 @@ class Stored:
             self._memory.pin(wish, offered, keys, self.offers.groups(offered), self._table.quality(offered), now_ns)
 
     def unpin(self, ids: Blocks[int], now_ns: int) -> None:
-        """End pins by number, and those whose time is up."""
+        """End pins by number, and those whose time is up, as that of blocks may be; called in every step too."""
         self._memory.unpin(ids)
         self._memory.expire(now_ns)
 

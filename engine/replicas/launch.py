@@ -59,6 +59,7 @@ class EngineSettings(RestartPolicy):
     pin_share_max: float = 0.25  # of a replica's KV cache, for pinned prefixes
     host_memory: int = 0  # bytes of all replicas together, for blocks that left their KV caches; 0: none
     host_memory_dir: Path | None = None  # where it is kept in named files, which outlive everything; None: without a name
+    host_memory_ttl_seconds: float = 0.0  # 0: without end
     disk: Path | None = None  # a directory that keeps what host memory does not; None: none
     disk_bytes: int = 10 << 30
     disk_ttl_seconds: float = 0.0  # 0: without end
@@ -212,6 +213,8 @@ def _transfer_config(settings: EngineSettings, name: str) -> dict[str, object]:
     extra: dict[str, object] = {"table_dir": str(settings.table_dir), "replica": name, "hash": settings.hash_name}
     extra["pin_share_max"] = settings.pin_share_max
     extra["tenant_share_max"] = settings.tier_tenant_share_max
+    if settings.host_memory_ttl_seconds:
+        extra["host_memory_ttl_seconds"] = settings.host_memory_ttl_seconds
     if settings.lossy:
         extra["lossy"] = settings.lossy
     if settings.namespace:

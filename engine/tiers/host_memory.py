@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from engine.tiers.ages import Ages
 from engine.tiers.ask_counts import AskCounts
 from engine.tiers.giving_way import ANYBODY, GivingWay
 from engine.tiers.slot_room import SlotRoom
@@ -34,7 +35,8 @@ class HostMemory:
     The least popular block gives way (`GivingWay`), by how often requests asked for it, whether it was here or not; where a
     tenant has more than the share `tenant_share_max`, the least popular one of its own; pinned ones, at most the share
     `pin_share_max`, stay. What the table offers already, from
-    before a restart, is kept, as if all of it had been asked for once.
+    before a restart, is kept, as if all of it had been asked for once. A block stays for `ttl_seconds` at most (0: without end)
+    once it is stored, or from then on, but for what is pinned or being read; `expire` says how late it is.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class HostMemory:
         elsewhere: Callable[[Keys], npt.NDArray[np.bool_]],
         tenant_share_max: float = 1.0,
         pin_share_max: float = 0.0,
+        ttl_seconds: float = 0.0,
     ) -> None:
         self._table = table
         self._ranks = ranks
@@ -64,6 +67,7 @@ class HostMemory:
         self._shares = TenantShares(table.layout.blocks, tenant_share_max)
         for slot, size in sizes.items():
             self._shares.took(self._marks[slot], size)
+        self._ages = Ages(int(ttl_seconds * 1e9), kept) if ttl_seconds else None
         self._pins = TierPins(int(pin_share_max * table.layout.blocks) // self._room.whole)
         self._under_way: dict[int, tuple[Store, int]] = {}
         self._coming: dict[bytes, int] = {}
@@ -133,8 +137,12 @@ class HostMemory:
         self._unpinned(self._pins.drop(ids))
 
     def expire(self, now_ns: int) -> None:
-        """End the pins whose time is up."""
+        """End the pins whose time is up, and have the blocks give way that are too old: called in every step."""
         self._unpinned(self._pins.expire(now_ns))
+        if self._ages is not None and (gone := self._ages.expire(now_ns, self._stored.drop)):
+            for slot in gone:
+                self._free(slot)
+            self._table.count("evictions", self._table.invalidate(gone))
 
     def _unpinned(self, keys: Iterable[bytes]) -> None:
         for key in keys:
@@ -192,6 +200,8 @@ class HostMemory:
         self._table.publish([store.slot for store in filled], keys, np.array([store.quality for store in filled], np.uint64))
         for store in filled:
             self._stored.put(store.key, store.slot, self._coming.pop(store.key), mark_of(store.quality))
+            if self._ages is not None:
+                self._ages.filled(store.slot)
             if store.key in self._pins:
                 self._stored.hold(store.slot)
 
@@ -214,6 +224,8 @@ class HostMemory:
         """Give up everything that is stored or being stored."""
         self._table.count("evictions", self._table.clear())
         self._pins.clear()
+        if self._ages is not None:
+            self._ages.clear()
         for slot in self._stored.clear():
             self._free(slot)
         self._void.update(self._under_way)
@@ -281,6 +293,8 @@ class HostMemory:
 
     def _give_way(self, slot: int) -> None:
         self._gave_way.append(slot)
+        if self._ages is not None:
+            self._ages.emptied(slot)
         self._free(slot)
 
     def _free(self, slot: int) -> None:

@@ -46,6 +46,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "imports": "no",
         "host_memory": "16GiB",
         "host_memory_dir": "/dev/shm/kept",
+        "host_memory_ttl_seconds": "86400",
         "disk": "/var/cache/peerkv",
         "disk_bytes": "500GiB",
         "disk_ttl_seconds": "604800",
@@ -118,6 +119,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
 OF_REPLICAS = frozenset({**GROUPS["replicas"], **GROUPS["other nodes"]}) - {"startup_seconds_max"} | {
     "host_memory",
     "host_memory_dir",
+    "host_memory_ttl_seconds",
     "disk",
     "disk_bytes",
     "disk_ttl_seconds",
