@@ -1,4 +1,5 @@
-"""What disk and vault hold, for people: by model, copied to a file and back. A file of frames is a segment like a disk's.
+"""What disk, vault and host memory hold, for people: by model, copied to a file and back. A file of frames is a segment like a
+disk's. Host memory is read by the table protocol, as the way down reads it; only its replicas change it.
 
 A disk is read as it lies, also while another process writes it; what changes it needs its lock.
 """
@@ -6,14 +7,20 @@ A disk is read as it lies, also while another process writes it; what changes it
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.frame_tiers.demotion import Demotion
 from engine.frame_tiers.disk.segment import SUFFIX, Found, create, scan
-from engine.frame_tiers.store import FrameId, FrameStore, StoreRefused
+from engine.frame_tiers.models import Models
+from engine.frame_tiers.secrecy import OPEN, Secrecy
+from engine.frame_tiers.store import FrameId, FrameStore, StoreRefused, frame_id
 from engine.frame_tiers.vault.vault_store import VaultStore
 from transport.frames.errors import FrameError
 from transport.frames.frame import read_header
+from transport.table.reader import SUFFIX as TABLE_SUFFIX
+from transport.table.tiers import HOST_MEMORY
 
 TOGETHER_BYTES = 8 << 20
 FETCH_SECONDS_MAX = 60.0
@@ -88,6 +95,32 @@ def frames_in_vault(store: VaultStore, wanted: Callable[[FrameId], bool]) -> Ite
             yield from _fetched(store, batch)
             batch, size = [], 0
     yield from _fetched(store, batch)
+
+
+def in_host_memory(table_dir: Path, secrecy: Secrecy = OPEN) -> Iterator[Kept]:
+    """Yield every block that the replicas with tables in a directory keep in host memory, one a rank. Raises StoreRefused."""
+    with _reading(table_dir, secrecy) as found:
+        for ids, size, _ in found.on_offer():
+            yield from (Kept(each, size) for each in ids)
+
+
+def frames_in_host_memory(table_dir: Path, wanted: Callable[[FrameId], bool], secrecy: Secrecy = OPEN) -> Iterator[bytes]:
+    """Yield what is in host memory as frames, encrypted by a secret. Raises StoreRefused."""
+    with _reading(table_dir, secrecy) as found:
+        for ids, _, frames in found.on_offer():
+            if any(map(wanted, ids)):
+                yield from (frame for frame in frames() if wanted(frame_id(frame)))
+
+
+@contextmanager
+def _reading(table_dir: Path, secrecy: Secrecy) -> Iterator[Demotion]:
+    if not any(table_dir.glob("*" + HOST_MEMORY + TABLE_SUFFIX)):
+        raise StoreRefused(f"no replica has host memory in {table_dir}: give the directory of the block tables (--table-dir)")
+    found = Demotion(table_dir, Models(secrecy), tuple)
+    try:
+        yield found
+    finally:
+        found.close()
 
 
 def write_file(path: Path, frames: Iterable[bytes]) -> Moved:

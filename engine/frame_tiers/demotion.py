@@ -9,9 +9,10 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 from engine.frame_tiers.model_frames import ModelFrames
 from engine.frame_tiers.models import Models
+from engine.frame_tiers.store import FrameId
 from engine.frame_tiers.writing import Writer
 from transport.backends.shared_memory import checksum, map_region
 from transport.errors import SHORTAGES, MemoryUnreachable
@@ -104,12 +106,28 @@ class Demotion:
 
     def look(self) -> int:
         """Look at all tables once, and copy what is new; return how many blocks that were."""
-        tables = self._tables.tables()
-        self._models.note(tables)
-        live = {(name, reader.epoch): reader for name, reader in tables.items() if tier_kind(name) == "host_memory"}
+        live = self._live()
         for gone in self._watched.keys() - live.keys():
             del self._watched[gone]
         return sum(self._follow(self._watch(key, reader)) for key, reader in live.items())
+
+    def _live(self) -> dict[tuple[str, int], TableReader]:
+        tables = self._tables.tables()
+        self._models.note(tables)
+        return {(name, reader.epoch): reader for name, reader in tables.items() if tier_kind(name) == "host_memory"}
+
+    def on_offer(self) -> Iterator[tuple[list[FrameId], int, Callable[[], list[bytes]]]]:
+        """Yield of each block that is on offer now the ids of its frames, one a rank, the bytes that it takes on each, and what
+        makes the frames: none of a block that gave way meanwhile, or of which it is not known what it is."""
+        for key, reader in self._live().items():
+            watched = self._watch(key, reader)
+            if watched is None:
+                continue
+            coded, states = watched.memories[0].coded, reader.states()
+            for slot in np.flatnonzero(states & _ONE == 0).tolist():
+                state, block = int(states[slot]), reader.key(slot)
+                size = coded.bytes if coded is not None and state & IN_CODE else max(watched.model.sizes)
+                yield watched.model.ids(block), size, partial(self._frames, watched, slot, state, block)
 
     def _run(self) -> None:
         while not self._closing.wait(POLL_SECONDS):
@@ -165,22 +183,29 @@ class Demotion:
         wanting = [writer for writer in writers if not all(writer.store.knows(each) for each in ids)]
         if not wanting:
             return
+        for each, frame in zip(ids, self._frames(watched, slot, state, key), strict=False):
+            for writer in wanting:
+                wait_seconds = WAIT_SECONDS_MAX if writer is writers[0] else 0.0
+                writer.offer(each, frame, wait_seconds, lambda: generation == self._generation)
+
+    def _frames(self, watched: _Watched, slot: int, state: int, key: bytes) -> list[bytes]:
+        """Return the frames of a block, one a rank; none, counted, if it gave way, or does not match its checksum."""
+        reader, model = watched.reader, watched.model
         read = _coded if state & IN_CODE else _content
-        contents = [read(watched, rank, slot, key) for rank in range(len(ids))]
+        contents = [read(watched, rank, slot, key) for rank in range(len(model.ranks))]
         if not reader.unchanged(np.array([slot], np.int32), np.array([state], np.uint64))[0]:
             self.lost += 1
-            return
+            return []
         if any(content is None for content in contents):
             self.unknown += 1
-            return
+            return []
+        frames = []
         for rank, found in enumerate(contents):
             assert found is not None
             group, content = found
             coded = watched.memories[rank].coded if state & IN_CODE else None
-            frame = self._encode(model, content, model.ranks[rank], key, group, quality=state & CARRIED, coded=coded)
-            for writer in wanting:
-                wait_seconds = WAIT_SECONDS_MAX if writer is writers[0] else 0.0
-                writer.offer(ids[rank], frame, wait_seconds, lambda: generation == self._generation)
+            frames.append(self._encode(model, content, model.ranks[rank], key, group, quality=state & CARRIED, coded=coded))
+        return frames
 
     def _encode(
         self,

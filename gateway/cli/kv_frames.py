@@ -1,4 +1,4 @@
-"""`peerkv kv ls`, `rm`, `export` and `import`: what a disk or a vault keeps, without a gateway."""
+"""`peerkv kv ls`, `rm`, `export` and `import`: what a disk, a vault or host memory keeps, without a gateway."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from engine.frame_tiers import archive
 from engine.frame_tiers.disk.disk_store import DiskStore
+from engine.frame_tiers.secrecy import OPEN, Secrecy, SecretRefused, read_secret
 from engine.frame_tiers.store import FrameStore, StoreRefused
 from engine.frame_tiers.vault.address import AddressRefused, parse, with_secrets
 from engine.frame_tiers.vault.vault_store import VaultStore
@@ -28,10 +29,10 @@ _NO_BOUND = 1 << 62
 
 def add_views(views: argparse._SubParsersAction[Any]) -> None:
     """Add the commands to those of `peerkv kv`."""
-    _add(views, "ls", _ls, "list what a disk or a vault keeps, by model")
+    _add(views, "ls", _ls, "list what a disk, a vault or host memory keeps, by model")
     rm = _add(views, "rm", _rm, "remove what a disk or a vault keeps of a model")
     rm.add_argument("model", metavar="MODEL", help="as `kv ls` shows it, or its beginning, 8 digits at least")
-    out = _add(views, "export", _export, "copy what a disk or a vault keeps into a file")
+    out = _add(views, "export", _export, "copy what a disk, a vault or host memory keeps into a file")
     out.add_argument("file", type=Path, metavar="FILE", help="the file, which must not be there yet")
     out.add_argument("--model", default="", metavar="MODEL", help="only what it keeps of this model (default: everything)")
     back = _add(views, "import", _import, "copy a file of `kv export` into a disk or a vault")
@@ -48,11 +49,18 @@ def _add(
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--disk", type=Path, metavar="DIR", help="the directory of --disk; to change it, end peerkv first")
     where.add_argument("--vault", metavar="URL", help="the server of --vault, such as valkey://vault.lan:6379")
+    where.add_argument("--host-memory", type=Path, metavar="DIR", help="the directory of --table-dir, of replicas that run")
     parser.add_argument(
         "--vault-password-file", type=Path, metavar="FILE", help="file with the vault's password (default: none)"
     )
     parser.add_argument(
         "--vault-ca-file", type=Path, metavar="FILE", help="certificates that vouch for it (default: the system's)"
+    )
+    parser.add_argument(
+        "--tier-secret-file",
+        type=Path,
+        metavar="FILE",
+        help="that of disk and vault: with it, what is copied out of host memory is theirs, and encrypted (default: none)",
     )
     parser.set_defaults(run=run, parser=parser, work=work)
     return parser
@@ -96,6 +104,9 @@ def _export(arguments: argparse.Namespace, console: Console) -> None:
     wanted = _of_model(arguments.model) if arguments.model else lambda each: True
     if arguments.disk is not None:
         moved = archive.write_file(arguments.file, archive.frames_on_disk(arguments.disk, wanted))
+    elif arguments.host_memory is not None:
+        frames = archive.frames_in_host_memory(arguments.host_memory, wanted, _secrecy(arguments))
+        moved = archive.write_file(arguments.file, frames)
     else:
         with _vault(arguments) as store:
             moved = archive.write_file(arguments.file, archive.frames_in_vault(store, wanted))
@@ -127,13 +138,21 @@ def _kept(arguments: argparse.Namespace) -> Iterator[Iterator[archive.Kept]]:
     if arguments.disk is not None:
         yield archive.on_disk(arguments.disk)
         return
+    if arguments.host_memory is not None:
+        yield archive.in_host_memory(arguments.host_memory, _secrecy(arguments))
+        return
     with _vault(arguments) as store:
         yield archive.in_vault(store)
 
 
 @contextmanager
 def _store(arguments: argparse.Namespace) -> Iterator[FrameStore]:
-    """The store, to change it."""
+    """The store, to change it. Raises SettingsError for host memory."""
+    if arguments.host_memory is not None:
+        raise SettingsError(
+            "only its replica changes host memory: `peerkv kv flush` empties it, and what is imported into a disk or a vault"
+            " comes up from there"
+        )
     if arguments.disk is None:
         with _vault(arguments) as vault:
             yield vault
@@ -143,6 +162,14 @@ def _store(arguments: argparse.Namespace) -> Iterator[FrameStore]:
         yield disk
     finally:
         disk.close()
+
+
+def _secrecy(arguments: argparse.Namespace) -> Secrecy:
+    """Raises SettingsError."""
+    try:
+        return read_secret(arguments.tier_secret_file) if arguments.tier_secret_file is not None else OPEN
+    except SecretRefused as refused:
+        raise SettingsError(str(refused)) from None
 
 
 @contextmanager

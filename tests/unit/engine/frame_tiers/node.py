@@ -58,6 +58,7 @@ class HostMemory:
         self.memories = tuple(each.memory for each in slots)
         kinds = tuple(group for group, _ in groups)
         about = Description(host_memory_of(name), os.getpid(), "xxh3_128", "shared_memory", "ok", fields, self.memories, kinds)
+        self.table_description = about
         self.table = KeptTable(path, about, unit(kinds), slots[0].count, Path(kept.draft))
         self.map = map_region(kept.region, writable=True)
         self.chain = chain_keys(root_key(fingerprint_digest(fields)), TOKENS, SIZE)
