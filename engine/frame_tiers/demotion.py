@@ -237,13 +237,17 @@ class Demotion:
 def _content(watched: _Watched, rank: int, slot: int, key: bytes) -> tuple[int, Bytes] | None:
     """Return a copy of a block and the group that its frame names; None if it is no group's, or torn.
 
-    What GPUs stored has no checksum: only where all groups' blocks are of one size it is known what it is.
+    What GPUs stored has no checksum: where not all groups' blocks are of one size, a byte beside it says what it is.
     """
     memory, mapped, model = watched.memories[rank], watched.maps[rank], watched.model
     start = min(layer.offset for layer in memory.layers) + slot * memory.layers[0].stride
     whole = np.frombuffer(mapped, np.uint8, max(model.sizes), start).copy()
     if memory.checksums is None:
-        return (0, whole) if len(set(model.sizes)) == 1 else None
+        if memory.group_bytes is None:
+            return (0, whole) if len(set(model.sizes)) == 1 else None
+        place = memory.group_bytes.offset + slot * memory.group_bytes.stride
+        told = int.from_bytes(mapped[place : place + 1], "little") - 1
+        return (model.framed_group(told), whole[: model.sizes[told]]) if 0 <= told < len(model.sizes) else None
     said = memory.checksums.offset + slot * memory.checksums.stride
     mark = mapped[said : said + CHECKSUM_BYTES]
     for group, size in enumerate(model.sizes):

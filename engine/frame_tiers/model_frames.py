@@ -22,7 +22,7 @@ class ModelFrames:
     """Of the model whose host memory a table describes. Models with equal fingerprints have equal frames.
 
     A table says of a block its key, but not its KV cache group. The key is the group's own, and the group's size decides what a
-    block is: so a frame names the first group of that size.
+    block is, which its checksum or, on GPUs, a byte beside it tells: so a frame names the first group of that size.
     """
 
     description: Description

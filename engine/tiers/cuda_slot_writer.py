@@ -15,6 +15,7 @@ from engine.tiers.self_test import FAILED, compare
 from engine.tiers.slots import Slots
 from engine.tiers.stores import Store, Stores
 from transport.backends.cuda_ipc import CudaIpcTransport, Enqueued, Opened
+from transport.backends.shared_memory import map_region
 from transport.errors import MemoryUnreachable
 from transport.table.quality import IN_CODE
 
@@ -37,7 +38,8 @@ class _Launched:
 
 
 class CudaSlotWriter:
-    """Writes one rank's part of a region, from when it is open; what is overwritten before that is lost.
+    """Writes one rank's part of a region, from when it is open; what is overwritten before that is lost. Raises
+    MemoryUnreachable if the region does not open for what this process writes of it by itself, the groups' bytes.
 
     With a `free` slot, what does not pass the self-test (self_test.py) does not open.
     """
@@ -54,6 +56,8 @@ class CudaSlotWriter:
 
         self._slots: Future[Opened] = own.open_slots(slots.memory, slots.count, try_out)
         self._groups = 1 + max(layer.group for layer in slots.memory.layers)
+        self._group_bytes = slots.memory.group_bytes
+        self._map = map_region(slots.memory.regions[0], writable=True) if self._group_bytes is not None else None
         self._waiting: list[Store] = []
         self._launched: deque[_Launched] = deque()
         self._lost: list[int] = []
@@ -140,6 +144,8 @@ class CudaSlotWriter:
             blocks, targets = coded if store.quality & IN_CODE else groups[store.group]
             blocks.append(store.block)
             targets.append(store.slot)
+            if self._map is not None and self._group_bytes is not None:  # nothing is on offer in the slot now
+                self._map[self._group_bytes.offset + store.slot * self._group_bytes.stride] = store.group + 1
         self._launched.append(_Launched(stores, self._own.store(slots, groups, coded)))
 
 

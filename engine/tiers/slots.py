@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import msgspec
 
 from transport.frames.shape import Shape
-from transport.table.layout import CHECKSUM_BYTES, Checksums, Coded, Layer, Memory, Region, SlotCodec
+from transport.table.layout import CHECKSUM_BYTES, Checksums, Coded, GroupBytes, Layer, Memory, Region, SlotCodec
 
 SHARED_MEMORY = "shared_memory"
 CUDA_IPC = "cuda_ipc"
 ALIGNED_BYTES = 64
+GROUP_MAX = 254
+"""The highest number of a group that a byte tells."""
 
 
 class NoSlots(ValueError):
@@ -33,7 +35,8 @@ def cut(region: Region, own: Memory, ranks: int, shape: Shape | None = None, cod
 
     `shape` is that of all blocks if some are to be coded, by `codec`.
 
-    Slots that GPUs write have no checksums: the copy does not pass through a core that could compute them. Raises NoSlots if
+    Slots that GPUs write have no checksums: the copy does not pass through a core that could compute them. Where sizes differ
+    they have a byte that tells a block's group, for the way down to disk and vault. Raises NoSlots if
     the KV memory is not of a kind that is stored, or a part has no room for a single block.
     """
     if own.transport not in (SHARED_MEMORY, CUDA_IPC):
@@ -43,7 +46,8 @@ def cut(region: Region, own: Memory, ranks: int, shape: Shape | None = None, cod
         sizes[layer.group] = sizes.get(layer.group, 0) + layer.bytes
     content = max(sizes.values(), default=0)
     checked = own.transport == SHARED_MEMORY
-    whole = stride = _aligned(content + CHECKSUM_BYTES * checked)
+    told = not checked and len(set(sizes.values())) > 1 and max(sizes) <= GROUP_MAX
+    whole = stride = _aligned(content + CHECKSUM_BYTES * checked + told)
     size, slots = 0, 1
     if shape is not None:
         from transport.frames.slot_codes import coded_size, codes_first  # it needs numba
@@ -68,7 +72,8 @@ def cut(region: Region, own: Memory, ranks: int, shape: Shape | None = None, cod
     if shape is not None and size:
         coded = Coded(0, start, stride, size, shape.packed.hex(), stride - CHECKSUM_BYTES if checked else -1)
         coded = msgspec.structs.replace(coded, codec=codec, whole=slots, first=codes_first(codec))
-    return Slots(Memory(own.rank, SHARED_MEMORY, (region,), tuple(layers), checksums, coded), count)
+    groups = GroupBytes(0, start + whole - 1, stride) if told else None
+    return Slots(Memory(own.rank, SHARED_MEMORY, (region,), tuple(layers), checksums, coded, groups), count)
 
 
 def _aligned(size: int) -> int:

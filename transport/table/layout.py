@@ -116,6 +116,15 @@ class Checksums(msgspec.Struct, frozen=True):
     stride: int
 
 
+class GroupBytes(msgspec.Struct, frozen=True):
+    """Where it lies of which KV cache group blocks are: of block b the byte at `offset + b * stride` of region `region`, the
+    group's number and 1. It is true while a block is on offer."""
+
+    region: int
+    offset: int
+    stride: int
+
+
 SlotCodec = Literal["int8", "rot4", "rot3"]
 
 
@@ -142,7 +151,8 @@ class Coded(msgspec.Struct, frozen=True):
 class Memory(msgspec.Struct, frozen=True):
     """The KV memory of one tensor-parallel rank, opened as `transport` says, which of a tier's on GPUs is not the table's.
 
-    A tier's on the CPU has `checksums`, an engine's none. Only a tier's may have blocks that are `coded`.
+    A tier's on the CPU has `checksums`, an engine's none. One of a tier without them has `group_bytes` where groups' blocks are
+    of several sizes. Only a tier's may have blocks that are `coded`.
     """
 
     rank: int
@@ -151,6 +161,7 @@ class Memory(msgspec.Struct, frozen=True):
     layers: tuple[Layer, ...]
     checksums: Checksums | None = None
     coded: Coded | None = None
+    group_bytes: GroupBytes | None = None
 
 
 class Description(msgspec.Struct, frozen=True):
