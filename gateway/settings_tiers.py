@@ -78,6 +78,16 @@ class Tiers(BaseSettings):
         1.0, ge=0, description="time that a request waits for disk and vault at most; 0: nothing is asked of them"
     )
 
+    @field_validator("lossy", mode="before")
+    @classmethod
+    def _check_lossy(cls, value: object) -> object:
+        if value in ("mix", "neurokv"):
+            raise ValueError(
+                f"{value} goes by how much of a sequence comes behind a block, which is not known of one that leaves a cache:"
+                " choose 'int8', 'rot4' or 'rot3'; `peerkv quality` measures it"
+            )
+        return value
+
     @field_validator("tier_staging_bytes")
     @classmethod
     def _check_staging(cls, value: int | str) -> int | str:

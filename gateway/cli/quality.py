@@ -22,7 +22,7 @@ ABOUT = (
     "Compute the KV of real text, send it through each codec, and compare what the model predicts from what comes out. Needs "
     "transformers, which comes with vLLM, and no GPU; on two CPU cores it takes minutes. Texts are Wikipedia's unless given."
 )
-CODECS = ("raw", "raw-z", "int8", "rot4", "rot3", "mix")
+CODECS = ("raw", "raw-z", "int8", "rot4", "rot3", "mix", "neurokv")
 _COLUMNS = ("codec", "class", "bytes/token", "KL mean", "KL p99", "top-1 %", "perplexity %", "95 %", "greedy", "K dB", "V dB")
 
 

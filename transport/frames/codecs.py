@@ -10,7 +10,7 @@ from transport.frames.layouts import attention
 from transport.frames.lossless import Raw, RawZ
 from transport.frames.shape import Number
 
-NUMBERS: Mapping[str, int] = {"raw": 0, "raw-z": 1, "int8": 2, "rot4": 3, "rot3": 4, "mix": 5}
+NUMBERS: Mapping[str, int] = {"raw": 0, "raw-z": 1, "int8": 2, "rot4": 3, "rot3": 4, "mix": 5, "neurokv": 6}
 NAMES = tuple(NUMBERS)
 LOSSLESS: Mapping[str, Codec] = {codec.name: codec for codec in (Raw(), RawZ())}
 
@@ -21,7 +21,7 @@ def named(name: str) -> Codec:
         return LOSSLESS[name]
     from transport.frames import lossy
 
-    return {codec.name: codec for codec in (lossy.INT8, lossy.ROT4, lossy.ROT3, lossy.MIX)}[name]
+    return {codec.name: codec for codec in (lossy.INT8, lossy.ROT4, lossy.ROT3, lossy.MIX, lossy.NEUROKV)}[name]
 
 
 def compile_codec(name: str) -> None:

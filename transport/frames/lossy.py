@@ -1,4 +1,4 @@
-"""`int8`, `rot4`, `rot3` and `mix`: each is a choice of how every token's rows are coded.
+"""`int8`, `rot4`, `rot3`, `mix` and `neurokv`: each is a choice of how every token's rows are coded.
 
 A payload is a byte a token (`Level`), then, for each part of the block and each level that occurs, best first, the rows of its
 tokens: bfloat16 scales, then codes, of each piece of a row (`rows`). It needs no other block and no calibration.
@@ -21,6 +21,8 @@ SINK_TOKENS = 4
 """First tokens of a sequence, which all later ones attend to: raw, they take a third off the divergence for 3 % of bytes."""
 RECENT_TOKENS = 64
 TOP_SHARE = 0.1
+NEUROKV_FIRST, NEUROKV_LAST_SHARE, NEUROKV_HEAVY_SHARE = 1, 256 / 512, 96 / 512
+"""What NeuroKV keeps of a prefix: its first token, its last half, the heaviest 96 of 512 (engine/quality/dropping.py)."""
 
 Levels = npt.NDArray[np.uint8]
 Choice = Callable[[Block], Levels]
@@ -135,7 +137,25 @@ def _by_importance(block: Block) -> Levels:
     return levels
 
 
+def _by_neurokv(block: Block) -> Levels:
+    """What NeuroKV keeps int8, and 2 bits in place of what it drops; the heaviest by their keys, of what is not kept anyway.
+
+    It goes by the sequence's length: tokens that are not known to come behind the block count for none.
+    """
+    tokens = block.shape.tokens
+    levels = np.full(tokens, Level.ROT2, np.uint8)
+    total = block.position + tokens + block.behind
+    last = min(tokens, max(0, round(total * NEUROKV_LAST_SHARE) - block.behind))
+    levels[tokens - last :] = Level.INT8
+    levels[: max(0, NEUROKV_FIRST - block.position)] = Level.INT8
+    others = np.flatnonzero(levels == Level.ROT2)
+    heaviest = others[np.argsort(-key_scores(block)[others], kind="stable")]
+    levels[heaviest[: round(tokens * NEUROKV_HEAVY_SHARE)]] = Level.INT8
+    return levels
+
+
 INT8 = Lossy("int8", 2, _all(Level.INT8, 0))
 ROT4 = Lossy("rot4", 3, _all(Level.ROT4, SINK_TOKENS))
 ROT3 = Lossy("rot3", 4, _all(Level.ROT3, SINK_TOKENS))
 MIX = Lossy("mix", 5, _by_importance)
+NEUROKV = Lossy("neurokv", 6, _by_neurokv)

@@ -50,6 +50,12 @@ def test_lossy_takes_the_codecs_that_are_worth_their_loss_and_names_them(codec: 
         load({"lossy": codec})
 
 
+@pytest.mark.parametrize("codec", ["mix", "neurokv"])
+def test_lossy_says_why_it_takes_no_codec_that_goes_by_what_comes_behind_a_block(codec: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^lossy: .*{codec} goes by how much of a sequence comes behind a block"):
+        load({"lossy": codec})
+
+
 def test_an_unknown_key_in_the_file_is_named_with_the_one_meant(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"unknown setting 'prot' in .*peerkv\.toml; did you mean 'port'\?"):
         load(config=toml(tmp_path, "prot = 1"))

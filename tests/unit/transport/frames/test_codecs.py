@@ -15,8 +15,8 @@ from transport.frames.shape import Number
 
 LOSSLESS = tuple(name for name in codecs.NAMES if codecs.named(name).quality is Quality.EXACT)
 LOSSY = tuple(name for name in codecs.NAMES if codecs.named(name).quality is Quality.LOSSY)
-DECIBELS_MIN = {"int8": 40.0, "rot4": 19.0, "rot3": 13.5, "mix": 13.5}
-BITS_MAX = {"int8": 8.6, "rot4": 4.6, "rot3": 3.6, "mix": 4.6}
+DECIBELS_MIN = {"int8": 40.0, "rot4": 19.0, "rot3": 13.5, "mix": 13.5, "neurokv": 40.0}  # of a sequence's last block
+BITS_MAX = {"int8": 8.6, "rot4": 4.6, "rot3": 3.6, "mix": 4.6, "neurokv": 8.6}
 
 every_codec = pytest.mark.parametrize("codec", [codecs.named(name) for name in codecs.NAMES], ids=codecs.NAMES)
 lossy_codecs = pytest.mark.parametrize("codec", [codecs.named(name) for name in LOSSY], ids=LOSSY)
@@ -184,6 +184,31 @@ def test_mix_keeps_the_last_tokens_and_those_whose_keys_stand_out_better():
     noise = error.mean(axis=(0, 1, 3, 4))
     assert set(np.argsort(noise)[:6].tolist()) >= {9, 12, 13, 14, 15}
     assert noise[[9, 12, 13, 14, 15]].max() * 20 < np.median(noise)
+
+
+def test_neurokv_keeps_the_first_token_the_last_half_and_the_heaviest_of_the_rest_and_little_of_the_others():
+    shape = layouts.attention(2, 2, 16, 64, Number.FLOAT32)
+    values = np.random.default_rng(3).standard_normal((2, 2, 16, 2, 64)).astype(np.float32)
+    values[:, :, :, 0] += 3.0
+    values[:, :, [3, 9, 12], 0] *= -1.0
+
+    def precise(position, behind):
+        given = Block(shape, values.reshape(-1).view(np.uint8).copy(), position, behind)
+        error = (floats(decoded(codecs.named("neurokv"), given), Number.FLOAT32).reshape(values.shape) - values) ** 2
+        noise = error.mean(axis=(0, 1, 3, 4))
+        kept = np.flatnonzero(noise < 0.002).tolist()
+        assert noise[noise >= 0.002].min(initial=1.0) > 0.05  # 2 bits
+        return kept
+
+    assert precise(64, 432) == [3, 9, 12]  # 96 of 512: three of sixteen
+    assert precise(0, 496) == [0, 3, 9, 12]
+    middle = precise(248, 248)  # of which the last half begins in the block
+    assert {3, *range(8, 16)} <= set(middle)
+    assert len(middle) == 8 + 3
+    assert precise(496, 0) == list(range(16))
+    payloads = [codecs.named("neurokv").encode(Block(shape, values.reshape(-1).view(np.uint8).copy(), 64, 432)) for _ in "ab"]
+    assert payloads[0] == payloads[1]
+    assert 8 * len(payloads[0]) / values.size < 4.0  # 2 bits, and 8 of three sixteenths
 
 
 def test_a_codec_that_is_not_known_is_not_read():
