@@ -135,6 +135,9 @@ class Mirrors:
         changed: dict[str, object] = {name: self._here_ns(getattr(delivery, name)) for name in TIMES}
         if delivery.source:
             changed["source"] = as_told_by(self._node, delivery.source, self._here)
+        if delivery.further:
+            named = (msgspec.structs.replace(e, source=as_told_by(self._node, e.source, self._here)) for e in delivery.further)
+            changed["further"] = tuple(named)
         return msgspec.structs.replace(delivery, **changed)
 
 

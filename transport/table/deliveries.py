@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 from pydantic import Field
 
 
@@ -36,6 +37,16 @@ class DeliveryReason(enum.StrEnum):
 
 
 REASONS = tuple(DeliveryReason)
+SOURCES_MAX = 3
+"""An import has at most so many sources, one behind the other."""
+FURTHER_TOKENS_MAX = (1 << 32) - 1
+
+
+class FromSource(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """So many tokens of a prompt came from `source`."""
+
+    source: str
+    tokens: Annotated[int, Meta(ge=0, le=FURTHER_TOKENS_MAX)]
 
 
 class Delivery(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -44,8 +55,9 @@ class Delivery(msgspec.Struct, frozen=True, gc=False, array_like=True):
     `tag` is the gateway's, 0 if it gave none. `arrived_ns`: handed to the scheduler; `asked_ns`: first looked up;
     `scheduled_ns`: the first step that computes some of it; `first_token_ns`: that the step which computed the prompt's last
     token was done, 0 if the request was aborted before. Tokens are the prompt's, prompt = local + peer + computed once it was
-    scheduled. `planned_tokens` is what the last look-up promised from `source`, `import_ns` the time of the copy alone,
-    `import_wait_ns` from the allocation of its blocks to the first step, or to its end if none came.
+    scheduled. `planned_tokens` is what the last look-up promised, `source` the first that it was to come from, `import_ns` the
+    time of the copies alone, added up, `import_wait_ns` from the allocation of its blocks to the first step, or to its end if
+    none came. `further` is what of `peer_tokens` came from other sources than the first, in the order of the prompt.
 
     The order of the fields is part of the table's version.
     """
@@ -67,6 +79,14 @@ class Delivery(msgspec.Struct, frozen=True, gc=False, array_like=True):
     failed_blocks: int = 0
     source: str = ""
     why: DeliveryReason = DeliveryReason.NONE
+    further: Annotated[tuple[FromSource, ...], Meta(max_length=SOURCES_MAX - 1)] = ()
+
+    def sources(self) -> tuple[FromSource, ...]:
+        """Return where the imported tokens came from, in the order of the prompt; empty if none were."""
+        if not self.further:
+            return (FromSource(self.source, self.peer_tokens),) if self.peer_tokens else ()
+        first = self.peer_tokens - sum(each.tokens for each in self.further)
+        return (FromSource(self.source, first), *self.further)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from transport.table.deliveries import EngineLoad
 
 SUFFIX = ".table"
 MAGIC = b"PEERKV\x00\x01"
-VERSION = 7
+VERSION = 8
 PAGE_BYTES = 4096
 WAYS = 8
 DESCRIPTION_BYTES_MAX = 4 << 20

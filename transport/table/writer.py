@@ -214,8 +214,12 @@ class TableWriter:
             words[place] = value
 
     def deliver(self, delivery: Delivery, transport: str) -> None:
-        """Append a delivery record; `transport` is how its source, if it has one, is read."""
-        self._deliveries.write(delivery, self._peers.place(delivery.source, transport) if delivery.source else -1)
+        """Append a delivery record; `transport` is how its sources, if it has any, are read.
+
+        Raises ValueError for more sources, or tokens from one, than there can be.
+        """
+        source = self._peers.place(delivery.source, transport) if delivery.source else -1
+        self._deliveries.write(delivery, source, [self._peers.place(each.source, transport) for each in delivery.further])
 
     def imported(self, source: str, transport: str, *, blocks: int, size: int, nanoseconds: int, failed: bool) -> None:
         """Count an import of `blocks` good blocks and `size` copied bytes from a peer."""

@@ -34,7 +34,7 @@ from transport.node.messages import (
     encode,
 )
 from transport.node.mirrors import Mirrors, slot_bytes
-from transport.table.deliveries import Delivery, DeliveryReason
+from transport.table.deliveries import Delivery, DeliveryReason, FromSource
 from transport.table.directory import TableDirectory
 from transport.table.journal import ENTRIES
 from transport.table.layout import Layer, Memory, Region
@@ -194,7 +194,8 @@ def test_load_counters_and_deliveries_come_in_this_nodes_time_and_names(nodes: N
     done = Delivery(tag=5, arrived_ns=1_000_000_000, first_token_ns=1_900_000_000, prompt_tokens=10, computed_tokens=10)
     owner.deliver(done, "")
     owner.deliver(msgspec.structs.replace(done, source="replica-1", why=DeliveryReason.LIMITED), "shared_memory")
-    owner.deliver(msgspec.structs.replace(done, source="node-a:replica-3"), "shared_memory")
+    mixed = msgspec.structs.replace(done, source="node-a:replica-3", further=(FromSource("disk", 4), FromSource("node-a:b", 2)))
+    owner.deliver(mixed, "shared_memory")
     nodes.tell()
     mirror = nodes.mirror("replica-0")
     assert mirror.heartbeat_ns() == 4_500_000_000
@@ -205,6 +206,7 @@ def test_load_counters_and_deliveries_come_in_this_nodes_time_and_names(nodes: N
     assert [(each.arrived_ns, each.first_token_ns, each.asked_ns) for each in found] == [(4_000_000_000, 4_900_000_000, 0)] * 3
     assert [each.source for each in found] == ["", "node-b:replica-1", "replica-3"]
     assert found[1].why is DeliveryReason.LIMITED
+    assert [each.further for each in found] == [(), (), (FromSource("node-b:disk", 4), FromSource("b", 2))]
     owner.waiting.begin(77)
     nodes.tell()
     assert not mirror.waits(77)
@@ -316,6 +318,8 @@ def test_a_table_that_cannot_be_or_finds_no_room_is_refused(
         EngineTold("replica-0", waiting=(-1,)),
         Delivered("replica-0", (Delivery(tag=-1),)),
         Delivered("replica-0", (Delivery(tag=1, prompt_tokens=-1),)),
+        Delivered("replica-0", (Delivery(tag=1, source="a", further=(FromSource("b", -1),)),)),
+        Delivered("replica-0", (Delivery(tag=1, source="a", further=(FromSource("b", 1),) * 3),)),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(nodes: Nodes, owner: TableWriter, told: Message) -> None:

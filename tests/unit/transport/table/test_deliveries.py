@@ -7,25 +7,26 @@ from dataclasses import astuple
 
 import hypothesis
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
 from tests.unit.transport.recorded_stores import RecordedStores
 from tests.unit.transport.table_fixtures import writer
-from transport.table.deliveries import OTHER_PEERS, Delivery, DeliveryReason, EngineLoad
+from transport.table.deliveries import OTHER_PEERS, SOURCES_MAX, Delivery, DeliveryReason, EngineLoad, FromSource
 from transport.table.delivery_ring import DELIVERIES, WORDS, DeliveryRing, RingReader
 from transport.table.peer_area import PEERS_MAX
 from transport.table.reader import TableReader
 
 RING = 4  # rows of the rings whose stores are taken apart
 WORD = st.integers(0, 2**64 - 1)
-NUMBERS = [name for name in Delivery.__struct_fields__ if name not in ("source", "why")]
-RECORDS = st.builds(
-    Delivery,
-    **dict.fromkeys(NUMBERS, WORD),
-    source=st.sampled_from(["", "replica-1", "replica-2", "a name — of another"]),
-    why=st.sampled_from(list(DeliveryReason)),
+NUMBERS = [name for name in Delivery.__struct_fields__ if name not in ("source", "why", "further")]
+NAMES = ["replica-1", "replica-2", "a name — of another"]
+FURTHER = st.builds(FromSource, st.sampled_from(NAMES), st.integers(0, 2**32 - 1))
+PLAIN = {**dict.fromkeys(NUMBERS, WORD), "why": st.sampled_from(list(DeliveryReason))}
+RECORDS = st.builds(Delivery, **PLAIN, source=st.sampled_from(["", *NAMES])) | st.builds(
+    Delivery, **PLAIN, source=st.sampled_from(NAMES), further=st.lists(FURTHER, max_size=SOURCES_MAX - 1).map(tuple)
 )
 
 
@@ -75,6 +76,31 @@ def test_a_record_with_a_reason_or_a_source_that_there_is_not_is_left_out(tmp_pa
         assert reader.deliveries(0) == (3, [Delivery(tag=3)])
 
 
+@pytest.mark.parametrize("place", [-3, -4])
+def test_a_record_with_a_further_source_that_there_is_not_is_left_out(tmp_path, place):
+    mixed = Delivery(tag=1, peer_tokens=96, source="a", further=(FromSource("b", 32), FromSource("a", 16)))
+    with closing(writer(tmp_path)) as table, closing(TableReader(table.path)) as reader:
+        table.deliver(mixed, "shared_memory")
+        table.deliver(structs.replace(mixed, tag=2), "shared_memory")
+        table._deliveries._rows[0, place] = 3 << 32 | 16
+        assert reader.deliveries(0) == (2, [structs.replace(mixed, tag=2)])
+
+
+@pytest.mark.parametrize("further", [(FromSource("b", 2**32),), (FromSource("b", -1),), (FromSource("b", 1),) * SOURCES_MAX])
+def test_more_sources_or_tokens_of_one_than_there_is_room_for_are_refused(tmp_path, further):
+    with closing(writer(tmp_path)) as table, closing(TableReader(table.path)) as reader:
+        with pytest.raises(ValueError, match="than can be"):
+            table.deliver(Delivery(tag=1, source="a", further=further), "shared_memory")
+        assert reader.deliveries(0) == (0, [])
+
+
+def test_the_sources_of_a_record_add_up_to_what_was_imported():
+    assert Delivery(source="a", planned_tokens=8).sources() == ()
+    assert Delivery(source="a", peer_tokens=8).sources() == (FromSource("a", 8),)
+    mixed = Delivery(source="a", peer_tokens=96, further=(FromSource("b", 32), FromSource("a", 16)))
+    assert mixed.sources() == (FromSource("a", 48), FromSource("b", 32), FromSource("a", 16))
+
+
 class Interleaved:
     """An array of which single words are loaded, after some of the writer's stores each."""
 
@@ -117,11 +143,21 @@ def load(rows, offset):
 
 def record_of(number):
     """A record that tells of each of its words to which record it belongs."""
-    return Delivery(*(number * 1000 + place for place in range(len(NUMBERS))))
+    numbers = [number * 1000 + place for place in range(len(NUMBERS) + SOURCES_MAX - 1)]
+    return Delivery(*numbers[: len(NUMBERS)], further=tuple(FromSource("", each) for each in numbers[len(NUMBERS) :]))
+
+
+def write(ring, number):
+    ring.write(record_of(number), -1, [0] * (SOURCES_MAX - 1))
 
 
 def whole(rows):
-    return all(row[1:-2] == structs.astuple(record_of(row[0]))[: len(NUMBERS)] for row in rows)
+    return all(row[1:-2] == words_of(row[0]) for row in rows)
+
+
+def words_of(number):
+    record = record_of(number)
+    return (*structs.astuple(record)[: len(NUMBERS)], *(1 << 32 | each.tokens for each in record.further))
 
 
 def read_while_written(pace, before, during, *, checked=True):
@@ -139,10 +175,10 @@ def read_while_written(pace, before, during, *, checked=True):
         del stores[:count]
 
     for number in range(1, before + 1):
-        ring.write(record_of(number), -1)
+        write(ring, number)
     store(len(stores))
     for number in range(before + 1, before + during + 1):
-        ring.write(record_of(number), -1)
+        write(ring, number)
     turns = itertools.cycle(pace)
     seen = Interleaved(rows.reshape(-1), lambda: store(next(turns)))
     seen = seen if checked else Unchecked(seen)
