@@ -53,8 +53,9 @@ _REPLICA = {"schema": {"type": "string"}, "description": "the replica that answe
 _CACHE = {
     "schema": {"type": "string"},
     "description": "where the KV of the prompt's tokens came from, as structured fields: `local`, `peer`, `computed` "
-    "(tokens), `source` (the replica, host memory, disk or vault that `peer` came from) and `reason` (why it was not more; "
-    "`none` too for prompts shorter than a block); absent when not known in time",
+    "(tokens), `source` (the replica, host memory, disk or vault that `peer` came from; of several the first, and then all in "
+    "`sources` with the tokens from each in `source_tokens`) and `reason` (why it was not more; `none` too for prompts shorter "
+    "than a block); absent when not known in time",
     "example": 'local=0, peer=1984, computed=16, source="replica-1", reason=none',
 }
 _QUALITY = {

@@ -74,6 +74,10 @@ def render(attempt: Attempt) -> RenderableType:
         lines.append(Text("considered: " + "; ".join(map(_considered, attempt.options))))
     if any(group.kind != "full" for group in attempt.groups):
         lines.append(Text("an import brings: " + "; ".join(map(_brings, attempt.groups))))
+    for delivered in attempt.delivered:
+        if len(delivered.sources) > 1:
+            came = (f"{each.tokens} tokens from {each.source}" for each in delivered.sources)
+            lines.append(Text("imported, in the order of the prompt: " + ", ".join(came)))
     lost = f", {attempt.lost_tokens} tokens lost" if attempt.lost_tokens else ""
     return Group(*lines, table, Text(_loss(attempt) + lost + ("" if attempt.settled else " (not final)")))
 

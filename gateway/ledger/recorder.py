@@ -128,6 +128,13 @@ class Recorder:
         return (parity.chat if info.endpoint in _CHATS else parity.completions).parity is _EXACT
 
 
+def _all_sources(delivery: Delivery) -> bytes:
+    """The sources of an import, in the order of the prompt, and the tokens from each, as two more fields of the header."""
+    found = delivery.sources()
+    names, tokens = " ".join(f'"{each.source}"' for each in found), " ".join(str(each.tokens) for each in found)
+    return f", sources=({names}), source_tokens=({tokens})".encode("latin-1")
+
+
 def cache_header(attempt: Attempt) -> bytes:
     """Where the prompt's tokens came from, as a dictionary of structured fields (RFC 9651); empty if not known."""
     found, steered = attempt.deliveries, attempt.steered
@@ -139,4 +146,6 @@ def cache_header(attempt: Attempt) -> bytes:
         peer = sum(delivery.peer_tokens for delivery in found)
         computed = sum(delivery.computed_tokens for delivery in found)
     source = f', source="{steered.source}"'.encode("latin-1") if steered.peer_tokens else b""
+    if steered.further:
+        source += _all_sources(steered)
     return b"local=%d, peer=%d, computed=%d%b%b" % (local, peer, computed, source, _REASONS[judge(attempt).reason])

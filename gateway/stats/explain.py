@@ -55,6 +55,13 @@ class Expected(BaseModel):
     first_token_seconds: float = Field(description="their sum")
 
 
+class ImportedFrom(BaseModel):
+    """What of a prompt came from one source."""
+
+    source: str
+    tokens: int
+
+
 class Delivered(BaseModel):
     """What the engine did with one prompt of the request."""
 
@@ -62,13 +69,16 @@ class Delivered(BaseModel):
     local_tokens: int
     peer_tokens: int
     computed_tokens: int
-    source: str = Field(description="replica that blocks were imported from; empty if none")
+    source: str = Field(description="replica that blocks were imported from, of several the first; empty if none")
+    sources: list[ImportedFrom] = Field(
+        description="all replicas and tiers that blocks were imported from, in the order of the prompt"
+    )
     why: str = Field(description="why the import did not deliver everything that was missing, in the engine's words")
-    planned_tokens: int = Field(description="tokens that the source held when the engine looked")
+    planned_tokens: int = Field(description="tokens that the sources held when the engine looked")
     stale_blocks: int = Field(description="blocks that changed while they were copied")
     failed_blocks: int = Field(description="blocks that were computed because their import failed")
     import_bytes: int
-    import_seconds: float = Field(description="seconds of the copy alone")
+    import_seconds: float = Field(description="seconds of the copies alone, added up")
     import_wait_seconds: float = Field(
         description="seconds from the allocation of its blocks to the first step after the import"
     )
@@ -177,6 +187,7 @@ def _delivered(delivery: Delivery) -> Delivered:
         peer_tokens=delivery.peer_tokens,
         computed_tokens=delivery.computed_tokens,
         source=delivery.source,
+        sources=[ImportedFrom(source=each.source, tokens=each.tokens) for each in delivery.sources()],
         why=delivery.why,
         planned_tokens=delivery.planned_tokens,
         stale_blocks=delivery.stale_blocks,

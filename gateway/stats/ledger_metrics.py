@@ -26,13 +26,17 @@ _PEER_COUNTERS: tuple[tuple[str, str, Callable[[PeerStats], float]], ...] = (
 )
 
 
+SEVERAL = "(several)"
+"""The peer and the transport of an import that had more than one source: its copies and its wait are none of theirs alone."""
+
+
 class ImportTimes:
     """Histograms of imports, fed by the engines' delivery records."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = ("replica", "peer", "transport")
         self._copy = Histogram(
-            "peerkv_import_copy_seconds", "The copy of one import.", labels, buckets=_IMPORT_SECONDS, registry=registry
+            "peerkv_import_copy_seconds", "The copies of one import.", labels, buckets=_IMPORT_SECONDS, registry=registry
         )
         self._wait = Histogram(
             "peerkv_import_wait_seconds",
@@ -46,6 +50,8 @@ class ImportTimes:
         """Record an import, if the delivery record describes one."""
         if delivery.import_wait_ns:
             labels = (replica, delivery.source, import_way(table.transport, delivery.source, replica))
+            if delivery.further:
+                labels = (replica, SEVERAL, SEVERAL)
             self._copy.labels(*labels).observe(delivery.import_ns / 1e9)
             self._wait.labels(*labels).observe(delivery.import_wait_ns / 1e9)
 

@@ -9,7 +9,7 @@ from transport.table.tiers import TierKind, tier_kind
 
 
 class TokenSources(msgspec.Struct, frozen=True, gc=False):
-    """Tokens of all prompts of a request; `source` is the replica or the tier that some were imported from, "" for none."""
+    """Tokens of all prompts of a request; `source` is the first replica or tier that some were imported from, "" for none."""
 
     local: int
     peer: int
@@ -33,9 +33,9 @@ def token_sources(attempt: Attempt) -> TokenSources | None:
     for delivery in attempt.deliveries:
         local += delivery.local_tokens
         computed += delivery.computed_tokens
-        if delivery.peer_tokens:
-            source = delivery.source
-            imported[tier_kind(source)] += delivery.peer_tokens
+        for each in delivery.sources():
+            source = source or each.source
+            imported[tier_kind(each.source)] += each.tokens
     if not attempt.deliveries:
         return None
     return TokenSources(

@@ -154,4 +154,5 @@ def _outcome(flight: Flight, source: str | None, delivery: Delivery | None, seco
         import_seconds=delivery.import_wait_ns / 1e9 if delivery and delivery.import_wait_ns else None,
         import_bytes=delivery.import_bytes if delivery else 0,
         import_failed=delivery is not None and delivery.failed_blocks > 0,
+        import_mixed=delivery is not None and bool(delivery.further),
     )

@@ -37,7 +37,8 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 
     `load` is what was ahead of it when it was sent, `computed_tokens` and `peer_tokens` were delivered; `import_seconds` is the
     engine's word for the wait for the import, None if it is not known. `first_byte_seconds` counts from the sending.
-    `import_failed`: not all of it came, so that its time and bytes are not those of `peer_tokens`.
+    `import_failed`: not all of it came, so that its time and bytes are not those of `peer_tokens`; `import_mixed`: it came from
+    more than `source`, so that they tell of no pair.
     """
 
     key: ModelKey
@@ -54,6 +55,12 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
     import_seconds: float | None = None
     import_bytes: int = 0
     import_failed: bool = False
+    import_mixed: bool = False
+
+    @property
+    def tells_of_pair(self) -> bool:
+        """Whether the import's time and bytes are those of `peer_tokens` from `source`."""
+        return not (self.import_failed or self.import_mixed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +198,7 @@ class CostModel:
         slowdown = self.model(outcome.key).slowdown
         slowed = sqrt(slowdown.factor(outcome.now))  # so the terms follow what stays, and what goes again moves them by half
         features = self._features(outcome)
-        if not outcome.import_failed:
+        if outcome.tells_of_pair:
             slowdown.heard(seconds / self._expected(outcome, features), outcome.now + seconds)
         self._learn(outcome, features, slowed)
 
@@ -214,7 +221,7 @@ class CostModel:
         seconds = outcome.first_byte_seconds / slowed
         imported = outcome.source is not None and outcome.peer_tokens > 0
         if outcome.import_seconds is not None:
-            if imported and not outcome.import_failed:
+            if imported and outcome.tells_of_pair:
                 self._observe_transfer(outcome, outcome.import_seconds / slowed)
             seconds -= outcome.import_seconds / slowed
         elif imported:  # only the sum is known: the model is believed, and the pair gets the rest

@@ -4,6 +4,7 @@ import io
 from types import SimpleNamespace
 
 import httpx
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -16,7 +17,7 @@ from gateway.stats.explain import Explanation, explain, request_id_of
 from gateway.steering.choices import Choice, Expected, Option
 from tests.unit.gateway.ledger.begun_attempts import begun
 from transport.groups import Group
-from transport.table.deliveries import Delivery, DeliveryReason
+from transport.table.deliveries import Delivery, DeliveryReason, FromSource
 
 RECORD = Delivery(
     tag=5,
@@ -109,6 +110,21 @@ def test_what_disk_and_vault_brought_up_is_told() -> None:
     assert "disk and vault, 0.250 s: 640 tokens are up from disk" in written.getvalue()
     attempt.promotion = Promotion("", 0, 0.01, "not stored")
     assert "disk and vault, 0.010 s: not stored" in ended(200, promoted=explain("r-1", [attempt], {}).attempts[0].promoted)
+
+
+def test_an_import_from_several_sources_names_them_all() -> None:
+    attempt = settled()
+    attempt.deliveries = (msgspec.structs.replace(RECORD, further=(FromSource("replica-0.host-memory", 64),)),)
+    (shown,) = explain("r-1", [attempt], {}).attempts
+    told = [(each.source, each.tokens) for each in shown.delivered[0].sources]
+    assert told == [("replica-0", 256), ("replica-0.host-memory", 64)]
+    assert "order of the prompt: 256 tokens from replica-0, 64 tokens from replica-0.host-memory" in ended(
+        200, delivered=shown.delivered
+    )
+    assert [(each.source, each.tokens) for each in explain("r-1", [settled()], {}).attempts[0].delivered[0].sources] == [
+        ("replica-0", 320)
+    ]
+    assert "order of the prompt" not in ended(200)
 
 
 def test_a_running_attempt_is_not_final() -> None:

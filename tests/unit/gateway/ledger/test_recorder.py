@@ -14,7 +14,7 @@ from gateway.prompts.tokenizer.service import TokenService
 from tests.unit.gateway.ledger.begun_attempts import begun
 from tests.unit.gateway.planner.planned_fleet import Bounds
 from tests.unit.transport.replica_tables import BLOCK_SIZE, ReplicaTables, StandingFleet
-from transport.table.deliveries import Delivery, DeliveryReason
+from transport.table.deliveries import Delivery, DeliveryReason, FromSource
 from transport.table.directory import TableDirectory
 
 TOKENS = 100
@@ -56,6 +56,17 @@ def test_the_header_says_what_the_engine_delivered_before_the_first_byte(scene: 
     attempt = scene.send(7, **held)
     scene.deliver(7, peer_tokens=64, source="b", why=DeliveryReason.LIMITED)
     assert scene.recorder.first_byte(attempt) == b'local=0, peer=64, computed=36, source="b", reason=load'
+
+
+def test_the_header_names_all_sources_of_a_mixed_import_and_the_ledger_calls_it_no_mismatch(scene: Scene) -> None:
+    attempt = scene.send(7, source="b", peer_tokens=64, best_available_tokens=64, best_held_tokens=64)
+    scene.deliver(7, peer_tokens=96, source="b", further=(FromSource("b.host-memory", 32),))
+    assert scene.recorder.first_byte(attempt) == (
+        b'local=0, peer=96, computed=4, source="b", sources=("b" "b.host-memory"), source_tokens=(64 32), reason=none'
+    )
+    scene.recorder.ended(attempt, 200)
+    assert reason(attempt) == (MissReason.NONE, 0)
+    assert scene.recorder.ledger.sums.peer_tokens == 96
 
 
 def test_only_the_first_of_several_first_bytes_counts(scene: Scene) -> None:

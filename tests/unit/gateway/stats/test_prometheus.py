@@ -11,7 +11,7 @@ from gateway.steering.costs.model import CostStats, PrefillStats
 from tests.unit.gateway.ledger.begun_attempts import begun
 from tests.unit.gateway.stats.test_snapshot import Scene
 from tests.unit.transport.replica_tables import ReplicaTables
-from transport.table.deliveries import Delivery
+from transport.table.deliveries import Delivery, FromSource
 
 
 @pytest.fixture
@@ -193,6 +193,23 @@ def test_what_comes_from_another_node_has_a_label_of_its_own(scene: Scene) -> No
     pair = ("node-b:c", "a", "network")
     assert found["peerkv_peer_import_bytes_total", pair] == 6_000_000
     assert found["peerkv_import_copy_seconds_count", pair] == 1
+
+
+def test_the_time_of_an_import_from_several_sources_is_none_of_theirs(scene: Scene) -> None:
+    metrics = Metrics()
+    metrics.attach(lambda: [scene.snapshot()])
+    scene.recorder.feed.add(metrics.imports.delivered)
+    scene.planner.fleet.now()
+    record = Delivery(
+        tag=7, scheduled_ns=1, first_token_ns=2, prompt_tokens=100, peer_tokens=96, computed_tokens=4,
+        import_ns=2_000_000, import_wait_ns=30_000_000, source="b", further=(FromSource("disk", 32),),
+    )  # fmt: skip
+    scene.tables.writers["a"].deliver(record, "shared_memory")
+    scene.recorder.catch_up()
+    found = samples(metrics)
+    assert found["peerkv_import_copy_seconds_count", ("(several)", "a", "(several)")] == 1
+    assert found["peerkv_import_wait_seconds_count", ("(several)", "a", "(several)")] == 1
+    assert ("peerkv_import_copy_seconds_count", ("b", "a", "shared_memory")) not in found
 
 
 def test_the_server_of_shared_limits_is_told_of_where_there_is_one(scene: Scene) -> None:

@@ -15,7 +15,7 @@ from gateway.stats.request_log import RequestLog, request_line
 from tests.unit.gateway.ledger.begun_attempts import begun
 from tests.unit.gateway.relay.relay_client import COMPLETION, KEYS
 from tests.unit.gateway.running_door import running_door
-from transport.table.deliveries import Delivery
+from transport.table.deliveries import Delivery, FromSource
 
 SECRETS = ("the prompt", "w0", "w1", KEYS[0]["api_key"], "pepper")
 
@@ -49,6 +49,15 @@ def test_tokens_out_of_a_tier_are_host_memorys() -> None:
     line = request_line(record_of(delivery), 0.0)
     assert (line.peer_tokens, line.host_memory_tokens, line.cached_tokens) == (0, 50, 50)
     assert (line.prompt_tokens, line.source) == (100, "replica-0.host-memory")
+
+
+def test_tokens_of_a_mixed_import_are_counted_by_their_sources() -> None:
+    mix = {"source": "disk", "further": (FromSource("replica-0", 20), FromSource("replica-0.host-memory", 16))}
+    line = request_line(
+        record_of(delivered(prompt_tokens=100, local_tokens=10, peer_tokens=80, computed_tokens=10, **mix)), 0.0
+    )
+    assert (line.local_tokens, line.peer_tokens, line.host_memory_tokens, line.disk_tokens) == (10, 20, 16, 44)
+    assert (line.vault_tokens, line.computed_tokens, line.cached_tokens, line.source) == (0, 10, 90, "disk")
 
 
 def test_a_whole_answers_first_token_is_the_engines_and_a_streams_is_its_first_event() -> None:

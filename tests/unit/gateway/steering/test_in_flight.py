@@ -7,7 +7,7 @@ from gateway.steering.costs.model import CostModel, ModelKey
 from gateway.steering.costs.replica_load import IDLE
 from gateway.steering.in_flight import Flight, Flights
 from gateway.steering.load import FleetLoad
-from transport.table.deliveries import Delivery, EngineLoad
+from transport.table.deliveries import Delivery, EngineLoad, FromSource
 
 KEY = ModelKey("cuda", "m")
 
@@ -171,6 +171,27 @@ def test_an_import_that_fell_short_does_not_teach_how_large_a_tokens_kv_is(sky: 
             import_bytes=100_000_000,
             import_wait_ns=int(0.4e9),
             failed_blocks=60,
+        )
+    )
+    before = sky.costs.kv_token_bytes("cuda")
+    sky.listen()
+    assert (sky.learnt, sky.costs.kv_token_bytes("cuda")) == (1, before)
+    assert sky.costs.report().transfers == ()
+
+
+def test_an_import_from_several_sources_teaches_nothing_of_a_pair(sky: Sky) -> None:
+    sky.start(1, streamed=False)
+    sky.table.written.append(
+        Delivery(
+            tag=1,
+            first_token_ns=int(0.9e9),
+            prompt_tokens=1000,
+            peer_tokens=960,
+            computed_tokens=40,
+            source="b",
+            further=(FromSource("b.host-memory", 480),),
+            import_bytes=960 * 131072,
+            import_wait_ns=int(0.4e9),
         )
     )
     before = sky.costs.kv_token_bytes("cuda")
