@@ -29,7 +29,8 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
 class ImportReport:
     """How one rank's import ended: target blocks that must not be used, blocks that changed, bytes copied, nanoseconds.
 
-    `early`: the source was not there, or its memory not open yet, and may be for a later one.
+    `early`: the source was not there, or its memory not open yet, and may be for a later one. An import from several sources
+    has a report for each: this is that of the first, and `further` are the others, in order.
     """
 
     failed_blocks: frozenset[int]
@@ -38,6 +39,11 @@ class ImportReport:
     nanoseconds: int
     reason: str
     early: bool = False
+    further: tuple["ImportReport", ...] = ()
+
+    def by_source(self) -> tuple["ImportReport", ...]:
+        """Return the reports of all sources."""
+        return (self, *self.further)
 
     def merged(self, other: "ImportReport") -> "ImportReport":
         """Combine two ranks' reports of one import: as bad as the worse one, as slow as the slower one."""
@@ -48,6 +54,7 @@ class ImportReport:
             max(self.nanoseconds, other.nanoseconds),
             self.reason or other.reason,
             self.early or other.early,
+            tuple(mine.merged(theirs) for mine, theirs in zip(self.further, other.further, strict=True)),
         )
 
 

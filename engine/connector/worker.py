@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.connector.compat import allow_amx
+from engine.connector.jobs import Jobs
 from engine.connector.step_messages import Handshake, ImportReport, StepMetadata, WorkerReport
 from engine.host_process.kept_memory import KeptMemory
 from engine.tiers.self_test import free_slot
@@ -54,7 +55,7 @@ class WorkerHalf:
         self._transport: Transport | None = None
         self._status = "the engine registered no KV cache"
         self._ended: dict[str, ImportReport] = {}
-        self._jobs: dict[str, ImportJob] = {}
+        self._jobs = Jobs()
         self._load_errors: set[int] = set()
         self._failed: set[str] = set()
         self._step = 0
@@ -131,7 +132,7 @@ class WorkerHalf:
     def start(self, metadata: StepMetadata) -> None:
         """Begin the imports of a step."""
         self._step, self._computes = max(self._step, metadata.step), metadata.computes
-        self._jobs.update((job.request_id, job) for job in metadata.imports)
+        self._jobs.begin(metadata.imports)
         try:
             for job in metadata.imports:
                 with self._lock:
@@ -161,7 +162,7 @@ class WorkerHalf:
                 for job, source, reason in self._fetches.poll() if self._fetches.pending() else ():
                     self._fetched(self._transport, job, source, reason)
                 for result in self._poll(self._transport):
-                    self._fetches.release(result.job.request_id)
+                    self._fetches.release(result.job.id)
                     self._end(result)
         return set(self._ended)
 
@@ -182,7 +183,7 @@ class WorkerHalf:
         try:
             transport.start(job, source, gently=True)
         except MemoryUnreachable as error:
-            self._fetches.release(job.request_id)
+            self._fetches.release(job.id)
             self._fail(job, str(error))
 
     def fail_all(self, reason: str) -> set[str]:
@@ -196,9 +197,8 @@ class WorkerHalf:
                     broken.close()
                 except Exception as error:  # noqa: BLE001 - whatever broke it must not keep imports from being reported
                     _logger.error("closing the transport: %s", error)
-        for job in list(self._jobs.values()):
-            if job.request_id not in self._ended:
-                self._fail(job, reason)
+        for job in self._jobs.under_way():
+            self._fail(job, reason)
         return set(self._ended)
 
     @property
@@ -225,12 +225,10 @@ class WorkerHalf:
     def take_report(self) -> WorkerReport:
         """Return what the scheduler's half has to know of this step, once."""
         ended, self._ended = self._ended, {}
-        for request_id in ended:
-            self._jobs.pop(request_id, None)
         writer = self._slot_writer
         copied, lost = (writer.take_copied(), writer.take_lost()) if writer is not None else ([], [])
         done = dict.fromkeys(copied + lost, 1)
-        checked = self._transport.checked() if self._transport is not None else {}
+        checked = self._jobs.checked(self._transport.checked() if self._transport is not None else {})
         return WorkerReport(self._step, ended, dict.fromkeys(ended, 1), self._unmapped, done, frozenset(lost), checked)
 
     def close(self) -> None:
@@ -265,13 +263,16 @@ class WorkerHalf:
                 transport.prepare(staged)
 
     def _end(self, result: ImportResult) -> None:
-        if not result.job.counts:
-            self._load_errors.update(result.failed_blocks)
+        job, failed = result.job, frozenset(result.failed_blocks)
+        report = ImportReport(failed, result.stale_blocks, result.bytes, result.nanoseconds, result.reason, result.early)
+        whole = self._jobs.end(job, report)
+        if whole is None:
+            return
+        if not job.counts:
+            self._load_errors.update(*(each.failed_blocks for each in whole.by_source()))
         elif result.reason:
-            self._failed.add(result.job.request_id)
-        self._ended[result.job.request_id] = ImportReport(
-            frozenset(result.failed_blocks), result.stale_blocks, result.bytes, result.nanoseconds, result.reason, result.early
-        )
+            self._failed.add(job.request_id)
+        self._ended[job.request_id] = whole
 
     def _fail(self, job: ImportJob, reason: str, *, early: bool = False) -> None:
         self._end(ImportResult(job, tuple(job.target_blocks.tolist()), 0, 0, 0, reason, early))

@@ -10,13 +10,17 @@ import numpy.typing as npt
 
 from transport.table.layout import Memory, Region
 
+JobId = tuple[str, int]
+"""A request's id, and which of its jobs it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImportJob:
     """Copy `source_blocks` of replica `source` into our `target_blocks`; both int32 (n,).
 
     `states`, uint64 (n,), are what the source's table said when the blocks were looked up, in the epoch `epoch`. `counts` tells
-    how many of the blocks are of each KV cache group, in the order of the groups; empty if the model has one.
+    how many of the blocks are of each KV cache group, in the order of the groups; empty if the model has one. A request that
+    imports from several sources has a job for each, numbered from 0 in the order of the prompt.
     """
 
     request_id: str
@@ -26,6 +30,11 @@ class ImportJob:
     states: npt.NDArray[np.uint64]
     target_blocks: npt.NDArray[np.int32]
     counts: tuple[int, ...] = ()
+    number: int = 0
+
+    @property
+    def id(self) -> JobId:
+        return self.request_id, self.number
 
     def __len__(self) -> int:
         return len(self.source_blocks)
@@ -130,8 +139,8 @@ class Transport(Protocol):
     def pending(self) -> int:
         """Return how many imports are under way."""
 
-    def checked(self) -> dict[str, int]:
-        """Return how many leading blocks of imports under way are copied and passed the check, by request id.
+    def checked(self) -> dict[JobId, int]:
+        """Return how many leading blocks of imports under way are copied and passed the check.
 
         They are good whatever becomes of the rest: `poll` does not report them as failed.
         """

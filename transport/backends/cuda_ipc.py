@@ -25,7 +25,7 @@ import torch
 from cuda.bindings import driver, runtime
 from triton.errors import TritonError
 
-from transport.backends.base import BlockSource, ImportJob, ImportResult, Place, outdated, place_of
+from transport.backends.base import BlockSource, ImportJob, ImportResult, JobId, Place, outdated, place_of
 from transport.backends.coded_blocks import shape_of
 from transport.backends.coding import ALIGNED_BYTES, Rows, decode, encode, rows_of
 from transport.backends.gather import WORD_BYTES, gather, plan, segments_of
@@ -216,8 +216,8 @@ class CudaIpcTransport:
     def pending(self) -> int:
         return len(self._copies)
 
-    def checked(self) -> dict[str, int]:
-        return {copy.job.request_id: copy.checked for copy in self._copies if copy.checked}
+    def checked(self) -> dict[JobId, int]:
+        return {copy.job.id: copy.checked for copy in self._copies if copy.checked}
 
     def ends_within(self, seconds: float) -> bool:
         now = time.monotonic()

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from transport.backends.base import BlockSource, ImportJob, ImportResult, Place, outdated, place_of
+from transport.backends.base import BlockSource, ImportJob, ImportResult, JobId, Place, outdated, place_of
 from transport.backends.coded_blocks import CodedBlocks, put, shape_of
 from transport.backends.geometry import layer_geometries
 from transport.backends.verification import check
@@ -61,10 +61,10 @@ class _Copy:
     peer: _Peer
     pieces: Iterator[tuple[int, int, int]]
     bytes: int
-    began_ns: int
     unchecked: Iterator[tuple[int, int, int]]
     coded: Iterator[tuple[int, int]]
     damaged: list[int]
+    began_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +145,14 @@ class SharedMemoryTransport:
             groups = [group for group, each in enumerate(plain) for _ in each]
             unchecked = zip(job.source_blocks[order].tolist(), groups, job.target_blocks[order].tolist(), strict=True)
         decoded = zip(job.source_blocks[coded].tolist(), job.target_blocks[coded].tolist(), strict=True)
-        self._copies.append(_Copy(job, reader, peer, pieces, size, time.monotonic_ns(), unchecked, decoded, []))
+        self._copies.append(_Copy(job, reader, peer, pieces, size, unchecked, decoded, []))
 
     def poll(self) -> list[ImportResult]:
         results: list[ImportResult] = []
         deadline = time.monotonic() + SLICE_SECONDS
         while self._copies:
             copy = self._copies[0]
+            copy.began_ns = copy.began_ns or time.monotonic_ns()
             for target, source, size in copy.pieces:
                 ctypes.memmove(target, source, size)
                 if time.monotonic() > deadline:
@@ -195,7 +196,7 @@ class SharedMemoryTransport:
     def pending(self) -> int:
         return len(self._copies)
 
-    def checked(self) -> dict[str, int]:
+    def checked(self) -> dict[JobId, int]:
         return {}
 
     def ends_within(self, seconds: float) -> bool:

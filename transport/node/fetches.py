@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from transport.backends.base import ImportJob
+from transport.backends.base import ImportJob, JobId
 from transport.node.messages import LENGTH_BYTES, Beat, BlocksAsked, Message, NodeError, Staged, body_bytes, decode, encode
 from transport.table.layout import Memory
 from transport.table.reader import TableReader
@@ -107,7 +107,7 @@ class Fetches:
         self._socket = table_dir / SOCKET
         self._rank = rank
         self._clock = clock
-        self._fetches: dict[str, _Fetch] = {}
+        self._fetches: dict[JobId, _Fetch] = {}
         self._silent: socket.socket | None = None
 
     def pending(self) -> int:
@@ -138,7 +138,7 @@ class Fetches:
             connection.close()
             raise NodeError(f"this node's agent: {error}") from error
         now, unsent = self._clock(), memoryview(encode(asked))
-        fetch = self._fetches[job.request_id] = _Fetch(
+        fetch = self._fetches[job.id] = _Fetch(
             job, reader, memory, connection, unsent, now + FETCH_SECONDS_MAX, now + SILENT_SECONDS
         )
         with contextlib.suppress(OSError):  # what goes wrong here goes wrong in `poll` again
@@ -156,7 +156,7 @@ class Fetches:
                     self._keep_silent(fetch)
                     raise NodeError(f"this node's agent is silent for {SILENT_SECONDS:g} s", "silent")
             except (OSError, NodeError) as error:
-                self.release(fetch.job.request_id)
+                self.release(fetch.job.id)
                 ready.append((fetch.job, None, f"{fetch.job.source}: {error}"))
                 continue
             if staged is not None:
@@ -164,16 +164,16 @@ class Fetches:
                 ready.append(_ready(fetch, staged))
         return ready
 
-    def release(self, request_id: str) -> None:
+    def release(self, job: JobId) -> None:
         """The copy has ended, or the fetch is not wanted any more: its memory is the agent's again."""
-        fetch = self._fetches.pop(request_id, None)
+        fetch = self._fetches.pop(job, None)
         if fetch is not None:
             fetch.connection.close()
 
     def close(self) -> None:
         """Give everything up."""
-        for request_id in list(self._fetches):
-            self.release(request_id)
+        for job in list(self._fetches):
+            self.release(job)
         self._forget_silent()
 
     def _advance(self, fetch: _Fetch) -> Staged | None:

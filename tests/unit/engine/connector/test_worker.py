@@ -179,6 +179,91 @@ def test_after_a_fault_in_the_transport_every_import_is_failed_not_forgotten(own
     assert set(worker.take_report().imports) == {"r", "s"}
 
 
+@pytest.fixture
+def other(tmp_path):
+    """Another owner, whose blocks hold something else."""
+    transport = SharedMemoryTransport(caches(3.0), 8)
+    with closing(writer(tmp_path, "other", 8, memories=(transport.memory(),))) as table:
+        yield table
+
+
+def behind(table, request_id="r", source="other", epoch=None):
+    """The second job of a request whose first is `job`: one block."""
+    table.publish([6], KEYS[2:3])
+    run = TableReader(table.path).longest_run(KEYS[2:3])
+    targets = np.array([2], np.int32)
+    return ImportJob(request_id, source, epoch or table.epoch, run.block_ids, run.states, targets, (), 1)
+
+
+class Slow(SharedMemoryTransport):
+    """What it reads of `held` ends when that is emptied."""
+
+    held = ("other",)
+
+    def poll(self):
+        waiting = [copy for copy in self._copies if copy.job.source in self.held]
+        for copy in waiting:
+            self._copies.remove(copy)
+        results = super().poll()
+        self._copies.extend(waiting)
+        return results
+
+
+@pytest.fixture
+def slow(worker, landing):
+    worker._transport.close()
+    worker._transport = Slow(landing, 8)
+    return worker
+
+
+def test_an_import_from_two_sources_is_reported_once_both_have_ended(owner, other, slow, landing):
+    slow.start(StepMetadata(3, (job(owner), behind(other), job(owner, "s"))))
+    assert slow.poll() == {"s"}
+    early = slow.take_report()
+    assert (set(early.imports), early.checked) == ({"s"}, {"r": 2})  # vLLM may enter the first source's blocks
+    slow._transport.held = ()
+    assert slow.poll() == {"r"}
+    report = slow.take_report()
+    assert ([each.bytes for each in report.imports["r"].by_source()], report.checked) == ([512, 256], {})
+    assert slow.take_load_errors() == set()
+    assert landing["layer"][4:6].eq(7.0).all()
+    assert landing["layer"][2].eq(3.0).all()
+    assert slow.poll() == set()
+
+
+@pytest.mark.parametrize("about", [{"source": "nobody"}, {"epoch": 1}])
+def test_blocks_of_a_first_source_that_fails_are_reported_when_the_second_no_longer_writes(owner, other, slow, about):
+    slow.start(StepMetadata(3, (job(owner, **about), behind(other))))
+    assert slow.poll() == set()
+    assert slow.take_load_errors() == set()
+    assert (slow.take_report().imports, slow.take_report().checked) == ({}, {})
+    slow._transport.held = ()
+    assert slow.poll() == {"r"}
+    assert slow.take_load_errors() == {4, 5}
+    assert [each.failed_blocks for each in slow.take_report().imports["r"].by_source()] == [{4, 5}, frozenset()]
+
+
+def test_an_owner_that_ends_amid_a_mixed_import_fails_its_own_blocks(owner, other, slow):
+    slow.start(StepMetadata(3, (job(owner), behind(other))))
+    assert slow.poll() == set()
+    other.close()
+    slow._transport.held = ()
+    assert slow.poll() == {"r"}
+    assert slow.take_load_errors() == {2}
+    reports = slow.take_report().imports["r"].by_source()
+    assert [each.reason for each in reports] == ["", "other ended while it was read"]
+
+
+def test_memory_that_is_given_up_amid_a_mixed_import_ends_it_once(owner, other, slow):
+    slow.start(StepMetadata(3, (job(owner), behind(other))))
+    assert slow.poll() == set()
+    slow.unmap()
+    assert slow.poll() == {"r"}
+    assert slow.take_load_errors() == {2}
+    assert [each.failed_blocks for each in slow.take_report().imports["r"].by_source()] == [frozenset(), {2}]
+    assert slow.fail_all("again") == set()
+
+
 def test_kv_memory_on_an_unknown_device_is_refused_with_the_reason(registered):
     half = registered({"layer": torch.zeros(8, 2, 4, 8, device="meta")})
     shake = half.handshake({})

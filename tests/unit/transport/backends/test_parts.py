@@ -64,7 +64,7 @@ def copy(tmp_path, monkeypatch):
 def test_what_is_copied_is_good_before_the_rest_is(copy):
     assert (copy.parts(0), copy.importer.checked()) == ([], {})
     for part, good in ((1, 8), (1, 14)):
-        assert (copy.parts(part), copy.importer.checked()) == ([], {"r": good})
+        assert (copy.parts(part), copy.importer.checked()) == ([], {("r", 0): good})
         for name, tensor in copy.ours.items():
             assert torch.equal(tensor[TARGET[:good]], copy.theirs[name][SOURCE[:good]])
             assert not torch.equal(tensor[TARGET[good]], copy.theirs[name][SOURCE[good]])
@@ -86,7 +86,7 @@ def test_a_block_that_changed_before_its_part_was_checked_fails_and_nothing_behi
 def test_a_block_that_changed_after_its_part_was_checked_is_good_and_one_of_a_later_part_is_not(copy):
     copy.parts(1)
     copy.table.invalidate([SOURCE[5], SOURCE[9]])
-    assert (copy.parts(1), copy.importer.checked()) == ([], {"r": 8})
+    assert (copy.parts(1), copy.importer.checked()) == ([], {("r", 0): 8})
     (result,) = copy.parts(1)
     assert (result.failed_blocks, result.stale_blocks) == ((TARGET[9],), 1)
 
@@ -94,7 +94,7 @@ def test_a_block_that_changed_after_its_part_was_checked_is_good_and_one_of_a_la
 def test_of_an_owner_that_ends_what_was_checked_before_is_good(copy):
     copy.parts(1)
     copy.table.close()
-    assert (copy.parts(1), copy.importer.checked()) == ([], {"r": 8})
+    assert (copy.parts(1), copy.importer.checked()) == ([], {("r", 0): 8})
     (result,) = copy.parts(1)
     assert result.failed_blocks == tuple(TARGET[8:])
     assert "ended" in result.reason
