@@ -26,7 +26,7 @@ class PinWish(msgspec.Struct, frozen=True):
 
 
 class Hint(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`source`: import from this replica alone, "" for no import, None leaves it to the engine. `tag`: the gateway's number.
+    """`source`: import from this replica first, "" for no import, None leaves it to the engine. `tag`: the gateway's number.
 
     `tokens`: import only up to so many tokens of the prompt, local ones included. `unpin`: numbers of pins that end.
     `store`: blocks of the engine's to store in host memory, whatever the request is about; a node's agent asks for that.

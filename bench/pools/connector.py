@@ -6,6 +6,7 @@ In a private pool a replica also keeps a block of which another region has a cop
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,25 @@ from transport.table.reader import TableReader
 __all__ = ["PeerKVConnector"]
 
 _where = Path(os.environ[VARIABLE])
-_find, _stored_elsewhere = Peers._find, Peers.stored_elsewhere
+_find, _who_go_on, _stored_elsewhere = Peers._find, Peers._who_go_on, Peers.stored_elsewhere
 
 
-def find(self: Peers, source: str | None) -> tuple[list[TableReader], DeliveryReason]:
-    """Peers._find, without those that are out of reach."""
-    readers, why = _find(self, source)
+def within_reach(self: Peers, readers: list[TableReader]) -> list[TableReader]:
+    """Return the readers that are not out of reach."""
     reach = read(_where)
-    within = [reader for reader in readers if reach.allows(reader.name, self._own_tier)]
+    return [reader for reader in readers if reach.allows(reader.name, self._own_tier)]
+
+
+def find(self: Peers, tables: Mapping[str, TableReader], source: str | None) -> tuple[list[TableReader], DeliveryReason]:
+    """Peers._find, without those that are out of reach."""
+    readers, why = _find(self, tables, source)
+    within = within_reach(self, readers)
     return within, DeliveryReason.NO_SOURCE_GIVEN if readers and not within else why
+
+
+def who_go_on(self: Peers, tables: Mapping[str, TableReader], keys: Keys, begin: int) -> list[TableReader]:
+    """Peers._who_go_on, without those that are out of reach."""
+    return within_reach(self, _who_go_on(self, tables, keys, begin))
 
 
 def stored_elsewhere(self: Peers, keys: Keys) -> npt.NDArray[np.bool_]:
@@ -38,4 +49,5 @@ def stored_elsewhere(self: Peers, keys: Keys) -> npt.NDArray[np.bool_]:
 
 
 Peers._find = find  # type: ignore[method-assign]
+Peers._who_go_on = who_go_on  # type: ignore[method-assign]
 Peers.stored_elsewhere = stored_elsewhere  # type: ignore[method-assign]

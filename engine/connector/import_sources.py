@@ -1,7 +1,7 @@
 """Which replicas an engine may import from: those whose KV is the same as its own would be, and can be read."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ from engine.connector.vllm_groups import ModelGroups
 from transport.fingerprint import fingerprint_difference
 from transport.keys import Keys
 from transport.node.names import node_of
-from transport.table.deliveries import DeliveryReason
+from transport.table.deliveries import SOURCES_MAX, DeliveryReason
 from transport.table.directory import TableDirectory
 from transport.table.group_look_up import GroupChain, supply
 from transport.table.reader import TableReader
@@ -21,6 +21,9 @@ _logger = logging.getLogger(__name__)
 
 UNREADABLE_MAX = 3
 """After this many imports without any readable block, an owner is not asked again in its epoch."""
+TAIL_SHARE = 16
+"""A further source that would bring the last of an import, and less than this part of what is missing, is left out: its queue
+may take longer than computing so little does."""
 
 
 class Peers:
@@ -47,21 +50,43 @@ class Peers:
         self._refused: set[tuple[str, int]] = set()
         self._unreadable: dict[tuple[str, int], int] = {}
 
-    def longest(self, source: str | None, keys: Keys, begin: int, end: int) -> tuple[Import | None, DeliveryReason]:
-        """Return the import that brings a sequence from `begin` tokens closest to `end`, and why it is not all of them.
+    def best(self, source: str | None, keys: Keys, begin: int, end: int) -> tuple[tuple[Import, ...], DeliveryReason]:
+        """Return the imports, one behind the other, that bring a sequence from `begin` tokens to `end`, and why not that far.
 
-        `keys` are those of the first `end` tokens; `source` names the replica to ask; None means the one that has most.
+        `keys` are those of the first `end` tokens; `source` names the replica to ask first; None means the one that has most.
+        Where that has no more, whoever has most from there on follows, of this node's: what another node's link takes only the
+        gateway weighs. Models with several groups have one source.
         """
-        best: Import | None = None
-        readers, why = self._find(source)
+        tables = self._peers.tables()
+        readers, why = self._find(tables, source)
         chain = GroupChain(self._groups.groups, keys)
+        found = self._longest(readers, chain, keys, begin, end)
+        parts = (found,) if found is not None else ()
+        reached = found.end if found is not None else begin
+        while readers and reached < end and self._groups.plain and len(parts) < SOURCES_MAX:
+            found = self._longest(self._who_go_on(tables, keys, reached), chain, keys, reached, end)
+            if found is None:
+                break
+            parts, reached = (*parts, found), found.end
+        while len(parts) > 1 and parts[-1].tokens * TAIL_SHARE < end - begin:
+            parts, reached = parts[:-1], parts[-1].begin
+        if readers and reached < end:
+            why = DeliveryReason.SOURCE_HELD_LESS
+        return parts, why
+
+    def _longest(self, readers: Iterable[TableReader], chain: GroupChain, keys: Keys, begin: int, end: int) -> Import | None:
+        best: Import | None = None
         for reader in readers:
             found = self._supply(reader, chain, keys, begin, end)
             if found is not None and (best is None or found.end > best.end):
                 best = found
-        if readers and (best is None or best.end < end):
-            why = DeliveryReason.SOURCE_HELD_LESS
-        return best, why
+        return best
+
+    def _who_go_on(self, tables: Mapping[str, TableReader], keys: Keys, begin: int) -> list[TableReader]:
+        """Return this node's readers that have the block behind `begin` tokens: a look-up takes fifty times as long."""
+        low, high = keys[begin // self._groups.unit].tolist()
+        here = [table for name, table in tables.items() if table.holds(low, high) and not node_of(name)]
+        return [reader for reader in here if self._exchanges_with(reader) and self._is_readable(reader)]
 
     def _supply(self, reader: TableReader, chain: GroupChain, keys: Keys, begin: int, end: int) -> Import | None:
         if self._groups.plain:
@@ -91,9 +116,8 @@ class Peers:
         """Close the peers' tables."""
         self._peers.close()
 
-    def _find(self, source: str | None) -> tuple[list[TableReader], DeliveryReason]:
+    def _find(self, tables: Mapping[str, TableReader], source: str | None) -> tuple[list[TableReader], DeliveryReason]:
         """Return the readers that may be asked, all if no `source` is named, and why there is none if there is none."""
-        tables = self._peers.tables()
         if source is not None and source not in tables:
             return [], DeliveryReason.SOURCE_GONE
         readers = list(tables.values()) if source is None else [tables[source]]
@@ -102,8 +126,11 @@ class Peers:
         alike = [reader for reader in readers if self._exchanges_with(reader)]
         if not alike:
             return [], DeliveryReason.NOT_EXCHANGING
-        readable = [reader for reader in alike if self._unreadable.get((reader.name, reader.epoch), 0) < UNREADABLE_MAX]
+        readable = [reader for reader in alike if self._is_readable(reader)]
         return readable, DeliveryReason.NONE if readable else DeliveryReason.SOURCE_UNREADABLE
+
+    def _is_readable(self, reader: TableReader) -> bool:
+        return self._unreadable.get((reader.name, reader.epoch), 0) < UNREADABLE_MAX
 
     def _exchanges_with(self, reader: TableReader) -> bool:
         if (reader.fingerprint, reader.status, reader.block_size, reader.hash_name, reader.transport) == self._alike:

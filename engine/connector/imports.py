@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence as Blocks
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +19,19 @@ from transport.table.writer import TableWriter
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class _UnderWay:
+    """A request's imports: they begin together and are done together, when all `ranks_done` have reported them.
+
+    `entered` are the leading blocks that vLLM may already use.
+    """
+
+    sequence: Sequence
+    parts: tuple[Import, ...]
+    ranks_done: int = 0
+    entered: int = 0
+
+
 class Imports:
     """`groups` are the model's, `ranks` the number of workers that must report an import before it is done."""
 
@@ -30,7 +44,7 @@ class Imports:
         self._groups = groups
         self._transport = transport
         self._ranks = ranks
-        self._under_way: dict[str, tuple[Sequence, Import]] = {}
+        self._under_way: dict[str, _UnderWay] = {}
         self._partial: dict[str, ImportReport] = {}
         self._starting: list[ImportJob] = []
 
@@ -40,16 +54,17 @@ class Imports:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._under_way
 
-    def begin(self, sequence: Sequence, plan: Import, targets: list[int], now_ns: int) -> None:
-        """Import the first blocks of `plan` into `targets`."""
-        request_id, count = sequence.request.request_id, len(targets)
-        plan.target_blocks = int32_array(targets)
-        plan.source_blocks, plan.states = plan.source_blocks[:count], plan.states[:count]
-        self._under_way[request_id] = (sequence, plan)
-        self._accounts.import_begun(sequence.account, plan.source, now_ns)
-        self._starting.append(
-            ImportJob(request_id, plan.source, plan.epoch, plan.source_blocks, plan.states, plan.target_blocks, plan.counts)
-        )
+    def begin(self, sequence: Sequence, parts: tuple[Import, ...], targets: Blocks[list[int]], now_ns: int) -> None:
+        """Import the first blocks of each of `parts` into its `targets`."""
+        request_id, jobs = sequence.request.request_id, []
+        for number, (part, blocks) in enumerate(zip(parts, targets, strict=True)):
+            part.target_blocks, count = int32_array(blocks), len(blocks)
+            part.source_blocks, part.states = part.source_blocks[:count], part.states[:count]
+            source = (part.source, part.epoch, part.source_blocks, part.states)
+            jobs.append(ImportJob(request_id, *source, part.target_blocks, part.counts, number))
+        self._under_way[request_id] = _UnderWay(sequence, parts)
+        self._accounts.import_begun(sequence.account, parts[0].source, now_ns)
+        self._starting += jobs
 
     def give_up(self, request_id: str, block_ids: Blocks[Blocks[int]], tokens: int) -> None:
         """Make the workers report an import of `tokens` tokens as failed: it cannot begin without a source."""
@@ -66,30 +81,30 @@ class Imports:
 
     def settle(self, report: WorkerReport, now_ns: int) -> list[Import]:
         """Count the imports that every worker has reported, and record how much of each is good; return them."""
-        ended = []
-        for request_id, part in report.imports.items():
+        ended: list[Import] = []
+        for request_id, some in report.imports.items():
             entry = self._under_way.get(request_id)
             if entry is None:
                 continue
             earlier = self._partial.pop(request_id, None)
-            whole = part.merged(earlier) if earlier else part
-            entry[1].ranks_done += report.ranks[request_id]
-            if entry[1].ranks_done < self._ranks:
+            whole = some.merged(earlier) if earlier else some
+            entry.ranks_done += report.ranks[request_id]
+            if entry.ranks_done < self._ranks:
                 self._partial[request_id] = whole
                 continue
             del self._under_way[request_id]
-            self._end(*entry, whole, now_ns)
-            ended.append(entry[1])
+            self._end(entry, whole, now_ns)
+            ended += entry.parts
         return ended
 
     def checked(self, report: WorkerReport) -> list[tuple[Sequence, int]]:
         """Return of which requests more leading blocks are good than before, on all workers, and how many tokens they hold."""
         found = []
         for request_id, blocks in report.checked.items() if report.workers == self._ranks else ():
-            sequence, plan = self._under_way.get(request_id, (None, None))
-            if sequence is not None and plan is not None and plan.entered < blocks and not plan.counts:
-                plan.entered = blocks
-                found.append((sequence, plan.begin + blocks * self._groups.unit))
+            entry = self._under_way.get(request_id)
+            if entry is not None and entry.entered < blocks and not entry.parts[0].counts:
+                entry.entered = blocks
+                found.append((entry.sequence, entry.parts[0].begin + blocks * self._groups.unit))
         return found
 
     def forget(self) -> None:
@@ -97,37 +112,48 @@ class Imports:
         self._under_way.clear()
         self._partial.clear()
 
-    def _end(self, sequence: Sequence, plan: Import, report: ImportReport, now_ns: int) -> None:
-        good = self._good_tokens(plan, report)
+    def _end(self, entry: _UnderWay, report: ImportReport, now_ns: int) -> None:
+        """Settle a request's imports. What comes behind a block that is not good is not used, be it good itself or not."""
+        brought, whole = [], True
+        for part, told in zip(entry.parts, report.by_source(), strict=True):
+            tokens = self._good_tokens(part, told) if whole else 0
+            whole &= not told.failed_blocks
+            brought.append((part.source, tokens))
+            self._count(entry.sequence, part, told, tokens)
         # the blocks are offered onward with the request's first step, so that nobody waits for that
-        self._accounts.import_ended(sequence.account, plan.begin, good, report, now_ns)
-        failed, table = bool(report.failed_blocks), self._table
-        blocks = good // self._groups.unit if not plan.counts else len(plan.source_blocks) if good else 0
+        self._accounts.import_ended(entry.sequence.account, entry.parts[0].begin, brought, report, now_ns)
+        if not whole:
+            self._table.count("fallbacks")
+
+    def _count(self, sequence: Sequence, part: Import, told: ImportReport, good: int) -> None:
+        """Count an import from one source, of which `good` tokens are used."""
+        table = self._table
+        blocks = good // self._groups.unit if not part.counts else len(part.source_blocks) if good else 0
         table.imported(
-            plan.source,
-            import_way(self._transport, plan.source),
+            part.source,
+            import_way(self._transport, part.source),
             blocks=blocks,
-            size=report.bytes,
-            nanoseconds=report.nanoseconds,
-            failed=failed,
+            size=told.bytes,
+            nanoseconds=told.nanoseconds,
+            failed=bool(told.failed_blocks),
         )
         table.count("imports")
         table.count("import_blocks", blocks)
-        table.count("import_bytes", report.bytes)
-        table.count("import_nanoseconds", report.nanoseconds)
-        if report.failed_blocks and not report.bytes and not report.early:  # nothing was copied at all
-            self._sources.not_read(plan.source, plan.epoch)
-        if failed:
-            table.count("check_failures", report.stale_blocks)
-            table.count("fallbacks")
-            _logger.info("import of %s from %s fell short: %s", sequence.request.request_id, plan.source, report.reason)
+        table.count("import_bytes", told.bytes)
+        table.count("import_nanoseconds", told.nanoseconds)
+        if not told.failed_blocks:
+            return
+        if not told.bytes and not told.early:  # nothing was copied at all
+            self._sources.not_read(part.source, part.epoch)
+        table.count("check_failures", told.stale_blocks)
+        _logger.info("import of %s from %s fell short: %s", sequence.request.request_id, part.source, told.reason)
 
-    def _good_tokens(self, plan: Import, report: ImportReport) -> int:
+    def _good_tokens(self, part: Import, told: ImportReport) -> int:
         """Return how many tokens it brought: of several groups all or none, as vLLM computes such a request from its begin."""
-        if not report.failed_blocks:
-            return plan.tokens if plan.counts else len(plan.target_blocks) * self._groups.unit
-        targets = plan.target_blocks.tolist()
-        good = next((place for place, block in enumerate(targets) if block in report.failed_blocks), len(targets))
-        if plan.counts:
-            return plan.tokens if good == len(targets) else 0
+        if not told.failed_blocks:
+            return part.tokens if part.counts else len(part.target_blocks) * self._groups.unit
+        targets = part.target_blocks.tolist()
+        good = next((place for place, block in enumerate(targets) if block in told.failed_blocks), len(targets))
+        if part.counts:
+            return part.tokens if good == len(targets) else 0
         return good * self._groups.unit

@@ -4,13 +4,14 @@ Plain code over plain values: times are CLOCK_MONOTONIC nanoseconds and come in 
 """
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.connector.step_messages import ImportReport
 from transport.hint import Hint, read_hint
 from transport.node.source_way import import_way
-from transport.table.deliveries import Delivery, DeliveryReason
+from transport.table.deliveries import Delivery, DeliveryReason, FromSource
 from transport.table.tiers import tier_kind
 from transport.table.writer import TableWriter
 
@@ -28,6 +29,7 @@ class RequestAccount:
     """One request. `left`: tokens of its prompt that no step has been given yet and that are not known to be cached.
 
     `whole`: some step was given the end of its prompt; the report of that step brings its record. `closed`: vLLM forgot it.
+    `brought` are the sources of its import and how many good tokens came from each, behind the first `import_from`.
     """
 
     hint: Hint
@@ -43,7 +45,8 @@ class RequestAccount:
     source: str = ""
     why: DeliveryReason = DeliveryReason.NONE
     import_from: int = 0
-    imported_tokens: int = 0
+    brought: tuple[tuple[str, int], ...] = ()
+    further: tuple[FromSource, ...] = ()
     import_begun_ns: int = 0
     import_wait_ns: int = 0
     import_ns: int = 0
@@ -76,6 +79,7 @@ class RequestAccount:
             failed_blocks=self.failed_blocks,
             source=self.source,
             why=self.why,
+            further=self.further,
         )
 
 
@@ -138,16 +142,20 @@ class RequestAccounts:
         self._table.waiting.begin(account.hint.tag)
         account.import_begun_ns, account.source = now_ns, source
 
-    def import_ended(self, account: RequestAccount, begin: int, good: int, report: ImportReport, now_ns: int) -> None:
-        """`good` tokens after the first `begin` arrived."""
-        account.import_from, account.imported_tokens = begin, good
-        account.import_wait_ns, account.import_ns = now_ns - account.import_begun_ns, report.nanoseconds
-        account.import_bytes = report.bytes
-        account.stale_blocks, account.failed_blocks = report.stale_blocks, len(report.failed_blocks)
-        if report.failed_blocks:
-            account.why = DeliveryReason.CHECK_FAILED if report.stale_blocks else DeliveryReason.COPY_FAILED
+    def import_ended(
+        self, account: RequestAccount, begin: int, brought: Sequence[tuple[str, int]], report: ImportReport, now_ns: int
+    ) -> None:
+        """After the first `begin` tokens so many good ones came from each source."""
+        told = report.by_source()
+        account.import_from, account.brought = begin, tuple(brought)
+        account.import_wait_ns = now_ns - account.import_begun_ns
+        account.import_ns, account.import_bytes = sum(each.nanoseconds for each in told), sum(each.bytes for each in told)
+        account.stale_blocks = sum(each.stale_blocks for each in told)
+        account.failed_blocks = sum(len(each.failed_blocks) for each in told)
+        if account.failed_blocks:
+            account.why = DeliveryReason.CHECK_FAILED if account.stale_blocks else DeliveryReason.COPY_FAILED
             if not account.closed:  # otherwise nobody would ever remove it from the waiting ones
-                self._leave(account, account.prompt_tokens - begin - good)
+                self._leave(account, account.prompt_tokens - begin - sum(tokens for _, tokens in brought))
 
     def scheduled(self, request_id: str, computed_tokens: int, tokens: int, now_ns: int) -> None:
         """A step computes `tokens` more of a request after the first `computed_tokens`."""
@@ -219,14 +227,18 @@ class RequestAccounts:
             account.why = DeliveryReason.ALLOCATION
         prompt = account.prompt_tokens
         reused = min(computed_tokens, prompt)
-        account.peer_tokens = max(0, min(reused - account.import_from, account.imported_tokens))
+        imported = max(0, reused - account.import_from)
+        used = []
+        for source, tokens in account.brought:
+            if some := min(imported - account.peer_tokens, tokens):
+                account.peer_tokens += some
+                used.append(FromSource(source, some))
+                kind = tier_kind(source)
+                self._table.count(f"tier_tokens_{kind}" if kind is not None else "peer_tokens_" + self._transport, some)
+        account.further = tuple(used[1:])
         account.local_tokens = reused - account.peer_tokens
         self._table.count("requests")
         self._table.count("prompt_tokens", prompt)
-        if account.peer_tokens:
-            kind = tier_kind(account.source)
-            counter = f"tier_tokens_{kind}" if kind is not None else "peer_tokens_" + self._transport
-            self._table.count(counter, account.peer_tokens)
         self._table.count("local_tokens", account.local_tokens)
         self._table.count("computed_tokens", prompt - reused)
 

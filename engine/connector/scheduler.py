@@ -20,7 +20,7 @@ from engine.connector.other_loads import OtherLoads
 from engine.connector.pins import BlockPool, Pins
 from engine.connector.request_accounts import PromptWork, RequestAccount, RequestAccounts
 from engine.connector.request_keys import RootKeys, extra_content
-from engine.connector.sequence import NULL_BLOCK, Sequence
+from engine.connector.sequence import NULL_BLOCK, Sequence, fitted
 from engine.connector.step_messages import StepMetadata, WorkerReport
 from engine.connector.stored import Stored
 from engine.connector.vllm_groups import ModelGroups
@@ -144,7 +144,7 @@ class SchedulerHalf:
         if sequence is None or not sequence.tried:
             tokens, account.why = self._plan(sequence, request, computed_tokens // self._groups.step * self._groups.step)
             account.planned_tokens = tokens
-            account.source = sequence.planned.source if sequence is not None and sequence.planned is not None else ""
+            account.source = sequence.planned[0].source if sequence is not None and sequence.planned else ""
         self._accounts.looked_up(request.request_id, account, computed_tokens + tokens, now_ns)
         return tokens
 
@@ -154,21 +154,20 @@ class SchedulerHalf:
         sequence = self._sequences.get(request.request_id)
         if sequence is None:
             return False
-        plan = sequence.planned
-        sequence.planned = None
+        plan, sequence.planned = sequence.planned, ()
         sequence.tried = True
-        targets = (
-            plan.targets(self._groups.groups, self._groups.ordered(block_ids), external_tokens) if plan is not None else None
-        )
-        if plan is None or targets is None:
+        parts, targets = fitted(plan, self._groups.groups, self._groups.ordered(block_ids), external_tokens)
+        if not parts:
             sequence.account.why = DeliveryReason.ALLOCATION
             self.give_up(request.request_id, block_ids, external_tokens)
             return True
-        if self._stored is not None and plan.source == self._stored.name:
-            self._stored.restored(plan.source_blocks[: len(targets)].tolist())
-        self._offers.end(targets, self._step + 1, by_import=True)
-        self._offers.imported(targets, plan.states)
-        self._imports.begin(sequence, plan, targets, self._clock_ns())
+        for part, blocks in zip(parts, targets, strict=True):
+            if self._stored is not None and part.source == self._stored.name:
+                self._stored.restored(part.source_blocks[: len(blocks)].tolist())
+        self._offers.end([block for blocks in targets for block in blocks], self._step + 1, by_import=True)
+        for part, blocks in zip(parts, targets, strict=True):
+            self._offers.imported(blocks, part.states)
+        self._imports.begin(sequence, parts, targets, self._clock_ns())
         return True
 
     def admitted(self, request_id: str, blocks: Any) -> None:
@@ -406,7 +405,7 @@ class SchedulerHalf:
         if sequence is None or request.skip_reading_prefix_cache:
             return 0, DeliveryReason.READS_NO_CACHE
         step, unit, hint = self._groups.step, self._groups.unit, sequence.account.hint
-        sequence.planned = None
+        sequence.planned = ()
         full = (request.num_tokens - 1) // step * step
         wanted = full if hint.tokens is None else min(full, hint.tokens // step * step)
         if local >= full or not self._exchanges:
@@ -415,11 +414,11 @@ class SchedulerHalf:
             return 0, DeliveryReason.LIMITED if local >= wanted else DeliveryReason.NO_SOURCE_GIVEN
         keys = sequence.keys(wanted // unit)
         wanted = len(keys) * unit // step * step
-        plan, why = self._sources.longest(hint.source, keys, local, wanted)
+        plan, why = self._sources.best(hint.source, keys, local, wanted)
         sequence.planned = plan
-        if plan is not None and plan.end == wanted and wanted < full:
+        if plan and plan[-1].end == wanted < full:
             why = DeliveryReason.LIMITED
-        return (plan.tokens if plan is not None else 0), why
+        return (plan[-1].end - local if plan else 0), why
 
     def _pin(self, sequence: Sequence, wish: PinWish, step: int, now_ns: int) -> None:
         """Pin what is needed of a prompt that is computed, if nobody else was given one of its blocks since."""

@@ -21,8 +21,7 @@ NULL_BLOCK = 0
 class Import:
     """An import that is planned or under way, from table `source` in `epoch`: `begin` tokens that we hold become `end`.
 
-    `counts` tells how many of the blocks are of each KV cache group; empty if the model has one, of full attention. `entered`
-    are the leading blocks that vLLM may already use.
+    `counts` tells how many of the blocks are of each KV cache group; empty if the model has one, of full attention.
     """
 
     source: str
@@ -33,8 +32,6 @@ class Import:
     states: npt.NDArray[np.uint64]
     counts: tuple[int, ...] = ()
     target_blocks: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    ranks_done: int = 0
-    entered: int = 0
 
     @property
     def tokens(self) -> int:
@@ -55,13 +52,33 @@ class Import:
         return found if whole else None
 
 
+def fitted(
+    plan: tuple[Import, ...], groups: tuple[Group, ...], block_ids: Blocks[Blocks[int]], tokens: int
+) -> tuple[tuple[Import, ...], list[list[int]]]:
+    """Return the imports that bring the first `tokens` tokens of `plan`, and where the blocks of each go in `block_ids`.
+
+    None if they do not fit there.
+    """
+    parts, targets = [], []
+    for part in plan:
+        some = min(tokens, part.tokens)
+        blocks = part.targets(groups, block_ids, some) if some else None
+        if blocks is None:
+            break
+        parts.append(part)
+        targets.append(blocks)
+        tokens -= some
+    return (tuple(parts), targets) if not tokens else ((), [])
+
+
 @dataclass(slots=True)
 class Sequence:
     """`block_ids` are in the order of the sequence, a list for each KV cache group.
 
     `published` counts leading keys whose blocks are known to be on offer, `pin` is what is to be pinned once the prompt is
     computed; `states` are, for a group of states, of the last one that was kept within the prompt the length in tokens, the
-    block, and the step that left it there; `quality` are the bits that its blocks are offered with.
+    block, and the step that left it there; `quality` are the bits that its blocks are offered with. `planned` are imports, one
+    behind the other.
     """
 
     request: Any
@@ -73,7 +90,7 @@ class Sequence:
     block_ids: list[list[int]] = field(default_factory=list)
     published: int = 0
     states: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    planned: Import | None = None
+    planned: tuple[Import, ...] = ()
     tried: bool = False
 
     def keys(self, blocks: int) -> Keys:

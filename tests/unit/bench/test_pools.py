@@ -47,7 +47,8 @@ def test_the_connector_of_the_bench_looks_only_where_it_may(tmp_path: Path, monk
     where = tmp_path / "reach"
     monkeypatch.setenv(VARIABLE, str(where))
     readers = [Reader(name) for name in (OWN, OTHER, "replica-1")]
-    monkeypatch.setattr(Peers, "_find", lambda self, source: (readers, DeliveryReason.NONE))
+    monkeypatch.setattr(Peers, "_find", lambda self, tables, source: (readers, DeliveryReason.NONE))
+    monkeypatch.setattr(Peers, "_who_go_on", lambda self, tables, keys, begin: readers)
     monkeypatch.setattr(Peers, "stored_elsewhere", lambda self, keys: np.ones(len(keys), np.bool_))
     monkeypatch.setitem(sys.modules, "engine.connector.peerkv_connector", type(sys)("stub"))
     sys.modules["engine.connector.peerkv_connector"].PeerKVConnector = object  # type: ignore[attr-defined]
@@ -59,7 +60,8 @@ def test_the_connector_of_the_bench_looks_only_where_it_may(tmp_path: Path, monk
     for reach in Reach:
         write(where, reach)
         assert read(where) is reach
-        within = [reader.name for reader in peers._find(None)[0]]
+        within = [reader.name for reader in peers._find({}, None)[0]]
+        assert [reader.name for reader in peers._who_go_on({}, np.zeros((3, 2), np.uint64), 4)] == within
         found[reach] = (within, int(peers.stored_elsewhere(np.zeros((3, 2), np.uint64)).sum()))
     assert found == {
         Reach.POOL: ([OWN, OTHER, "replica-1"], 3),

@@ -5,6 +5,7 @@ every block of the prefix that vLLM takes for computed.
 """
 
 import random
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -19,7 +20,7 @@ from tests.unit.engine.connector.test_in_vllms_scheduler import BLOCKS, SIZE, En
 from tests.unit.engine.keeper import Keeper
 from transport.keys import chain_keys
 from transport.table.reader import TableReader
-from transport.table.tiers import host_memory_of
+from transport.table.tiers import host_memory_of, tier_kind
 
 LAYERS = 3
 ROOT = b"r" * 16
@@ -103,6 +104,19 @@ class Working(Engine):
         return torch.rand(self.shape, generator=generator).to(self.dtype)
 
 
+def mixed_imports(engine: Engine) -> int:
+    """How many requests imported from several sources; what the records say of each kind of source is what was counted."""
+    records, counters = engine.table.deliveries(0)[1], engine.table.counters()
+    came: Counter[str | None] = Counter()
+    for record in records:
+        for each in record.sources():
+            came[tier_kind(each.source)] += each.tokens
+    peers = counters["peer_tokens_shared_memory"] + counters["peer_tokens_cuda_ipc"]
+    assert (came["host_memory"], came[None]) == (counters["tier_tokens_host_memory"], peers)
+    assert all(record.prompt_tokens == record.local_tokens + record.peer_tokens + record.computed_tokens for record in records)
+    return sum(bool(record.further) for record in records)
+
+
 def serve_at_random(engines, chance: random.Random, requests: int, salts=(None,)) -> None:
     """Have engines serve requests whose prompts begin alike; the last of them are not done yet."""
     prefixes = [[chance.randrange(900) for _ in range(chance.randrange(4, 10) * SIZE)] for _ in range(9)]
@@ -135,6 +149,7 @@ def test_whatever_is_restored_is_what_was_computed(engines, tmp_path, thread, mo
     if thread != "copies":  # then each step has to wait for what it overwrites
         monkeypatch.setattr(SlotWriter, "_run", lambda self: None)
     serve_at_random(engines, random.Random(thread), REQUESTS)
+    mixed = 0
     for engine, other in (engines, engines[::-1]):
         engine.run()
         assert host_memory_of(other.table.name) in {peer.name for peer in engine.table.peers()}
@@ -143,6 +158,8 @@ def test_whatever_is_restored_is_what_was_computed(engines, tmp_path, thread, mo
         assert counters["tier_tokens_host_memory"] > 10 * SIZE
         assert counters["table_errors"] == 0
         assert engine.checked > REQUESTS
+        mixed += mixed_imports(engine)
         tier = TableReader(tmp_path / "tables" / f"{host_memory_of(engine.table.name)}.table")
         assert tier.counters()["evictions"] > 0  # its slots were used over and over
         assert tier.cached_blocks() <= tier.num_blocks
+    assert mixed > 0

@@ -12,7 +12,7 @@ from engine.connector import ahead, worker
 from engine.host_process.kept_memory import decode_kept, encode_kept
 from tests.real.fleet import until
 from tests.unit.engine.connector.test_in_vllms_scheduler import BLOCKS, SIZE
-from tests.unit.engine.connector.test_two_engines_with_host_memory import Working, serve_at_random
+from tests.unit.engine.connector.test_two_engines_with_host_memory import Working, mixed_imports, serve_at_random
 from tests.unit.engine.keeper import Keeper
 from tests.unit.transport.backends.simulated_gpu import WRITER, Stream, simulated
 from transport.table.reader import TableReader
@@ -68,14 +68,16 @@ def engines(request, tmp_path, monkeypatch):
 
 def test_whatever_is_restored_is_what_was_computed(engines, tmp_path, request):
     serve_at_random(engines, random.Random(request.node.name), REQUESTS)
-    restored = 0
+    restored = mixed = 0
     for engine in engines:
         engine.run()
         counters = engine.table.counters()
         restored += counters["tier_tokens_host_memory"]
         assert counters["table_errors"] == 0
         assert engine.checked > REQUESTS
+        mixed += mixed_imports(engine)
         tier = TableReader(tmp_path / "tables" / f"{host_memory_of(engine.table.name)}.table")
         assert (engine.table.transport, tier.transport) == ("cuda_ipc", "cuda_ipc")
         assert tier.counters()["published_blocks"] > BLOCKS
     assert restored > 10 * SIZE
+    assert mixed > 0

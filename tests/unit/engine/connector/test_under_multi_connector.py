@@ -42,7 +42,7 @@ def engine(request, tmp_path, order) -> Iterator[BesideSibling]:
 @pytest.fixture
 def importing(engine, tmp_path) -> Iterator[BesideSibling]:
     """With a peer that has PROMPTS."""
-    owner = engine.owner = Computing(tmp_path, "v1", 0, name="owner")
+    owner = engine.owners["owner"] = Computing(tmp_path, "v1", 0, name="owner")
     for number, prompt in enumerate(PROMPTS):
         owner.add_ids(f"o{number}", prompt, 1, source="")
     owner.run()
