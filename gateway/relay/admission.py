@@ -57,20 +57,23 @@ class Admission:
         self._left_at = 0.0
         self._interval_seconds = 0.0
 
-    async def enter(self, tenant: str, rank: int, tokens: int, seconds_max: float | None = None) -> None:
+    async def enter(
+        self, tenant: str, rank: int, tokens: int, seconds_max: float | None = None, given: float | None = None
+    ) -> None:
         """Wait for the turn of a request of so many uncached tokens, for `seconds_max` at most; `leave` has to follow.
 
-        Raises QueueFull.
+        `given` are the seconds that its client gave it in all. Raises QueueFull.
         """
         if not len(self._queue) and self._has_room():
             self._running += 1
             return
         seconds = self._seconds_max if seconds_max is None else min(seconds_max, self._seconds_max)
+        bound = seconds if given is None or seconds == self._seconds_max else given
         expected = self._expected(tenant, rank)
         # The first one may wait whatever was measured before: else an interval that is no longer true would stay for ever.
         place = self._queue.put(tenant, rank, tokens) if expected <= seconds or not len(self._queue) else None
         if place is None:
-            late = f"its turn would come too late, as it may wait for {seconds:g} s"
+            late = f"its turn would come too late, as it may wait for {bound:g} s"
             raise self._refusal(_NO_PLACE if expected <= seconds else late, expected)
         if place.displaced is not None:
             self._tell(place.displaced, comes=False)
@@ -87,7 +90,7 @@ class Admission:
                     raise self._refusal(_NO_PLACE, self._expected(tenant, rank))
         except TimeoutError:
             self._give_up(turn)
-            raise self._refusal(f"its turn did not come within {seconds:g} s", self._expected(tenant, rank)) from None
+            raise self._refusal(f"its turn did not come within {bound:g} s", self._expected(tenant, rank)) from None
         except asyncio.CancelledError:
             self._give_up(turn)
             raise

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from gateway.api.endpoints import Endpoint
-from gateway.errors import InvalidRequest
+from gateway.errors import DeadlinePassed, InvalidRequest
 from gateway.http_server.transaction import Transaction
 from gateway.ledger.attempts import Attempt
 from gateway.limits.limiter import Limiter
@@ -91,11 +91,12 @@ class Charge:
         self._limiter.settle(self._reservation, self._usage())
 
     def _usage(self) -> Usage:
-        """What the request used: nothing if an error is all that its client gets."""
-        record, left = self._record, self._transaction.left
+        """What the request used: nothing if an error is all that its client gets, unless that is its own deadline's."""
+        record, transaction = self._record, self._transaction
+        late = isinstance(transaction.ending, DeadlinePassed)  # its client gave it up, as one that leaves does
         record.read_counts()
         attempt, told = record.prompt_attempt or record.attempt, record.usage
-        if attempt is None or not (told is not None or left or self._transaction.begun_well):
+        if attempt is None or not (told is not None or transaction.left or late or transaction.begun_well):
             return Usage()
         if told is not None:
             uncached = _computed(attempt, told.prompt_tokens)
@@ -106,7 +107,7 @@ class Charge:
         uncached = _computed(attempt, prompt_tokens)
         uncached = prompt_tokens if uncached is None else uncached
         generated = answer_tokens  # of a large answer that is passed on as it comes the usage is not seen
-        if record.streamed or (left and not self._transaction.begun):
+        if record.streamed or late or (transaction.left and not transaction.begun):
             generated = min(record.events * self._event_tokens, answer_tokens)
         return Usage(uncached, prompt_tokens - uncached, generated)
 

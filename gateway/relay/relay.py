@@ -268,7 +268,7 @@ class Relay(Generic[PlanT]):
             if record.streamed:
                 self.keep_alive.waits(transaction)
             tokens = served.planner.uncached_tokens(read)
-            await served.admission.enter(tenant.name, tenant.rank, tokens, seconds_left(patience, transaction))
+            await served.admission.enter(tenant.name, tenant.rank, tokens, seconds_left(patience, transaction), patience)
             transaction.leave_turn = served.admission.leave
         wait_for_replicas(patience, transaction)
         if len(self._transactions) > 1:

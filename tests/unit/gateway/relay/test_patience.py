@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.gateway.limits.limited_keys import limited
 from tests.unit.gateway.relay.relay_client import COMPLETION
-from tests.unit.gateway.relay.test_limits import headers, limited_door, used
+from tests.unit.gateway.relay.test_limits import PROMPT_TOKENS, headers, limited_door, used
 from tests.unit.gateway.running_door import Door, running_door, until
 
 PATH = "/v1/completions"
@@ -41,7 +41,7 @@ async def test_a_malformed_one_is_refused_whatever_it_is_for(tmp_path: Path, tur
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("fake", [{"delay": LONG}, {"held": True}, {"token_delay": LONG}])
-async def test_an_answer_that_does_not_begin_in_time_is_ended_and_not_charged(
+async def test_an_answer_that_does_not_begin_in_time_is_ended_and_charged_its_prompt(
     tmp_path: Path, stream: bool, fake: dict[str, Any]
 ) -> None:
     if stream and "token_delay" in fake:
@@ -53,7 +53,7 @@ async def test_an_answer_that_does_not_begin_in_time_is_ended_and_not_charged(
         assert "within 0.3 s" in found["error"]["message"]
         assert "retry-after" not in sent
         await until(lambda: stopped(door))
-        assert used(door, "tokens_per_minute") == 0
+        assert used(door, "tokens_per_minute") == PROMPT_TOKENS  # as if the client had left
         assert door.relay.in_flight == 0
         assert [event[2] for event in door.recorder.events if event[0] == "ended"] != []
 
@@ -107,6 +107,18 @@ async def test_what_it_waited_for_its_turn_counts(tmp_path: Path) -> None:
         assert took < 1.0 + 1.8  # and not a whole 2 s from its turn on
         assert (await first)[0] == 200
         assert admission.shown().waiting_requests == 0
+
+
+async def test_a_request_that_never_got_its_turn_is_free_and_told_the_seconds_that_it_gave(tmp_path: Path) -> None:
+    async with limited_door(tmp_path, limited(tokens_per_minute=1000), replica_requests_max=1) as door:
+        admission = door.fleets.first.admission
+        assert admission is not None
+        await admission.enter("somebody", 0, 1)
+        status, body, _ = await door.post(PATH, COMPLETION, headers=within("0.3", **headers("a")))
+        assert (status, body["error"]["code"]) == (503, "queue_full")
+        assert "its turn did not come within 0.3 s." in body["error"]["message"]
+        assert used(door, "tokens_per_minute") == 0
+        admission.leave()
 
 
 async def test_a_client_that_leaves_before_it_is_over_is_missed_by_nobody(tmp_path: Path) -> None:
