@@ -27,6 +27,17 @@ class ReplicaState(StrEnum):
     FAILED = "failed"  # failed too often; waits for somebody to restart it
     STOPPED = "stopped"  # ended because it was asked to
 
+    @property
+    def in_words(self) -> str:
+        """What is said of a replica in this state, behind its name."""
+        match self:
+            case ReplicaState.BACKOFF:
+                return "has ended and is started again soon"
+            case ReplicaState.FAILED:
+                return "has failed and stays down until somebody restarts it"
+            case _:
+                return f"is {self.value}"
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:

@@ -213,8 +213,8 @@ class ReplicaNotReady(Unavailable):
 
     code = "replica_not_ready"
 
-    def __init__(self, name: str, state: str) -> None:
-        super().__init__(f"Replica '{name}' is {state}, not ready.", retry_after_seconds=5)
+    def __init__(self, name: str, what: str) -> None:
+        super().__init__(f"Replica '{name}' {what}: it takes no requests now.", retry_after_seconds=5)
 
 
 class UnknownReplica(InvalidRequest):

@@ -42,8 +42,9 @@ class HealthProbe:
             async with self._opened().get("http://replica/health") as answer:
                 if answer.status == HTTPStatus.OK:
                     return Health("")
-                dead = answer.status == HTTPStatus.SERVICE_UNAVAILABLE
-                return Health(f"/health answers {answer.status}", dead)
+                if answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
+                    return Health("its engine has died", dead=True)
+                return Health(f"/health answers {answer.status}")
         except TimeoutError:
             return Health(f"no answer to /health in {self._timeout.total:g} s")
         except (aiohttp.ClientError, OSError) as error:

@@ -60,8 +60,13 @@ class Member:
         return DOUBT_POLL_SECONDS if self.life.in_doubt else self._interval_seconds
 
 
-def narrate(before: Replica, after: Replica) -> Iterator[str]:
-    """Yield lines for people about what changed in a replica."""
+def narrate(before: Replica, after: Replica, wait_seconds: float = 0.0) -> Iterator[str]:
+    """Yield lines for people about what changed in a replica; one that ended is started again after `wait_seconds`."""
+    if after.state is ReplicaState.BACKOFF:
+        if after.pid is None and (before.state is not ReplicaState.BACKOFF or before.pid is not None):
+            when = f" in {round(wait_seconds, 1):g} s" if wait_seconds >= 0.05 else ""
+            yield f"{after.name} ended: {after.reason}; it starts again{when}"
+        return
     if after.state is before.state:
         return
     match after.state:
@@ -71,5 +76,9 @@ def narrate(before: Replica, after: Replica) -> Iterator[str]:
             yield f"{after.name}: {after.state}"
         case ReplicaState.FAILED if before.state is ReplicaState.STARTING and not after.restarts:
             yield f"{after.name}: {after.state}, log {after.log}"  # whoever waits for the start says why, once
+        case ReplicaState.DRAINING if after.reason == str(after.state):
+            yield f"{after.name} is drained: it gets no new requests"
+        case ReplicaState.DRAINING:
+            yield f"{after.name} is {after.reason}"
         case _:
             yield f"{after.name}: {after.state}: {after.reason}"

@@ -378,8 +378,8 @@ class Supervisor:
         if fresh.replicas == before.replicas:
             return
         self._snapshot = dataclasses.replace(fresh, version=before.version + 1)
-        for former, now in zip(before.replicas, fresh.replicas, strict=True):
-            for line in narrate(former, now):
+        for former, now, member in zip(before.replicas, fresh.replicas, self._members.values(), strict=True):
+            for line in narrate(former, now, (member.life.due or 0.0) - self._now()):
                 self._progress(line)
         try:
             if self._claims:

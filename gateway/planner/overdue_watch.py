@@ -58,7 +58,8 @@ class OverdueWatch:
                 continue
             seconds = overdue_seconds(waiting, table.heartbeat_ns() / 1e9, now, self._seconds_min)
             if seconds:
-                found[name] = f"it gives no sign of life to {len(waiting)} requests for {seconds:.0f} s"
+                whom = "one request" if len(waiting) == 1 else f"{len(waiting)} requests"
+                found[name] = f"it gives no sign of life to {whom} for {seconds:.0f} s"
         for name in sorted(found.keys() - self._known):
             _logger.warning("%s is suspect: %s", name, found[name])
         self._known = frozenset(found)

@@ -17,7 +17,7 @@ def with_ready(state: FleetState, wanted: str | None = None, exclude: Set[str] =
     if exclude:
         state = state.without(exclude)
     if not state.ready:
-        states = "; ".join(f"{replica.name} is {replica.state.value}" for replica in state.snapshot.replicas)
+        states = "; ".join(f"{replica.name} {replica.state.in_words}" for replica in state.snapshot.replicas)
         raise NoReplicaReady(states or "there are none: `peerkv engine` starts them")
     return state
 
@@ -27,6 +27,6 @@ def _check(state: FleetState, wanted: str, exclude: Set[str]) -> None:
     if replica is None:
         raise UnknownReplica(wanted, [known.name for known in state.snapshot.replicas])
     if replica.state is not ReplicaState.READY:
-        raise ReplicaNotReady(wanted, replica.state.value)
+        raise ReplicaNotReady(wanted, replica.state.in_words)
     if wanted in exclude:
         raise NoReplicaReady(f"{wanted} was lost")

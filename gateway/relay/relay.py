@@ -424,8 +424,10 @@ class Relay(Generic[PlanT]):
             if request.rest is not None:
                 request.plan = request.rest.plan
                 self.counters.streams_continued += 1
+                _logger.warning("request %s is continued on %s", request.transaction.request_id, request.plan.replica.name)
                 return True
         self.counters.streams_broken += 1
+        _logger.warning("request %s is broken off: no other replica can go on with it", request.transaction.request_id)
         raise ReplicaLost from error
 
     def _may_go_on(self, request: RelayedRequest[PlanT], attempt: Attempt, *, given_up: bool = False) -> bool:

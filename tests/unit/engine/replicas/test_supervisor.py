@@ -17,6 +17,7 @@ import pytest
 from engine.fleet import FileFleet, FleetError, FleetView, Replica, ReplicaState
 from engine.host_process import processes
 from engine.replicas.launch import EngineSettings
+from engine.replicas.member import narrate
 from engine.replicas.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -215,6 +216,32 @@ async def test_a_start_that_fails_once_is_tried_again(tmp_path: Path) -> None:
     async with running(settings_in(tmp_path, *args)) as supervisor:
         zero, one = await all_ready(supervisor)
         assert (zero.restarts, one.restarts) == (0, 1)
+
+
+async def test_a_replica_that_is_killed_or_drained_is_told_of_in_english(tmp_path: Path) -> None:
+    lines: list[str] = []
+    settings = replace(settings_in(tmp_path), backoff_seconds_min=0.5, backoff_seconds_max=0.5)
+    async with running(settings, lines) as supervisor:
+        zero, _ = await all_ready(supervisor)
+        assert zero.pid is not None
+        os.kill(zero.pid, signal.SIGKILL)
+        await until(lambda: supervisor.snapshot().replicas[0].restarts == 1)
+        await all_ready(supervisor)
+        await supervisor.drain("replica-1")
+    told = [line for line in lines if " ended" in line or "drain" in line]
+    assert told == [
+        "replica-0 ended: killed by SIGKILL; it starts again in 0.5 s",
+        "replica-1 is drained: it gets no new requests",
+    ]
+
+
+def test_a_replica_that_waits_to_be_killed_is_told_of_once_it_is_gone() -> None:
+    ready = Replica("r", ReplicaState.READY, "/s", 7, 0, "", "cpu", "/log")
+    ending = replace(ready, state=ReplicaState.BACKOFF, reason="its engine has died")
+    ended = replace(ending, pid=None, reason="its engine has died; killed by SIGKILL")
+    assert list(narrate(ready, ending)) == []
+    assert list(narrate(ending, ended, 30.0)) == ["r ended: its engine has died; killed by SIGKILL; it starts again in 30 s"]
+    assert list(narrate(ready, replace(ready, state=ReplicaState.DRAINING, reason="stopping"))) == ["r is stopping"]
 
 
 async def test_a_hung_replica_is_restarted(tmp_path: Path) -> None:

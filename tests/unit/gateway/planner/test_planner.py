@@ -306,6 +306,23 @@ async def test_only_ready_replicas_are_chosen(place: Place) -> None:
         await place.plan(IDS)
 
 
+@pytest.mark.parametrize(
+    ("state", "what"),
+    [
+        (ReplicaState.STARTING, "is starting"),
+        (ReplicaState.DRAINING, "is draining"),
+        (ReplicaState.BACKOFF, "has ended and is started again soon"),
+        (ReplicaState.FAILED, "has failed and stays down until somebody restarts it"),
+        (ReplicaState.STOPPED, "is stopped"),
+    ],
+)
+async def test_a_replica_that_is_not_ready_is_told_of_in_english(place: Place, state: ReplicaState, what: str) -> None:
+    place.fleet.set("a", state)
+    with pytest.raises(ReplicaNotReady) as refused:
+        await place.plan(IDS, wanted="a")
+    assert refused.value.message == f"Replica 'a' {what}: it takes no requests now."
+
+
 def test_without_any_replica_it_is_said_who_starts_them() -> None:
     with pytest.raises(NoReplicaReady, match="there are none: `peerkv engine` starts them"):
         with_ready(EMPTY)

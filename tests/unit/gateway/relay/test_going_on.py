@@ -99,6 +99,15 @@ async def test_another_replica_goes_on_behind_the_tokens_that_were_sent(door: Do
     assert [event[2] for event in door.recorder.events if event[0] == "ended"] == [0, 200]
 
 
+async def test_what_became_of_a_stream_whose_replica_was_lost_is_logged(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+    await lines_of(door, PATHS["completions"], asking(COMPLETION, drop="mid", after=3))
+    assert [line.split(" ", 2)[2] for line in caplog.messages if "continued" in line] == ["is continued on replica-1"]
+    assert not [line for line in caplog.messages if "broken off" in line]
+    sampled = asking(COMPLETION | {"temperature": 1}, drop="mid", after=3)
+    assert failure(await lines_of(door, PATHS["completions"], sampled)) == "replica_lost"
+    assert len([line for line in caplog.messages if line.endswith("is broken off: no other replica can go on with it")]) == 1
+
+
 PARTIAL = {"da": 0.01, "within_its_json": 0.6, "without_its_last_byte": 1.0}
 
 
