@@ -263,14 +263,20 @@ class HostMemory:
         if len(self._under_way) >= UNDER_WAY_MAX:
             return None
         while (slot := self._room.take(size)) is None:
-            yields = self._shares.yields(mark, size)
-            scattered = self._room.singles >= size  # there is room
-            whose = yields if yields is not None else mark if scattered else ANYBODY
-            if not self._make_room(size, whose) and not (yields is None and self._make_room(size, ANYBODY)):
+            if not self._yield_room(size, mark):
                 return None
         self._marks[slot] = mark
         self._shares.took(mark, size)
         return slot
+
+    def _yield_room(self, size: int, mark: int) -> bool:
+        """Have blocks give way to one of this tenant's: of whoever has more than its share, and where all of that are held, of
+        anybody. False if none may."""
+        yields = self._shares.yields(mark, size)
+        if yields != [mark]:
+            scattered = self._room.singles >= size  # there is room
+            yields += [mark, ANYBODY] if scattered and not yields else [ANYBODY]
+        return any(self._make_room(size, whose) for whose in yields)
 
     def _make_room(self, size: int, whose: int) -> bool:
         """Have the least popular block give way, or of coded ones, if `size` slots side by side are needed, the first beside

@@ -20,8 +20,9 @@ class TenantShares:
         elif mark in self._over:
             del self._over[mark]
 
-    def yields(self, mark: int, slots: int) -> int | None:
-        """Return whose blocks give way so that this tenant gets so many slots; None: anybody's."""
+    def yields(self, mark: int, slots: int) -> list[int]:
+        """Return whose blocks give way so that this tenant gets so many slots: nobody's but its own if it has its share, else
+        those of who has more, the most first; empty if nobody has."""
         if self._taken.get(mark, 0) + slots > self._limit:
-            return mark
-        return max(self._over, key=self._taken.__getitem__) if self._over else None
+            return [mark]
+        return sorted(self._over, key=self._taken.__getitem__, reverse=True)

@@ -14,6 +14,7 @@ from engine.tiers.tenant_shares import TenantShares
 from tests.unit.engine.keeper import Keeper
 from tests.unit.engine.tiers.test_coded_slots import OWN, SHAPE
 from tests.unit.transport.table_fixtures import description
+from transport.hint import PinWish
 from transport.keys import chain_keys, root_key
 from transport.table.kept_table import KeptTable
 from transport.table.quality import LOSSY, lossy_salt, mark_of, marked, tenant_mark
@@ -33,11 +34,15 @@ class Tier:
         self.keeper = Keeper(path)
         self.open(share_max)
 
-    def open(self, share_max=0.5):
+    def open(self, share_max=0.5, pin_share_max=0.5):
         draft = Path(self.keeper.keep("replica-0", 1 << 16).draft)
         self.table = KeptTable(self.path, description(NAME, **self.about), 4, SLOTS, draft)
         self.memory = HostMemory(
-            self.table, ranks=1, elsewhere=lambda keys: np.zeros(len(keys), np.bool_), tenant_share_max=share_max
+            self.table,
+            ranks=1,
+            elsewhere=lambda keys: np.zeros(len(keys), np.bool_),
+            tenant_share_max=share_max,
+            pin_share_max=pin_share_max,
         )
         self.reader = TableReader(self.table.path)
 
@@ -45,7 +50,15 @@ class Tier:
         """Have the blocks of these keys stored, one step each."""
         for place in places:
             self.memory.take([place], KEYS[place : place + 1], [0], [quality])
-            self.memory.copied({each.slot: 1 for each in self.memory.take_stores().begun})
+            self.copy()
+
+    def pin(self, quality, places):
+        wish = PinWish(id=places[0], seconds=60)
+        self.memory.pin(wish, places, KEYS[places.start : places.stop], [0] * len(places), [quality] * len(places), 0)
+        self.copy()
+
+    def copy(self):
+        self.memory.copied({each.slot: 1 for each in self.memory.take_stores().begun})
 
     def held(self, places):
         return [place for place in places if self.reader.look_up(KEYS[place : place + 1])[0].any()]
@@ -152,16 +165,40 @@ def test_at_random_no_tenant_below_its_share_loses_a_block_to_one_that_has_its_s
         assert sum(after.values()) <= SLOTS
 
 
+def test_pins_of_one_tenant_above_its_share_do_not_keep_others_from_storing(tmp_path):
+    tier = Tier(tmp_path, share_max=0.25)
+    with closing(tier.reader):
+        tier.pin(ANNE, range(8))  # which may be twice what its share is
+        for place in range(8):  # four other tenants have the rest, none more than its share
+            tier.store(marked(1 + place // 2), 100 + place)
+        tier.store(BERT, *range(200, 210))
+        assert tier.held(range(8)) == list(range(8))
+        assert tier.held(range(200, 210)) == list(range(206, 210))
+        assert tier.held(range(100, 108)) == list(range(104, 108))
+        assert tier.reader.counters()["tier_dropped_blocks"] == 0
+
+
+def test_where_all_of_who_has_the_most_is_pinned_the_next_above_its_share_yields(tmp_path):
+    tier = Tier(tmp_path, share_max=0.25)
+    with closing(tier.reader):
+        tier.store(CARL, 300)
+        tier.pin(ANNE, range(8))
+        tier.store(BERT, *range(200, 207))
+        tier.store(CARL, 301, 302, 303)
+        assert tier.held(range(400)) == [*range(8), *range(203, 207), *range(300, 304)]
+        assert tier.reader.counters()["tier_dropped_blocks"] == 0
+
+
 def test_of_several_tenants_the_one_with_the_most_above_its_share_yields():
     shares = TenantShares(100, 0.1)
     for mark, slots in ((1, 30), (2, 50), (3, 20)):
         shares.took(mark, slots)
-    assert shares.yields(4, 2) == 2
+    assert shares.yields(4, 2) == [2, 1, 3]
     shares.took(2, -40)
-    assert (shares.yields(4, 2), shares.yields(2, 2)) == (1, 2)
+    assert (shares.yields(4, 2), shares.yields(2, 2)) == ([1, 3], [2])
     shares.took(1, -25)
     shares.took(3, -15)
-    assert (shares.yields(4, 2), shares.yields(1, 2)) == (None, None)
+    assert (shares.yields(4, 2), shares.yields(1, 2)) == ([], [])
 
 
 def test_a_block_of_one_tenant_gives_way_by_value_and_another_ones_stays() -> None:
