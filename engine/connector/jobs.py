@@ -6,6 +6,8 @@ from dataclasses import replace
 from engine.connector.step_messages import ImportReport
 from transport.backends.base import ImportJob, JobId
 
+TWICE = "the request had the same import under way already"
+
 
 class Jobs:
     """By request; those of a request begin together, one for each source, in the order of the prompt.
@@ -18,11 +20,21 @@ class Jobs:
         self._jobs: dict[str, list[ImportJob]] = {}
         self._reports: dict[str, dict[int, ImportReport]] = {}
         """Of requests of whose jobs some have ended, but not all."""
+        self._refused: dict[str, set[int]] = {}
+        """The target blocks of jobs that do not begin, by request."""
 
-    def begin(self, jobs: Iterable[ImportJob]) -> None:
-        """These jobs are about to begin."""
+    def begin(self, jobs: Iterable[ImportJob]) -> list[ImportJob]:
+        """Return those of these jobs that are to begin now: all, unless the request has one of that number under way. Then the
+        blocks of the newer one fail, and are told of with the others."""
+        fresh = []
         for job in jobs:
-            self._jobs.setdefault(job.request_id, []).append(job)
+            own = self._jobs.setdefault(job.request_id, [])
+            if any(each.number == job.number for each in own):
+                self._refused.setdefault(job.request_id, set()).update(job.target_blocks.tolist())
+                continue
+            own.append(job)
+            fresh.append(job)
+        return fresh
 
     def end(self, job: ImportJob, report: ImportReport) -> ImportReport | None:
         """A job has ended; return the report of its request's import, None if that goes on."""
@@ -36,6 +48,8 @@ class Jobs:
             first, *others = (reports[each.number] for each in jobs)
             report = replace(first, further=tuple(others))
         self._jobs.pop(job.request_id, None)
+        if refused := self._refused.pop(job.request_id, None):
+            report = replace(report, failed_blocks=report.failed_blocks | refused, reason=report.reason or TWICE)
         return report
 
     def under_way(self) -> list[ImportJob]:
@@ -45,7 +59,7 @@ class Jobs:
     def checked(self, found: Mapping[JobId, int]) -> dict[str, int]:
         """Return how many leading blocks of imports under way are good; `found` says it of jobs that have not ended."""
         names = {name for name, _ in found} | self._reports.keys()
-        good = {name: self._leading(name, found) for name in names if name in self._jobs}
+        good = {name: self._leading(name, found) for name in names if name in self._jobs and name not in self._refused}
         return {name: blocks for name, blocks in good.items() if blocks}
 
     def _leading(self, name: str, found: Mapping[JobId, int]) -> int:

@@ -132,9 +132,9 @@ class WorkerHalf:
     def start(self, metadata: StepMetadata) -> None:
         """Begin the imports of a step."""
         self._step, self._computes = max(self._step, metadata.step), metadata.computes
-        self._jobs.begin(metadata.imports)
+        fresh = self._jobs.begin(metadata.imports)
         try:
-            for job in metadata.imports:
+            for job in fresh:
                 with self._lock:
                     try:
                         self._start(job, gently=metadata.computes)
@@ -270,7 +270,7 @@ class WorkerHalf:
             return
         if not job.counts:
             self._load_errors.update(*(each.failed_blocks for each in whole.by_source()))
-        elif result.reason:
+        elif result.reason or whole.reason:
             self._failed.add(job.request_id)
         self._ended[job.request_id] = whole
 

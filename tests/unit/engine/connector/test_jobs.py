@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine.connector.jobs import Jobs
+from engine.connector.jobs import TWICE, Jobs
 from engine.connector.step_messages import ImportReport
 from transport.backends.base import ImportJob
 
@@ -73,6 +73,28 @@ def test_a_request_of_one_job_counts_as_its_copy_says():
     jobs = Jobs()
     jobs.begin([job(), job(name="s")])
     assert jobs.checked({("r", 0): 1}) == {"r": 1}
+
+
+def test_a_second_job_of_the_same_number_does_not_begin_and_its_blocks_fail_with_the_first():
+    jobs, newer = Jobs(), replace(job(), target_blocks=np.array([7, 8], np.int32))
+    first = job()
+    assert jobs.begin([first]) == [first]
+    assert jobs.begin([newer]) == []
+    assert jobs.under_way() == [first]
+    assert jobs.checked({first.id: 2}) == {}  # of which of the two is not known
+    assert jobs.end(first, GOOD) == replace(GOOD, failed_blocks=frozenset({7, 8}), reason=TWICE)
+    assert jobs.begin([newer]) == [newer]
+    assert jobs.end(newer, GOOD) is GOOD
+
+
+def test_a_second_job_of_a_number_is_told_of_with_the_last_of_several_sources(three):
+    assert three.begin([replace(job(1), target_blocks=np.array([99], np.int32))]) == []
+    assert three.end(job(1), failed(10)) is None
+    assert three.begin([replace(job(1), target_blocks=np.array([98], np.int32))]) == []  # that has ended, the request has not
+    assert three.end(job(0), GOOD) is None
+    found = three.end(job(2), GOOD)
+    assert [each.failed_blocks for each in found.by_source()] == [{98, 99}, {10}, frozenset()]
+    assert three.under_way() == []
 
 
 def test_reports_of_several_ranks_are_merged_source_by_source():
