@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from engine.default_model.packaged import DEFAULT_NAME, PACKAGED
+from engine.fleet import ReplicaState
 from engine.replicas.devices import parse_mask
 from gateway.cli.doctor.finding import Finding, in_words
 from gateway.cli.doctor.machine import Machine
@@ -117,8 +118,13 @@ def judge_fleet(fleet: Fleet, pairs: tuple[Pair, ...]) -> Iterator[Finding]:
     if fleet.error:
         yield Finding(True, fleet.error, "stop the other peerkv, or name its run_dir (PEERKV_RUN_DIR)")
     for member in fleet.members:
-        if member.state != "ready":
-            yield Finding(True, f"{member.name} is {member.state}: {member.reason or 'no reason given'}", f"read {member.log}")
+        if member.state == ReplicaState.STARTING:
+            yield Finding(
+                False, f"{member.name} is still starting: {member.reason or 'no reason given'}", "wait until it is ready"
+            )
+        elif member.state != "ready":
+            what = f"{member.name} {ReplicaState(member.state).in_words}: {member.reason or 'no reason given'}"
+            yield Finding(True, what, f"read {member.log}")
         elif not member.status:
             what = f"{member.name} shares no KV: it has no block table in {fleet.table_dir}"
             yield Finding(True, what, _where_tables_are(member))

@@ -111,6 +111,17 @@ def test_a_good_machine_has_no_problem(facts: Machine) -> None:
     assert "No problem found." in words(facts)
 
 
+def test_a_replica_that_loads_is_a_note_and_one_that_ended_a_problem() -> None:
+    loading = replace(MEMBER, name="replica-1", state="starting", reason="loading the model", process="unknown", status="")
+    fleet = fleet_of(MEMBER, loading)
+    assert problems(CPU_MACHINE, fleet) == []
+    assert "replica-1 is still starting: loading the model\n    what to do: wait until it is ready" in words(CPU_MACHINE, fleet)
+    ended = replace(loading, state="backoff", reason="killed by SIGKILL")
+    assert problems(CPU_MACHINE, fleet_of(MEMBER, ended)) == [
+        ("replica-1 has ended and is started again soon: killed by SIGKILL", "read /logs/replica-0.log")
+    ]
+
+
 @pytest.mark.parametrize(
     ("facts", "what", "remedy"),
     [
@@ -221,7 +232,10 @@ def test_many_alike_replicas_take_one_line() -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"state": "failed", "reason": "out of memory"}, "replica-1 is failed: out of memory"),
+        (
+            {"state": "failed", "reason": "out of memory"},
+            "replica-1 has failed and stays down until somebody restarts it: out of memory",
+        ),
         ({"status": "KV memory cannot be shared"}, "replica-1 shares no KV: KV memory cannot be shared"),
         ({"status": ""}, "replica-1 shares no KV: it has no block table in /dev/shm/t"),
         ({"fingerprint": {"dtype": "float32"}}, "do not exchange KV: dtype: bfloat16 here, float32 there"),
