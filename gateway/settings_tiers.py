@@ -9,6 +9,7 @@ from pydantic import ByteSize, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings
 
 from engine.replicas.launch import EngineSettings
+from engine.tiers.ages import TTL_SECONDS_MAX
 from gateway.settings_types import AbsolutePath, SizeOrAuto
 
 _ENGINE: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(EngineSettings)}
@@ -32,6 +33,7 @@ class Tiers(BaseSettings):
     host_memory_ttl_seconds: float = Field(
         _ENGINE["host_memory_ttl_seconds"],
         ge=0,
+        le=TTL_SECONDS_MAX,
         description="time that host memory keeps a block at most, by its replica's next step; 0: without end",
     )
     disk: AbsolutePath | None = Field(
@@ -39,7 +41,10 @@ class Tiers(BaseSettings):
     )
     disk_bytes: ByteSize = Field(_ENGINE["disk_bytes"], ge=0, description="size of what the disk keeps at most")
     disk_ttl_seconds: float = Field(
-        _ENGINE["disk_ttl_seconds"], ge=0, description="time that the disk keeps a block at most; 0: without end"
+        _ENGINE["disk_ttl_seconds"],
+        ge=0,
+        le=TTL_SECONDS_MAX,
+        description="time that the disk keeps a block at most; 0: without end",
     )
     vault: SecretStr | None = Field(
         None,
@@ -51,7 +56,10 @@ class Tiers(BaseSettings):
         None, description="file of certificates that vouch for the vault; unset: the system's"
     )
     vault_ttl_seconds: float = Field(
-        _ENGINE["vault_ttl_seconds"], ge=0, description="time that the vault keeps a block at most; 0: until it is full"
+        _ENGINE["vault_ttl_seconds"],
+        ge=0,
+        le=TTL_SECONDS_MAX,
+        description="time that the vault keeps a block at most; 0: until it is full",
     )
     tier_codec: Literal["raw-z", "raw"] = Field(
         _ENGINE["tier_codec"], description="how disk and vault keep blocks, both exact: compressed, or as they are"

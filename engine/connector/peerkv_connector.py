@@ -37,6 +37,7 @@ from engine.connector.step_messages import Handshake, StepMetadata, WorkerReport
 from engine.connector.vllm_groups import GroupNotHandled, ModelGroups, model_groups
 from engine.connector.worker import WorkerHalf
 from engine.host_process.kept_memory import VARIABLE, KeptMemory, decode_kept
+from engine.tiers.ages import TTL_SECONDS_MAX
 from engine.tiers.only_writer import become_only_writer
 from engine.tiers.self_test import FAILED
 from engine.tiers.slots import Slots
@@ -85,8 +86,10 @@ class PeerKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             raise ValueError(f"kv_connector_extra_config: pin_share_max is {self._pin_share_max}, not from 0 to below 1")
         if not 0 < self._tenant_share_max <= 1:
             raise ValueError(f"kv_connector_extra_config: tenant_share_max is {self._tenant_share_max}, not above 0 to 1")
-        if not self._ttl_seconds >= 0:
-            raise ValueError(f"kv_connector_extra_config: host_memory_ttl_seconds is {self._ttl_seconds}, not 0 or above")
+        if not 0 <= self._ttl_seconds <= TTL_SECONDS_MAX:
+            raise ValueError(
+                f"kv_connector_extra_config: host_memory_ttl_seconds is {self._ttl_seconds}, not from 0 to {TTL_SECONDS_MAX}"
+            )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._fields: dict[str, str] = {}

@@ -3,6 +3,8 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+TTL_SECONDS_MAX = 10 * 365 * 86400
+"""Ten years. Who wants blocks to stay without end says 0."""
 EXPIRED_MAX = 256
 """So many slots of either kind, due or overdue, are tried in a step: no step takes long, however many become too old in it."""
 

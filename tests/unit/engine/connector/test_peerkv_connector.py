@@ -130,6 +130,12 @@ def test_a_share_for_tenants_that_is_none_is_refused_at_start(share):
         connector(KVConnectorRole.SCHEDULER, tenant_share_max=share)
 
 
+@pytest.mark.parametrize("seconds", ["inf", "nan", 1e300, -1])
+def test_a_time_that_cannot_be_counted_for_blocks_in_host_memory_is_refused(seconds):
+    with pytest.raises(ValueError, match="host_memory_ttl_seconds is .*, not from 0 to 315360000"):
+        connector(KVConnectorRole.SCHEDULER, host_memory_ttl_seconds=seconds)
+
+
 def test_a_failed_import_is_always_computed_whatever_the_server_was_told():
     assert connector(KVConnectorRole.SCHEDULER)._vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute"
 
