@@ -132,7 +132,7 @@ def test_a_share_for_tenants_that_is_none_is_refused_at_start(share):
 
 @pytest.mark.parametrize("seconds", ["inf", "nan", 1e300, -1])
 def test_a_time_that_cannot_be_counted_for_blocks_in_host_memory_is_refused(seconds):
-    with pytest.raises(ValueError, match="host_memory_ttl_seconds is .*, not from 0 to 315360000"):
+    with pytest.raises(ValueError, match=r"host_memory_ttl_seconds is .*, not from 0 to 315360000"):
         connector(KVConnectorRole.SCHEDULER, host_memory_ttl_seconds=seconds)
 
 
