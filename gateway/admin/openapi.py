@@ -16,6 +16,7 @@ from gateway.errors import GatewayError
 
 KEPT = Path("openapi/openapi.json")
 """Where a checkout keeps it."""
+TITLE = "peerkv"
 _METHODS = ("get", "post", "delete")
 _DESCRIPTION = (
     "OpenAI's API, and what vLLM has beside it, over vLLM replicas that import each other's KV cache. "
@@ -26,6 +27,10 @@ _FASTAPI_ERRORS = ("HTTPValidationError", "ValidationError")
 
 class DocumentDiffers(GatewayError):
     """The kept document is not what the application serves."""
+
+
+class NotWritten(GatewayError):
+    """The file cannot be written; the message says why."""
 
 
 class NoCheckout(GatewayError):
@@ -42,12 +47,25 @@ def kept_in(directory: Path, code: Path = Path(gateway.__file__)) -> Path:
             f"this is the peerkv of {code.parents[1]}, and here is another: "
             "set PYTHONPATH=. to have the document of the one here, or name a file with --output"
         )
-    return directory / KEPT
+    path = directory / KEPT
+    if path.exists() and not own.exists() and not _is_ours(path):
+        raise NoCheckout(
+            f"{path} is not peerkv's: it is left as it is; go to a checkout of peerkv, or name a file with --output"
+        )
+    return path
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file holds a peerkv's document, of whatever version."""
+    try:
+        return bool(json.loads(path.read_text("utf-8"))["info"]["title"] == TITLE)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
     """The application's document. FastAPI's own error form is left out: no answer ever has it."""
-    document = get_openapi(title="peerkv", version=__version__, description=_DESCRIPTION, routes=app.routes)
+    document = get_openapi(title=TITLE, version=__version__, description=_DESCRIPTION, routes=app.routes)
     for path, operations in document["paths"].items():
         for method in _METHODS:
             if method in operations:
@@ -76,9 +94,12 @@ def as_text(document: dict[str, Any]) -> str:
 
 
 def write(document: dict[str, Any], path: Path) -> None:
-    """Replace the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(as_text(document), "utf-8")
+    """Replace the file. Raises NotWritten."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(as_text(document), "utf-8")
+    except OSError as error:
+        raise NotWritten(f"cannot write {path}: {error.strerror}") from None
 
 
 def check(document: dict[str, Any], path: Path) -> None:
@@ -87,5 +108,7 @@ def check(document: dict[str, Any], path: Path) -> None:
         kept = path.read_text("utf-8")
     except OSError as error:
         raise DocumentDiffers(f"cannot read {path}: {error.strerror}; write it with `peerkv openapi`") from None
+    except UnicodeDecodeError:
+        raise DocumentDiffers(f"{path} is not text") from None
     if kept != as_text(document):
         raise DocumentDiffers(f"{path} is not what the gateway serves; update it with `peerkv openapi`")

@@ -102,6 +102,31 @@ def test_without_a_file_it_is_the_checkouts_and_elsewhere_nothing_is_written(
     openapi.check(document(), tmp_path / "openapi" / "openapi.json")
 
 
+@pytest.mark.parametrize("strangers", ['{"info": {"title": "their API"}}', "[]", "openapi: 3", "\xff"])
+def test_the_document_of_a_stranger_is_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, strangers: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "openapi" / "openapi.json"
+    kept.parent.mkdir()
+    kept.write_text(strangers, "latin-1")
+    assert main(["openapi"]) == 1
+    assert "openapi/openapi.json is not peerkv's: it is left as it is" in capsys.readouterr().err
+    assert kept.read_text("latin-1") == strangers
+    kept.write_text('{"info": {"title": "peerkv", "version": "0"}}')
+    assert main(["openapi"]) == 0
+    openapi.check(document(), kept)
+
+
+@pytest.mark.parametrize(("output", "why"), [("{dir}", "Is a directory"), ("/dev/full", "No space left on device")])
+def test_a_file_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str, why: str
+) -> None:
+    path = output.format(dir=tmp_path)
+    assert main(["openapi", "--output", path]) == 1
+    assert capsys.readouterr().err == f"peerkv: error: cannot write {path}: {why}\n"
+
+
 def test_one_peerkvs_document_is_not_written_into_the_checkout_of_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
