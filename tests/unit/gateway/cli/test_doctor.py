@@ -542,7 +542,7 @@ def test_the_replicas_of_several_models_are_all_shown_and_judged(tmp_path: Path,
     shown = capsys.readouterr().out
     assert "Replicas of one\n  one-0   ready" in shown
     assert "Replicas of two\n  two-0   failed" in shown
-    assert "two-0 is failed: out of memory" in shown
+    assert "two-0 has failed and stays down until somebody restarts it: out of memory" in shown
     doctor.run(settings, as_json=True, measure_links=False)
     answer = json.loads(capsys.readouterr().out)
     assert [answer["fleet"]["model"], *(each["fleet"]["model"] for each in answer["other_models"])] == ["one", "two"]
