@@ -86,11 +86,13 @@ def ask(
     method: str = "GET",
     body: object = None,
     also: Collection[int] = (),
+    in_flags: Mapping[str, str] | None = None,
     seconds_max: float = ANSWER_SECONDS_MAX,
 ) -> bytes:
     """Return the body of the gateway's answer, 2xx or a status in `also`; `missing` says what a 404 means.
 
-    Of the `query`, what is "" is left out.
+    Of the `query`, what is "" is left out. `in_flags` has the command's words for some of the gateway's,
+    whose message is then all that is told.
     Raises CommandFailed.
     """
     asked = urlencode({name: value for name, value in (query or {}).items() if value != ""})
@@ -111,6 +113,9 @@ def ask(
         raise CommandFailed(missing)
     if not answer.is_success and answer.status_code not in also:
         why = _message(answer)
+        for words, ours in (in_flags or {}).items():
+            if words in why:
+                raise CommandFailed(why.replace(words, ours))
         raise CommandFailed(f"the gateway answered {answer.status_code} to {client.base_url}{path}{f': {why}' if why else ''}")
     return answer.content
 

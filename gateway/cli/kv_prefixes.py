@@ -20,6 +20,7 @@ from gateway.kept_prefixes.book import KeptPrefixAnswer, PlaceState, PrefixPlace
 from gateway.kept_prefixes.shapes import TTL_SECONDS_DEFAULT, FlushedPrefixes, PrefixRemoved, PrefixReport
 
 PREFIXES_SHOWN = 20
+IN_FLAGS = {"'tenant' is missing": "--tenant is missing"}
 PIN_TIMEOUT_SECONDS = 600.0
 """A long prefix is computed on each of its replicas before the gateway answers; see prefix_seconds_max."""
 _KEY_DIGITS_SHOWN = 8
@@ -68,7 +69,8 @@ def _prefixes(arguments: argparse.Namespace, client: httpx.Client, console: Cons
 
 
 def _pin(arguments: argparse.Namespace, client: httpx.Client, console: Console) -> int:
-    answer = ask(client, "/kv/prefixes", method="POST", body=_wanted(arguments), seconds_max=PIN_TIMEOUT_SECONDS)
+    wanted = _wanted(arguments)
+    answer = ask(client, "/kv/prefixes", method="POST", body=wanted, in_flags=IN_FLAGS, seconds_max=PIN_TIMEOUT_SECONDS)
     kept = read(KeptPrefixAnswer, answer)
     places = "; ".join(map(_place, kept.places))
     show(

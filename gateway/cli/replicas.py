@@ -17,6 +17,7 @@ from gateway.cli.asking import CommandFailed, add_command, ask, read
 from gateway.replica_control.shapes import ControlledReplica, ReplicaList, Step
 
 POLL_SECONDS = 0.5
+IN_FLAGS = {"; force it,": "; give --force,"}
 WAIT_SECONDS = 1800.0
 """For one replica: large models take long to load."""
 SUMMARY = "list, drain, resume and restart the replicas of a running gateway"
@@ -129,7 +130,8 @@ def _force(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _post(client: httpx.Client, name: str, what: str, query: dict[str, str] | None = None) -> ControlledReplica:
-    return read(ControlledReplica, ask(client, f"/replicas/{quote(name, safe='')}/{what}", query=query, method="POST"))
+    path = f"/replicas/{quote(name, safe='')}/{what}"
+    return read(ControlledReplica, ask(client, path, query=query, method="POST", in_flags=IN_FLAGS))
 
 
 def _now(client: httpx.Client, name: str) -> ControlledReplica:

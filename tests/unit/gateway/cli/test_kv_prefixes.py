@@ -142,6 +142,12 @@ def test_a_refusal_is_told_in_the_gateways_words(capsys: pytest.CaptureFixture[s
     assert "As many prefixes are kept as may be." in told
 
 
+def test_a_pin_without_its_tenant_is_told_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "'tenant' is missing: each tenant has a cache of its own."
+    assert Gateway(400, {"error": {"message": message}}).run("pin", "hello")[0] == 1
+    assert capsys.readouterr().err == "peerkv: --tenant is missing: each tenant has a cache of its own.\n"
+
+
 def test_unpin_names_the_prefix_and_where_it_was() -> None:
     gateway = Gateway(200, PrefixRemoved(id="p/1", unpinned=["replica-1"], failed={"replica-0": "it is gone"}))
     status, output = gateway.run("unpin", "p/1")

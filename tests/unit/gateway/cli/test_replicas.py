@@ -29,6 +29,9 @@ def replicas(*flags: str, there: ReplicaList = THERE) -> tuple[int, str, list[st
         if request.method == "GET":
             return httpx.Response(200, content=there.model_dump_json())
         posted.append(path)
+        if "replica-9" in path:
+            message = "No other replica than replica-9 is ready, so that nobody could serve; force it, or wait for another one."
+            return httpx.Response(409, json={"error": {"message": message, "type": "conflict"}})
         if "node-b" in path:
             message = "node-b:replica-0 is a replica of node-b"
             return httpx.Response(409, json={"error": {"message": message, "type": "invalid_request_error"}})
@@ -64,6 +67,13 @@ def test_another_nodes_replica_is_refused_with_the_gateways_words(command: str, 
     status, _, posted = replicas(command, "node-b:replica-0")
     assert (status, posted) == (1, [f"/replicas/node-b%3Areplica-0/{command}"])
     assert "is a replica of node-b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["drain", "restart"])
+def test_the_last_replica_that_is_ready_takes_force_by_its_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert replicas(command, "replica-9")[0] == 1
+    said = "No other replica than replica-9 is ready, so that nobody could serve; give --force, or wait for another one."
+    assert capsys.readouterr().err == f"peerkv: {said}\n"
 
 
 @pytest.mark.parametrize("command", ["drain", "restart"])
