@@ -11,7 +11,6 @@ from engine.connector.compat import allow_amx
 from engine.connector.jobs import Jobs
 from engine.connector.step_messages import Handshake, ImportReport, StepMetadata, WorkerReport
 from engine.host_process.kept_memory import KeptMemory
-from engine.tiers.self_test import free_slot
 from engine.tiers.slot_writer import SlotWriter
 from engine.tiers.slots import NoSlots, Slots, cut
 from engine.tiers.stores import Writer
@@ -26,7 +25,6 @@ from transport.node.messages import NodeError
 from transport.node.names import node_of
 from transport.table.directory import TableDirectory
 from transport.table.layout import SlotCodec
-from transport.table.tiers import host_memory_of
 
 _logger = logging.getLogger(__name__)
 
@@ -45,10 +43,10 @@ class WorkerHalf:
 
     def __init__(self, table_dir: Path, replica: str, rank: int, kept: KeptMemory | None = None, ranks: int = 1) -> None:
         self._kept = kept
+        self._new = kept is not None and kept.new
         self._ranks = ranks
         self._slots: Slots | str = ""
         self._slot_writer: Writer | None = None
-        self._replica = replica
         self._peers = TableDirectory(table_dir, replica)
         self._rank = rank
         self._fetches = Fetches(table_dir, rank)
@@ -103,9 +101,8 @@ class WorkerHalf:
         try:
             shape = _coded_shape(transport, lossy, codec) if lossy is not None else None
             slots = cut(kept.region, transport.memory(), self._ranks, shape, codec)
-            free = free_slot(slots, self._peers.tables().get(host_memory_of(self._replica)))
-            self._slot_writer = _slot_writer(transport, slots, free, num_blocks - 1)
-            self._slots = slots
+            self._slot_writer = _slot_writer(transport, slots, num_blocks - 1 if self._new else None)
+            self._slots, self._new = slots, False  # from now on there may be something on offer in it, as after a sleep
         except (NoSlots, TransportError, OSError, ValueError) as error:
             self._slots = str(error)
 
@@ -315,16 +312,16 @@ def _codes(transport: Transport, shape: Shape, codec: SlotCodec) -> bool:
     return isinstance(transport, CudaIpcTransport) and transport.codes(shape, codec)
 
 
-def _slot_writer(transport: Transport, slots: Slots, free: int | None, block: int) -> Writer:
-    """Return what copies blocks of the transport's own memory into slots, tried out by way of a `free` slot and a `block` that
-    is not used yet. Raises MemoryUnreachable."""
+def _slot_writer(transport: Transport, slots: Slots, unused: int | None) -> Writer:
+    """Return what copies blocks of the transport's own memory into slots; these are tried out if they are new, by way of the
+    first one and a block that is not used yet, `unused`. Raises MemoryUnreachable."""
     if isinstance(transport, SharedMemoryTransport):
         writer = SlotWriter(transport, slots)
-        if free is not None:
-            writer.try_out(free, block)
+        if unused is not None:
+            writer.try_out(0, unused)
         return writer
     from engine.tiers.cuda_slot_writer import CudaSlotWriter
     from transport.backends.cuda_ipc import CudaIpcTransport
 
     assert isinstance(transport, CudaIpcTransport)
-    return CudaSlotWriter(transport, slots, free)
+    return CudaSlotWriter(transport, slots, 0 if unused is not None else None)

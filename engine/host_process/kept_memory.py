@@ -23,12 +23,14 @@ class KeptMemory(msgspec.Struct, frozen=True):
     """What process `pid` keeps for a replica: memory, and an empty file that it has locked, from which the table is made.
 
     Named memory is no process's, so `pid` is 0; its table gets a second name, that of a file from which a later host has it.
+    `new`: no other process ever was told of this memory, so none can have anything in it on offer.
     """
 
     pid: int
     region: Region
     draft: str
     second_name: str = ""
+    new: bool = False
 
 
 class KeptMemories:
@@ -43,7 +45,8 @@ class KeptMemories:
     def keep(self, name: str, size: int, directory: Path | None = None) -> KeptMemory:
         """Return what is kept for the replica `name`: the memory of its first start, `size` bytes, in files of `directory` if
         one is given. Raises OSError."""
-        if name not in self._memory:
+        new = name not in self._memory
+        if new:
             self._memory[name] = self._open(name, size, directory)
         self._release(name)
         self._drafts += 1
@@ -52,7 +55,8 @@ class KeptMemories:
         liveness.claim(lock)
         self._locks.setdefault(name, []).append(lock)
         _, region, second_name = self._memory[name]
-        return KeptMemory(0 if second_name else os.getpid(), region, str(draft), second_name)
+        pid = 0 if second_name else os.getpid()
+        return KeptMemory(pid, region, str(draft), second_name, new=new and not second_name)  # named memory may be from before
 
     def _open(self, name: str, size: int, directory: Path | None) -> tuple[tuple[int, ...], Region, str]:
         if directory is None:

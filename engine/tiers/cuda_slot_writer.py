@@ -41,7 +41,7 @@ class CudaSlotWriter:
     """Writes one rank's part of a region, from when it is open; what is overwritten before that is lost. Raises
     MemoryUnreachable if the region does not open for what this process writes of it by itself, the groups' bytes.
 
-    With a `free` slot, what does not pass the self-test (self_test.py) does not open.
+    With a `free` slot, which is new, what does not pass the self-test (self_test.py) does not open.
     """
 
     def __init__(self, own: CudaIpcTransport, slots: Slots, free: int | None = None) -> None:

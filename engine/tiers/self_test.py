@@ -1,41 +1,19 @@
 """Before host memory is used: one block of each KV cache group goes into a slot and back, and is compared.
 
-What fails that is not used. The slot must be free: what is on offer from before a restart may be read meanwhile.
+What fails that is not used. Only new memory is tried out, at a replica's first start (`KeptMemory.new`): in what an earlier
+engine knows, a slot may be on offer, or come to be while that engine ends, and be read meanwhile.
 """
 
 import mmap
 import os
 from collections.abc import Iterable
 
-import numpy as np
-
 from engine.tiers.slots import Slots
 from transport.backends.shared_memory import checksum, map_region
 from transport.errors import MemoryUnreachable
 from transport.table.layout import CHECKSUM_BYTES
-from transport.table.quality import in_code
-from transport.table.reader import TableReader
 
 FAILED = "host memory failed its self-test"
-_ONE = np.uint64(1)
-
-
-def free_slot(slots: Slots, table: TableReader | None) -> int | None:
-    """Return the first slot of those that a block takes which hold nothing that `table`, which is of an earlier life of this
-    replica, offers; None if there are none, or the table has others."""
-    whole = slots.memory.coded.whole if slots.memory.coded is not None else 1
-    if table is None:
-        return 0
-    if slots.memory not in table.memories or table.num_blocks > slots.count:
-        return None if table.cached_blocks() else 0
-    states = table.states()
-    taken = np.zeros(table.num_blocks + whole, np.bool_)
-    offered = states & _ONE == 0
-    taken[: table.num_blocks] = offered
-    for slot in np.flatnonzero(offered & ~in_code(states)):
-        taken[slot : slot + whole] = True
-    free = np.flatnonzero(np.convolve(taken[: table.num_blocks], np.ones(whole, np.int64), "valid") == 0)
-    return int(free[0]) if len(free) else None
 
 
 def noise(size: int) -> bytes:

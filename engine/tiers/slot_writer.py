@@ -58,7 +58,7 @@ class SlotWriter:
         self._thread: threading.Thread | None = None
 
     def try_out(self, slot: int, block: int) -> None:
-        """Store and compare a block of each KV cache group, by way of a free slot and a block that nobody uses yet, which keeps
+        """Store and compare a block of each KV cache group, by way of a new slot and a block that nobody uses yet, which keeps
         what it has. Raises MemoryUnreachable if one does not come back."""
         for group, pieces in self._pieces.items():
             places = [(address + block * stride, size) for address, stride, _, size in pieces]

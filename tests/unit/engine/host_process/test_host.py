@@ -267,6 +267,7 @@ def test_memory_kept_for_a_replica_outlives_it_and_ends_with_the_host(host: Runn
     told = [keep(host), keep(host)]
     assert told[0].region == told[1].region
     assert told[0].draft != told[1].draft
+    assert [each.new for each in told] == [True, False]
     fd = open_region(told[0].region, writable=True)
     assert os.fstat(fd).st_size == 4096
     os.close(fd)

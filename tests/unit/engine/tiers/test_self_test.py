@@ -3,28 +3,23 @@
 import ctypes
 import importlib
 import logging
-from contextlib import closing
 
-import numpy as np
 import pytest
 import torch
 
 from engine.connector.worker import WorkerHalf
 from engine.host_process.kept_memory import decode_kept, encode_kept
 from engine.tiers import slot_writer
-from engine.tiers.self_test import FAILED, free_slot
+from engine.tiers.self_test import FAILED
 from engine.tiers.slots import Slots
 from engine.tiers.stores import Store, Stores
 from tests.unit.engine.connector.test_two_engines_with_host_memory import Working
 from tests.unit.engine.keeper import Keeper
 from tests.unit.engine.tiers import test_cuda_slot_writer as gpus
-from tests.unit.engine.tiers.test_slot_writer import BLOCKS, GROUPS, KEYS, REGION, Tier, caches
+from tests.unit.engine.tiers.test_slot_writer import BLOCKS, GROUPS, REGION, Tier, caches
 from tests.unit.transport.backends.simulated_gpu import WRITER, simulated
 from transport.backends.shared_memory import map_region
 from transport.errors import MemoryUnreachable
-from transport.table.layout import Coded
-from transport.table.quality import IN_CODE
-from transport.table.reader import TableReader
 from transport.table.tiers import host_memory_of
 
 LAST = BLOCKS - 1
@@ -87,41 +82,42 @@ def test_memory_whose_checksums_are_wrong_is_not_used(tier, monkeypatch):
         tier.writer.try_out(0, LAST)
 
 
-def test_what_is_on_offer_from_before_a_restart_stays_as_it_is(tier):
-    tier.store(Store(3, 0, 0, KEYS[0].tobytes()), Store(4, 1, 1, KEYS[1].tobytes()))
-    tier.wait(2)
-    tier.table.publish([0, 1], KEYS[:2])
-    with closing(TableReader(tier.table.path)) as reader:
-        assert free_slot(tier.slots, reader) == 2
-        with map_region(tier.slots.memory.regions[0]) as mapped:
-            end = 2 * tier.slots.memory.layers[0].stride
-            before = mapped[:end]
-            tier.writer.try_out(2, LAST)
-            assert mapped[:end] == before
-        tier.table.publish(
-            list(range(2, tier.slots.count)), np.arange(2 * (tier.slots.count - 2), dtype=np.uint64).reshape(-1, 2)
-        )
-        assert free_slot(tier.slots, reader) is None
-        other = Slots(tier.slots.memory.__class__(1, "shared_memory", (), ()), tier.slots.count)
-        assert free_slot(other, reader) is None  # of which it is not known what lies where
-        tier.table.clear()
-        assert free_slot(other, reader) == 0
+def content(region):
+    with map_region(region) as mapped:
+        return mapped[:]
 
 
-def test_a_block_that_takes_several_slots_is_tried_out_where_as_many_are_free_side_by_side(tier):
-    class Table:
-        memories, num_blocks = (), 8
+def test_what_an_earlier_engine_may_have_on_offer_stays_as_it_is_whatever_is_known_of_tables(tmp_path):
+    keeper = Keeper(tmp_path)
+    first = keeper.keep("r", REGION)
+    with map_region(first.region, writable=True) as mapped:
+        mapped[:] = b"k" * REGION
+    again = decode_kept(encode_kept(keeper.keep("r", REGION)))
+    assert (first.new, again.new) == (True, False)
+    half = WorkerHalf(tmp_path, "r", 0, again)  # there is no table, or none is found for lack of descriptors
+    half.register(caches(1), BLOCKS, GROUPS)
+    assert isinstance(half.handshake({}).host_memory, Slots)
+    assert content(first.region) == b"k" * REGION
+    half.close()
 
-        def states(self):
-            found = np.ones(8, np.uint64)
-            found[[0, 5]] = [2, IN_CODE | 2]  # a block in slots 0 and 1, and a coded one in slot 5
-            return found
 
-    memory = tier.slots.memory.__class__(0, "shared_memory", (), (), None, Coded(0, 0, 64, 32, "", 16, whole=2))
-    Table.memories = (memory,)
-    assert free_slot(Slots(memory, 8), Table()) == 2
-    Table.states = lambda _: np.array([2, 1, 1, IN_CODE | 2, 1, IN_CODE | 2, 1, 2], np.uint64)
-    assert free_slot(Slots(memory, 8), Table()) is None
+def test_memory_is_tried_out_once_and_not_after_a_sleep(tmp_path):
+    keeper = Keeper(tmp_path)
+    kept = keeper.keep("r", REGION)
+    half = WorkerHalf(tmp_path, "r", 0, kept)
+    half.register(caches(1), BLOCKS, GROUPS)
+    tried = content(kept.region)
+    assert any(tried)
+    half.unmap()
+    half.register(caches(1), BLOCKS, GROUPS)
+    assert isinstance(half.handshake({}).host_memory, Slots)
+    assert content(kept.region) == tried
+    half.close()
+
+
+def test_memory_in_named_files_which_may_be_from_before_is_not_tried_out(tmp_path):
+    (tmp_path / "files").mkdir(mode=0o700)
+    assert not Keeper(tmp_path).keep("r", REGION, tmp_path / "files").new
 
 
 @pytest.fixture
