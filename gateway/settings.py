@@ -391,7 +391,7 @@ class Settings(OtherNodes, Tiers, SharedLimitSettings, SecretsInFiles, SeveralMo
             if isinstance(given, int) and 0 < given < TIER_BYTES_MIN:
                 raise ValueError(f"{what}: {int(given)} bytes hold nothing: write a unit, such as 16GiB")
         if (self.tls_cert is None) is not (self.tls_key is None):
-            raise ValueError("tls_cert, tls_key: give both or none")
+            raise ValueError("tls_cert, tls_key (--tls-cert, --tls-key): give both or none")
         for what in ("name", "api_key"):
             seen = [getattr(tenant, what) for tenant in self.tenants]
             if len(set(seen)) != len(seen):
@@ -429,7 +429,8 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
     except ValidationError as error:
         places = {name: f"the file {ENV_PREFIX.lower()}{name}:" for name in secrets}
         places |= {name: f"{ENV_PREFIX}{name.upper()}:" for name in in_environment} | named
-        raise SettingsError(in_words(error, _tables({**given, **rest}, config, places), Settings.model_fields)) from None
+        tables = _tables({**given, **rest}, config, places)
+        raise SettingsError(in_words(error, tables, Settings.model_fields, rest.keys() - secrets.keys())) from None
     except PydanticSettingsError as error:
         raise SettingsError(not_json(error, ENV_PREFIX)) from None
 

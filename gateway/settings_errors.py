@@ -4,7 +4,7 @@ shown."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,8 +21,10 @@ _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 _FIELD = re.compile(r'field "(\w+)"')
 
 
-def in_words(error: ValidationError, tables: Tables, fields: Mapping[str, FieldInfo]) -> str:
-    """One line for all that is wrong; `fields` are the settings."""
+def in_words(
+    error: ValidationError, tables: Tables, fields: Mapping[str, FieldInfo], of_file: Collection[str] = frozenset()
+) -> str:
+    """One line for all that is wrong; `fields` are the settings, of which the file `tables.place` has those `of_file`."""
     parts = []
 
     def message(detail: Mapping[str, Any]) -> str:
@@ -35,6 +37,8 @@ def in_words(error: ValidationError, tables: Tables, fields: Mapping[str, FieldI
             parts.append(words)
             continue
         place = ".".join(str(part) for part in detail["loc"])
+        if tables.place and detail["loc"] and detail["loc"][0] in of_file:
+            place = f"{tables.place}: {place}"
         parts.append(f"{place}: {message(detail)}" if place else message(detail))
     return "; ".join(parts)
 

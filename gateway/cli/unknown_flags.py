@@ -33,5 +33,6 @@ def unknown_words(parser: argparse.ArgumentParser, words: Sequence[str], *, take
     if close:
         text += ": " + ", ".join(f"did you mean {near}?" for _, near in close)
     if takes_vllm_args and len(close) < len(flags):
-        text += f"; vLLM's own arguments follow --, as in: {parser.prog} MODEL -- {' '.join(words)}"
-    return f"{text}; see {parser.prog} --help"
+        text += "" if close else ";"
+        text += f" vLLM's own arguments follow --, as in: {parser.prog} MODEL -- {' '.join(words)}"
+    return f"{text} See {parser.prog} --help" if text.endswith("?") else f"{text}; see {parser.prog} --help"

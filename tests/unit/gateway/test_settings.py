@@ -152,6 +152,15 @@ def test_a_key_of_a_table_is_told_in_plain_words_too(tmp_path: Path) -> None:
         load(config=path)
 
 
+def test_a_value_of_the_file_is_told_with_the_file_and_others_without(tmp_path: Path) -> None:
+    path = toml(tmp_path, "requests_in_flight_max = 0")
+    with pytest.raises(SettingsError) as refused:
+        load({"queue_requests_max": -1}, path)
+    of_flag, of_file = sorted(str(refused.value).split("; "), key=len)
+    assert of_flag.startswith("queue_requests_max: must be ")
+    assert of_file.startswith(f"{path}: requests_in_flight_max: must be ")
+
+
 def test_an_unknown_flag_is_named() -> None:
     with pytest.raises(SettingsError, match="bogus"):
         load({"bogus": 1})
