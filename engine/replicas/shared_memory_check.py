@@ -7,11 +7,10 @@ from pathlib import Path
 
 from engine.fleet import FleetError
 from engine.host_process.named_memory import named_bytes, prepare
+from engine.replicas.free_memory import free_bytes
 from engine.replicas.launch import CPU_KV_BYTES, EngineSettings
 
 SHARED_MEMORY = Path("/dev/shm")
-MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
 HOST_MEMORY_SHARE, HOST_MEMORY_MIN, HOST_MEMORY_MAX = 0.25, 256 << 20, 64 << 30
 KV_FLAG = "--kv-cache-memory-bytes"
 # vLLM's own suffixes: small ones are decimal, capital ones binary.
@@ -73,22 +72,6 @@ def safe_host_memory(*fleets: EngineSettings) -> int:
     left = free_bytes() - sum(map(shared_kv_bytes, fleets))
     size = min(int(left * HOST_MEMORY_SHARE), HOST_MEMORY_MAX) >> 20 << 20
     return size if size >= HOST_MEMORY_MIN else 0
-
-
-def free_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
-    """Return how much memory this process may still take, in bytes: the machine's, or its control group's if that is less.
-
-    What the group's files take of the page cache counts as free, as it does for the machine: reading weights fills it.
-    """
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
-    free = int(found[1]) << 10 if found else 0
-    try:
-        most, used = (cgroup / "memory.max").read_text().strip(), int((cgroup / "memory.current").read_text())
-        cached = re.search(r"^inactive_file (\d+)$", (cgroup / "memory.stat").read_text(), re.MULTILINE)
-    except (OSError, ValueError):  # the root group, or version 1
-        return free
-    used -= int(cached[1]) if cached else 0
-    return min(free, max(0, int(most) - used)) if most.isdigit() else free
 
 
 def shared_kv_bytes(settings: EngineSettings) -> int:

@@ -18,7 +18,6 @@ from engine.replicas.shared_memory_check import (
     SharedMemoryTooSmall,
     check_host_memory,
     check_room,
-    free_bytes,
     kv_bytes_each,
     safe_host_memory,
     shared_kv_bytes,
@@ -97,27 +96,6 @@ def test_several_fleets_need_room_together(monkeypatch: pytest.MonkeyPatch, smal
     monkeypatch.setattr(shared_memory_check, "free_bytes", lambda: 3 << 30)
     with pytest.raises(HostMemoryTooLarge, match="asks for 4096 MiB"):
         check_host_memory(replace(CPU, host_memory=2 << 30), replace(CPU, host_memory=2 << 30))
-
-
-@pytest.mark.parametrize(
-    ("most", "used", "cached", "free"),
-    [
-        ("max", "5", "0", 8 << 30),
-        ("1073741824", "73741824", "0", 1_000_000_000),
-        ("1073741824", "1073741824", "1000000000", 1_000_000_000),
-        ("5", "9", "0", 0),
-        (None, None, "0", 8 << 30),
-    ],
-)
-def test_free_memory_is_the_machines_or_what_the_control_group_leaves(
-    tmp_path: Path, most: str | None, used: str | None, cached: str, free: int
-) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\n")
-    if most is not None and used is not None:
-        (tmp_path / "memory.max").write_text(most + "\n")
-        (tmp_path / "memory.current").write_text(used + "\n")
-        (tmp_path / "memory.stat").write_text(f"anon 7\ninactive_file {cached}\nactive_file 3\n")
-    assert free_bytes(tmp_path / "meminfo", tmp_path) == free
 
 
 def test_named_host_memory_takes_what_it_took_before_and_its_directory_is_checked(
