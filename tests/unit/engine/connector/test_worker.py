@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import queue
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +89,17 @@ def test_an_import_is_reported_once_with_what_it_cost(owner, worker, landing):
     assert landing["layer"][6:].eq(0.0).all()
     assert worker.poll() == set()
     assert worker.take_report() == WorkerReport(3, {}, {})
+
+
+def test_of_two_imports_of_one_request_the_second_fails_and_both_are_reported_as_the_first_ends(owner, worker, landing):
+    second = replace(job(owner), target_blocks=np.array([6, 7], np.int32))
+    worker.start(StepMetadata(3, (job(owner), second)))
+    assert worker.poll() == {"r"}
+    assert worker.take_load_errors() == {6, 7}
+    assert worker.take_report().imports["r"].failed_blocks == {6, 7}
+    assert worker.poll() == set()
+    assert landing["layer"][4:6].eq(7.0).all()
+    assert landing["layer"][6:].eq(0.0).all()
 
 
 def test_owners_are_prepared_for_when_they_come_and_let_go_when_they_end(owner, worker, monkeypatch):
