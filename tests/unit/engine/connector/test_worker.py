@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import queue
 from contextlib import ExitStack, closing
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,7 +91,7 @@ def test_an_import_is_reported_once_with_what_it_cost(owner, worker, landing):
 
 
 def test_of_two_imports_of_one_request_the_second_fails_and_both_are_reported_as_the_first_ends(owner, worker, landing):
-    second = replace(job(owner), target_blocks=np.array([6, 7], np.int32))
+    second = dataclasses.replace(job(owner), target_blocks=np.array([6, 7], np.int32))
     worker.start(StepMetadata(3, (job(owner), second)))
     assert worker.poll() == {"r"}
     assert worker.take_load_errors() == {6, 7}
