@@ -23,7 +23,7 @@ from engine.replicas.devices import visible_gpus
 from engine.replicas.launch import EngineSettings
 from engine.replicas.shared_memory_check import check_host_memory, check_room
 from engine.replicas.supervisor import Supervisor
-from engine.replicas.tier_check import check_tiers
+from engine.replicas.tier_check import check_tiers, loss_without_room
 from gateway import __version__
 from gateway.admin.audit_chain import AuditLog
 from gateway.block_registry.fleet_watch import HOLD_SECONDS
@@ -202,12 +202,14 @@ async def _wanted_fleets(settings: Settings) -> list[WantedFleet]:
     fleets = each_fleet(settings)
     wanted = engine_fleets(settings, fleets, devices)
     check_room(*wanted)
-    check_tiers(*with_host_memory(fleets, wanted))
+    check_tiers(*wanted, sized_later=any(each.host_memory == "auto" for each in fleets))
     for each in wanted:
         await wait_until_free((each.run_dir, each.table_dir), each.claim_seconds_max, say)
     fleets = tuple([await with_model(each) for each in fleets])
     engines = with_host_memory(fleets, engine_fleets(settings, fleets, devices))
     check_host_memory(*engines)
+    if warning := loss_without_room(*engines):
+        say(f"warning: {warning}")
     return [WantedFleet(each, engine) for each, engine in zip(fleets, engines, strict=True)]
 
 

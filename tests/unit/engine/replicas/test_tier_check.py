@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.replicas import tier_check
 from engine.replicas.launch import EngineSettings, LaunchRefused
-from engine.replicas.tier_check import check_tiers
+from engine.replicas.tier_check import check_tiers, loss_without_room
 
 CPU = EngineSettings("org/model", Path("/run/p"), Path("/dev/shm/p"), Path("/log/p"))
 
@@ -55,3 +56,12 @@ def test_loss_needs_what_keeps_it_of_one_of_the_models(tmp_path: Path) -> None:
     check_tiers(lossy, replace(lossy, disk=tmp_path))
     check_tiers(replace(lossy, vault="valkey://h"))
     check_tiers(CPU)
+
+
+def test_loss_that_memory_turns_out_too_short_for_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tier_check, "free_bytes", lambda: 500 << 20)
+    lossy = replace(CPU, lossy="int8")
+    check_tiers(lossy, sized_later=True)
+    assert loss_without_room(CPU, lossy).startswith("lossy: memory is short (500 MiB are free), so there is no host memory")
+    assert loss_without_room(CPU) == loss_without_room(replace(lossy, host_memory=1 << 20)) == ""
+    assert loss_without_room(replace(lossy, vault="valkey://h")) == ""
