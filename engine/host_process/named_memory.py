@@ -5,10 +5,12 @@
 which is in memory: nothing of them is believed after the machine was started anew.
 """
 
+import asyncio
 import errno
 import os
 import stat
-from collections.abc import Iterable
+import time
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from transport.table.reader import SUFFIX
 from transport.table.tiers import host_memory_of
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ def open_named_memory(directory: Path, name: str, size: int, table_dir: Path) ->
     try:
         lock = _open(directory / f"{name}.lock", opened)
         if not liveness.claim(lock):
-            raise BlockingIOError(errno.EBUSY, f"another peerkv keeps host memory of {name} there", str(directory))
+            raise _in_use(directory, name)
         memory, second_name = directory / f"{name}.memory", directory / f"{name}.table"
         fd = _open(memory, opened)
         boot = BOOT_ID.read_bytes()
@@ -76,6 +79,18 @@ def prepare(directory: Path, table_dir: Path) -> None:
         raise OSError(errno.EXDEV, f"it must be on the file system of the block tables, {table_dir}", str(directory))
 
 
+async def wait_until_unused(directory: Path, names: Collection[str], wait_seconds: float) -> None:
+    """Return once no other process keeps memory of these replicas there; it takes nothing.
+
+    Waits at most `wait_seconds`, as that one may be about to end. Raises BlockingIOError.
+    """
+    deadline = time.monotonic() + wait_seconds
+    while used := [name for name in names if _is_locked(directory / f"{name}.lock")]:
+        if time.monotonic() >= deadline:
+            raise _in_use(directory, used[0])
+        await asyncio.sleep(POLL_SECONDS)
+
+
 def named_bytes(directory: Path, names: Iterable[str]) -> int:
     """Return how much memory the files of these replicas take already. Those of others stay as they are."""
     found = 0
@@ -84,6 +99,24 @@ def named_bytes(directory: Path, names: Iterable[str]) -> int:
             with suppress(OSError):
                 found += os.lstat(directory / (name + suffix)).st_blocks * 512
     return found
+
+
+def _in_use(directory: Path, name: str) -> BlockingIOError:
+    return BlockingIOError(errno.EBUSY, f"another peerkv keeps host memory of {name} there", str(directory))
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether some process holds the lock. What is wrong otherwise, `open_named_memory` says."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return liveness.claimed(fd)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _open(path: Path, opened: list[int]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.fleet import FleetError
-from engine.host_process.named_memory import named_bytes, prepare
+from engine.host_process.named_memory import named_bytes, prepare, wait_until_unused
 from engine.replicas.free_memory import free_bytes
 from engine.replicas.launch import CPU_KV_BYTES, EngineSettings
 
@@ -58,10 +58,29 @@ def check_host_memory(*fleets: EngineSettings) -> None:
         except OSError as error:
             raise HostMemoryDirRefused(f"host_memory_dir {directory}: {error.strerror}") from error
         fleets_there = [each for each in fleets if each.host_memory_dir == directory]
-        names = [each.replica_name(index) for each in fleets_there for index in range(each.replicas)]
-        free += named_bytes(directory, names)
+        free += named_bytes(directory, [name for each in fleets_there for name in _names(each)])
     if asked > free:
         raise HostMemoryTooLarge(f"host_memory asks for {asked >> 20} MiB, and {free >> 20} MiB are free here: ask for less")
+
+
+async def wait_for_host_memory_dir(*fleets: EngineSettings) -> None:
+    """Return once no other peerkv keeps memory of these replicas in their named files: they would have none.
+
+    Waits at most `claim_seconds_max` of each. Raises HostMemoryDirRefused.
+    """
+    for each in fleets:
+        if each.host_memory_dir is None or not each.host_memory_bytes_each:
+            continue
+        try:
+            await wait_until_unused(each.host_memory_dir, _names(each), each.claim_seconds_max)
+        except BlockingIOError as error:
+            raise HostMemoryDirRefused(
+                f"host_memory_dir {each.host_memory_dir}: {error.strerror}: stop it, or give each a directory of its own"
+            ) from None
+
+
+def _names(fleet: EngineSettings) -> list[str]:
+    return [fleet.replica_name(index) for index in range(fleet.replicas)]
 
 
 def safe_host_memory(*fleets: EngineSettings) -> int:

@@ -21,7 +21,7 @@ from engine.host_process.directories import wait_until_free
 from engine.joined_fleet import JoinedFleet
 from engine.replicas.devices import visible_gpus
 from engine.replicas.launch import EngineSettings
-from engine.replicas.shared_memory_check import check_host_memory, check_room
+from engine.replicas.shared_memory_check import check_host_memory, check_room, wait_for_host_memory_dir
 from engine.replicas.supervisor import Supervisor
 from engine.replicas.tier_check import check_tiers, loss_without_room
 from gateway import __version__
@@ -205,6 +205,7 @@ async def _wanted_fleets(settings: Settings) -> list[WantedFleet]:
     check_tiers(*wanted, sized_later=any(each.host_memory == "auto" for each in fleets))
     for each in wanted:
         await wait_until_free((each.run_dir, each.table_dir), each.claim_seconds_max, say)
+    await wait_for_host_memory_dir(*wanted)
     fleets = tuple([await with_model(each) for each in fleets])
     engines = with_host_memory(fleets, engine_fleets(settings, fleets, devices))
     check_host_memory(*engines)

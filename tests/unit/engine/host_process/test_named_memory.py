@@ -1,5 +1,6 @@
 """Host memory in named files: what was stored is there for the next keeper, unless anything about it is in doubt."""
 
+import asyncio
 import os
 from contextlib import closing
 from pathlib import Path
@@ -101,6 +102,19 @@ def test_files_in_use_are_refused(tmp_path):
     using.store()
     using.end()
     assert Start(tmp_path, 3).held()
+
+
+async def test_who_waits_for_files_in_use_goes_on_when_their_user_ends_or_the_time_is_over(tmp_path):
+    using = Start(tmp_path, 1)
+    await named_memory.wait_until_unused(tmp_path / "files", ["replica-1"], 0.0)
+    with pytest.raises(BlockingIOError, match="another peerkv keeps host memory of replica-0 there"):
+        await named_memory.wait_until_unused(tmp_path / "files", ["replica-1", NAME], 0.0)
+    waiting = asyncio.create_task(named_memory.wait_until_unused(tmp_path / "files", [NAME], 30.0))
+    await asyncio.sleep(0)  # until it waits
+    assert not waiting.done()
+    using.end()
+    await waiting
+    assert Start(tmp_path, 2).kept.region == using.kept.region
 
 
 def test_memory_that_there_is_not_is_refused_and_not_found_out_by_a_signal(tmp_path, monkeypatch):
