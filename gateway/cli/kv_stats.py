@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from engine.fleet import ReplicaState
 from gateway.cli.asking import CommandFailed, add_gateway_flags, ask, client_for, read
 from gateway.ledger.stats import LedgerStats
 from gateway.stats.shapes import KvStats, ReplicaStats, TokenCounts, Totals
@@ -178,7 +179,8 @@ def _notes(stats: KvStats, before: KvStats | None, seconds: float) -> list[Text]
     notes += _below(stats)
     for replica in stats.replicas:
         if replica.state != "ready" and replica.reason:
-            notes.append(Text(f"{replica.name} is {replica.state}: {replica.reason}", style="yellow"))
+            why = "" if replica.reason == replica.state else f": {replica.reason}"
+            notes.append(Text(f"{replica.name} {ReplicaState(replica.state).in_words}{why}", style="yellow"))
         for other, fields in replica.incompatible.items():
             notes.append(Text(f"{replica.name} does not import from {other}: {'; '.join(fields)}", style="yellow"))
     return notes

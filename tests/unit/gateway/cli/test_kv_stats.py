@@ -136,7 +136,10 @@ def test_large_counts_are_written_short() -> None:
 def test_a_replica_that_is_not_ready_says_why(scene: Scene) -> None:
     scene.fleet.set("b", ReplicaState.BACKOFF, reason="killed by signal 9")
     output = shown(lambda console: console.print(render(scene.snapshot(), None, 0.0)))
-    assert "b is backoff: killed by signal 9" in output
+    assert "b has ended and is started again soon: killed by signal 9" in output
+    scene.fleet.set("b", ReplicaState.DRAINING, reason="draining")
+    output = shown(lambda console: console.print(render(scene.snapshot(), None, 0.0)))
+    assert "b is draining" in [line.strip() for line in output.splitlines()]
 
 
 def test_rates_come_from_two_looks(scene: Scene) -> None:
