@@ -55,7 +55,7 @@ class Peers:
 
         `keys` are those of the first `end` tokens; `source` names the replica to ask first; None means the one that has most.
         Where that has no more, whoever has most from there on follows, of this node's: what another node's link takes only the
-        gateway weighs. Models with several groups have one source.
+        gateway weighs. Nobody stands in for a named one that has nothing of it. Models with several groups have one source.
         """
         tables = self._peers.tables()
         readers, why = self._find(tables, source)
@@ -63,7 +63,8 @@ class Peers:
         found = self._longest(readers, chain, keys, begin, end)
         parts = (found,) if found is not None else ()
         reached = found.end if found is not None else begin
-        while readers and reached < end and self._groups.plain and len(parts) < SOURCES_MAX:
+        goes_on = self._groups.plain and (bool(parts) or self._have_what_is_here(readers, keys, begin))
+        while goes_on and reached < end and len(parts) < SOURCES_MAX:
             found = self._longest(self._who_go_on(tables, keys, reached), chain, keys, reached, end)
             if found is None:
                 break
@@ -81,6 +82,11 @@ class Peers:
             if found is not None and (best is None or found.end > best.end):
                 best = found
         return best
+
+    def _have_what_is_here(self, readers: Iterable[TableReader], keys: Keys, begin: int) -> bool:
+        """Return whether one of them has the block before `begin` tokens: it had no more than the engine itself has."""
+        before = begin // self._groups.unit - 1
+        return before >= 0 and any(reader.holds(*keys[before].tolist()) for reader in readers)
 
     def _who_go_on(self, tables: Mapping[str, TableReader], keys: Keys, begin: int) -> list[TableReader]:
         """Return this node's readers that have the block behind `begin` tokens: a look-up takes fifty times as long."""

@@ -89,8 +89,10 @@ def test_no_choice_of_as_many_sources_reaches_further(holders):
         elif begin in held[source]:
             assert found[0] == (source, range(begin, run_end(held[source], begin, end)))
             assert reached == reachable(held, found[0][1].stop, end, SOURCES_MAX - 1, NAMES[:-1])
-        else:
+        elif begin - 1 in held[source]:
             assert reached == reachable(held, begin, end, SOURCES_MAX, NAMES[:-1])
+        else:
+            assert reached == begin
         assert all(block in held[name] for name, blocks in found for block in blocks)
         assert all(blocks for _, blocks in found)
         assert why is (DeliveryReason.NONE if reached == end else DeliveryReason.SOURCE_HELD_LESS)
