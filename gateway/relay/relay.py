@@ -38,6 +38,7 @@ from gateway.http_server.transaction import JSON_LINE, ClientLeft, Transaction
 from gateway.ledger.attempts import Attempt, RequestInfo
 from gateway.ledger.ledger import LEFT_STATUS, LOST_STATUS
 from gateway.limits.limiter import Limiter
+from gateway.relay.admission import Admission
 from gateway.relay.answer import Answer, at_hand, pass_on, says_that_its_engine_died
 from gateway.relay.batching import Batching
 from gateway.relay.charge import Charge
@@ -267,9 +268,7 @@ class Relay(Generic[PlanT]):
         if served.admission is not None:
             if record.streamed:
                 self.keep_alive.waits(transaction)
-            tokens = served.planner.uncached_tokens(read)
-            await served.admission.enter(tenant.name, tenant.rank, tokens, seconds_left(patience, transaction), patience)
-            transaction.leave_turn = served.admission.leave
+            await self._take_turn(served.admission, tenant, served.planner.uncached_tokens(read), transaction, patience)
         wait_for_replicas(patience, transaction)
         if len(self._transactions) > 1:
             await self._batching.wait()
@@ -288,6 +287,13 @@ class Relay(Generic[PlanT]):
             self.keep_alive.waits(transaction)
         del body, body_sent, known, read_there, sent, read  # what was decoded is many times what is sent
         await self._travel(request)
+
+    async def _take_turn(
+        self, admission: Admission, tenant: TenantContext, tokens: int, transaction: Transaction, patience: float | None
+    ) -> None:
+        """Wait for a place at the replicas, which is given back when the transaction ends. Raises ApiError."""
+        await admission.enter(tenant.name, tenant.rank, tokens, seconds_left(patience, transaction), patience)
+        transaction.leave_turn = admission.leave
 
     def _reserve(
         self, charge: Charge, served: ServedFleet[PlanT], endpoint: Endpoint, body: dict[str, Any], read: Any
